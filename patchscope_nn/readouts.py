@@ -1,0 +1,180 @@
+"""What is read from a patched run. These functions run inside a context, on whatever machine that is.
+
+So they take and give plain lists and tensors, use torch alone, and know nothing of this package's classes.
+`forward` is the model as a function of keyword arguments; `logits` are those after the prompt, which was
+read once, with the patch; `cache` holds its keys and values. What comes later is never patched.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def read_next_token(
+    logits: torch.Tensor,
+    *,
+    top_k: int,
+    references: list[list[int]],
+    source_logprobs: list[torch.Tensor | None],
+    from_source: bool,
+) -> list[dict[str, Any]]:
+    """The next token's distribution, and what it says of reference tokens.
+
+    Args:
+        logits: (batch, vocab).
+        top_k: How many tokens to keep.
+        references: For each row the ids of its reference tokens; may be empty.
+        source_logprobs: For each row (vocab,) log p_source, the unpatched source's at position i; or None.
+        from_source: Whether the reference is the source's own top token.
+
+    Returns:
+        One dict for each row; log-probabilities and entropies in nats, ranks from 1.
+    """
+    logprobs = torch.log_softmax(logits.float(), dim=-1)
+    values, ids = logprobs.topk(min(top_k, logprobs.shape[-1]), dim=-1)
+    entropies = -torch.special.xlogy(logprobs.exp(), logprobs.exp()).sum(-1)
+    rows: list[dict[str, Any]] = []
+    for row, (top, probs, entropy) in enumerate(
+        zip(ids.tolist(), values.exp().tolist(), entropies.tolist(), strict=True)
+    ):
+        found = {"top_ids": top, "top_probs": probs, "entropy_nats": entropy}
+        before = source_logprobs[row]
+        wanted = references[row]
+        if before is not None:
+            before = before.to(logprobs.device)
+            wanted = [int(before.argmax())] if from_source else wanted
+            found["surprisal_nats"] = -float(before[top[0]])
+        if wanted:
+            of_wanted = logprobs[row, wanted]
+            found["reference_ids"] = wanted
+            found["reference_logprobs"] = of_wanted.tolist()
+            found["reference_ranks"] = (1 + (logprobs[row] > of_wanted[:, None]).sum(-1)).tolist()
+            found["nll_nats"] = -float(of_wanted[0])
+        rows.append(found)
+    return rows
+
+
+def read_generate(
+    forward: Callable[..., Any],
+    logits: torch.Tensor,
+    cache: Any,
+    mask: torch.Tensor,
+    *,
+    extra: dict[str, Any],
+    numbered: bool,
+    max_new_tokens: int,
+    eos: list[int],
+    stops: list[int],
+    temperature: float,
+    seeds: list[int],
+) -> list[dict[str, Any]]:
+    """Decode each row until it meets an end, a stop or the limit.
+
+    Args:
+        forward: The model.
+        logits: (batch, vocab) after the prompt.
+        cache: The keys and values of the prompt.
+        mask: (batch, n_tokens) the prompt's attention mask, 0 where a row is padded.
+        extra: More keyword arguments of `forward`.
+        numbered: Whether `forward` takes position_ids.
+        max_new_tokens: The most tokens to decode.
+        eos: Ids that end a text and are no part of it.
+        stops: Ids of tokens that hold the stop string; the text is cut later, on the client.
+        temperature: 0 is greedy; else the tokens are sampled by the Gumbel-max trick, with each row's own
+            noise, so that a row's text does not depend on its batch.
+        seeds: One seed for each row.
+
+    Returns:
+        One dict for each row: `token_ids`, and `stopped`, which is `eos`, `stop` or `length`.
+    """
+    batch = logits.shape[0]
+    noises = [torch.Generator().manual_seed(seed) for seed in seeds]
+    ends = torch.tensor([*eos, *stops], dtype=torch.long, device=logits.device)
+    done = torch.zeros(batch, dtype=torch.bool, device=logits.device)
+    chosen = []
+    for step in range(max_new_tokens):
+        scores = logits.float()
+        if temperature > 0:
+            noise = torch.stack([torch.rand(scores.shape[1], generator=noise) for noise in noises])
+            scores = scores / temperature - torch.log(-torch.log(noise.clamp_min(1e-20))).to(scores)
+        token = scores.argmax(-1)
+        chosen.append(token)
+        done = done | torch.isin(token, ends)
+        if step + 1 == max_new_tokens or bool(done.all()):
+            break
+        mask = torch.cat([mask, mask.new_ones(batch, 1)], dim=1)
+        where = {"position_ids": mask.sum(-1, keepdim=True) - 1} if numbered else {}
+        output = forward(
+            input_ids=token[:, None],
+            attention_mask=mask,
+            past_key_values=cache,
+            use_cache=True,
+            **where,
+            **extra,
+        )
+        logits, cache = output.logits[:, -1], output.past_key_values
+    rows = []
+    for ids in torch.stack(chosen, dim=1).tolist():
+        end = next((place for place, token in enumerate(ids) if token in eos or token in stops), None)
+        if end is None:
+            rows.append({"token_ids": ids, "stopped": "length"})
+        elif ids[end] in eos:
+            rows.append({"token_ids": ids[:end], "stopped": "eos"})
+        else:
+            rows.append({"token_ids": ids[: end + 1], "stopped": "stop"})
+    return rows
+
+
+def read_choices(
+    forward: Callable[..., Any],
+    logits: torch.Tensor,
+    cache: Any,
+    mask: torch.Tensor,
+    *,
+    numbered: bool,
+    continuations: list[list[list[int]]],
+) -> list[dict[str, Any]]:
+    """The summed log-probability of each row's continuations, and these normalised over the choices.
+
+    Args:
+        forward: The model.
+        logits: (batch, vocab) after the prompt.
+        cache: The keys and values of the prompt; left as they are.
+        mask: (batch, n_tokens) the prompt's attention mask.
+        numbered: Whether `forward` takes position_ids.
+        continuations: (batch, n_choices, n) token ids.
+
+    Returns:
+        One dict for each row: `choice_logprobs` in nats, and `choice_probs`, which sum to 1.
+    """
+    first = torch.log_softmax(logits.float(), dim=-1)
+    lengths = mask.sum(-1, keepdim=True)
+    columns = []
+    for choice in range(len(continuations[0])):
+        rows = [row[choice] for row in continuations]
+        longest = max(len(row) for row in rows)
+        ids = torch.tensor([row + [row[-1]] * (longest - len(row)) for row in rows], device=logits.device)
+        counted = torch.tensor([[place < len(row) for place in range(longest)] for row in rows]).to(ids.device)
+        logprobs = first[:, None]
+        if longest > 1:
+            places = torch.arange(longest - 1, device=ids.device)
+            where = {"position_ids": lengths + places} if numbered else {}
+            output = forward(
+                input_ids=ids[:, :-1],
+                attention_mask=torch.cat([mask, mask.new_ones(len(rows), longest - 1)], dim=1),
+                past_key_values=copy.deepcopy(cache),
+                use_cache=True,
+                **where,
+            )
+            logprobs = torch.cat([logprobs, torch.log_softmax(output.logits.float(), dim=-1)], dim=1)
+        of_ids = logprobs.gather(-1, ids[:, :, None])[:, :, 0]
+        columns.append((of_ids * counted).sum(-1))
+    summed = torch.stack(columns, dim=1)
+    return [
+        {"choice_logprobs": one, "choice_probs": probs}
+        for one, probs in zip(summed.tolist(), torch.softmax(summed, dim=-1).tolist(), strict=True)
+    ]

@@ -1,0 +1,193 @@
+"""A step of a plan as plain values: ints, strings, lists and tensors, which is all that may enter a context.
+
+A body travels to machines that do not have this package, so it never sees a `Cell`, a `Plan` or a tokenizer.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from patchscope_nn.cells import Cell
+from patchscope_nn.mappings import ResolvedMapping
+from patchscope_nn.models import Model, ModelInfo
+from patchscope_nn.plan import Plan, SourcePass, State, Step, TargetPass
+from patchscope_nn.spec import Choices, Generate, NextToken
+
+Work = dict[str, Any]
+
+
+def unpack(
+    plan: Plan, step: Step, *, source: Model, target: Model, mapping: ResolvedMapping, states: Mapping[State, Any]
+) -> Work:
+    """Everything one context needs, in plain values.
+
+    Args:
+        plan: The plan.
+        step: One of its steps.
+        source: M.
+        target: M*.
+        mapping: f.
+        states: The states carried in, by what they are.
+
+    Returns:
+        `sources` and `targets`, one entry for each pass; `carried`, tensors by number; `fresh`, the numbers of
+        the states read here; `keep`, those of the states that go out; and `mapping`.
+    """
+    wanted = [*step.carried, *(state for one in step.sources for state in one.states)]
+    numbers = {state: number for number, state in enumerate(wanted)}
+    scope = plan.sweep.scope
+    # In a fused step both sides are rows of one batch, and so padded to one width.
+    width = plan.width(step) if step.context == "fused" else 0
+    return {
+        "sources": [_source(plan, one, numbers, source.info, width) for one in step.sources],
+        "targets": [_target(plan, one, numbers, target, width) for one in step.targets],
+        "carried": {numbers[state]: states[state].clone() for state in step.carried},
+        "fresh": [numbers[state] for one in step.sources for state in one.states],
+        "keep": [numbers[state] for state in step.kept],
+        "mapping": [mapping.kind, mapping.call],
+        "source_paths": _paths(source.info, scope.source.site),
+        "target_paths": _paths(target.info, scope.target.site),
+    }
+
+
+def _paths(info: ModelInfo, site: str) -> dict[str, str]:
+    """Where a site is, as text: the list of blocks, and the part inside one (empty for its output)."""
+    part = {"residual": "", "attention": info.architecture.attention, "mlp": info.architecture.mlp}[site]
+    return {"blocks": info.architecture.blocks, "part": part or ""}
+
+
+def _batch(rows: Sequence[tuple[int, ...]], info: ModelInfo, width: int) -> Work:
+    """Left-padded ids, their mask and positions, as keyword arguments of the model."""
+    width = max(width, *(len(row) for row in rows))
+    ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    if "position_ids" in info.architecture.arguments:
+        inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp_min(0)
+    return inputs
+
+
+def _by_layer(entries: Iterable[tuple[int, Any]]) -> list[list[Any]]:
+    """Entries grouped by layer, in the order a forward reaches them (the embedding's -1 first)."""
+    groups: dict[int, list[Any]] = {}
+    for layer, entry in entries:
+        groups.setdefault(layer, []).append(entry)
+    return [[layer, groups[layer]] for layer in sorted(groups)]
+
+
+def _source(
+    plan: Plan, one: SourcePass, numbers: Mapping[State, int], info: ModelInfo, width: int
+) -> Work:
+    prompts = [plan.sweep.source_prompts[prompt].ids for prompt in one.prompts]
+    inputs = _batch(prompts, info, width)
+    width = inputs["input_ids"].shape[1]
+    rows = {prompt: row for row, prompt in enumerate(one.prompts)}
+    places = {prompt: width - len(plan.sweep.source_prompts[prompt].ids) for prompt in one.prompts}
+    reads, finals = [], []
+    for state in one.states:
+        entry = [numbers[state], rows[state.prompt], [places[state.prompt] + at for at in state.positions]]
+        if state.layer is None:
+            finals.append(entry)
+        else:
+            reads.append((state.layer, entry))
+    keep = width - min((positions[-1] for _, _, positions in finals), default=width - 1)
+    return {
+        "inputs": inputs,
+        "options": _options(info, keep=keep, cache=False),
+        "reads": _by_layer(reads),
+        "finals": [[number, row, positions[-1] - width] for number, row, positions in finals],
+    }
+
+
+def _options(info: ModelInfo, *, keep: int, cache: bool) -> Work:
+    options: Work = {"use_cache": cache} if info.architecture.caches else {}
+    if "logits_to_keep" in info.architecture.arguments:
+        options["logits_to_keep"] = keep
+    return options
+
+
+def _target(
+    plan: Plan, one: TargetPass, numbers: Mapping[State, int], target: Model, width: int
+) -> Work:
+    cells = [plan.cells[cell] for cell in one.cells]
+    prompts = [plan.sweep.target_prompts[cell.target_prompt].ids for cell in cells]
+    inputs = _batch(prompts, target.info, width)
+    width = inputs["input_ids"].shape[1]
+    writes = [
+        (cell.target_layer, _write(cell, row, width - len(prompts[row]), numbers))
+        for row, cell in enumerate(cells)
+        if cell.target_layer is not None
+    ]
+    readout = _readout(plan, cells, numbers, target)
+    from_end = readout["position"]
+    readout["positions"] = [from_end if from_end < 0 else from_end - len(prompt) for prompt in prompts]
+    return {
+        "inputs": inputs,
+        "options": _options(target.info, keep=-min(readout["positions"]), cache=readout["caches"]),
+        "writes": _by_layer(writes),
+        "readout": readout,
+    }
+
+
+def _write(cell: Cell, row: int, pad: int, numbers: Mapping[State, int]) -> list[Any]:
+    if cell.source_prompt is None or cell.source_positions is None:
+        raise ValueError("a cell that is written has a source")
+    state = State(cell.source_prompt, cell.source_positions, cell.source_layer)
+    seed = cell.seed if cell.control == "random" else None
+    return [numbers[state], row, [pad + at for at in cell.target_positions], seed]
+
+
+def _readout(plan: Plan, cells: Sequence[Cell], numbers: Mapping[State, int], target: Model) -> Work:
+    readout, resolved = plan.sweep.scope.readout, plan.sweep.resolved
+    work: Work = {"name": readout.name, "position": -1, "caches": False}
+    if isinstance(readout, NextToken):
+        before = [
+            None if cell.reference is None else numbers[State(cell.reference[0], (cell.reference[1],), None)]
+            for cell in cells
+        ]
+        work |= {
+            "position": readout.position,
+            "top_k": readout.top_k,
+            "references": [list(resolved[cell.row].reference_ids) for cell in cells],
+            "before": before,
+            "from_source": readout.reference == "source",
+        }
+    elif isinstance(readout, Generate):
+        stops = stop_ids(target.tokenizer, readout.stop) if readout.stop else ()
+        work |= {
+            "caches": True,
+            "max_new_tokens": readout.max_new_tokens,
+            "eos": list(eos_ids(target)),
+            "stops": list(stops),
+            "temperature": readout.temperature,
+            "seeds": [cell.seed for cell in cells],
+        }
+    elif isinstance(readout, Choices):
+        work |= {
+            "caches": True,
+            "continuations": [[list(ids) for ids in resolved[cell.row].continuations] for cell in cells],
+        }
+    return work
+
+
+def eos_ids(model: Model) -> tuple[int, ...]:
+    """The ids that end a text: those of the generation config, and the tokenizer's."""
+    config = getattr(model.module, "generation_config", None)
+    given = getattr(config, "eos_token_id", None)
+    ids = given if isinstance(given, list) else [given]
+    return tuple(dict.fromkeys(one for one in [*ids, model.tokenizer.eos_token_id] if one is not None))
+
+
+@functools.lru_cache(maxsize=32)
+def stop_ids(tokenizer: Any, stop: str) -> tuple[int, ...]:
+    """The tokens whose text holds a stop string.
+
+    A row that decodes one can stop; a stop string spread over tokens ends no row early, and is cut from the
+    text afterwards all the same.
+    """
+    pieces = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
+    return tuple(token for token, piece in enumerate(pieces) if stop in piece)

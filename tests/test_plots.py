@@ -1,0 +1,322 @@
+"""Figures hold the numbers of the table, its controls, and no markup of what a model said."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from patchscope_nn.errors import InputError
+from patchscope_nn.plots import (
+    figures,
+    layer_curve,
+    layer_means,
+    layer_pair_heatmap,
+    metric_columns,
+    numbers,
+    shorten,
+    text_heatmap,
+    text_width,
+    visible,
+)
+
+WORDS = (
+    " Paris",
+    " the",
+    " a",
+    "\n",
+    " Wales",
+    " princess",
+    " 東京",
+    " 🙂",
+    "<b>",
+    " of",
+    " شكرا",
+    " Country",
+)
+NASTY = (
+    "</script><script>alert(1)</script><!-- \"'& <b>bold</b> %{y} 🙂 שלום \u202e\x00\x1b\ud800 \n\n"
+    + "z" * 10_000
+)
+TEXTS = ("Country in Europe", "the capital city of France, on the Seine", "a princess\nof Wales", "Queen")
+
+
+def make_table(
+    readout: str = "next_token",
+    *,
+    n_rows: int = 20,
+    layers: Sequence[int] = range(12),
+    target_layers: Sequence[int] | None = None,
+    controls: Sequence[str] = ("unpatched", "random"),
+    positions: Sequence[int] = (3,),
+    seed: int = 0,
+) -> pd.DataFrame:
+    """A tidy table as a run makes it (DESIGN section 4); without target layers, a write goes where it was read."""
+    generator = np.random.default_rng(seed)
+    places: list[tuple[int, str | None, int, int | None, int | None]] = []
+    for row in range(n_rows):
+        for control in (None, *controls):
+            if control == "unpatched":
+                places.append((row, control, 0, None, None))
+                continue
+            places += [
+                (row, control, position, source, target)
+                for position in positions
+                for source in layers
+                for target in (target_layers or [source])
+            ]
+    cells = [_cell(readout, place=place, top=max(layers) or 1, generator=generator) for place in places]
+    table = pd.DataFrame(cells)
+    return table.astype({"source_layer": "Int64", "target_layer": "Int64"})
+
+
+def _cell(
+    readout: str,
+    *,
+    place: tuple[int, str | None, int, int | None, int | None],
+    top: int,
+    generator: np.random.Generator,
+) -> dict[str, Any]:
+    row, control, position, source, target = place
+    skill = 0.9 * ((source or 0) / top) if control is None else 0.1
+    cell: dict[str, Any] = {
+        "row": row,
+        "control": control,
+        "source_prompt": f"In sentence number {row}, the Eiffel Tower is in the city of",
+        "source_position": None if source is None else [position],
+        "source_token": [] if source is None else [WORDS[position % len(WORDS)]],
+        "source_layer": source,
+        "target_prompt": "cat -> cat; 1135 -> 1135; hello -> hello; ?",
+        "target_position": [17],
+        "target_token": ["?"],
+        "target_layer": target,
+        "source_model": "builtin:smollm2-135m-instruct",
+        "target_model": "builtin:smollm2-135m-instruct",
+        "mapping": "identity",
+    }
+    unpatched = np.random.default_rng(1) if control == "unpatched" else generator
+    probs = np.sort(unpatched.dirichlet(np.full(5, 0.6)))[::-1]
+    words = [str(word) for word in unpatched.permutation(WORDS)[:5]]
+    if readout == "next_token":
+        hit = float(generator.random() < skill)
+        cell |= {"top_tokens": words, "top_ids": list(range(5)), "top_probs": probs.tolist()}
+        cell |= {"entropy_nats": 1.5, "surprisal_nats": float(8 * (1 - skill) + generator.random())}
+        cell |= {"precision_at_1": hit}
+    elif readout == "generate":
+        cell |= {"text": TEXTS[int(unpatched.integers(4))], "stopped": "length"}
+        cell |= {"rouge_l": float(skill * generator.random())}
+    else:
+        options = ["yes", "no", "perhaps"]
+        odds = (probs[:3] / probs[:3].sum()).tolist()
+        cell |= {"choices": options, "choice_logprobs": np.log(odds).tolist(), "choice_probs": odds}
+        cell |= {"choice": options[0], "accuracy": float(skill > 0.5)}
+    return cell | {"error": None}
+
+
+def names(figure: Any) -> set[str]:
+    return {trace.name for trace in figure.data}
+
+
+def test_curve_means_equal_pandas() -> None:
+    table = make_table()
+    figure = layer_curve(table, metric="precision_at_1")
+    curve = next(trace for trace in figure.data if trace.name == "patched")
+    expected = table[table["control"].isna()].groupby("source_layer")["precision_at_1"].mean()
+    np.testing.assert_allclose(curve.y, expected.to_numpy())
+    np.testing.assert_array_equal(curve.x, expected.index)
+
+
+def test_curve_draws_every_control_and_unpatched_across() -> None:
+    table = make_table(controls=("unpatched", "random", "shuffled"), layers=range(-1, 11))
+    figure = layer_curve(table, metric="precision_at_1")
+    controls = {f"{name} (control)" for name in ("unpatched", "random", "shuffled")}
+    assert names(figure) == controls | {"patched", "95 % interval"}
+    flat = next(trace for trace in figure.data if trace.name == "unpatched (control)")
+    assert set(flat.y) == {table[table["control"] == "unpatched"]["precision_at_1"].mean()}
+    assert min(flat.x) == -1
+    assert max(flat.x) == 10
+    assert all(trace.line.dash != "solid" for trace in figure.data if trace.name in controls)
+    assert "embed" in figure.layout.xaxis.ticktext
+
+
+def test_band_holds_the_mean_is_seeded_and_draws_rows() -> None:
+    table = make_table("generate")
+    means = layer_means(table, metric="rouge_l")
+    assert (means["low"] <= means["mean"]).all()
+    assert (means["mean"] <= means["high"]).all()
+    pd.testing.assert_frame_equal(means, layer_means(table, metric="rouge_l"))
+    doubled = pd.concat([table, table])  # the same rows twice are no new evidence
+    pd.testing.assert_frame_equal(means, layer_means(doubled, metric="rouge_l"))
+
+
+def test_one_row_has_no_band() -> None:
+    table = make_table(n_rows=1)
+    assert "95 % interval" not in names(layer_curve(table, metric="precision_at_1"))
+
+
+def test_layer_pairs_become_a_heatmap_with_controls() -> None:
+    table = make_table(n_rows=3, layers=range(4), target_layers=range(5))
+    figure = layer_curve(table, metric="precision_at_1")
+    patched = next(trace for trace in figure.data if trace.type == "heatmap")
+    real = table[table["control"].isna()]
+    expected = real.pivot_table(index="target_layer", columns="source_layer", values="precision_at_1")
+    np.testing.assert_allclose(np.asarray(patched.z), expected.to_numpy())
+    panels = [note.text for note in figure.layout.annotations]
+    assert panels == ["patched", "random (control)"]
+    assert "unpatched (control)" in figure.layout.title.text
+    assert len(layer_pair_heatmap(table, metric="precision_at_1").data) == 2
+
+
+def test_one_source_layer_is_drawn_by_target_layer() -> None:
+    figure = layer_curve(make_table(n_rows=3, layers=[5], target_layers=range(6)), metric="precision_at_1")
+    assert figure.layout.xaxis.title.text == "target layer"
+    assert len(next(trace for trace in figure.data if trace.name == "patched").x) == 6
+
+
+@pytest.mark.parametrize(("readout", "scale"), [("next_token", 1), ("choices", 1), ("generate", 1)])
+def test_text_heatmap_shows_words_with_unpatched_on_top(readout: str, scale: int) -> None:
+    table = make_table(readout, n_rows=5)
+    if readout == "generate":
+        table.loc[table["control"] == "unpatched", "rouge_l"] = 0.25
+    figure = text_heatmap(table)
+    lines = list(figure.layout.yaxis.ticktext)
+    assert lines[0] == "unpatched"
+    assert len(lines) == 1 + 2 * 5
+    assert sum(line.startswith("random:") for line in lines) == 5
+    (heatmap,) = figure.data
+    assert heatmap.colorbar.title.text in {"probability", "rouge_l"}
+    assert np.isfinite(np.asarray(heatmap.z, dtype=float)).all()
+    assert "layer 3" in heatmap.hovertext[1][3]
+
+
+def test_text_heatmap_puts_differing_unpatched_cells_beside() -> None:
+    table = make_table(n_rows=3)
+    table["target_prompt"] = [f"target {row}: ?" for row in table["row"]]
+    unpatched = table["control"] == "unpatched"
+    table.loc[unpatched, "top_probs"] = pd.Series([[0.1 * (1 + i), 0.01] for i in range(len(table))])
+    figure = text_heatmap(table)
+    assert figure.layout.xaxis.ticktext[0] == "unpatched"
+    assert "unpatched" not in figure.layout.yaxis.ticktext
+
+
+def test_text_heatmap_names_tokens_when_one_prompt_has_many() -> None:
+    figure = text_heatmap(make_table(n_rows=1, positions=range(6), controls=()))
+    assert list(figure.layout.yaxis.ticktext)[:2] == ["Paris (0)", "the (1)"]
+    assert "attention sink" in figure.data[0].hovertext[0][0]
+    assert "attention sink" not in figure.data[0].hovertext[1][0]
+
+
+def test_text_heatmap_is_capped_and_says_so() -> None:
+    figure = text_heatmap(make_table(n_rows=50, layers=range(2)))
+    assert "first 40 of 50 rows" in figure.layout.title.text
+    assert len(figure.layout.yaxis.ticktext) == 41
+
+
+def test_failed_cells_are_crosses() -> None:
+    table = make_table(n_rows=2)
+    table.at[3, "error"] = "CUDA <oom>"
+    table.at[3, "top_tokens"] = None
+    cross = text_heatmap(table).data[-1]
+    assert cross.marker.symbol == "x-thin"
+    assert "CUDA &lt;oom&gt;" in cross.hovertext[0]
+
+
+def test_hostile_text_is_escaped_and_short() -> None:
+    table = make_table("generate", n_rows=2, layers=range(3))
+    table["text"] = NASTY
+    table["source_prompt"] = NASTY
+    table["source_token"] = [[NASTY] for _ in range(len(table))]
+    figure = text_heatmap(table)
+    shown = figure.to_json().replace("<br>", "")
+    assert "<" not in shown.replace("<extra></extra>", "")
+    assert not any(ord(character) < 32 for character in json.loads(figure.to_json())["data"][0]["text"][0][0])
+    for trace in figure.data:
+        for labels, hovers in zip(trace.text, trace.hovertext, strict=True):
+            assert all(len(label) <= 60 for label in labels)
+            assert all(len(hover) < 2500 for hover in hovers)
+
+
+def test_parquet_round_trip_draws_the_same(tmp_path: Path) -> None:
+    table = make_table(n_rows=3)
+    table.to_parquet(tmp_path / "cells.parquet")
+    again = pd.read_parquet(tmp_path / "cells.parquet")
+    for (title, before), (other, after) in zip(
+        figures(table, metrics=["precision_at_1"]), figures(again, metrics=["precision_at_1"]), strict=True
+    ):
+        assert title == other
+        assert before.to_json() == after.to_json()
+
+
+@pytest.mark.parametrize("readout", ["next_token", "generate", "choices"])
+def test_figures_leave_the_table_alone(readout: str) -> None:
+    table = make_table(readout, n_rows=3)
+    copy = table.copy(deep=True)
+    drawn = figures(table, metrics=metric_columns(table))
+    assert len(drawn) == 2
+    assert all(title and figure.data for title, figure in drawn)
+    pd.testing.assert_frame_equal(table, copy)
+
+
+def test_declared_metrics_come_first_under_either_name() -> None:
+    table = make_table(n_rows=2)
+    assert metric_columns(table) == ["precision_at_1"]
+    declared: list[Any] = [{"surprisal": {}}, "precision_at_1", "absent"]
+    assert metric_columns(table, declared=declared) == ["surprisal_nats", "precision_at_1"]
+
+
+def test_a_table_without_results_has_no_figures() -> None:
+    table = make_table("generate", n_rows=1, layers=range(2))
+    assert figures(table.iloc[:0]) == []
+    table["text"] = None
+    table["rouge_l"] = np.nan
+    assert figures(table) == []
+
+
+def test_wrong_columns_are_named() -> None:
+    table = make_table(n_rows=1)
+    with pytest.raises(InputError, match=r"metric='bleu' is not a column.*precision_at_1"):
+        layer_curve(table, metric="bleu")
+    with pytest.raises(InputError, match="value='bleu' is not a column"):
+        text_heatmap(table, value="bleu")
+    with pytest.raises(InputError, match="no text"):
+        text_heatmap(table.drop(columns="top_tokens"))
+
+
+def test_missing_plotly_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "plotly", None)
+    monkeypatch.setitem(sys.modules, "plotly.graph_objects", None)
+    with pytest.raises(InputError, match=r"pip install 'patchscope-nn\[report\]'"):
+        layer_curve(make_table(n_rows=1), metric="precision_at_1")
+
+
+def test_import_does_not_load_plotly() -> None:
+    code = "import patchscope_nn.plots, sys; sys.exit('plotly' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [("a\nb", "a⏎b"), ("\t", "⇥"), ("\x00", "␀"), ("\x9b", "⟨U+009B⟩"), ("\u202e", "⟨U+202E⟩")]
+    + [("\ud800", "\ufffd"), ("👩\u200d💻", "👩\u200d💻"), ("שלום", "שלום"), (None, "")],
+)
+def test_visible(given: str | None, expected: str) -> None:
+    assert visible(given) == expected
+
+
+def test_shorten_counts_columns_and_keeps_either_end() -> None:
+    assert shorten("abcdefgh", width=5) == "abcd…"
+    assert shorten("abcdefgh", width=5, tail=True) == "…efgh"
+    assert text_width(shorten("東京" * 10, width=12)) <= 12
+    assert shorten("abc", width=12) == "abc"
+    assert len(shorten("e" + "\u0301" * 10_000, width=12)) <= 50
+
+
+def test_numbers_take_what_a_table_may_hold() -> None:
+    given = pd.Series([1, True, None, pd.NA, "x", [1.0], np.float32(2)], dtype=object)
+    np.testing.assert_array_equal(numbers(given), [1, 1, np.nan, np.nan, np.nan, np.nan, 2])
+    np.testing.assert_array_equal(numbers(pd.Series([1, None], dtype="Int64")), [1, np.nan])
