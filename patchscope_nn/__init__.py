@@ -1,0 +1,76 @@
+"""patchscope_nn: ask a language model, in its own words, what one of its hidden states means.
+
+A Patchscope (Ghandeharioun et al. 2024, arXiv 2401.06102) takes the hidden state at a position and layer of
+a source prompt, maps it, writes it into a target prompt, and reads what the model then says.
+
+Names are imported when they are first used, so that `import patchscope_nn` costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from patchscope_nn import prompts
+    from patchscope_nn.errors import InputError, PatchscopeError, RunError
+    from patchscope_nn.execute import run
+    from patchscope_nn.mappings import Affine
+    from patchscope_nn.models import Model, load
+    from patchscope_nn.positions import Each, Span
+    from patchscope_nn.quick import explain
+    from patchscope_nn.recipe import Recipe, load_recipe
+    from patchscope_nn.runs import Run, load_run
+    from patchscope_nn.spec import Choices, Generate, Hidden, NextToken, Patchscope, Source, Target
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "errors": ("InputError", "PatchscopeError", "RunError"),
+    "execute": ("run",),
+    "quick": ("explain",),
+    "mappings": ("Affine",),
+    "models": ("Model", "load"),
+    "positions": ("Each", "Span"),
+    "recipe": ("Recipe", "load_recipe"),
+    "runs": ("Run", "load_run"),
+    "spec": ("Choices", "Generate", "Hidden", "NextToken", "Patchscope", "Source", "Target"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "Affine",
+    "Choices",
+    "Each",
+    "Generate",
+    "Hidden",
+    "InputError",
+    "Model",
+    "NextToken",
+    "Patchscope",
+    "PatchscopeError",
+    "Recipe",
+    "Run",
+    "RunError",
+    "Source",
+    "Span",
+    "Target",
+    "explain",
+    "load",
+    "load_recipe",
+    "load_run",
+    "prompts",
+    "run",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "prompts":
+        return importlib.import_module("patchscope_nn.prompts")
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'patchscope_nn' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"patchscope_nn.{_HOME_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

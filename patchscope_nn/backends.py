@@ -18,15 +18,15 @@ from patchscope_nn.unpack import Work, unpack
 
 
 class Backend(Protocol):
-    """Runs one step.
+    """Runs one step."""
 
-    Attributes:
-        name: How manifests call it.
-        remote: Whether each request runs one model only.
-    """
+    @property
+    def name(self) -> str:
+        """How manifests call it."""
 
-    name: str
-    remote: bool
+    @property
+    def remote(self) -> bool:
+        """Whether each request runs one model only."""
 
     def run(self, context: Context, work: Work, *, source: Model, target: Model) -> Results:
         """Open the context, run the step, and give back what `emit` gives."""
@@ -91,7 +91,7 @@ def execute(
         backend: Where the contexts are opened.
 
     Yields:
-        For each step its cells, each with its raw readout.
+        For each step its cells, in the sweep's order, each with its raw readout.
 
     Raises:
         RunError: A step gave another number of rows than it has cells.
@@ -105,9 +105,9 @@ def execute(
         numbers = {state: place for place, state in enumerate([*step.carried, *fresh])}
         states.update({state: results["kept"][numbers[state]] for state in step.kept})
         states = {state: value for state, value in states.items() if last_use.get(state, -1) > number}
-        done = []
+        done: list[tuple[int, dict[str, Any]]] = []
         for one, rows in zip(step.targets, results["passes"], strict=True):
             if len(rows) != len(one.cells):
                 raise RunError(f"a pass of {len(one.cells)} cells gave {len(rows)} results.")
-            done.extend((plan.cells[cell], row) for cell, row in zip(one.cells, rows, strict=True))
-        yield done
+            done.extend(zip(one.cells, rows, strict=True))
+        yield [(plan.cells[cell], row) for cell, row in sorted(done, key=lambda pair: pair[0])]

@@ -13,6 +13,7 @@ import hashlib
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from patchscope_nn.errors import DataError, InputError, LayerError, PositionError
 from patchscope_nn.models import Model, ModelInfo
@@ -160,6 +161,14 @@ def _can_stand_in(other: ResolvedRow, one: ResolvedRow) -> bool:
     return other.source_prompt != one.source_prompt and fits
 
 
+class _Write(NamedTuple):
+    """What is written where: the (prompt, positions, layer) that is read, i*, and l*; None for nothing."""
+
+    source: tuple[int, Together, int] | None
+    target_positions: Together
+    target_layer: int | None
+
+
 class _Maker:
     """Steps 2 and 3: pairs and their controls, each with its key."""
 
@@ -175,20 +184,20 @@ class _Maker:
             # Where nothing is compared, the source's position makes no difference to an unpatched run.
             own = [one.source_positions[place if self.resolver.compares else 0] for place, *_ in pairs]
             for positions, written in dict.fromkeys(zip(own, (pair[2] for pair in pairs), strict=True)):
-                yield self._cell(row, one, "unpatched", positions, None, written, None)
+                yield self._cell(row, one, "unpatched", positions, _Write(None, written, None))
         for place, layer, written, target_layer in pairs:
             positions = one.source_positions[place]
-            source = (one.source_prompt, positions, layer)
-            yield self._cell(row, one, None, positions, source, written, target_layer)
+            patch = _Write((one.source_prompt, positions, layer), written, target_layer)
+            yield self._cell(row, one, None, positions, patch)
             if "random" in controls:
-                yield self._cell(row, one, "random", positions, source, written, target_layer)
+                yield self._cell(row, one, "random", positions, patch)
             if other is not None:
                 theirs = other.source_positions[min(place, len(other.source_positions) - 1)]
-                source = (other.source_prompt, theirs, layer)
-                yield self._cell(row, one, "shuffled", positions, source, written, target_layer)
+                shuffled = _Write((other.source_prompt, theirs, layer), written, target_layer)
+                yield self._cell(row, one, "shuffled", positions, shuffled)
 
     def _pairs(self, one: ResolvedRow) -> Iterator[tuple[int, int, Together, int]]:
-        """(which source position, l, i*, l*) of every real cell."""
+        """Yield (which source position, l, i*, l*) for every real cell."""
         count = len(self.resolver.targets.encoded[one.target_prompt].ids)
         for place, positions in enumerate(one.source_positions):
             for written in one.target_positions or (positions,):
@@ -200,8 +209,8 @@ class _Maker:
     def _same(self, layer: int) -> int:
         if layer >= self.depth:
             raise LayerError(
-                f"target.layer: same pairs layer {layer} of the source with layer {layer} of the target, whose "
-                f"blocks are 0..{self.depth - 1}.",
+                f"target.layer: same pairs layer {layer} of the source with layer {layer} of the target, "
+                f"whose blocks are 0..{self.depth - 1}.",
                 hint="Narrow source.layer, or give target.layer as a list.",
             )
         return layer
@@ -229,17 +238,10 @@ class _Maker:
             )
 
     def _cell(
-        self,
-        row: int,
-        one: ResolvedRow,
-        control: Control | None,
-        positions: Together,
-        source: tuple[int, Together, int] | None,
-        written: Together,
-        target_layer: int | None,
+        self, row: int, one: ResolvedRow, control: Control | None, positions: Together, patch: _Write
     ) -> Cell:
-        """`positions` are the row's own, of which the last is compared; `source` is what is read."""
-        prompt, read, layer = source or (None, None, None)
+        """`positions` are the row's own, of which the last is compared."""
+        (prompt, read, layer), written, target_layer = patch.source or (None, None, None), *patch[1:]
         reference = (one.source_prompt, positions[-1]) if self.resolver.compares else None
         sources, targets = self.resolver.sources, self.resolver.targets
         content = (

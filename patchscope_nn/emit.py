@@ -71,13 +71,13 @@ def _untracked(*models: Any) -> Iterator[None]:
 def _session(model: Any, work: Work, remote: Literal[False, "local"]) -> Results:
     with model.session(remote=remote):
         results = nnsight.save(_in_session(model, model, work))
-    return results
+    return results  # noqa: RET504 (a context's body binds a name; it cannot return)
 
 
 def _nested(source: Any, target: Any, work: Work) -> Results:
     with target.session():
         results = nnsight.save(_in_session(source, target, work))
-    return results
+    return results  # noqa: RET504 (the same)
 
 
 def _bridged(source: Any, target: Any, work: Work, remote: Literal[False, "local"]) -> Results:
@@ -152,25 +152,25 @@ def _fused(model: Any, work: Work, remote: Literal[False, "local"]) -> Results:
         with tracer.invoke():
             states.update(_in_finals(model.output.logits, source["finals"]))
             first = len(source["inputs"]["input_ids"])
-            rows = nnsight.save(_in_fused_readout(model, model.output, target, states, written, first))
+            given = {"states": states, "written": written, "first": first}
+            rows = nnsight.save(_in_fused_readout(model, model.output, target, given))
     return {"passes": [rows], "kept": {}}
 
 
-def _in_fused_readout(
-    model: Any, output: Any, one: Work, states: dict[int, torch.Tensor], written: dict[int, Any], first: int
-) -> list[dict[str, Any]]:
-    """The target's rows stand behind the source's, from row `first` on."""
+def _in_fused_readout(model: Any, output: Any, one: Work, given: Work) -> list[dict[str, Any]]:
+    """Read out the target's rows, which stand behind the source's, from row `first` on."""
+    first = given["first"]
     if one["readout"]["name"] == "hidden":
-        return _in_hidden(one, written)
+        return _in_hidden(one, given["written"])
     output.logits = output.logits[first:]
     if one["readout"]["caches"]:
         rows = torch.arange(first, first + len(output.logits), device=output.logits.device)
         output.past_key_values.batch_select_indices(rows)
-    return _in_readout(model, output, one, states)
+    return _in_readout(model, output, one, given["states"])
 
 
 def _in_site(model: Any, paths: dict[str, str], layer: int) -> Any:
-    """The tensor at a layer: (batch, n_tokens, d_model). Blocks give a tensor, or a tuple that starts with it."""
+    """The tensor at a layer, (batch, n_tokens, d_model). Modules give it, or a tuple that starts with it."""
     part = model
     for name in paths["blocks"].split("."):
         part = getattr(part, name)
@@ -226,9 +226,7 @@ def _in_hidden(one: Work, written: dict[int, torch.Tensor]) -> list[dict[str, An
     return [{"hidden": written[row].float().tolist() if row in written else None} for row in rows]
 
 
-def _in_readout(
-    model: Any, output: Any, one: Work, states: dict[int, torch.Tensor]
-) -> list[dict[str, Any]]:
+def _in_readout(model: Any, output: Any, one: Work, states: dict[int, torch.Tensor]) -> list[dict[str, Any]]:
     """Call the readout a pass asks for. The prompt has been read: nothing from here on is patched."""
     readout, logits = one["readout"], output.logits
     mask = one["inputs"]["attention_mask"].to(logits.device)

@@ -1,15 +1,15 @@
 """The exceptions of patchscope_nn, each with a hint that says what to do next.
 
-    PatchscopeError
-    ├── InputError            something given is wrong; the command line exits with 2
-    │   ├── SpecError         a field of a Patchscope or recipe, with all its problems
-    │   ├── PositionError     a position that names no token of its prompt
-    │   ├── LayerError        a layer that the model does not have
-    │   ├── MappingError      a mapping that does not fit between the two hidden spaces
-    │   ├── ModelError        a model that cannot be found, or is no decoder
-    │   ├── DataError         data that cannot be read, is empty, or lacks a column
-    │   └── FolderError       a run folder that belongs to something else
-    └── RunError              the run itself failed; the command line exits with 1
+PatchscopeError
+├── InputError            something given is wrong; the command line exits with 2
+│   ├── SpecError         a field of a Patchscope or recipe, with all its problems
+│   ├── PositionError     a position that names no token of its prompt
+│   ├── LayerError        a layer that the model does not have
+│   ├── MappingError      a mapping that does not fit between the two hidden spaces
+│   ├── ModelError        a model that cannot be found, or is no decoder
+│   ├── DataError         data that cannot be read, is empty, or lacks a column
+│   └── FolderError       a run folder that belongs to something else
+└── RunError              the run itself failed; the command line exits with 1
 """
 
 from __future__ import annotations

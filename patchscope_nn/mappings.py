@@ -50,7 +50,7 @@ class Affine(torch.nn.Module):
         Returns:
             (..., d_out).
         """
-        return torch.nn.functional.linear(states, self.weight, self.bias)  # type: ignore[arg-type]  # buffers
+        return torch.nn.functional.linear(states, self.weight, self.bias)
 
     @classmethod
     def load(cls, file: str | Path) -> Affine:
@@ -154,7 +154,7 @@ def _check_shape(call: Any, name: str, *, source: ModelInfo, target: ModelInfo) 
     if not isinstance(given, torch.Tensor) or tuple(given.shape) != expected:
         shape = tuple(given.shape) if isinstance(given, torch.Tensor) else type(given).__name__
         raise MappingError(
-            f"mapping {name} gives {shape} for states of shape {tuple(states.shape)}; it should give {expected}.",
+            f"mapping {name} gives {shape} for states of shape {tuple(states.shape)}; should be {expected}.",
             hint=f"It maps {source.name} (d_model {source.d_model}) to {target.name} ({target.d_model}).",
         )
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from patchscope_nn.errors import InputError, did_you_mean
+from patchscope_nn.errors import DataError, did_you_mean
 from patchscope_nn.spec import Choices, Generate, NextToken, Readout
 
 Columns = Mapping[str, Any]
@@ -102,7 +102,9 @@ def _longest_common_subsequence(ours: Sequence[str], theirs: Sequence[str]) -> i
     for word in ours:
         before = lengths[:]
         for place, other in enumerate(theirs, start=1):
-            lengths[place] = before[place - 1] + 1 if word == other else max(before[place], lengths[place - 1])
+            lengths[place] = (
+                before[place - 1] + 1 if word == other else max(before[place], lengths[place - 1])
+            )
     return lengths[-1]
 
 
@@ -192,7 +194,25 @@ def check_metrics(uses: Sequence[MetricUse], readout: Readout) -> list[str]:
     return found
 
 
-def compute_metrics(uses: Sequence[MetricUse], columns: Columns, row: Mapping[str, Any]) -> dict[str, float | None]:
+def check_columns(uses: Sequence[MetricUse], rows: Sequence[Mapping[str, Any]]) -> None:
+    """Check that every data row has the columns the metrics read.
+
+    Raises:
+        DataError: A parameter names a column that a row does not have.
+    """
+    for use in uses:
+        for name, column in use.parameters:
+            for number, row in enumerate(rows):
+                if column not in row:
+                    raise DataError(
+                        f"metrics.{use.name}.{name}={column!r} is no column of data row {number}.",
+                        hint=did_you_mean(column, list(row)),
+                    )
+
+
+def compute_metrics(
+    uses: Sequence[MetricUse], columns: Columns, row: Mapping[str, Any]
+) -> dict[str, float | None]:
     """The metrics of one cell.
 
     Args:
@@ -202,15 +222,5 @@ def compute_metrics(uses: Sequence[MetricUse], columns: Columns, row: Mapping[st
 
     Returns:
         One number, or None, for each.
-
-    Raises:
-        InputError: A parameter names a column that the data does not have.
     """
-    for use in uses:
-        for name, column in use.parameters:
-            if column not in row:
-                raise InputError(
-                    f"metrics.{use.name}.{name}={column!r} is no column of the data.",
-                    hint=did_you_mean(column, list(row)),
-                )
     return {use.name: METRICS[use.name].compute(columns, row, **dict(use.parameters)) for use in uses}

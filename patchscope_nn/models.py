@@ -296,7 +296,9 @@ def _explained(name: str) -> Iterator[None]:
     except (OSError, ValueError, KeyError) as error:
         if isinstance(error, ModelError):
             raise
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        reason = next(
+            (line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__
+        )
         raise ModelError(f"the model {name!r} could not be loaded: {reason}", hint=_hint(name)) from error
 
 

@@ -179,8 +179,10 @@ def plan(
             hint=f"Use {' or '.join(allowed)}, or auto.",
         )
     budget = _Budget(sweep, cells, max_rows=max_rows, max_tokens=max_tokens)
-    usual = allowed[0] if context in ("auto", "fused") else context
-    steps = tuple(_steps(sweep, cells, budget, usual))
+    usual: Context = "session" if one_model else ("nested" if "nested" in allowed else "bridged")
+    if context == "bridged":
+        usual = context
+    steps = tuple(_steps(cells, budget, usual))
     if context in ("auto", "fused") and one_model:
         steps = _fuse(sweep, cells, steps, forced=context == "fused")
     return Plan(sweep=sweep, cells=cells, steps=steps, max_rows=max_rows, max_tokens=max_tokens)
@@ -232,7 +234,7 @@ def _states(cell: Cell) -> Iterator[State]:
         yield State(prompt, (position,), None)
 
 
-def _steps(sweep: Sweep, cells: Sequence[Cell], budget: _Budget, context: Context) -> Iterator[Step]:
+def _steps(cells: Sequence[Cell], budget: _Budget, context: Context) -> Iterator[Step]:
     groups = list(budget.pack(range(len(cells)), budget.target_width, times=_PASSES_PER_STEP))
     needs = [dict.fromkeys(state for cell in group for state in _states(cells[cell])) for group in groups]
     of_prompt: dict[int, dict[State, None]] = {}
@@ -265,7 +267,7 @@ def _steps(sweep: Sweep, cells: Sequence[Cell], budget: _Budget, context: Contex
 
 
 def _fuse(sweep: Sweep, cells: Sequence[Cell], steps: tuple[Step, ...], *, forced: bool) -> tuple[Step, ...]:
-    """Step 5; a batch runs its layers in lock-step, so a state can only be written where it is not yet past."""
+    """Step 5: a batch runs its layers in lock-step, so a state is written only where it is not yet past."""
     few = sum(len(one.cells) for step in steps for one in step.targets) <= _FEW
     if not (forced or few):
         return steps
@@ -273,7 +275,8 @@ def _fuse(sweep: Sweep, cells: Sequence[Cell], steps: tuple[Step, ...], *, force
     single = all(len(step.sources) == 1 == len(step.targets) and not step.carried for step in steps)
     if unfit is None and single:
         return tuple(
-            Step(context="fused", sources=step.sources, targets=step.targets, kept=step.kept) for step in steps
+            Step(context="fused", sources=step.sources, targets=step.targets, kept=step.kept)
+            for step in steps
         )
     if not forced:
         return steps
@@ -295,5 +298,3 @@ def _in_order(sweep: Sweep, cell: Cell) -> bool:
     if cell.source_layer == cell.target_layer:
         return sweep.scope.source.site == sweep.scope.target.site
     return cell.source_layer < cell.target_layer
-
-

@@ -8,6 +8,7 @@ passes through `visible` (control characters become signs one can see) and is th
 from __future__ import annotations
 
 import html
+import re
 import textwrap
 import unicodedata
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -40,30 +41,25 @@ REAL = "patched"
 _INK = "#7a7f87"  # one grey that can be read on white and on near-black
 _LINES = {REAL: ("#2b8cc4", "solid"), "random": ("#e69f00", "dash"), "shuffled": ("#cc79a7", "dot")}
 _OTHER_LINES = ("#8a8f98", "dashdot")
+_CIVIDIS_MIDDLE = 0.48  # white reads better below it, black above
 _FLAT = [[0.0, "#3b496c"], [1.0, "#3b496c"]]
 _SAID = {"top_tokens": "top next token", "text": "generated text", "choice": "chosen option"}
 _NO_LAYER = -2.0
 _SIGNS = {"\n": "⏎", "\r": "␍", "\t": "⇥", "\u2028": "⏎", "\u2029": "⏎", "\x7f": "␡"}
-_BIDI = frozenset("\u200e\u200f\u061c\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+_BIDI = "\u200e\u200f\u061c\u202a-\u202e\u2066-\u2069"  # they would reorder the text around them
+_UNSEEN = re.compile(f"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff{_BIDI}]")
 
 
 # ---- text ------------------------------------------------------------------------------------------
 
 
-def _sign(character: str, *, keep: str) -> str:
+def _sign(found: re.Match[str]) -> str:
     """One character as something that can be seen, and that can be written as UTF-8."""
-    if character in keep:
-        return character
-    if character in _SIGNS:
-        return _SIGNS[character]
-    if character in _BIDI:  # would reorder the text around it
-        return f"⟨U+{ord(character):04X}⟩"
-    kind = unicodedata.category(character)
-    if kind == "Cs":
+    character = found[0]
+    if "\ud800" <= character <= "\udfff":
         return "\ufffd"
-    if kind != "Cc":
-        return character
-    return chr(0x2400 + ord(character)) if ord(character) < 0x20 else f"⟨U+{ord(character):04X}⟩"  # noqa: PLR2004 - C0
+    unnamed = chr(0x2400 + ord(character)) if character < " " else f"⟨U+{ord(character):04X}⟩"
+    return _SIGNS.get(character, unnamed)
 
 
 def visible(text: object, *, keep: str = "") -> str:
@@ -76,7 +72,9 @@ def visible(text: object, *, keep: str = "") -> str:
     Returns:
         Text that is safe to encode, though not yet to put into HTML.
     """
-    return "" if text is None else "".join(_sign(character, keep=keep) for character in str(text))
+    if text is None:
+        return ""
+    return _UNSEEN.sub(lambda found: found[0] if found[0] in keep else _sign(found), str(text))
 
 
 def _width(character: str) -> int:
@@ -113,15 +111,17 @@ def shorten(text: object, *, width: int, tail: bool = False) -> str:
     return f"…{kept}" if tail else f"{kept}…"
 
 
-def _lines(text: object, *, limit: int = HOVER_CHARACTERS) -> str:
-    """Escaped hover text, wrapped, of at most about `limit` characters."""
-    wrapped = textwrap.wrap(shorten(text, width=limit), width=72, drop_whitespace=False)
+def _lines(shown: str) -> str:
+    """Visible text as escaped and wrapped hover text."""
+    wrapped = textwrap.wrap(shown, width=72, drop_whitespace=False)
     return "<br>".join(html.escape(line, quote=False) for line in wrapped)
 
 
 def token(text: object) -> str:
-    """A token between quotes, so that its spaces are seen."""
-    return f"'{shorten(text, width=40)}'"
+    """A token between quotes, so that its spaces are seen; isolated if it is written from the right."""
+    shown = f"'{shorten(text, width=40)}'"
+    turns = any(unicodedata.bidirectional(character) in ("R", "AL", "AN") for character in shown)
+    return f"\u2068{shown}\u2069" if turns else shown
 
 
 # ---- the table -------------------------------------------------------------------------------------
@@ -242,7 +242,7 @@ def _bootstrap(
     totals = draws @ counts
     means = np.divide(draws @ sums, totals, out=np.full_like(totals, np.nan), where=totals > 0)
     low, high = np.nanquantile(means, [0.025, 0.975], axis=0)
-    alone = n_rows < 2  # noqa: PLR2004 - one row says nothing about its spread
+    alone = n_rows < 2
     return np.where(alone, np.nan, low), np.where(alone, np.nan, high), n_rows
 
 
@@ -251,7 +251,7 @@ def _bootstrap(
 
 def _plotly() -> Any:
     try:
-        import plotly.graph_objects as module  # noqa: PLC0415 - optional, and slow to import
+        import plotly.graph_objects as module
     except ImportError as error:
         raise InputError(
             "Figures need plotly, which is not installed.", hint="pip install 'patchscope-nn[report]'"
@@ -273,6 +273,12 @@ def _style(figure: go.Figure, *, title: str, **layout: Any) -> go.Figure:
             "font": {"color": "#f4f5f7", "size": 12},
             "align": "left",
         },
+        modebar={
+            "bgcolor": "rgba(0,0,0,0)",
+            "remove": ["sendChartToCloud"],
+            "color": _INK,
+            "activecolor": "#2b8cc4",
+        },
         margin={"l": 56, "r": 16, "t": 64, "b": 48},
         **layout,
     )
@@ -287,7 +293,7 @@ def _layer_ticks(layers: Sequence[float]) -> dict[str, Any]:
     step = -(-len(blocks) // 16)
     ticks = blocks[::step] if step else []
     if -1 in layers:
-        ticks = [-1.0, *(tick for tick in ticks if tick > step or len(blocks) < 8)]  # noqa: PLR2004 - few ticks fit
+        ticks = [-1.0, *(tick for tick in ticks if tick > step or len(blocks) < 8)]
     return {"tickvals": ticks, "ticktext": [layer_name(tick) for tick in ticks]}
 
 
@@ -382,7 +388,7 @@ def layer_pair_heatmap(table: pd.DataFrame, *, metric: str) -> go.Figure:
         InputError: The table has no such metric, or plotly is not installed.
     """
     graph = _plotly()
-    from plotly.subplots import make_subplots  # noqa: PLC0415 - optional, and slow to import
+    from plotly.subplots import make_subplots
 
     means = layer_means(table, metric=metric)
     layered = means[means["source_layer"].notna()]
@@ -465,11 +471,15 @@ def text_heatmap(table: pd.DataFrame, *, value: str | None = None) -> go.Figure:
         for x, layer in enumerate(columns)
         if layer in line.cells
     ]
-    figure = graph.Figure(_text_traces(spots, records=records, labels=labels, shades=shades, scale=scale))
+    figure = graph.Figure(
+        list(_text_traces(spots, records=records, labels=labels, shades=shades, scale=scale))
+    )
     title = f"{_SAID[said].capitalize()} for each state{f', shaded by {scale}' if scale else ''}"
     title += f" (first {MAX_ROWS} of {n_rows} rows)" if n_rows > MAX_ROWS else ""
     cell_width = max(34, 8 + 7 * max((text_width(label) for label in labels), default=0))
-    _style(figure, title=title, height=130 + 25 * len(lines), width=300 + cell_width * len(columns))
+    _style(figure, title=title, height=160 + 25 * len(lines), width=230 + cell_width * len(columns))
+    if scale:
+        figure.update_layout(coloraxis=_colour_axis(shades, name=scale))
     names = [layer_name(layer) for layer in columns]
     figure.update_xaxes(
         title=f"{_layer_axis(table) or 'source_layer'}".replace("_", " "),
@@ -506,24 +516,28 @@ def _text_traces(
     """
     graph = _plotly()
     shape = (max((y for _, y, _ in spots), default=0) + 1, max((x for x, _, _ in spots), default=0) + 1)
-    for shaded in (False, True):
-        chosen = [spot for spot in spots if labels[spot[2]] and np.isfinite(shades[spot[2]]) == shaded]
+    low, high = _limits(shades)
+    bright = np.where(np.isfinite(shades), (shades - low) / (high - low) > _CIVIDIS_MIDDLE, False)
+    drawn = [i for _, _, i in spots if labels[i]]
+    for shaded, light in ((False, False), (True, False), (True, True)):
+        own = {i for i in drawn if np.isfinite(shades[i]) == shaded and bright[i] == light}
         z, text, hover = np.full(shape, np.nan), np.full(shape, "", object), np.full(shape, "", object)
-        for x, y, i in chosen:
-            z[y, x] = shades[i] if shaded else 0.0
-            text[y, x], hover[y, x] = html.escape(labels[i], quote=False), _hover(records[i], value=scale)
-        if chosen:
+        for x, y, i in spots:
+            if i in own:
+                z[y, x] = shades[i] if shaded else 0.0
+                text[y, x], hover[y, x] = html.escape(labels[i], quote=False), _hover(records[i], value=scale)
+        if own:
             yield graph.Heatmap(
                 z=z,
                 text=text,
                 hovertext=hover,
                 texttemplate="%{text}",
-                textfont={"size": 11},
+                textfont={"size": 11, "color": "#000000" if light else "#ffffff"},
                 hovertemplate="%{hovertext}<extra></extra>",
                 hoverongaps=False,
                 xgap=1,
                 ygap=1,
-                **_shading(z[np.isfinite(z)], name=scale if shaded else None),
+                **({"coloraxis": "coloraxis"} if shaded else {"colorscale": _FLAT, "showscale": False}),
             )
     failed = [spot for spot in spots if not labels[spot[2]]]
     if failed:
@@ -538,13 +552,22 @@ def _text_traces(
         )
 
 
-def _shading(values: np.ndarray, *, name: str | None) -> dict[str, Any]:
-    """The colour scale of a heatmap trace; numbers within 0..1 share one scale in all figures."""
-    if name is None:
-        return {"colorscale": _FLAT, "showscale": False}
-    unit = {"zmin": 0, "zmax": 1} if values.min() >= 0 and values.max() <= 1 else {}
-    bar = {"title": {"text": html.escape(name), "side": "right"}, "thickness": 12}
-    return {"colorscale": "Cividis", "colorbar": bar, **unit}
+def _limits(values: np.ndarray) -> tuple[float, float]:
+    """The ends of a colour scale; numbers within 0..1 share one scale in all figures."""
+    finite = values[np.isfinite(values)]
+    if not finite.size or (finite.min() >= 0 and finite.max() <= 1):
+        return 0.0, 1.0
+    low, high = float(finite.min()), float(finite.max())
+    return low, high if high > low else low + 1.0
+
+
+def _colour_axis(values: np.ndarray, *, name: str) -> dict[str, Any]:
+    """The scale, and its bar above on the left: of a wide figure the right end may be out of view."""
+    low, high = _limits(values)
+    place = {"orientation": "h", "x": 0, "xanchor": "left", "y": 1, "yanchor": "bottom", "ypad": 6}
+    size = {"thickness": 10, "lenmode": "pixels", "len": 240, "nticks": 5}
+    bar = {"title": {"text": html.escape(name), "side": "top"}, **place, **size}
+    return {"colorscale": "Cividis", "cmin": low, "cmax": high, "colorbar": bar}
 
 
 def _shades(table: pd.DataFrame, *, value: str | None) -> tuple[np.ndarray, str | None]:
@@ -600,8 +623,10 @@ def _hover(cell: dict[Any, Any], *, value: str | None) -> str:
             for name in measured
             if isinstance(cell[name], int | float) and not is_null(cell[name])
         ),
-        f"text: {cell['text']}" if not is_null(cell.get("text")) else None,
-        f"error: {cell['error']}" if not is_null(cell.get("error")) else None,
+        f"text: {shorten(cell['text'], width=HOVER_CHARACTERS)}" if not is_null(cell.get("text")) else None,
+        f"error: {shorten(cell['error'], width=HOVER_CHARACTERS)}"
+        if not is_null(cell.get("error"))
+        else None,
     ]
     return "<br>".join(_lines(part) for part in parts if part)
 

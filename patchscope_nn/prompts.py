@@ -138,9 +138,9 @@ def encode(prompt: PromptSpec, tokenizer: Any, *, field: str) -> Encoded:
     if isinstance(prompt, str):
         encoded = _encode_text(prompt, tokenizer, special=True)
     elif isinstance(prompt[0], int):
-        encoded = _encode_ids(prompt, tokenizer, field=field)  # type: ignore[arg-type]  # ints all through
+        encoded = _encode_ids(prompt, tokenizer, field=field)
     else:
-        encoded = _encode_text(_chat_text(prompt, tokenizer, field=field), tokenizer, special=False)  # type: ignore[arg-type]  # messages all through
+        encoded = _encode_text(_chat_text(prompt, tokenizer, field=field), tokenizer, special=False)
     if not encoded.ids:
         raise InputError(f"{field}={prompt!r} has no tokens.", hint="Give a prompt with some text in it.")
     return encoded

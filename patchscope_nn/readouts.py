@@ -158,7 +158,9 @@ def read_choices(
         rows = [row[choice] for row in continuations]
         longest = max(len(row) for row in rows)
         ids = torch.tensor([row + [row[-1]] * (longest - len(row)) for row in rows], device=logits.device)
-        counted = torch.tensor([[place < len(row) for place in range(longest)] for row in rows]).to(ids.device)
+        counted = torch.tensor([[place < len(row) for place in range(longest)] for row in rows]).to(
+            ids.device
+        )
         logprobs = first[:, None]
         if longest > 1:
             places = torch.arange(longest - 1, device=ids.device)

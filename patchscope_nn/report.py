@@ -101,9 +101,9 @@ def _template() -> jinja2.Template:
 
 
 def _plotly_js() -> Markup:
-    from plotly.offline import get_plotlyjs  # noqa: PLC0415 - optional; `figures` has found it by now
+    from plotly.offline import get_plotlyjs
 
-    return Markup(get_plotlyjs())  # noqa: S704 - plotly's own source, which nothing of the run reaches
+    return Markup(get_plotlyjs())
 
 
 def _json(value: object) -> Markup:
@@ -111,7 +111,7 @@ def _json(value: object) -> Markup:
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     for character in "<>&":
         text = text.replace(character, f"\\u{ord(character):04x}")
-    return Markup(text)  # noqa: S704 - escaped for its place in the two lines above
+    return Markup(text)
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:
@@ -211,7 +211,8 @@ def _headline(table: pd.DataFrame, *, metric: str) -> str:
     ]
     controls = [f"{mean['control']} {mean['mean']:.3g}" for mean in here]
     beside = f"; its controls there: {', '.join(controls)}" if controls else ""
-    return f"Mean {metric} is {'lowest' if lower else 'highest'} at {places}: {best['mean']:.3g}{spread}{beside}."
+    most = "lowest" if lower else "highest"
+    return f"Mean {metric} is {most} at {places}: {best['mean']:.3g}{spread}{beside}."
 
 
 def _facts(table: pd.DataFrame, *, manifest: Mapping[str, Any]) -> list[tuple[str, str]]:

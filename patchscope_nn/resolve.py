@@ -94,9 +94,7 @@ class Resolver:
         self.sources = Prompts("source", source, more=0)
         self.targets = Prompts("target", target, more=more)
         self.compares = isinstance(readout, NextToken) and _compares(readout, source, target)
-        self.layers = resolve_layers(
-            scope.source.layer, n_layers=source.info.n_layers, field="source.layer"
-        )
+        self.layers = resolve_layers(scope.source.layer, n_layers=source.info.n_layers, field="source.layer")
         self.target_layers = (
             None
             if scope.target.layer == "same"

@@ -9,6 +9,7 @@ Nothing here imports torch, so a recipe can be checked in milliseconds.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias, get_args
 
@@ -138,7 +139,7 @@ class Generate(Spec):
     name: ClassVar[str] = "generate"
     max_new_tokens: Annotated[int, Field(ge=1)] = 20
     stop: Annotated[str, Field(min_length=1)] | None = None
-    temperature: Annotated[float, Field(ge=0)] = 0.0
+    temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     seed: Annotated[int, Field(ge=0)] = 0
 
 
@@ -188,7 +189,9 @@ def _parse_readout(value: Any) -> Any:
         if name in READOUTS:
             return {name: {} if fields is None else fields}
         raise ValueError(f"{name!r} is no readout. {did_you_mean(str(name), list(READOUTS))}")
-    raise ValueError(f"{value!r} is no readout; give one of {', '.join(READOUTS)}, for example generate: {{}}")
+    raise ValueError(
+        f"{value!r} is no readout; give one of {', '.join(READOUTS)}, for example generate: {{}}"
+    )
 
 
 def _unwrap(value: Any) -> Any:
@@ -297,15 +300,18 @@ def problems(error: _ValidationError, model: type[BaseModel]) -> list[Problem]:
     """
     found: dict[str, Problem] = {}
     for detail in error.errors(include_url=False):
-        loc = tuple(part for part in detail["loc"] if isinstance(part, int) or _is_name(part))
+        *above, last = detail["loc"] or ("",)
+        # An unknown field is spelt as the user spelt it, with any marks it has.
+        given = (last,) if detail["type"] == "extra_forbidden" or _is_name(last) else ()
+        loc = (*filter(_is_name, above), *given)
         field = ".".join(str(part) for part in loc)
         found.setdefault(field, Problem(field=field, message=_message(detail, loc, model)))
     return list(found.values())
 
 
-def _is_name(part: str) -> bool:
+def _is_name(part: int | str) -> bool:
     """Pydantic adds the names of its own validators to a path; a field has none of these marks."""
-    return not any(mark in part for mark in "[(-")
+    return isinstance(part, int) or not any(mark in part for mark in "[(-")
 
 
 def _message(detail: Any, loc: tuple[int | str, ...], model: type[BaseModel]) -> str:
@@ -318,10 +324,17 @@ def _message(detail: Any, loc: tuple[int | str, ...], model: type[BaseModel]) ->
     if kind == "value_error":
         return text
     shown = repr(given)
+    if kind == "literal_error":
+        allowed = _QUOTED.findall(detail["ctx"]["expected"])
+        return f"{shown} is not allowed here. {did_you_mean(str(given), allowed)}"
+    text = _YAML_WORDS.get(kind, text)
     return f"{text[0].lower()}{text[1:]}; given {shown if len(shown) <= _SHOWN else shown[:_SHOWN] + '...'}"
 
 
 _SHOWN = 80
+_QUOTED = re.compile(r"'([^']*)'")
+#: Pydantic speaks of Python's types; the user may be writing YAML.
+_YAML_WORDS = {"model_type": "should be a mapping of fields", "tuple_type": "should be a list"}
 
 
 def _fields(model: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:

@@ -21,7 +21,13 @@ Work = dict[str, Any]
 
 
 def unpack(
-    plan: Plan, step: Step, *, source: Model, target: Model, mapping: ResolvedMapping, states: Mapping[State, Any]
+    plan: Plan,
+    step: Step,
+    *,
+    source: Model,
+    target: Model,
+    mapping: ResolvedMapping,
+    states: Mapping[State, Any],
 ) -> Work:
     """Everything one context needs, in plain values.
 
@@ -34,8 +40,8 @@ def unpack(
         states: The states carried in, by what they are.
 
     Returns:
-        `sources` and `targets`, one entry for each pass; `carried`, tensors by number; `fresh`, the numbers of
-        the states read here; `keep`, those of the states that go out; and `mapping`.
+        `sources` and `targets`, one entry for each pass; `carried`, tensors by number; `fresh`, the numbers
+        of the states read here; `keep`, those of the states that go out; and `mapping`.
     """
     wanted = [*step.carried, *(state for one in step.sources for state in one.states)]
     numbers = {state: number for number, state in enumerate(wanted)}
@@ -56,7 +62,7 @@ def unpack(
 
 def _paths(info: ModelInfo, site: str) -> dict[str, str]:
     """Where a site is, as text: the list of blocks, and the part inside one (empty for its output)."""
-    part = {"residual": "", "attention": info.architecture.attention, "mlp": info.architecture.mlp}[site]
+    part = "" if site == "residual" else getattr(info.architecture, site)
     return {"blocks": info.architecture.blocks, "part": part or ""}
 
 
@@ -79,15 +85,14 @@ def _by_layer(entries: Iterable[tuple[int, Any]]) -> list[list[Any]]:
     return [[layer, groups[layer]] for layer in sorted(groups)]
 
 
-def _source(
-    plan: Plan, one: SourcePass, numbers: Mapping[State, int], info: ModelInfo, width: int
-) -> Work:
+def _source(plan: Plan, one: SourcePass, numbers: Mapping[State, int], info: ModelInfo, width: int) -> Work:
     prompts = [plan.sweep.source_prompts[prompt].ids for prompt in one.prompts]
     inputs = _batch(prompts, info, width)
     width = inputs["input_ids"].shape[1]
     rows = {prompt: row for row, prompt in enumerate(one.prompts)}
     places = {prompt: width - len(plan.sweep.source_prompts[prompt].ids) for prompt in one.prompts}
-    reads, finals = [], []
+    reads: list[tuple[int, list[Any]]] = []
+    finals: list[list[Any]] = []
     for state in one.states:
         entry = [numbers[state], rows[state.prompt], [places[state.prompt] + at for at in state.positions]]
         if state.layer is None:
@@ -110,9 +115,7 @@ def _options(info: ModelInfo, *, keep: int, cache: bool) -> Work:
     return options
 
 
-def _target(
-    plan: Plan, one: TargetPass, numbers: Mapping[State, int], target: Model, width: int
-) -> Work:
+def _target(plan: Plan, one: TargetPass, numbers: Mapping[State, int], target: Model, width: int) -> Work:
     cells = [plan.cells[cell] for cell in one.cells]
     prompts = [plan.sweep.target_prompts[cell.target_prompt].ids for cell in cells]
     inputs = _batch(prompts, target.info, width)

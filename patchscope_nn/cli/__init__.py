@@ -1,0 +1,24 @@
+"""The command line, `patchscope`: parsing and printing only.
+
+Exit codes: 0 done, 1 the run failed, 2 bad input, 130 interrupted (the run can be resumed).
+"""
+
+from __future__ import annotations
+
+import sys
+
+from patchscope_nn.cli.commands import app
+from patchscope_nn.cli.printing import print_error
+from patchscope_nn.errors import InputError, PatchscopeError
+
+
+def main() -> None:
+    """Run the command line, and turn the package's errors into messages and exit codes."""
+    try:
+        app(prog_name="patchscope")
+    except PatchscopeError as error:
+        print_error(error, as_json="--json" in sys.argv)
+        sys.exit(2 if isinstance(error, InputError) else 1)
+
+
+__all__ = ["app", "main"]

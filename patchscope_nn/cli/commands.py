@@ -1,0 +1,231 @@
+"""The commands. Each imports what it needs when it runs, so that `--help` and `lint` answer at once."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from patchscope_nn import __version__
+from patchscope_nn.cli import options, printing
+from patchscope_nn.cli.options import Context, LogLevel
+
+app = typer.Typer(
+    help="Ask a language model, in its own words, what one of its hidden states means.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+_INTERRUPTED = 130
+
+
+def _version(wanted: bool) -> None:  # noqa: FBT001 (typer's callback)
+    if wanted:
+        printing.out(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    *,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Ask a language model, in its own words, what one of its hidden states means."""
+
+
+@app.command()
+def explain(
+    prompt: Annotated[str, typer.Argument(help="The source prompt.")],
+    *,
+    position: Annotated[
+        str, typer.Option(help="Which token: an index (-1 is the last) or a text of the prompt.")
+    ] = "-1",
+    layer: Annotated[str, typer.Option(help="Which layers: all, 5, [0, 4, 8] or 0:10.")] = "all",
+    target_layer: Annotated[str, typer.Option(help="Where to write: same, or as --layer.")] = "same",
+    max_new_tokens: Annotated[int, typer.Option(help="The most tokens to generate.", min=1)] = 16,
+    model: options.Model = None,
+    source_model: options.SourceModel = None,
+    target_model: options.TargetModel = None,
+    dtype: options.Dtype = "auto",
+    device_map: options.DeviceMap = None,
+    remote: options.Remote = None,
+    json: options.Json = False,
+    log_level: options.Level = LogLevel.warning,  # noqa: ARG001 (acted on by its callback)
+) -> None:
+    """The quick look: layer by layer, what the model says a hidden state is."""
+    with printing.waiting("loading the model", quiet=json):
+        from patchscope_nn.quick import explain as quick_look
+
+        models = _load(source_model or model, target_model or model, dtype, device_map)
+    look = quick_look(
+        prompt,
+        position=options.parse_selector(position),
+        layer=options.parse_selector(layer),
+        target_layer=options.parse_selector(target_layer),
+        max_new_tokens=max_new_tokens,
+        remote=options.remote_value(remote),
+        progress=printing.Progress("explaining", quiet=json),
+        **models,
+    )
+    printing.print_look(look, as_json=json)
+
+
+@app.command()
+def run(
+    recipe: options.Recipe,
+    *,
+    model: options.Model = None,
+    source_model: options.SourceModel = None,
+    target_model: options.TargetModel = None,
+    dtype: options.Dtype = "auto",
+    device_map: options.DeviceMap = None,
+    remote: options.Remote = None,
+    out: options.Out = None,
+    sets: options.Sets = None,
+    limit: options.Limit = None,
+    context: options.ContextName = Context.auto,
+    max_rows: options.MaxRows = 128,
+    max_tokens: options.MaxTokens = 4096,
+    json: options.Json = False,
+    log_level: options.Level = LogLevel.warning,  # noqa: ARG001 (acted on by its callback)
+) -> None:
+    """Run a recipe. The same command again resumes it, and computes no finished cell twice."""
+    from patchscope_nn.execute import run_prepared
+
+    prepared = _prepare(
+        recipe,
+        sets=sets,
+        limit=limit,
+        models=(model, source_model, target_model),
+        loading=(dtype, device_map),
+        quiet=json,
+    )
+    folder = out or prepared.default_folder
+    command = shlex.join(["patchscope", *sys.argv[1:]])
+    try:
+        finished = run_prepared(
+            prepared,
+            out=folder,
+            remote=options.remote_value(remote),
+            context=context.value,
+            max_rows=max_rows,
+            max_tokens=max_tokens,
+            progress=printing.Progress(str(prepared.recipe["name"]), quiet=json),
+            command=command,
+        )
+    except KeyboardInterrupt:
+        printing.note(f"\nInterrupted. What is done is kept in {folder}; go on with:\n  {command}")
+        raise typer.Exit(_INTERRUPTED) from None
+    printing.print_run(finished, as_json=json)
+
+
+@app.command()
+def plan(
+    recipe: options.Recipe,
+    *,
+    model: options.Model = None,
+    source_model: options.SourceModel = None,
+    target_model: options.TargetModel = None,
+    dtype: options.Dtype = "auto",
+    device_map: options.DeviceMap = None,
+    remote: options.Remote = None,
+    sets: options.Sets = None,
+    limit: options.Limit = None,
+    context: options.ContextName = Context.auto,
+    max_rows: options.MaxRows = 128,
+    max_tokens: options.MaxTokens = 4096,
+    json: options.Json = False,
+    log_level: options.Level = LogLevel.warning,  # noqa: ARG001 (acted on by its callback)
+) -> None:
+    """Show what would run, before it runs: contexts, passes, rows and tokens."""
+    from patchscope_nn.plan import plan as make_plan
+
+    prepared = _prepare(
+        recipe,
+        sets=sets,
+        limit=limit,
+        models=(model, source_model, target_model),
+        loading=(dtype, device_map),
+        quiet=json,
+    )
+    made = make_plan(
+        prepared.sweep,
+        context=context.value,
+        max_rows=max_rows,
+        max_tokens=max_tokens,
+        remote=remote is not None,
+    )
+    printing.print_plan(made, folder=prepared.default_folder, as_json=json)
+
+
+@app.command()
+def recipes(*, json: options.Json = False) -> None:
+    """List the recipes that ship."""
+    from patchscope_nn.recipe import load_recipe, shipped
+
+    printing.print_recipes([load_recipe(name) for name in shipped()], as_json=json)
+
+
+@app.command()
+def lint(
+    files: Annotated[list[str], typer.Argument(help="Recipe files, or names of shipped recipes.")],
+    *,
+    json: options.Json = False,
+) -> None:
+    """Check recipes without loading a model: every problem at once, each with its line."""
+    from patchscope_nn.recipe import lint as problems_of
+
+    found = {file: problems_of(file) for file in files}
+    printing.print_problems(found, as_json=json)
+    if any(found.values()):
+        raise typer.Exit(2)
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, finished or not.")],
+    *,
+    json: options.Json = False,
+) -> None:
+    """Build a run's HTML report again."""
+    from patchscope_nn.runs import load_run
+
+    printing.print_report(load_run(folder).report(), as_json=json)
+
+
+def _load(source: str | None, target: str | None, dtype: str, device_map: str | None) -> dict[str, Any]:
+    """M and M* as `prepare` takes them: loaded as the options say, and once where they are the same."""
+    from patchscope_nn import builtin
+    from patchscope_nn.models import load
+
+    source = source or builtin.NAME
+    loaded = {name: load(name, dtype=dtype, device_map=device_map) for name in {source, target or source}}
+    return {"source_model": loaded[source], "target_model": loaded[target or source]}
+
+
+def _prepare(
+    recipe: str,
+    *,
+    sets: list[str] | None,
+    limit: int | None,
+    models: tuple[str | None, str | None, str | None],
+    loading: tuple[str, str | None],
+    quiet: bool,
+) -> Any:
+    from patchscope_nn.recipe import find, load_recipe
+
+    parsed = load_recipe(recipe, sets=sets or ())
+    model, source, target = models
+    source = source or model or parsed.source.model or parsed.model
+    target = target or model or parsed.target.model
+    with printing.waiting("loading the model", quiet=quiet):
+        from patchscope_nn.prepare import prepare
+
+        loaded = _load(source, target, *loading)
+        return prepare(parsed, limit=limit, base=find(recipe).parent, **loaded)

@@ -1,0 +1,102 @@
+"""The options that commands share. Every one can also be set by a `PATCHSCOPE_...` variable."""
+
+from __future__ import annotations
+
+import logging
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, TypeAlias
+
+import typer
+
+from patchscope_nn.errors import InputError
+
+
+def _option(*names: str, help: str, **more: Any) -> Any:  # noqa: A002 (typer's own name for it)
+    variable = "PATCHSCOPE_" + names[0].removeprefix("--").upper().replace("-", "_")
+    return typer.Option(*names, help=help, envvar=variable, show_envvar=False, **more)
+
+
+class LogLevel(StrEnum):
+    """How much is logged to stderr."""
+
+    debug = "debug"
+    info = "info"
+    warning = "warning"
+    error = "error"
+
+
+def _set_log_level(level: LogLevel) -> LogLevel:
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("patchscope_nn").setLevel(level.upper())
+    return level
+
+
+Recipe: TypeAlias = Annotated[str, typer.Argument(help="A recipe's name (see `patchscope recipes`) or file.")]
+Model: TypeAlias = Annotated[
+    str | None, _option("--model", help="Hugging Face id, folder or builtin:... ; both M and M*.")
+]
+SourceModel: TypeAlias = Annotated[str | None, _option("--source-model", help="M, whose states are read.")]
+TargetModel: TypeAlias = Annotated[str | None, _option("--target-model", help="M*, which explains them.")]
+Dtype: TypeAlias = Annotated[
+    str, _option("--dtype", help="float32, bfloat16, float16, or auto for the checkpoint's own.")
+]
+DeviceMap: TypeAlias = Annotated[
+    str | None, _option("--device-map", help="Passed to transformers: cpu, cuda, auto, ...")
+]
+Remote: TypeAlias = Annotated[
+    str | None, _option("--remote", help="`local` rehearses a remote run in this process.", metavar="[local]")
+]
+Out: TypeAlias = Annotated[
+    Path | None, _option("--out", help="The run's folder; runs/NAME-HASH unless given.")
+]
+Sets: TypeAlias = Annotated[
+    list[str] | None,
+    _option("--set", help="Change a field of the recipe: key.path=value. Repeatable.", metavar="KEY=VALUE"),
+]
+Limit: TypeAlias = Annotated[int | None, _option("--limit", help="The most data rows.", min=1)]
+Json: TypeAlias = Annotated[bool, _option("--json", help="Print JSON instead of tables.")]
+Level: TypeAlias = Annotated[
+    LogLevel, _option("--log-level", help="How much to log.", callback=_set_log_level)
+]
+MaxRows: TypeAlias = Annotated[int, _option("--max-rows", help="The most rows of a forward pass.", min=1)]
+MaxTokens: TypeAlias = Annotated[
+    int, _option("--max-tokens", help="The most tokens of a forward pass, padding included.", min=1)
+]
+
+
+class Context(StrEnum):
+    """How source and target share an nnsight context."""
+
+    auto = "auto"
+    fused = "fused"
+    session = "session"
+    nested = "nested"
+    bridged = "bridged"
+
+
+ContextName: TypeAlias = Annotated[
+    Context, _option("--context", help="How source and target share an nnsight context.")
+]
+
+
+def remote_value(given: str | None) -> bool | str:
+    """What `--remote` gives to `run`."""
+    return False if given is None else given
+
+
+def parse_selector(text: str) -> Any:
+    """A layer or position as YAML reads it: `3`, `[1, 2]`, `0:10`, `all`, or a text.
+
+    Raises:
+        InputError: The text is no YAML.
+    """
+    import yaml
+
+    if ":" in text and not text.startswith(("{", "[")):
+        # `0:10` and `first:x` are texts here, where YAML 1.1 sees a base-60 number or a mapping.
+        return text
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"{text!r} cannot be read: {error}") from error

@@ -1,0 +1,244 @@
+"""What the command line prints: results on stdout, progress and notes on stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from patchscope_nn.errors import PatchscopeError, Problem, SpecError
+
+if TYPE_CHECKING:
+    from patchscope_nn.plan import Plan
+    from patchscope_nn.quick import Look
+    from patchscope_nn.recipe import Recipe
+    from patchscope_nn.runs import Run
+
+_PLAIN_EVERY_S = 5.0
+
+
+def out(text: str) -> None:
+    """Print a result."""
+    sys.stdout.write(f"{text}\n")
+
+
+def note(text: str) -> None:
+    """Print something that is no result."""
+    sys.stderr.write(f"{text}\n")
+
+
+def out_json(value: Any) -> None:
+    """Print a result as JSON."""
+    out(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def print_error(error: PatchscopeError, *, as_json: bool) -> None:
+    """Print an error of the package: what was wrong, and what to do."""
+    if as_json:
+        found = error.problems if isinstance(error, SpecError) else ()
+        said = {"error": error.message, "hint": error.hint, "problems": [asdict(one) for one in found]}
+        out_json(said)
+    else:
+        note(f"error: {error.message}" + (f"\n  hint: {error.hint}" if error.hint else ""))
+
+
+@contextmanager
+def waiting(what: str, *, quiet: bool) -> Iterator[None]:
+    """Say what takes its time."""
+    if quiet or not sys.stderr.isatty():
+        yield
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status(f"{what} ..."):
+        yield
+
+
+class Progress:
+    """A bar on a terminal; elsewhere a plain line every few seconds.
+
+    Args:
+        what: What is being done.
+        quiet: Print nothing.
+    """
+
+    def __init__(self, what: str, *, quiet: bool) -> None:
+        self.what, self.quiet = what, quiet
+        self._bar: Any = None
+        self._started = self._said = time.monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        """Show that `done` of `total` cells are done."""
+        if self.quiet:
+            return
+        if sys.stderr.isatty():
+            self._show(done, total)
+            return
+        now = time.monotonic()
+        if done == total or now - self._said >= _PLAIN_EVERY_S:
+            self._said = now
+            note(f"{self.what}: {done} of {total} cells, {now - self._started:.0f} s")
+
+    def _show(self, done: int, total: int) -> None:
+        if self._bar is None:
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+            from rich.progress import Progress as Bar
+
+            columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+            self._bar = Bar(*columns, TimeRemainingColumn(), console=Console(stderr=True))
+            self._bar.start()
+            self._bar.add_task(self.what, total=total)
+        self._bar.update(self._bar.task_ids[0], completed=done, total=total)
+        if done == total:
+            self._bar.stop()
+
+
+def _table(*headers: str, title: str | None = None) -> Any:
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for header in headers:
+        table.add_column(header, overflow="fold")
+    return table
+
+
+def _print(*things: Any) -> None:
+    from rich.console import Console
+
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 110)
+    for thing in things:
+        console.print(thing, markup=False)
+
+
+def _cell(text: str) -> Any:
+    """Model text for a terminal: nothing of it is markup, and control characters are shown, not obeyed."""
+    from rich.text import Text
+
+    shown = "".join(
+        char if char.isprintable() else {"\n": "⏎", "\t": "→"}.get(char, f"\\x{ord(char):02x}")
+        for char in text
+    )
+    return Text(shown)
+
+
+def print_look(look: Look, *, as_json: bool) -> None:
+    """Print a quick look: the unpatched control on top, then layer by layer."""
+    if as_json:
+        out_json(asdict(look))
+        return
+    same = all(one.layer == one.target_layer for one in look.says)
+    table = _table("layer" if same else "layer -> layer", "the model says it is", "next token", "p")
+    for one in look.says:
+        if one.layer is None:
+            name = "unpatched"
+        else:
+            layer = "embed" if one.layer < 0 else str(one.layer)
+            name = layer if same else f"{layer} -> {one.target_layer}"
+        style = "dim" if one.layer is None else None
+        table.add_row(
+            name, _cell(one.text.strip() or "…"), _cell(one.next_token), f"{one.probability:.2f}", style=style
+        )
+    where = ", ".join(f"{at} {token!r}" for at, token in zip(look.position, look.token, strict=True))
+    _print(_cell(f"{look.model} on {look.prompt!r}, token {where}"), "", table)
+
+
+def print_run(run: Run, *, as_json: bool) -> None:
+    """Print what a run found, and where it is."""
+    report = run.path / "report.html" if run.path else None
+    shown = str(report) if report and report.exists() else None
+    if as_json:
+        summary = json.loads(run.summary().to_json(orient="records")) if run.metrics else []
+        out_json(
+            {
+                "folder": str(run.path),
+                "report": shown,
+                "cells": len(run.rows),
+                "hash": run.manifest["hash"],
+                "elapsed_s": run.manifest["timings"]["elapsed_s"],
+                "summary": summary,
+            }
+        )
+        return
+    if run.metrics:
+        _print(_summary(run))
+    _print("", f"{len(run.rows)} cells in {run.path}")
+    _print(f"report: {shown}" if shown else "no report: pip install 'patchscope-nn[report]'")
+
+
+def _summary(run: Run) -> Any:
+    """Layers down, metrics and controls across."""
+    summary = run.summary()
+    controls = list(dict.fromkeys(["patched", *summary["control"]]))
+    metrics = run.metrics
+    headers = [f"{metric}\n{control}" for metric in metrics for control in controls]
+    table = _table(
+        "layer\n",
+        *headers,
+        title=f"{run.manifest['recipe']['title']}\nmean over data rows, by source layer\n",
+    )
+    means = {
+        (None if layer is None or layer != layer else int(layer), control, metric): value  # noqa: PLR0124 (NaN)
+        for layer, control, *values in summary[["source_layer", "control", *metrics]]
+        .astype(object)
+        .values.tolist()
+        for metric, value in zip(metrics, values, strict=True)
+    }
+    layers = sorted({layer for layer, _, _ in means if layer is not None})
+    for layer in layers:
+        found = [
+            means.get((layer, control, metric), means.get((None, control, metric)))
+            for metric in metrics
+            for control in controls
+        ]
+        table.add_row(
+            "embed" if layer < 0 else str(layer), *("" if one is None else f"{one:.2f}" for one in found)
+        )
+    return table
+
+
+def print_plan(plan: Plan, *, folder: Path, as_json: bool) -> None:
+    """Print a plan as a tree, or its counts."""
+    if as_json:
+        out_json({"digest": plan.digest, "folder": str(folder), **plan.totals()})
+    else:
+        out(str(plan))
+        out(f"folder {folder}")
+
+
+def print_recipes(recipes: Sequence[Recipe], *, as_json: bool) -> None:
+    """Print the recipes that ship."""
+    rows = [{"name": one.name, "title": one.title, "paper": one.paper} for one in recipes]
+    if as_json:
+        out_json(rows)
+        return
+    table = _table("name", "what it asks", "from")
+    for row in rows:
+        table.add_row(row["name"], row["title"], row["paper"] or "")
+    _print(table)
+
+
+def print_problems(found: Mapping[str, Sequence[Problem]], *, as_json: bool) -> None:
+    """Print the problems of recipe files, as `file:line: field: message`."""
+    if as_json:
+        out_json({file: [asdict(one) for one in problems] for file, problems in found.items()})
+        return
+    for file, problems in found.items():
+        if not problems:
+            out(f"{file}: ok")
+        for one in problems:
+            line = f":{one.line}" if one.line is not None else ""
+            out(f"{file}{line}: {one.field + ': ' if one.field else ''}{one.message}")
+
+
+def print_report(file: Path, *, as_json: bool) -> None:
+    """Print where a report is."""
+    if as_json:
+        out_json({"report": str(file)})
+    else:
+        out(str(file))

@@ -1,0 +1,190 @@
+"""One execution, from a Patchscope or recipe to a Run.
+
+1. prepare (`prepare.py`): every error that is the user's shows there, before anything is written;
+2. plan what is not done yet;
+3. run it step by step, and write each step's cells before the next begins;
+4. write the table and the report.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import platform
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+from patchscope_nn.backends import Backend, backend_for, execute
+from patchscope_nn.models import ModelInfo
+from patchscope_nn.plan import MAX_ROWS, MAX_TOKENS, Context, Plan, plan
+from patchscope_nn.prepare import Prepared, prepare
+from patchscope_nn.recipe import Recipe
+from patchscope_nn.runs import InMemory, Manifest, Run, open_folder
+from patchscope_nn.spec import Patchscope
+from patchscope_nn.tables import columns_of, table_row
+
+#: What a run's manifest gives the versions of.
+_PACKAGES = ("patchscope-nn", "nnsight", "torch", "transformers", "tokenizers", "safetensors")
+Progress = Callable[[int, int], None]
+
+
+def run(
+    scope: Patchscope | Recipe | str | Path,
+    *,
+    out: str | Path | None = None,
+    remote: bool | str = False,
+    context: Context | Literal["auto"] = "auto",
+    max_rows: int = MAX_ROWS,
+    max_tokens: int = MAX_TOKENS,
+    progress: Progress | None = None,
+    **prepared: Any,
+) -> Run:
+    """Run a Patchscope or a recipe.
+
+    Args:
+        scope: A Patchscope, a recipe, or a recipe's name or file.
+        out: The run's folder; the same call again goes on where it was left. None keeps the run in memory.
+        remote: False for this process; `local` rehearses a remote run.
+        context: How source and target share a context; `auto` chooses.
+        max_rows: The most rows of a forward pass.
+        max_tokens: The most tokens of a forward pass, padding included.
+        progress: Called with (cells done, cells in all) after each step.
+        **prepared: `model`, `source_model`, `target_model`, `data`, `controls`, `metrics`, `seed`, `limit`
+            and `base`, as in `prepare`.
+
+    Returns:
+        The run.
+
+    Raises:
+        InputError: Something given is wrong; nothing has been written.
+        RunError: The run failed; with a folder, the same call goes on with it.
+    """
+    return run_prepared(
+        prepare(scope, **prepared),
+        out=out,
+        remote=remote,
+        context=context,
+        max_rows=max_rows,
+        max_tokens=max_tokens,
+        progress=progress,
+    )
+
+
+def run_prepared(
+    prepared: Prepared,
+    *,
+    out: str | Path | None = None,
+    remote: bool | str = False,
+    context: Context | Literal["auto"] = "auto",
+    max_rows: int = MAX_ROWS,
+    max_tokens: int = MAX_TOKENS,
+    progress: Progress | None = None,
+    command: str | None = None,
+) -> Run:
+    """Run what `prepare` prepared. Arguments as in `run`; `command` goes into the manifest."""
+    backend = backend_for(remote)
+    todo = functools.partial(
+        plan,
+        prepared.sweep,
+        context=context,
+        max_rows=max_rows,
+        max_tokens=max_tokens,
+        remote=backend.remote,
+    )
+    manifest = _manifest(prepared, todo(), backend, command)
+    started = time.monotonic()
+    with InMemory() if out is None else open_folder(Path(out), manifest) as store:
+        before = len(store.done)
+        for rows in _steps(prepared, todo(done=store.done), backend):
+            store.append(rows)
+            if progress:
+                progress(len(store.done), len(prepared.sweep.cells))
+        ordered = tuple(store.done[cell.key] for cell in prepared.sweep.cells)
+        session = _session(backend, cells=len(ordered) - before, elapsed_s=time.monotonic() - started)
+        manifest = _finished(store.manifest or manifest, session)
+        finished = Run(manifest=manifest, rows=ordered, path=store.path)
+        store.finish(finished)
+        if store.path is not None and importlib.util.find_spec("plotly"):
+            finished.report()
+    return finished
+
+
+def _steps(prepared: Prepared, todo: Plan, backend: Backend) -> Iterator[dict[str, dict[str, Any]]]:
+    """Table rows by key, step by step."""
+    results = execute(
+        todo, source=prepared.source, target=prepared.target, mapping=prepared.mapping, backend=backend
+    )
+    for step in results:
+        yield {
+            cell.key: table_row(
+                prepared.sweep,
+                cell,
+                raw,
+                tokenizer=prepared.target.tokenizer,
+                mapping=prepared.mapping.name,
+                uses=prepared.metrics,
+            )
+            for cell, raw in step
+        }
+
+
+def _manifest(prepared: Prepared, whole: Plan, backend: Backend, command: str | None) -> Manifest:
+    sweep = prepared.sweep
+    return {
+        "recipe": prepared.recipe,
+        "hash": prepared.digest,
+        "data_hash": prepared.data_hash,
+        "command": command,
+        "created": _now(),
+        "state": "running",
+        "n_rows": len(sweep.rows),
+        "n_cells": len(sweep.cells),
+        "columns": columns_of(sweep.scope.readout, prepared.metrics),
+        "models": {"source": _model(sweep.source), "target": _model(sweep.target)},
+        "mapping": {"name": prepared.mapping.name, "weights": prepared.mapping.digest},
+        "seed": prepared.recipe["seed"],
+        "backend": backend.name,
+        "plan": {"digest": whole.digest, **whole.totals()},
+        "sessions": [],
+        "timings": {"elapsed_s": 0.0},
+    }
+
+
+def _finished(manifest: Manifest, session: dict[str, Any]) -> Manifest:
+    """The manifest of a run that is done, with the session that ended it."""
+    if manifest["state"] == "finished" and not session["cells"]:
+        return manifest
+    sessions = [*manifest["sessions"], session]
+    elapsed = sum(one["elapsed_s"] for one in sessions)
+    return {
+        **manifest,
+        "state": "finished",
+        "sessions": sessions,
+        "versions": session["versions"],
+        "timings": {"elapsed_s": round(elapsed, 3)},
+    }
+
+
+def _session(backend: Backend, *, cells: int, elapsed_s: float) -> dict[str, Any]:
+    return {
+        "ended": _now(),
+        "cells": cells,
+        "elapsed_s": round(elapsed_s, 3),
+        "backend": backend.name,
+        "platform": platform.platform(),
+        "versions": {"python": platform.python_version()}
+        | {name: metadata.version(name) for name in _PACKAGES},
+    }
+
+
+def _model(info: ModelInfo) -> dict[str, Any]:
+    return {name: value for name, value in asdict(info).items() if name != "architecture"}
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

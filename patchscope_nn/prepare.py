@@ -1,0 +1,159 @@
+"""Preparing a run: models and data loaded, every cell resolved. Nothing runs and nothing is written.
+
+Every error that is the user's to mend shows here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from patchscope_nn import builtin
+from patchscope_nn.cells import Sweep, expand
+from patchscope_nn.data import DataSpec, fingerprint, load_rows
+from patchscope_nn.errors import Problem, SpecError
+from patchscope_nn.mappings import ResolvedMapping, resolve_mapping
+from patchscope_nn.metrics import MetricUse, check_columns, check_metrics, parse_metric
+from patchscope_nn.models import Model, load
+from patchscope_nn.recipe import Recipe, find, load_recipe
+from patchscope_nn.spec import Control, Patchscope
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """Everything a run needs, resolved and checked; nothing has run yet.
+
+    Attributes:
+        recipe: What is asked, as a plain mapping with all defaults.
+        sweep: The cells.
+        source: M.
+        target: M*.
+        mapping: f.
+        metrics: What is computed of each cell.
+        data_hash: Hex digest of the data rows.
+    """
+
+    recipe: Mapping[str, Any]
+    sweep: Sweep
+    source: Model
+    target: Model
+    mapping: ResolvedMapping
+    metrics: tuple[MetricUse, ...]
+    data_hash: str
+
+    @property
+    def digest(self) -> str:
+        """Hex digest of what decides the results: recipe, data, models, mapping; not how they are run."""
+        models = [(one.name, one.revision, one.dtype) for one in (self.sweep.source, self.sweep.target)]
+        said = [self.recipe, self.data_hash, models, self.mapping.name, self.mapping.digest]
+        return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+    @property
+    def default_folder(self) -> Path:
+        """`runs/NAME-HASH`: the same command finds the same folder."""
+        return Path("runs") / f"{self.recipe['name']}-{self.digest[:8]}"
+
+
+def prepare(
+    scope: Patchscope | Recipe | str | Path,
+    *,
+    model: Any = None,
+    source_model: Any = None,
+    target_model: Any = None,
+    data: Any = None,
+    controls: Sequence[Control] | None = None,
+    metrics: Sequence[Any] | None = None,
+    seed: int | None = None,
+    limit: int | None = None,
+    base: Path | None = None,
+) -> Prepared:
+    """Load and resolve what a run needs, and write nothing.
+
+    Args:
+        scope: A Patchscope, a recipe, or a recipe's name or file.
+        model: What `models.load` takes; None takes the recipe's, or the builtin model.
+        source_model: M, where it is not `model`.
+        target_model: M*, where it is not M.
+        data: Rows (a sequence of mappings), or a mapping as a recipe's `data`; None takes the recipe's, or a
+            single row without columns.
+        controls: Names of controls; None takes the recipe's.
+        metrics: Metrics as in a recipe; None takes the recipe's.
+        seed: The seed of random states, other rows and sampling; None takes the recipe's, or 0.
+        limit: The most data rows.
+        base: The folder that relative data files start from; None is the recipe's, or the current one.
+
+    Returns:
+        The run, prepared.
+
+    Raises:
+        InputError: Something given is wrong.
+    """
+    if isinstance(scope, str | Path):
+        base = base or find(scope).parent
+        scope = load_recipe(scope)
+    recipe = scope if isinstance(scope, Recipe) else None
+    patchscope = scope.scope if isinstance(scope, Recipe) else scope
+    uses = recipe.metrics if recipe and metrics is None else _metrics(metrics or (), patchscope)
+    rows = _rows(recipe.data if recipe and data is None else data, base=base, limit=limit)
+    check_columns(uses, rows)
+    chosen = tuple(recipe.controls if recipe and controls is None else controls or ())
+    seed = (recipe.seed if recipe else 0) if seed is None else seed
+    source, target = _models(patchscope, recipe, model, source_model, target_model)
+    asked = {
+        "name": recipe.name if recipe else "patchscope",
+        "title": recipe.title if recipe else "A Patchscope",
+        "paper": recipe.paper if recipe else None,
+        "model": source.info.name,
+        "data": recipe.model_dump(mode="json")["data"] if recipe and data is None else None,
+        **patchscope.model_dump(mode="json"),
+        "metrics": [use.dump() for use in uses],
+        "controls": list(chosen),
+        "seed": seed,
+    }
+    return Prepared(
+        recipe=asked,
+        sweep=expand(patchscope, rows=rows, controls=chosen, source=source, target=target, seed=seed),
+        source=source,
+        target=target,
+        mapping=resolve_mapping(patchscope.mapping, source=source.info, target=target.info),
+        metrics=uses,
+        data_hash=fingerprint(rows),
+    )
+
+
+def _metrics(given: Sequence[Any], scope: Patchscope) -> tuple[MetricUse, ...]:
+    try:
+        uses = tuple(parse_metric(one) for one in given)
+    except ValueError as error:
+        raise SpecError([Problem(field="metrics", message=str(error))]) from None
+    if found := check_metrics(uses, scope.readout):
+        raise SpecError(Problem(field="metrics", message=message) for message in found)
+    return uses
+
+
+def _rows(data: Any, *, base: Path | None, limit: int | None) -> list[dict[str, Any]]:
+    if data is None:
+        return [{}]
+    if isinstance(data, Mapping):
+        data = DataSpec(**data)
+    elif isinstance(data, Sequence):
+        data = DataSpec(rows=tuple(dict(row) for row in data))
+    return load_rows(data, base=base, limit=limit)
+
+
+def _models(
+    scope: Patchscope, recipe: Recipe | None, model: Any, source_model: Any, target_model: Any
+) -> tuple[Model, Model]:
+    """M and M*; what the caller names comes before what the recipe names."""
+    wanted = _first(source_model, model, scope.source.model, recipe and recipe.model, builtin.NAME)
+    other = _first(target_model, model, scope.target.model, wanted)
+    source = load(wanted)
+    return source, source if other is wanted or other == wanted else load(other)
+
+
+def _first(*given: Any) -> Any:
+    return next(one for one in given if one is not None)

@@ -1,0 +1,126 @@
+"""The quick look: layer by layer, what the model says a hidden state is, and what it would say next.
+
+Two Patchscopes read the same states: the few-shot description prompt (section 4.3), which lets the model
+describe what it finds, and the token-identity prompt (section 4.1), which lets it repeat the next token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from patchscope_nn import prompts
+from patchscope_nn.execute import Progress, run
+from patchscope_nn.runs import Run
+from patchscope_nn.spec import Generate, NextToken, Patchscope, Readout, Source, Target
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerSays:
+    """What one state is said to be.
+
+    Attributes:
+        layer: l; -1 is the embedding; None for the unpatched control.
+        target_layer: l*.
+        text: The description the model generated, up to the end of its line.
+        next_token: The top token of the token-identity prompt.
+        probability: Its probability.
+    """
+
+    layer: int | None
+    target_layer: int | None
+    text: str
+    next_token: str
+    probability: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Look:
+    """A quick look at one token of one prompt.
+
+    Attributes:
+        prompt: The source prompt, as the model read it.
+        position: The position that was read, from the left.
+        token: Its token.
+        model: M's name, and M*'s where it is another.
+        says: The unpatched control first, then one entry for each (l, l*).
+    """
+
+    prompt: str
+    position: list[int]
+    token: list[str]
+    model: str
+    says: tuple[LayerSays, ...]
+
+
+def explain(
+    prompt: Any,
+    *,
+    position: Any = -1,
+    layer: Any = "all",
+    target_layer: Any = "same",
+    max_new_tokens: int = 16,
+    remote: bool | str = False,
+    progress: Progress | None = None,
+    **models: Any,
+) -> Look:
+    """Ask a model what its hidden states mean, one token of one prompt at every layer.
+
+    Args:
+        prompt: The source prompt.
+        position: Which token.
+        layer: Which layers.
+        target_layer: Where the states are written; `same` is the layer they come from.
+        max_new_tokens: The most tokens to generate.
+        remote: As in `run`.
+        progress: Called with (cells done, cells in all).
+        **models: `model`, `source_model` and `target_model`, as in `run`.
+
+    Returns:
+        What was said.
+
+    Raises:
+        InputError: The prompt, position, layers or models do not resolve.
+    """
+    source = Source(prompt=prompt, position=position, layer=layer)
+    # One line is one entry of the few-shot list; what follows it is the next entry, not this one's.
+    readings: tuple[tuple[str, Readout], ...] = (
+        (prompts.DESCRIBE, Generate(max_new_tokens=max_new_tokens, stop="\n")),
+        (prompts.IDENTITY, NextToken(top_k=1)),
+    )
+    finished: list[Run] = []
+    for number, (target_prompt, readout) in enumerate(readings):
+        scope = Patchscope(
+            source=source, target=Target(prompt=target_prompt, layer=target_layer), readout=readout
+        )
+        step = _part(progress, number, len(readings))
+        # Braces in the user's prompt are text: a single row without columns fills no placeholder.
+        finished.append(run(scope, controls=("unpatched",), remote=remote, progress=step, **models))
+    described, repeated = (one.rows for one in finished)
+    first = described[1]
+    names = dict.fromkeys((first["source_model"], first["target_model"]))
+    return Look(
+        prompt=first["source_prompt"],
+        position=first["source_position"],
+        token=first["source_token"],
+        model=" -> ".join(names),
+        says=tuple(_says(text, token) for text, token in zip(described, repeated, strict=True)),
+    )
+
+
+def _says(text: Any, token: Any) -> LayerSays:
+    return LayerSays(
+        layer=text["source_layer"],
+        target_layer=text["target_layer"],
+        text=text["text"],
+        next_token=token["top_tokens"][0],
+        probability=token["top_probs"][0],
+    )
+
+
+def _part(progress: Progress | None, number: int, parts: int) -> Callable[[int, int], None] | None:
+    """The progress of one run of several that are alike."""
+    if progress is None:
+        return None
+    return lambda done, total: progress(number * total + done, parts * total)

@@ -1,0 +1,90 @@
+"""The JSON Schema of recipes, for editors: names, types, defaults and the documentation of every field."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from typing import Any
+
+from pydantic import BaseModel
+
+from patchscope_nn.data import DataSpec
+from patchscope_nn.recipe.model import Recipe
+from patchscope_nn.spec import READOUTS, Source, Target
+
+_DIALECT = "https://json-schema.org/draft/2020-12/schema"
+_ENTRY = re.compile(r"^    (\w+): (.*(?:\n {8}.*)*)", re.MULTILINE)
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema (draft 2020-12) that recipe files follow.
+
+    It knows the form of every field. What depends on two fields at once (a metric that does not fit the
+    readout) or on data and model is left to `lint` and `plan`.
+
+    Returns:
+        The schema; recipes/recipe.schema.json holds it.
+    """
+    schema = Recipe.model_json_schema(mode="validation")
+    _document(schema, Recipe)
+    for model in (DataSpec, Source, Target, *READOUTS.values()):
+        _document(schema["$defs"][model.__name__], model)
+    _accept_one_text(schema["$defs"]["NextToken"]["properties"]["reference"])
+    for name in ("metrics", "controls"):
+        schema["properties"][name]["uniqueItems"] = True
+    schema["properties"]["readout"] = {
+        "title": "Readout",
+        "description": _attributes(Recipe)["readout"],
+        "default": Recipe.model_fields["readout"].default.name,
+        "anyOf": _readouts(),
+    }
+    # A default that is a whole object reads as noise; its own fields carry theirs.
+    del schema["properties"]["target"]["default"]
+    return {"$schema": _DIALECT, **schema, "title": "Patchscopes recipe"}
+
+
+def _readouts() -> list[dict[str, Any]]:
+    """A readout's bare name where it needs no field, or `{name: fields}`."""
+    bare = [name for name, model in READOUTS.items() if not _required(model)]
+    forms: list[dict[str, Any]] = [{"enum": bare}]
+    for name, model in READOUTS.items():
+        fields: dict[str, Any] = {"$ref": f"#/$defs/{model.__name__}"}
+        if name in bare:  # `generate:` with nothing after it
+            fields = {"anyOf": [fields, {"type": "null"}]}
+        forms.append(
+            {
+                "type": "object",
+                "properties": {name: fields},
+                "required": [name],
+                "additionalProperties": False,
+                "title": name,
+            }
+        )
+    return forms
+
+
+def _required(model: type[BaseModel]) -> bool:
+    return any(field.is_required() for field in model.model_fields.values())
+
+
+def _accept_one_text(schema: dict[str, Any]) -> None:
+    """A single text stands for a list of one; `source` is one of them."""
+    for form in schema["anyOf"]:
+        if form.get("const") == "source":
+            del form["const"]
+
+
+def _document(schema: dict[str, Any], model: type[BaseModel]) -> None:
+    """Put a class's docstring where editors show it."""
+    schema["description"] = _flat((inspect.getdoc(model) or "").partition("\n\nAttributes:")[0])
+    for name, text in _attributes(model).items():
+        schema["properties"][name]["description"] = text
+
+
+def _attributes(model: type[BaseModel]) -> dict[str, str]:
+    section = (inspect.getdoc(model) or "").partition("Attributes:\n")[2]
+    return {name: _flat(text) for name, text in _ENTRY.findall(section)}
+
+
+def _flat(text: str) -> str:
+    return re.sub(r"\s+", " ", text).strip()

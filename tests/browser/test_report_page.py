@@ -1,0 +1,225 @@
+"""The report in a real browser: it loads nothing, complains of nothing, and can be used and read."""
+
+import importlib.util
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from patchscope_nn.report import write_report
+
+CHROMIUM = shutil.which("chromium")
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(not CHROMIUM, reason="there is no chromium on the PATH"),
+    pytest.mark.skipif(not importlib.util.find_spec("playwright"), reason="playwright is not installed"),
+]
+SHOTS = os.environ.get("PATCHSCOPE_SHOTS")  # a folder for screenshots, to look at
+MANIFEST: dict[str, Any] = {
+    "recipe": {"name": "next-token", "title": "Which next token does each layer hold?"},
+    "command": "patchscope run next-token",
+}
+
+# Folders of tests are no packages: the tables of test_plots are taken from its file.
+_spec = importlib.util.spec_from_file_location("plot_tables", Path(__file__).parents[1] / "test_plots.py")
+assert _spec
+assert _spec.loader
+tables = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(tables)
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+class Opener:
+    """Opens reports, and remembers what the browser complained of or asked for."""
+
+    def __init__(self, browser: Any, *, folder: Path) -> None:
+        self.browser, self.folder = browser, folder
+        self.complaints: list[str] = []
+        self.requests: list[str] = []
+        self.pages: list[Any] = []
+
+    def __call__(self, table: pd.DataFrame, *, scheme: str = "light", width: int = 1280) -> Any:
+        path = write_report(table, manifest=MANIFEST, path=self.folder / "report.html")
+        page = self.browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+        self.pages.append(page)
+        page.on("console", lambda message: self.complaints.append(f"{message.type}: {message.text}"))
+        page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        page.on("dialog", lambda dialog: self.complaints.append(f"dialog: {dialog.message}"))
+        page.on("request", lambda request: self.requests.append(request.url))
+        page.goto(path.as_uri())
+        # Not wait_for_function: it evaluates text in the page, which the page's own policy forbids.
+        page.locator(".figure").last.locator(".main-svg").first.wait_for()
+        return page
+
+
+@pytest.fixture
+def opener(chromium: Any, tmp_path: Path) -> Iterator[Opener]:
+    opened = Opener(chromium, folder=tmp_path)
+    yield opened
+    for page in opened.pages:
+        page.wait_for_timeout(100)  # what comes late is counted too
+        page.close()
+    assert opened.complaints == []
+    assert set(opened.requests) <= {(tmp_path / "report.html").as_uri()}
+
+
+def values(page: Any, heading: str) -> list[str]:
+    """The texts of one column, as shown."""
+    heads = [re.sub(r" [↑↓]$", "", text) for text in page.locator("thead th").all_inner_texts()]
+    return page.locator(f"#body tr:not(.detail) td:nth-child({heads.index(heading) + 1})").all_inner_texts()
+
+
+def found(page: Any, expected: str) -> None:
+    """Wait until the page says that it shows these cells."""
+    text = re.compile(f"^{expected.replace('-', chr(0x2013))}$")
+    page.locator("#found", has_text=text).wait_for()
+
+
+def contrast(page: Any, selector: str) -> float:
+    """The least WCAG contrast between the page and the ink of the elements found."""
+    colours = page.eval_on_selector_all(
+        selector,
+        """nodes => nodes.map(node => {
+             const style = getComputedStyle(node);
+             return node.ownerSVGElement ? style.fill : style.color;
+           }).concat(getComputedStyle(document.body).backgroundColor)""",
+    )
+    assert len(colours) > 1, f"{selector} finds nothing"
+
+    def luminance(colour: str) -> float:
+        parts = [int(part) / 255 for part in re.findall(r"\d+", colour)[:3]]
+        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    *inks, paper = map(luminance, colours)
+    return min((max(ink, paper) + 0.05) / (min(ink, paper) + 0.05) for ink in inks)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("sweep", ["next_token", "generate", "choices", "pairs"])
+def test_page_is_legible(opener: Opener, sweep: str, scheme: str) -> None:
+    layers = range(6) if sweep == "pairs" else range(12)
+    targets = range(6) if sweep == "pairs" else None
+    readout = "next_token" if sweep == "pairs" else sweep
+    page = opener(tables.make_table(readout, n_rows=5, layers=layers, target_layers=targets), scheme=scheme)
+    for width in (1280, 700):
+        page.set_viewport_size({"width": width, "height": 900})
+        page.wait_for_timeout(300)
+        check_legible(page, legend=sweep != "pairs")
+        if SHOTS:
+            page.screenshot(path=Path(SHOTS) / f"report-{sweep}-{scheme}-{width}.png", full_page=True)
+
+
+def check_legible(page: Any, *, legend: bool) -> None:
+    for selector in (
+        "h1",
+        ".summary",
+        "dt",
+        ".hint",
+        "td",
+        "pre",
+        ".xtick text",
+        ".ytick text",
+        ".legendtext",
+    ):
+        if selector != ".legendtext" or legend:
+            assert contrast(page, selector) >= 4.5, selector
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    overlaps = page.evaluate(
+        """() => [...document.querySelectorAll('.xaxislayer-above')].filter(axis => {
+             const boxes = [...axis.querySelectorAll('.xtick text')].map(text => text.getBoundingClientRect());
+             return boxes.some((box, i) => i && box.left < boxes[i - 1].right);
+           }).length"""
+    )
+    assert overlaps == 0
+
+
+def test_colours_follow_the_system(opener: Opener) -> None:
+    page = opener(tables.make_table(n_rows=2))
+    page.emulate_media(color_scheme="dark")
+    page.wait_for_timeout(200)
+    assert contrast(page, ".xtick text") >= 4.5
+
+
+def test_search_sort_pages_and_details(opener: Opener) -> None:
+    table = tables.make_table(n_rows=5)
+    page = opener(table)
+    found(page, "1-25 of 125")
+    page.fill("#search", "RANDOM")
+    found(page, "1-25 of 60")
+    assert set(values(page, "control")) == {"random"}
+    page.get_by_role("button", name="precision_at_1").click()
+    shown = [float(value) for value in values(page, "precision_at_1")]
+    assert shown == sorted(shown)
+    page.get_by_role("button", name="source layer").click()
+    page.get_by_role("button", name="source layer").click()
+    assert page.locator("th[aria-sort=descending]").inner_text() == "source layer ↓"
+    layers = [int(value) for value in values(page, "source layer")]
+    assert layers == sorted(layers, reverse=True)
+    assert layers[0] == 11
+    page.get_by_role("button", name="Next").click()
+    found(page, "26-50 of 60")
+    page.locator(".open").first.focus()
+    page.keyboard.press("Enter")
+    assert "most likely" in page.locator("tr.detail").inner_text()
+    page.fill("#search", "no such thing")
+    found(page, "No cell matches")
+
+
+def test_hostile_text_is_shown_as_text(opener: Opener) -> None:
+    table = tables.make_table("generate", n_rows=2, layers=range(4))
+    for name in ("text", "source_prompt", "target_prompt"):
+        table[name] = pd.Series(tables.NASTY, index=table.index, dtype=object)
+    table["source_token"] = [[tables.NASTY] for _ in range(len(table))]
+    page = opener(table)
+    assert "</script><script>alert(1)" in values(page, "answer")[0]
+    page.locator(".open").first.click()
+    assert "<b>bold</b>" in page.locator("tr.detail").inner_text()
+    figure = page.locator(".figure").last
+    assert "</script>" in figure.inner_text()  # plotly wrote it out, and made no element of it
+    figure.scroll_into_view_if_needed()
+    box = figure.locator(".nsewdrag").first.bounding_box()
+    page.mouse.move(box["x"] + 60, box["y"] + box["height"] / 2)
+    page.wait_for_selector(".hoverlayer text")
+    hover = page.locator(".hoverlayer").last.text_content()
+    assert "<b>bold</b> %{y}" in hover
+    assert page.locator("b").count() == 0
+
+
+def test_no_button_uploads_the_figures(opener: Opener) -> None:
+    page = opener(tables.make_table(n_rows=2))
+    titles = page.eval_on_selector_all(".modebar-btn", "nodes => nodes.map(node => node.dataset.title)")
+    assert set(titles) == {"Download plot as a PNG", "Zoom", "Pan", "Reset axes"}
+
+
+def test_names_stay_in_view_when_a_wide_figure_scrolls(opener: Opener) -> None:
+    page = opener(tables.make_table(n_rows=3, layers=range(30)), width=700)
+    figure = page.locator(".figure").last
+    name = figure.locator(".ytick text").first
+    before = name.bounding_box()["x"]
+    figure.evaluate("node => { node.scrollLeft = 400; }")
+    figure.locator(".names-back").wait_for(state="attached")
+    assert figure.evaluate("node => node.scrollLeft") == 400
+    assert abs(name.bounding_box()["x"] - before) < 2
+
+
+def test_ten_thousand_cells_open_quickly(opener: Opener) -> None:
+    page = opener(tables.make_table(n_rows=165, layers=range(30)))
+    found(page, "1-25 of 10,065")
+    assert page.evaluate("performance.getEntriesByType('navigation')[0].domContentLoadedEventEnd") < 10_000
+    page.fill("#search", "sentence number 164,")
+    found(page, "1-25 of 61")

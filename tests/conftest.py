@@ -1,0 +1,44 @@
+"""Fixtures: tiny models, loaded once a session, and one call that runs a Patchscope's cells."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import tiny
+
+from patchscope_nn.backends import backend_for, execute
+from patchscope_nn.cells import expand
+from patchscope_nn.mappings import resolve_mapping
+from patchscope_nn.models import load
+from patchscope_nn.plan import plan
+
+
+@pytest.fixture(scope="session")
+def tiny_model():
+    """tiny_model(family, seed=..., copy=..., bos=...): a loaded model; another copy is another object."""
+
+    @functools.cache
+    def get(family="llama", *, seed=0, copy=0, bos=False, d_model=tiny.D_MODEL, n_layers=tiny.N_LAYERS):
+        module = tiny.make_module(family, seed=seed, d_model=d_model, n_layers=n_layers)
+        return load(module, tokenizer=tiny.TOKENIZER_BOS if bos else tiny.TOKENIZER)
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def run_cells():
+    """run_cells(scope, model, ...): the sweep's cells in order, each with its raw readout."""
+
+    def run(scope, model, target=None, *, rows=({},), controls=(), seed=0, remote=False, **options):
+        target = target or model
+        sweep = expand(scope, rows=rows, controls=controls, source=model, target=target, seed=seed)
+        backend = backend_for(remote)
+        planned = plan(sweep, remote=backend.remote, **options)
+        mapping = resolve_mapping(scope.mapping, source=model.info, target=target.info)
+        steps = execute(planned, source=model, target=target, mapping=mapping, backend=backend)
+        found = {cell.key: readout for step in steps for cell, readout in step}
+        assert len(found) == len(planned.cells), "a cell was not run, or two have one key"
+        return [(cell, found[cell.key]) for cell in planned.cells]
+
+    return run

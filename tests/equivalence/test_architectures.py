@@ -1,0 +1,158 @@
+"""Every architecture, against plain hooks: all readouts in a session, all contexts, sites, and several tokens.
+
+Three data rows of different length make every pass padded; the layers hold the embedding, the first, a middle
+and the last block; the token `x` stands before the last one, where the readout is, and both are patched.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import hooks
+import pytest
+import tiny
+
+from patchscope_nn.models import same_vocabulary
+from patchscope_nn.spec import Choices, Generate, Hidden, NextToken, Patchscope, Source, Target
+
+ROWS = (
+    {"s": "The Eiffel Tower is in", "t": "Diana is in Paris x ->", "a": " Paris", "b": " the city of"},
+    {"s": "Diana", "t": "x is", "a": " Diana of Paris", "b": " in"},
+    {"s": "Paris is the city of the", "t": "The Tower of x in the city of Paris, the", "a": " E", "b": "el x"},
+)
+LAYERS = ["embed", 2, -1]
+TARGET_LAYERS = ["embed", 0, 2, -1]
+MAX_NEW_TOKENS = 6
+READOUTS = {
+    "source_reference": NextToken(top_k=4, reference="source"),
+    "named_reference": NextToken(top_k=3, reference=["{a}", "{b}"]),
+    "generate": Generate(max_new_tokens=MAX_NEW_TOKENS),
+    "choices": Choices(["{a}", "{b}", " Tower"]),
+    "hidden": Hidden(),
+}
+SITES = (("attention", "residual"), ("residual", "mlp"), ("mlp", "attention"))
+families = pytest.mark.parametrize("family", tiny.FAMILIES)
+
+
+def scope_of(readout, *, source=None, target=None, layers=LAYERS, target_layers=TARGET_LAYERS, **options):
+    return Patchscope(
+        source=Source(**{"prompt": "{s}", "position": -2, "layer": layers} | (source or {})),
+        target=Target(**{"prompt": "{t}", "position": {"each": ["x", -1]}, "layer": target_layers} | (target or {})),
+        readout=readout,
+        **options,
+    )
+
+
+def check(found, pair):
+    """Every cell equals the reference, and the patch changes what most cells say.
+
+    Not all: at the last layer a patch of `x` comes too late for the last token.
+    """
+    for cell, given in found:
+        hooks.assert_same(given, pair.expected(cell, ROWS[cell.row]))
+    plain = {cell.row: given for cell, given in found if cell.control == "unpatched"}
+    patched = [given != plain[cell.row] for cell, given in found if cell.control is None]
+    assert sum(patched) >= len(patched) * 2 / 3
+
+
+@families
+@pytest.mark.parametrize("readout", [name for name in READOUTS if name != "generate"])
+def test_readouts_in_a_session(family, readout, tiny_model, run_cells):
+    scope = scope_of(READOUTS[readout])
+    found = run_cells(scope, tiny_model(family), rows=ROWS, controls=["unpatched"], context="session")
+    assert len(found) == 3 * 2 * (1 + 3 * 4)
+    check(found, hooks.Pair(scope, tiny.reference(family), tokenizer=tiny.TOKENIZER))
+
+
+@families
+def test_generate_in_a_session(family, tiny_model, run_cells, monkeypatch):
+    """With an end of text and a stop string chosen among what the models really say."""
+    model, pair = tiny_model(family), hooks.Pair(None, tiny.reference(family), tokenizer=tiny.TOKENIZER)
+    pair.scope = scope_of(READOUTS["generate"])
+    cells = run_cells(pair.scope, model, rows=ROWS, controls=["unpatched"], context="session")
+    said = [pair.expected(cell, ROWS[cell.row])["token_ids"] for cell, _ in cells]
+    later = Counter(token for ids in said for token in set(ids[1:]) - {tiny.EOS_ID})
+    (end, _), *others = later.most_common()
+    monkeypatch.setattr(model.module.generation_config, "eos_token_id", [tiny.EOS_ID, end])
+    texts = (tiny.TOKENIZER.decode([one]) for one, _ in others)
+    stop = next(text for text in texts if text.strip() and text not in tiny.TOKENIZER.decode([end]))
+    scope = scope_of(Generate(max_new_tokens=MAX_NEW_TOKENS, stop=stop))
+    found = run_cells(scope, model, rows=ROWS, controls=["unpatched"], context="session")
+    stops = [one for one in range(tiny.VOCAB_SIZE) if stop in tiny.TOKENIZER.decode([one])]
+    for (_, given), ids in zip(found, said, strict=True):
+        hooks.assert_same(given, hooks.cut(ids, eos=[tiny.EOS_ID, end], stops=stops))
+    assert {given["stopped"] for _, given in found} >= {"eos", "stop"}
+    assert len({tuple(ids) for ids in said}) > len(said) / 2
+
+
+@families
+@pytest.mark.parametrize("readout", ["source_reference", "generate"])
+@pytest.mark.parametrize("context", ["fused", "nested", "bridged"])
+def test_contexts(family, context, readout, tiny_model, run_cells):
+    """Two models are two sets of weights; fused takes the layers with l <= l*."""
+    model, reference, target, target_reference = tiny_model(family), tiny.reference(family), None, None
+    layers, target_layers = ["embed", 0, 2], [2, -1]
+    if context != "fused":
+        layers, target_layers = [0, -1], ["embed", 2, -1]
+        target, target_reference = tiny_model(family, seed=1), tiny.reference(family, seed=1)
+    scope = scope_of(READOUTS[readout], layers=layers, target_layers=target_layers)
+    found = run_cells(scope, model, target, rows=ROWS, controls=["unpatched"], context=context)
+    pair = hooks.Pair(scope, reference, target_reference, tokenizer=tiny.TOKENIZER, eos=[tiny.EOS_ID])
+    check(found, pair)
+
+
+@families
+@pytest.mark.parametrize(("read", "written"), SITES)
+def test_sites(family, read, written, tiny_model, run_cells):
+    scope = scope_of(
+        READOUTS["named_reference"],
+        source={"site": read},
+        target={"site": written},
+        layers=[0, 2, -1],
+        target_layers=[0, 2, -1],
+    )
+    found = run_cells(scope, tiny_model(family), rows=ROWS, controls=["unpatched"], context="session")
+    check(found, hooks.Pair(scope, tiny.reference(family), tokenizer=tiny.TOKENIZER))
+
+
+@families
+def test_sites_in_a_fused_trace(family, tiny_model, run_cells):
+    scope = scope_of(
+        READOUTS["named_reference"],
+        source={"site": "mlp"},
+        target={"site": "mlp"},
+        layers=[0, 1],
+        target_layers=[1, -1],
+    )
+    found = run_cells(scope, tiny_model(family), rows=ROWS, controls=["unpatched"], context="fused")
+    check(found, hooks.Pair(scope, tiny.reference(family), tokenizer=tiny.TOKENIZER))
+
+
+@families
+@pytest.mark.parametrize("readout", ["source_reference", "generate", "hidden"])
+def test_several_tokens(family, readout, tiny_model, run_cells):
+    """A span of the source is written onto a list of the target, one to one, the last token included."""
+    scope = scope_of(
+        READOUTS[readout],
+        source={"position": {"start": -3, "end": -1}},
+        target={"position": ["x", -1]},
+        layers=["embed", 2],
+        target_layers=[0, -1],
+    )
+    found = run_cells(scope, tiny_model(family), rows=ROWS, controls=["unpatched"], context="session")
+    pair = hooks.Pair(scope, tiny.reference(family), tokenizer=tiny.TOKENIZER, eos=[tiny.EOS_ID])
+    check(found, pair)
+
+
+@families
+def test_parts_are_found(family, tiny_model):
+    kind, info = tiny.FAMILIES[family], tiny_model(family).info
+    found = info.architecture
+    assert (found.blocks, found.attention, found.mlp) == (kind.blocks, kind.attention, kind.mlp)
+    module = tiny_model(family).module
+    embed, unembed = module.get_submodule(found.embed), module.get_submodule(found.unembed)
+    assert info.tied == (embed.weight is unembed.weight)
+    assert (info.n_layers, info.d_model, info.vocab_size) == (tiny.N_LAYERS, tiny.D_MODEL, tiny.VOCAB_SIZE)
+    assert found.final_norm is not None
+    assert found.caches
+    assert same_vocabulary(tiny_model(family), tiny_model("llama"))
