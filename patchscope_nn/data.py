@@ -86,7 +86,7 @@ class DataSpec(Spec):
     split: _Text | None = None
     config: _Text | None = None
     revision: _Text | None = None
-    rows: Annotated[tuple[dict[str, Any], ...], BeforeValidator(_listed), Field(min_length=1)] | None = None
+    rows: Annotated[tuple[dict[str, Any], ...], Field(min_length=1), BeforeValidator(_listed)] | None = None
 
     @property
     def kind(self) -> str:

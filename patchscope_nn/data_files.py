@@ -40,17 +40,17 @@ def read_file(file: Path, *, name: str, base: Path | None) -> Rows:
     Raises:
         DataError: The file is missing, unreadable, or not in a format that is read here.
     """
-    path = (base or Path.cwd()) / file.expanduser()
-    read = _READERS.get(path.suffix.lower())
+    read = _READERS.get(file.suffix.lower())
     if read is None:
-        ending = path.suffix or "no ending"
+        ending = file.suffix or "no ending"
         raise DataError(f"{name} has {ending}, which is not read. {did_you_mean(ending, list(_READERS))}")
-    if not path.exists():
-        raise DataError(f"{name} does not exist; looked for {path}.", hint="Check data.file.")
     try:
+        path = (base or Path.cwd()) / file.expanduser()
+        if not path.exists():
+            raise DataError(f"{name} does not exist; looked for {path}.", hint="Check data.file.")
         yield from read(path, name)
-    except OSError as error:
-        reason = error.strerror or str(error)
+    except (OSError, RuntimeError) as error:  # RuntimeError: the home of no user
+        reason = getattr(error, "strerror", None) or str(error).rstrip(".")
         raise DataError(f"{name} cannot be read: {reason}.", hint="Check the file.") from None
     except UnicodeDecodeError:
         raise DataError(f"{name} is not UTF-8 text.", hint="Save the file as UTF-8.") from None

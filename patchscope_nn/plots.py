@@ -45,6 +45,7 @@ _CIVIDIS_MIDDLE = 0.48  # white reads better below it, black above
 _FLAT = [[0.0, "#3b496c"], [1.0, "#3b496c"]]
 _SAID = {"top_tokens": "top next token", "text": "generated text", "choice": "chosen option"}
 _NO_LAYER = -2.0
+_ROOM = 8  # with fewer blocks than this, the tick "embed" has room beside the tick "0"
 _SIGNS = {"\n": "⏎", "\r": "␍", "\t": "⇥", "\u2028": "⏎", "\u2029": "⏎", "\x7f": "␡"}
 _BIDI = "\u200e\u200f\u061c\u202a-\u202e\u2066-\u2069"  # they would reorder the text around them
 _UNSEEN = re.compile(f"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff{_BIDI}]")
@@ -86,7 +87,7 @@ def _width(character: str) -> int:
 
 def text_width(text: str) -> int:
     """Columns that a text takes on a screen."""
-    return sum(map(_width, text))
+    return len(text) if text.isascii() else sum(map(_width, text))
 
 
 def shorten(text: object, *, width: int, tail: bool = False) -> str:
@@ -242,7 +243,7 @@ def _bootstrap(
     totals = draws @ counts
     means = np.divide(draws @ sums, totals, out=np.full_like(totals, np.nan), where=totals > 0)
     low, high = np.nanquantile(means, [0.025, 0.975], axis=0)
-    alone = n_rows < 2
+    alone = n_rows < 2  # noqa: PLR2004 - one row says nothing about its spread
     return np.where(alone, np.nan, low), np.where(alone, np.nan, high), n_rows
 
 
@@ -293,7 +294,7 @@ def _layer_ticks(layers: Sequence[float]) -> dict[str, Any]:
     step = -(-len(blocks) // 16)
     ticks = blocks[::step] if step else []
     if -1 in layers:
-        ticks = [-1.0, *(tick for tick in ticks if tick > step or len(blocks) < 8)]
+        ticks = [-1.0, *(tick for tick in ticks if tick > step or len(blocks) < _ROOM)]
     return {"tickvals": ticks, "ticktext": [layer_name(tick) for tick in ticks]}
 
 
@@ -427,7 +428,7 @@ def layer_pair_heatmap(table: pd.DataFrame, *, metric: str) -> go.Figure:
         update(title=which.replace("_", " "), showgrid=False, **_layer_ticks(sorted(layered[which].unique())))
     scale: dict[str, Any] = {
         "colorscale": "Cividis",
-        "colorbar": {"title": html.escape(metric), "thickness": 12},
+        "colorbar": {"title": {"text": html.escape(metric), "side": "right"}, "thickness": 12},
     }
     if means["mean"].between(0, 1).all():
         scale |= {"cmin": 0, "cmax": 1}

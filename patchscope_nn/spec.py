@@ -334,7 +334,11 @@ def _message(detail: Any, loc: tuple[int | str, ...], model: type[BaseModel]) ->
 _SHOWN = 80
 _QUOTED = re.compile(r"'([^']*)'")
 #: Pydantic speaks of Python's types; the user may be writing YAML.
-_YAML_WORDS = {"model_type": "should be a mapping of fields", "tuple_type": "should be a list"}
+_YAML_WORDS = {
+    "dict_type": "should be a mapping",
+    "model_type": "should be a mapping of fields",
+    "tuple_type": "should be a list",
+}
 
 
 def _fields(model: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:

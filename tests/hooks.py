@@ -156,6 +156,7 @@ class Pair:
     def __init__(self, scope, source, target=None, *, tokenizer, f=identity, eos=()):
         self.scope, self.source, self.target = scope, source, target or source
         self.tokenizer, self.f, self.eos = tokenizer, f, eos
+        self._once = {}  # what a model is at a place is one fact, however many cells ask for it
 
     def expected(self, cell, row):
         """The raw readout of a cell whose positions and layers are given by numbers."""
@@ -175,8 +176,14 @@ class Pair:
 
     def _patch(self, cell, source):
         read, written = self._site("source", cell.source_layer), self._site("target", cell.target_layer)
-        states = self.source.state(source, read, cell.source_positions)
+        fact = (source, read, cell.source_positions)
+        states = self._fact(fact, lambda: self.source.state(*fact))
         return Patch(written, cell.target_positions, lambda clean: self.f(states, clean))
+
+    def _fact(self, key, measure):
+        if key not in self._once:
+            self._once[key] = measure()
+        return self._once[key]
 
     def _site(self, side, layer):
         parts = {"residual": "", "attention": self._part(side, 0), "mlp": self._part(side, 1)}
@@ -190,7 +197,7 @@ class Pair:
         named = readout.reference if isinstance(readout.reference, tuple) else ()
         before = None
         if readout.reference is not None:
-            before = self.source.logits(source)[self._compared(cell)]
+            before = self._fact(source, lambda: self.source.logits(source))[self._compared(cell)]
         return next_token(
             self.target.logits(target, patch)[readout.position],
             top_k=readout.top_k,

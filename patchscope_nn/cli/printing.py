@@ -142,7 +142,7 @@ def print_look(look: Look, *, as_json: bool) -> None:
             name = layer if same else f"{layer} -> {one.target_layer}"
         style = "dim" if one.layer is None else None
         table.add_row(
-            name, _cell(one.text.strip() or "…"), _cell(one.next_token), f"{one.probability:.2f}", style=style
+            name, _cell(one.text.strip(" :\n") or "…"), _cell(one.next_token), f"{one.probability:.2f}", style=style
         )
     where = ", ".join(f"{at} {token!r}" for at, token in zip(look.position, look.token, strict=True))
     _print(_cell(f"{look.model} on {look.prompt!r}, token {where}"), "", table)
@@ -172,33 +172,23 @@ def print_run(run: Run, *, as_json: bool) -> None:
 
 
 def _summary(run: Run) -> Any:
-    """Layers down, metrics and controls across."""
-    summary = run.summary()
-    controls = list(dict.fromkeys(["patched", *summary["control"]]))
-    metrics = run.metrics
-    headers = [f"{metric}\n{control}" for metric in metrics for control in controls]
-    table = _table(
-        "layer\n",
-        *headers,
-        title=f"{run.manifest['recipe']['title']}\nmean over data rows, by source layer\n",
-    )
-    means = {
-        (None if layer is None or layer != layer else int(layer), control, metric): value  # noqa: PLR0124 (NaN)
-        for layer, control, *values in summary[["source_layer", "control", *metrics]]
-        .astype(object)
-        .values.tolist()
-        for metric, value in zip(metrics, values, strict=True)
-    }
-    layers = sorted({layer for layer, _, _ in means if layer is not None})
-    for layer in layers:
-        found = [
-            means.get((layer, control, metric), means.get((None, control, metric)))
-            for metric in metrics
-            for control in controls
-        ]
-        table.add_row(
-            "embed" if layer < 0 else str(layer), *("" if one is None else f"{one:.2f}" for one in found)
-        )
+    """Layers down; the first metric beside its controls, the others alone (the report has all of them).
+
+    The unpatched control, which has no layer, stands in every line.
+    """
+    found = json.loads(run.summary().to_json(orient="records"))
+    controls = list(dict.fromkeys(["patched", *(one["control"] for one in found)]))
+    columns = [(run.metrics[0], control) for control in controls]
+    columns += [(metric, "patched") for metric in run.metrics[1:]]
+    means = {(one["source_layer"], one["control"]): one for one in found}
+    headers = [f"{metric if control == 'patched' else ''}\n{control}" for metric, control in columns]
+    title = f"{run.manifest['recipe']['title']}\nmean over data rows, by source layer\n"
+    table = _table("\nlayer", *headers, title=title)
+    for layer in sorted({layer for layer, _ in means if layer is not None}):
+        line = {one: means.get((layer, one)) or means.get((None, one)) or {} for one in controls}
+        values = [line[control].get(metric) for metric, control in columns]
+        name = "embed" if layer < 0 else str(layer)
+        table.add_row(name, *("" if value is None else f"{value:.2f}" for value in values))
     return table
 
 

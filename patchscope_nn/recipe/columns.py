@@ -29,7 +29,7 @@ def missing_columns(recipe: Recipe, *, base: Path | None = None) -> list[Problem
         try:
             columns = list(load_rows(recipe.data, base=base)[0])
         except DataError as error:
-            return [Problem(field="data", message=str(error))]
+            return [Problem(field=f"data.{recipe.data.kind}", message=str(error))]
     near = "The recipe has no data; add some, for example data: {builtin: contexts}."
     return [
         Problem(

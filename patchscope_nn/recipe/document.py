@@ -108,12 +108,12 @@ def read_yaml(text: str) -> Document:
     try:
         root = loader.get_single_node()
         if root is None:
-            return _unreadable("holds nothing; a recipe is a mapping that begins with name, title and source")
+            return Document(root=None, value=None, problems=())
         problems = tuple(_check(root, "", set()))
         if any(_is_fatal(problem) for problem in problems):
             return Document(root=root, value=None, problems=problems)
         # Built whole, an alias that holds itself is refused.
-        return Document(root=root, value=loader.construct_object(root, deep=True), problems=problems)  # type: ignore[no-untyped-call]  # stubs
+        return Document(root=root, value=loader.construct_object(root, deep=True), problems=problems)
     except yaml.YAMLError as error:
         return _syntax(error, text)
     except (ValueError, KeyError) as error:
@@ -121,7 +121,7 @@ def read_yaml(text: str) -> Document:
     except RecursionError:
         return _unreadable("is nested too deeply")
     finally:
-        loader.dispose()  # type: ignore[no-untyped-call]  # stubs
+        loader.dispose()
 
 
 _BAD_KEY = "a key must be a text; put it in quotes, for example"
@@ -164,11 +164,12 @@ def _syntax(error: yaml.YAMLError, text: str) -> Document:
     else:  # a character that YAML does not allow, which is told by its place
         before = text.encode()[: getattr(error, "position", 0)]
         line = before.count(b"\n") + 1
-    found = getattr(error, "problem", None) or getattr(error, "reason", None) or str(error)
-    return _unreadable(
-        f"is no YAML: {found}. Check the indentation, and quote texts that hold ': ' or begin with a mark.",
-        line=line,
-    )
+    found = str(getattr(error, "problem", None) or getattr(error, "reason", None) or error)
+    if found.startswith("but "):  # the sentence begins in the context
+        found = f"{getattr(error, 'context', '')} {found}"
+    hint = " Check the indentation, and quote texts that hold ': ' or begin with a mark."
+    is_form = not isinstance(error, yaml.constructor.ConstructorError)
+    return _unreadable(f"is no YAML we can read: {found}.{hint * is_form}", line=line)
 
 
 def _unreadable(message: str, *, line: int = 1) -> Document:

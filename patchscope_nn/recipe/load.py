@@ -18,6 +18,8 @@ from patchscope_nn.recipe.model import Recipe
 from patchscope_nn.spec import problems
 
 _ENDINGS = (".yaml", ".yml")
+_SHOWN = 80
+_BEGIN = "a recipe is a mapping that begins with name, title and source"
 
 
 def shipped() -> list[str]:
@@ -47,9 +49,14 @@ def find(name_or_path: str | Path) -> Path:
     given, names = str(name_or_path), shipped()
     if given in names:
         return _folder() / f"{given}.yaml"
-    path = Path(name_or_path).expanduser()
-    if path.exists():
-        return path
+    try:
+        path = Path(name_or_path).expanduser()
+        if path.exists():
+            return path
+    except (OSError, RuntimeError) as error:  # a name too long, or the home of no user
+        reason = getattr(error, "strerror", None) or str(error).rstrip(".")
+        shown = given if len(given) <= _SHOWN else f"{given[:_SHOWN]}..."
+        raise InputError(f"the recipe {shown!r} cannot be found: {reason}.", hint="Check the path.") from None
     if path.suffix in _ENDINGS or path.name != given:
         near = difflib.get_close_matches(path.stem, names, n=1)
         hint = f"Did you mean the recipe that ships as {near[0]!r}?" if near else "Check the path."
@@ -115,13 +122,10 @@ class _Loaded(NamedTuple):
 def _load(path: Path, *, sets: Sequence[str] = (), overrides: Mapping[str, Any] = {}) -> _Loaded:
     document = read_yaml(_read(path))
     found = list(document.problems)
-    if document.root is None or document.value is None:
-        return _Loaded(None, found, document)
     if not isinstance(document.value, dict):
-        message = (
-            f"holds a {_kind(document.value)}; a recipe is a mapping that begins with name, title and source"
-        )
-        return _Loaded(None, [*found, Problem(field="", message=message, line=1)], document)
+        if not found:
+            found.append(Problem(field="", message=f"holds {_kind(document.value)}; {_BEGIN}", line=1))
+        return _Loaded(None, found, document)
     changes, wrong = parse_changes(sets=sets, overrides=overrides)
     raw, unmade = apply_changes(document.value, changes)
     recipe = None
@@ -146,7 +150,9 @@ def _read(path: Path) -> str:
 
 
 def _kind(value: Any) -> str:
-    return {list: "list", str: "text", bool: "boolean", int: "number", float: "number"}[type(value)]
+    if value is None:
+        return "nothing"
+    return {list: "a list", str: "a text", bool: "a boolean"}.get(type(value), "a number")
 
 
 def _ordered(found: Iterable[Problem]) -> list[Problem]:
