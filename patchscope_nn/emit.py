@@ -103,7 +103,7 @@ def _in_source(model: Any, one: Work, paths: dict[str, str]) -> dict[int, torch.
     states: dict[int, torch.Tensor] = {}
     with model.trace(**one["inputs"], **one["options"]) as tracer:
         for layer, reads in one["reads"]:
-            states.update(_in_read(_in_site(model, paths, layer), reads))
+            states.update(_in_read(_in_site(model, paths, layer, one), reads))
         if one["finals"]:
             states.update(_in_finals(model.output.logits, one["finals"]))
         else:
@@ -118,7 +118,7 @@ def _in_target(
     written: dict[int, Any] = {}
     with model.trace(**one["inputs"], **one["options"]) as tracer:
         for layer, writes in one["writes"]:
-            written.update(_in_write(_in_site(model, paths, layer), writes, states, mapping))
+            written.update(_in_write(_in_site(model, paths, layer, one), writes, states, mapping))
         if one["readout"]["name"] == "hidden":
             rows = _in_hidden(one, written)
             tracer.stop()
@@ -135,23 +135,23 @@ def _fused(model: Any, work: Work, remote: Literal[False, "local"]) -> Results:
     layers = sorted({*reads, *writes})
     states: dict[int, torch.Tensor] = {}
     written: dict[int, Any] = {}
+    first = len(source["inputs"]["input_ids"])
     options = {name: max(value, source["options"][name]) for name, value in target["options"].items()}
     with model.trace(remote=remote, **options) as tracer:
         meet = tracer.barrier(2)
         with tracer.invoke(**source["inputs"]):
             for layer in layers:
                 if layer in reads:
-                    states.update(_in_read(_in_site(model, site, layer), reads[layer]))
+                    states.update(_in_read(_in_site(model, site, layer, source), reads[layer]))
                 meet()
         with tracer.invoke(**target["inputs"]):
             for layer in layers:
                 meet()
                 if layer in writes:
-                    value = _in_site(model, site_written, layer)
+                    value = _in_site(model, site_written, layer, target, first=first)
                     written.update(_in_write(value, writes[layer], states, mapping))
         with tracer.invoke():
             states.update(_in_finals(model.output.logits, source["finals"]))
-            first = len(source["inputs"]["input_ids"])
             given = {"states": states, "written": written, "first": first}
             rows = nnsight.save(_in_fused_readout(model, model.output, target, given))
     return {"passes": [rows], "kept": {}}
@@ -169,8 +169,12 @@ def _in_fused_readout(model: Any, output: Any, one: Work, given: Work) -> list[d
     return _in_readout(model, output, one, given["states"])
 
 
-def _in_site(model: Any, paths: dict[str, str], layer: int) -> Any:
-    """The tensor at a layer, (batch, n_tokens, d_model). Modules give it, or a tuple that starts with it."""
+def _in_site(model: Any, paths: dict[str, str], layer: int, one: Work, *, first: int = 0) -> Any:
+    """The tensor at a layer, (batch, n_tokens, d_model). Modules give it, or a tuple that starts with it.
+
+    OPT's MLP gives it flat, (batch * n_tokens, d_model); and of a flat tensor nnsight does not know which rows
+    are this invoke's, so that in a fused trace those from `first` on are taken here.
+    """
     part = model
     for name in paths["blocks"].split("."):
         part = getattr(part, name)
@@ -180,7 +184,12 @@ def _in_site(model: Any, paths: dict[str, str], layer: int) -> Any:
     for name in paths["part"].split(".") if paths["part"] else ():
         part = getattr(part, name)
     value = part.output
-    return value[0] if isinstance(value, tuple) else value
+    value = value[0] if isinstance(value, tuple) else value
+    if value.ndim > 2:  # noqa: PLR2004 (the flat one has two dimensions)
+        return value
+    batch, width = one["inputs"]["input_ids"].shape
+    value = value.view(-1, width, value.shape[-1])
+    return value if len(value) == batch else value[first : first + batch]
 
 
 def _in_read(value: torch.Tensor, reads: list[Any]) -> dict[int, torch.Tensor]:

@@ -6,12 +6,16 @@ import functools
 
 import pytest
 import tiny
+import torch
 
 from patchscope_nn.backends import backend_for, execute
 from patchscope_nn.cells import expand
 from patchscope_nn.mappings import resolve_mapping
 from patchscope_nn.models import load
 from patchscope_nn.plan import plan
+
+# Tiny matrices gain nothing from threads, and lose much where several processes share the cores.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -3,8 +3,8 @@
 One cell at a time, batch 1, no padding, no cache: every token that is generated or scored costs a whole new
 forward, in which the prompt is read again with the patch. Nothing here knows of patchscope_nn or nnsight.
 
-(S, i, l, M) --f--> (T, i*, l*, M*), Ghandeharioun et al. 2024, section 3.1: h is the output of block l of M at
-position i of S; in the run of M* on T, the output of block l* at position i* is replaced by f(h).
+(S, i, l, M) --f--> (T, i*, l*, M*), Ghandeharioun et al. 2024, section 3.1: h is the output of block l of M
+at position i of S; in the run of M* on T, the output of block l* at position i* is replaced by f(h).
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def next_token(logits, *, top_k, reference_ids=(), source_logits=None, from_sour
         found["surprisal_nats"] = -source[top[0]].item()
         if from_source:
             reference_ids = (source.argmax().item(),)
-    if len(reference_ids):
+    if reference_ids:
         order = torch.sort(logprobs, descending=True).indices.tolist()
         found["reference_ids"] = list(reference_ids)
         found["reference_logprobs"] = [logprobs[one].item() for one in reference_ids]
@@ -151,7 +151,7 @@ def identity(states, clean):
 
 
 class Pair:
-    """A source and a target model, a scope (read as plain attributes), and what the reference says of a cell."""
+    """Two models and a scope (read as plain attributes): what the reference says of a cell."""
 
     def __init__(self, scope, source, target=None, *, tokenizer, f=identity, eos=()):
         self.scope, self.source, self.target = scope, source, target or source

@@ -77,6 +77,13 @@ def _llama_like(config, **options):
     return Family(config, common | options, "model.layers", "self_attn", "mlp")
 
 
+#: Tied, a random Gemma says the last token for ever: its embeddings are large, its logits their products.
+_GEMMA = {
+    "head_dim": 8,
+    "sliding_window": WINDOW,
+    "tie_word_embeddings": False,
+    "final_logit_softcapping": 5.0,
+}
 _SLIDING = ["sliding_attention", "full_attention"] * (N_LAYERS // 2)
 _GPT2 = {"n_embd": D_MODEL, "n_layer": N_LAYERS, "n_head": 4, "n_positions": 64, "n_inner": 48}
 FAMILIES = {
@@ -87,20 +94,12 @@ FAMILIES = {
     "gptj": Family("GPTJConfig", _GPT2 | {"rotary_dim": 4}, "transformer.h", "attn", "mlp"),
     "gemma2": _llama_like(
         "Gemma2Config",
-        head_dim=8,
-        sliding_window=WINDOW,
+        **_GEMMA,
         layer_types=_SLIDING,
-        final_logit_softcapping=5.0,
         attn_logit_softcapping=5.0,
         attn_implementation="eager",  # the others would leave out the soft cap of the attention
     ),
-    "gemma3": _llama_like(
-        "Gemma3TextConfig",
-        head_dim=8,
-        sliding_window=WINDOW,
-        layer_types=_SLIDING,
-        final_logit_softcapping=5.0,
-    ),
+    "gemma3": _llama_like("Gemma3TextConfig", **_GEMMA, layer_types=_SLIDING),
     "qwen2": _llama_like("Qwen2Config"),
     "qwen3": _llama_like("Qwen3Config", head_dim=8),
     "mistral": _llama_like("MistralConfig", sliding_window=WINDOW),

@@ -104,7 +104,17 @@ def read_yaml(text: str) -> Document:
     Returns:
         The document, with its problems.
     """
-    loader = _Loader(text)
+    try:
+        return _build(_Loader(text))
+    except yaml.YAMLError as error:
+        return _syntax(error, text)
+    except (ValueError, KeyError) as error:
+        return _unreadable(f"holds a scalar that does not fit its tag: {error}")
+    except RecursionError:
+        return _unreadable("is nested too deeply")
+
+
+def _build(loader: _Loader) -> Document:
     try:
         root = loader.get_single_node()
         if root is None:
@@ -114,12 +124,6 @@ def read_yaml(text: str) -> Document:
             return Document(root=root, value=None, problems=problems)
         # Built whole, an alias that holds itself is refused.
         return Document(root=root, value=loader.construct_object(root, deep=True), problems=problems)
-    except yaml.YAMLError as error:
-        return _syntax(error, text)
-    except (ValueError, KeyError) as error:
-        return _unreadable(f"holds a scalar that does not fit its tag: {error}")
-    except RecursionError:
-        return _unreadable("is nested too deeply")
     finally:
         loader.dispose()
 

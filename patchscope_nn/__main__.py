@@ -1,0 +1,5 @@
+"""`python -m patchscope_nn` is the command `patchscope`."""
+
+from patchscope_nn.cli import main
+
+main()

@@ -1,0 +1,291 @@
+"""The command line: what it prints, where, and how it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from typing import NamedTuple
+
+import pytest
+import tiny
+
+from patchscope_nn import cli
+
+RECIPE = """\
+name: tiny
+title: What comes next?
+data: {rows: [{text: The Eiffel Tower}, {text: the city of Paris}, {text: Diana is in Paris}]}
+source: {prompt: "{text}"}
+target: {prompt: "The city -> "}
+readout: {next_token: {top_k: 2, reference: source}}
+metrics: [precision_at_1, nll_nats]
+controls: [unpatched, random, shuffled]
+"""
+N_CELLS = 3 + 3 * 4 * 3
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with a tiny model and a recipe that names it."""
+    here = tmp_path_factory.mktemp("cli")
+    module = tiny.make_module("llama")
+    module.config.max_position_embeddings = 512  # the description prompt is long in so small a vocabulary
+    module.save_pretrained(here / "model")
+    tiny.TOKENIZER.save_pretrained(here / "model")
+    (here / "tiny.yaml").write_text(RECIPE + f"model: {here / 'model'}\n")
+    return here
+
+
+class Done(NamedTuple):
+    """How a command ended."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def patchscope(folder, monkeypatch, capsys):
+    """Call the command line in this process, which has torch loaded already."""
+    monkeypatch.chdir(folder)
+
+    def call(*words):
+        monkeypatch.setattr(sys, "argv", ["patchscope", *words])
+        try:
+            cli.main()
+        except SystemExit as end:
+            return Done(end.code or 0, *capsys.readouterr())
+        return Done(0, *capsys.readouterr())
+
+    return call
+
+
+def start(folder, *words, code="from patchscope_nn.cli import main; main()", **options):
+    """Start the command line as a process of its own."""
+    given = {"cwd": folder, "env": {**os.environ, "OMP_NUM_THREADS": "1"}, **options}
+    return subprocess.Popen([sys.executable, "-c", code, *words], **given)
+
+
+def test_run_prints_the_summary_the_folder_and_the_report(patchscope, folder):
+    done = patchscope("run", "tiny.yaml")
+    assert done.returncode == 0, done.stderr
+    assert "What comes next?" in done.stdout
+    assert f"{N_CELLS} cells in runs/tiny-" in done.stdout
+    assert "report: runs/tiny-" in done.stdout
+    assert f"tiny: {N_CELLS} of {N_CELLS} cells" in done.stderr
+    (run,) = (folder / "runs").glob("tiny-*")
+    assert {entry.name for entry in run.iterdir()} >= {
+        "manifest.json",
+        "cells.jsonl",
+        "cells.parquet",
+        "report.html",
+    }
+    manifest = json.loads((run / "manifest.json").read_text())
+    assert manifest["command"] == "patchscope run tiny.yaml"
+
+    again = json.loads(patchscope("run", "tiny.yaml", "--json").stdout)
+    assert again["folder"] == f"runs/{run.name}"
+    assert again["cells"] == N_CELLS
+    (run / "report.html").unlink()
+    rebuilt = patchscope("report", str(run), "--json")
+    assert json.loads(rebuilt.stdout) == {"report": str(run / "report.html")}
+    assert (run / "report.html").stat().st_size > 10_000
+
+
+def test_explain_puts_the_unpatched_control_on_top(patchscope):
+    done = patchscope("explain", "The Eiffel Tower", "--model", "model", "--max-new-tokens", "3")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0] == "model on 'The Eiffel Tower', token 4 ' Tower'"
+    assert lines[2].split()[0] == "layer"
+    assert [line.split()[0] for line in lines[3:]] == ["unpatched", "0", "1", "2", "3"]
+
+
+def test_explain_as_json(patchscope):
+    done = patchscope(
+        *("explain", "the city of Paris", "--model", "model", "--layer", "1:3", "--position", "city"),
+        *("--target-layer", "2", "--max-new-tokens", "2", "--json"),
+    )
+    look = json.loads(done.stdout)
+    assert look["token"] == [" city"]
+    assert [(one["layer"], one["target_layer"]) for one in look["says"]] == [(None, None), (1, 2), (2, 2)]
+    assert done.stderr == ""
+
+
+def test_plan_runs_nothing(patchscope, folder):
+    before = set(folder.rglob("*"))
+    done = patchscope("plan", "tiny.yaml", "--max-rows", "8", "--limit", "2")
+    assert done.returncode == 0, done.stderr
+    assert "cells: 26 (2 unpatched, 8 patched, 8 random, 8 shuffled)" in done.stdout
+    assert set(folder.rglob("*")) == before
+    counts = json.loads(patchscope("plan", "tiny.yaml", "--max-rows", "8", "--limit", "2", "--json").stdout)
+    assert counts["cells"] == 26
+    assert counts["source_rows"] == 2
+
+
+def test_recipes_lists_what_ships(patchscope):
+    assert "next-token" in patchscope("recipes").stdout
+    listed = json.loads(patchscope("recipes", "--json").stdout)
+    assert {one["name"] for one in listed} >= {"next-token", "logit-lens", "entity-description"}
+
+
+def test_lint_tells_every_problem_with_its_line(patchscope, folder):
+    (folder / "bad.yaml").write_text(
+        "name: bad\ntitle: x\nsorce: {prompt: a}\nreadout: {generate: {seed: x}}\n"
+    )
+    done = patchscope("lint", "bad.yaml", "tiny.yaml", "next-token")
+    assert done.returncode == 2
+    assert "bad.yaml:3: sorce: is no field here. Did you mean 'source'?" in done.stdout
+    assert "bad.yaml:4: readout.generate.seed:" in done.stdout
+    assert "tiny.yaml: ok" in done.stdout
+    assert "next-token: ok" in done.stdout
+    found = json.loads(patchscope("lint", "bad.yaml", "--json").stdout)
+    assert {one["line"] for one in found["bad.yaml"]} >= {3, 4}
+
+
+BAD = {
+    "unknown recipe": (["run", "nxt-token"], "'nxt-token' is no recipe"),
+    "unknown field": (["run", "tiny.yaml", "--set", "source.layers=3"], "source.layers"),
+    "layer": (
+        ["run", "tiny.yaml", "--set", "source.layer=4"],
+        "source.layer=4 is outside this model, whose 4",
+    ),
+    "position": (
+        ["run", "tiny.yaml", "--set", "source.position=9"],
+        "data row 0: source.position=9 is outside",
+    ),
+    "text": (["run", "tiny.yaml", "--set", "target.position=Rome"], "'Rome' does not occur in this"),
+    "half a token": (
+        ["run", "tiny.yaml", "--set", "target.position=cit"],
+        "ends with no whole token of this",
+    ),
+    "column": (["run", "tiny.yaml", "--set", "source.prompt='{txt}'"], "the column 'txt'"),
+    "data": (["run", "tiny.yaml", "--set", "data={file: none.jsonl}"], "none.jsonl"),
+    "empty data": (["run", "tiny.yaml", "--set", "data={rows: []}"], "is an empty list"),
+    "mapping": (["run", "tiny.yaml", "--set", "mapping={affine: none.safetensors}"], "none.safetensors"),
+    "function": (["run", "tiny.yaml", "--set", "mapping={function: nowhere:f}"], "nowhere:f"),
+    "model": (["run", "tiny.yaml", "--model", "empty"], "the model 'empty' could not be loaded"),
+    "remote": (["run", "tiny.yaml", "--remote", "http://127.0.0.1:1"], "is not available in this version"),
+    "one row": (["run", "tiny.yaml", "--limit", "1"], "controls: shuffled"),
+    "fused": (["run", "tiny.yaml", "--set", "target.layer=0", "--context", "fused"], "context='fused' runs"),
+    "no run": (["report", "model"], "model is no run folder: it has no manifest.json"),
+    "explain nothing": (["explain", "", "--model", "model"], "prompt: is an empty text"),
+    "context of two": (["run", "tiny.yaml", "--context", "nested"], "context='nested' does not serve one"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_a_message_not_a_traceback(patchscope, folder, name):
+    (folder / "empty").mkdir(exist_ok=True)
+    words, message = BAD[name]
+    runs = set((folder / "runs").glob("*"))
+    done = patchscope(*words)
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+    assert set((folder / "runs").glob("*")) == runs
+
+
+def test_errors_as_json(patchscope):
+    done = patchscope("run", "tiny.yaml", "--set", "source.layer=x", "--set", "seed=y", "--json")
+    said = json.loads(done.stdout)
+    assert done.returncode == 2
+    assert [one["field"] for one in said["problems"]] == ["source.layer", "seed"]
+
+
+def test_options_can_be_set_by_the_environment(patchscope, monkeypatch):
+    monkeypatch.setenv("PATCHSCOPE_LIMIT", "2")
+    counts = json.loads(patchscope("plan", "tiny.yaml", "--json").stdout)
+    assert counts["source_rows"] == 2
+
+
+def test_models_are_named_by_options(patchscope):
+    done = patchscope("plan", "tiny.yaml", "--target-model", "model", "--dtype", "bfloat16")
+    assert "M:  " in done.stdout
+    assert "bfloat16" in done.stdout
+
+
+def test_interrupted_says_how_to_go_on_and_goes_on(patchscope, folder):
+    words = ("run", "tiny.yaml", "--max-rows", "1", "--out", "stopped")
+    slow = (
+        "import time; from patchscope_nn import runs; append = runs.RunFolder.append\n"
+        "def slowly(*a): append(*a); print('step', flush=True); time.sleep(0.5)\n"
+        "runs.RunFolder.append = slowly; from patchscope_nn.cli import main; main()"
+    )
+    pipe = subprocess.PIPE
+    process = start(folder, *words, code=slow, stdout=pipe, stderr=pipe, text=True)
+    assert process.stdout.readline() == "step\n"
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "What is done is kept in stopped; go on with:" in errors
+    assert "Traceback" not in errors
+    finished = len((folder / "stopped/cells.jsonl").read_text().splitlines())
+    assert 0 < finished < N_CELLS
+    resumed = patchscope(*words)
+    assert resumed.returncode == 0, resumed.stderr
+    assert len((folder / "stopped/cells.jsonl").read_text().splitlines()) == N_CELLS
+
+
+def test_a_terminal_gets_a_bar(folder):
+    leader, follower = pty.openpty()
+    process = start(folder, "run", "tiny.yaml", "--out", "barred", stdout=subprocess.PIPE, stderr=follower)
+    os.close(follower)
+    seen = b""
+    while True:
+        try:
+            part = os.read(leader, 4096)
+        except OSError:
+            break
+        if not part:
+            break
+        seen += part
+    process.communicate(timeout=60)
+    assert f"{N_CELLS}/{N_CELLS}".encode() in seen
+    assert "━".encode() in seen
+
+
+_LIGHT = """
+import sys, time
+sys.argv = ["patchscope", *{words!r}]
+from patchscope_nn.cli import main
+try:
+    main()
+except SystemExit as end:
+    assert end.code in (0, None), end.code
+heavy = {{"torch", "transformers", "nnsight", "pandas", "pyarrow", "plotly", "numpy"}} & set(sys.modules)
+assert not heavy, heavy
+"""
+
+
+@pytest.mark.parametrize("words", [["--help"], ["run", "--help"], ["lint", "next-token"], ["recipes"]])
+def test_light_commands_load_nothing_heavy(words):
+    code = _LIGHT.format(words=words)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_help_answers_at_once():
+    """Within half a second on a quiet machine; here only that it is far from the seconds torch takes."""
+    best = min(_timed("--help") for _ in range(3))
+    assert best < 2.0
+
+
+def _timed(*words):
+    started = time.perf_counter()
+    subprocess.run([sys.executable, "-m", "patchscope_nn", *words], capture_output=True, check=True)
+    return time.perf_counter() - started
+
+
+def test_no_option_is_called_verbose(patchscope):
+    """nnsight reads -v and --verbose from argv and turns its debug output on."""
+    for command in ("run", "explain", "plan", "lint", "recipes", "report"):
+        text = patchscope(command, "--help").stdout
+        assert "--verbose" not in text
+        assert " -v" not in text
