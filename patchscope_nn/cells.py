@@ -249,7 +249,7 @@ class _Maker:
             control,
             None if prompt is None else sources.digests[prompt],
             (read, layer, targets.digests[one.target_prompt], written, target_layer),
-            (sources.digests[one.source_prompt], reference and reference[1]),
+            (sources.digests[one.source_prompt], positions, reference and reference[1]),
             (one.reference_ids, one.continuations),
         )
         digest = hashlib.sha256(repr(content).encode()).hexdigest()

@@ -16,7 +16,7 @@ from patchscope_nn.errors import LayerError
 EMBED = -1
 LayerSelector: TypeAlias = int | str | tuple[int | str, ...]
 
-_RANGE = re.compile(r"^(-?\d*):(-?\d*)(?::(\d+))?$")
+_RANGE = re.compile(r"^(-?\d*):(-?\d*)(?::([1-9]\d*))?$")
 _ALLOWED = "an int (negative counts from the end), a list, 'start:stop[:step]', 'all' or 'embed'"
 
 

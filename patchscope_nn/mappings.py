@@ -11,6 +11,7 @@ import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 import torch
@@ -165,14 +166,25 @@ def _tensors(module: torch.nn.Module) -> Any:
 
 
 def _digest(call: Any) -> str:
-    """What tells two mappings of one name apart: the weights of a module, the code of a function."""
+    """What tells two mappings of one name apart: a module's weights; a function's code, closure and defaults."""
     found = hashlib.sha256()
     if isinstance(call, torch.nn.Module):
         for key, tensor in sorted(call.state_dict().items()):
-            found.update(key.encode() + tensor.detach().float().cpu().contiguous().numpy().tobytes())
+            found.update(key.encode() + _said(tensor))
     elif hasattr(call, "__code__"):
-        found.update(call.__code__.co_code + repr(call.__code__.co_consts).encode())
+        closed = [cell.cell_contents for cell in call.__closure__ or ()]
+        for part in (call.__code__, *closed, *(call.__defaults__ or ())):
+            found.update(_said(part))
     return found.hexdigest()[:16]
+
+
+def _said(part: Any) -> bytes:
+    """A value as bytes that are the same in every process; empty for an object that has none."""
+    if isinstance(part, torch.Tensor):
+        return part.detach().float().cpu().contiguous().numpy().tobytes()
+    if isinstance(part, CodeType):
+        return part.co_code + repr(part.co_names).encode() + b"".join(map(_said, part.co_consts))
+    return repr(part).encode() if isinstance(part, int | float | str | bytes | None) else b""
 
 
 def apply_mapping(

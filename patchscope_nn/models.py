@@ -178,6 +178,11 @@ def _wrap(model: Any, tokenizer: Any) -> Model:
         )
     name = model.config._name_or_path or type(model).__name__  # noqa: SLF001 (transformers' own name for it)
     _refuse_no_decoder(model.config, name)
+    if model.get_output_embeddings() is None:
+        raise ModelError(
+            f"{name!r} ({type(model).__name__}) has no unembedding, so that nothing can be read from it.",
+            hint="Load it with its language modelling head: AutoModelForCausalLM.",
+        )
     if tokenizer is None:
         try:
             tokenizer = AutoTokenizer.from_pretrained(name)

@@ -271,7 +271,8 @@ def _fuse(sweep: Sweep, cells: Sequence[Cell], steps: tuple[Step, ...], *, force
     few = sum(len(one.cells) for step in steps for one in step.targets) <= _FEW
     if not (forced or few):
         return steps
-    unfit = next((cell for cell in cells if not _in_order(sweep, cell)), None)
+    read = {cell.source_layer for cell in cells}
+    unfit = next((cell for cell in cells if not _in_order(sweep, cell, read)), None)
     single = all(len(step.sources) == 1 == len(step.targets) and not step.carried for step in steps)
     if unfit is None and single:
         return tuple(
@@ -292,9 +293,10 @@ def _fuse(sweep: Sweep, cells: Sequence[Cell], steps: tuple[Step, ...], *, force
     )
 
 
-def _in_order(sweep: Sweep, cell: Cell) -> bool:
+def _in_order(sweep: Sweep, cell: Cell, read: Collection[int | None]) -> bool:
+    """Whether a forward that reads these layers for all its cells can still write where this cell asks."""
     if cell.source_layer is None or cell.target_layer is None:
         return True
-    if cell.source_layer == cell.target_layer:
-        return sweep.scope.source.site == sweep.scope.target.site
-    return cell.source_layer < cell.target_layer
+    if sweep.scope.source.site != sweep.scope.target.site and cell.target_layer in read:
+        return False
+    return cell.source_layer <= cell.target_layer

@@ -109,7 +109,8 @@ def resolve_positions(
         field: The field's name, for messages.
 
     Returns:
-        One tuple for each cell; each holds the positions that are patched together, in 0..n_tokens - 1.
+        One tuple for each cell, without repeats; each holds the positions that are patched together, in
+        0..n_tokens - 1.
 
     Raises:
         PositionError: A position is outside the prompt, a text is absent or covers no whole token, or a
@@ -119,7 +120,7 @@ def resolve_positions(
         return (_together(selector, prompt, field=field),)
     if selector.each == "all":
         return tuple((position,) for position in range(len(prompt.ids)))
-    return tuple(_together(item, prompt, field=field) for item in selector.each)
+    return tuple(dict.fromkeys(_together(item, prompt, field=field) for item in selector.each))
 
 
 def _together(
@@ -153,8 +154,9 @@ def _one(item: int | str, prompt: Encoded, *, field: str) -> int:
     end = start + len(text)
     for position in reversed(range(count)):
         first, last = prompt.spans[position]
-        # A token that begins with a space still spells the word after it.
-        first += len(prompt.text[first:last]) - len(prompt.text[first:last].lstrip())
+        # A token that begins with a space still spells the word after it; a token of spaces is itself.
+        word = prompt.text[first:last].lstrip()
+        first = last - len(word) if word else first
         if start <= first < last == end:
             return position
     raise _error(f"{field}={item!r} ends with no whole token of", prompt)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from patchscope_nn.errors import InputError
-from patchscope_nn.layers import resolve_layers
+from patchscope_nn.layers import LayerSelector, resolve_layers
 from patchscope_nn.models import Model, ModelInfo, same_vocabulary
 from patchscope_nn.positions import resolve_positions
 from patchscope_nn.prompts import Encoded, PromptSpec, continuation_ids, encode, render
@@ -58,18 +58,19 @@ class Prompts:
         """The number of a prompt, tokenizing it at its first coming."""
         if prompt not in self._numbers:
             encoded = encode(prompt, self.model.tokenizer, field=f"{self.side}.prompt")
-            self._check_length(encoded, self.model.info)
+            self.check_length(encoded, more=self.more, of="to generate")
             self._numbers[prompt] = len(self.encoded)
             self.encoded.append(encoded)
             self.digests.append(hashlib.sha256(repr(encoded.ids).encode()).hexdigest())
         return self._numbers[prompt]
 
-    def _check_length(self, encoded: Encoded, info: ModelInfo) -> None:
-        if info.n_positions is not None and len(encoded.ids) + self.more > info.n_positions:
+    def check_length(self, encoded: Encoded, *, more: int, of: str) -> None:
+        """Refuse a prompt that, with the tokens that come after it, is longer than the model reads."""
+        info = self.model.info
+        if info.n_positions is not None and len(encoded.ids) + more > info.n_positions:
             raise InputError(
                 f"{self.side}.prompt has {len(encoded.ids)} tokens"
-                f"{f' and {self.more} more to generate' * bool(self.more)}; {info.name} reads at most "
-                f"{info.n_positions}.",
+                f"{f' and {more} more {of}' * bool(more)}; {info.name} reads at most {info.n_positions}.",
                 hint="Shorten the prompt.",
             )
 
@@ -88,6 +89,12 @@ class Resolver:
     def __init__(self, scope: Patchscope, source: Model, target: Model) -> None:
         _check_site("source", scope.source, source.info)
         _check_site("target", scope.target, target.info)
+        if scope.target.layer == "same" and scope.target.site != "residual" and _embeds(scope.source.layer):
+            raise InputError(
+                f"target.layer='same' writes at 'embed', the input of block 0, which has no "
+                f"{scope.target.site}.",
+                hint="Leave 'embed' out of source.layer, or use target.site: residual.",
+            )
         self.scope, self.target = scope, target
         readout = scope.readout
         more = readout.max_new_tokens if isinstance(readout, Generate) else 0
@@ -125,6 +132,8 @@ class Resolver:
             continuation_ids(written, text, self.target.tokenizer, field=f"readout.{readout.name}")
             for text in choices
         )
+        if isinstance(readout, Choices):
+            self.targets.check_length(written, more=max(map(len, ids)), of="of readout.choices")
         named = isinstance(readout, NextToken)
         return ResolvedRow(
             source_prompt=source_number,
@@ -175,8 +184,12 @@ def _check_site(name: str, side: Source | Target, info: ModelInfo) -> None:
             f"{name}.site={side.site!r}: the blocks of {info.name} ({info.family}) have no such module.",
             hint="Use site: residual.",
         )
-    if "embed" in (side.layer if isinstance(side.layer, tuple) else (side.layer,)):
+    if _embeds(side.layer):
         raise InputError(
             f"{name}.layer='embed' is the input of block 0, which has no {side.site}.",
             hint=f"Leave 'embed' out, or use {name}.site: residual.",
         )
+
+
+def _embeds(layer: LayerSelector) -> bool:
+    return "embed" in (layer if isinstance(layer, tuple) else (layer,))

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import functools
+import os
+
+# Before transformers is imported, which reads it then.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import tiny

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import tiny
 
@@ -10,9 +12,7 @@ from patchscope_nn.positions import Each, Span, parse_positions, resolve_positio
 from patchscope_nn.prompts import encode
 
 TEXT = "The Eiffel Tower is in the Eiffel city"
-NUMBERED = (
-    "0 'The', 1 ' E', 2 'iff', 3 'el', 4 ' Tower', 5 ' is', 6 ' in', 7 ' the', 8 ' E', 9 'iff', 10 'el', 11 ' city'"
-)
+NUMBERED = "0 'The', 1 ' E', 2 'iff', 3 'el', 4 ' Tower', 5 ' is', 6 ' in', 7 ' the', 8 ' E', 9 'iff', 10 'el', 11 ' city'"
 COUNT = 12
 HINT = "Use an index (-1 is the last token), or a text that ends where a token ends."
 
@@ -95,7 +95,9 @@ def test_a_chat_gets_no_second_leading_token():
 def test_a_chat_needs_a_template():
     plain = tiny.make_tokenizer()
     plain.chat_template = None
-    with pytest.raises(InputError, match=r"source\.prompt is a chat, .* has no chat template\. Give the prompt"):
+    with pytest.raises(
+        InputError, match=r"source\.prompt is a chat, .* has no chat template\. Give the prompt"
+    ):
         encode((("user", "The"),), plain, field="source.prompt")
 
 
@@ -122,9 +124,13 @@ def test_token_ids_are_checked():
         pytest.param("first:Rome", "source.position='first:Rome' does not occur in", id="absent, first"),
         pytest.param("tower", "source.position='tower' does not occur in", id="case counts"),
         pytest.param("Tow", "source.position='Tow' ends with no whole token of", id="ends inside a token"),
-        pytest.param("ower", "source.position='ower' ends with no whole token of", id="begins inside a token"),
+        pytest.param(
+            "ower", "source.position='ower' ends with no whole token of", id="begins inside a token"
+        ),
         pytest.param({"start": 3, "end": 3}, "source.position=[3, 3) is no span inside", id="empty span"),
-        pytest.param({"start": 10, "end": 13}, "source.position=[10, 13) is no span inside", id="span too long"),
+        pytest.param(
+            {"start": 10, "end": 13}, "source.position=[10, 13) is no span inside", id="span too long"
+        ),
         pytest.param({"start": -13}, "source.position=[-13, None) is no span inside", id="span too early"),
         pytest.param({"start": 5, "end": 2}, "source.position=[5, 2) is no span inside", id="span backwards"),
         pytest.param([0, -12], "source.position=[0, -12] names the same token twice in", id="twice"),
@@ -154,6 +160,5 @@ def test_messages_list_the_numbered_tokens(value, problem):
     ],
 )
 def test_what_is_no_selector(value, problem):
-    with pytest.raises(ValueError, match=r"position") as raised:
+    with pytest.raises(ValueError, match=re.escape(problem)):
         parse_positions(value)
-    assert problem in str(raised.value)

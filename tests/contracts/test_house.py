@@ -1,0 +1,122 @@
+"""The house's rules: what imports what, what is public, what a body may name, what imports cost."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import patchscope_nn as ps
+
+PACKAGE = Path(ps.__file__).parent
+
+#: From left to right as data flows; a module imports only what stands to its left.
+ORDER = [
+    *("errors", "layers", "prompts", "positions", "spec", "metrics", "data_files", "data", "recipe"),
+    *("builtin", "models", "mappings", "resolve", "cells", "plan", "plan_text", "unpack", "readouts", "emit"),
+    *("backends", "tables", "plots", "report", "runs", "prepare", "execute", "quick", "cli", "__main__"),
+]
+#: A method of a plan or a run may reach for how it is shown; only when it is called.
+SHOWN_LATER = {("plan", "plan_text"), ("runs", "plots"), ("runs", "report")}
+
+
+def home(file):
+    return file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(file):
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("patchscope_nn."):
+            yield node.module.split(".")[1], node
+        elif isinstance(node, ast.ImportFrom) and node.module == "patchscope_nn":
+            yield from ((name.name, node) for name in node.names)
+
+
+FILES = [file for file in sorted(PACKAGE.rglob("*.py")) if file.parent != PACKAGE or file.stem != "__init__"]
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_nothing_imports_what_stands_to_its_right(file):
+    own = home(file)
+    assert own in ORDER, f"{own} has no place in the order of the house"
+    for other, _ in imports(file):
+        if other in ("__version__", own) or (own, other) in SHOWN_LATER:
+            continue
+        assert ORDER.index(other) < ORDER.index(own), f"{own} imports {other}"
+
+
+def test_only_emit_opens_a_trace():
+    opening = {
+        home(file)
+        for file in FILES
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Attribute) and node.attr in ("trace", "session", "generate", "edit", "scan")
+    }
+    assert opening == {"emit"}
+
+
+def test_a_file_stays_small():
+    sizes = {str(file.relative_to(PACKAGE)): len(file.read_text().splitlines()) for file in FILES}
+    assert {name: size for name, size in sizes.items() if size > 400} == {}
+
+
+def test_all_names_the_public_names():
+    assert sorted(ps.__all__) == ps.__all__
+    assert set(ps.__all__) == {name for name in dir(ps) if not name.startswith("_")}
+    for name in ps.__all__:
+        assert getattr(ps, name) is not None
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="has no attribute 'Patchscopes'"):
+        ps.Patchscopes  # noqa: B018 (the access is the test)
+
+
+HEAVY = {"torch", "transformers", "nnsight", "pandas", "plotly"}
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import patchscope_nn",
+        "import patchscope_nn.spec",
+        "import patchscope_nn.recipe",
+        "import patchscope_nn.plan",
+        "import patchscope_nn.metrics",
+    ],
+)
+def test_pure_modules_load_neither_torch_nor_pandas(statement):
+    code = f"{statement}\nimport sys\nsys.exit(str({HEAVY!r} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stderr.strip() == "set()"
+
+
+#: What a body runs on a server: emit's `_in_...` functions, and these.
+TRAVELS = {"emit": "_in_", "readouts": "", "mappings": "apply_mapping"}
+ALLOWED = {"Any", "torch", "nnsight", "copy", "apply_mapping", "read_choices", "read_generate", "read_next_token"}
+
+
+@pytest.mark.parametrize("module", TRAVELS)
+def test_what_travels_names_only_torch_and_what_travels_with_it(module):
+    """FACTS of remote bodies: no class of ours, no module that a server lacks."""
+    tree = ast.parse((PACKAGE / f"{module}.py").read_text(encoding="utf-8"))
+    names = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+    ours = {
+        alias.asname or alias.name
+        for node in tree.body
+        if isinstance(node, ast.ImportFrom | ast.Import)
+        for alias in node.names
+    }
+    bodies = [
+        node
+        for node in tree.body
+        if isinstance(node, ast.FunctionDef) and node.name.startswith(TRAVELS[module])
+    ]
+    assert bodies
+    for body in bodies:
+        used = {node.id for line in body.body for node in ast.walk(line) if isinstance(node, ast.Name)}
+        assert used & ours <= ALLOWED, (body.name, used & ours)
+        assert {name for name in used & names if not name.startswith(TRAVELS[module])} == set()

@@ -1,0 +1,348 @@
+"""Cells: what is paired with what, the controls, the keys, and what does not resolve."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from patchscope_nn.cells import expand
+from patchscope_nn.errors import DataError, InputError, LayerError, PositionError
+from patchscope_nn.models import Model
+from patchscope_nn.spec import Choices, Generate, Hidden, NextToken, Patchscope, Source, Target
+
+ROWS = ({"s": "The Tower is", "t": "x is in"}, {"s": "Diana in Paris", "t": "The city of x"})
+
+
+@pytest.fixture
+def model(tiny_model):
+    """A model without its weights: cells need none."""
+    loaded = tiny_model("llama")
+    return Model(info=loaded.info, tokenizer=loaded.tokenizer, traced=None)
+
+
+def scope_of(*, source=None, target=None, **options):
+    return Patchscope(
+        source=Source(**{"prompt": "{s}", "layer": "all"} | (source or {})),
+        target=Target(**{"prompt": "{t}", "position": "x"} | (target or {})),
+        **options,
+    )
+
+
+def places(cells):
+    return [
+        (cell.row, cell.source_positions, cell.source_layer, cell.target_positions, cell.target_layer)
+        for cell in cells
+    ]
+
+
+def sweep_of(scope, model, *, rows=ROWS, **options):
+    return expand(scope, rows=rows, source=model, target=model, **options)
+
+
+def test_same_pairs_layers(model):
+    sweep = sweep_of(scope_of(source={"layer": [-1, "embed", 1]}), model)
+    assert places(sweep.cells) == [
+        (0, (2,), 3, (0,), 3),
+        (0, (2,), -1, (0,), -1),
+        (0, (2,), 1, (0,), 1),
+        (1, (6,), 3, (4,), 3),
+        (1, (6,), -1, (4,), -1),
+        (1, (6,), 1, (4,), 1),
+    ]
+
+
+def test_other_layers_are_crossed(model):
+    sweep = sweep_of(
+        scope_of(source={"layer": [0, 2]}, target={"layer": ["embed", -1]}), model, rows=ROWS[:1]
+    )
+    assert [(cell.source_layer, cell.target_layer) for cell in sweep.cells] == [
+        (0, -1),
+        (0, 3),
+        (2, -1),
+        (2, 3),
+    ]
+
+
+def test_each_position_is_a_cell_and_a_span_is_one(model):
+    scope = scope_of(
+        source={"position": {"each": [0, -1]}, "layer": 1},
+        target={"position": {"each": ["x", -1]}, "layer": 2},
+    )
+    assert places(sweep_of(scope, model, rows=ROWS[:1]).cells) == [
+        (0, (0,), 1, (0,), 2),
+        (0, (0,), 1, (2,), 2),
+        (0, (2,), 1, (0,), 2),
+        (0, (2,), 1, (2,), 2),
+    ]
+    scope = scope_of(
+        source={"position": {"start": 1}, "layer": 1}, target={"position": ["x", -1], "layer": 2}
+    )
+    assert places(sweep_of(scope, model, rows=ROWS[:1]).cells) == [(0, (1, 2), 1, (0, 2), 2)]
+
+
+def test_without_a_target_prompt_the_source_is_patched_in_its_own_place(model):
+    scope = Patchscope(
+        source=Source(prompt="{s}", position={"each": [0, -1]}, layer=1), target=Target(layer=3)
+    )
+    sweep = sweep_of(scope, model, rows=ROWS[:1])
+    assert places(sweep.cells) == [(0, (0,), 1, (0,), 3), (0, (2,), 1, (2,), 3)]
+    assert sweep.target_prompts == sweep.source_prompts
+
+
+def test_without_a_target_position_the_last_token_is_patched(model):
+    scope = Patchscope(source=Source(prompt="{s}", layer=1), target=Target(prompt="{t}"))
+    assert [cell.target_positions for cell in sweep_of(scope, model).cells] == [(2,), (4,)]
+
+
+def test_prompts_are_filled_and_kept_once(model):
+    rows = [*ROWS, ROWS[0], {"s": "The Tower is", "t": "x {{is}}"}]
+    sweep = sweep_of(scope_of(), model, rows=rows)
+    assert [one.text for one in sweep.source_prompts] == ["The Tower is", "Diana in Paris"]
+    assert [one.text for one in sweep.target_prompts] == ["x is in", "The city of x", "x {{is}}"]
+    for one in sweep.source_prompts:
+        assert list(one.ids) == tiny.TOKENIZER(one.text)["input_ids"]
+    assert [cell.row for cell in sweep.cells] == [0] * 4 + [1] * 4 + [2] * 4 + [3] * 4
+
+
+def test_controls_are_counted_as_promised(model):
+    sweep = sweep_of(scope_of(), model, controls=["unpatched", "random", "shuffled"])
+    assert Counter((cell.row, cell.control) for cell in sweep.cells) == {
+        (row, control): 1 if control == "unpatched" else 4
+        for row in (0, 1)
+        for control in ("unpatched", None, "random", "shuffled")
+    }
+    for cell in sweep.cells:
+        own = cell.control != "shuffled"
+        if cell.control == "unpatched":
+            assert (cell.source_prompt, cell.source_layer, cell.target_layer) == (None, None, None)
+        else:
+            assert cell.source_prompt == (cell.row if own else 1 - cell.row)
+        assert cell.target_prompt == cell.row
+
+
+def test_unpatched_is_compared_with_every_source_position_where_the_source_is_the_reference(model):
+    source = {"position": {"each": [0, 1]}, "layer": 1}
+    plain = sweep_of(scope_of(source=source), model, rows=ROWS[:1], controls=["unpatched"])
+    assert [cell.control for cell in plain.cells] == ["unpatched", None, None]
+    assert {cell.reference for cell in plain.cells} == {None}
+    scope = scope_of(source=source, readout=NextToken(reference="source"))
+    sweep = sweep_of(scope, model, rows=ROWS[:1], controls=["unpatched"])
+    assert [(cell.control, cell.reference) for cell in sweep.cells] == [
+        ("unpatched", (0, 0)),
+        ("unpatched", (0, 1)),
+        (None, (0, 0)),
+        (None, (0, 1)),
+    ]
+
+
+def test_a_shuffled_state_is_compared_with_the_row_it_is_shown_to(model):
+    scope = scope_of(source={"layer": 1}, readout=NextToken(reference="source"))
+    sweep = sweep_of(scope, model, controls=["shuffled"])
+    shuffled = [cell for cell in sweep.cells if cell.control == "shuffled"]
+    assert [(cell.source_prompt, cell.source_positions, cell.reference) for cell in shuffled] == [
+        (1, (6,), (0, 2)),
+        (0, (2,), (1, 6)),
+    ]
+
+
+def test_rows_of_one_source_prompt_are_no_stand_ins(model):
+    rows = [{"s": "Diana", "t": "x"}, {"s": "Diana", "t": "x is"}, {"s": "Paris", "t": "x"}]
+    sweep = sweep_of(scope_of(source={"layer": 0}), model, rows=rows, controls=["shuffled"])
+    assert [cell.source_prompt for cell in sweep.cells if cell.control == "shuffled"][:2] == [1, 1]
+    with pytest.raises(
+        DataError, match=r"controls: shuffled shows data row 0 the state of another row .* Give more rows"
+    ):
+        sweep_of(scope_of(), model, rows=rows[:2], controls=["shuffled"])
+
+
+@settings(max_examples=30, deadline=None)
+@given(data=st.data())
+def test_every_cell_has_a_key_of_its_own(data, tiny_model):
+    texts = st.sampled_from(["The Tower is", "Diana", " Paris", "x", "The city of Paris is in"])
+    rows = data.draw(st.lists(st.fixed_dictionaries({"s": texts, "t": texts}), min_size=1, max_size=4))
+    controls = data.draw(st.sets(st.sampled_from(["unpatched", "random"])))
+    if len({row["s"] for row in rows}) > 1:
+        controls |= data.draw(st.sets(st.just("shuffled")))
+    scope = scope_of(
+        source={"position": {"each": "all"}, "layer": data.draw(st.sampled_from(["all", [0, -1]]))},
+        target={"position": data.draw(st.sampled_from([-1, {"each": [0, -1]}])), "layer": [0, -1]},
+        readout=data.draw(st.sampled_from([Hidden(), NextToken(reference=["x"]), Generate()])),
+    )
+    sweep = sweep_of(scope, tiny_model("llama"), rows=rows, controls=sorted(controls))
+    assert len({cell.key for cell in sweep.cells}) == len(sweep.cells)
+    again = sweep_of(scope, tiny_model("llama"), rows=rows, controls=sorted(controls))
+    assert again.cells == sweep.cells
+
+
+def test_keys_tell_what_a_cell_is(model):
+    base = {cell.key for cell in sweep_of(scope_of(), model).cells}
+    assert base == {
+        cell.key for cell in sweep_of(scope_of(), model, controls=["random"]).cells if not cell.control
+    }
+    others = [
+        scope_of(source={"position": 0}),
+        scope_of(source={"site": "mlp"}),
+        scope_of(target={"site": "mlp"}),
+        scope_of(target={"position": -1, "prompt": "{s} x"}),
+        scope_of(mapping="target_norm"),
+        scope_of(readout=NextToken(top_k=6)),
+    ]
+    for other in others:
+        assert base.isdisjoint(cell.key for cell in sweep_of(other, model).cells)
+    assert base.isdisjoint(cell.key for cell in sweep_of(scope_of(), model, seed=1).cells)
+
+
+def test_equal_cells_of_different_rows_start_from_the_same_number(model):
+    cells = sweep_of(scope_of(source={"layer": [0, 1]}), model, rows=[ROWS[0], ROWS[1], ROWS[0]]).cells
+    assert cells[0].seed == cells[4].seed != cells[2].seed
+    assert cells[0].key != cells[4].key
+    assert cells[0].seed != cells[1].seed
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "message"),
+    [
+        pytest.param(
+            {"source": {"position": [0, 1]}},
+            PositionError,
+            "source.position names 2 tokens and target.position 1; several tokens are patched one to one. "
+            "Name as many tokens on both sides.",
+            id="unequal lengths",
+        ),
+        pytest.param(
+            {"readout": NextToken(position=-4)},
+            PositionError,
+            "readout.next_token.position=-4 is outside the 3-token target prompt. Use -1 for its last token.",
+            id="readout outside",
+        ),
+        pytest.param(
+            {"target": {"position": 1}, "readout": NextToken(position=0)},
+            PositionError,
+            "readout.next_token.position=0 stands before the patched position 1, where the patch cannot be seen. "
+            "Read at the patched token or after it; -1 is the last.",
+            id="readout before the patch",
+        ),
+        pytest.param(
+            {"source": {"layer": 4}},
+            LayerError,
+            "source.layer=4 is outside this model, whose 4 blocks are 0..3 (or -4..-1 from the end). "
+            "Use 'embed' for the input of block 0.",
+            id="source layer",
+        ),
+        pytest.param(
+            {"target": {"layer": 9}},
+            LayerError,
+            "target.layer=9 is outside this model, whose 4 blocks are 0..3 (or -4..-1 from the end). "
+            "Use 'embed' for the input of block 0.",
+            id="target layer",
+        ),
+        pytest.param(
+            {"source": {"site": "mlp", "layer": ["embed", 0]}},
+            InputError,
+            "source.layer='embed' is the input of block 0, which has no mlp. "
+            "Leave 'embed' out, or use source.site: residual.",
+            id="embed of a part",
+        ),
+        pytest.param(
+            {"source": {"layer": ["embed", 0]}, "target": {"site": "attention"}},
+            InputError,
+            "target.layer='same' writes at 'embed', the input of block 0, which has no attention. "
+            "Leave 'embed' out of source.layer, or use target.site: residual.",
+            id="same as embed, of a part",
+        ),
+        pytest.param(
+            {"source": {"prompt": "{what}"}},
+            DataError,
+            "source.prompt asks for the column 'what', which the data does not have. "
+            "Allowed: s, t. Write {{ and }} for braces that are text.",
+            id="missing column",
+        ),
+        pytest.param(
+            {"readout": NextToken(reference=["{u}"])},
+            DataError,
+            "readout.next_token asks for the column 'u', which the data does not have. "
+            "Allowed: s, t. Write {{ and }} for braces that are text.",
+            id="missing column of a reference",
+        ),
+        pytest.param(
+            {"source": {"prompt": "x" * 65}},
+            InputError,
+            "source.prompt has 65 tokens; LlamaForCausalLM reads at most 64. Shorten the prompt.",
+            id="source too long",
+        ),
+        pytest.param(
+            {"target": {"prompt": "x" * 60}, "readout": Generate(max_new_tokens=5)},
+            InputError,
+            "target.prompt has 60 tokens and 5 more to generate; LlamaForCausalLM reads at most 64. "
+            "Shorten the prompt.",
+            id="target too long to generate",
+        ),
+        pytest.param(
+            {"target": {"prompt": "x" * 62}, "readout": Choices(["Diana", " Paris"])},
+            InputError,
+            "target.prompt has 62 tokens and 5 more of readout.choices; LlamaForCausalLM reads at most 64. "
+            "Shorten the prompt.",
+            id="target too long for a choice",
+        ),
+    ],
+)
+def test_what_does_not_resolve(options, kind, message, model):
+    with pytest.raises(InputError) as raised:
+        sweep_of(scope_of(**options), model, rows=ROWS[:1])
+    assert str(raised.value) == message
+    assert type(raised.value) is kind
+
+
+def test_errors_name_the_row_where_there_are_several(model):
+    with pytest.raises(PositionError, match=r"^data row 1: target\.position='x' does not occur in"):
+        sweep_of(scope_of(), model, rows=[ROWS[0], {"s": "Diana", "t": "Paris"}])
+
+
+def test_no_rows(model):
+    with pytest.raises(DataError, match="the data holds no row"):
+        sweep_of(scope_of(), model, rows=[])
+
+
+def test_same_needs_a_target_as_deep(model):
+    shallow = replace(model, info=replace(model.info, n_layers=2, name="shallow"))
+    with pytest.raises(
+        LayerError, match=r"^target\.layer: same pairs layer 2 of the source .* 0\.\.1\. Narrow"
+    ):
+        expand(scope_of(), rows=ROWS, source=model, target=shallow)
+
+
+def test_blocks_without_the_site(model):
+    parts = replace(model.info.architecture, mlp=None)
+    other = replace(model, info=replace(model.info, architecture=parts))
+    message = r"^target\.site='mlp': the blocks of LlamaForCausalLM \(llama\) have no such module\. Use site: residual"
+    with pytest.raises(InputError, match=message):
+        expand(scope_of(target={"site": "mlp"}), rows=ROWS, source=model, target=other)
+
+
+def test_the_source_is_no_reference_across_vocabularies(model):
+    other = replace(model, tokenizer=tiny.make_tokenizer())
+    other.tokenizer.add_tokens(["another"])
+    with pytest.raises(
+        InputError, match=r"reference: source compares .* number them differently\. Name the ref"
+    ):
+        expand(scope_of(readout=NextToken(reference="source")), rows=ROWS, source=model, target=other)
+    named = expand(scope_of(readout=NextToken(reference=["x"])), rows=ROWS, source=model, target=other)
+    assert {cell.reference for cell in named.cells} == {None}
+    same = replace(model, tokenizer=tiny.make_tokenizer())
+    equal = expand(scope_of(readout=NextToken(reference="source")), rows=ROWS, source=model, target=same)
+    assert None not in {cell.reference for cell in equal.cells}
+
+
+def test_named_references_and_choices_stand_after_the_prompt(model):
+    rows = [{"s": "Diana", "t": "x is", "a": " Paris"}]
+    sweep = sweep_of(scope_of(readout=NextToken(reference=["{a}", "the"])), model, rows=rows)
+    ids = [tiny.TOKENIZER(text, add_special_tokens=False)["input_ids"] for text in (" Paris", "the")]
+    assert sweep.resolved[0].reference_ids == (ids[0][0], ids[1][0])
+    sweep = sweep_of(scope_of(readout=Choices(["{a}", "the"])), model, rows=rows)
+    assert sweep.resolved[0].choices == (" Paris", "the")
+    assert [list(one) for one in sweep.resolved[0].continuations] == ids
