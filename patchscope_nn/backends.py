@@ -109,5 +109,6 @@ def execute(
         for one, rows in zip(step.targets, results["passes"], strict=True):
             if len(rows) != len(one.cells):
                 raise RunError(f"a pass of {len(one.cells)} cells gave {len(rows)} results.")
-            done.extend(zip(one.cells, rows, strict=True))
+            for cell, row in zip(one.cells, rows, strict=True):
+                done.extend((place, row) for place in (cell, *plan.copies.get(cell, ())))
         yield [(plan.cells[cell], row) for cell, row in sorted(done, key=lambda pair: pair[0])]

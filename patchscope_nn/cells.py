@@ -37,7 +37,8 @@ class Cell:
         target_positions: i*, as many as i.
         target_layer: l*.
         reference: The (prompt, position) whose unpatched next-token distribution it is compared with.
-        seed: What this cell's random numbers start from; the same for equal cells of different rows.
+        seed: A digest of what this cell is, whatever its row: what its random numbers start from. Cells
+            with the same seed are the same run.
     """
 
     key: str
@@ -264,5 +265,5 @@ class _Maker:
             target_positions=written,
             target_layer=target_layer,
             reference=reference,
-            seed=int(digest[:12], 16),
+            seed=int(digest[:15], 16),
         )

@@ -166,7 +166,7 @@ def _tensors(module: torch.nn.Module) -> Any:
 
 
 def _digest(call: Any) -> str:
-    """What tells two mappings of one name apart: a module's weights; a function's code, closure and defaults."""
+    """What tells mappings of one name apart: a module's weights; a function's code, closure and defaults."""
     found = hashlib.sha256()
     if isinstance(call, torch.nn.Module):
         for key, tensor in sorted(call.state_dict().items()):

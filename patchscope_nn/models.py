@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,9 @@ class Architecture:
         embed: The token embedding.
         unembed: The linear map to the vocabulary.
         arguments: The names the model's forward takes.
+        block_arguments: The names a block's forward takes, in order.
+        windows: For each block how many tokens back its attention sees; None for all.
+        packs: Whether blocks can be run one by one on segments of a sequence (see `layout.py`).
     """
 
     blocks: str
@@ -46,6 +49,9 @@ class Architecture:
     embed: str
     unembed: str
     arguments: tuple[str, ...]
+    block_arguments: tuple[str, ...] = ()
+    windows: tuple[int | None, ...] = ()
+    packs: bool = False
 
     @property
     def caches(self) -> bool:
@@ -261,7 +267,10 @@ def find_architecture(module: Any, *, n_layers: int, name: str) -> Architecture:
             hint="Please report the architecture; patchscope_nn/models.py is where it belongs.",
         )
     blocks = min(lists, key=len)
-    inner = {part for part, _ in module.get_submodule(blocks)[0].named_children()}
+    block = module.get_submodule(blocks)[0]
+    inner = {part for part, _ in block.named_children()}
+    block_arguments = tuple(inspect.signature(block.forward).parameters)
+    windows = _windows(module.config.get_text_config())
     outer = {part for part, _ in decoder.named_children()}
     norm = _first(_FINAL_NORM, outer)
     return Architecture(
@@ -272,7 +281,59 @@ def find_architecture(module: Any, *, n_layers: int, name: str) -> Architecture:
         embed=paths[id(module.get_input_embeddings())],
         unembed=paths[id(unembed)],
         arguments=tuple(inspect.signature(module.forward).parameters),
+        block_arguments=block_arguments,
+        windows=windows or (None,) * n_layers,
+        packs=windows is not None and _packs(module, block, block_arguments),
     )
+
+
+#: What a block may be given for its tokens to be told apart by a mask and their positions alone.
+_PACKABLE = {
+    *("self", "hidden_states", "attention_mask", "position_ids", "position_embeddings", "cache_position"),
+    *("past_key_values", "layer_past", "use_cache", "output_attentions", "kwargs"),
+    *("encoder_hidden_states", "encoder_attention_mask"),
+}
+
+
+def _windows(config: Any) -> tuple[int | None, ...] | None:
+    """For each block how many tokens back it sees; None where it is not all or a sliding window."""
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        return (window,) * config.num_hidden_layers
+    if set(kinds) - {"full_attention", "sliding_attention"}:
+        return None
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+
+
+def _packs(module: Any, block: Any, arguments: tuple[str, ...]) -> bool:
+    masked = "attention_mask" in arguments and module.config._attn_implementation in ("sdpa", "eager")  # noqa: SLF001 (transformers' own name for it)
+    if not masked or set(arguments) - _PACKABLE or not {"past_key_values", "layer_past"} & set(arguments):
+        return False
+    return _gives_tensor(module, block)
+
+
+class _Seen(Exception):  # noqa: N818 (it is no error: it ends a forward that has shown what it should)
+    pass
+
+
+def _gives_tensor(module: Any, block: Any) -> bool:
+    """Whether blocks give a bare tensor: run one token through the first of them."""
+    import torch
+
+    found = []
+
+    def look(_module: Any, _given: Any, output: Any) -> None:
+        found.append(output)
+        raise _Seen
+
+    handle = block.register_forward_hook(look)
+    try:
+        with torch.no_grad(), suppress(_Seen):
+            module(input_ids=torch.ones(1, 1, dtype=torch.long, device=module.device), use_cache=False)
+    finally:
+        handle.remove()
+    return bool(found) and isinstance(found[0], torch.Tensor)
 
 
 def _first(names: tuple[str, ...], present: set[str]) -> str | None:

@@ -13,6 +13,9 @@ from typing import Any
 
 import torch
 
+#: Taking rows out copies the cache of those that stay; it pays once one in so many has ended.
+_LEAVING = 8
+
 
 def read_next_token(
     logits: torch.Tensor,
@@ -71,6 +74,7 @@ def read_generate(
     stops: list[int],
     temperature: float,
     seeds: list[int],
+    leaving: bool,
 ) -> list[dict[str, Any]]:
     """Decode each row until it meets an end, a stop or the limit.
 
@@ -87,6 +91,7 @@ def read_generate(
         temperature: 0 is greedy; else the tokens are sampled by the Gumbel-max trick, with each row's own
             noise, so that a row's text does not depend on its batch.
         seeds: One seed for each row.
+        leaving: Whether rows that met their end leave the batch.
 
     Returns:
         One dict for each row: `token_ids`, and `stopped`, which is `eos`, `stop` or `length`.
@@ -94,19 +99,30 @@ def read_generate(
     batch = logits.shape[0]
     noises = [torch.Generator().manual_seed(seed) for seed in seeds]
     ends = torch.tensor([*eos, *stops], dtype=torch.long, device=logits.device)
+    # Rows still in the batch, by number; a row that leaves keeps its last token to the end of `chosen`.
+    alive = torch.arange(batch, device=logits.device)
     done = torch.zeros(batch, dtype=torch.bool, device=logits.device)
+    latest = torch.zeros(batch, dtype=torch.long, device=logits.device)
     chosen = []
     for step in range(max_new_tokens):
         scores = logits.float()
         if temperature > 0:
-            noise = torch.stack([torch.rand(scores.shape[1], generator=noise) for noise in noises])
+            noise = torch.stack(
+                [torch.rand(scores.shape[1], generator=noises[row]) for row in alive.tolist()]
+            )
             scores = scores / temperature - torch.log(-torch.log(noise.clamp_min(1e-20))).to(scores)
         token = scores.argmax(-1)
-        chosen.append(token)
+        latest = latest.scatter(0, alive, token)
+        chosen.append(latest)
         done = done | torch.isin(token, ends)
-        if step + 1 == max_new_tokens or bool(done.all()):
+        gone = int(done.sum())
+        if step + 1 == max_new_tokens or gone == len(done):
             break
-        mask = torch.cat([mask, mask.new_ones(batch, 1)], dim=1)
+        if leaving and gone * _LEAVING >= len(done):
+            stay = (~done).nonzero()[:, 0]
+            cache.batch_select_indices(stay)
+            alive, mask, token, done = alive[stay], mask[stay], token[stay], done[stay]
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
         where = {"position_ids": mask.sum(-1, keepdim=True) - 1} if numbered else {}
         output = forward(
             input_ids=token[:, None],

@@ -14,7 +14,7 @@ import torch
 from patchscope_nn.cells import Cell
 from patchscope_nn.mappings import ResolvedMapping
 from patchscope_nn.models import Model, ModelInfo
-from patchscope_nn.plan import Plan, SourcePass, State, Step, TargetPass
+from patchscope_nn.plan import Layout, Plan, Segment, SourcePass, State, Step, TargetPass
 from patchscope_nn.spec import Choices, Generate, NextToken
 
 Work = dict[str, Any]
@@ -50,7 +50,13 @@ def unpack(
     width = plan.width(step) if step.context == "fused" else 0
     return {
         "sources": [_source(plan, one, numbers, source.info, width) for one in step.sources],
-        "targets": [_target(plan, one, numbers, target, width) for one in step.targets],
+        "targets": [
+            _target(plan, one, numbers, target, width)
+            if one.layout is None
+            else _packed(plan, one, one.layout, numbers, target)
+            for one in step.targets
+        ],
+        "prefix": _prefix(plan, step, target.info),
         "carried": {numbers[state]: states[state].clone() for state in step.carried},
         "fresh": [numbers[state] for one in step.sources for state in one.states],
         "keep": [numbers[state] for state in step.kept],
@@ -116,64 +122,191 @@ def _options(info: ModelInfo, *, keep: int, cache: bool) -> Work:
 
 
 def _target(plan: Plan, one: TargetPass, numbers: Mapping[State, int], target: Model, width: int) -> Work:
+    """A target pass as rows of a padded batch."""
     cells = [plan.cells[cell] for cell in one.cells]
     prompts = [plan.sweep.target_prompts[cell.target_prompt].ids for cell in cells]
     inputs = _batch(prompts, target.info, width)
-    width = inputs["input_ids"].shape[1]
+    padded = inputs["input_ids"].shape[1]
     writes = [
-        (cell.target_layer, _write(cell, row, width - len(prompts[row]), numbers))
+        (
+            cell.target_layer,
+            _write(
+                cell, row, [padded - len(prompts[row]) + at for at in cell.target_positions], numbers, row
+            ),
+        )
         for row, cell in enumerate(cells)
         if cell.target_layer is not None
     ]
     readout = _readout(plan, cells, numbers, target)
-    from_end = readout["position"]
-    readout["positions"] = [from_end if from_end < 0 else from_end - len(prompt) for prompt in prompts]
+    readout["mask"] = inputs["attention_mask"]
+    position = _read_position(plan)
+    positions = [position if position < 0 else position - len(prompt) for prompt in prompts]
+    decodes = isinstance(plan.sweep.scope.readout, Generate | Choices)
     return {
+        "layout": None,
+        "cells": len(cells),
         "inputs": inputs,
-        "options": _options(target.info, keep=-min(readout["positions"]), cache=readout["caches"]),
+        "options": _options(target.info, keep=-min(positions), cache=decodes),
         "writes": _by_layer(writes),
+        "positions": positions,
         "readout": readout,
     }
 
 
-def _write(cell: Cell, row: int, pad: int, numbers: Mapping[State, int]) -> list[Any]:
+def _read_position(plan: Plan) -> int:
+    readout = plan.sweep.scope.readout
+    return readout.position if isinstance(readout, NextToken) else -1
+
+
+def _write(cell: Cell, row: int, positions: list[int], numbers: Mapping[State, int], place: int) -> list[Any]:
+    """[state, row, positions, seed of a random state or None, cell] of one write."""
     if cell.source_prompt is None or cell.source_positions is None:
         raise ValueError("a cell that is written has a source")
     state = State(cell.source_prompt, cell.source_positions, cell.source_layer)
-    seed = cell.seed if cell.control == "random" else None
-    return [numbers[state], row, [pad + at for at in cell.target_positions], seed]
+    return [numbers[state], row, positions, cell.seed if cell.control == "random" else None, place]
+
+
+def _packed(plan: Plan, one: TargetPass, layout: Layout, numbers: Mapping[State, int], target: Model) -> Work:
+    """A target pass as segments of one sequence."""
+    cells = [plan.cells[cell] for cell in one.cells]
+    segments, info = layout.segments, target.info
+    ids = [
+        token
+        for segment in segments
+        for token in plan.sweep.target_prompts[segment.prompt].ids[segment.first : segment.last]
+    ]
+    positions = [at for segment in segments for at in range(segment.first, segment.last)]
+    inputs: Work = {"input_ids": torch.tensor([ids])}
+    if "position_ids" in info.architecture.arguments:
+        inputs["position_ids"] = torch.tensor([positions])
+    writes = []
+    for place, cell in enumerate(cells):
+        if cell.target_layer is not None:
+            branch = segments[layout.of_cell[place]]
+            tokens = [branch.at(at) for at in cell.target_positions]
+            writes.append((cell.target_layer, _write(cell, 0, tokens, numbers, place)))
+    readout = _readout(plan, cells, numbers, target)
+    read = [_read_token(plan, cell, segments[at]) for cell, at in zip(cells, layout.of_cell, strict=True)]
+    decodes = isinstance(plan.sweep.scope.readout, Generate | Choices)
+    if decodes:
+        readout["mask"] = torch.ones(len(cells), len(plan.sweep.target_prompts[cells[0].target_prompt].ids))
+        readout["mask"] = readout["mask"].long()
+    options: Work = {"use_cache": True}
+    if "logits_to_keep" in info.architecture.arguments:
+        options["logits_to_keep"] = torch.tensor(read)
+    depth = layout.depth
+    return {
+        "cells": len(cells),
+        "inputs": inputs,
+        "options": options,
+        "writes": _by_layer(writes),
+        "readout": readout,
+        "layout": {
+            "depth": depth,
+            "running": [layout.running(layer - 1) for layer in range(depth + 1)],
+            "bases": {layer: bases for layer in range(depth) if (bases := _bases(segments, layer))},
+            "allowed": _allowed(layout),
+            "key_positions": torch.tensor([*range(layout.prefix), *positions]),
+            "windows": list(info.architecture.windows),
+            "names": [name for name in info.architecture.block_arguments if name != "self"],
+            "read": read,
+            "rows": _rows(layout, readout["mask"].shape[1]) if decodes else None,
+        },
+    }
+
+
+def _read_token(plan: Plan, cell: Cell, segment: Segment) -> int:
+    whole = len(plan.sweep.target_prompts[cell.target_prompt].ids)
+    return segment.at(_read_position(plan) % whole)
+
+
+def _bases(segments: Sequence[Segment], layer: int) -> list[int]:
+    """For each token that joins after a block, where the clean token it stands for is; -1 for none."""
+    return [
+        -1 if trunk is None or at >= trunk.last else trunk.at(at)
+        for segment in segments
+        if segment.enters == layer
+        for trunk in [None if segment.trunk is None else segments[segment.trunk]]
+        for at in range(segment.first, segment.last)
+    ]
+
+
+def _allowed(layout: Layout) -> torch.Tensor:
+    """(n_tokens, n_prefix + n_tokens): whether a token attends to another."""
+    prefix, total = layout.prefix, layout.n_tokens
+    allowed = torch.zeros(total, prefix + total, dtype=torch.bool)
+    allowed[:, :prefix] = True
+    for segment in layout.segments:
+        size = segment.last - segment.first
+        rows = slice(segment.offset, segment.offset + size)
+        own = prefix + segment.offset
+        allowed[rows, own : own + size] = torch.ones(size, size, dtype=torch.bool).tril()
+        if segment.trunk is not None:
+            trunk = layout.segments[segment.trunk]
+            start = prefix + trunk.offset
+            allowed[rows, start : start + min(segment.first, trunk.last) - trunk.first] = True
+    return allowed
+
+
+def _rows(layout: Layout, width: int) -> Work:
+    """Where the tokens of each cell's whole prompt stand among prefix and segments: (n_cells, n_tokens).
+
+    `own` follows the cell's branch, `clean` its trunk; `enters` tells from which block on it is the branch.
+    """
+    own, clean, enters = [], [], []
+    for at in layout.of_cell:
+        segment = layout.segments[at]
+        trunk = segment if segment.trunk is None else layout.segments[segment.trunk]
+        shared = list(range(layout.prefix))
+        of_trunk = [*shared, *(layout.prefix + trunk.at(one) for one in range(layout.prefix, width))]
+        of_branch = [layout.prefix + segment.at(one) for one in range(segment.first, width)]
+        clean.append(of_trunk)
+        own.append([*of_trunk[: segment.first], *of_branch])
+        enters.append(segment.enters)
+    return {"own": torch.tensor(own), "clean": torch.tensor(clean), "enters": torch.tensor(enters)}
+
+
+def _prefix(plan: Plan, step: Step, info: ModelInfo) -> Work | None:
+    if step.prefix is None:
+        return None
+    prompt, count = step.prefix
+    return {
+        "inputs": _batch([plan.sweep.target_prompts[prompt].ids[:count]], info, 0),
+        "options": _options(info, keep=1, cache=True),
+    }
 
 
 def _readout(plan: Plan, cells: Sequence[Cell], numbers: Mapping[State, int], target: Model) -> Work:
     readout, resolved = plan.sweep.scope.readout, plan.sweep.resolved
-    work: Work = {"name": readout.name, "position": -1, "caches": False}
+    arguments = target.info.architecture.arguments
+    work: Work = {
+        "name": readout.name,
+        "numbered": "position_ids" in arguments,
+        "extra": {"logits_to_keep": 1} if "logits_to_keep" in arguments else {},
+    }
     if isinstance(readout, NextToken):
         before = [
             None if cell.reference is None else numbers[State(cell.reference[0], (cell.reference[1],), None)]
             for cell in cells
         ]
         work |= {
-            "position": readout.position,
             "top_k": readout.top_k,
             "references": [list(resolved[cell.row].reference_ids) for cell in cells],
             "before": before,
             "from_source": readout.reference == "source",
         }
     elif isinstance(readout, Generate):
-        stops = stop_ids(target.tokenizer, readout.stop) if readout.stop else ()
         work |= {
-            "caches": True,
             "max_new_tokens": readout.max_new_tokens,
             "eos": list(eos_ids(target)),
-            "stops": list(stops),
+            "stops": list(stop_ids(target.tokenizer, readout.stop) if readout.stop else ()),
             "temperature": readout.temperature,
             "seeds": [cell.seed for cell in cells],
+            "leaving": plan.optimisations.early_leaving,
         }
     elif isinstance(readout, Choices):
-        work |= {
-            "caches": True,
-            "continuations": [[list(ids) for ids in resolved[cell.row].continuations] for cell in cells],
-        }
+        continuations = [[list(ids) for ids in resolved[cell.row].continuations] for cell in cells]
+        work |= {"continuations": continuations}
     return work
 
 

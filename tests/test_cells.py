@@ -223,8 +223,8 @@ def test_equal_cells_of_different_rows_start_from_the_same_number(model):
         pytest.param(
             {"target": {"position": 1}, "readout": NextToken(position=0)},
             PositionError,
-            "readout.next_token.position=0 stands before the patched position 1, where the patch cannot be seen. "
-            "Read at the patched token or after it; -1 is the last.",
+            "readout.next_token.position=0 stands before the patched position 1, where the patch cannot be "
+            "seen. Read at the patched token or after it; -1 is the last.",
             id="readout before the patch",
         ),
         pytest.param(
@@ -319,7 +319,7 @@ def test_same_needs_a_target_as_deep(model):
 def test_blocks_without_the_site(model):
     parts = replace(model.info.architecture, mlp=None)
     other = replace(model, info=replace(model.info, architecture=parts))
-    message = r"^target\.site='mlp': the blocks of LlamaForCausalLM \(llama\) have no such module\. Use site: residual"
+    message = r"^target\.site='mlp': the blocks of LlamaForCausalLM \(llama\) have no such module\. Use site"
     with pytest.raises(InputError, match=message):
         expand(scope_of(target={"site": "mlp"}), rows=ROWS, source=model, target=other)
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from patchscope_nn.errors import LayerError
 from patchscope_nn.layers import EMBED, parse_layers, resolve_layers
+
+ALLOWED = "give an int (negative counts from the end), a list, 'start:stop[:step]', 'all' or 'embed'"
 
 
 def resolve(value, *, n_layers=6):
@@ -42,65 +46,46 @@ def test_a_target_may_say_same():
     assert parse_layers("same", same=True) == "same"
 
 
-@pytest.mark.parametrize(
-    ("value", "message"),
-    [
-        (
-            6,
-            "source.layer=6 is outside this model, whose 6 blocks are 0..5 (or -6..-1 from the end). "
-            "Use 'embed' for the input of block 0.",
-        ),
-        (
-            [0, -7],
-            "source.layer=-7 is outside this model, whose 6 blocks are 0..5 (or -6..-1 from the end). "
-            "Use 'embed' for the input of block 0.",
-        ),
-        (
-            "6:9",
-            "source.layer='6:9' holds no layer of this model, whose blocks are 0..5. "
-            "A range leaves its stop out, as in Python: '0:10' is layers 0 to 9.",
-        ),
-        (
-            "3:3",
-            "source.layer='3:3' holds no layer of this model, whose blocks are 0..5. "
-            "A range leaves its stop out, as in Python: '0:10' is layers 0 to 9.",
-        ),
-    ],
-)
-def test_layers_the_model_lacks(value, message):
+@pytest.mark.parametrize(("value", "named"), [(6, 6), (-7, -7), ([0, -7], -7), (["all", 9], 9)])
+def test_layers_the_model_lacks(value, named):
     with pytest.raises(LayerError) as raised:
         resolve(value)
-    assert str(raised.value) == message
+    assert str(raised.value) == (
+        f"source.layer={named} is outside this model, whose 6 blocks are 0..5 (or -6..-1 from the end). "
+        "Use 'embed' for the input of block 0."
+    )
 
 
-ALLOWED = "give an int (negative counts from the end), a list, 'start:stop[:step]', 'all' or 'embed'"
+@pytest.mark.parametrize("value", ["6:9", "3:3", "4:2"])
+def test_ranges_that_hold_no_layer(value):
+    with pytest.raises(LayerError) as raised:
+        resolve(value)
+    assert str(raised.value) == (
+        f"source.layer={value!r} holds no layer of this model, whose blocks are 0..5. "
+        "A range leaves its stop out, as in Python: '0:10' is layers 0 to 9."
+    )
 
 
 @pytest.mark.parametrize(
-    ("value", "message"),
+    ("value", "problem"),
     [
-        ("last", f"'last' is no layer; {ALLOWED}"),
-        ("same", f"'same' is no layer; {ALLOWED}"),
-        ("1-3", f"'1-3' is no layer; {ALLOWED}"),
-        ("1:4:-1", f"'1:4:-1' is no layer; {ALLOWED}"),
-        (1.0, f"1.0 is no layer; {ALLOWED}"),
-        (True, f"True is no layer; {ALLOWED}"),
-        (None, f"None is no layer; {ALLOWED}"),
-        ([], f"is an empty list; {ALLOWED}"),
-        ([0, "same"], f"'same' is no layer; {ALLOWED}"),
+        ("last", "'last' is no layer; "),
+        ("same", "'same' is no layer; "),
+        ("1-3", "'1-3' is no layer; "),
+        ("1:4:-1", "'1:4:-1' is no layer; "),
+        ("1:4:0", "'1:4:0' is no layer; "),
+        (1.0, "1.0 is no layer; "),
+        (True, "True is no layer; "),
+        (None, "None is no layer; "),
+        ([], "is an empty list; "),
+        ([0, "same"], "'same' is no layer; "),
     ],
 )
-def test_what_is_no_selector(value, message):
-    with pytest.raises(ValueError, match=r"give an int") as raised:
+def test_what_is_no_selector(value, problem):
+    with pytest.raises(ValueError, match=f"^{re.escape(problem + ALLOWED)}$"):
         parse_layers(value)
-    assert str(raised.value) == message
-
-
-def test_a_step_of_zero_is_no_selector():
-    with pytest.raises(ValueError, match="is no layer"):
-        parse_layers("0:4:0")
 
 
 def test_a_target_is_told_of_same():
-    with pytest.raises(ValueError, match=r"'last' is no layer; .* or 'same'$"):
+    with pytest.raises(ValueError, match=r"^'last' is no layer; .* or 'same'$"):
         parse_layers("last", same=True)

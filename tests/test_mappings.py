@@ -110,8 +110,8 @@ def test_digests_tell_mappings_of_one_name_apart(info):
         Affine(2 * torch.eye(32)),
         double,
         lambda states: states + 1,
-        lambda states: torch.sin(states),
-        lambda states: torch.cos(states),
+        lambda states: torch.sin(states) + 0,
+        lambda states: torch.cos(states) + 0,
         scaled(2),
         scaled(3),
         scaled(torch.ones(32)),
@@ -136,8 +136,8 @@ def test_named_mappings_need_one_size(mapping, info, wide):
     with pytest.raises(MappingError) as raised:
         resolve_mapping(mapping, source=info, target=wide)
     assert str(raised.value) == (
-        f"mapping: {mapping} needs hidden states of one size; the source's have 32 (LlamaForCausalLM), the target's "
-        "48 (wide). Give an affine mapping: {affine: weights.safetensors}."
+        f"mapping: {mapping} needs hidden states of one size; the source's have 32 (LlamaForCausalLM), the "
+        "target's 48 (wide). Give an affine mapping: {affine: weights.safetensors}."
     )
 
 

@@ -35,6 +35,14 @@ NORMS = {
     "olmo2": "model.norm",
     "opt": "model.decoder.final_layer_norm",
 }
+#: GPT-J's blocks give a tuple, and so it is run on padded batches.
+PADDED = {"gptj"}
+WINDOWS = {
+    "gemma2": (tiny.WINDOW, None) * 2,
+    "gemma3": (tiny.WINDOW, None) * 2,
+    "mistral": (tiny.WINDOW,) * 4,
+}
+USE = "Use a causal language model, for example one of the Llama, GPT-2, Qwen or Gemma families."
 TIED = {"llama_tied", "gpt2", "opt"}
 BERT = {
     "vocab_size": 50,
@@ -67,6 +75,8 @@ def test_parts_are_found(family, tiny_model):
     assert module.get_submodule(found.embed) is module.get_input_embeddings()
     assert module.get_submodule(found.unembed) is module.get_output_embeddings()
     assert found.caches
+    assert found.packs == (family not in PADDED)
+    assert found.windows == WINDOWS.get(family, (None,) * tiny.N_LAYERS)
     assert info.tied == (family in TIED)
     assert (info.n_layers, info.d_model, info.vocab_size) == (tiny.N_LAYERS, tiny.D_MODEL, tiny.VOCAB_SIZE)
     assert (info.n_positions, info.dtype, info.device) == (64, "float32", "cpu")
@@ -131,8 +141,7 @@ def test_a_module_in_training_is_left_in_training(run_cells):
             lambda: T5ForConditionalGeneration(
                 T5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=16, num_layers=2, num_heads=2)
             ),
-            "'T5ForConditionalGeneration' (t5) is an encoder-decoder; a Patchscope needs a decoder. "
-            "Use a causal language model, for example one of the Llama, GPT-2, Qwen or Gemma families.",
+            f"'T5ForConditionalGeneration' (t5) is an encoder-decoder; a Patchscope needs a decoder. {USE}",
             id="encoder-decoder",
         ),
         pytest.param(
@@ -140,7 +149,7 @@ def test_a_module_in_training_is_left_in_training(run_cells):
                 ViTConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16)
             ),
             "'ViTForImageClassification' (vit) is no language model transformers knows; a Patchscope needs a "
-            "decoder. Use a causal language model, for example one of the Llama, GPT-2, Qwen or Gemma families.",
+            f"decoder. {USE}",
             id="no language model",
         ),
         pytest.param(
@@ -163,8 +172,8 @@ def test_a_module_in_training_is_left_in_training(run_cells):
         ),
         pytest.param(
             lambda: None,
-            "a NoneType is no model we can trace. Give a Hugging Face id, a folder, a transformers model or an "
-            "nnsight TransformersModel.",
+            "a NoneType is no model we can trace. Give a Hugging Face id, a folder, a transformers model or "
+            "an nnsight TransformersModel.",
             id="nothing",
         ),
     ],
@@ -245,7 +254,7 @@ def test_a_transformers_model_finds_its_tokenizer(folder):
 
 
 def test_blocks_that_cannot_be_found():
-    with pytest.raises(ModelError, match="'odd' .LlamaForCausalLM. has no list of decoder blocks"):
+    with pytest.raises(ModelError, match=r"'odd' \(LlamaForCausalLM\) has no list of decoder blocks"):
         find_architecture(tiny.make_module("llama"), n_layers=9, name="odd")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import tiny
@@ -15,7 +15,7 @@ from patchscope_nn.cells import expand
 from patchscope_nn.errors import InputError
 from patchscope_nn.mappings import resolve_mapping
 from patchscope_nn.models import Model
-from patchscope_nn.plan import State, plan
+from patchscope_nn.plan import Optimisations, State, plan
 from patchscope_nn.spec import Choices, Generate, Hidden, NextToken, Patchscope, Source, Target
 
 TEXTS = ("The Tower is", "Diana", " Paris", " is in", "The city of Paris is in the", "The Eiffel Tower x ->")
@@ -83,29 +83,84 @@ def row_width(sweep, cell):
     return len(sweep.target_prompts[cell.target_prompt].ids) + more.get(readout.name, lambda: 0)()
 
 
-@settings(max_examples=60, deadline=None)
+optimisations = st.builds(
+    Optimisations, **dict.fromkeys((one.name for one in fields(Optimisations)), st.booleans())
+)
+
+
+@settings(max_examples=80, deadline=None)
 @given(data=st.data())
 def test_a_plan_serves_every_cell_once(data, tiny_model):
     sweep = data.draw(sweeps(tiny_model("llama")))
-    max_rows, max_tokens = data.draw(st.integers(1, 9)), data.draw(st.integers(1, 80))
+    budget = {"max_rows": data.draw(st.integers(1, 9)), "max_tokens": data.draw(st.integers(1, 80))}
     done = data.draw(st.sets(st.sampled_from([cell.key for cell in sweep.cells])))
-    planned = plan(sweep, context="session", max_rows=max_rows, max_tokens=max_tokens, done=done)
+    asked = data.draw(optimisations)
+    planned = plan(sweep, context="session", done=done, optimisations=asked, **budget)
 
     assert planned.cells == tuple(cell for cell in sweep.cells if cell.key not in done)
     served = [cell for step in planned.steps for one in step.targets for cell in one.cells]
-    assert sorted(served) == list(range(len(planned.cells)))
+    copies = [copy for cell in served for copy in planned.copies.get(cell, ())]
+    assert sorted(served + copies) == list(range(len(planned.cells)))
+    for cell, others in planned.copies.items():
+        assert asked.deduplication
+        for other in others:
+            same = {"key": "", "row": 0, "reference": None, "control": None}
+            assert replace(planned.cells[cell], **same) == replace(planned.cells[other], **same)
 
     prompts = [prompt for step in planned.steps for one in step.sources for prompt in one.prompts]
     assert sorted(prompts) == sorted({state.prompt for cell in planned.cells for state in needs(cell)})
 
+
+@settings(max_examples=80, deadline=None)
+@given(data=st.data())
+def test_a_plan_keeps_its_budget(data, tiny_model):
+    sweep = data.draw(sweeps(tiny_model("llama")))
+    max_rows, max_tokens = data.draw(st.integers(1, 9)), data.draw(st.integers(1, 80))
+    asked = data.draw(optimisations)
+    planned = plan(sweep, context="session", max_rows=max_rows, max_tokens=max_tokens, optimisations=asked)
+    decodes = isinstance(sweep.scope.readout, Generate | Choices)
     for step in planned.steps:
         for one in step.targets:
             widths = [row_width(sweep, planned.cells[cell]) for cell in one.cells]
             assert len(widths) <= max_rows
-            assert len(widths) == 1 or max(widths) * len(widths) <= max_tokens
+            assert (one.layout is not None) == asked.packing
+            if len(widths) > 1 and one.layout:
+                assert one.layout.n_tokens <= max_tokens
+            if len(widths) > 1 and (decodes or not one.layout):
+                assert max(widths) * len(widths) <= max_tokens
         for one in step.sources:
             assert len(one.prompts) <= max_rows
             assert len(one.prompts) == 1 or planned.source_width(one) * len(one.prompts) <= max_tokens
+
+
+@settings(max_examples=80, deadline=None)
+@given(data=st.data())
+def test_a_layout_holds_every_token_of_a_cell_once(data, tiny_model):
+    """Prefix, trunk up to the branch, and branch are together the cell's prompt."""
+    sweep = data.draw(sweeps(tiny_model("llama")))
+    planned = plan(sweep, context="session", max_rows=data.draw(st.integers(1, 9)), max_tokens=80)
+    for step in planned.steps:
+        for one in step.targets:
+            segments = one.layout.segments
+            assert [segment.offset for segment in segments] == [
+                sum(before.last - before.first for before in segments[:place])
+                for place in range(len(segments))
+            ]
+            assert list(segments) == sorted(segments, key=lambda segment: segment.enters)
+            for place, cell in enumerate(planned.cells[cell] for cell in one.cells):
+                segment = segments[one.layout.of_cell[place]]
+                whole = len(sweep.target_prompts[cell.target_prompt].ids)
+                assert segment.prompt == cell.target_prompt
+                if cell.target_layer is None:
+                    assert (segment.first, segment.trunk) == (one.layout.prefix, None)
+                    continue
+                assert (segment.first, segment.last) == (min(cell.target_positions), whole)
+                assert segment.enters == cell.target_layer
+                assert segment.first >= one.layout.prefix
+                if segment.first > one.layout.prefix and cell.target_layer < tiny.N_LAYERS - 1:
+                    trunk = segments[segment.trunk]
+                    assert (trunk.prompt, trunk.first) == (segment.prompt, one.layout.prefix)
+                    assert trunk.last >= segment.first
 
 
 @settings(max_examples=60, deadline=None)
@@ -132,7 +187,7 @@ def test_states_are_read_or_carried_before_they_are_needed(data, tiny_model):
 
 def test_many_layers_and_positions_are_one_source_pass(model):
     planned = plan(sweep_of(model, scope_of(position={"each": "all"}), rows=[{"s": TEXTS[4], "t": "x"}]))
-    assert planned.totals() == {
+    expected = {
         "cells": 28,
         "steps": 1,
         "source_passes": 1,
@@ -141,52 +196,80 @@ def test_many_layers_and_positions_are_one_source_pass(model):
         "states": 28,
         "target_passes": 1,
         "target_rows": 28,
-        "target_tokens": 28,
     }
+    totals = planned.totals()
+    assert {name: totals[name] for name in expected} == expected
 
 
-def test_rows_of_one_length_go_together(model):
-    rows = [{"s": "x", "t": text} for text in ("x", TEXTS[4], "x", TEXTS[4])]
-    planned = plan(sweep_of(model, scope_of(layer=[0, 1]), rows=rows), max_rows=4)
+def test_padded_rows_of_one_length_go_together(model):
+    rows = [{"s": "x", "t": text} for text in ("x", TEXTS[4], "y", "The city of Paris is in Paris")]
+    sweep = sweep_of(model, scope_of(layer=[0, 1]), rows=rows)
+    planned = plan(sweep, max_rows=4, optimisations=Optimisations(packing=False))
     widths = [planned.target_width(one) for one in planned.steps[0].targets]
     assert widths == [1, 7]
     assert planned.totals()["target_tokens"] == 4 * 1 + 4 * 7
 
 
-def test_each_source_prompt_is_really_run_once(tiny_model):
+def test_packing_runs_fewer_tokens(model):
+    """What is shared is run once: 900 cells of one prompt are one clean prompt and 900 last tokens."""
+    scope = scope_of(
+        layer=[0, 1, 2, 3], target_layer=[0, 1, 2, 3], position={"each": "all"}, readout=NextToken()
+    )
+    sweep = sweep_of(model, scope, rows=[{"s": TEXTS[4], "t": TEXTS[4]}])
+    packed, padded = (plan(sweep, optimisations=Optimisations(packing=on)).totals() for on in (True, False))
+    assert packed["cells"] == padded["cells"] == 7 * 16
+    assert padded["target_tokens"] == 7 * 7 * 16
+    assert packed["target_tokens"] == 6 + 7 * 16
+    assert packed["target_blocks"] == 4 * 6 + 7 * 4 * (3 + 2 + 1 + 0)
+    late = plan(sweep, optimisations=Optimisations(late_entry=False)).totals()
+    assert late["target_blocks"] == 4 * (6 + 7 * 16)
+
+
+def test_equal_cells_of_different_rows_run_once(model):
+    rows = [ROW, {"s": "y", "t": "x"}, ROW]
+    planned = plan(sweep_of(model, rows=rows))
+    assert planned.totals()["target_rows"] == 2 * tiny.N_LAYERS
+    assert planned.copies == {place: (8 + place,) for place in range(tiny.N_LAYERS)}
+    assert plan(sweep_of(model, rows=rows), optimisations=Optimisations(deduplication=False)).copies == {}
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_each_source_prompt_is_really_run_once(packing, tiny_model):
     """Counted by hooks: what the model is given, over a run of many steps that share their prompts."""
     model = tiny_model("llama", copy=1)
     rows = [{"s": source, "t": target} for source in TEXTS[:4] for target in ("x", "The x", "x -> x")]
     scope = scope_of(position={"each": [0, -1]}, readout=NextToken(reference="source"))
     sweep = sweep_of(model, scope, rows=rows, controls=["unpatched", "shuffled"])
-    planned = plan(sweep, context="session", max_rows=5, max_tokens=30)
+    planned = plan(
+        sweep, context="session", max_rows=5, max_tokens=30, optimisations=Optimisations(packing=packing)
+    )
     seen, forwards = Counter(), []
 
     def count(_module, _args, given):
         forwards.append(len(given["input_ids"]))
-        for ids, mask in zip(given["input_ids"], given["attention_mask"], strict=True):
-            seen[tuple(ids[mask.bool()].tolist())] += 1
+        mask = given.get("attention_mask")
+        for row, ids in enumerate(given["input_ids"]):
+            seen[tuple(ids[mask[row].bool()].tolist() if mask is not None else ids.tolist())] += 1
 
     hook = model.module.model.register_forward_pre_hook(count, with_kwargs=True)
     try:
         mapping = resolve_mapping("identity", source=model.info, target=model.info)
         backend = backend_for(remote=False)
-        ran = [
-            cell
-            for step in execute(planned, source=model, target=model, mapping=mapping, backend=backend)
-            for cell, _ in step
-        ]
+        steps = execute(planned, source=model, target=model, mapping=mapping, backend=backend)
+        ran = [cell.key for step in steps for cell, _ in step]
     finally:
         hook.remove()
     totals = planned.totals()
     assert totals["steps"] > 3
-    assert sorted(cell.key for cell in ran) == sorted(cell.key for cell in sweep.cells)
-    assert {text: seen[tuple(tiny.TOKENIZER(text)["input_ids"])] for text in TEXTS[:4]} == dict.fromkeys(
-        TEXTS[:4], 1
-    )
-    assert len(forwards) == totals["source_passes"] + totals["target_passes"]
-    assert sum(forwards) == totals["source_rows"] + totals["target_rows"]
-    assert max(forwards) <= 5
+    assert sorted(ran) == sorted(cell.key for cell in sweep.cells)
+    for text in TEXTS[:4]:
+        assert seen[tuple(tiny.TOKENIZER(text)["input_ids"])] == 1
+    prefixes = sum(step.prefix is not None for step in planned.steps)
+    assert len(forwards) == totals["source_passes"] + totals["target_passes"] + prefixes
+    if packing:
+        assert sum(forwards) == totals["source_rows"] + totals["target_passes"] + prefixes
+    else:
+        assert sum(forwards) == totals["source_rows"] + totals["target_rows"]
 
 
 def test_the_digest_is_of_what_will_run(model):
@@ -235,7 +318,7 @@ def test_many_cells_are_a_session(model):
 
 
 def test_a_site_that_a_forward_has_passed_is_not_fused(model):
-    """A block's attention comes before its output, so one cell's read may come too late for another's write."""
+    """A block's attention comes before its output, so a read may come too late for another cell's write."""
     sweep = sweep_of(model, scope_of(layer=[0, 1], target_layer=[1, 2], site="attention"), rows=[ROW])
     layers = {(cell.source_layer, cell.target_layer): cell.key for cell in sweep.cells}
     assert {step.context for step in plan(sweep).steps} == {"session"}
@@ -249,8 +332,8 @@ def test_fused_is_refused_where_a_state_comes_too_late(model):
     with pytest.raises(InputError) as raised:
         plan(sweep, context="fused")
     assert str(raised.value) == (
-        "context='fused' runs source and target in one forward, where the state of layer 2 cannot be written at "
-        "layer 1, which came before it. Use context='session' (or 'auto'), or layers with l <= l*."
+        "context='fused' runs source and target in one forward, where the state of layer 2 cannot be written "
+        "at layer 1, which came before it. Use context='session' (or 'auto'), or layers with l <= l*."
     )
 
 

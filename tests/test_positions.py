@@ -12,7 +12,8 @@ from patchscope_nn.positions import Each, Span, parse_positions, resolve_positio
 from patchscope_nn.prompts import encode
 
 TEXT = "The Eiffel Tower is in the Eiffel city"
-NUMBERED = "0 'The', 1 ' E', 2 'iff', 3 'el', 4 ' Tower', 5 ' is', 6 ' in', 7 ' the', 8 ' E', 9 'iff', 10 'el', 11 ' city'"
+TOKENS = ("The", " E", "iff", "el", " Tower", " is", " in", " the", " E", "iff", "el", " city")
+NUMBERED = ", ".join(f"{number} {token!r}" for number, token in enumerate(TOKENS))
 COUNT = 12
 HINT = "Use an index (-1 is the last token), or a text that ends where a token ends."
 

@@ -10,9 +10,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
-from test_plots import NASTY, make_table
+from tables import NASTY, make_table
 
-from patchscope_nn import report
+from patchscope_nn.report import page as report_page
 from patchscope_nn.report import write_report
 
 MANIFEST: dict[str, Any] = {
@@ -114,7 +114,7 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
     table["source_token"] = [[NASTY] for _ in range(len(table))]
     recipe = {"name": NASTY, "title": NASTY, "metrics": ["rouge_l"]}
     page = write(table, tmp_path, manifest={"recipe": recipe, "command": NASTY, "versions": {NASTY: NASTY}})
-    ours = page.replace(str(report._plotly_js()), "")
+    ours = page.replace(str(report_page._plotly_js()), "")
     assert "alert(1)" in ours  # it is there, as text
     assert "<script>alert" not in ours
     assert "<!--" not in ours
@@ -126,7 +126,7 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
 
 def test_markup_is_complete_and_asks_for_nothing(tmp_path: Path) -> None:
     page = write(make_table(n_rows=2), tmp_path)
-    ours = page.replace(str(report._plotly_js()), "")
+    ours = page.replace(str(report_page._plotly_js()), "")
     assert page.startswith("<!doctype html>\n<html lang=")
     assert '<meta charset="utf-8">' in ours
     assert '<link rel="icon" href="data:,">' in ours
@@ -178,7 +178,7 @@ def test_ten_thousand_long_cells_stay_under_8_mb(tmp_path: Path) -> None:
 
 
 def test_a_huge_table_is_cut_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(report, "MAX_CELLS", 30)
+    monkeypatch.setattr(report_page, "MAX_CELLS", 30)
     page = write(make_table(n_rows=2), tmp_path)
     assert len(column(page, "row")) == 30
     assert "the first 30 of 50 cells" in page

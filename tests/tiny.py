@@ -84,8 +84,7 @@ _GEMMA = {
     "tie_word_embeddings": False,
     "final_logit_softcapping": 5.0,
 }
-_SLIDING = ["sliding_attention", "full_attention"] * (N_LAYERS // 2)
-_GPT2 = {"n_embd": D_MODEL, "n_layer": N_LAYERS, "n_head": 4, "n_positions": 64, "n_inner": 48}
+_GPT2 = {"n_inner": 48}
 FAMILIES = {
     "llama": _llama_like("LlamaConfig"),
     "llama_tied": _llama_like("LlamaConfig", tie_word_embeddings=True),
@@ -95,11 +94,10 @@ FAMILIES = {
     "gemma2": _llama_like(
         "Gemma2Config",
         **_GEMMA,
-        layer_types=_SLIDING,
         attn_logit_softcapping=5.0,
         attn_implementation="eager",  # the others would leave out the soft cap of the attention
     ),
-    "gemma3": _llama_like("Gemma3TextConfig", **_GEMMA, layer_types=_SLIDING),
+    "gemma3": _llama_like("Gemma3TextConfig", **_GEMMA),
     "qwen2": _llama_like("Qwen2Config"),
     "qwen3": _llama_like("Qwen3Config", head_dim=8),
     "mistral": _llama_like("MistralConfig", sliding_window=WINDOW),
@@ -107,7 +105,7 @@ FAMILIES = {
     "olmo2": _llama_like("Olmo2Config"),
     "opt": Family(
         "OPTConfig",
-        {"ffn_dim": 48, "word_embed_proj_dim": D_MODEL, "max_position_embeddings": 64},
+        {"ffn_dim": 48},
         "model.decoder.layers",
         "self_attn",
         "fc2",
@@ -128,6 +126,10 @@ def make_module(family: str, *, seed: int = 0, d_model: int = D_MODEL, n_layers:
         "eos_token_id": EOS_ID,
         "pad_token_id": 2,
     }
+    if family.startswith("gemma"):
+        common["layer_types"] = ["sliding_attention", "full_attention"] * (n_layers // 2)
+    if family == "opt":
+        common["word_embed_proj_dim"] = d_model
     config = getattr(transformers, kind.config)(**common | kind.options)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.generation_config.eos_token_id = EOS_ID

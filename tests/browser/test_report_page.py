@@ -10,6 +10,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from tables import NASTY, make_table
 
 from patchscope_nn.report import write_report
 
@@ -24,13 +25,6 @@ MANIFEST: dict[str, Any] = {
     "recipe": {"name": "next-token", "title": "Which next token does each layer hold?"},
     "command": "patchscope run next-token",
 }
-
-# Folders of tests are no packages: the tables of test_plots are taken from its file.
-_spec = importlib.util.spec_from_file_location("plot_tables", Path(__file__).parents[1] / "test_plots.py")
-assert _spec
-assert _spec.loader
-tables = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(tables)
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +108,7 @@ def test_page_is_legible(opener: Opener, sweep: str) -> None:
     layers = range(6) if sweep == "pairs" else range(12)
     targets = range(6) if sweep == "pairs" else None
     readout = "next_token" if sweep == "pairs" else sweep
-    page = opener(tables.make_table(readout, n_rows=5, layers=layers, target_layers=targets))
+    page = opener(make_table(readout, n_rows=5, layers=layers, target_layers=targets))
     for width in (1280, 700):
         for scheme in ("light", "dark"):
             page.set_viewport_size({"width": width, "height": 900})
@@ -151,7 +145,7 @@ def check_legible(page: Any, *, legend: bool) -> None:
 
 
 def test_search_sort_pages_and_details(opener: Opener) -> None:
-    table = tables.make_table(n_rows=5)
+    table = make_table(n_rows=5)
     page = opener(table)
     found(page, "1-25 of 125")
     page.fill("#search", "RANDOM")
@@ -176,10 +170,10 @@ def test_search_sort_pages_and_details(opener: Opener) -> None:
 
 
 def test_hostile_text_is_shown_as_text(opener: Opener) -> None:
-    table = tables.make_table("generate", n_rows=2, layers=range(4))
+    table = make_table("generate", n_rows=2, layers=range(4))
     for name in ("text", "source_prompt", "target_prompt"):
-        table[name] = pd.Series(tables.NASTY, index=table.index, dtype=object)
-    table["source_token"] = [[tables.NASTY] for _ in range(len(table))]
+        table[name] = pd.Series(NASTY, index=table.index, dtype=object)
+    table["source_token"] = [[NASTY] for _ in range(len(table))]
     page = opener(table)
     assert "</script><script>alert(1)" in values(page, "answer")[0]
     page.locator(".open").first.click()
@@ -196,13 +190,13 @@ def test_hostile_text_is_shown_as_text(opener: Opener) -> None:
 
 
 def test_no_button_uploads_the_figures(opener: Opener) -> None:
-    page = opener(tables.make_table(n_rows=2))
+    page = opener(make_table(n_rows=2))
     titles = page.eval_on_selector_all(".modebar-btn", "nodes => nodes.map(node => node.dataset.title)")
     assert set(titles) == {"Download plot as a PNG", "Zoom", "Pan", "Reset axes"}
 
 
 def test_names_and_hover_stay_in_view_when_a_wide_figure_scrolls(opener: Opener) -> None:
-    page = opener(tables.make_table(n_rows=3, layers=range(30)), width=700)
+    page = opener(make_table(n_rows=3, layers=range(30)), width=700)
     figure = page.locator(".figure").last
     name = figure.locator(".ytick text").first
     before = name.bounding_box()["x"]
@@ -220,7 +214,7 @@ def test_names_and_hover_stay_in_view_when_a_wide_figure_scrolls(opener: Opener)
 
 
 def test_ten_thousand_cells_open_quickly(opener: Opener) -> None:
-    page = opener(tables.make_table(n_rows=165, layers=range(30)))
+    page = opener(make_table(n_rows=165, layers=range(30)))
     found(page, "1-25 of 10,065")
     assert (opener.folder / "report.html").stat().st_size < 8_000_000
     assert page.evaluate("performance.getEntriesByType('navigation')[0].domContentLoadedEventEnd") < 10_000

@@ -7,12 +7,13 @@ and the last block; the token `x` stands before the last one, where the readout 
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import fields
 
 import hooks
 import pytest
 import tiny
 
-from patchscope_nn.models import same_vocabulary
+from patchscope_nn.plan import Optimisations
 from patchscope_nn.spec import Choices, Generate, Hidden, NextToken, Patchscope, Source, Target
 
 ROWS = (
@@ -113,6 +114,21 @@ def test_contexts(family, context, readout, tiny_model, run_cells):
 
 
 @families
+@pytest.mark.parametrize("readout", READOUTS)
+def test_padded_batches_give_the_same(family, readout, tiny_model, run_cells):
+    """Without packing each cell is a whole padded row; every optimisation off runs the same models."""
+    scope, model = scope_of(READOUTS[readout]), tiny_model(family)
+    packed = run_cells(scope, model, rows=ROWS, controls=["unpatched", "random"], context="session")
+    off = Optimisations(**dict.fromkeys((one.name for one in fields(Optimisations)), False))
+    plain = run_cells(
+        scope, model, rows=ROWS, controls=["unpatched", "random"], context="session", optimisations=off
+    )
+    for (cell, given), (other, expected) in zip(packed, plain, strict=True):
+        assert cell == other
+        hooks.assert_same(given, expected)
+
+
+@families
 @pytest.mark.parametrize(("read", "written"), SITES)
 def test_sites(family, read, written, tiny_model, run_cells):
     scope = scope_of(
@@ -153,17 +169,3 @@ def test_several_tokens(family, readout, tiny_model, run_cells):
     found = run_cells(scope, tiny_model(family), rows=ROWS, controls=["unpatched"], context="session")
     pair = hooks.Pair(scope, tiny.reference(family), tokenizer=tiny.TOKENIZER, eos=[tiny.EOS_ID])
     check(found, ROWS, pair)
-
-
-@families
-def test_parts_are_found(family, tiny_model):
-    kind, info = tiny.FAMILIES[family], tiny_model(family).info
-    found = info.architecture
-    assert (found.blocks, found.attention, found.mlp) == (kind.blocks, kind.attention, kind.mlp)
-    module = tiny_model(family).module
-    embed, unembed = module.get_submodule(found.embed), module.get_submodule(found.unembed)
-    assert info.tied == (embed.weight is unembed.weight)
-    assert (info.n_layers, info.d_model, info.vocab_size) == (tiny.N_LAYERS, tiny.D_MODEL, tiny.VOCAB_SIZE)
-    assert found.final_norm is not None
-    assert found.caches
-    assert same_vocabulary(tiny_model(family), tiny_model("llama"))

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from patchscope_nn.models import ModelInfo
-from patchscope_nn.plan import Plan, Step
+from patchscope_nn.plan.passes import Plan, Step
 from patchscope_nn.spec import Generate
 
 _SHOWN = 6
@@ -57,8 +57,9 @@ def _facts(plan: Plan) -> Iterator[str]:
     )
     yield (
         f"target: {totals['target_passes']} passes, {totals['target_rows']} rows, "
-        f"{totals['target_tokens']} tokens with padding{more}"
+        f"{totals['target_tokens']} tokens{more}"
     )
+    yield from _saved(plan, totals)
     yield f"readout: {readout.name}; a pass holds at most {plan.max_rows} rows and {plan.max_tokens} tokens"
     reads = sum(0 in (cell.source_positions or ()) for cell in plan.cells)
     writes = sum(0 in cell.target_positions for cell in plan.cells if cell.target_layer is not None)
@@ -67,6 +68,28 @@ def _facts(plan: Plan) -> Iterator[str]:
             f"note: {reads} cells read and {writes} write position 0, in most models an attention sink, "
             "whose state is huge and says little"
         )
+
+
+def _saved(plan: Plan, totals: dict[str, int]) -> Iterator[str]:
+    """What the plan runs, beside what running every cell by itself would."""
+    whole = sum(len(plan.sweep.target_prompts[cell.target_prompt].ids) for cell in plan.cells)
+    depth = plan.sweep.target.n_layers
+    tokens = _share(totals["target_tokens"], whole)
+    blocks = _share(totals["target_blocks"], whole * depth)
+    yield f"beside every cell alone: target tokens {tokens}, tokens x blocks {blocks}"
+    packed = [one.layout is not None for step in plan.steps for one in step.targets]
+    if plan.optimisations.packing and not any(packed) and plan.steps and plan.steps[0].context != "fused":
+        yield f"note: not packed: {_why(plan)}; every cell is a row of a padded batch"
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{part} of {whole} ({100 * part / max(whole, 1):.1f} %)"
+
+
+def _why(plan: Plan) -> str:
+    if plan.sweep.scope.target.site != "residual":
+        return f"target.site={plan.sweep.scope.target.site!r} is written inside a block"
+    return f"the blocks of {plan.sweep.target.family} cannot be run on segments"
 
 
 def _describe(info: ModelInfo) -> str:
@@ -81,5 +104,12 @@ def _add_step(branch: Any, plan: Plan, number: int, step: Step) -> None:
     for one in step.sources:
         size = f"{len(one.prompts)} prompts x {plan.source_width(one)} tokens"
         node.add(Text(f"source: {size} -> {len(one.states)} states"))
+    if step.prefix:
+        node.add(Text(f"prefix: {step.prefix[1]} tokens, once"))
     for target in step.targets:
-        node.add(Text(f"target: {len(target.cells)} rows x {plan.target_width(target)} tokens"))
+        if target.layout is None:
+            node.add(Text(f"target: {len(target.cells)} rows x {plan.target_width(target)} tokens"))
+        else:
+            trunks = sum(segment.cell is None for segment in target.layout.segments)
+            size = f"{target.layout.n_tokens} tokens, {plan.target_blocks(target)} token-blocks"
+            node.add(Text(f"target: {len(target.cells)} cells and {trunks} clean prompts packed into {size}"))

@@ -1,0 +1,103 @@
+"""Plan -> nnsight contexts. The only place that opens a trace.
+
+    fused    one trace; source and target are two invokes that meet at a barrier, and so one forward
+    session  one session: source traces, then target traces that use their values
+    nested   two models: the source's traces run inside the target's session
+    bridged  two models, not both in this process: the source's session gives its states back, and they
+             travel as values inside the target's
+
+The rooms: `states` reads and writes hidden states, `batch` runs source and target prompts as padded rows,
+`packed` runs target prompts as segments of one sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import nnsight
+import torch
+
+from patchscope_nn.emit.batch import fused, in_source, in_target
+from patchscope_nn.emit.packed import in_packed, in_prefix
+from patchscope_nn.emit.states import Work
+from patchscope_nn.plan import Context
+
+#: What a context gives back: the readouts of each target pass, row by row, and the states that go out.
+Results = dict[str, Any]
+
+
+def emit(
+    context: Context, work: Work, *, source: Any, target: Any, remote: Literal[False, "local"] = False
+) -> Results:
+    """Open a context and run a step in it.
+
+    Args:
+        context: Which one.
+        work: What `unpack` made of the step.
+        source: M, an nnsight model.
+        target: M*, an nnsight model; the same object where there is one model.
+        remote: `local` takes the step through nnsight's own serialisation, in this process.
+
+    Returns:
+        `passes`: for each target pass a list of readouts, one for each row; `kept`: tensors by number.
+    """
+    # A body is shipped by the source of its functions; without this they would be looked up by name.
+    nnsight.register("patchscope_nn")
+    with torch.no_grad(), _untracked(source, target):
+        if context == "fused":
+            return fused(target, work, remote)
+        if context == "session":
+            return _session(target, work, remote)
+        if context == "bridged":
+            return _bridged(source, target, work, remote)
+        return _nested(source, target, work)
+
+
+@contextmanager
+def _untracked(*models: Any) -> Iterator[None]:
+    """Leave the models' training mode as it was; a Patchscope never runs with dropout."""
+    training = [module for module in (model._module for model in models) if module.training]  # noqa: SLF001 (as in Model.module)
+    for module in training:
+        module.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.train()
+
+
+def _session(model: Any, work: Work, remote: Literal[False, "local"]) -> Results:
+    with model.session(remote=remote):
+        results = nnsight.save(_in_session(model, model, work))
+    return results  # noqa: RET504 (a context's body binds a name; it cannot return)
+
+
+def _nested(source: Any, target: Any, work: Work) -> Results:
+    with target.session():
+        results = nnsight.save(_in_session(source, target, work))
+    return results  # noqa: RET504 (the same)
+
+
+def _bridged(source: Any, target: Any, work: Work, remote: Literal[False, "local"]) -> Results:
+    read = {**work, "targets": [], "carried": {}, "keep": work["fresh"]}
+    with source.session(remote=remote):
+        bridge = nnsight.save(_in_session(source, source, read))
+    written = {**work, "sources": [], "carried": {**work["carried"], **bridge["kept"]}}
+    return _session(target, written, remote)
+
+
+def _in_session(source: Any, target: Any, work: Work) -> Results:
+    """Run a step's source passes, then its target passes. Runs inside a context, as all `in_...` do."""
+    states = dict(work["carried"])
+    for one in work["sources"]:
+        states.update(in_source(source, one, work["source_paths"]))
+    prefix = in_prefix(target, work["prefix"], work["target_paths"]) if work["prefix"] else None
+    passes = [
+        in_target(target, one, states, work["target_paths"], work["mapping"])
+        if one["layout"] is None
+        else in_packed(target, one, states, work["target_paths"], work["mapping"], prefix=prefix)
+        for one in work["targets"]
+    ]
+    return {"passes": passes, "kept": {number: states[number].clone() for number in work["keep"]}}

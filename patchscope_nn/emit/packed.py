@@ -1,0 +1,130 @@
+"""Target prompts as segments of one sequence, inside a context.
+
+The model's own forward is a shell here: it embeds the tokens, gives every block what that block is called
+with, and ends in its own norm and unembedding. Between, each block is called with the tokens that have
+joined by then (see `plan/layout.py`), and the shell skips it.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+
+from patchscope_nn.emit.states import Work, in_blocks, in_hidden, in_readout, in_write
+
+
+def in_prefix(model: Any, one: Work, paths: dict[str, str]) -> Any:
+    """Run the tokens that all target prompts of a step begin with; give their keys and values."""
+    # A cache without a config keeps every token of every block, whatever its window: masks see to that.
+    cache = DynamicCache()
+    with model.trace(**one["inputs"], **one["options"], past_key_values=cache) as tracer:
+        in_blocks(model, paths)[-1].output  # noqa: B018 (waiting for it is the point: then all have run)
+        tracer.stop()
+    return cache
+
+
+def in_packed(
+    model: Any,
+    one: Work,
+    states: dict[int, torch.Tensor],
+    paths: dict[str, str],
+    mapping: list[Any],
+    *,
+    prefix: Any,
+) -> list[dict[str, Any]]:
+    """Run a pass's segments with the states written into them, and read out what they say."""
+    packed, writes = one["layout"], dict(one["writes"])
+    written: dict[int, Any] = {}
+    cache = DynamicCache() if prefix is None else copy.deepcopy(prefix)
+    with model.trace(**one["inputs"], **one["options"], past_key_values=cache) as tracer:
+        blocks = in_blocks(model, paths)
+        for layer in range(packed["depth"]):
+            args, kwargs = blocks[layer].inputs
+            if layer == 0:
+                hidden = args[0][:, : packed["running"][0]].clone()
+                if -1 in writes:
+                    written.update(in_write(hidden, writes[-1], states, mapping))
+            if hidden.shape[1]:
+                given = dict(zip(packed["names"], args, strict=False)) | kwargs
+                hidden = blocks[layer](**_in_running(given, hidden, packed, packed["windows"][layer]))
+            hidden = _in_joined(hidden, packed["bases"].get(layer))
+            if layer in writes:
+                written.update(in_write(hidden, writes[layer], states, mapping))
+            blocks[layer].skip(hidden if layer + 1 == packed["depth"] else args[0])
+        if one["readout"]["name"] == "hidden":
+            rows = in_hidden(one["cells"], written)
+            tracer.stop()
+        else:
+            logits = model.output.logits[0]
+            if "logits_to_keep" not in one["options"]:
+                logits = logits[packed["read"]]
+            kept = _in_rows(cache, packed["rows"]) if packed["rows"] else None
+            rows = in_readout(model, one["readout"], logits, kept, states)
+    return rows
+
+
+def _in_running(
+    given: dict[str, Any], hidden: torch.Tensor, packed: Work, window: int | None
+) -> dict[str, Any]:
+    """What a block is called with, for the tokens that run: the first so many of the sequence."""
+    count = hidden.shape[1]
+    total = packed["allowed"].shape[0]
+    narrowed = {name: _in_narrow(value, count, total) for name, value in given.items()}
+    narrowed["hidden_states"] = hidden
+    narrowed["attention_mask"] = _in_mask(packed, count, window, hidden)
+    return narrowed
+
+
+def _in_narrow(value: Any, count: int, total: int) -> Any:
+    """The first `count` of the sequence's `total` tokens, in (1, n_tokens, ...) or (n_tokens,) tensors."""
+    if isinstance(value, tuple):
+        return tuple(_in_narrow(one, count, total) for one in value)
+    if isinstance(value, torch.Tensor):
+        if value.ndim > 1 and value.shape[1] == total:
+            return value[:, :count]
+        if value.ndim == 1 and value.shape[0] == total:
+            return value[:count]
+    return value
+
+
+def _in_mask(packed: Work, count: int, window: int | None, hidden: torch.Tensor) -> torch.Tensor:
+    """What may attend to what, as a mask to be added: (1, 1, n_running, n_prefix + n_running)."""
+    keys = packed["key_positions"]
+    seen = len(keys) - packed["allowed"].shape[0] + count
+    allowed = packed["allowed"][:count, :seen]
+    if window is not None:
+        positions = keys[len(keys) - packed["allowed"].shape[0] :][:count]
+        allowed = allowed & (positions[:, None] - keys[None, :seen] < window)
+    mask = torch.zeros(allowed.shape, dtype=hidden.dtype, device=hidden.device)
+    return mask.masked_fill_(~allowed.to(hidden.device), torch.finfo(hidden.dtype).min)[None, None]
+
+
+def _in_joined(hidden: torch.Tensor, bases: list[int] | None) -> torch.Tensor:
+    """The tokens that run, and those that join here, as the clean tokens they stand for.
+
+    A base of -1 has none, since it is about to be written.
+    """
+    if not bases:
+        return hidden
+    fresh = hidden.new_zeros(1, len(bases), hidden.shape[2])
+    known = [place for place, base in enumerate(bases) if base >= 0]
+    if known:
+        fresh[:, known] = hidden[:, [bases[place] for place in known]]
+    return torch.cat([hidden, fresh], dim=1)
+
+
+def _in_rows(cache: Any, rows: Work) -> Any:
+    """The keys and values of each cell's whole prompt, a row for each: decoding goes on from them.
+
+    In the blocks that a cell's own tokens did not run through they are the clean prompt's.
+    """
+    whole = DynamicCache()
+    for layer, kept in enumerate(cache.layers):
+        ran = (rows["enters"] < layer)[:, None]
+        places = torch.where(ran, rows["own"], rows["clean"]).to(kept.keys.device)
+        keys, values = kept.keys[0][:, places], kept.values[0][:, places]
+        whole.update(keys.transpose(0, 1).contiguous(), values.transpose(0, 1).contiguous(), layer)
+    return whole

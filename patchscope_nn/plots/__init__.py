@@ -1,0 +1,51 @@
+"""Figures of a run's table: a metric by layer, and what each hidden state says. Returned, never shown.
+
+Every function takes the tidy table of DESIGN section 4 (one row per cell) and leaves it as it is:
+
+    text.py     what a model wrote, made fit to be seen
+    table.py    reading the table: its metrics, their means by layer
+    style.py    what all figures share
+    curves.py   a metric by layer, or by pairs of layers
+    said.py     what one cell says
+    lines.py    which cells stand together in a line of a text heatmap
+    grid.py     the text heatmap
+    choose.py   which of these figures fit a table
+"""
+
+from __future__ import annotations
+
+from patchscope_nn.plots.choose import figures
+from patchscope_nn.plots.curves import layer_curve, layer_pair_heatmap
+from patchscope_nn.plots.grid import text_heatmap
+from patchscope_nn.plots.said import odds
+from patchscope_nn.plots.table import (
+    REAL,
+    as_list,
+    is_null,
+    layer_means,
+    layer_name,
+    metric_columns,
+    numbers,
+    reads_sink,
+)
+from patchscope_nn.plots.text import shorten, text_width, token, visible
+
+__all__ = [
+    "REAL",
+    "as_list",
+    "figures",
+    "is_null",
+    "layer_curve",
+    "layer_means",
+    "layer_name",
+    "layer_pair_heatmap",
+    "metric_columns",
+    "numbers",
+    "odds",
+    "reads_sink",
+    "shorten",
+    "text_heatmap",
+    "text_width",
+    "token",
+    "visible",
+]

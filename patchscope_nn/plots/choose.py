@@ -1,0 +1,39 @@
+"""Which figures fit a table."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from patchscope_nn.plots.curves import layer_curve
+from patchscope_nn.plots.grid import text_heatmap
+from patchscope_nn.plots.said import SAID
+from patchscope_nn.plots.table import metric_columns
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+
+def figures(table: pd.DataFrame, *, metrics: Iterable[Any] = ()) -> list[tuple[str, go.Figure]]:
+    """The figures that fit this table: a curve or heatmap for each metric, then what each state says.
+
+    Args:
+        table: The tidy table.
+        metrics: A recipe's `metrics`; metric columns that it does not name are drawn after these.
+
+    Returns:
+        Pairs of a plain-text title and a figure; empty when no cell has a result.
+
+    Raises:
+        InputError: Plotly is not installed.
+    """
+    names = metric_columns(table, declared=metrics)
+    drawn = [layer_curve(table, metric=name) for name in names]
+    said = [column for column in SAID if column in table.columns]
+    if said and table[said].notna().any(axis=None):
+        value = None if {"top_probs", "choice_probs"} & set(table.columns) else next(iter(names), None)
+        drawn.append(text_heatmap(table, value=value))
+    return [(html.unescape(figure.layout.title.text), figure) for figure in drawn]

@@ -1,0 +1,15 @@
+"""One offline HTML file that tells what a run asked, what came back, and how to do it again.
+
+Nothing in it asks the network for anything. Model output is data here: it reaches the page as escaped
+JSON and is put there with `textContent`, never as markup.
+
+    summary.py    the run in sentences, and short facts
+    cells.py      the cells, as JSON for the page's own table
+    page.py       the page, from these and templates/report.html.jinja
+"""
+
+from __future__ import annotations
+
+from patchscope_nn.report.page import write_report
+
+__all__ = ["write_report"]

@@ -1,0 +1,129 @@
+"""The cells as JSON for the page's own table, which is searched and sorted there."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from markupsafe import Markup
+
+from patchscope_nn.plots import as_list, is_null, odds, reads_sink, token, visible
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+TABLE_BYTES = 2_000_000  # with plotly's 4.8 MB and the figures, a report stays under 8 MB
+_TEXT_LIMITS = (4000, 1000, 300, 120, 60)
+_NUMBERS = ("entropy_nats", "surprisal_nats", "nll_nats")
+_TEXTS = ("stopped", "mapping", "source_model", "target_model", "error")
+
+Cell = Mapping[Any, Any]
+Column = dict[str, Any]
+
+
+def script_json(value: object) -> Markup:
+    """JSON that can stand inside a script element: it holds no `<`, so neither `</script>` nor `<!--`."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    for character in "<>&":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return Markup(text)  # noqa: S704 - escaped for its place in the two lines above
+
+
+def cells_json(table: pd.DataFrame, *, metrics: Sequence[str]) -> Markup:
+    """The cells for the page's own table, shortened until they fit.
+
+    Returns:
+        {"columns": [{label, kind, detail, pool?, values}], "limit": characters of a text}. A column with a
+        pool holds indices into it, since prompts and tokens repeat from cell to cell.
+    """
+    columns = list(_columns(table.to_dict("records"), metrics=metrics))
+    for limit in _TEXT_LIMITS:
+        columns = [_cut(column, limit=limit) for column in columns]
+        packed = script_json({"columns": list(map(_pooled, columns)), "limit": limit})
+        if len(packed.encode("utf-8", errors="replace")) <= TABLE_BYTES:
+            break
+    return packed
+
+
+def _cut(column: Column, *, limit: int) -> Column:
+    """A column whose texts have at most `limit` characters, and an ellipsis for what is cut off."""
+    if column["kind"] != "text":
+        return column
+    # One more is let through: the ellipsis of an earlier cut.
+    cut = [text if len(text) <= limit + 1 else f"{text[:limit]}…" for text in column["values"]]
+    return column | {"values": cut}
+
+
+def _pooled(column: Column) -> Column:
+    values = column["values"]
+    pool = {value: index for index, value in enumerate(dict.fromkeys(values))}
+    if column["kind"] != "text" or 2 * len(pool) > len(values):
+        return column
+    return column | {"pool": list(pool), "values": [pool[value] for value in values]}
+
+
+def _columns(records: Sequence[Cell], *, metrics: Sequence[str]) -> Iterator[Column]:
+    """The page's columns: what each is, and its values. Those with `detail` show when a cell is opened."""
+    names = list(records[0]) if records else []
+
+    def texts(name: str, *, detail: bool = True) -> Column:
+        values = [_text(record.get(name)) for record in records]
+        return _column(name.replace("_", " "), values, detail=detail)
+
+    def counts(name: str, *, label: str = "", kind: str = "number", detail: bool = False) -> Column:
+        values = [_number(record.get(name)) for record in records]
+        return _column(label or name, values, kind=kind, detail=detail)
+
+    yield counts("row")
+    yield texts("control", detail=False)
+    yield texts("source_prompt", detail=False)
+    yield _column("token read", [_quoted(record, side="source") for record in records])
+    yield counts("source_layer", label="source layer", kind="layer")
+    yield counts("target_layer", label="target layer", kind="layer")
+    yield _column("answer", list(map(_answer, records)))
+    yield from (counts(name) for name in metrics)
+    yield _column("note", list(map(_note, records)))
+    yield texts("target_prompt")
+    yield _column("token written", [_quoted(record, side="target") for record in records], detail=True)
+    yield _column("most likely", ["  ".join(odds(record)) for record in records], detail=True)
+    yield from (counts(name, detail=True) for name in _NUMBERS if name in names and name not in metrics)
+    asked = [" ".join(map(token, as_list(record.get("reference_tokens")))) for record in records]
+    yield _column("reference tokens", asked, detail=True)
+    yield from (texts(name) for name in _TEXTS if name in names)
+
+
+def _column(label: str, values: list[Any], *, kind: str = "text", detail: bool = False) -> Column:
+    return {"label": label, "kind": kind, "detail": detail, "values": values}
+
+
+def _number(value: Any) -> float | int | None:
+    """A JSON number, of as many digits as a reader can use, or null."""
+    if is_null(value) or isinstance(value, str) or not math.isfinite(float(value)):
+        return None
+    number = float(f"{float(value):.4g}")
+    return int(number) if number.is_integer() else number
+
+
+def _quoted(cell: Cell, *, side: str) -> str:
+    """The tokens of one side with their positions, such as `'Wales' 5`."""
+    tokens, positions = as_list(cell.get(f"{side}_token")), as_list(cell.get(f"{side}_position"))
+    return ", ".join(f"{token(text)} {place}" for text, place in zip(tokens, positions, strict=False))
+
+
+def _answer(cell: Cell) -> str:
+    top = as_list(cell.get("top_tokens"))
+    return token(top[0]) if top else _text(cell.get("text", cell.get("choice")))
+
+
+def _text(value: Any) -> str:
+    """Text for the table, visible but for its line breaks, which the page shows."""
+    most = _TEXT_LIMITS[0] + 2  # all that `_cut` needs to see that something is left out
+    return "" if is_null(value) else visible(str(value)[:most], keep="\n")
+
+
+def _note(cell: Cell) -> str:
+    failed = not is_null(cell.get("error"))
+    notes = {"failed": failed, "position 0: attention sink": reads_sink(cell)}
+    return ", ".join(note for note, holds in notes.items() if holds)

@@ -1,0 +1,95 @@
+"""The page: its parts put into the template, and written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+import yaml
+from markupsafe import Markup
+
+from patchscope_nn.plots import figures, metric_columns, visible
+from patchscope_nn.report.cells import cells_json, script_json
+from patchscope_nn.report.summary import as_mapping, facts, summary
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+MAX_CELLS = 20_000
+_TEMPLATES = Path(__file__).parents[1] / "templates"
+
+
+def write_report(table: pd.DataFrame, *, manifest: Mapping[str, Any], path: Path) -> Path:
+    """Write the report of one run; a reader of `path` sees the old file or the whole new one.
+
+    Args:
+        table: The tidy table of DESIGN section 4, one row per cell.
+        manifest: What the run folder's manifest.json holds; keys it lacks are left out of the page.
+        path: The file to write. Its folder is made if need be.
+
+    Returns:
+        `path`.
+
+    Raises:
+        InputError: Plotly is not installed.
+    """
+    page = _page(table, manifest=manifest)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        # A command line can hold bytes that are no UTF-8 (surrogates); they must not cost us the report.
+        draft.write_bytes(page.encode("utf-8", errors="replace"))
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+    return path
+
+
+def _page(table: pd.DataFrame, *, manifest: Mapping[str, Any]) -> str:
+    recipe = as_mapping(manifest.get("recipe"))
+    declared = recipe.get("metrics") or ()
+    metrics = metric_columns(table, declared=declared)
+    drawn = figures(table, metrics=declared)
+    return _template().render(
+        title=visible(recipe.get("title") or recipe.get("name") or "Patchscopes report"),
+        summary=summary(table, manifest=manifest, metrics=metrics),
+        facts=facts(table, manifest=manifest),
+        titles=[title for title, _ in drawn],
+        plotly=_plotly_js() if drawn else "",
+        figures=script_json([json.loads(figure.to_json()) for _, figure in drawn]),
+        cells=cells_json(table.iloc[:MAX_CELLS], metrics=metrics),
+        n_cells=len(table),
+        max_cells=MAX_CELLS,
+        recipe=_yaml(recipe),
+        manifest=_yaml({key: value for key, value in manifest.items() if key != "recipe"}),
+    )
+
+
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_TEMPLATES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("report.html.jinja")
+
+
+def _plotly_js() -> Markup:
+    from plotly.offline import get_plotlyjs
+
+    return Markup(get_plotlyjs())  # noqa: S704 - plotly's own source, which nothing of the run reaches
+
+
+def _yaml(value: object) -> str:
+    """Any manifest value as YAML; types that YAML does not know are written as text."""
+    if not value:
+        return ""
+    plain = json.loads(json.dumps(value, default=str))
+    text: str = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=100)
+    return visible(text, keep="\n")

@@ -1,0 +1,152 @@
+"""The run in plain sentences, and short facts about it, made from its table and its manifest."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from patchscope_nn.metrics import METRICS
+from patchscope_nn.plots import (
+    REAL,
+    is_null,
+    layer_means,
+    layer_name,
+    numbers,
+    reads_sink,
+    shorten,
+    visible,
+)
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_QUESTIONS = {
+    "top_tokens": "which token comes next",
+    "text": "to go on writing",
+    "choice": "to choose one of the given answers",
+    "hidden": "nothing yet: the mapped states themselves were kept",
+}
+
+
+def summary(table: pd.DataFrame, *, manifest: Mapping[str, Any], metrics: Sequence[str]) -> list[str]:
+    """The run in plain sentences.
+
+    Args:
+        table: The tidy table.
+        manifest: The run's manifest, or {}.
+        metrics: The metric columns; the first is told of.
+    """
+    if table.empty:
+        return ["This run has no cells yet."]
+    controls = [str(name) for name in table["control"] if not is_null(name)]
+    sentences = [_opening(table, manifest=manifest), _counts(table, controls=controls)]
+    failed = int(table["error"].notna().sum()) if "error" in table.columns else 0
+    if failed:
+        sentences.append(f"{_count(failed, 'cell')} failed; the table below says why.")
+    if metrics:
+        sentences.append(_headline(table, metric=metrics[0]))
+    if not controls:
+        sentences.append(
+            "No control was run, so a convincing answer does not yet show that the state caused it."
+        )
+    return sentences
+
+
+def facts(table: pd.DataFrame, *, manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Short facts for the head of the page: (name, value)."""
+    recipe = as_mapping(manifest.get("recipe"))
+    sinks = sum(map(reads_sink, table.to_dict("records")))
+    elapsed = as_mapping(manifest.get("timings")).get("elapsed_s")
+    given = {
+        "Recipe": recipe.get("name"),
+        "Paper": recipe.get("paper"),
+        "Source model": ", ".join(map(str, _distinct(table, column="source_model"))),
+        "Target model": ", ".join(map(str, _distinct(table, column="target_model"))),
+        "Mapping": ", ".join(map(str, _distinct(table, column="mapping"))),
+        "Attention-sink cells (position 0)": f"{sinks:,}" if sinks else None,
+        "Seed": manifest.get("seed"),
+        "Time": f"{elapsed:.3g} s" if isinstance(elapsed, int | float) else None,
+        "Made": manifest.get("created"),
+        "Command": manifest.get("command"),
+    }
+    return [(name, shorten(value, width=300)) for name, value in given.items() if value not in (None, "")]
+
+
+def as_mapping(value: Any) -> Mapping[str, Any]:
+    """A part of a manifest; {} where there is none, or it is something else."""
+    return value if isinstance(value, Mapping) else {}
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _list(words: Iterable[object]) -> str:
+    given = [visible(word) for word in words]
+    return " and ".join([", ".join(given[:-1]), *given[-1:]]) if len(given) > 1 else "".join(given)
+
+
+def _distinct(table: pd.DataFrame, *, column: str) -> list[Any]:
+    return [] if column not in table.columns else list(table[column].dropna().unique())
+
+
+def _layers(table: pd.DataFrame) -> str:
+    """The source layers in words: one, or how many from which to which."""
+    layers = sorted(set(numbers(table["source_layer"].dropna())))
+    if len(layers) <= 1:
+        return f"layer {layer_name(layers[0])}" if layers else "no layer"
+    return f"{len(layers)} layers ({layer_name(layers[0])} to {layer_name(layers[-1])})"
+
+
+def _opening(table: pd.DataFrame, *, manifest: Mapping[str, Any]) -> str:
+    """What was taken from where, and what was asked."""
+    named = as_mapping(as_mapping(manifest.get("models")).get("source")).get("name")
+    source = _distinct(table, column="source_model") or [named or "a model"]
+    target = _distinct(table, column="target_model") or source
+    question = next((_QUESTIONS[column] for column in _QUESTIONS if column in table.columns), "what it says")
+    prompts = _distinct(table[table["source_layer"].notna()], column="source_prompt")
+    return (
+        f"Hidden states of {_list(source)} at {_layers(table)} were taken from"
+        f" {_count(len(prompts), 'source prompt')} and written into a target prompt, on which"
+        f" {_list(target)} was asked {question}."
+    )
+
+
+def _counts(table: pd.DataFrame, *, controls: Sequence[str]) -> str:
+    """How many cells of which kind there are."""
+    kinds = _list(f"{controls.count(name):,} {name}" for name in dict.fromkeys(controls))
+    return (
+        f"There are {_count(len(table), 'cell')} over {_count(table['row'].nunique(), 'data row')}:"
+        f" {len(table) - len(controls):,} patched{f', and {kinds} as controls' if kinds else ''}."
+    )
+
+
+def _headline(table: pd.DataFrame, *, metric: str) -> str:
+    """Where a metric is best, and what its controls give there."""
+    means = layer_means(table, metric=metric).to_dict("records")
+    real = [mean for mean in means if mean["control"] == REAL]
+    if not real:
+        return f"No patched cell has a value of {metric}."
+    higher = metric not in METRICS or METRICS[metric].higher_is_better
+    best = (max if higher else min)(real, key=lambda mean: mean["mean"])
+    spread = "" if math.isnan(best["low"]) else f" (95 % interval {best['low']:.3g} to {best['high']:.3g})"
+    beside = ", ".join(_beside(best, means=means))
+    return (
+        f"Mean {metric} is {'highest' if higher else 'lowest'} at {_place(best)}: {best['mean']:.3g}{spread}"
+        f"{f'; its controls there: {beside}' if beside else ''}."
+    )
+
+
+def _place(mean: Mapping[Any, Any]) -> str:
+    source, target = mean["source_layer"], mean["target_layer"]
+    beside = "" if target == source or math.isnan(target) else f" and target layer {layer_name(target)}"
+    return f"source layer {layer_name(source)}{beside}"
+
+
+def _beside(best: Mapping[Any, Any], *, means: Sequence[Mapping[Any, Any]]) -> Iterator[str]:
+    """The means of the controls at the place of the best, or of no layer."""
+    for mean in means:
+        there = all(mean[side] == best[side] for side in ("source_layer", "target_layer"))
+        if mean["control"] != REAL and (there or math.isnan(mean["source_layer"])):
+            yield f"{mean['control']} {mean['mean']:.3g}"
