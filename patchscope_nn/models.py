@@ -8,7 +8,7 @@ Everything else in the package addresses a part by its path, a plain string.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -314,7 +314,7 @@ def _packs(module: Any, block: Any, arguments: tuple[str, ...]) -> bool:
 
 
 class _Seen(Exception):  # noqa: N818 (it is no error: it ends a forward that has shown what it should)
-    pass
+    """Raised by a hook."""
 
 
 def _gives_tensor(module: Any, block: Any) -> bool:
@@ -397,6 +397,4 @@ def same_vocabulary(first: Model, second: Model) -> bool:
     """Whether two models number their tokens alike, so that their distributions can be compared."""
     if first.tokenizer is second.tokenizer:
         return True
-    one: Mapping[str, int] = first.tokenizer.get_vocab()
-    other: Mapping[str, int] = second.tokenizer.get_vocab()
-    return one == other
+    return bool(first.tokenizer.get_vocab() == second.tokenizer.get_vocab())
