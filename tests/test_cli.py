@@ -214,6 +214,8 @@ def test_models_are_named_by_options(patchscope):
 def test_interrupted_says_how_to_go_on_and_goes_on(patchscope, folder):
     words = ("run", "tiny.yaml", "--max-rows", "1", "--out", "stopped")
     slow = (
+        # A test started in the background inherits an ignored SIGINT, which would hide what is tested.
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "import time; from patchscope_nn import runs; append = runs.RunFolder.append\n"
         "def slowly(*a): append(*a); print('step', flush=True); time.sleep(0.5)\n"
         "runs.RunFolder.append = slowly; from patchscope_nn.cli import main; main()"

@@ -256,7 +256,8 @@ SCHEMA = jsonschema.Draft202012Validator(json_schema())
 def test_a_dumped_recipe_is_the_same_recipe(recipe):
     for plain in (dump(recipe), resolved(recipe)):
         assert Recipe(**plain) == recipe
-        assert Recipe(**read_yaml(yaml.safe_dump(plain, allow_unicode=True)).value) == recipe
+        # PyYAML does not read back what it writes unescaped: U+0085 comes back as a space.
+        assert Recipe(**read_yaml(yaml.safe_dump(plain, allow_unicode=False)).value) == recipe
         assert Recipe(**json.loads(json.dumps(plain))) == recipe
         SCHEMA.validate(json.loads(json.dumps(plain)))
 

@@ -92,4 +92,6 @@ def _yaml(value: object) -> str:
         return ""
     plain = json.loads(json.dumps(value, default=str))
     text: str = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=100)
+    if yaml.safe_load(text) != plain:  # PyYAML writes U+0085 so that it reads it back as a space
+        text = yaml.safe_dump(plain, sort_keys=False, allow_unicode=False, width=100)
     return visible(text, keep="\n")
