@@ -54,8 +54,8 @@ def run(
         max_rows: The most rows of a forward pass.
         max_tokens: The most tokens of a forward pass, padding included.
         progress: Called with (cells done, cells in all) after each step.
-        **prepared: `model`, `source_model`, `target_model`, `data`, `controls`, `metrics`, `seed`, `limit`
-            and `base`, as in `prepare`.
+        **prepared: `model`, `source_model`, `target_model`, `data`, `controls`, `metrics`, `seed`, `limit`,
+            `base`, `dtype` and `device_map`, as in `prepare`.
 
     Returns:
         The run.
@@ -96,11 +96,12 @@ def run_prepared(
         max_tokens=max_tokens,
         remote=backend.remote,
     )
-    manifest = _manifest(prepared, todo(), backend, command)
+    whole = todo()
+    manifest = _manifest(prepared, whole, backend, command)
     started = time.monotonic()
     with InMemory() if out is None else open_folder(Path(out), manifest) as store:
         before = len(store.done)
-        for rows in _steps(prepared, todo(done=store.done), backend):
+        for rows in _steps(prepared, todo(done=store.done) if store.done else whole, backend):
             store.append(rows)
             if progress:
                 progress(len(store.done), len(prepared.sweep.cells))

@@ -70,6 +70,8 @@ def prepare(
     seed: int | None = None,
     limit: int | None = None,
     base: Path | None = None,
+    dtype: Any = "auto",
+    device_map: Any = None,
 ) -> Prepared:
     """Load and resolve what a run needs, and write nothing.
 
@@ -85,6 +87,8 @@ def prepare(
         seed: The seed of random states, other rows and sampling; None takes the recipe's, or 0.
         limit: The most data rows.
         base: The folder that relative data files start from; None is the recipe's, or the current one.
+        dtype: How models that are named are loaded, as in `models.load`.
+        device_map: The same.
 
     Returns:
         The run, prepared.
@@ -102,7 +106,14 @@ def prepare(
     check_columns(uses, rows)
     chosen = tuple(recipe.controls if recipe and controls is None else controls or ())
     seed = (recipe.seed if recipe else 0) if seed is None else seed
-    source, target = _models(patchscope, recipe, model, source_model, target_model)
+    source, target = load_models(
+        scope,
+        model=model,
+        source_model=source_model,
+        target_model=target_model,
+        dtype=dtype,
+        device_map=device_map,
+    )
     asked = {
         "name": recipe.name if recipe else "patchscope",
         "title": recipe.title if recipe else "A Patchscope",
@@ -145,14 +156,23 @@ def _rows(data: Any, *, base: Path | None, limit: int | None) -> list[dict[str, 
     return load_rows(data, base=base, limit=limit)
 
 
-def _models(
-    scope: Patchscope, recipe: Recipe | None, model: Any, source_model: Any, target_model: Any
+def load_models(
+    asked: Patchscope | Recipe | None = None,
+    *,
+    model: Any = None,
+    source_model: Any = None,
+    target_model: Any = None,
+    dtype: Any = "auto",
+    device_map: Any = None,
 ) -> tuple[Model, Model]:
-    """M and M*; what the caller names comes before what the recipe names."""
-    wanted = _first(source_model, model, scope.source.model, recipe and recipe.model, builtin.NAME)
-    other = _first(target_model, model, scope.target.model, wanted)
-    source = load(wanted)
-    return source, source if other is wanted or other == wanted else load(other)
+    """M and M*, one object where they are one; what the caller names comes before what the recipe names."""
+    common = asked.model if isinstance(asked, Recipe) else builtin.NAME
+    wanted = _first(source_model, model, asked and asked.source.model, common)
+    other = _first(target_model, model, asked and asked.target.model, wanted)
+    source = load(wanted, dtype=dtype, device_map=device_map)
+    if other is wanted or other == wanted:
+        return source, source
+    return source, load(other, dtype=dtype, device_map=device_map)
 
 
 def _first(*given: Any) -> Any:

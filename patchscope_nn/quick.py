@@ -12,6 +12,7 @@ from typing import Any
 
 from patchscope_nn import prompts
 from patchscope_nn.execute import Progress, run
+from patchscope_nn.prepare import load_models
 from patchscope_nn.runs import Run
 from patchscope_nn.spec import Generate, NextToken, Patchscope, Readout, Source, Target
 
@@ -75,7 +76,7 @@ def explain(
         max_new_tokens: The most tokens to generate.
         remote: As in `run`.
         progress: Called with (cells done, cells in all).
-        **models: `model`, `source_model` and `target_model`, as in `run`.
+        **models: `model`, `source_model`, `target_model`, `dtype` and `device_map`, as in `prepare`.
 
     Returns:
         What was said.
@@ -84,6 +85,7 @@ def explain(
         InputError: The prompt, position, layers or models do not resolve.
     """
     source = Source(prompt=prompt, position=position, layer=layer)
+    ours, theirs = load_models(**models)
     # One line is one entry of the few-shot list; what follows it is the next entry, not this one's.
     readings: tuple[tuple[str, Readout], ...] = (
         (prompts.DESCRIBE, Generate(max_new_tokens=max_new_tokens, stop="\n")),
@@ -96,7 +98,16 @@ def explain(
         )
         step = _part(progress, number, len(readings))
         # Braces in the user's prompt are text: a single row without columns fills no placeholder.
-        finished.append(run(scope, controls=("unpatched",), remote=remote, progress=step, **models))
+        finished.append(
+            run(
+                scope,
+                controls=("unpatched",),
+                remote=remote,
+                progress=step,
+                source_model=ours,
+                target_model=theirs,
+            )
+        )
     described, repeated = (one.rows for one in finished)
     first = described[1]
     names = dict.fromkeys((first["source_model"], first["target_model"]))

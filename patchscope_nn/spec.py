@@ -118,6 +118,7 @@ class NextToken(Spec):
     """
 
     name: ClassVar[str] = "next_token"
+    decodes: ClassVar[bool] = False
     top_k: Annotated[int, Field(ge=1, le=1000)] = 5
     reference: Annotated[tuple[str, ...] | Literal["source"] | None, BeforeValidator(_reference)] = None
     position: int = -1
@@ -137,6 +138,7 @@ class Generate(Spec):
     """
 
     name: ClassVar[str] = "generate"
+    decodes: ClassVar[bool] = True
     max_new_tokens: Annotated[int, Field(ge=1)] = 20
     stop: Annotated[str, Field(min_length=1)] | None = None
     temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
@@ -154,6 +156,7 @@ class Choices(Spec):
     """
 
     name: ClassVar[str] = "choices"
+    decodes: ClassVar[bool] = True
     continuations: Annotated[tuple[str, ...], Field(min_length=2), BeforeValidator(_texts)]
 
     def __init__(self, continuations: Any = None, **fields: Any) -> None:
@@ -169,9 +172,18 @@ class Hidden(Spec):
     """
 
     name: ClassVar[str] = "hidden"
+    decodes: ClassVar[bool] = False
 
 
+#: Each has a `name`, and says whether it `decodes`: goes on from the keys and values of the prompt.
 Readout: TypeAlias = NextToken | Generate | Choices | Hidden
+
+
+def read_position(readout: Readout, count: int) -> int:
+    """Where a target prompt of `count` tokens is read, counted from the left."""
+    return (readout.position if isinstance(readout, NextToken) else -1) % count
+
+
 READOUTS: dict[str, type[Readout]] = {kind.name: kind for kind in (NextToken, Generate, Choices, Hidden)}
 
 

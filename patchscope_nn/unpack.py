@@ -15,7 +15,7 @@ from patchscope_nn.cells import Cell
 from patchscope_nn.mappings import ResolvedMapping
 from patchscope_nn.models import Model, ModelInfo
 from patchscope_nn.plan import Layout, Plan, Segment, SourcePass, State, Step, TargetPass
-from patchscope_nn.spec import Choices, Generate, NextToken
+from patchscope_nn.spec import Choices, Generate, NextToken, read_position
 
 Work = dict[str, Any]
 
@@ -139,9 +139,9 @@ def _target(plan: Plan, one: TargetPass, numbers: Mapping[State, int], target: M
     ]
     readout = _readout(plan, cells, numbers, target)
     readout["mask"] = inputs["attention_mask"]
-    position = _read_position(plan)
-    positions = [position if position < 0 else position - len(prompt) for prompt in prompts]
-    decodes = isinstance(plan.sweep.scope.readout, Generate | Choices)
+    asked = plan.sweep.scope.readout
+    positions = [read_position(asked, len(prompt)) - len(prompt) for prompt in prompts]
+    decodes = plan.sweep.scope.readout.decodes
     return {
         "layout": None,
         "cells": len(cells),
@@ -151,11 +151,6 @@ def _target(plan: Plan, one: TargetPass, numbers: Mapping[State, int], target: M
         "positions": positions,
         "readout": readout,
     }
-
-
-def _read_position(plan: Plan) -> int:
-    readout = plan.sweep.scope.readout
-    return readout.position if isinstance(readout, NextToken) else -1
 
 
 def _write(cell: Cell, row: int, positions: list[int], numbers: Mapping[State, int], place: int) -> list[Any]:
@@ -187,7 +182,7 @@ def _packed(plan: Plan, one: TargetPass, layout: Layout, numbers: Mapping[State,
             writes.append((cell.target_layer, _write(cell, 0, tokens, numbers, place)))
     readout = _readout(plan, cells, numbers, target)
     read = [_read_token(plan, cell, segments[at]) for cell, at in zip(cells, layout.of_cell, strict=True)]
-    decodes = isinstance(plan.sweep.scope.readout, Generate | Choices)
+    decodes = plan.sweep.scope.readout.decodes
     if decodes:
         readout["mask"] = torch.ones(len(cells), len(plan.sweep.target_prompts[cells[0].target_prompt].ids))
         readout["mask"] = readout["mask"].long()
@@ -217,7 +212,7 @@ def _packed(plan: Plan, one: TargetPass, layout: Layout, numbers: Mapping[State,
 
 def _read_token(plan: Plan, cell: Cell, segment: Segment) -> int:
     whole = len(plan.sweep.target_prompts[cell.target_prompt].ids)
-    return segment.at(_read_position(plan) % whole)
+    return segment.at(read_position(plan.sweep.scope.readout, whole))
 
 
 def _bases(segments: Sequence[Segment], layer: int) -> list[int]:

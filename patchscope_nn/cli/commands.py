@@ -60,9 +60,16 @@ def explain(
 ) -> None:
     """The quick look: layer by layer, what the model says a hidden state is."""
     with printing.waiting("loading the model", quiet=json):
+        from patchscope_nn.prepare import load_models
         from patchscope_nn.quick import explain as quick_look
 
-        models = _load(source_model or model, target_model or model, dtype, device_map)
+        source, target = load_models(
+            model=model,
+            source_model=source_model,
+            target_model=target_model,
+            dtype=dtype,
+            device_map=device_map,
+        )
     look = quick_look(
         prompt,
         position=options.parse_selector(position),
@@ -71,7 +78,8 @@ def explain(
         max_new_tokens=max_new_tokens,
         remote=options.remote_value(remote),
         progress=printing.Progress("explaining", quiet=json),
-        **models,
+        source_model=source,
+        target_model=target,
     )
     printing.print_look(look, as_json=json)
 
@@ -90,8 +98,8 @@ def run(
     sets: options.Sets = None,
     limit: options.Limit = None,
     context: options.ContextName = Context.auto,
-    max_rows: options.MaxRows = 128,
-    max_tokens: options.MaxTokens = 4096,
+    max_rows: options.MaxRows = None,
+    max_tokens: options.MaxTokens = None,
     json: options.Json = False,
     log_level: options.Level = LogLevel.warning,  # noqa: ARG001 (acted on by its callback)
 ) -> None:
@@ -101,10 +109,13 @@ def run(
     prepared = _prepare(
         recipe,
         sets=sets,
-        limit=limit,
-        models=(model, source_model, target_model),
-        loading=(dtype, device_map),
         quiet=json,
+        limit=limit,
+        model=model,
+        source_model=source_model,
+        target_model=target_model,
+        dtype=dtype,
+        device_map=device_map,
     )
     folder = out or prepared.default_folder
     command = shlex.join(["patchscope", *sys.argv[1:]])
@@ -114,8 +125,7 @@ def run(
             out=folder,
             remote=options.remote_value(remote),
             context=context.value,
-            max_rows=max_rows,
-            max_tokens=max_tokens,
+            **options.budget(max_rows, max_tokens),
             progress=printing.Progress(str(prepared.recipe["name"]), quiet=json),
             command=command,
         )
@@ -138,8 +148,8 @@ def plan(
     sets: options.Sets = None,
     limit: options.Limit = None,
     context: options.ContextName = Context.auto,
-    max_rows: options.MaxRows = 128,
-    max_tokens: options.MaxTokens = 4096,
+    max_rows: options.MaxRows = None,
+    max_tokens: options.MaxTokens = None,
     json: options.Json = False,
     log_level: options.Level = LogLevel.warning,  # noqa: ARG001 (acted on by its callback)
 ) -> None:
@@ -149,16 +159,18 @@ def plan(
     prepared = _prepare(
         recipe,
         sets=sets,
-        limit=limit,
-        models=(model, source_model, target_model),
-        loading=(dtype, device_map),
         quiet=json,
+        limit=limit,
+        model=model,
+        source_model=source_model,
+        target_model=target_model,
+        dtype=dtype,
+        device_map=device_map,
     )
     made = make_plan(
         prepared.sweep,
         context=context.value,
-        max_rows=max_rows,
-        max_tokens=max_tokens,
+        **options.budget(max_rows, max_tokens),
         remote=remote is not None,
     )
     printing.print_plan(made, folder=prepared.default_folder, as_json=json)
@@ -199,33 +211,12 @@ def report(
     printing.print_report(load_run(folder).report(), as_json=json)
 
 
-def _load(source: str | None, target: str | None, dtype: str, device_map: str | None) -> dict[str, Any]:
-    """M and M* as `prepare` takes them: loaded as the options say, and once where they are the same."""
-    from patchscope_nn import builtin
-    from patchscope_nn.models import load
-
-    source = source or builtin.NAME
-    loaded = {name: load(name, dtype=dtype, device_map=device_map) for name in {source, target or source}}
-    return {"source_model": loaded[source], "target_model": loaded[target or source]}
-
-
-def _prepare(
-    recipe: str,
-    *,
-    sets: list[str] | None,
-    limit: int | None,
-    models: tuple[str | None, str | None, str | None],
-    loading: tuple[str, str | None],
-    quiet: bool,
-) -> Any:
+def _prepare(recipe: str, *, sets: list[str] | None, quiet: bool, **given: Any) -> Any:
+    """Read a recipe, and prepare it with the given arguments of `prepare`."""
     from patchscope_nn.recipe import find, load_recipe
 
     parsed = load_recipe(recipe, sets=sets or ())
-    model, source, target = models
-    source = source or model or parsed.source.model or parsed.model
-    target = target or model or parsed.target.model
     with printing.waiting("loading the model", quiet=quiet):
         from patchscope_nn.prepare import prepare
 
-        loaded = _load(source, target, *loading)
-        return prepare(parsed, limit=limit, base=find(recipe).parent, **loaded)
+        return prepare(parsed, base=find(recipe).parent, **given)

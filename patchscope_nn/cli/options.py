@@ -59,9 +59,11 @@ Json: TypeAlias = Annotated[bool, _option("--json", help="Print JSON instead of 
 Level: TypeAlias = Annotated[
     LogLevel, _option("--log-level", help="How much to log.", callback=_set_log_level)
 ]
-MaxRows: TypeAlias = Annotated[int, _option("--max-rows", help="The most rows of a forward pass.", min=1)]
+MaxRows: TypeAlias = Annotated[
+    int | None, _option("--max-rows", help="The most rows of a forward pass.", min=1)
+]
 MaxTokens: TypeAlias = Annotated[
-    int, _option("--max-tokens", help="The most tokens of a forward pass, padding included.", min=1)
+    int | None, _option("--max-tokens", help="The most tokens of a forward pass, padding included.", min=1)
 ]
 
 
@@ -78,6 +80,12 @@ class Context(StrEnum):
 ContextName: TypeAlias = Annotated[
     Context, _option("--context", help="How source and target share an nnsight context.")
 ]
+
+
+def budget(max_rows: int | None, max_tokens: int | None) -> dict[str, Any]:
+    """The budget that was given; what was not is the planner's to say."""
+    given = {"max_rows": max_rows, "max_tokens": max_tokens}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def remote_value(given: str | None) -> bool | str:

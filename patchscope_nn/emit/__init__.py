@@ -21,8 +21,8 @@ import torch
 
 from patchscope_nn.emit.batch import fused, in_source, in_target
 from patchscope_nn.emit.packed import in_packed, in_prefix
-from patchscope_nn.emit.states import Work
 from patchscope_nn.plan import Context
+from patchscope_nn.unpack import Work
 
 #: What a context gives back: the readouts of each target pass, row by row, and the states that go out.
 Results = dict[str, Any]

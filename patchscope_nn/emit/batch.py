@@ -7,7 +7,8 @@ from typing import Any, Literal
 import nnsight
 import torch
 
-from patchscope_nn.emit.states import Work, in_finals, in_hidden, in_read, in_readout, in_site, in_write
+from patchscope_nn.emit.states import in_finals, in_hidden, in_read, in_readout, in_site, in_write
+from patchscope_nn.unpack import Work
 
 
 def in_source(model: Any, one: Work, paths: dict[str, str]) -> dict[int, torch.Tensor]:

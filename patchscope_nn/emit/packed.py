@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from patchscope_nn.emit.states import Work, in_blocks, in_hidden, in_readout, in_write
+from patchscope_nn.emit.states import in_blocks, in_hidden, in_readout, in_write
+from patchscope_nn.unpack import Work
 
 
 def in_prefix(model: Any, one: Work, paths: dict[str, str]) -> Any:

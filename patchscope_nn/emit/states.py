@@ -12,8 +12,7 @@ import torch
 
 from patchscope_nn.mappings import apply_mapping
 from patchscope_nn.readouts import read_choices, read_generate, read_next_token
-
-Work = dict[str, Any]
+from patchscope_nn.unpack import Work
 
 
 def in_blocks(model: Any, paths: dict[str, str]) -> Any:

@@ -193,7 +193,7 @@ class _Builder:
 
         Where decoding goes on from a pass, its prompts have one length, so that its rows need no padding.
         """
-        decodes = isinstance(self.sweep.scope.readout, Generate | Choices)
+        decodes = self.sweep.scope.readout.decodes
         longest = min(self.max_tokens, _LONGEST_SEQUENCE)
         if decodes:  # each cell becomes a row of its own
             longest = self.max_tokens
@@ -225,7 +225,7 @@ class _Builder:
 
     def own_tokens(self, cell: int) -> int:
         """The tokens that are a cell's own; where decoding goes on, those of its whole row."""
-        if isinstance(self.sweep.scope.readout, Generate | Choices):
+        if self.sweep.scope.readout.decodes:
             return self.row_tokens(cell)
         return self.prompt_tokens(cell) - branches_at(self.cells[cell])
 

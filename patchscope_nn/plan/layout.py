@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from patchscope_nn.cells import Cell, Sweep
 from patchscope_nn.layers import EMBED
-from patchscope_nn.spec import Choices, Generate, Hidden, NextToken
+from patchscope_nn.spec import Hidden, read_position
 
 #: Trunks enter before block 0, as embeddings.
 START = EMBED - 1
@@ -91,8 +91,7 @@ def needs_clean(sweep: Sweep, cell: Cell) -> bool:
     """
     count = len(sweep.target_prompts[cell.target_prompt].ids)
     written = len(cell.target_positions) == count - branches_at(cell)
-    cached = isinstance(sweep.scope.readout, Generate | Choices)
-    return cached or not written or sweep.scope.mapping != "identity"
+    return sweep.scope.readout.decodes or not written or sweep.scope.mapping != "identity"
 
 
 def lay_out(sweep: Sweep, cells: Sequence[Cell], *, prefix: int, late_entry: bool) -> Layout:
@@ -133,9 +132,7 @@ def _trunk_end(sweep: Sweep, cell: Cell, last: int, *, late_entry: bool) -> int:
     """How many tokens of its clean prompt a cell needs."""
     whole = len(sweep.target_prompts[cell.target_prompt].ids)
     if cell.target_layer is None:
-        readout = sweep.scope.readout
-        position = readout.position if isinstance(readout, NextToken) else -1
-        return position % whole + 1
+        return read_position(sweep.scope.readout, whole) + 1
     if late_entry and needs_clean(sweep, cell):
         return whole
     # What enters after the last block attends to nothing any more.
@@ -185,8 +182,7 @@ def _ends(sweep: Sweep, cells: Iterable[Cell]) -> dict[int, int]:
     ends: dict[int, int] = {}
     for cell in cells:
         whole = len(sweep.target_prompts[cell.target_prompt].ids)
-        read = readout.position % whole if isinstance(readout, NextToken) else whole - 1
-        end = min(read, branches_at(cell))
+        end = min(read_position(readout, whole), branches_at(cell))
         ends[cell.target_prompt] = min(end, ends.get(cell.target_prompt, end))
     return ends
 
