@@ -95,6 +95,15 @@ def render(prompt: PromptSpec, row: Mapping[str, Any], *, field: str) -> PromptS
     )
 
 
+def literal(prompt: PromptSpec) -> PromptSpec:
+    """The prompt that `render` gives back as this one, whatever braces it holds."""
+    if isinstance(prompt, str):
+        return prompt.replace("{", "{{").replace("}", "}}")
+    return tuple(  # type: ignore[return-value]  # as in render
+        item if isinstance(item, int) else (item[0], str(literal(item[1]))) for item in prompt
+    )
+
+
 @dataclass(frozen=True)
 class Encoded:
     """A prompt as one model reads it.

@@ -85,6 +85,8 @@ def explain(
         InputError: The prompt, position, layers or models do not resolve.
     """
     source = Source(prompt=prompt, position=position, layer=layer)
+    # There is no data here, so that braces in the prompt are text.
+    source = source.model_copy(update={"prompt": prompts.literal(source.prompt)})
     ours, theirs = load_models(**models)
     # One line is one entry of the few-shot list; what follows it is the next entry, not this one's.
     readings: tuple[tuple[str, Readout], ...] = (
@@ -97,7 +99,6 @@ def explain(
             source=source, target=Target(prompt=target_prompt, layer=target_layer), readout=readout
         )
         step = _part(progress, number, len(readings))
-        # Braces in the user's prompt are text: a single row without columns fills no placeholder.
         finished.append(
             run(
                 scope,

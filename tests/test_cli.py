@@ -106,6 +106,12 @@ def test_explain_puts_the_unpatched_control_on_top(patchscope):
     assert [line.split()[0] for line in lines[3:]] == ["unpatched", "0", "1", "2", "3"]
 
 
+def test_braces_in_an_explained_prompt_are_text(patchscope):
+    done = patchscope("explain", "The {city}{", "--model", "model", "--layer", "0", "--max-new-tokens", "1")
+    assert done.returncode == 0, done.stderr
+    assert "'The {city}{'" in done.stdout
+
+
 def test_explain_as_json(patchscope):
     done = patchscope(
         *("explain", "the city of Paris", "--model", "model", "--layer", "1:3", "--position", "city"),
