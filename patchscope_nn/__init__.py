@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from patchscope_nn.execute import run
     from patchscope_nn.mappings import Affine
     from patchscope_nn.models import Model, load
+    from patchscope_nn.plan import Optimisations
     from patchscope_nn.positions import Each, Span
     from patchscope_nn.quick import explain
     from patchscope_nn.recipe import Recipe, load_recipe
@@ -31,6 +32,7 @@ _HOMES = {
     "quick": ("explain",),
     "mappings": ("Affine",),
     "models": ("Model", "load"),
+    "plan": ("Optimisations",),
     "positions": ("Each", "Span"),
     "recipe": ("Recipe", "load_recipe"),
     "runs": ("Run", "load_run"),
@@ -47,6 +49,7 @@ __all__ = [
     "InputError",
     "Model",
     "NextToken",
+    "Optimisations",
     "Patchscope",
     "PatchscopeError",
     "Recipe",

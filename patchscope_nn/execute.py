@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from patchscope_nn.backends import Backend, backend_for, execute
 from patchscope_nn.models import ModelInfo
-from patchscope_nn.plan import MAX_ROWS, MAX_TOKENS, Context, Plan, plan
+from patchscope_nn.plan import MAX_ROWS, MAX_TOKENS, Context, Optimisations, Plan, plan
 from patchscope_nn.prepare import Prepared, prepare
 from patchscope_nn.recipe import Recipe
 from patchscope_nn.runs import InMemory, Manifest, Run, open_folder
@@ -41,6 +41,7 @@ def run(
     context: Context | Literal["auto"] = "auto",
     max_rows: int = MAX_ROWS,
     max_tokens: int = MAX_TOKENS,
+    optimisations: Optimisations | None = None,
     progress: Progress | None = None,
     **prepared: Any,
 ) -> Run:
@@ -53,6 +54,7 @@ def run(
         context: How source and target share a context; `auto` chooses.
         max_rows: The most rows of a forward pass.
         max_tokens: The most tokens of a forward pass, padding included.
+        optimisations: What the planner may do to run less; None is all of it.
         progress: Called with (cells done, cells in all) after each step.
         **prepared: `model`, `source_model`, `target_model`, `data`, `controls`, `metrics`, `seed`, `limit`,
             `base`, `dtype` and `device_map`, as in `prepare`.
@@ -71,6 +73,7 @@ def run(
         context=context,
         max_rows=max_rows,
         max_tokens=max_tokens,
+        optimisations=optimisations,
         progress=progress,
     )
 
@@ -83,6 +86,7 @@ def run_prepared(
     context: Context | Literal["auto"] = "auto",
     max_rows: int = MAX_ROWS,
     max_tokens: int = MAX_TOKENS,
+    optimisations: Optimisations | None = None,
     progress: Progress | None = None,
     command: str | None = None,
 ) -> Run:
@@ -94,6 +98,7 @@ def run_prepared(
         context=context,
         max_rows=max_rows,
         max_tokens=max_tokens,
+        optimisations=optimisations,
         remote=backend.remote,
     )
     whole = todo()

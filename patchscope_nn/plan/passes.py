@@ -91,6 +91,11 @@ class Optimisations:
     deduplication: bool = True
     early_leaving: bool = True
 
+    @classmethod
+    def none(cls) -> Optimisations:
+        """Every one of them off."""
+        return cls(**dict.fromkeys(cls.__dataclass_fields__, False))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
