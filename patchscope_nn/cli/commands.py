@@ -99,13 +99,30 @@ def run(
     limit: options.Limit = None,
     context: options.ContextName = Context.auto,
     max_rows: options.MaxRows = None,
-    max_tokens: options.MaxTokens = None,
+    memory: options.Memory = None,
+    deduplication: options.Deduplication = True,
+    source_sharing: options.SourceSharing = True,
+    row_packing: options.RowPacking = True,
+    prefix_sharing: options.PrefixSharing = True,
+    late_entry: options.LateEntry = True,
+    lean_readout: options.LeanReadout = True,
+    early_leaving: options.EarlyLeaving = True,
     json: options.Json = False,
     log_level: options.Level = LogLevel.warning,  # noqa: ARG001 (acted on by its callback)
 ) -> None:
     """Run a recipe. The same command again resumes it, and computes no finished cell twice."""
     from patchscope_nn.execute import run_prepared
+    from patchscope_nn.plan import Optimisations
 
+    used = Optimisations(
+        deduplication=deduplication,
+        source_sharing=source_sharing,
+        row_packing=row_packing,
+        prefix_sharing=prefix_sharing,
+        late_entry=late_entry,
+        lean_readout=lean_readout,
+        early_leaving=early_leaving,
+    )
     prepared = _prepare(
         recipe,
         sets=sets,
@@ -125,7 +142,9 @@ def run(
             out=folder,
             remote=options.remote_value(remote),
             context=context.value,
-            **options.budget(max_rows, max_tokens),
+            max_rows=max_rows,
+            memory=options.memory_value(memory),
+            optimisations=used,
             progress=printing.Progress(str(prepared.recipe["name"]), quiet=json),
             command=command,
         )
@@ -149,13 +168,30 @@ def plan(
     limit: options.Limit = None,
     context: options.ContextName = Context.auto,
     max_rows: options.MaxRows = None,
-    max_tokens: options.MaxTokens = None,
+    memory: options.Memory = None,
+    deduplication: options.Deduplication = True,
+    source_sharing: options.SourceSharing = True,
+    row_packing: options.RowPacking = True,
+    prefix_sharing: options.PrefixSharing = True,
+    late_entry: options.LateEntry = True,
+    lean_readout: options.LeanReadout = True,
+    early_leaving: options.EarlyLeaving = True,
     json: options.Json = False,
     log_level: options.Level = LogLevel.warning,  # noqa: ARG001 (acted on by its callback)
 ) -> None:
     """Show what would run, before it runs: contexts, passes, rows and tokens."""
-    from patchscope_nn.plan import plan as make_plan
+    from patchscope_nn.execute import plan_prepared
+    from patchscope_nn.plan import Optimisations
 
+    used = Optimisations(
+        deduplication=deduplication,
+        source_sharing=source_sharing,
+        row_packing=row_packing,
+        prefix_sharing=prefix_sharing,
+        late_entry=late_entry,
+        lean_readout=lean_readout,
+        early_leaving=early_leaving,
+    )
     prepared = _prepare(
         recipe,
         sets=sets,
@@ -167,10 +203,12 @@ def plan(
         dtype=dtype,
         device_map=device_map,
     )
-    made = make_plan(
-        prepared.sweep,
+    made = plan_prepared(
+        prepared,
         context=context.value,
-        **options.budget(max_rows, max_tokens),
+        max_rows=max_rows,
+        memory=options.memory_value(memory),
+        optimisations=used,
         remote=remote is not None,
     )
     printing.print_plan(made, folder=prepared.default_folder, as_json=json)

@@ -7,7 +7,7 @@ and the last block; the token `x` stands before the last one, where the readout 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import fields
+from dataclasses import replace
 
 import hooks
 import pytest
@@ -115,17 +115,21 @@ def test_contexts(family, context, readout, tiny_model, run_cells):
 
 @families
 @pytest.mark.parametrize("readout", READOUTS)
-def test_padded_batches_give_the_same(family, readout, tiny_model, run_cells):
-    """Without packing each cell is a whole padded row; every optimisation off runs the same models."""
-    scope, model = scope_of(READOUTS[readout]), tiny_model(family)
-    packed = run_cells(scope, model, rows=ROWS, controls=["unpatched", "random"], context="session")
-    off = Optimisations(**dict.fromkeys((one.name for one in fields(Optimisations)), False))
-    plain = run_cells(
-        scope, model, rows=ROWS, controls=["unpatched", "random"], context="session", optimisations=off
-    )
-    for (cell, given), (other, expected) in zip(packed, plain, strict=True):
-        assert cell == other
-        hooks.assert_same(given, expected)
+def test_every_optimisation_off_gives_the_same(family, readout, tiny_model, run_cells):
+    """All off, then each by itself: prompts that begin alike, equal rows, and cells enough for many passes."""
+    scope, model = scope_of(READOUTS[readout], layers=[0, -1]), tiny_model(family)
+    rows = [row | {"t": f"The city of the Tower {row['t']}"} for row in ROWS[1:]]
+    options = {"rows": [*rows, rows[0]], "controls": ["unpatched", "random"], "context": "session"}
+    found = run_cells(scope, model, **options, max_rows=20)
+    sets = [
+        Optimisations.none(),
+        *(replace(Optimisations(), **{off: False}) for off in Optimisations.names()),
+    ]
+    for used in sets:
+        plain = run_cells(scope, model, **options, max_rows=20, optimisations=used)
+        for (cell, given), (other, expected) in zip(found, plain, strict=True):
+            assert cell == other
+            hooks.assert_same(given, expected)
 
 
 @families

@@ -74,7 +74,7 @@ def test_the_rehearsal_carries_states_between_steps(context, tiny_model, run_cel
     scope = scope_of("source_reference", target={"position": [0, -1]})
     target = tiny_model(seed=1) if context == "bridged" else None
     local = run_cells(scope, tiny_model(), target, rows=ROWS, context=context)
-    options = {"max_rows": 1, "max_tokens": 1, "remote": "local"}
+    options = {"max_rows": 1, "remote": "local"}
     assert_equal_runs(run_cells(scope, tiny_model(), target, rows=ROWS, context=context, **options), local)
 
 
