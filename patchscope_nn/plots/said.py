@@ -46,9 +46,11 @@ class Cells:
         text = str(words[0])
         return shorten(text.strip(" "), width=LABEL_WIDTH) or ("␣" if text else "(empty)")
 
-    def look(self, index: int) -> tuple[str, str]:
-        """What tells a drawn cell from another: its label and its shade."""
-        return self.label(index), f"{self.shades[index]:.6f}"
+    def alike(self, indices: Sequence[int]) -> bool:
+        """Whether cells are drawn alike: one label, and one shade but for rounding."""
+        shades = self.shades[list(indices)]
+        labels = {self.label(index) for index in indices}
+        return len(labels) <= 1 and np.allclose(shades, shades[:1], rtol=0, atol=1e-4, equal_nan=True)
 
     def hover(self, index: int) -> str:
         """Everything about a cell, as escaped hover text."""
