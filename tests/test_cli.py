@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pty
@@ -16,7 +17,7 @@ import pytest
 import tiny
 import typer
 
-from patchscope_nn import cli
+from patchscope_nn import cli, runs
 
 RECIPE = """\
 name: tiny
@@ -320,6 +321,26 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_table(patchscope, folder):
     assert patchscope(*words[:4], "--out", "unhurt").returncode == 0
     tables = [pd.read_parquet(folder / name / "cells.parquet") for name in ("killed", "unhurt")]
     pd.testing.assert_frame_equal(*tables, atol=1e-4, rtol=1e-4)
+
+
+def test_a_full_disk_fails_the_run_and_the_run_can_go_on(patchscope, folder, monkeypatch):
+    words = ("run", "tiny.yaml", "--max-rows", "1", "--max-tokens", "1", "--out", "filled")
+    append = runs.RunFolder.append
+
+    def full(self, rows):
+        if len(self.done) > 5:
+            raise OSError(errno.ENOSPC, "No space left on device", str(self.path / "cells.jsonl"))
+        append(self, rows)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(runs.RunFolder, "append", full)
+        done = patchscope(*words)
+    assert done.returncode == 1
+    assert "error: [Errno 28] No space left on device: 'filled/cells.jsonl'." in done.stderr
+    assert "the same command goes on with what is done" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert patchscope(*words).returncode == 0
+    assert len((folder / "filled/cells.jsonl").read_text().splitlines()) == N_CELLS
 
 
 def test_a_terminal_gets_a_bar(folder):
