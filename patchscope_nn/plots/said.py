@@ -16,6 +16,7 @@ from patchscope_nn.plots.text import shorten, token, wrap
 #: The columns that say something in words, and what a figure calls them.
 SAID = {"top_tokens": "top next token", "text": "generated text", "choice": "chosen option"}
 LABEL_WIDTH = 12
+_SENTENCE_WIDTH = 20  # of generated text, whose first words are too long for the width of a token
 _PROMPT_WIDTH, _TEXT_WIDTH = 140, 300
 
 Cell = Mapping[Any, Any]
@@ -44,6 +45,9 @@ class Cells:
         if not words or not is_null(cell.get("error")):
             return ""
         text = str(words[0])
+        if self.said == "text":
+            # A description begins after the colon that few-shot prompts put before it.
+            return shorten(text.strip(" ").removeprefix(":").strip(" "), width=_SENTENCE_WIDTH) or "(empty)"
         return shorten(text.strip(" "), width=LABEL_WIDTH) or ("␣" if text else "(empty)")
 
     def alike(self, indices: Sequence[int]) -> bool:
