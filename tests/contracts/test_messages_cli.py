@@ -130,6 +130,11 @@ BAD = {
         ),
         "Mend that line.",
     ),
+    "an unknown dtype": (
+        ["--dtype", "float23"],
+        "dtype='float23' is no dtype of a model.",
+        "Did you mean 'float32'? Allowed: auto, float32, bfloat16, float16, float64.",
+    ),
     "an encoder-decoder": (
         ["--model", "t5"],
         "'t5' (t5) is an encoder-decoder; a Patchscope needs a decoder.",
