@@ -94,8 +94,12 @@ def test_generate_in_a_session(family, tiny_model, run_cells, monkeypatch):
     [
         ("fused", "source_reference"),
         ("fused", "generate"),
+        ("fused", "choices"),
+        ("fused", "hidden"),
         ("nested", "source_reference"),
         ("nested", "generate"),
+        ("nested", "choices"),
+        ("nested", "hidden"),
         ("bridged", "source_reference"),
     ],
 )
@@ -107,10 +111,24 @@ def test_contexts(family, context, readout, tiny_model, run_cells):
         layers, target_layers = [0, -1], ["embed", 2, -1]
         target, target_reference = tiny_model(family, seed=1), tiny.reference(family, seed=1)
     scope = scope_of(READOUTS[readout], layers=layers, target_layers=target_layers)
-    rows = ROWS[1:] if readout == "generate" else ROWS
+    rows = ROWS if readout == "source_reference" else ROWS[1:]
     found = run_cells(scope, model, target, rows=rows, controls=["unpatched"], context=context)
     pair = hooks.Pair(scope, reference, target_reference, tokenizer=tiny.TOKENIZER, eos=[tiny.EOS_ID])
     check(found, rows, pair)
+
+
+@families
+@pytest.mark.parametrize("context", ["fused", "session", "nested"])
+@pytest.mark.parametrize("readout", READOUTS)
+def test_the_last_block_onto_the_last_block(family, context, readout, tiny_model, run_cells):
+    """Where transformers' own `hidden_states` are normed already, and ours are not."""
+    target = tiny_model(family, copy=1) if context == "nested" else None
+    scope = scope_of(READOUTS[readout], target={"position": -1}, layers=[-1], target_layers=[-1])
+    found = run_cells(scope, tiny_model(family), target, rows=ROWS[1:], context=context)
+    assert [cell.source_layer for cell, _ in found] == [tiny.N_LAYERS - 1] * 2
+    pair = hooks.Pair(scope, tiny.reference(family), tokenizer=tiny.TOKENIZER, eos=[tiny.EOS_ID])
+    for cell, given in found:
+        hooks.assert_same(given, pair.expected(cell, ROWS[1:][cell.row]))
 
 
 @families
