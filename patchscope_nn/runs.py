@@ -193,7 +193,10 @@ def open_folder(path: Path, manifest: Manifest) -> Iterator[RunFolder]:
     import filelock
 
     _check_owner(path, manifest["hash"])
-    path.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FolderError(f"{path} cannot be made: {error.strerror}.", hint="Give another --out.") from error
     lock = filelock.FileLock(path / _LOCK)
     try:
         lock.acquire(timeout=0)

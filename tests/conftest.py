@@ -46,7 +46,7 @@ def run_cells():
         mapping = resolve_mapping(scope.mapping, source=model.info, target=target.info)
         steps = execute(planned, source=model, target=target, mapping=mapping, backend=backend)
         ran = [(cell, readout) for step in steps for cell, readout in step]
-        assert len({cell.number for cell, _ in ran}) == len(ran) == len(sweep.cells)
+        assert len({cell.number for cell, _ in ran}) == len(ran) == planned.n_cells
         return sorted(ran, key=lambda one: one[0].number)
 
     return run

@@ -215,16 +215,12 @@ def test_options_can_be_set_by_the_environment(patchscope, monkeypatch):
 
 
 COMMANDS = typer.main.get_command(cli.app).commands
-#: Options that commands.py declares without the variable that options.py gives to all others.
-WITHOUT = {"position", "layer", "target_layer", "max_new_tokens"}
 
 
 @pytest.mark.parametrize(
     ("command", "option"),
     [
-        pytest.param(
-            name, one, id=f"{name} {one.name}", marks=[pytest.mark.xfail] if one.name in WITHOUT else []
-        )
+        pytest.param(name, one, id=f"{name} {one.name}")
         for name, command in COMMANDS.items()
         for one in command.params
         if one.param_type_name == "option"

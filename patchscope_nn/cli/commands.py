@@ -43,12 +43,10 @@ def _main(
 def explain(
     prompt: Annotated[str, typer.Argument(help="The source prompt.")],
     *,
-    position: Annotated[
-        str, typer.Option(help="Which token: an index (-1 is the last) or a text of the prompt.")
-    ] = "-1",
-    layer: Annotated[str, typer.Option(help="Which layers: all, 5, [0, 4, 8] or 0:10.")] = "all",
-    target_layer: Annotated[str, typer.Option(help="Where to write: same, or as --layer.")] = "same",
-    max_new_tokens: Annotated[int, typer.Option(help="The most tokens to generate.", min=1)] = 16,
+    position: options.Position = "-1",
+    layer: options.Layer = "all",
+    target_layer: options.TargetLayer = "same",
+    max_new_tokens: options.MaxNewTokens = 16,
     model: options.Model = None,
     source_model: options.SourceModel = None,
     target_model: options.TargetModel = None,
@@ -72,9 +70,9 @@ def explain(
         )
     look = quick_look(
         prompt,
-        position=options.parse_selector(position),
-        layer=options.parse_selector(layer),
-        target_layer=options.parse_selector(target_layer),
+        position=options.parse_selector(position, option="--position"),
+        layer=options.parse_selector(layer, option="--layer"),
+        target_layer=options.parse_selector(target_layer, option="--target-layer"),
         max_new_tokens=max_new_tokens,
         remote=options.remote_value(remote),
         progress=printing.Progress("explaining", quiet=json),
@@ -180,6 +178,7 @@ def plan(
     log_level: options.Level = LogLevel.warning,  # noqa: ARG001 (acted on by its callback)
 ) -> None:
     """Show what would run, before it runs: contexts, passes, rows and tokens."""
+    from patchscope_nn.backends import backend_for
     from patchscope_nn.execute import plan_prepared
     from patchscope_nn.plan import Optimisations
 
@@ -192,6 +191,7 @@ def plan(
         lean_readout=lean_readout,
         early_leaving=early_leaving,
     )
+    backend = backend_for(options.remote_value(remote))
     prepared = _prepare(
         recipe,
         sets=sets,
@@ -209,7 +209,7 @@ def plan(
         max_rows=max_rows,
         memory=options.memory_value(memory),
         optimisations=used,
-        remote=remote is not None,
+        remote=backend.remote,
     )
     printing.print_plan(made, folder=prepared.default_folder, as_json=json)
 

@@ -45,6 +45,16 @@ Dtype: TypeAlias = Annotated[
 DeviceMap: TypeAlias = Annotated[
     str | None, _option("--device-map", help="Passed to transformers: cpu, cuda, auto, ...")
 ]
+Position: TypeAlias = Annotated[
+    str, _option("--position", help="Which token: an index (-1 is the last) or a text of the prompt.")
+]
+Layer: TypeAlias = Annotated[str, _option("--layer", help="Which layers: all, 5, [0, 4, 8] or 0:10.")]
+TargetLayer: TypeAlias = Annotated[
+    str, _option("--target-layer", help="Where to write: same, or as --layer.")
+]
+MaxNewTokens: TypeAlias = Annotated[
+    int, _option("--max-new-tokens", help="The most tokens to generate.", min=1)
+]
 Remote: TypeAlias = Annotated[
     str | None, _option("--remote", help="`local` rehearses a remote run in this process.", metavar="[local]")
 ]
@@ -130,7 +140,7 @@ def remote_value(given: str | None) -> bool | str:
     return False if given is None else given
 
 
-def parse_selector(text: str) -> Any:
+def parse_selector(text: str, *, option: str) -> Any:
     """A layer or position as YAML reads it: `3`, `[1, 2]`, `0:10`, `all`, or a text.
 
     Raises:
@@ -144,4 +154,7 @@ def parse_selector(text: str) -> Any:
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise InputError(f"{text!r} cannot be read: {error}") from error
+        raise InputError(
+            f"{option}={text!r} cannot be read as YAML.",
+            hint="Give an index, a list such as [0, 4], or a text.",
+        ) from error

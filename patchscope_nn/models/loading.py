@@ -163,9 +163,8 @@ def _explained(name: str) -> Iterator[None]:
     except (OSError, ValueError, KeyError) as error:
         if isinstance(error, ModelError):
             raise
-        reason = next(
-            (line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__
-        )
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        reason = lines[-1 if "original errors" in lines[0] else 0]  # transformers gives the reason last
         raise ModelError(f"the model {name!r} could not be loaded: {reason}", hint=_hint(name)) from error
 
 

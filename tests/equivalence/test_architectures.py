@@ -134,7 +134,7 @@ def test_the_last_block_onto_the_last_block(family, context, readout, tiny_model
 @families
 @pytest.mark.parametrize("readout", READOUTS)
 def test_every_optimisation_off_gives_the_same(family, readout, tiny_model, run_cells):
-    """All off, then each by itself: prompts that begin alike, equal rows, and cells enough for many passes."""
+    """All off, then each by itself: prompts that begin alike, equal rows, cells enough for many passes."""
     scope, model = scope_of(READOUTS[readout], layers=[0, -1]), tiny_model(family)
     rows = [row | {"t": f"The city of the Tower {row['t']}"} for row in ROWS[1:]]
     options = {"rows": [*rows, rows[0]], "controls": ["unpatched", "random"], "context": "session"}

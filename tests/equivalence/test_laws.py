@@ -62,7 +62,7 @@ def scopes(draw, readout, *, in_order=False):
 
 
 def by_key(found):
-    return {cell.key: readout for cell, readout in found}
+    return {cell.number: readout for cell, readout in found}
 
 
 def assert_equal_runs(one, other):
@@ -213,9 +213,9 @@ def test_a_resumed_run_runs_the_other_cells(readout, data, tiny_model, run_cells
     model = tiny_model(data.draw(st.sampled_from(FAMILIES)))
     options = {"rows": rows, "controls": ["unpatched", "random"], "max_rows": 3}
     every = run_cells(scope, model, **options)
-    done = data.draw(st.sets(st.sampled_from([cell.key for cell, _ in every])))
+    done = data.draw(st.sets(st.sampled_from([cell.number for cell, _ in every])))
     left = run_cells(scope, model, done=done, **options)
-    assert_equal_runs(left, [(cell, given) for cell, given in every if cell.key not in done])
+    assert_equal_runs(left, [(cell, given) for cell, given in every if cell.number not in done])
 
 
 @few
