@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -191,12 +191,12 @@ def write_parquet(rows: Sequence[Mapping[str, Any]], names: Sequence[str], file:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    schema = arrow_schema(names)
-
-    def part(some: Sequence[Mapping[str, Any]]) -> Any:
-        return pa.Table.from_pandas(frame(some, names), schema=schema, preserve_index=False)
-
-    with pq.ParquetWriter(file, part(()).schema) as writer:
-        taken = iter(rows)
-        while some := list(islice(taken, _ROWS_AT_ONCE)):
-            writer.write_table(part(some))
+    schema, taken = arrow_schema(names), iter(rows)
+    parts = (
+        pa.Table.from_pandas(frame(some, names), schema=schema, preserve_index=False)
+        for some in iter(lambda: list(islice(taken, _ROWS_AT_ONCE)), [])
+    )
+    first = next(parts, schema.empty_table())
+    with pq.ParquetWriter(file, first.schema) as writer:
+        for part in chain((first,), parts):
+            writer.write_table(part)

@@ -292,7 +292,7 @@ def test_interrupted_says_how_to_go_on_and_goes_on(patchscope, folder):
 def test_a_killed_run_goes_on_and_ends_with_the_same_table(patchscope, folder):
     """kill -9 in the middle of the command as it is: nothing slowed, nothing patched."""
     rows = "data=" + json.dumps({"rows": [{"text": f"the city of Paris {n}"} for n in range(40)]})
-    words = ("run", "tiny.yaml", "--set", rows, "--max-rows", "1", "--max-tokens", "1", "--out")
+    words = ("run", "tiny.yaml", "--set", rows, "--max-rows", "1", "--out")
     n_cells = 40 + 40 * tiny.N_LAYERS * 3
     lines = folder / "killed/cells.jsonl"
     process = start(folder, *words, "killed", stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
@@ -313,14 +313,14 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_table(patchscope, folder):
     assert resumed.returncode == 0, resumed.stderr
     whole = lines.read_bytes()
     assert whole.startswith(finished)
-    assert len({json.loads(line)["key"] for line in whole.splitlines()}) == whole.count(b"\n") == n_cells
+    assert len({json.loads(line)["cell"] for line in whole.splitlines()}) == whole.count(b"\n") == n_cells
     assert patchscope(*words[:4], "--out", "unhurt").returncode == 0
     tables = [pd.read_parquet(folder / name / "cells.parquet") for name in ("killed", "unhurt")]
     pd.testing.assert_frame_equal(*tables, atol=1e-4, rtol=1e-4)
 
 
 def test_a_full_disk_fails_the_run_and_the_run_can_go_on(patchscope, folder, monkeypatch):
-    words = ("run", "tiny.yaml", "--max-rows", "1", "--max-tokens", "1", "--out", "filled")
+    words = ("run", "tiny.yaml", "--max-rows", "1", "--out", "filled")
     append = runs.RunFolder.append
 
     def full(self, rows):
