@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.speed.attention import Own, Shared, branching, causal
 from benchmarks.speed.bare import Bare, Projected
-from benchmarks.speed.workloads import Answers, Cell, Said, Workload
+from benchmarks.speed.workloads import Answers, Cell, Said, Workload, text_of
 
 #: The most tokens of a matrix product: more is no faster, and no longer fits the processor's cache.
 TOKENS = 1024
@@ -127,8 +127,10 @@ def generated(bare: Bare, workload: Workload, states: torch.Tensor, tokenizer: A
         raise NotImplementedError("The floor generates only where the target's last token is patched.")
     answers: Answers = {}
     for cells in _cut(_by_entry(workload.cells), ROWS):
-        ids = Decoding(bare, trunk, workload, cells).run(states)
-        answers.update({cell: Said(tokenizer.decode(one)) for cell, one in zip(cells, ids, strict=True)})
+        ids = Decoding(bare, trunk, workload, cells).run(states).tolist()
+        answers.update(
+            {cell: Said(text_of(one, workload, tokenizer)) for cell, one in zip(cells, ids, strict=True)}
+        )
     return answers
 
 
@@ -145,8 +147,8 @@ class Decoding:
         self.own = [Own(*(bare.embed.weight.new_empty(room) for _ in range(2))) for _ in range(bare.depth)]
         self.filled = 0
 
-    def run(self, states: torch.Tensor) -> list[list[int]]:
-        """The ids each row goes on with."""
+    def run(self, states: torch.Tensor) -> torch.Tensor:
+        """The ids each row goes on with, (n_rows, n_tokens); after its end, anything."""
         bare, most, eos = self.bare, self.workload.max_new_tokens, torch.tensor(self.workload.eos)
         alive = torch.arange(len(self.cells))
         said = torch.zeros(len(self.cells), most, dtype=torch.long)
@@ -164,7 +166,7 @@ class Decoding:
                 alive, token, ended = alive[stay], token[stay], ended[stay]
                 self.own = [Own(keys[stay], values[stay]) for keys, values in self.own]
             hidden = self._through(bare.embed(token), [0] * bare.depth)
-        return [_until(ids, self.workload.eos) for ids in said.tolist()]
+        return said
 
     def _prompt(self, states: torch.Tensor) -> torch.Tensor:
         """Run the patched token; below l* its keys and values are the clean prompt's."""
@@ -192,8 +194,3 @@ class Decoding:
                 hidden[rows] = bare.block(layer, hidden[rows], angles, attend)
         self.filled += 1
         return hidden
-
-
-def _until(ids: list[int], eos: tuple[int, ...]) -> list[int]:
-    """A text's ids up to its end."""
-    return ids[: next((place for place, token in enumerate(ids) if token in eos), len(ids))]

@@ -16,10 +16,10 @@ from patchscope_nn.models import Model
 from patchscope_nn.unpack import eos_ids
 
 _SOURCE = "Diana, Princess of Wales"
-_SPEAKERS = "Anna Bob Carl Dora Emil Fred Gina Hans Ida Jack Kate Leo Mary Nils Olga Paul".split()
+_SPEAKERS = ("Anna", "Bob", "Carl", "Dora", "Emil", "Fred", "Gina", "Hans", "Ida", "Jack", "Kate", "Leo")
 _LONG = (
-    "A lighthouse keeper wrote down the weather every evening. On Monday the wind came from the north and the "
-    "sea was grey; on Tuesday a fishing boat lost its nets; on Wednesday it rained from noon to midnight. "
+    "A lighthouse keeper wrote down the weather every evening. On Monday the wind came from the north and "
+    "the sea was grey; on Tuesday a fishing boat lost its nets; on Wednesday it rained from noon to night. "
 )
 
 
@@ -54,7 +54,7 @@ def _ids(model: Model, text: str) -> tuple[int, ...]:
 def _builtin(name: str, column: str, count: int) -> list[str]:
     """`count` distinct texts, in no order; beyond the data's own, somebody says them."""
     texts = [str(row[column]) for row in load_rows(DataSpec(builtin=name))]
-    random.Random(SEED).shuffle(texts)
+    random.Random(SEED).shuffle(texts)  # noqa: S311 (a seeded choice, no secret)
     found = [*texts, *(f"{speaker} says: {text}" for speaker in _SPEAKERS for text in texts)]
     if len(found) < count:
         raise ValueError(f"{count} texts were asked for, and there are {len(found)} of {name}.")
@@ -95,14 +95,14 @@ def _w3(model: Model, scale: Scale) -> Workload:
     texts = _builtin("entities", "entity", min(30, scale.rows) * scale.times)
     title = f"{len(texts)} entities x every l, l* = l, description prompt, {scale.generated} tokens generated"
     sweep = _sweep(model, name="W3", title=title, texts=texts, target=_ids(model, scale.describe))
-    return replace(sweep, max_new_tokens=scale.generated, eos=eos_ids(model))
+    return replace(sweep, max_new_tokens=scale.generated, eos=eos_ids(model), long=True)
 
 
 def _w4(model: Model, scale: Scale) -> Workload:
     query = _ids(model, prompts.IDENTITY)[-scale.tokens :]
     opening = _ids(model, _LONG * 16)[: scale.tokens - len(query)]
     title = f"W1 with a target prompt of {scale.tokens} tokens, patched at its last"
-    return replace(_w1(model, scale), name="W4", title=title, target=opening + query)
+    return replace(_w1(model, scale), name="W4", title=title, target=opening + query, long=True)
 
 
 def _w5(model: Model, scale: Scale) -> Workload:

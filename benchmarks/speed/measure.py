@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import gc
-import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 from benchmarks.speed.workloads import Answers, Workload, disagreement
 from patchscope_nn.models import Model
@@ -15,6 +14,10 @@ from patchscope_nn.models import Model
 Run = Callable[[Workload, Model, Model], Answers]
 #: How many cells each contender runs before its time counts.
 _WARM = 30
+
+
+class DisagreementError(AssertionError):
+    """Two contenders say different things of one cell."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,20 +28,26 @@ class Contender:
         letter: How tables call it.
         title: What it is.
         run: It.
-        sampled: Whether it runs cell by cell, so that a sample of cells tells how long all take; `sweep` for
-            a sample that is itself a smaller sweep.
+        sampled: What it may be timed on instead of all: single `cells`; a smaller `sweep`; of long workloads
+            some of the `targets`, the l*. None where it always runs all.
     """
 
     letter: str
     title: str
     run: Run
-    sampled: str = ""
+    sampled: Literal["cells", "sweep", "targets"] | None = None
 
     def given(self, workload: Workload, count: int | None) -> Workload:
         """What it is given to run of a workload."""
-        if not self.sampled or count is None or count >= len(workload.cells):
+        if count is None or count >= len(workload.cells):
             return workload
-        return workload.smaller(count) if self.sampled == "sweep" else workload.sample(count)
+        if self.sampled == "cells":
+            return workload.sample(count)
+        if self.sampled == "sweep":
+            return workload.smaller(count)
+        if self.sampled == "targets" and workload.long:
+            return workload.fewer_targets(count)
+        return workload
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,16 +55,20 @@ class Timing:
     """One run of one contender.
 
     Attributes:
+        workload: Its name.
         letter: The contender.
         round: Which round.
         cells: How many cells it ran.
-        wall_s: Seconds it took.
-        cpu_s: Seconds of processor time, of all threads.
+        of_cells: How many the workload has.
+        wall_s: Seconds for all cells; of a sample, scaled.
+        cpu_s: Seconds of processor time, of all threads; scaled the same.
     """
 
+    workload: str
     letter: str
     round: int
     cells: int
+    of_cells: int
     wall_s: float
     cpu_s: float
 
@@ -84,26 +97,39 @@ def rounds(
         contenders: Who runs.
         source: M.
         target: M*.
-        pairs: How many rounds count.
+        pairs: How many rounds.
         sample: How many cells the slow ones run; None for all.
 
     Yields:
         Each run's timing.
 
     Raises:
-        AssertionError: Two of them say different things.
+        DisagreementError: Two of them say different things.
     """
-    first: Answers = {}
+    agreed: Answers = {}
     for one in contenders:
-        one.run(one.given(workload.smaller(_WARM), _WARM), source, target)
+        one.run(one.given(workload.smaller(_WARM), _WARM // 10), source, target)
     for number in range(pairs):
         for one in contenders:
             given = one.given(workload, sample)
             answers, wall, cpu = timed(lambda one=one, given=given: one.run(given, source, target))
-            if len(answers) != len(given.cells):
-                raise AssertionError(f"{one.letter} answered {len(answers)} of {len(given.cells)} cells")
-            if len(answers) > len(first):  # what all cells say is what samples are compared with
-                first, answers = answers, first or answers
-            if wrong := disagreement(first, answers):
-                raise AssertionError(f"{workload.name}, contender {one.letter}: {wrong}")
-            yield Timing(letter=one.letter, round=number, cells=len(given.cells), wall_s=wall, cpu_s=cpu)
+            check(agreed, answers, given, one)
+            agreed = {**answers, **agreed}
+            scale = len(workload.cells) / len(given.cells)
+            yield Timing(
+                workload=workload.name,
+                letter=one.letter,
+                round=number,
+                cells=len(given.cells),
+                of_cells=len(workload.cells),
+                wall_s=wall * scale,
+                cpu_s=cpu * scale,
+            )
+
+
+def check(agreed: Answers, answers: Answers, given: Workload, one: Contender) -> None:
+    """That a contender answered the cells it was given, and as those before it did."""
+    if answers.keys() != set(given.cells):
+        raise DisagreementError(f"{given.name}: {one.letter} answered other cells than it was given.")
+    if wrong := disagreement(agreed, answers):
+        raise DisagreementError(f"{given.name}: {one.letter} ({one.title}): {wrong}.")

@@ -20,6 +20,11 @@ def run_unoptimised(workload: Workload, source: Model, target: Model) -> Answers
     return _run(workload, source, target, optimisations=ps.Optimisations.none())
 
 
+def run_within(workload: Workload, model: Model, *, memory: int) -> Answers:
+    """Ours, within a budget of so many bytes."""
+    return _run(workload, model, model, memory=memory)
+
+
 def _run(workload: Workload, source: Model, target: Model, **options: Any) -> Answers:
     if workload.chosen is not None:
         raise ValueError("A Patchscope sweeps; it does not run single cells.")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -59,6 +59,7 @@ class Workload:
         eos: Ids that end a text.
         mapping: f; None is the identity.
         cross: Whether source and target are two models.
+        long: Whether a cell takes so many tokens that batched contenders too are timed on a part.
         chosen: The cells, where it is not all of them.
     """
 
@@ -74,6 +75,7 @@ class Workload:
     eos: tuple[int, ...] = ()
     mapping: Affine | None = None
     cross: bool = False
+    long: bool = False
     chosen: tuple[Cell, ...] | None = None
 
     @property
@@ -91,7 +93,7 @@ class Workload:
     def sample(self, count: int, *, seed: int = SEED) -> Workload:
         """The same with `count` of its cells, drawn at random, spread over l* as the whole is."""
         cells = list(self.cells)
-        random.Random(seed).shuffle(cells)
+        random.Random(seed).shuffle(cells)  # noqa: S311 (a seeded choice, no secret)
         cells.sort(key=lambda cell: cell.target_layer)  # the sort is stable: random within each l*
         return replace(self, chosen=tuple(sorted(_spread(cells, count))))
 
@@ -107,6 +109,12 @@ class Workload:
         layers, target_layers = _spread(self.layers, side), _spread(self.target_layers, side)
         return replace(self, layers=tuple(layers), target_layers=tuple(target_layers))
 
+    def fewer_targets(self, count: int) -> Workload:
+        """The same with some of its l*, for about `count` cells: for those who batch what has one l*."""
+        layers = self.layers if self.target_layers is None else self.target_layers
+        some = tuple(_spread(layers, -(-count * len(layers) // len(self.cells))))
+        return replace(self, layers=some) if self.target_layers is None else replace(self, target_layers=some)
+
     def mapped(self, states: torch.Tensor) -> torch.Tensor:
         """States as they are written, (..., d_model of the target)."""
         return states if self.mapping is None else self.mapping(states)
@@ -118,11 +126,15 @@ def _spread(items: Sequence[_Item], count: int) -> list[_Item]:
     return [items[int((place + 0.5) * step)] for place in range(min(count, len(items)))]
 
 
+def text_of(ids: list[int], workload: Workload, tokenizer: Any) -> str:
+    """A generated text, up to the token that ends it."""
+    end = next((place for place, token in enumerate(ids) if token in workload.eos), len(ids))
+    return str(tokenizer.decode(ids[:end]))
+
+
 def disagreement(one: Answers, other: Answers, *, tolerance: float = 1e-4) -> str:
     """What is wrong with two contenders' answers to the cells that both gave; empty where they agree."""
     both = one.keys() & other.keys()
-    if not both:
-        return "they have no cell in common"
     said = sum(one[cell].said != other[cell].said for cell in both)
     pairs = [(one[cell].logprob, other[cell].logprob) for cell in both]
     worst = max((abs(a - b) for a, b in pairs if a is not None and b is not None), default=0.0)
