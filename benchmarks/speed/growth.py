@@ -9,17 +9,14 @@ import argparse
 import json
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 TIMES = (1, 4, 16)
 WORKLOADS = ("W1", "W2", "W3")
 _STATUS = Path("/proc/self/status")
-_EVERY_S = 0.005
+_RESET = Path("/proc/self/clear_refs")
 #: The budget that is set, in bytes: what a forward pass may take beyond the model itself.
 MEMORY = 2**30
 
@@ -47,10 +44,10 @@ def point(name: str, times: int, *, threads: int) -> dict[str, Any]:
     torch.set_num_threads(threads)
     model = load(NAME)
     workload = make(name, model, Scale(times=times))
+    before = _memory("VmRSS")
     ours.run_within(workload.smaller(30), model, memory=MEMORY)
-    before = _resident()
-    with _peak() as peak:
-        answers, wall, cpu = timed(lambda: ours.run_within(workload, model, memory=MEMORY))
+    _forget_peak()
+    answers, wall, cpu = timed(lambda: ours.run_within(workload, model, memory=MEMORY))
     thousands = len(answers) / 1000
     return {
         "workload": name,
@@ -61,34 +58,20 @@ def point(name: str, times: int, *, threads: int) -> dict[str, Any]:
         "wall_s_per_thousand": wall / thousands,
         "cpu_s_per_thousand": cpu / thousands,
         "resident_before": before,
-        "resident_peak": peak[0],
+        "resident_peak": _memory("VmHWM"),
         "memory_budget": MEMORY,
     }
 
 
-def _resident() -> int:
-    """The bytes of memory this process holds now."""
-    line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmRSS"))
+def _memory(field: str) -> int:
+    """Bytes of this process: VmRSS, held now; VmHWM, the most since `_forget_peak`."""
+    line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(field))
     return int(line.split()[1]) * 1024
 
 
-@contextmanager
-def _peak() -> Iterator[list[int]]:
-    """The most memory that is held inside; the kernel's own peak would count the loading of the model."""
-    found, over = [_resident()], threading.Event()
-
-    def watch() -> None:
-        while not over.is_set():
-            found[0] = max(found[0], _resident())
-            time.sleep(_EVERY_S)
-
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    try:
-        yield found
-    finally:
-        over.set()
-        watcher.join()
+def _forget_peak() -> None:
+    """Let the kernel count the peak anew; else it would be that of loading the model."""
+    _RESET.write_text("5")
 
 
 def main() -> None:
