@@ -7,7 +7,7 @@ export HF_HUB_OFFLINE := 1
 # Spinning threads make two processes on one machine many times slower.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: demo test test-oldest lint clean
+.PHONY: demo test test-oldest lint bench clean
 
 demo: .venv/installed-demo
 	$(BIN)/patchscope explain "Diana, Princess of Wales"
@@ -24,6 +24,11 @@ lint: .venv/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# BENCH="--workload W1 --contenders e f" runs a part; see benchmarks/README.md.
+BENCH ?= --growth W1 W2 W3
+bench: .venv/installed-demo
+	$(BIN)/python -m benchmarks.speed $(BENCH)
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
