@@ -99,7 +99,7 @@ class PassTooLargeError(RunError):
 
 def execute(
     plan: Plan, *, source: Model, target: Model, mapping: ResolvedMapping, backend: Backend
-) -> Iterator[list[tuple[Cell, dict[str, Any]]]]:
+) -> Iterator[Iterator[tuple[Cell, dict[str, Any]]]]:
     """Run a plan step by step.
 
     Args:
@@ -110,7 +110,7 @@ def execute(
         backend: Where the contexts are opened.
 
     Yields:
-        For each step its cells, in the sweep's order, each with its raw readout.
+        For each step its cells and those they run for, with raw readouts; to be taken before the next step.
 
     Raises:
         PassTooLargeError: A pass ran out of memory; what was yielded is done, and can be planned around.
@@ -138,7 +138,7 @@ def execute(
             del states[state]
         if results["prefix"] is not None:
             prefix = step.prefix, results["prefix"]
-        yield sorted(_results(plan, step, results), key=lambda pair: pair[0].number)
+        yield _results(plan, step, results)
 
 
 def _results(plan: Plan, step: Step, results: Results) -> Iterator[tuple[Cell, dict[str, Any]]]:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib import metadata
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,6 +32,8 @@ from patchscope_nn.tables import Tabulator, columns_of
 #: What a run's manifest gives the versions of.
 _PACKAGES = ("patchscope-nn", "nnsight", "torch", "transformers", "tokenizers", "safetensors")
 Progress = Callable[[int, int], None]
+#: How many cells' rows are written at a time.
+_ROWS_AT_ONCE = 1024
 
 
 def run(
@@ -130,7 +133,7 @@ def plan_prepared(prepared: Prepared, *, memory: int | None = None, **options: A
 def _steps(
     prepared: Prepared, planned: Plan, backend: Backend, store: InMemory
 ) -> Iterator[dict[int, dict[str, Any]]]:
-    """Table rows by the number of their cell, step by step; smaller passes after one that was too large."""
+    """Table rows by the number of their cell, some at a time; smaller passes after one that was too large."""
     tabulate = Tabulator(
         prepared.sweep, prepared.metrics, tokenizer=prepared.target.tokenizer, mapping=prepared.mapping.name
     )
@@ -140,7 +143,9 @@ def _steps(
         )
         try:
             for step in results:
-                yield {cell.number: tabulate.row(cell, raw) for cell, raw in step}
+                # A step may run for many more cells than it holds.
+                while some := list(islice(step, _ROWS_AT_ONCE)):
+                    yield {cell.number: tabulate.row(cell, raw) for cell, raw in some}
         except PassTooLargeError as error:
             if error.rows == 1:
                 raise

@@ -18,11 +18,12 @@ from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Self, overload
 
 from patchscope_nn.errors import FolderError, InputError
-from patchscope_nn.tables import frame, write_parquet
+from patchscope_nn.tables import frame, light_frame, write_parquet
 
 MANIFEST, LINES, TABLE, REPORT = "manifest.json", "cells.jsonl", "cells.parquet", "report.html"
 _LOCK = ".lock"
@@ -294,7 +295,8 @@ class Run:
 
     def summary(self) -> Any:
         """The mean of each metric by layer and control, as a pandas DataFrame."""
-        return summarise(self.table(), self.metrics)
+        table = light_frame(self.rows, self.manifest["columns"], metrics=self.metrics)
+        return summarise(table, self.metrics)
 
     @property
     def metrics(self) -> list[str]:
@@ -315,12 +317,16 @@ class Run:
         Raises:
             InputError: plotly is not installed, or the run has no folder and no path was given.
         """
-        from patchscope_nn.report import write_report
+        from patchscope_nn.report import MAX_CELLS, write_report
 
         if path is None and self.path is None:
             raise InputError("this run has no folder.", hint="Give a path: run.report('report.html').")
         file = Path(path) if path is not None else Path(self.path or ".") / REPORT
-        return write_report(self.table(), manifest=self.manifest, path=file)
+        if len(self.rows) <= MAX_CELLS:
+            return write_report(self.table(), manifest=self.manifest, path=file)
+        shown = frame(list(islice(self.rows, MAX_CELLS)), self.manifest["columns"])
+        whole = light_frame(self.rows, self.manifest["columns"], metrics=self.metrics)
+        return write_report(whole, manifest=self.manifest, path=file, shown=shown)
 
 
 def summarise(table: Any, metrics: Sequence[str]) -> Any:

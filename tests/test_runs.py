@@ -13,6 +13,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import tiny
+import torch
 
 import patchscope_nn as ps
 from patchscope_nn import backends
@@ -163,8 +164,6 @@ def test_another_run_never_continues_a_folder(tiny_model, tmp_path, other):
 
 
 def test_another_mapping_of_the_same_name_is_another_run(tiny_model, tmp_path):
-    import torch
-
     maps = [ps.Affine(torch.eye(tiny.D_MODEL) * scale) for scale in (1.0, 2.0)]
     ps.run(scope(mapping=maps[0]), out=tmp_path / "run", **asked(tiny_model()))
     with pytest.raises(FolderError, match="holds another run"):
@@ -242,6 +241,101 @@ def test_a_killed_run_resumes_and_ends_with_the_same_table(tiny_model, tmp_path,
     resumed = ps.run(scope(), out=out, max_rows=2, **asked(tiny_model()))
     assert backend.rows == 52 - finished
     assert same(resumed.table(), ps.run(scope(), **asked(tiny_model())).table())
+
+
+class Cramped(Counting):
+    """A backend whose device holds passes of so many cells; nnsight may wrap what the device raises."""
+
+    def __init__(self, *, holds, error):
+        super().__init__()
+        self.holds, self.error, self.refused = holds, error, []
+
+    def run(self, context, work, *, source, target):
+        rows = max(one["cells"] for one in work["targets"])
+        if rows > self.holds:
+            self.refused.append(rows)
+            raise self.error
+        return super().run(context, work, source=source, target=target)
+
+
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory: you tried"),
+]
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=["cuda", "cpu"])
+def test_out_of_memory_halves_the_passes_and_loses_nothing(error, tiny_model, tmp_path, monkeypatch):
+    whole = ps.run(scope(), **asked(tiny_model()))
+    backend = Cramped(holds=3, error=error)
+    monkeypatch.setattr("patchscope_nn.execute.backend_for", lambda _remote: backend)
+    run = ps.run(scope(), out=tmp_path / "run", max_rows=16, **asked(tiny_model()))
+    assert backend.refused == [16, 8, 4]
+    assert backend.rows == len(whole.rows)
+    assert same(run.table(), whole.table())
+
+
+def test_out_of_memory_on_a_single_cell_ends_the_run(tiny_model, tmp_path, monkeypatch):
+    backend = Cramped(holds=0, error=OUT_OF_MEMORY[0])
+    monkeypatch.setattr("patchscope_nn.execute.backend_for", lambda _remote: backend)
+    with pytest.raises(ps.RunError, match=r"out of memory on a pass of one cell\. Shorten the prompts"):
+        ps.run(scope(), out=tmp_path / "run", **asked(tiny_model()))
+    assert backend.refused[-1] == 1
+    assert json.loads((tmp_path / "run/manifest.json").read_text())["state"] == "running"
+
+
+def test_another_failure_is_no_lack_of_memory(tiny_model, monkeypatch):
+    backend = Cramped(holds=0, error=RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    monkeypatch.setattr("patchscope_nn.execute.backend_for", lambda _remote: backend)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        ps.run(scope(), **asked(tiny_model()))
+    assert len(backend.refused) == 1
+
+
+_LARGE = """
+import sys, torch
+sys.path.insert(0, {tests!r})
+import tiny
+import patchscope_nn as ps
+torch.set_num_threads(1)
+model = ps.load(tiny.make_module("llama"), tokenizer=tiny.TOKENIZER)
+
+def sweep(out, n_rows):
+    letters = "abcdefghijklm"
+    words = (first + second + third for first in letters for second in letters for third in letters)
+    rows = [{{"text": f"{{word}} is in the city"}} for word, _ in zip(words, range(n_rows))]
+    scope = ps.Patchscope(
+        source=ps.Source(prompt="{{text}}", layer="all"),
+        target=ps.Target(prompt="The city -> ", layer="all"),
+        readout=ps.NextToken(top_k=3, reference="source"),
+    )
+    controls, metrics = ["unpatched", "random", "shuffled"], ["precision_at_1", "nll_nats"]
+    return ps.run(scope, model=model, data=rows, controls=controls, metrics=metrics, out=out)
+
+def peak():
+    status = open("/proc/self/status").read().splitlines()
+    return int(next(line for line in status if line.startswith("VmHWM")).split()[1]) * 1024
+
+sweep({out!r} + "/small", 20)
+small = peak()
+run = sweep({out!r} + "/large", {n_rows})
+print(len(run.rows), small, peak())
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from Linux's /proc")
+def test_memory_is_flat_as_a_run_grows(tmp_path):
+    """1,000 cells and then 20,000 in one process: what is kept of a cell is some bytes, not its row."""
+    code = _LARGE.format(tests=str(Path(__file__).parent), out=str(tmp_path), n_rows=400)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    cells, small, large = map(int, done.stdout.split())
+    assert cells == 400 * 49
+    table = pd.read_parquet(tmp_path / "large/cells.parquet")
+    assert len(table) == cells
+    assert table["row"].is_monotonic_increasing
+    # The report of more than 12,000 cells says everything of so many of them; this is its size, once.
+    assert large - small < 200e6
 
 
 def test_summary_is_the_mean_by_layer_and_control(tiny_model):

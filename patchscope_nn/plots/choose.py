@@ -17,12 +17,15 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 
-def figures(table: pd.DataFrame, *, metrics: Iterable[Any] = ()) -> list[tuple[str, go.Figure]]:
+def figures(
+    table: pd.DataFrame, *, metrics: Iterable[Any] = (), whole: pd.DataFrame | None = None
+) -> list[tuple[str, go.Figure]]:
     """The figures that fit this table: a curve or heatmap for each metric, then what each state says.
 
     Args:
         table: The tidy table.
         metrics: A recipe's `metrics`; metric columns that it does not name are drawn after these.
+        whole: The table of all cells, for the metrics' figures, where `table` holds only some.
 
     Returns:
         Pairs of a plain-text title and a figure; empty when no cell has a result.
@@ -31,7 +34,7 @@ def figures(table: pd.DataFrame, *, metrics: Iterable[Any] = ()) -> list[tuple[s
         InputError: Plotly is not installed.
     """
     names = metric_columns(table, declared=metrics)
-    drawn = [layer_curve(table, metric=name) for name in names]
+    drawn = [layer_curve(table if whole is None else whole, metric=name) for name in names]
     said = [column for column in SAID if column in table.columns]
     if said and table[said].notna().any(axis=None):
         value = None if {"top_probs", "choice_probs"} & set(table.columns) else next(iter(names), None)

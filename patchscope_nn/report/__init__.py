@@ -10,6 +10,6 @@ JSON and is put there with `textContent`, never as markup.
 
 from __future__ import annotations
 
-from patchscope_nn.report.page import write_report
+from patchscope_nn.report.page import MAX_CELLS, write_report
 
-__all__ = ["write_report"]
+__all__ = ["MAX_CELLS", "write_report"]

@@ -19,17 +19,21 @@ from patchscope_nn.report.summary import as_mapping, facts, summary
 if TYPE_CHECKING:
     import pandas as pd
 
-MAX_CELLS = 20_000
+#: The most cells of which a page says everything; its figures of metrics are of all.
+MAX_CELLS = 12_000
 _TEMPLATES = Path(__file__).parents[1] / "templates"
 
 
-def write_report(table: pd.DataFrame, *, manifest: Mapping[str, Any], path: Path) -> Path:
+def write_report(
+    table: pd.DataFrame, *, manifest: Mapping[str, Any], path: Path, shown: pd.DataFrame | None = None
+) -> Path:
     """Write the report of one run; a reader of `path` sees the old file or the whole new one.
 
     Args:
         table: The tidy table of DESIGN section 4, one row per cell.
         manifest: What the run folder's manifest.json holds; keys it lacks are left out of the page.
         path: The file to write. Its folder is made if need be.
+        shown: The first `MAX_CELLS` cells, where `table` leaves out what a large run's cells say.
 
     Returns:
         `path`.
@@ -37,7 +41,7 @@ def write_report(table: pd.DataFrame, *, manifest: Mapping[str, Any], path: Path
     Raises:
         InputError: Plotly is not installed.
     """
-    page = _page(table, manifest=manifest)
+    page = _page(table, table.iloc[:MAX_CELLS] if shown is None else shown, manifest=manifest)
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -49,11 +53,11 @@ def write_report(table: pd.DataFrame, *, manifest: Mapping[str, Any], path: Path
     return path
 
 
-def _page(table: pd.DataFrame, *, manifest: Mapping[str, Any]) -> str:
+def _page(table: pd.DataFrame, shown: pd.DataFrame, *, manifest: Mapping[str, Any]) -> str:
     recipe = as_mapping(manifest.get("recipe"))
     declared = recipe.get("metrics") or ()
     metrics = metric_columns(table, declared=declared)
-    drawn = figures(table, metrics=declared)
+    drawn = figures(shown, metrics=declared, whole=table)
     return _template().render(
         title=visible(recipe.get("title") or recipe.get("name") or "Patchscopes report"),
         summary=summary(table, manifest=manifest, metrics=metrics),
@@ -61,7 +65,7 @@ def _page(table: pd.DataFrame, *, manifest: Mapping[str, Any]) -> str:
         titles=[title for title, _ in drawn],
         plotly=_plotly_js() if drawn else "",
         figures=script_json([json.loads(figure.to_json()) for _, figure in drawn]),
-        cells=cells_json(table.iloc[:MAX_CELLS], metrics=metrics),
+        cells=cells_json(shown, metrics=metrics),
         n_cells=len(table),
         max_cells=MAX_CELLS,
         recipe=_yaml(recipe),
