@@ -9,10 +9,12 @@
 from __future__ import annotations
 
 import functools
+import gc
 import importlib.util
 import platform
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib import metadata
@@ -107,7 +109,7 @@ def run_prepared(
     whole = todo()
     manifest = _manifest(prepared, whole, backend, command)
     started = time.monotonic()
-    with InMemory() if out is None else open_folder(Path(out), manifest) as store:
+    with _uncollected(), InMemory() if out is None else open_folder(Path(out), manifest) as store:
         before = len(store.done)
         planned = todo(done=store.done) if store.done else whole
         for rows in _steps(prepared, planned, backend, store):
@@ -121,6 +123,16 @@ def run_prepared(
         if store.path is not None and importlib.util.find_spec("plotly"):
             finished.report()
     return finished
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Keep the garbage collector off what is loaded by now; to look it over again and again costs a third."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def plan_prepared(prepared: Prepared, *, memory: int | None = None, **options: Any) -> Plan:

@@ -15,8 +15,8 @@ import torch
 
 #: Taking rows out copies the cache of those that stay; it pays once one in so many has ended.
 _LEAVING = 8
-#: How many logits of a batch are worked on at a time, on a CPU.
-_IN_CACHE = 2**20
+#: A logit so far below the top one has a probability of exactly 0.
+_NOTHING = -1e4
 
 
 def read_next_token(
@@ -50,13 +50,7 @@ def read_next_token(
         own = torch.tensor([place[number] for number in compared], device=logits.device)
         if from_source:
             wanted = before.argmax(-1)[own][:, None]
-    # On a CPU what is computed of few rows at a time stays in its cache.
-    size = max(1, _IN_CACHE // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
-    parts = [
-        read_logits(some, top_k=top_k, wanted=ids)
-        for some, ids in zip(logits.split(size), wanted.split(size), strict=True)
-    ]
-    found = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    found = read_logits(logits, top_k=top_k, wanted=wanted)
     if before is not None:
         found["surprisal_nats"] = -before[own, found["top_ids"][:, 0]]
     if wanted.shape[1]:
@@ -70,17 +64,20 @@ def read_next_token(
 
 def read_logits(logits: torch.Tensor, *, top_k: int, wanted: torch.Tensor) -> dict[str, torch.Tensor]:
     """The same as tensors, without what is compared: `wanted` are (batch, n_references) ids."""
-    logprobs = torch.log_softmax(logits.float(), dim=-1)
-    values, ids = logprobs.topk(min(top_k, logprobs.shape[-1]), dim=-1)
-    of_wanted = logprobs.gather(-1, wanted)
-    ranks = [1 + (logprobs > column[:, None]).sum(-1) for column in of_wanted.unbind(-1)]
-    # A token that is ruled out has log-probability -inf, and adds nothing.
-    entropies = -(logprobs.exp() * logprobs.clamp_min(torch.finfo(logprobs.dtype).min)).sum(-1)
+    scores = logits.float()
+    values, ids = scores.topk(min(top_k, scores.shape[-1]), dim=-1)
+    of_wanted = scores.gather(-1, wanted)
+    ranks = [1 + (scores > column[:, None]).sum(-1) for column in of_wanted.unbind(-1)]
+    # Below the top by so much, a token (one that is ruled out has a logit of -inf) weighs nothing.
+    below = (scores - values[:, :1]).clamp_min_(_NOTHING)
+    weights = below.exp()
+    total = weights.sum(-1)
+    norm = values[:, :1] + total.log()[:, None]
     return {
         "top_ids": ids,
-        "top_probs": values.exp(),
-        "entropy_nats": entropies,
-        "reference_logprobs": of_wanted,
+        "top_probs": (values - norm).exp(),
+        "entropy_nats": total.log() - below.mul_(weights).sum(-1) / total,
+        "reference_logprobs": of_wanted - norm,
         "reference_ranks": torch.stack(ranks, dim=-1) if ranks else wanted,
     }
 

@@ -28,7 +28,8 @@ from patchscope_nn.plan.pack import Packer
 from patchscope_nn.plan.passes import Context, Optimisations, Step
 from patchscope_nn.plan.sources import Reader
 
-_PASSES_PER_STEP = 4
+#: A step is what is lost together. Decoding makes its passes long; else more cells sort into better passes.
+_PASSES_PER_STEP, _DECODING_PASSES_PER_STEP = 8, 2
 _FEW = 8
 
 
@@ -90,7 +91,8 @@ class Plan:
 
     def _windows(self) -> Iterator[tuple[Group, tuple[Cell, ...], int]]:
         """Transformation 3: the cells of a step, and from which place of the order on rows are yet to run."""
-        most = self.budget.max_rows * _PASSES_PER_STEP
+        decodes = self.sweep.scope.readout.decodes
+        most = self.budget.max_rows * (_DECODING_PASSES_PER_STEP if decodes else _PASSES_PER_STEP)
         place = 0
         for group in self.groups:
             window: list[Cell] = []

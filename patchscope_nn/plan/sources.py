@@ -118,8 +118,12 @@ class Reader:
         width = self._length(batch[-1])
         read = max(self._read_back(prompt, fresh[prompt]) for prompt in batch)
         size = self.costs.batch(len(batch), width, read=read, decodes=False)
-        wide = len(batch) * width > _TOKENS_PER_SEQUENCE * self.costs.longest_sequence
-        return len(batch) <= self.budget.max_rows and size <= self.budget.memory and not wide
+        tokens = sum(map(self._length, batch))
+        wide = len(batch) * width > _LONGER * self.costs.longest_sequence
+        # Padding is work for nothing: once a batch keeps the processor busy, little of it is let in.
+        padded = tokens > _ENOUGH and len(batch) * width > _PADDED * tokens
+        fits = len(batch) <= self.budget.max_rows and size <= self.budget.memory
+        return fits and not wide and not padded
 
     def _read_back(self, prompt: int, states: dict[State, None]) -> int:
         """How many positions, from the end, have to reach the unembedding."""
@@ -130,8 +134,10 @@ class Reader:
         return len(self.sweep.source_prompts[prompt].ids)
 
 
-#: A padded batch has no mask that grows with its square; it may be longer than a packed sequence.
-_TOKENS_PER_SEQUENCE = 4
+#: A padded batch has no mask that grows with its square; it may be this much longer than a packed sequence.
+_LONGER = 4
+#: So many tokens keep a processor busy; beyond them a batch may be this much larger for its padding.
+_ENOUGH, _PADDED = 96, 1.1
 
 
 def _batch(prompts: Sequence[int], fresh: dict[int, dict[State, None]]) -> SourcePass:
