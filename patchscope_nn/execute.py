@@ -19,14 +19,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-from patchscope_nn.backends import Backend, backend_for, execute
-from patchscope_nn.models import ModelInfo
-from patchscope_nn.plan import MAX_ROWS, MAX_TOKENS, Context, Optimisations, Plan, plan
+from patchscope_nn.backends import Backend, PassTooLargeError, backend_for, execute
+from patchscope_nn.models import ModelInfo, usable_memory
+from patchscope_nn.plan import Context, Optimisations, Plan, plan
 from patchscope_nn.prepare import Prepared, prepare
 from patchscope_nn.recipe import Recipe
 from patchscope_nn.runs import InMemory, Manifest, Run, open_folder
 from patchscope_nn.spec import Patchscope
-from patchscope_nn.tables import columns_of, table_row
+from patchscope_nn.tables import Tabulator, columns_of
 
 #: What a run's manifest gives the versions of.
 _PACKAGES = ("patchscope-nn", "nnsight", "torch", "transformers", "tokenizers", "safetensors")
@@ -39,8 +39,8 @@ def run(
     out: str | Path | None = None,
     remote: bool | str = False,
     context: Context | Literal["auto"] = "auto",
-    max_rows: int = MAX_ROWS,
-    max_tokens: int = MAX_TOKENS,
+    max_rows: int | None = None,
+    memory: int | None = None,
     optimisations: Optimisations | None = None,
     progress: Progress | None = None,
     **prepared: Any,
@@ -52,8 +52,8 @@ def run(
         out: The run's folder; the same call again goes on where it was left. None keeps the run in memory.
         remote: False for this process; `local` rehearses a remote run.
         context: How source and target share a context; `auto` chooses.
-        max_rows: The most rows of a forward pass.
-        max_tokens: The most tokens of a forward pass, padding included.
+        max_rows: The most cells of a forward pass; None is the planner's.
+        memory: The most bytes a forward pass may take; None is half of what the target's device has free.
         optimisations: What the planner may do to run less; None is all of it.
         progress: Called with (cells done, cells in all) after each step.
         **prepared: `model`, `source_model`, `target_model`, `data`, `controls`, `metrics`, `seed`, `limit`,
@@ -72,7 +72,7 @@ def run(
         remote=remote,
         context=context,
         max_rows=max_rows,
-        max_tokens=max_tokens,
+        memory=memory,
         optimisations=optimisations,
         progress=progress,
     )
@@ -84,8 +84,8 @@ def run_prepared(
     out: str | Path | None = None,
     remote: bool | str = False,
     context: Context | Literal["auto"] = "auto",
-    max_rows: int = MAX_ROWS,
-    max_tokens: int = MAX_TOKENS,
+    max_rows: int | None = None,
+    memory: int | None = None,
     optimisations: Optimisations | None = None,
     progress: Progress | None = None,
     command: str | None = None,
@@ -93,11 +93,11 @@ def run_prepared(
     """Run what `prepare` prepared. Arguments as in `run`; `command` goes into the manifest."""
     backend = backend_for(remote)
     todo = functools.partial(
-        plan,
-        prepared.sweep,
+        plan_prepared,
+        prepared,
         context=context,
         max_rows=max_rows,
-        max_tokens=max_tokens,
+        memory=memory,
         optimisations=optimisations,
         remote=backend.remote,
     )
@@ -106,37 +106,56 @@ def run_prepared(
     started = time.monotonic()
     with InMemory() if out is None else open_folder(Path(out), manifest) as store:
         before = len(store.done)
-        for rows in _steps(prepared, todo(done=store.done) if store.done else whole, backend):
+        planned = todo(done=store.done) if store.done else whole
+        for rows in _steps(prepared, planned, backend, store):
             store.append(rows)
             if progress:
                 progress(len(store.done), len(prepared.sweep.cells))
-        ordered = tuple(store.done[cell.key] for cell in prepared.sweep.cells)
-        session = _session(backend, cells=len(ordered) - before, elapsed_s=time.monotonic() - started)
+        session = _session(backend, cells=len(store.done) - before, elapsed_s=time.monotonic() - started)
         manifest = _finished(store.manifest or manifest, session)
-        finished = Run(manifest=manifest, rows=ordered, path=store.path)
+        finished = Run(manifest=manifest, rows=store.rows(), path=store.path)
         store.finish(finished)
         if store.path is not None and importlib.util.find_spec("plotly"):
             finished.report()
     return finished
 
 
-def _steps(prepared: Prepared, todo: Plan, backend: Backend) -> Iterator[dict[str, dict[str, Any]]]:
-    """Table rows by key, step by step."""
-    results = execute(
-        todo, source=prepared.source, target=prepared.target, mapping=prepared.mapping, backend=backend
+def plan_prepared(prepared: Prepared, *, memory: int | None = None, **options: Any) -> Plan:
+    """Plan what `prepare` prepared; options as in `plan`, but `memory` is what the device leaves to use."""
+    if memory is None:
+        memory = usable_memory(prepared.target.info)
+    return plan(prepared.sweep, memory=memory, **options)
+
+
+def _steps(
+    prepared: Prepared, planned: Plan, backend: Backend, store: InMemory
+) -> Iterator[dict[int, dict[str, Any]]]:
+    """Table rows by the number of their cell, step by step; smaller passes after one that was too large."""
+    tabulate = Tabulator(
+        prepared.sweep, prepared.metrics, tokenizer=prepared.target.tokenizer, mapping=prepared.mapping.name
     )
-    for step in results:
-        yield {
-            cell.key: table_row(
+    while True:
+        results = execute(
+            planned, source=prepared.source, target=prepared.target, mapping=prepared.mapping, backend=backend
+        )
+        try:
+            for step in results:
+                yield {cell.number: tabulate.row(cell, raw) for cell, raw in step}
+        except PassTooLargeError as error:
+            if error.rows == 1:
+                raise
+            budget = planned.budget.halved(error.rows)
+            planned = plan(
                 prepared.sweep,
-                cell,
-                raw,
-                tokenizer=prepared.target.tokenizer,
-                mapping=prepared.mapping.name,
-                uses=prepared.metrics,
+                context=planned.context,
+                max_rows=budget.max_rows,
+                memory=budget.memory,
+                done=store.done,
+                remote=backend.remote,
+                optimisations=planned.optimisations,
             )
-            for cell, raw in step
-        }
+        else:
+            return
 
 
 def _manifest(prepared: Prepared, whole: Plan, backend: Backend, command: str | None) -> Manifest:
@@ -155,7 +174,7 @@ def _manifest(prepared: Prepared, whole: Plan, backend: Backend, command: str | 
         "mapping": {"name": prepared.mapping.name, "weights": prepared.mapping.digest},
         "seed": prepared.recipe["seed"],
         "backend": backend.name,
-        "plan": {"digest": whole.digest, **whole.totals()},
+        "plan": {"digest": whole.digest},
         "sessions": [],
         "timings": {"elapsed_s": 0.0},
     }

@@ -15,6 +15,8 @@ import torch
 
 #: Taking rows out copies the cache of those that stay; it pays once one in so many has ended.
 _LEAVING = 8
+#: How many logits of a batch are worked on at a time, on a CPU.
+_IN_CACHE = 2**20
 
 
 def read_next_token(
@@ -22,7 +24,8 @@ def read_next_token(
     *,
     top_k: int,
     references: list[list[int]],
-    source_logprobs: list[torch.Tensor | None],
+    source_logprobs: dict[int, torch.Tensor],
+    compared: list[int],
     from_source: bool,
 ) -> list[dict[str, Any]]:
     """The next token's distribution, and what it says of reference tokens.
@@ -30,35 +33,56 @@ def read_next_token(
     Args:
         logits: (batch, vocab).
         top_k: How many tokens to keep.
-        references: For each row the ids of its reference tokens; may be empty.
-        source_logprobs: For each row (vocab,) log p_source, the unpatched source's at position i; or None.
+        references: For each row the ids of its reference tokens, as many for each; may be empty.
+        source_logprobs: By number (vocab,) log p_source, an unpatched source's at position i.
+        compared: For each row the number of its own; empty where nothing is compared.
         from_source: Whether the reference is the source's own top token.
 
     Returns:
         One dict for each row; log-probabilities and entropies in nats, ranks from 1.
     """
+    wanted = torch.tensor(references, dtype=torch.long, device=logits.device)
+    before = None
+    if compared:
+        numbers = list(source_logprobs)
+        before = torch.stack([source_logprobs[number].to(logits.device) for number in numbers])
+        place = {number: at for at, number in enumerate(numbers)}
+        own = torch.tensor([place[number] for number in compared], device=logits.device)
+        if from_source:
+            wanted = before.argmax(-1)[own][:, None]
+    # On a CPU what is computed of few rows at a time stays in its cache.
+    size = max(1, _IN_CACHE // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
+    parts = [
+        read_logits(some, top_k=top_k, wanted=ids)
+        for some, ids in zip(logits.split(size), wanted.split(size), strict=True)
+    ]
+    found = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    if before is not None:
+        found["surprisal_nats"] = -before[own, found["top_ids"][:, 0]]
+    if wanted.shape[1]:
+        found["reference_ids"] = wanted
+        found["nll_nats"] = -found["reference_logprobs"][:, 0]
+    else:
+        found = {name: value for name, value in found.items() if not name.startswith("reference")}
+    listed = {name: value.tolist() for name, value in found.items()}
+    return [{name: values[row] for name, values in listed.items()} for row in range(len(logits))]
+
+
+def read_logits(logits: torch.Tensor, *, top_k: int, wanted: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The same as tensors, without what is compared: `wanted` are (batch, n_references) ids."""
     logprobs = torch.log_softmax(logits.float(), dim=-1)
     values, ids = logprobs.topk(min(top_k, logprobs.shape[-1]), dim=-1)
-    entropies = -torch.special.xlogy(logprobs.exp(), logprobs.exp()).sum(-1)
-    rows: list[dict[str, Any]] = []
-    for row, (top, probs, entropy) in enumerate(
-        zip(ids.tolist(), values.exp().tolist(), entropies.tolist(), strict=True)
-    ):
-        found = {"top_ids": top, "top_probs": probs, "entropy_nats": entropy}
-        before = source_logprobs[row]
-        wanted = references[row]
-        if before is not None:
-            before = before.to(logprobs.device)
-            wanted = [int(before.argmax())] if from_source else wanted
-            found["surprisal_nats"] = -float(before[top[0]])
-        if wanted:
-            of_wanted = logprobs[row, wanted]
-            found["reference_ids"] = wanted
-            found["reference_logprobs"] = of_wanted.tolist()
-            found["reference_ranks"] = (1 + (logprobs[row] > of_wanted[:, None]).sum(-1)).tolist()
-            found["nll_nats"] = -float(of_wanted[0])
-        rows.append(found)
-    return rows
+    of_wanted = logprobs.gather(-1, wanted)
+    ranks = [1 + (logprobs > column[:, None]).sum(-1) for column in of_wanted.unbind(-1)]
+    # A token that is ruled out has log-probability -inf, and adds nothing.
+    entropies = -(logprobs.exp() * logprobs.clamp_min(torch.finfo(logprobs.dtype).min)).sum(-1)
+    return {
+        "top_ids": ids,
+        "top_probs": values.exp(),
+        "entropy_nats": entropies,
+        "reference_logprobs": of_wanted,
+        "reference_ranks": torch.stack(ranks, dim=-1) if ranks else wanted,
+    }
 
 
 def read_generate(

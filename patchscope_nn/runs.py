@@ -6,25 +6,98 @@
     report.html     the report, at the end
 
 A folder belongs to one hash: another recipe never continues it. A line that a killed process left half
-written is cut off, and its cell is run again.
+written is cut off, and its cell is run again. Cells are read back from their lines when they are asked for,
+so that a run of a hundred thousand holds none of them.
 """
 
 from __future__ import annotations
 
 import json
 import os
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, overload
 
 from patchscope_nn.errors import FolderError, InputError
-from patchscope_nn.tables import frame
+from patchscope_nn.tables import frame, write_parquet
 
 MANIFEST, LINES, TABLE, REPORT = "manifest.json", "cells.jsonl", "cells.parquet", "report.html"
 _LOCK = ".lock"
 Manifest = dict[str, Any]
+
+
+class Lines(Sequence[Mapping[str, Any]]):
+    """The cells of a `cells.jsonl`, in the order of the sweep, read when they are asked for.
+
+    Attributes:
+        file: The file.
+        size: How many bytes its whole lines take.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file, self.size = file, 0
+        self._numbers, self._starts = array("q"), array("q")
+        if file.exists():
+            with file.open("rb") as stream:
+                for line in stream:
+                    if not line.endswith(b"\n"):
+                        break
+                    self.add(int(line[len(_LINE) : line.index(b",")]), len(line))
+        self._order: list[int] | None = None
+
+    def add(self, number: int, length: int) -> None:
+        """Take note of the line of a cell that was appended, of so many bytes."""
+        self._numbers.append(number)
+        self._starts.append(self.size)
+        self.size += length
+        self._order = None
+
+    def numbers(self) -> Sequence[int]:
+        """The numbers of the cells, in the order of the file."""
+        return self._numbers
+
+    def _places(self) -> Sequence[int]:
+        if self._order is None:
+            self._order = sorted(range(len(self._numbers)), key=self._numbers.__getitem__)
+        return self._order
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __iter__(self) -> Iterator[Mapping[str, Any]]:
+        if not len(self):
+            return
+        with self.file.open("rb") as stream:
+            for place in self._places():
+                stream.seek(self._starts[place])
+                yield _parsed(stream.readline())
+
+    @overload
+    def __getitem__(self, place: int) -> Mapping[str, Any]: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[Mapping[str, Any]]: ...
+    def __getitem__(self, place: int | slice) -> Mapping[str, Any] | list[Mapping[str, Any]]:
+        places = self._places()
+        with self.file.open("rb") as stream:
+
+            def at(one: int) -> Mapping[str, Any]:
+                stream.seek(self._starts[one])
+                return _parsed(stream.readline())
+
+            return [at(one) for one in places[place]] if isinstance(place, slice) else at(places[place])
+
+
+#: How a line begins; the number of its cell comes next.
+_LINE = b'{"cell": '
+
+
+def _parsed(line: bytes) -> Mapping[str, Any]:
+    row: dict[str, Any] = json.loads(line)
+    del row["cell"]
+    return row
 
 
 class InMemory:
@@ -33,14 +106,15 @@ class InMemory:
     Attributes:
         path: None.
         manifest: None; there is no earlier one.
-        done: The rows of the cells finished so far, by key.
+        done: The numbers of the cells finished so far.
     """
 
     path: Path | None = None
     manifest: Manifest | None = None
 
     def __init__(self) -> None:
-        self.done: dict[str, Mapping[str, Any]] = {}
+        self.done: set[int] = set()
+        self._rows: dict[int, Mapping[str, Any]] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -48,9 +122,14 @@ class InMemory:
     def __exit__(self, *_: object) -> None:
         """Nothing is held."""
 
-    def append(self, rows: Mapping[str, Mapping[str, Any]]) -> None:
-        """Keep finished cells: table rows by the key of their cell."""
+    def append(self, rows: Mapping[int, Mapping[str, Any]]) -> None:
+        """Keep finished cells: table rows by the number of their cell."""
+        self._rows.update(rows)
         self.done.update(rows)
+
+    def rows(self) -> Sequence[Mapping[str, Any]]:
+        """The rows of the finished cells, in the order of the sweep."""
+        return tuple(self._rows[number] for number in sorted(self._rows))
 
     def finish(self, run: Run) -> None:
         """Nothing more is to be written."""
@@ -62,29 +141,37 @@ class RunFolder(InMemory):
     Attributes:
         path: The folder.
         manifest: What an earlier session wrote, or this one did.
-        done: The rows of the cells finished so far, by key.
+        done: The numbers of the cells finished so far.
     """
 
-    def __init__(self, path: Path, manifest: Manifest, done: dict[str, Mapping[str, Any]]) -> None:
+    def __init__(self, path: Path, manifest: Manifest, lines: Lines) -> None:
         self.path: Path = path
         self.manifest: Manifest = manifest
-        self.done = done
+        self.done = set(lines.numbers())
+        self._lines = lines
 
-    def append(self, rows: Mapping[str, Mapping[str, Any]]) -> None:
+    def append(self, rows: Mapping[int, Mapping[str, Any]]) -> None:
         """Write finished cells, so that no later death of this process loses them."""
-        text = "".join(
-            json.dumps({"key": key, **row}, ensure_ascii=False) + "\n" for key, row in rows.items()
-        )
-        with (self.path / LINES).open("a", encoding="utf-8") as stream:
-            stream.write(text)
+        lines = {
+            number: json.dumps({"cell": number, **row}, ensure_ascii=False).encode() + b"\n"
+            for number, row in rows.items()
+        }
+        with (self.path / LINES).open("ab") as stream:
+            stream.write(b"".join(lines.values()))
             stream.flush()
             os.fsync(stream.fileno())
-        super().append(rows)
+        for number, line in lines.items():
+            self._lines.add(number, len(line))
+        self.done.update(rows)
+
+    def rows(self) -> Sequence[Mapping[str, Any]]:
+        """The rows of the finished cells, read from the folder when they are asked for."""
+        return self._lines
 
     def finish(self, run: Run) -> None:
         """Write the table and the manifest of a run that is done."""
         partial = self.path / f".{TABLE}.partial"
-        run.table().to_parquet(partial, index=False)
+        write_parquet(run.rows, run.manifest["columns"], partial)
         partial.replace(self.path / TABLE)
         write_manifest(self.path, run.manifest)
 
@@ -106,7 +193,10 @@ def open_folder(path: Path, manifest: Manifest) -> Iterator[RunFolder]:
     import filelock
 
     _check_owner(path, manifest["hash"])
-    path.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FolderError(f"{path} cannot be made: {error.strerror}.", hint="Give another --out.") from error
     lock = filelock.FileLock(path / _LOCK)
     try:
         lock.acquire(timeout=0)
@@ -115,14 +205,14 @@ def open_folder(path: Path, manifest: Manifest) -> Iterator[RunFolder]:
             f"{path} is being written by another process.", hint="Wait for it, or give another --out."
         ) from None
     try:
-        done, whole = _finished(path / LINES)
+        lines = Lines(path / LINES)
         if (path / LINES).exists():
-            os.truncate(path / LINES, whole)
+            os.truncate(path / LINES, lines.size)
         if (path / MANIFEST).exists():
             manifest = read_manifest(path)
         else:
             write_manifest(path, manifest)
-        yield RunFolder(path, manifest, done)
+        yield RunFolder(path, manifest, lines)
     finally:
         lock.release()
 
@@ -139,21 +229,6 @@ def _check_owner(path: Path, digest: str) -> None:
             )
     elif path.exists() and any(entry.name != _LOCK for entry in path.iterdir()):
         raise FolderError(f"{path} is not empty and holds no run.", hint="Give another --out.")
-
-
-def _finished(file: Path) -> tuple[dict[str, Mapping[str, Any]], int]:
-    """The cells of a file by key, and how many bytes their whole lines take."""
-    done: dict[str, Mapping[str, Any]] = {}
-    whole = 0
-    if file.exists():
-        with file.open("rb") as stream:
-            for line in stream:
-                if not line.endswith(b"\n"):
-                    break
-                row = json.loads(line)
-                done[row.pop("key")] = row
-                whole += len(line)
-    return done, whole
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
@@ -186,12 +261,12 @@ class Run:
 
     Attributes:
         manifest: What ran, as `manifest.json` holds it.
-        rows: One dict for each cell, in the order of the sweep.
+        rows: One mapping for each cell, in the order of the sweep; with a folder, read when asked for.
         path: Its folder; None where it was kept in memory.
     """
 
     manifest: Manifest
-    rows: tuple[Mapping[str, Any], ...]
+    rows: Sequence[Mapping[str, Any]]
     path: Path | None = None
 
     def __repr__(self) -> str:
@@ -279,5 +354,4 @@ def load_run(path: str | Path) -> Run:
     """
     folder = Path(path)
     manifest = read_manifest(folder)
-    done, _ = _finished(folder / LINES)
-    return Run(manifest=manifest, rows=tuple(done.values()), path=folder)
+    return Run(manifest=manifest, rows=Lines(folder / LINES), path=folder)

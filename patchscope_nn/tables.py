@@ -7,6 +7,9 @@ block 0), positions from the left, as lists, since several tokens may be patched
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from patchscope_nn.cells import Cell, Sweep
@@ -48,6 +51,9 @@ READINGS: dict[type[Readout], tuple[str, ...]] = {
 }
 
 
+_TEXTS_KEPT = 2**15
+
+
 def columns_of(readout: Readout, uses: Sequence[MetricUse]) -> list[str]:
     """The names of a run's columns, in order."""
     readings = READINGS[type(readout)]
@@ -55,72 +61,73 @@ def columns_of(readout: Readout, uses: Sequence[MetricUse]) -> list[str]:
     return [*PLACES, *readings, *metrics, "error"]
 
 
-def table_row(
-    sweep: Sweep,
-    cell: Cell,
-    raw: Mapping[str, Any],
-    *,
-    tokenizer: Any,
-    mapping: str,
-    uses: Sequence[MetricUse],
-) -> dict[str, Any]:
-    """One cell's row.
+class Tabulator:
+    """Makes the table's rows; what many cells share, it says once.
 
     Args:
         sweep: The sweep.
-        cell: The cell.
-        raw: What its readout gave inside the context.
+        uses: The metrics.
         tokenizer: The target model's.
         mapping: The mapping's name.
-        uses: The metrics.
-
-    Returns:
-        The columns of `columns_of`, by name.
     """
-    source = None if cell.source_prompt is None else sweep.source_prompts[cell.source_prompt]
-    read = cell.source_positions
-    target = sweep.target_prompts[cell.target_prompt]
-    readings = _readings(sweep, cell, raw, tokenizer)
-    metrics = compute_metrics(uses, readings, sweep.rows[cell.row])
-    return {
-        "row": cell.row,
-        "control": cell.control,
-        "source_prompt": None if source is None else source.text,
-        "source_position": None if read is None else list(read),
-        "source_token": None if source is None or read is None else [source.tokens[at] for at in read],
-        "source_layer": cell.source_layer,
-        "target_prompt": target.text,
-        "target_position": list(cell.target_positions),
-        "target_token": [target.tokens[at] for at in cell.target_positions],
-        "target_layer": cell.target_layer,
-        "source_model": sweep.source.name,
-        "target_model": sweep.target.name,
-        "mapping": mapping,
-        **readings,
-        **metrics,
-        "error": None,
-    }
 
+    def __init__(self, sweep: Sweep, uses: Sequence[MetricUse], *, tokenizer: Any, mapping: str) -> None:
+        self.sweep, self.uses, self.mapping = sweep, uses, mapping
+        self._tokenizer = tokenizer
+        self._text = lru_cache(maxsize=_TEXTS_KEPT)(lambda token: tokenizer.decode([token]))
 
-def _readings(sweep: Sweep, cell: Cell, raw: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
-    readout = sweep.scope.readout
-    if isinstance(readout, NextToken):
-        named = {
-            "top_tokens": _texts(tokenizer, raw["top_ids"]),
-            "reference_tokens": _texts(tokenizer, raw.get("reference_ids")),
+    def row(self, cell: Cell, raw: Mapping[str, Any]) -> dict[str, Any]:
+        """One cell's row.
+
+        Args:
+            cell: The cell.
+            raw: What its readout gave inside the context.
+
+        Returns:
+            The columns of `columns_of`, by name.
+        """
+        sweep, read = self.sweep, cell.source_positions
+        source = None if cell.source_prompt is None else sweep.source_prompts[cell.source_prompt]
+        target = sweep.target_prompts[cell.target_prompt]
+        readings = self._readings(cell, raw)
+        metrics = compute_metrics(self.uses, readings, sweep.rows[cell.row])
+        return {
+            "row": cell.row,
+            "control": cell.control,
+            "source_prompt": None if source is None else source.text,
+            "source_position": None if read is None else list(read),
+            "source_token": None if source is None or read is None else [source.tokens[at] for at in read],
+            "source_layer": cell.source_layer,
+            "target_prompt": target.text,
+            "target_position": list(cell.target_positions),
+            "target_token": [target.tokens[at] for at in cell.target_positions],
+            "target_layer": cell.target_layer,
+            "source_model": sweep.source.name,
+            "target_model": sweep.target.name,
+            "mapping": self.mapping,
+            **readings,
+            **metrics,
+            "error": None,
         }
-        return {name: named.get(name, raw.get(name)) for name in READINGS[NextToken]}
-    if isinstance(readout, Generate):
-        return _cut(tokenizer.decode(raw["token_ids"]), raw["stopped"], readout.stop)
-    if isinstance(readout, Choices):
-        choices = sweep.resolved[cell.row].choices
-        best = max(range(len(choices)), key=lambda place: raw["choice_logprobs"][place])
-        return {"choices": list(choices), **raw, "choice": choices[best]}
-    return dict(raw)
 
+    def _readings(self, cell: Cell, raw: Mapping[str, Any]) -> dict[str, Any]:
+        readout = self.sweep.scope.readout
+        if isinstance(readout, NextToken):
+            named = {
+                "top_tokens": self._texts(raw["top_ids"]),
+                "reference_tokens": self._texts(raw.get("reference_ids")),
+            }
+            return {name: named.get(name, raw.get(name)) for name in READINGS[NextToken]}
+        if isinstance(readout, Generate):
+            return _cut(self._tokenizer.decode(raw["token_ids"]), raw["stopped"], readout.stop)
+        if isinstance(readout, Choices):
+            choices = self.sweep.resolved[cell.row].choices
+            best = max(range(len(choices)), key=lambda place: raw["choice_logprobs"][place])
+            return {"choices": list(choices), **raw, "choice": choices[best]}
+        return dict(raw)
 
-def _texts(tokenizer: Any, ids: Sequence[int] | None) -> list[str] | None:
-    return None if ids is None else [tokenizer.decode([one]) for one in ids]
+    def _texts(self, ids: Sequence[int] | None) -> list[str] | None:
+        return None if ids is None else [self._text(one) for one in ids]
 
 
 def _cut(text: str, stopped: str, stop: str | None) -> dict[str, str]:
@@ -139,3 +146,57 @@ def frame(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Any:
     for name in ("control", "error"):
         table[name] = table[name].astype(object).where(table[name].notna(), None)
     return table
+
+
+_LISTS = {
+    **dict.fromkeys(("source_position", "target_position", "top_ids", "reference_ids"), "int64"),
+    **dict.fromkeys(("source_token", "target_token", "top_tokens", "reference_tokens", "choices"), "string"),
+    **dict.fromkeys(("top_probs", "reference_logprobs", "choice_logprobs", "choice_probs"), "double"),
+    "reference_ranks": "int64",
+}
+_TEXTS = (
+    *("control", "source_prompt", "target_prompt", "source_model", "target_model", "mapping"),
+    *("text", "stopped", "choice", "error"),
+)
+_INTEGERS = ("row", "source_layer", "target_layer")
+
+
+def arrow_schema(names: Sequence[str]) -> Any:
+    """The pyarrow schema of a run's columns: one for every part of a table that is written in parts."""
+    import pyarrow as pa
+
+    def kind(name: str) -> Any:
+        if name in _LISTS:
+            return pa.list_(pa.type_for_alias(_LISTS[name]))
+        if name == "hidden":
+            return pa.list_(pa.list_(pa.float32()))
+        if name in _TEXTS:
+            return pa.string()
+        return pa.int64() if name in _INTEGERS else pa.float64()
+
+    return pa.schema([(name, kind(name)) for name in names])
+
+
+_ROWS_AT_ONCE = 1000
+
+
+def write_parquet(rows: Sequence[Mapping[str, Any]], names: Sequence[str], file: Path) -> None:
+    """Write a table part by part, so that it is never held whole.
+
+    Args:
+        rows: The rows, which may be read as they are asked for.
+        names: The run's columns.
+        file: The parquet file.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    schema = arrow_schema(names)
+
+    def part(some: Sequence[Mapping[str, Any]]) -> Any:
+        return pa.Table.from_pandas(frame(some, names), schema=schema, preserve_index=False)
+
+    with pq.ParquetWriter(file, part(()).schema) as writer:
+        taken = iter(rows)
+        while some := list(islice(taken, _ROWS_AT_ONCE)):
+            writer.write_table(part(some))

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 from patchscope_nn.cells import Cell
+from patchscope_nn.layers import EMBED
 from patchscope_nn.mappings import ResolvedMapping
 from patchscope_nn.models import Model, ModelInfo
-from patchscope_nn.plan import Layout, Plan, Segment, SourcePass, State, Step, TargetPass
+from patchscope_nn.plan import Layout, Plan, Segment, SourcePass, State, Step
 from patchscope_nn.spec import Choices, Generate, NextToken, read_position
 
 Work = dict[str, Any]
@@ -28,6 +29,8 @@ def unpack(
     target: Model,
     mapping: ResolvedMapping,
     states: Mapping[State, Any],
+    prefix: Any = None,
+    keeps_prefix: bool = False,
 ) -> Work:
     """Everything one context needs, in plain values.
 
@@ -38,25 +41,27 @@ def unpack(
         target: M*.
         mapping: f.
         states: The states carried in, by what they are.
+        prefix: The keys and values of the step's prefix, where an earlier step has run it.
+        keeps_prefix: Whether a later step may use this one's.
 
     Returns:
         `sources` and `targets`, one entry for each pass; `carried`, tensors by number; `fresh`, the numbers
-        of the states read here; `keep`, those of the states that go out; and `mapping`.
+        of the states read here; `keep`, those of the states that go out; `prefix`; and `mapping`.
     """
     wanted = [*step.carried, *(state for one in step.sources for state in one.states)]
     numbers = {state: number for number, state in enumerate(wanted)}
     scope = plan.sweep.scope
     # In a fused step both sides are rows of one batch, and so padded to one width.
-    width = plan.width(step) if step.context == "fused" else 0
+    width = _fused_width(plan, step) if step.context == "fused" else 0
     return {
         "sources": [_source(plan, one, numbers, source.info, width) for one in step.sources],
         "targets": [
-            _target(plan, one, numbers, target, width)
+            _target(plan, [step.cells[cell] for cell in one.cells], numbers, target, width)
             if one.layout is None
-            else _packed(plan, one, one.layout, numbers, target)
+            else _packed(plan, [step.cells[cell] for cell in one.cells], one.layout, numbers, target)
             for one in step.targets
         ],
-        "prefix": _prefix(plan, step, target.info),
+        "prefix": _prefix(step, target.info, prefix, keeps=keeps_prefix),
         "carried": {numbers[state]: states[state].clone() for state in step.carried},
         "fresh": [numbers[state] for one in step.sources for state in one.states],
         "keep": [numbers[state] for state in step.kept],
@@ -64,6 +69,14 @@ def unpack(
         "source_paths": _paths(source.info, scope.source.site),
         "target_paths": _paths(target.info, scope.target.site),
     }
+
+
+def _fused_width(plan: Plan, step: Step) -> int:
+    """The tokens of a step's longest row on either side."""
+    sweep = plan.sweep
+    sources = (sweep.source_prompts[prompt] for one in step.sources for prompt in one.prompts)
+    targets = (sweep.target_prompts[cell.target_prompt] for cell in step.cells)
+    return max(len(prompt.ids) for prompt in (*sources, *targets))
 
 
 def _paths(info: ModelInfo, site: str) -> dict[str, str]:
@@ -108,22 +121,25 @@ def _source(plan: Plan, one: SourcePass, numbers: Mapping[State, int], info: Mod
     keep = width - min((positions[-1] for _, _, positions in finals), default=width - 1)
     return {
         "inputs": inputs,
-        "options": _options(info, keep=keep, cache=False),
+        "options": _options(info, keep=None if one.whole else keep, cache=False),
+        "whole": one.whole,
         "reads": _by_layer(reads),
         "finals": [[number, row, positions[-1] - width] for number, row, positions in finals],
     }
 
 
-def _options(info: ModelInfo, *, keep: int, cache: bool) -> Work:
+def _options(info: ModelInfo, *, keep: int | None, cache: bool) -> Work:
+    """`keep` is how many positions, from the end, are unembedded; None for all."""
     options: Work = {"use_cache": cache} if info.architecture.caches else {}
-    if "logits_to_keep" in info.architecture.arguments:
+    if keep is not None and "logits_to_keep" in info.architecture.arguments:
         options["logits_to_keep"] = keep
     return options
 
 
-def _target(plan: Plan, one: TargetPass, numbers: Mapping[State, int], target: Model, width: int) -> Work:
+def _target(
+    plan: Plan, cells: Sequence[Cell], numbers: Mapping[State, int], target: Model, width: int
+) -> Work:
     """A target pass as rows of a padded batch."""
-    cells = [plan.cells[cell] for cell in one.cells]
     prompts = [plan.sweep.target_prompts[cell.target_prompt].ids for cell in cells]
     inputs = _batch(prompts, target.info, width)
     padded = inputs["input_ids"].shape[1]
@@ -146,7 +162,9 @@ def _target(plan: Plan, one: TargetPass, numbers: Mapping[State, int], target: M
         "layout": None,
         "cells": len(cells),
         "inputs": inputs,
-        "options": _options(target.info, keep=-min(positions), cache=decodes),
+        "options": _options(
+            target.info, keep=-min(positions) if plan.optimisations.lean_readout else None, cache=decodes
+        ),
         "writes": _by_layer(writes),
         "positions": positions,
         "readout": readout,
@@ -161,9 +179,10 @@ def _write(cell: Cell, row: int, positions: list[int], numbers: Mapping[State, i
     return [numbers[state], row, positions, cell.seed if cell.control == "random" else None, place]
 
 
-def _packed(plan: Plan, one: TargetPass, layout: Layout, numbers: Mapping[State, int], target: Model) -> Work:
+def _packed(
+    plan: Plan, cells: Sequence[Cell], layout: Layout, numbers: Mapping[State, int], target: Model
+) -> Work:
     """A target pass as segments of one sequence."""
-    cells = [plan.cells[cell] for cell in one.cells]
     segments, info = layout.segments, target.info
     ids = [
         token
@@ -187,7 +206,7 @@ def _packed(plan: Plan, one: TargetPass, layout: Layout, numbers: Mapping[State,
         readout["mask"] = torch.ones(len(cells), len(plan.sweep.target_prompts[cells[0].target_prompt].ids))
         readout["mask"] = readout["mask"].long()
     options: Work = {"use_cache": True}
-    if "logits_to_keep" in info.architecture.arguments:
+    if plan.optimisations.lean_readout and "logits_to_keep" in info.architecture.arguments:
         options["logits_to_keep"] = torch.tensor(read)
     depth = layout.depth
     return {
@@ -198,11 +217,12 @@ def _packed(plan: Plan, one: TargetPass, layout: Layout, numbers: Mapping[State,
         "readout": readout,
         "layout": {
             "depth": depth,
-            "running": [layout.running(layer - 1) for layer in range(depth + 1)],
-            "bases": {layer: bases for layer in range(depth) if (bases := _bases(segments, layer))},
+            "entering": layout.running(EMBED),
+            "bases": _bases(segments),
             "allowed": _allowed(layout),
             "key_positions": torch.tensor([*range(layout.prefix), *positions]),
             "windows": list(info.architecture.windows),
+            "tuples": info.architecture.gives_tuples,
             "names": [name for name in info.architecture.block_arguments if name != "self"],
             "read": read,
             "rows": _rows(layout, readout["mask"].shape[1]) if decodes else None,
@@ -215,15 +235,17 @@ def _read_token(plan: Plan, cell: Cell, segment: Segment) -> int:
     return segment.at(read_position(plan.sweep.scope.readout, whole))
 
 
-def _bases(segments: Sequence[Segment], layer: int) -> list[int]:
-    """For each token that joins after a block, where the clean token it stands for is; -1 for none."""
-    return [
-        -1 if trunk is None or at >= trunk.last else trunk.at(at)
-        for segment in segments
-        if segment.enters == layer
-        for trunk in [None if segment.trunk is None else segments[segment.trunk]]
-        for at in range(segment.first, segment.last)
-    ]
+def _bases(segments: Sequence[Segment]) -> dict[int, list[int]]:
+    """By layer, for each token that joins after it, where the clean token it stands for is; -1 for none."""
+    found: dict[int, list[int]] = {}
+    for segment in segments:
+        if segment.enters > EMBED:
+            trunk = None if segment.trunk is None else segments[segment.trunk]
+            found.setdefault(segment.enters, []).extend(
+                -1 if trunk is None or at >= trunk.last else trunk.at(at)
+                for at in range(segment.first, segment.last)
+            )
+    return found
 
 
 def _allowed(layout: Layout) -> torch.Tensor:
@@ -261,14 +283,12 @@ def _rows(layout: Layout, width: int) -> Work:
     return {"own": torch.tensor(own), "clean": torch.tensor(clean), "enters": torch.tensor(enters)}
 
 
-def _prefix(plan: Plan, step: Step, info: ModelInfo) -> Work | None:
-    if step.prefix is None:
+def _prefix(step: Step, info: ModelInfo, known: Any, *, keeps: bool) -> Work | None:
+    """How to run what a step's target prompts begin with, or its keys and values where they are known."""
+    if not step.prefix:
         return None
-    prompt, count = step.prefix
-    return {
-        "inputs": _batch([plan.sweep.target_prompts[prompt].ids[:count]], info, 0),
-        "options": _options(info, keep=1, cache=True),
-    }
+    options = _options(info, keep=1, cache=True)
+    return {"inputs": _batch([step.prefix], info, 0), "options": options, "known": known, "kept": keeps}
 
 
 def _readout(plan: Plan, cells: Sequence[Cell], numbers: Mapping[State, int], target: Model) -> Work:
@@ -281,8 +301,9 @@ def _readout(plan: Plan, cells: Sequence[Cell], numbers: Mapping[State, int], ta
     }
     if isinstance(readout, NextToken):
         before = [
-            None if cell.reference is None else numbers[State(cell.reference[0], (cell.reference[1],), None)]
+            numbers[State(cell.reference[0], (cell.reference[1],), None)]
             for cell in cells
+            if cell.reference is not None
         ]
         work |= {
             "top_k": readout.top_k,
@@ -320,5 +341,11 @@ def stop_ids(tokenizer: Any, stop: str) -> tuple[int, ...]:
     A row that decodes one can stop; a stop string spread over tokens ends no row early, and is cut from the
     text afterwards all the same.
     """
-    pieces = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
+    ids = [[token] for token in range(len(tokenizer))]
+    fast = getattr(tokenizer, "backend_tokenizer", None)  # ten times as fast as through transformers
+    pieces = (
+        fast.decode_batch(ids, skip_special_tokens=False)
+        if fast is not None and not tokenizer.clean_up_tokenization_spaces
+        else tokenizer.batch_decode(ids)
+    )
     return tuple(token for token, piece in enumerate(pieces) if stop in piece)

@@ -45,8 +45,8 @@ def run_cells():
         planned = plan(sweep, remote=backend.remote, **options)
         mapping = resolve_mapping(scope.mapping, source=model.info, target=target.info)
         steps = execute(planned, source=model, target=target, mapping=mapping, backend=backend)
-        found = {cell.key: readout for step in steps for cell, readout in step}
-        assert len(found) == len(planned.cells), "a cell was not run, or two have one key"
-        return [(cell, found[cell.key]) for cell in planned.cells]
+        ran = [(cell, readout) for step in steps for cell, readout in step]
+        assert len({cell.number for cell, _ in ran}) == len(ran) == planned.n_cells
+        return sorted(ran, key=lambda one: one[0].number)
 
     return run

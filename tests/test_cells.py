@@ -162,7 +162,8 @@ def test_rows_of_one_source_prompt_are_no_stand_ins(model):
 
 @settings(max_examples=30, deadline=None)
 @given(data=st.data())
-def test_every_cell_has_a_key_of_its_own(data, tiny_model):
+def test_a_cell_is_the_same_however_it_is_asked_for(data, tiny_model):
+    """Cells are made when they are asked for: all in turn, by number, by row, again."""
     texts = st.sampled_from(["The Tower is", "Diana", " Paris", "x", "The city of Paris is in"])
     rows = data.draw(st.lists(st.fixed_dictionaries({"s": texts, "t": texts}), min_size=1, max_size=4))
     controls = data.draw(st.sets(st.sampled_from(["unpatched", "random"])))
@@ -174,16 +175,25 @@ def test_every_cell_has_a_key_of_its_own(data, tiny_model):
         readout=data.draw(st.sampled_from([Hidden(), NextToken(reference=["x"]), Generate()])),
     )
     sweep = sweep_of(scope, tiny_model("llama"), rows=rows, controls=sorted(controls))
-    assert len({cell.key for cell in sweep.cells}) == len(sweep.cells)
+    cells = list(sweep.cells)
+    assert [cell.number for cell in cells] == list(range(len(sweep.cells)))
+    assert [sweep.cells[number] for number in range(len(cells))] == cells
+    assert [cell for row in range(len(rows)) for cell in sweep.cells.of_row(row)] == cells
+    assert (sweep.cells[-1], sweep.cells[1:3]) == (cells[-1], tuple(cells[1:3]))
+    read = {(cell.source_prompt, cell.source_positions) for cell in cells if cell.source_layer is not None}
+    said = [sweep.cells.sources(row) for row in range(len(rows))]
+    assert read == {(prompt, one) for row in said for prompt, places in row for one in places}
     again = sweep_of(scope, tiny_model("llama"), rows=rows, controls=sorted(controls))
-    assert again.cells == sweep.cells
+    assert list(again.cells) == cells
+    with pytest.raises(IndexError):
+        sweep.cells[len(cells)]
 
 
-def test_keys_tell_what_a_cell_is(model):
-    base = {cell.key for cell in sweep_of(scope_of(), model).cells}
-    assert base == {
-        cell.key for cell in sweep_of(scope_of(), model, controls=["random"]).cells if not cell.control
-    }
+def test_seeds_tell_what_a_cell_is(model):
+    base = {cell.seed for cell in sweep_of(scope_of(), model).cells}
+    with_random = sweep_of(scope_of(), model, controls=["random"]).cells
+    assert base == {cell.seed for cell in with_random if not cell.control}
+    assert len({cell.seed for cell in with_random}) == len(with_random)
     others = [
         scope_of(source={"position": 0}),
         scope_of(source={"site": "mlp"}),
@@ -193,14 +203,24 @@ def test_keys_tell_what_a_cell_is(model):
         scope_of(readout=NextToken(top_k=6)),
     ]
     for other in others:
-        assert base.isdisjoint(cell.key for cell in sweep_of(other, model).cells)
-    assert base.isdisjoint(cell.key for cell in sweep_of(scope_of(), model, seed=1).cells)
+        assert base.isdisjoint(cell.seed for cell in sweep_of(other, model).cells)
+    assert base.isdisjoint(cell.seed for cell in sweep_of(scope_of(), model, seed=1).cells)
+
+
+def test_unpatched_runs_of_one_prompt_are_the_same_run(model):
+    """Unless they are compared with their own sources."""
+    rows = [{"s": text, "t": "x"} for text in ("The Tower is", "Diana")]
+    plain = sweep_of(scope_of(source={"layer": 1}), model, rows=rows, controls=["unpatched"]).cells
+    assert plain[0].seed == plain[2].seed
+    scope = scope_of(source={"layer": 1}, readout=NextToken(reference="source"))
+    compared = sweep_of(scope, model, rows=rows, controls=["unpatched"]).cells
+    assert compared[0].seed != compared[2].seed
 
 
 def test_equal_cells_of_different_rows_start_from_the_same_number(model):
     cells = sweep_of(scope_of(source={"layer": [0, 1]}), model, rows=[ROWS[0], ROWS[1], ROWS[0]]).cells
     assert cells[0].seed == cells[4].seed != cells[2].seed
-    assert cells[0].key != cells[4].key
+    assert cells[0].number != cells[4].number
     assert cells[0].seed != cells[1].seed
 
 

@@ -35,8 +35,6 @@ NORMS = {
     "olmo2": "model.norm",
     "opt": "model.decoder.final_layer_norm",
 }
-#: GPT-J's blocks give a tuple, and so it is run on padded batches.
-PADDED = {"gptj"}
 WINDOWS = {
     "gemma2": (tiny.WINDOW, None) * 2,
     "gemma3": (tiny.WINDOW, None) * 2,
@@ -75,7 +73,8 @@ def test_parts_are_found(family, tiny_model):
     assert module.get_submodule(found.embed) is module.get_input_embeddings()
     assert module.get_submodule(found.unembed) is module.get_output_embeddings()
     assert found.caches
-    assert found.packs == (family not in PADDED)
+    assert found.packs
+    assert found.gives_tuples == (family == "gptj")
     assert found.windows == WINDOWS.get(family, (None,) * tiny.N_LAYERS)
     assert info.tied == (family in TIED)
     assert (info.n_layers, info.d_model, info.vocab_size) == (tiny.N_LAYERS, tiny.D_MODEL, tiny.VOCAB_SIZE)

@@ -102,6 +102,20 @@ def test_text_heatmap_shows_words_with_unpatched_on_top(readout: str) -> None:
     assert any("layer 3" in heatmap.hovertext[1][3] for heatmap in figure.data)
 
 
+def test_text_heatmap_shows_where_a_description_begins() -> None:
+    table = make_table("generate", controls=(), n_rows=1, layers=[0, 1])
+    table["text"] = [": Country in the United Kingdom, China", ": "]
+    words = [word for heatmap in text_heatmap(table).data for word in np.ravel(heatmap.text) if word]
+    assert words == ["Country in the Unit…", "(empty)"]
+
+
+def test_text_heatmap_overlooks_rounding_of_the_unpatched_cells() -> None:
+    table = make_table(controls=("unpatched",), n_rows=3, layers=range(3))
+    table["top_probs"] = [[0.3090255 + 1e-7 * (i % 2), 0.01] for i in range(len(table))]
+    figure = text_heatmap(table)
+    assert figure.layout.yaxis.ticktext[0] == "unpatched"
+
+
 def test_text_heatmap_puts_differing_unpatched_cells_beside() -> None:
     table = make_table(n_rows=3)
     table["target_prompt"] = [f"target {row}: ?" for row in table["row"]]

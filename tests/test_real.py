@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -83,6 +85,20 @@ def test_an_early_state_is_described_as_what_it_is(model):
     unpatched = look.says[0]
     assert unpatched.layer is None
     assert "actor" not in unpatched.text.split(",")[0]
+
+
+def test_the_conversion_says_so_once_and_shows_no_bar(tmp_path):
+    if builtin.weights_file() is None:
+        pytest.skip(f"the builtin weights are absent: {builtin.INSTALL}")
+    code = f"import patchscope_nn as ps; ps.load({builtin.NAME!r}); ps.load({builtin.NAME!r})"
+    environment = {**os.environ, "PATCHSCOPE_CACHE": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    said = f"converting {builtin.NAME} for its first use; later uses take it from {tmp_path}"
+    assert done.stderr.startswith(said)
+    assert done.stderr.count("\n") == 1
+    assert [entry.name for entry in tmp_path.iterdir()] == [builtin.folder().name]
 
 
 def test_without_weights_the_error_gives_the_command(monkeypatch, tmp_path):

@@ -95,6 +95,12 @@ def test_recipe_and_manifest_are_yaml(tmp_path: Path) -> None:
     assert manifest == {key: value for key, value in MANIFEST.items() if key != "recipe"}
 
 
+def test_a_prompt_of_several_lines_is_written_as_recipes_write_it(tmp_path: Path) -> None:
+    recipe = {"name": "a", "target": {"prompt": "cat -> cat\n?"}}
+    page = write(make_table(n_rows=1), tmp_path, manifest={"recipe": recipe})
+    assert r'prompt: "cat -> cat\n?"' in text(page, 'pre id="recipe" tabindex="0"')
+
+
 def test_sinks_and_failures_are_marked(tmp_path: Path) -> None:
     table = make_table(n_rows=2, positions=(0, 3))
     table["error"] = ["out of memory" if i == 3 else None for i in range(len(table))]

@@ -116,7 +116,7 @@ def test_the_same_call_again_computes_nothing(tiny_model, tmp_path, counting):
 
 @pytest.mark.parametrize("dies_after", [1, 2, 3])
 def test_an_interrupted_run_goes_on_where_it_was(tiny_model, tmp_path, counting, dies_after):
-    small = {"max_rows": 3, "max_tokens": 64}
+    small = {"max_rows": 3}
     whole = ps.run(scope(), **small, **asked(tiny_model()))
     dying = counting(dies_after=dies_after)
     with pytest.raises(KeyboardInterrupt):
@@ -137,7 +137,7 @@ def test_a_half_written_line_is_run_again(tiny_model, tmp_path, counting):
     resumed = ps.run(scope(), out=tmp_path / "run", **asked(tiny_model()))
     assert backend.rows == len(whole.rows) - 10
     assert same(resumed.table(), whole.table())
-    assert len({json.loads(line)["key"] for line in lines.read_bytes().splitlines()}) == len(whole.rows)
+    assert len({json.loads(line)["cell"] for line in lines.read_bytes().splitlines()}) == len(whole.rows)
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,11 @@ Exit codes: 0 done, 1 the run failed, 2 bad input, 130 interrupted (the run can 
 from __future__ import annotations
 
 import sys
+from typing import NoReturn
 
 from patchscope_nn.cli.commands import app
 from patchscope_nn.cli.printing import print_error
-from patchscope_nn.errors import InputError, PatchscopeError
+from patchscope_nn.errors import InputError, PatchscopeError, RunError
 
 
 def main() -> None:
@@ -17,8 +18,15 @@ def main() -> None:
     try:
         app(prog_name="patchscope")
     except PatchscopeError as error:
-        print_error(error, as_json="--json" in sys.argv)
-        sys.exit(2 if isinstance(error, InputError) else 1)
+        _end(error)
+    except OSError as error:
+        # A full disk, or a folder that may not be written: no fault of the code that a traceback would show.
+        _end(RunError(f"{error}.", hint="When that is mended, the same command goes on with what is done."))
+
+
+def _end(error: PatchscopeError) -> NoReturn:
+    print_error(error, as_json="--json" in sys.argv)
+    sys.exit(2 if isinstance(error, InputError) else 1)
 
 
 __all__ = ["app", "main"]

@@ -43,12 +43,10 @@ def _main(
 def explain(
     prompt: Annotated[str, typer.Argument(help="The source prompt.")],
     *,
-    position: Annotated[
-        str, typer.Option(help="Which token: an index (-1 is the last) or a text of the prompt.")
-    ] = "-1",
-    layer: Annotated[str, typer.Option(help="Which layers: all, 5, [0, 4, 8] or 0:10.")] = "all",
-    target_layer: Annotated[str, typer.Option(help="Where to write: same, or as --layer.")] = "same",
-    max_new_tokens: Annotated[int, typer.Option(help="The most tokens to generate.", min=1)] = 16,
+    position: options.Position = "-1",
+    layer: options.Layer = "all",
+    target_layer: options.TargetLayer = "same",
+    max_new_tokens: options.MaxNewTokens = 16,
     model: options.Model = None,
     source_model: options.SourceModel = None,
     target_model: options.TargetModel = None,
@@ -72,9 +70,9 @@ def explain(
         )
     look = quick_look(
         prompt,
-        position=options.parse_selector(position),
-        layer=options.parse_selector(layer),
-        target_layer=options.parse_selector(target_layer),
+        position=options.parse_selector(position, option="--position"),
+        layer=options.parse_selector(layer, option="--layer"),
+        target_layer=options.parse_selector(target_layer, option="--target-layer"),
         max_new_tokens=max_new_tokens,
         remote=options.remote_value(remote),
         progress=printing.Progress("explaining", quiet=json),
@@ -99,13 +97,30 @@ def run(
     limit: options.Limit = None,
     context: options.ContextName = Context.auto,
     max_rows: options.MaxRows = None,
-    max_tokens: options.MaxTokens = None,
+    memory: options.Memory = None,
+    deduplication: options.Deduplication = True,
+    source_sharing: options.SourceSharing = True,
+    row_packing: options.RowPacking = True,
+    prefix_sharing: options.PrefixSharing = True,
+    late_entry: options.LateEntry = True,
+    lean_readout: options.LeanReadout = True,
+    early_leaving: options.EarlyLeaving = True,
     json: options.Json = False,
     log_level: options.Level = LogLevel.warning,  # noqa: ARG001 (acted on by its callback)
 ) -> None:
     """Run a recipe. The same command again resumes it, and computes no finished cell twice."""
     from patchscope_nn.execute import run_prepared
+    from patchscope_nn.plan import Optimisations
 
+    used = Optimisations(
+        deduplication=deduplication,
+        source_sharing=source_sharing,
+        row_packing=row_packing,
+        prefix_sharing=prefix_sharing,
+        late_entry=late_entry,
+        lean_readout=lean_readout,
+        early_leaving=early_leaving,
+    )
     prepared = _prepare(
         recipe,
         sets=sets,
@@ -125,7 +140,9 @@ def run(
             out=folder,
             remote=options.remote_value(remote),
             context=context.value,
-            **options.budget(max_rows, max_tokens),
+            max_rows=max_rows,
+            memory=options.memory_value(memory),
+            optimisations=used,
             progress=printing.Progress(str(prepared.recipe["name"]), quiet=json),
             command=command,
         )
@@ -149,13 +166,32 @@ def plan(
     limit: options.Limit = None,
     context: options.ContextName = Context.auto,
     max_rows: options.MaxRows = None,
-    max_tokens: options.MaxTokens = None,
+    memory: options.Memory = None,
+    deduplication: options.Deduplication = True,
+    source_sharing: options.SourceSharing = True,
+    row_packing: options.RowPacking = True,
+    prefix_sharing: options.PrefixSharing = True,
+    late_entry: options.LateEntry = True,
+    lean_readout: options.LeanReadout = True,
+    early_leaving: options.EarlyLeaving = True,
     json: options.Json = False,
     log_level: options.Level = LogLevel.warning,  # noqa: ARG001 (acted on by its callback)
 ) -> None:
     """Show what would run, before it runs: contexts, passes, rows and tokens."""
-    from patchscope_nn.plan import plan as make_plan
+    from patchscope_nn.backends import backend_for
+    from patchscope_nn.execute import plan_prepared
+    from patchscope_nn.plan import Optimisations
 
+    used = Optimisations(
+        deduplication=deduplication,
+        source_sharing=source_sharing,
+        row_packing=row_packing,
+        prefix_sharing=prefix_sharing,
+        late_entry=late_entry,
+        lean_readout=lean_readout,
+        early_leaving=early_leaving,
+    )
+    backend = backend_for(options.remote_value(remote))
     prepared = _prepare(
         recipe,
         sets=sets,
@@ -167,11 +203,13 @@ def plan(
         dtype=dtype,
         device_map=device_map,
     )
-    made = make_plan(
-        prepared.sweep,
+    made = plan_prepared(
+        prepared,
         context=context.value,
-        **options.budget(max_rows, max_tokens),
-        remote=remote is not None,
+        max_rows=max_rows,
+        memory=options.memory_value(memory),
+        optimisations=used,
+        remote=backend.remote,
     )
     printing.print_plan(made, folder=prepared.default_folder, as_json=json)
 

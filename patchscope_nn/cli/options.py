@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
@@ -44,6 +45,16 @@ Dtype: TypeAlias = Annotated[
 DeviceMap: TypeAlias = Annotated[
     str | None, _option("--device-map", help="Passed to transformers: cpu, cuda, auto, ...")
 ]
+Position: TypeAlias = Annotated[
+    str, _option("--position", help="Which token: an index (-1 is the last) or a text of the prompt.")
+]
+Layer: TypeAlias = Annotated[str, _option("--layer", help="Which layers: all, 5, [0, 4, 8] or 0:10.")]
+TargetLayer: TypeAlias = Annotated[
+    str, _option("--target-layer", help="Where to write: same, or as --layer.")
+]
+MaxNewTokens: TypeAlias = Annotated[
+    int, _option("--max-new-tokens", help="The most tokens to generate.", min=1)
+]
 Remote: TypeAlias = Annotated[
     str | None, _option("--remote", help="`local` rehearses a remote run in this process.", metavar="[local]")
 ]
@@ -62,8 +73,30 @@ Level: TypeAlias = Annotated[
 MaxRows: TypeAlias = Annotated[
     int | None, _option("--max-rows", help="The most rows of a forward pass.", min=1)
 ]
-MaxTokens: TypeAlias = Annotated[
-    int | None, _option("--max-tokens", help="The most tokens of a forward pass, padding included.", min=1)
+Memory: TypeAlias = Annotated[
+    str | None,
+    _option("--memory", help="The most memory a forward pass may take, such as 2GiB; half of what is free."),
+]
+
+
+def _switch(name: str, help: str) -> Any:  # noqa: A002 (typer's own name for it)
+    off = f"--no-{name}"
+    return typer.Option(f"--{name}/{off}", help=help, envvar=f"PATCHSCOPE_{name.upper().replace('-', '_')}")
+
+
+# What the planner may do to run less; turned off, each gives the same numbers.
+Deduplication: TypeAlias = Annotated[bool, _switch("deduplication", "Run equal cells once.")]
+SourceSharing: TypeAlias = Annotated[
+    bool, _switch("source-sharing", "Run a source prompt once for all that is read of it.")
+]
+RowPacking: TypeAlias = Annotated[bool, _switch("row-packing", "Run many cells in a pass.")]
+PrefixSharing: TypeAlias = Annotated[
+    bool, _switch("prefix-sharing", "Run what target prompts begin with once.")
+]
+LateEntry: TypeAlias = Annotated[bool, _switch("late-entry", "Let a cell skip the blocks below l*.")]
+LeanReadout: TypeAlias = Annotated[bool, _switch("lean-readout", "Unembed only the positions that are read.")]
+EarlyLeaving: TypeAlias = Annotated[
+    bool, _switch("early-leaving", "Let rows that met their end leave the batch.")
 ]
 
 
@@ -82,10 +115,24 @@ ContextName: TypeAlias = Annotated[
 ]
 
 
-def budget(max_rows: int | None, max_tokens: int | None) -> dict[str, Any]:
-    """The budget that was given; what was not is the planner's to say."""
-    given = {"max_rows": max_rows, "max_tokens": max_tokens}
-    return {name: value for name, value in given.items() if value is not None}
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
+
+
+def memory_value(given: str | None) -> int | None:
+    """A size in bytes, as `--memory` gives it: a number, or one with a unit (2GiB and 2GB are both 2**31).
+
+    Raises:
+        InputError: It is no size.
+    """
+    if given is None:
+        return None
+    found = _SIZE.fullmatch(given.strip())
+    if found is None:
+        raise InputError(
+            f"--memory={given!r} is no size.", hint="Write bytes, or for example 500MiB or 2GiB."
+        )
+    return int(float(found[1]) * _UNITS[found[2].upper()])
 
 
 def remote_value(given: str | None) -> bool | str:
@@ -93,7 +140,7 @@ def remote_value(given: str | None) -> bool | str:
     return False if given is None else given
 
 
-def parse_selector(text: str) -> Any:
+def parse_selector(text: str, *, option: str) -> Any:
     """A layer or position as YAML reads it: `3`, `[1, 2]`, `0:10`, `all`, or a text.
 
     Raises:
@@ -107,4 +154,7 @@ def parse_selector(text: str) -> Any:
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise InputError(f"{text!r} cannot be read: {error}") from error
+        raise InputError(
+            f"{option}={text!r} cannot be read as YAML.",
+            hint="Give an index, a list such as [0, 4], or a text.",
+        ) from error

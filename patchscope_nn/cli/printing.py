@@ -193,11 +193,21 @@ def _summary(run: Run) -> Any:
 
 def print_plan(plan: Plan, *, folder: Path, as_json: bool) -> None:
     """Print a plan as a tree, or its counts."""
-    if as_json:
-        out_json({"digest": plan.digest, "folder": str(folder), **plan.totals()})
-    else:
+    if not as_json:
         out(str(plan))
         out(f"folder {folder}")
+        return
+    from patchscope_nn.plan import count, stages
+
+    out_json(
+        {
+            "digest": plan.digest,
+            "folder": str(folder),
+            "cells": plan.n_cells,
+            **count(plan)._asdict(),
+            "stages": [{"with": name, **counts._asdict()} for name, counts in stages(plan)],
+        }
+    )
 
 
 def print_recipes(recipes: Sequence[Recipe], *, as_json: bool) -> None:

@@ -41,7 +41,8 @@ def emit(
         remote: `local` takes the step through nnsight's own serialisation, in this process.
 
     Returns:
-        `passes`: for each target pass a list of readouts, one for each row; `kept`: tensors by number.
+        `passes`: for each target pass a list of readouts, one for each row; `kept`: tensors by number;
+        `prefix`: the keys and values of its prefix, where the step was asked for them.
     """
     # A body is shipped by the source of its functions; without this they would be looked up by name.
     nnsight.register("patchscope_nn")
@@ -100,4 +101,5 @@ def _in_session(source: Any, target: Any, work: Work) -> Results:
         else in_packed(target, one, states, work["target_paths"], work["mapping"], prefix=prefix)
         for one in work["targets"]
     ]
-    return {"passes": passes, "kept": {number: states[number].clone() for number in work["keep"]}}
+    kept = {number: states[number].clone() for number in work["keep"]}
+    return {"passes": passes, "kept": kept, "prefix": prefix if prefix and work["prefix"]["kept"] else None}

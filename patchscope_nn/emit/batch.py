@@ -17,7 +17,7 @@ def in_source(model: Any, one: Work, paths: dict[str, str]) -> dict[int, torch.T
     with model.trace(**one["inputs"], **one["options"]) as tracer:
         for layer, reads in one["reads"]:
             states.update(in_read(in_site(model, paths, layer, one), reads))
-        if one["finals"]:
+        if one["finals"] or one["whole"]:
             states.update(in_finals(model.output.logits, one["finals"]))
         else:
             tracer.stop()
@@ -73,7 +73,7 @@ def fused(model: Any, work: Work, remote: Literal[False, "local"]) -> dict[str, 
             states.update(in_finals(model.output.logits, source["finals"]))
             given = {"states": states, "written": written, "first": first}
             rows = nnsight.save(_in_fused_readout(model, model.output, target, given))
-    return {"passes": [rows], "kept": {}}
+    return {"passes": [rows], "kept": {}, "prefix": None}
 
 
 def _in_fused_readout(model: Any, output: Any, one: Work, given: Work) -> list[dict[str, Any]]:

@@ -19,6 +19,8 @@ from patchscope_nn.unpack import Work
 
 def in_prefix(model: Any, one: Work, paths: dict[str, str]) -> Any:
     """Run the tokens that all target prompts of a step begin with; give their keys and values."""
+    if one["known"] is not None:
+        return one["known"]
     # A cache without a config keeps every token of every block, whatever its window: masks see to that.
     cache = DynamicCache()
     with model.trace(**one["inputs"], **one["options"], past_key_values=cache) as tracer:
@@ -39,22 +41,26 @@ def in_packed(
     """Run a pass's segments with the states written into them, and read out what they say."""
     packed, writes = one["layout"], dict(one["writes"])
     written: dict[int, Any] = {}
-    cache = DynamicCache() if prefix is None else copy.deepcopy(prefix)
+    masks: dict[Any, torch.Tensor] = {}
+    cache = DynamicCache() if prefix is None else _in_fork(prefix)
     with model.trace(**one["inputs"], **one["options"], past_key_values=cache) as tracer:
         blocks = in_blocks(model, paths)
         for layer in range(packed["depth"]):
             args, kwargs = blocks[layer].inputs
             if layer == 0:
-                hidden = args[0][:, : packed["running"][0]].clone()
+                hidden = args[0][:, : packed["entering"]].clone()
                 if -1 in writes:
                     written.update(in_write(hidden, writes[-1], states, mapping))
             if hidden.shape[1]:
                 given = dict(zip(packed["names"], args, strict=False)) | kwargs
-                hidden = blocks[layer](**_in_running(given, hidden, packed, packed["windows"][layer]))
+                given = _in_running(given, hidden, packed, packed["windows"][layer], masks)
+                output = blocks[layer](**given)
+                hidden = output[0] if packed["tuples"] else output
             hidden = _in_joined(hidden, packed["bases"].get(layer))
             if layer in writes:
                 written.update(in_write(hidden, writes[layer], states, mapping))
-            blocks[layer].skip(hidden if layer + 1 == packed["depth"] else args[0])
+            after = hidden if layer + 1 == packed["depth"] else args[0]
+            blocks[layer].skip((after, None) if packed["tuples"] else after)
         if one["readout"]["name"] == "hidden":
             rows = in_hidden(one["cells"], written)
             tracer.stop()
@@ -67,15 +73,29 @@ def in_packed(
     return rows
 
 
+def _in_fork(prefix: Any) -> Any:
+    """A cache that goes on from another and leaves it as it is; what they share is not copied."""
+    fork = copy.copy(prefix)
+    fork.layers = [copy.copy(layer) for layer in prefix.layers]
+    return fork
+
+
 def _in_running(
-    given: dict[str, Any], hidden: torch.Tensor, packed: Work, window: int | None
+    given: dict[str, Any],
+    hidden: torch.Tensor,
+    packed: Work,
+    window: int | None,
+    masks: dict[Any, torch.Tensor],
 ) -> dict[str, Any]:
     """What a block is called with, for the tokens that run: the first so many of the sequence."""
     count = hidden.shape[1]
     total = packed["allowed"].shape[0]
+    if (count, window) not in masks:
+        masks.clear()
+        masks[count, window] = _in_mask(packed, count, window, hidden)
     narrowed = {name: _in_narrow(value, count, total) for name, value in given.items()}
     narrowed["hidden_states"] = hidden
-    narrowed["attention_mask"] = _in_mask(packed, count, window, hidden)
+    narrowed["attention_mask"] = masks[count, window]
     return narrowed
 
 

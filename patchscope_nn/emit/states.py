@@ -54,9 +54,11 @@ def in_read(value: torch.Tensor, reads: list[Any]) -> dict[int, torch.Tensor]:
 
 def in_finals(logits: torch.Tensor, finals: list[Any]) -> dict[int, torch.Tensor]:
     """Unpatched next-token log-probabilities by number, each (vocab,)."""
-    return {
-        number: torch.log_softmax(logits[row, position].float(), dim=-1) for number, row, position in finals
-    }
+    if not finals:
+        return {}
+    read = logits[[row for _, row, _ in finals], [position for _, _, position in finals]]
+    logprobs = torch.log_softmax(read.float(), dim=-1)
+    return {number: one for (number, *_), one in zip(finals, logprobs, strict=True)}
 
 
 def in_write(
@@ -106,7 +108,8 @@ def in_readout(
             logits,
             top_k=readout["top_k"],
             references=readout["references"],
-            source_logprobs=[None if number is None else states[number] for number in readout["before"]],
+            source_logprobs={number: states[number] for number in readout["before"]},
+            compared=readout["before"],
             from_source=readout["from_source"],
         )
     mask = readout["mask"].to(logits.device)

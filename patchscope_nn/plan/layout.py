@@ -13,7 +13,7 @@ A branch of layer l* is, below l*, what its trunk is; so it enters there, and th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -83,15 +83,25 @@ def branches_at(cell: Cell) -> int:
     return min(cell.target_positions)
 
 
+def needed_end(sweep: Sweep, cell: Cell) -> int:
+    """How many tokens of its target prompt a cell needs: all it writes, and as far as it is read."""
+    whole = len(sweep.target_prompts[cell.target_prompt].ids)
+    written = max(cell.target_positions) + 1
+    if isinstance(sweep.scope.readout, Hidden):
+        return written
+    return max(
+        written, whole if sweep.scope.readout.decodes else read_position(sweep.scope.readout, whole) + 1
+    )
+
+
 def needs_clean(sweep: Sweep, cell: Cell) -> bool:
     """Whether a branch needs the clean states of its own tokens: to stand in for them below l*.
 
     Their keys and values, where decoding goes on from them; the states themselves, where not every token of
     the branch is written, or the mapping looks at what it replaces.
     """
-    count = len(sweep.target_prompts[cell.target_prompt].ids)
-    written = len(cell.target_positions) == count - branches_at(cell)
-    return sweep.scope.readout.decodes or not written or sweep.scope.mapping != "identity"
+    written = len(cell.target_positions) == needed_end(sweep, cell) - branches_at(cell)
+    return sweep.scope.readout.decodes or not written or sweep.scope.mapping == "target_norm"
 
 
 def lay_out(sweep: Sweep, cells: Sequence[Cell], *, prefix: int, late_entry: bool) -> Layout:
@@ -130,11 +140,11 @@ def _enters(cell: Cell, *, late_entry: bool) -> int:
 
 def _trunk_end(sweep: Sweep, cell: Cell, last: int, *, late_entry: bool) -> int:
     """How many tokens of its clean prompt a cell needs."""
-    whole = len(sweep.target_prompts[cell.target_prompt].ids)
     if cell.target_layer is None:
+        whole = len(sweep.target_prompts[cell.target_prompt].ids)
         return read_position(sweep.scope.readout, whole) + 1
     if late_entry and needs_clean(sweep, cell):
-        return whole
+        return needed_end(sweep, cell)
     # What enters after the last block attends to nothing any more.
     return 0 if late_entry and cell.target_layer == last else branches_at(cell)
 
@@ -147,8 +157,10 @@ def _place(
     of_cell: dict[int, int] = {}
     offset = 0
     for enters, number, prompt, position in placed:
-        whole = len(sweep.target_prompts[prompt].ids)
-        first, end = (prefix, position) if number is None else (position, whole)
+        if number is None:
+            first, end = prefix, position
+        else:
+            first, end = position, needed_end(sweep, cells[number])
         segments.append(Segment(prompt, first, end, enters, offset, trunk_of.get(prompt), number))
         if number is None:
             trunk_of[prompt] = len(segments) - 1
@@ -164,31 +176,3 @@ def _place(
         written = [max(cell.target_layer, 0) for cell in cells if cell.target_layer is not None]
         depth = 1 + max(written, default=-1)  # the input of block 0 is written where block 0 begins
     return Layout(prefix=prefix, depth=depth, segments=tuple(segments), of_cell=tuple(read))
-
-
-def shared_prefix(sweep: Sweep, cells: Iterable[Cell]) -> int:
-    """How many tokens all target prompts of some cells begin with, before any is patched or read."""
-    found: tuple[int, ...] | None = None
-    ends: Mapping[int, int] = _ends(sweep, cells)
-    for prompt, end in ends.items():
-        ids = sweep.target_prompts[prompt].ids[:end]
-        found = ids if found is None else tuple(_common(found, ids))
-    return len(found or ())
-
-
-def _ends(sweep: Sweep, cells: Iterable[Cell]) -> dict[int, int]:
-    """For each target prompt how many tokens come before everything its cells patch or read."""
-    readout = sweep.scope.readout
-    ends: dict[int, int] = {}
-    for cell in cells:
-        whole = len(sweep.target_prompts[cell.target_prompt].ids)
-        end = min(read_position(readout, whole), branches_at(cell))
-        ends[cell.target_prompt] = min(end, ends.get(cell.target_prompt, end))
-    return ends
-
-
-def _common(one: Sequence[int], other: Sequence[int]) -> Iterator[int]:
-    for ours, theirs in zip(one, other, strict=False):
-        if ours != theirs:
-            return
-        yield ours

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import io
-from collections import Counter
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 from patchscope_nn.models import ModelInfo
-from patchscope_nn.plan.passes import Plan, Step
+from patchscope_nn.plan.build import Plan
+from patchscope_nn.plan.count import Counts, count, count_step, source_width, stages, target_width
+from patchscope_nn.plan.pack import packs
+from patchscope_nn.plan.passes import Step
 from patchscope_nn.spec import Generate
 
 _SHOWN = 6
+_UNITS = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
 
 
-def render_plan(plan: Plan) -> str:
-    """Draw a plan: its models, cells and counts, and the passes of its first contexts.
+def render_plan(planned: Plan) -> str:
+    """Draw a plan: its models, cells and counts, what each optimisation saves, and its first contexts.
 
     Args:
-        plan: The plan.
+        planned: The plan.
 
     Returns:
         Lines of text.
@@ -27,89 +31,121 @@ def render_plan(plan: Plan) -> str:
     from rich.text import Text
     from rich.tree import Tree
 
-    tree = Tree(Text(f"plan {plan.digest}"))
-    for line in _facts(plan):
+    tree = Tree(Text(f"plan {planned.digest}"))
+    totals = count(planned)
+    for line in _facts(planned, totals):
         tree.add(Text(line))
-    contexts = Counter(step.context for step in plan.steps)
-    counted = ", ".join(f"{count} {context}" for context, count in contexts.items()) or "none"
-    branch = tree.add(Text(f"contexts: {counted}"))
-    for number, step in enumerate(plan.steps[:_SHOWN]):
-        _add_step(branch, plan, number, step)
-    if len(plan.steps) > _SHOWN:
-        branch.add(Text(f"... and {len(plan.steps) - _SHOWN} more like these"))
+    if planned.n_cells:
+        tree.add(Text("what each optimisation leaves to run")).add(_stages(planned))
+    shown = list(islice(planned.steps(), _SHOWN))
+    branch = tree.add(Text(f"contexts: {totals.steps} {shown[0].context}" if shown else "contexts: none"))
+    for number, step in enumerate(shown):
+        _add_step(branch, planned, number, step)
+    if totals.steps > len(shown):
+        branch.add(Text(f"... and {totals.steps - len(shown)} more like these"))
     console = Console(file=io.StringIO(), width=160, no_color=True)
     console.print(tree)
     lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]  # the StringIO given above
     return "\n".join(line.rstrip() for line in lines)
 
 
-def _facts(plan: Plan) -> Iterator[str]:
-    sweep, totals = plan.sweep, plan.totals()
-    kinds = Counter(cell.control or "patched" for cell in plan.cells)
-    readout = sweep.scope.readout
-    more = f", then up to {readout.max_new_tokens} each" if isinstance(readout, Generate) else ""
+def _facts(planned: Plan, totals: Counts) -> Iterator[str]:
+    sweep = planned.sweep
+    readout, budget = sweep.scope.readout, planned.budget
+    kinds = ", ".join(f"{number} {kind or 'patched'}" for kind, number in planned.kinds.items())
     yield f"M:  {_describe(sweep.source)}"
     yield f"M*: {'the same' if sweep.target is sweep.source else _describe(sweep.target)}"
-    yield f"cells: {totals['cells']} ({', '.join(f'{count} {kind}' for kind, count in kinds.items())})"
+    yield f"cells: {planned.n_cells} ({kinds}), of which {totals.target_rows} run"
     yield (
-        f"source: {totals['source_passes']} passes, {totals['source_rows']} prompts, "
-        f"{totals['source_tokens']} tokens with padding, {totals['states']} states read"
+        f"source: {totals.source_passes} passes, {totals.source_rows} prompts, "
+        f"{totals.source_tokens} tokens with padding, {totals.states} states read"
+    )
+    more = f", then up to {readout.max_new_tokens} each" if isinstance(readout, Generate) else ""
+    yield (
+        f"target: {totals.target_passes} passes, {totals.target_rows} rows, "
+        f"{totals.target_tokens} tokens{more}"
     )
     yield (
-        f"target: {totals['target_passes']} passes, {totals['target_rows']} rows, "
-        f"{totals['target_tokens']} tokens{more}"
+        f"readout: {readout.name}; a pass holds at most {budget.max_rows} rows and {_bytes(budget.memory)}"
     )
-    yield from _saved(plan, totals)
-    yield f"readout: {readout.name}; a pass holds at most {plan.max_rows} rows and {plan.max_tokens} tokens"
-    reads = sum(0 in (cell.source_positions or ()) for cell in plan.cells)
-    writes = sum(0 in cell.target_positions for cell in plan.cells if cell.target_layer is not None)
-    if reads + writes:
-        yield (
-            f"note: {reads} cells read and {writes} write position 0, in most models an attention sink, "
-            "whose state is huge and says little"
+    if not packs(sweep, planned.optimisations) and planned.n_cells:
+        yield f"note: {_why_padded(planned)}, so that every cell is a row of a padded batch of whole prompts"
+    if sinks := _sinks(planned):
+        yield f"note: {sinks}, in most models an attention sink, whose state is huge and says little"
+
+
+def _sinks(planned: Plan) -> str:
+    reads = writes = 0
+    for step in planned.steps():
+        reads += sum(0 in (cell.source_positions or ()) for cell in step.cells)
+        writes += sum(0 in cell.target_positions for cell in step.cells if cell.target_layer is not None)
+    return f"{reads} cells read and {writes} write position 0" if reads + writes else ""
+
+
+def _stages(planned: Plan) -> Any:
+    """A table: with nothing saved, then with one optimisation more a line."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    table.add_column("with")
+    for name in ("passes", "tokens", "tokens x blocks", "FLOPs", "of all"):
+        table.add_column(name, justify="right")
+    first = 0
+    for name, counts in stages(planned):
+        first = first or counts.flops
+        blocks = counts.source_blocks + counts.target_blocks + counts.readout_blocks
+        tokens = counts.source_tokens + counts.target_tokens + counts.readout_tokens
+        table.add_row(
+            "nothing" if name == "none" else f"+ {name.replace('_', ' ')}",
+            f"{counts.source_passes + counts.target_passes:,}",
+            f"{tokens:,}",
+            f"{blocks:,}",
+            f"{counts.flops:.3g}",
+            f"{100 * counts.flops / first:.1f} %",
         )
+    return table
 
 
-def _saved(plan: Plan, totals: dict[str, int]) -> Iterator[str]:
-    """What the plan runs, beside what running every cell by itself would."""
-    whole = sum(len(plan.sweep.target_prompts[cell.target_prompt].ids) for cell in plan.cells)
-    depth = plan.sweep.target.n_layers
-    tokens = _share(totals["target_tokens"], whole)
-    blocks = _share(totals["target_blocks"], whole * depth)
-    yield f"beside every cell alone: target tokens {tokens}, tokens x blocks {blocks}"
-    packed = [one.layout is not None for step in plan.steps for one in step.targets]
-    if plan.optimisations.packing and not any(packed) and plan.steps and plan.steps[0].context != "fused":
-        yield f"note: not packed: {_why(plan)}; every cell is a row of a padded batch"
-
-
-def _share(part: int, whole: int) -> str:
-    return f"{part} of {whole} ({100 * part / max(whole, 1):.1f} %)"
-
-
-def _why(plan: Plan) -> str:
-    if plan.sweep.scope.target.site != "residual":
-        return f"target.site={plan.sweep.scope.target.site!r} is written inside a block"
-    return f"the blocks of {plan.sweep.target.family} cannot be run on segments"
+def _why_padded(planned: Plan) -> str:
+    sweep, used = planned.sweep, planned.optimisations
+    if not (used.prefix_sharing or used.late_entry):
+        return "prefix sharing and late entry are off"
+    if sweep.scope.target.site != "residual":
+        return f"target.site={sweep.scope.target.site!r} is written inside a block"
+    return f"the blocks of {sweep.target.family} cannot be run on segments of a sequence"
 
 
 def _describe(info: ModelInfo) -> str:
     return f"{info.name} ({info.n_layers} blocks, d_model {info.d_model}, {info.dtype} on {info.device})"
 
 
-def _add_step(branch: Any, plan: Plan, number: int, step: Step) -> None:
+def _bytes(size: int) -> str:
+    return next((f"{size / unit:.3g} {name}" for unit, name in _UNITS if size >= unit), f"{size} bytes")
+
+
+def _add_step(branch: Any, planned: Plan, number: int, step: Step) -> None:
     from rich.text import Text
 
     carried = f", {len(step.carried)} states carried in" if step.carried else ""
     node = branch.add(Text(f"{number + 1} {step.context}{carried}"))
     for one in step.sources:
-        size = f"{len(one.prompts)} prompts x {plan.source_width(one)} tokens"
-        node.add(Text(f"source: {size} -> {len(one.states)} states"))
+        size = f"{len(one.prompts)} prompts x {source_width(planned, one)} tokens"
+        depth = one.depth(planned.sweep.source.n_layers)
+        node.add(Text(f"source: {size} through {depth} blocks -> {len(one.states)} states"))
     if step.prefix:
-        node.add(Text(f"prefix: {step.prefix[1]} tokens, once"))
+        node.add(Text(f"prefix: {len(step.prefix)} tokens, run once for all steps that begin so"))
     for target in step.targets:
         if target.layout is None:
-            node.add(Text(f"target: {len(target.cells)} rows x {plan.target_width(target)} tokens"))
-        else:
-            trunks = sum(segment.cell is None for segment in target.layout.segments)
-            size = f"{target.layout.n_tokens} tokens, {plan.target_blocks(target)} token-blocks"
-            node.add(Text(f"target: {len(target.cells)} cells and {trunks} clean prompts packed into {size}"))
+            width = target_width(planned, step, target)
+            node.add(Text(f"target: {len(target.cells)} rows x {width} tokens"))
+            continue
+        trunks = sum(segment.cell is None for segment in target.layout.segments)
+        blocks = count_step(planned, _only(step, target)).target_blocks
+        size = f"{target.layout.n_tokens} tokens, {blocks} tokens x blocks"
+        node.add(Text(f"target: {len(target.cells)} cells and {trunks} clean prompts packed into {size}"))
+
+
+def _only(step: Step, target: Any) -> Step:
+    from dataclasses import replace
+
+    return replace(step, sources=(), targets=(target,), prefix=())

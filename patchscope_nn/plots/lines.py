@@ -58,7 +58,7 @@ def text_lines(table: pd.DataFrame, *, cells: Cells) -> tuple[list[Line], int]:
     real = [place for control, place in places if control == REAL]
     kept = {place: places[REAL, place] for place in real[:MAX_ROWS]}
     names = _names(cells, first={place: next(iter(found.values())) for place, found in kept.items()})
-    if len({cells.look(index) for index in unpatched.values()}) == 1 or not kept:
+    if cells.alike(list(unpatched.values())) or not kept:
         columns = {layer for found in kept.values() for layer in found} or {NO_LAYER}
         top = [Line("unpatched", dict.fromkeys(columns, index)) for index in list(unpatched.values())[:1]]
     else:

@@ -16,6 +16,7 @@ from patchscope_nn.plots.text import shorten, token, wrap
 #: The columns that say something in words, and what a figure calls them.
 SAID = {"top_tokens": "top next token", "text": "generated text", "choice": "chosen option"}
 LABEL_WIDTH = 12
+_SENTENCE_WIDTH = 20  # of generated text, whose first words are too long for the width of a token
 _PROMPT_WIDTH, _TEXT_WIDTH = 140, 300
 
 Cell = Mapping[Any, Any]
@@ -44,11 +45,16 @@ class Cells:
         if not words or not is_null(cell.get("error")):
             return ""
         text = str(words[0])
+        if self.said == "text":
+            # A description begins after the colon that few-shot prompts put before it.
+            return shorten(text.strip(" ").removeprefix(":").strip(" "), width=_SENTENCE_WIDTH) or "(empty)"
         return shorten(text.strip(" "), width=LABEL_WIDTH) or ("␣" if text else "(empty)")
 
-    def look(self, index: int) -> tuple[str, str]:
-        """What tells a drawn cell from another: its label and its shade."""
-        return self.label(index), f"{self.shades[index]:.6f}"
+    def alike(self, indices: Sequence[int]) -> bool:
+        """Whether cells are drawn alike: one label, and one shade but for rounding."""
+        shades = self.shades[list(indices)]
+        labels = {self.label(index) for index in indices}
+        return len(labels) <= 1 and np.allclose(shades, shades[:1], rtol=0, atol=1e-4, equal_nan=True)
 
     def hover(self, index: int) -> str:
         """Everything about a cell, as escaped hover text."""

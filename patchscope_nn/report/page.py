@@ -91,7 +91,22 @@ def _yaml(value: object) -> str:
     if not value:
         return ""
     plain = json.loads(json.dumps(value, default=str))
-    text: str = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=100)
+    text = _dump(plain, allow_unicode=True)
     if yaml.safe_load(text) != plain:  # PyYAML writes U+0085 so that it reads it back as a space
-        text = yaml.safe_dump(plain, sort_keys=False, allow_unicode=False, width=100)
+        text = _dump(plain, allow_unicode=False)
     return visible(text, keep="\n")
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes texts of several lines as recipes do, in double quotes, and not with each line end doubled."""
+
+
+def _text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style='"' if "\n" in value else None)
+
+
+_Dumper.add_representer(str, _text)
+
+
+def _dump(value: object, *, allow_unicode: bool) -> str:
+    return str(yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=allow_unicode, width=100))

@@ -109,7 +109,7 @@ def test_page_is_legible(opener: Opener, sweep: str) -> None:
     targets = range(6) if sweep == "pairs" else None
     readout = "next_token" if sweep == "pairs" else sweep
     page = opener(make_table(readout, n_rows=5, layers=layers, target_layers=targets))
-    for width in (1280, 700):
+    for width in (1280, 700, 420):
         for scheme in ("light", "dark"):
             page.set_viewport_size({"width": width, "height": 900})
             page.emulate_media(color_scheme=scheme)
@@ -142,6 +142,13 @@ def check_legible(page: Any, *, legend: bool) -> None:
            }).length"""
     )
     assert overlaps == 0
+    cut = page.evaluate(
+        """() => [...document.querySelectorAll('.figure .ytitle, .figure .xtitle')].filter(title => {
+             const [inner, outer] = [title, title.ownerSVGElement].map(node => node.getBoundingClientRect());
+             return inner.top < outer.top || inner.bottom > outer.bottom || inner.left < outer.left - 1;
+           }).map(title => title.textContent)"""
+    )
+    assert cut == []
 
 
 def test_search_sort_pages_and_details(opener: Opener) -> None:

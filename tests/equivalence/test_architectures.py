@@ -7,7 +7,7 @@ and the last block; the token `x` stands before the last one, where the readout 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import fields
+from dataclasses import replace
 
 import hooks
 import pytest
@@ -94,8 +94,12 @@ def test_generate_in_a_session(family, tiny_model, run_cells, monkeypatch):
     [
         ("fused", "source_reference"),
         ("fused", "generate"),
+        ("fused", "choices"),
+        ("fused", "hidden"),
         ("nested", "source_reference"),
         ("nested", "generate"),
+        ("nested", "choices"),
+        ("nested", "hidden"),
         ("bridged", "source_reference"),
     ],
 )
@@ -107,25 +111,43 @@ def test_contexts(family, context, readout, tiny_model, run_cells):
         layers, target_layers = [0, -1], ["embed", 2, -1]
         target, target_reference = tiny_model(family, seed=1), tiny.reference(family, seed=1)
     scope = scope_of(READOUTS[readout], layers=layers, target_layers=target_layers)
-    rows = ROWS[1:] if readout == "generate" else ROWS
+    rows = ROWS if readout == "source_reference" else ROWS[1:]
     found = run_cells(scope, model, target, rows=rows, controls=["unpatched"], context=context)
     pair = hooks.Pair(scope, reference, target_reference, tokenizer=tiny.TOKENIZER, eos=[tiny.EOS_ID])
     check(found, rows, pair)
 
 
 @families
+@pytest.mark.parametrize("context", ["fused", "session", "nested"])
 @pytest.mark.parametrize("readout", READOUTS)
-def test_padded_batches_give_the_same(family, readout, tiny_model, run_cells):
-    """Without packing each cell is a whole padded row; every optimisation off runs the same models."""
-    scope, model = scope_of(READOUTS[readout]), tiny_model(family)
-    packed = run_cells(scope, model, rows=ROWS, controls=["unpatched", "random"], context="session")
-    off = Optimisations(**dict.fromkeys((one.name for one in fields(Optimisations)), False))
-    plain = run_cells(
-        scope, model, rows=ROWS, controls=["unpatched", "random"], context="session", optimisations=off
-    )
-    for (cell, given), (other, expected) in zip(packed, plain, strict=True):
-        assert cell == other
-        hooks.assert_same(given, expected)
+def test_the_last_block_onto_the_last_block(family, context, readout, tiny_model, run_cells):
+    """Where transformers' own `hidden_states` are normed already, and ours are not."""
+    target = tiny_model(family, copy=1) if context == "nested" else None
+    scope = scope_of(READOUTS[readout], target={"position": -1}, layers=[-1], target_layers=[-1])
+    found = run_cells(scope, tiny_model(family), target, rows=ROWS[1:], context=context)
+    assert [cell.source_layer for cell, _ in found] == [tiny.N_LAYERS - 1] * 2
+    pair = hooks.Pair(scope, tiny.reference(family), tokenizer=tiny.TOKENIZER, eos=[tiny.EOS_ID])
+    for cell, given in found:
+        hooks.assert_same(given, pair.expected(cell, ROWS[1:][cell.row]))
+
+
+@families
+@pytest.mark.parametrize("readout", READOUTS)
+def test_every_optimisation_off_gives_the_same(family, readout, tiny_model, run_cells):
+    """All off, then each by itself: prompts that begin alike, equal rows, cells enough for many passes."""
+    scope, model = scope_of(READOUTS[readout], layers=[0, -1]), tiny_model(family)
+    rows = [row | {"t": f"The city of the Tower {row['t']}"} for row in ROWS[1:]]
+    options = {"rows": [*rows, rows[0]], "controls": ["unpatched", "random"], "context": "session"}
+    found = run_cells(scope, model, **options, max_rows=20)
+    sets = [
+        Optimisations.none(),
+        *(replace(Optimisations(), **{off: False}) for off in Optimisations.names()),
+    ]
+    for used in sets:
+        plain = run_cells(scope, model, **options, max_rows=20, optimisations=used)
+        for (cell, given), (other, expected) in zip(found, plain, strict=True):
+            assert cell == other
+            hooks.assert_same(given, expected)
 
 
 @families

@@ -74,7 +74,7 @@ def test_the_rehearsal_carries_states_between_steps(context, tiny_model, run_cel
     scope = scope_of("source_reference", target={"position": [0, -1]})
     target = tiny_model(seed=1) if context == "bridged" else None
     local = run_cells(scope, tiny_model(), target, rows=ROWS, context=context)
-    options = {"max_rows": 1, "max_tokens": 1, "remote": "local"}
+    options = {"max_rows": 1, "remote": "local"}
     assert_equal_runs(run_cells(scope, tiny_model(), target, rows=ROWS, context=context, **options), local)
 
 
@@ -184,7 +184,7 @@ def test_fused_with_only_the_unpatched_left(readout, tiny_model, run_cells):
     scope = scope_of(readout, target={"position": [0, -1]})
     options = {"rows": ROWS, "controls": ["unpatched"]}
     every = run_cells(scope, tiny_model(), context="session", **options)
-    done = [cell.key for cell, _ in every if cell.control != "unpatched"]
+    done = [cell.number for cell, _ in every if cell.control != "unpatched"]
     plain = [(cell, given) for cell, given in every if cell.control == "unpatched"]
     assert_equal_runs(run_cells(scope, tiny_model(), done=done, **options), plain)
 
@@ -202,6 +202,6 @@ def test_sites_that_a_forward_would_pass_in_the_wrong_order(readout, tiny_model,
     left = [
         (cell, given) for cell, given in every if (cell.row, cell.source_layer, cell.target_layer) in wanted
     ]
-    done = {cell.key for cell, _ in every} - {cell.key for cell, _ in left}
+    done = {cell.number for cell, _ in every} - {cell.number for cell, _ in left}
     assert len(left) == 2
     assert_equal_runs(run_cells(scope, tiny_model(), rows=ROWS, done=done), left)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
-
 import hooks
 import hypothesis
 import pytest
@@ -64,7 +62,7 @@ def scopes(draw, readout, *, in_order=False):
 
 
 def by_key(found):
-    return {cell.key: readout for cell, readout in found}
+    return {cell.number: readout for cell, readout in found}
 
 
 def assert_equal_runs(one, other):
@@ -145,7 +143,7 @@ def test_budgets_change_nothing(readout, data, tiny_model, run_cells):
     rows, scope = data.draw(rows_of_data), data.draw(scopes(readout))
     model = tiny_model(data.draw(st.sampled_from(FAMILIES)))
     options = {"rows": rows, "controls": ["unpatched", "random"], "context": "session"}
-    budgets = {"max_rows": data.draw(st.integers(1, 7)), "max_tokens": data.draw(st.integers(1, 60))}
+    budgets = {"max_rows": data.draw(st.integers(1, 7)), "memory": data.draw(st.integers(1, 10**6))}
     assert_equal_runs(run_cells(scope, model, **options, **budgets), run_cells(scope, model, **options))
 
 
@@ -163,12 +161,12 @@ def test_one_row_a_pass_changes_nothing(readout, tiny_model, run_cells):
     )
     options = {"rows": rows, "controls": ["unpatched", "random", "shuffled"], "context": "session"}
     for family in FAMILIES:
-        one = run_cells(scope, tiny_model(family), **options, max_rows=1, max_tokens=1)
+        one = run_cells(scope, tiny_model(family), **options, max_rows=1)
         assert_equal_runs(one, run_cells(scope, tiny_model(family), **options))
 
 
 @readouts
-@pytest.mark.parametrize("off", [one.name for one in fields(Optimisations)])
+@pytest.mark.parametrize("off", Optimisations.names())
 @few
 @hypothesis.given(data=st.data())
 def test_an_optimisation_changes_nothing(off, readout, data, tiny_model, run_cells):
@@ -215,9 +213,9 @@ def test_a_resumed_run_runs_the_other_cells(readout, data, tiny_model, run_cells
     model = tiny_model(data.draw(st.sampled_from(FAMILIES)))
     options = {"rows": rows, "controls": ["unpatched", "random"], "max_rows": 3}
     every = run_cells(scope, model, **options)
-    done = data.draw(st.sets(st.sampled_from([cell.key for cell, _ in every])))
+    done = data.draw(st.sets(st.sampled_from([cell.number for cell, _ in every])))
     left = run_cells(scope, model, done=done, **options)
-    assert_equal_runs(left, [(cell, given) for cell, given in every if cell.key not in done])
+    assert_equal_runs(left, [(cell, given) for cell, given in every if cell.number not in done])
 
 
 @few

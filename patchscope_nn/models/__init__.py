@@ -1,0 +1,22 @@
+"""Models: load one, describe it, and find its parts. The one place that knows architectures.
+
+Parts are found through transformers' own interfaces (`get_decoder`, `get_input_embeddings`,
+`get_output_embeddings`, the config's depth); what those do not name is found by the names in
+`architecture.py`. Everything else in the package addresses a part by its path, a plain string.
+"""
+
+from patchscope_nn.models.architecture import find_architecture
+from patchscope_nn.models.info import Architecture, Model, ModelInfo, Sizes, same_vocabulary
+from patchscope_nn.models.loading import load
+from patchscope_nn.models.memory import usable_memory
+
+__all__ = [
+    "Architecture",
+    "Model",
+    "ModelInfo",
+    "Sizes",
+    "find_architecture",
+    "load",
+    "same_vocabulary",
+    "usable_memory",
+]

@@ -1,0 +1,151 @@
+"""Where a model keeps its parts, and how large they are. Every branch on an architecture is in this file."""
+
+from __future__ import annotations
+
+import inspect
+from contextlib import suppress
+from typing import Any
+
+from patchscope_nn.errors import ModelError
+from patchscope_nn.models.info import Architecture, Sizes
+
+#: What blocks call their parts, where transformers has no interface for it. OPT's MLP is two linear
+#: layers in the block itself, of which the second gives the MLP's output.
+_ATTENTION = ("self_attn", "attn", "attention", "self_attention")
+_MLP = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "fc2")
+_FINAL_NORM = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "norm_f")
+
+
+def find_architecture(module: Any, *, n_layers: int, name: str) -> Architecture:
+    """Find a model's parts.
+
+    Args:
+        module: The transformers model.
+        n_layers: The number of its decoder blocks.
+        name: Its name, for messages.
+
+    Returns:
+        The paths of its parts.
+
+    Raises:
+        ModelError: The blocks or the unembedding are not to be found.
+    """
+    from torch.nn import ModuleList
+
+    paths = {id(part): path for path, part in module.named_modules()}
+    decoder = module.get_decoder()
+    inside = f"{paths[id(decoder)]}." if paths.get(id(decoder)) else ""
+    lists = [
+        path
+        for path, part in module.named_modules()
+        if isinstance(part, ModuleList) and len(part) == n_layers and path.startswith(inside)
+    ]
+    unembed = module.get_output_embeddings()
+    if not lists or unembed is None:
+        missing = "list of decoder blocks" if not lists else "unembedding"
+        raise ModelError(
+            f"{name!r} ({type(module).__name__}) has no {missing} that we can find.",
+            hint="Please report the architecture; patchscope_nn/models.py is where it belongs.",
+        )
+    blocks = min(lists, key=len)
+    block = module.get_submodule(blocks)[0]
+    inner = {part for part, _ in block.named_children()}
+    block_arguments = tuple(inspect.signature(block.forward).parameters)
+    windows = _windows(module.config.get_text_config())
+    outer = {part for part, _ in decoder.named_children()}
+    norm = _first(_FINAL_NORM, outer)
+    given = _gives(module, block)
+    return Architecture(
+        blocks=blocks,
+        attention=_first(_ATTENTION, inner),
+        mlp=_first(_MLP, inner),
+        final_norm=f"{inside}{norm}" if norm else None,
+        embed=paths[id(module.get_input_embeddings())],
+        unembed=paths[id(unembed)],
+        arguments=tuple(inspect.signature(module.forward).parameters),
+        block_arguments=block_arguments,
+        windows=windows or (None,) * n_layers,
+        packs=windows is not None and _packs(module, block_arguments) and given is not None,
+        gives_tuples=given is tuple,
+    )
+
+
+#: What a block may be given for its tokens to be told apart by a mask and their positions alone.
+_PACKABLE = {
+    *("self", "hidden_states", "attention_mask", "position_ids", "position_embeddings", "cache_position"),
+    *("past_key_values", "layer_past", "use_cache", "output_attentions", "kwargs"),
+    *("encoder_hidden_states", "encoder_attention_mask"),
+}
+
+
+def _windows(config: Any) -> tuple[int | None, ...] | None:
+    """For each block how many tokens back it sees; None where it is not all or a sliding window."""
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        return (window,) * config.num_hidden_layers
+    if set(kinds) - {"full_attention", "sliding_attention"}:
+        return None
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+
+
+def _packs(module: Any, arguments: tuple[str, ...]) -> bool:
+    masked = "attention_mask" in arguments and module.config._attn_implementation in ("sdpa", "eager")  # noqa: SLF001 (transformers' own name for it)
+    cached = {"past_key_values", "layer_past"} & set(arguments)
+    return bool(masked and cached and not set(arguments) - _PACKABLE)
+
+
+class _Seen(Exception):  # noqa: N818 (it is no error: it ends a forward that has shown what it should)
+    """Raised by a hook."""
+
+
+def _gives(module: Any, block: Any) -> type | None:
+    """What blocks give, `torch.Tensor` or a `tuple` that starts with one: run one token through the first."""
+    import torch
+
+    found: list[Any] = []
+
+    def look(_module: Any, _given: Any, output: Any) -> None:
+        found.append(output)
+        raise _Seen
+
+    handle = block.register_forward_hook(look)
+    try:
+        with torch.no_grad(), suppress(_Seen):
+            ids = torch.ones(1, 1, dtype=torch.long, device=input_device(module))
+            module(input_ids=ids, use_cache=False)
+    finally:
+        handle.remove()
+    if found and isinstance(found[0], torch.Tensor):
+        return torch.Tensor
+    return tuple if found and isinstance(found[0], tuple) else None
+
+
+def input_device(module: Any) -> Any:
+    """The device a model takes its tokens on; weights that are offloaded have none of their own."""
+    device = module.get_input_embeddings().weight.device
+    return "cpu" if device.type == "meta" else device
+
+
+def measure(module: Any, *, block: Any) -> Sizes:
+    """How large a model's parts are.
+
+    Args:
+        module: The transformers model.
+        block: One of its decoder blocks.
+    """
+    config = module.config.get_text_config()
+    heads = getattr(config, "num_attention_heads", None) or 1
+    of_head = getattr(config, "head_dim", None) or config.hidden_size // heads
+    shapes = [weight.shape for weight in block.parameters() if weight.ndim > 1]
+    return Sizes(
+        block_weights=sum(shape.numel() for shape in shapes),
+        unembed_weights=module.get_output_embeddings().weight.numel(),
+        attention=heads * of_head,
+        cache=2 * (getattr(config, "num_key_value_heads", None) or heads) * of_head,
+        widest=max((max(shape) for shape in shapes), default=config.hidden_size),
+    )
+
+
+def _first(names: tuple[str, ...], present: set[str]) -> str | None:
+    return next((name for name in names if name in present), None)

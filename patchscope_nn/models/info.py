@@ -1,0 +1,126 @@
+"""What planning needs to know of a model; nothing here holds a weight."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """Where a model keeps its parts, as dotted module paths.
+
+    Attributes:
+        blocks: The list of decoder blocks.
+        attention: The attention module, inside a block; None where blocks have none.
+        mlp: The MLP, inside a block; None where blocks have none.
+        final_norm: The norm between the last block and the unembedding; None where there is none.
+        embed: The token embedding.
+        unembed: The linear map to the vocabulary.
+        arguments: The names the model's forward takes.
+        block_arguments: The names a block's forward takes, in order.
+        windows: For each block how many tokens back its attention sees; None for all.
+        packs: Whether blocks can be run one by one on segments of a sequence (see `layout.py`).
+        gives_tuples: Whether a block gives a tuple that starts with its states, and not the bare states.
+    """
+
+    blocks: str
+    attention: str | None
+    mlp: str | None
+    final_norm: str | None
+    embed: str
+    unembed: str
+    arguments: tuple[str, ...]
+    block_arguments: tuple[str, ...] = ()
+    windows: tuple[int | None, ...] = ()
+    packs: bool = False
+    gives_tuples: bool = False
+
+    @property
+    def caches(self) -> bool:
+        """Whether a forward can go on from an earlier one's keys and values."""
+        return "past_key_values" in self.arguments
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """How large a model's parts are, in numbers (not bytes): what a token costs, and what it takes to hold.
+
+    Attributes:
+        block_weights: The weights of a block's linear maps; 2 FLOPs each for a token.
+        unembed_weights: The weights of the unembedding; the same.
+        attention: The width of all attention heads together.
+        cache: The keys and values a block keeps of a token.
+        widest: The widest activation inside a block.
+    """
+
+    block_weights: int
+    unembed_weights: int
+    attention: int
+    cache: int
+    widest: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelInfo:
+    """A model, described.
+
+    Attributes:
+        name: The id, folder or `builtin:` name it was loaded by.
+        revision: The commit of a Hub model, where known.
+        family: transformers' `model_type`.
+        n_layers: The number of decoder blocks.
+        d_model: The size of a hidden state.
+        vocab_size: The number of logits.
+        n_positions: The longest prompt, in tokens; None where the config sets no limit.
+        dtype: The weights' dtype, for example `float32`.
+        device: The device of the embedding.
+        tied: Whether embedding and unembedding share their weights.
+        architecture: Where the parts are.
+        sizes: How large they are.
+    """
+
+    name: str
+    revision: str | None
+    family: str
+    n_layers: int
+    d_model: int
+    vocab_size: int
+    n_positions: int | None
+    dtype: str
+    device: str
+    tied: bool
+    architecture: Architecture
+    sizes: Sizes
+
+    @property
+    def bytes_per_number(self) -> int:
+        """The size of one number of its dtype, in bytes."""
+        return 2 if self.dtype in ("bfloat16", "float16") else 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """A model ready to be traced.
+
+    Attributes:
+        info: What is known of it.
+        tokenizer: Its transformers tokenizer.
+        traced: The `nnsight.TransformersModel`.
+    """
+
+    info: ModelInfo
+    tokenizer: Any
+    traced: Any
+
+    @property
+    def module(self) -> Any:
+        """The transformers model that nnsight wraps."""
+        return self.traced._module  # noqa: SLF001 (nnsight has no public name for it)
+
+
+def same_vocabulary(first: Model, second: Model) -> bool:
+    """Whether two models number their tokens alike, so that their distributions can be compared."""
+    if first.tokenizer is second.tokenizer:
+        return True
+    return bool(first.tokenizer.get_vocab() == second.tokenizer.get_vocab())

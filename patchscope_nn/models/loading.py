@@ -1,0 +1,193 @@
+"""Loading a model, or wrapping one that is loaded, and describing it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from patchscope_nn import builtin
+from patchscope_nn.errors import ModelError
+from patchscope_nn.models.architecture import find_architecture, input_device, measure
+from patchscope_nn.models.info import Model, ModelInfo
+
+_TASK = "text-generation"
+
+
+def load(
+    model: Any,
+    *,
+    revision: str | None = None,
+    dtype: Any = "auto",
+    device_map: Any = None,
+    tokenizer: Any = None,
+    **options: Any,
+) -> Model:
+    """Load a decoder, or wrap one that is already loaded.
+
+    Args:
+        model: A Hugging Face id, a folder, `builtin:smollm2-135m-instruct`, an
+            `nnsight.TransformersModel`, a transformers model, or a `Model` (returned as it is).
+        revision: The Hub revision.
+        dtype: A torch dtype or its name; `auto` keeps the checkpoint's own.
+        device_map: Passed to transformers.
+        tokenizer: The tokenizer; needed only for a transformers model whose own cannot be found.
+        **options: Passed to transformers' `from_pretrained` (`quantization_config`,
+            `attn_implementation`, ...).
+
+    Returns:
+        The model, its tokenizer, and what is known of it.
+
+    Raises:
+        ModelError: The model cannot be found, is no decoder, or hides its parts.
+    """
+    if isinstance(model, Model):
+        return model
+    if not isinstance(model, str | Path):
+        return _wrap(model, tokenizer)
+    name = str(model)
+    place, options = _locate(name), {**options, "revision": revision}
+    from nnsight import TransformersModel
+    from transformers import AutoConfig, AutoTokenizer
+
+    with _explained(name), _quiet():
+        _refuse_no_decoder(AutoConfig.from_pretrained(place, revision=revision), name)
+        tokenizer = tokenizer or AutoTokenizer.from_pretrained(place, revision=revision)
+        if device_map is not None:
+            options["device_map"] = device_map
+        traced = TransformersModel(
+            place, task=_TASK, tokenizer=tokenizer, dispatch=True, dtype=dtype, **options
+        )
+    return _describe(name, traced, tokenizer)
+
+
+def _locate(name: str) -> str:
+    """Where transformers finds a name: the converted folder of the builtin model, else the name."""
+    if not name.startswith("builtin:"):
+        return name
+    if name != builtin.NAME:
+        raise ModelError(f"{name!r} is no builtin model.", hint=f"The one there is: {builtin.NAME!r}.")
+    with _quiet():
+        folder = builtin.folder()
+    return builtin.HUB_ID if folder is None else str(folder)
+
+
+def _wrap(model: Any, tokenizer: Any) -> Model:
+    from nnsight import TransformersModel
+    from transformers import AutoTokenizer, PreTrainedModel
+
+    if isinstance(model, TransformersModel):
+        if not model.dispatched:
+            model.dispatch()
+        name = str(model.repo_id or model._module.config._name_or_path)  # noqa: SLF001 (its only name)
+        return _describe(name, model, tokenizer or model.tokenizer)
+    if not isinstance(model, PreTrainedModel):
+        raise ModelError(
+            f"a {type(model).__name__} is no model we can trace.",
+            hint="Give a Hugging Face id, a folder, a transformers model or an nnsight TransformersModel.",
+        )
+    name = model.config._name_or_path or type(model).__name__  # noqa: SLF001 (transformers' own name for it)
+    _refuse_no_decoder(model.config, name)
+    if model.get_output_embeddings() is None:
+        raise ModelError(
+            f"{name!r} ({type(model).__name__}) has no unembedding, so that nothing can be read from it.",
+            hint="Load it with its language modelling head: AutoModelForCausalLM.",
+        )
+    if tokenizer is None:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name)
+        except (OSError, ValueError) as error:
+            raise ModelError(
+                f"the tokenizer of {name!r} was not found.", hint="Give it: load(model, tokenizer=...)."
+            ) from error
+    return _describe(name, TransformersModel(model, task=_TASK, tokenizer=tokenizer), tokenizer)
+
+
+def _refuse_no_decoder(config: Any, name: str) -> None:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    text = config.get_text_config()
+    known = {config.model_type, text.model_type} & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    if config.is_encoder_decoder or not known:
+        kind = "an encoder-decoder" if config.is_encoder_decoder else "no language model transformers knows"
+        raise ModelError(
+            f"{name!r} ({config.model_type}) is {kind}; a Patchscope needs a decoder.",
+            hint="Use a causal language model, for example one of the Llama, GPT-2, Qwen or Gemma families.",
+        )
+
+
+def _describe(name: str, traced: Any, tokenizer: Any) -> Model:
+    module = traced._module  # noqa: SLF001 (as in Model.module)
+    config = module.config.get_text_config()
+    unembed, embed = module.get_output_embeddings(), module.get_input_embeddings()
+    architecture = find_architecture(module, n_layers=config.num_hidden_layers, name=name)
+    if getattr(config, "is_decoder", True) is False:
+        _refuse_looking_ahead(module, name)
+    info = ModelInfo(
+        name=name,
+        revision=getattr(module.config, "_commit_hash", None),
+        family=module.config.model_type,
+        n_layers=config.num_hidden_layers,
+        d_model=config.hidden_size,
+        vocab_size=config.vocab_size,
+        n_positions=getattr(config, "max_position_embeddings", None),
+        dtype=str(embed.weight.dtype).removeprefix("torch."),
+        device=str(input_device(module)),
+        tied=embed.weight is unembed.weight,
+        architecture=architecture,
+        sizes=measure(module, block=module.get_submodule(architecture.blocks)[0]),
+    )
+    return Model(info=info, tokenizer=tokenizer, traced=traced)
+
+
+def _refuse_looking_ahead(module: Any, name: str) -> None:
+    """Some encoders pass for language models; in a decoder a later token cannot change an earlier state."""
+    import torch
+
+    ids = torch.tensor([[1, 2, 3], [1, 2, 4]], device=input_device(module))
+    with torch.no_grad():
+        first, second = module(input_ids=ids).logits[:, 0]
+    if not torch.allclose(first, second, atol=1e-3):
+        raise ModelError(
+            f"{name!r} ({type(module).__name__}) is an encoder: its tokens see those after them.",
+            hint="Use a causal language model.",
+        )
+
+
+@contextmanager
+def _explained(name: str) -> Iterator[None]:
+    """Turn what loading raises into one message that says what to do."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError) as error:
+        if isinstance(error, ModelError):
+            raise
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        reason = lines[-1 if "original errors" in lines[0] else 0]  # transformers gives the reason last
+        raise ModelError(f"the model {name!r} could not be loaded: {reason}", hint=_hint(name)) from error
+
+
+def _hint(name: str) -> str:
+    if name.startswith("builtin:"):
+        return f"Install its weights: {builtin.INSTALL}"
+    if Path(name).exists() or name.startswith((".", "/", "~")):
+        return "A model folder holds config.json, the weights and the tokenizer's files."
+    return (
+        f"Check the id, your connection and (for gated models) your token; or use {builtin.NAME!r}, "
+        "which needs no Hub."
+    )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers' loading bars out of the terminal; ours is the one the user watches."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

@@ -1,0 +1,158 @@
+"""Row packing: the target passes of a step. Transformation 5 of a plan.
+
+Cells go as segments of one sequence where the architecture lets them, else as rows of a padded batch. They
+are sorted by l*, so that the cells of a pass enter at nearly the same block and run together from there on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+from patchscope_nn.cells import Cell, Sweep
+from patchscope_nn.plan.budget import Budget, Costs
+from patchscope_nn.plan.layout import branches_at, lay_out, needed_end
+from patchscope_nn.plan.passes import Optimisations, TargetPass
+from patchscope_nn.spec import Choices, Generate, read_position
+
+#: With clean prompts among them, or where decoding goes on for long, a sequence may be this much longer.
+_LONGER = 4
+
+
+def packs(sweep: Sweep, optimisations: Optimisations) -> bool:
+    """Whether the cells of a sweep go as segments of one sequence."""
+    wanted = optimisations.prefix_sharing or optimisations.late_entry
+    return wanted and sweep.target.architecture.packs and sweep.scope.target.site == "residual"
+
+
+class Packer:
+    """Plans the target passes of one step after the other."""
+
+    def __init__(self, sweep: Sweep, budget: Budget, optimisations: Optimisations) -> None:
+        self.sweep, self.optimisations = sweep, optimisations
+        self.costs, self.memory = Costs(info=sweep.target), budget.memory
+        self.max_rows = budget.max_rows if optimisations.row_packing else 1
+        self.decodes = sweep.scope.readout.decodes
+
+    def passes(self, cells: Sequence[Cell], prefix: Sequence[int]) -> tuple[TargetPass, ...]:
+        """Serve the cells of a step.
+
+        Args:
+            cells: The cells.
+            prefix: What all their target prompts begin with, to be run once.
+
+        Returns:
+            The passes, whose cells are places in `cells`.
+        """
+        if not packs(self.sweep, self.optimisations):
+            return self.padded(cells)
+        shared = len(prefix)
+
+        def entry(place: int) -> tuple[int, int, int]:
+            cell = cells[place]
+            layer = cell.target_layer
+            # Cells that need a trunk stand beside those that need the same one.
+            trunk = cell.target_prompt if branches_at(cell) > shared else -1
+            length = self.prompt_tokens(cell) if self.decodes else 0
+            return length, trunk, -2 if layer is None else layer
+
+        late = self.optimisations.late_entry
+        return tuple(
+            TargetPass(
+                batch,
+                lay_out(self.sweep, [cells[place] for place in batch], prefix=shared, late_entry=late),
+            )
+            for batch in self._sequences(cells, sorted(range(len(cells)), key=entry), shared)
+        )
+
+    def padded(self, cells: Sequence[Cell]) -> tuple[TargetPass, ...]:
+        """Serve the cells of a step as rows of padded batches: prompts of one length together."""
+
+        def entry(place: int) -> tuple[int, int]:
+            layer = cells[place].target_layer
+            return self.row_tokens(cells[place]), -2 if layer is None else layer
+
+        def fits(batch: Sequence[int]) -> bool:
+            longest = cells[batch[-1]]  # and is read as far back as any, since they are sorted
+            width, read = self.row_tokens(longest), self.read_back(longest)
+            size = self.costs.batch(len(batch), width, read=read, decodes=self.decodes)
+            return size <= self.memory and len(batch) <= self.max_rows
+
+        return tuple(TargetPass(batch) for batch in cut(sorted(range(len(cells)), key=entry), fits))
+
+    def _sequences(
+        self, cells: Sequence[Cell], places: Sequence[int], prefix: int
+    ) -> Iterator[tuple[int, ...]]:
+        """Cut a step's cells into passes; a clean prompt counts once a pass.
+
+        Where decoding goes on from a pass, its prompts have one length, so that its rows need no padding.
+        """
+        most_own = self.costs.longest_sequence * (_LONGER if self.decodes else 1)
+        batch: list[int] = []
+        trunks: set[int] = set()
+        own_tokens = tokens = width = 0
+        for place in places:
+            cell = cells[place]
+            own = needed_end(self.sweep, cell) - branches_at(cell)
+            trunk = needed_end(self.sweep, cell) - prefix
+            more = own + trunk * (cell.target_prompt not in trunks)
+            if batch:
+                rows, wide = len(batch) + 1, max(width, self.row_tokens(cell))
+                full = rows > self.max_rows or self._bytes(tokens + more, prefix, rows, wide) > self.memory
+                long = own_tokens + own > most_own or tokens + more > _LONGER * self.costs.longest_sequence
+                last = cells[batch[-1]]
+                other = self.decodes and self.prompt_tokens(cell) != self.prompt_tokens(last)
+                if full or other or (long and own_tokens):
+                    yield tuple(batch)
+                    batch, trunks, own_tokens, tokens, width = [], set(), 0, 0, 0
+                    more = own + trunk
+            batch.append(place)
+            trunks.add(cell.target_prompt)
+            own_tokens += own
+            tokens += more
+            width = max(width, self.row_tokens(cell))
+        if batch:
+            yield tuple(batch)
+
+    def _bytes(self, tokens: int, prefix: int, rows: int, width: int) -> int:
+        read = rows if self.optimisations.lean_readout else tokens
+        packed = self.costs.packed(tokens, prefix, read)
+        return packed + 2 * self.costs.cached(rows * width) if self.decodes else packed
+
+    def read_back(self, cell: Cell) -> int:
+        """How many positions of a cell's row, from the end, reach the unembedding."""
+        whole = self.prompt_tokens(cell)
+        return (
+            whole - read_position(self.sweep.scope.readout, whole)
+            if self.optimisations.lean_readout
+            else whole
+        )
+
+    def prompt_tokens(self, cell: Cell) -> int:
+        """The tokens of a cell's target prompt."""
+        return len(self.sweep.target_prompts[cell.target_prompt].ids)
+
+    def row_tokens(self, cell: Cell) -> int:
+        """The tokens of a cell's row, those its readout appends included."""
+        return self.prompt_tokens(cell) + appended(self.sweep, cell)
+
+
+def appended(sweep: Sweep, cell: Cell) -> int:
+    """How many tokens, at the most, a readout puts behind a cell's prompt."""
+    readout = sweep.scope.readout
+    if isinstance(readout, Generate):
+        return readout.max_new_tokens
+    if isinstance(readout, Choices):
+        return max(len(ids) for ids in sweep.resolved[cell.row].continuations)
+    return 0
+
+
+def cut(items: Sequence[int], fits: Callable[[Sequence[int]], bool]) -> Iterator[tuple[int, ...]]:
+    """Cut items, in order, into the longest batches that fit; one item always does."""
+    batch: list[int] = []
+    for item in items:
+        if batch and not fits([*batch, item]):
+            yield tuple(batch)
+            batch = []
+        batch.append(item)
+    if batch:
+        yield tuple(batch)

@@ -1,0 +1,138 @@
+"""Source sharing: which source prompts a step runs, and what it reads of them. Transformation 4 of a plan.
+
+A prompt is run in the first step that needs it, once, for every state that a cell of this or any later step
+reads of it. What later steps need is kept until the last data row that reads the prompt has run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from patchscope_nn.cells import Cell, Sweep
+from patchscope_nn.plan.budget import Budget, Costs
+from patchscope_nn.plan.passes import Optimisations, SourcePass, State
+
+
+def states_of(cell: Cell) -> Iterator[State]:
+    """What a cell needs of source passes."""
+    if cell.source_prompt is not None and cell.source_positions is not None:
+        yield State(cell.source_prompt, cell.source_positions, cell.source_layer)
+    if cell.reference is not None:
+        prompt, position = cell.reference
+        yield State(prompt, (position,), None)
+
+
+class Reads(NamedTuple):
+    """What a step reads of its sources.
+
+    Attributes:
+        passes: The source passes.
+        carried: States that come in from earlier steps.
+        kept: States of these passes that later steps need.
+        dropped: States that no later step needs any more.
+    """
+
+    passes: tuple[SourcePass, ...]
+    carried: tuple[State, ...] = ()
+    kept: tuple[State, ...] = ()
+    dropped: tuple[State, ...] = ()
+
+
+class Reader:
+    """Plans the source passes of one step after the other.
+
+    Args:
+        sweep: The sweep.
+        budget: What a pass may hold.
+        optimisations: What it may do to run less.
+        rows: The data rows, in the order in which they run.
+    """
+
+    def __init__(
+        self, sweep: Sweep, budget: Budget, optimisations: Optimisations, *, rows: Sequence[int]
+    ) -> None:
+        self.sweep, self.budget = sweep, budget
+        self.sharing = optimisations.source_sharing
+        self.costs = Costs(info=sweep.source)
+        self._held: dict[State, None] = {}
+        self._last: dict[int, int] = {}
+        self._readers: dict[int, list[int]] = {}
+        for place, row in enumerate(rows):
+            for prompt, _ in sweep.cells.sources(row):
+                self._last[prompt] = place
+                self._readers.setdefault(prompt, []).append(row)
+
+    def read(self, cells: Sequence[Cell], *, next_row: int) -> Reads:
+        """Plan the source passes of a step.
+
+        Args:
+            cells: The step's cells.
+            next_row: The first place in the order of rows that has cells in later steps.
+
+        Returns:
+            The passes, and the states that come and go.
+        """
+        needed = dict.fromkeys(state for cell in cells for state in states_of(cell))
+        if not self.sharing:
+            return Reads(tuple(SourcePass((state.prompt,), (state,), whole=True) for state in needed))
+        carried = tuple(state for state in needed if state in self._held)
+        missing = [state for state in needed if state not in self._held]
+        fresh: dict[int, dict[State, None]] = {}
+        for state in missing:
+            fresh.setdefault(state.prompt, {})[state] = None
+        for prompt, states in fresh.items():
+            if self._last[prompt] >= next_row:
+                states.update(dict.fromkeys(self._all(prompt)))
+        passes = tuple(self._batches(fresh))
+        kept = tuple(state for one in passes for state in one.states if self._last[state.prompt] >= next_row)
+        self._held |= dict.fromkeys(kept)
+        dropped = tuple(state for state in self._held if self._last[state.prompt] < next_row)
+        for state in dropped:
+            del self._held[state]
+        return Reads(passes, carried, kept, dropped)
+
+    def _all(self, prompt: int) -> Iterator[State]:
+        """Every state that any cell reads of a prompt."""
+        cells = self.sweep.cells
+        for row in dict.fromkeys(self._readers[prompt]):
+            for read, places in cells.sources(row):
+                if read == prompt:
+                    for positions in places:
+                        yield from (State(prompt, positions, layer) for layer in cells.layers)
+                        if cells.compares and prompt == self.sweep.resolved[row].source_prompt:
+                            yield State(prompt, positions[-1:], None)
+
+    def _batches(self, fresh: dict[int, dict[State, None]]) -> Iterator[SourcePass]:
+        """Cut prompts, those of similar length together, into batches within the budget."""
+        batch: list[int] = []
+        for prompt in sorted(fresh, key=self._length):
+            if batch and not self._fits([*batch, prompt], fresh):
+                yield _batch(batch, fresh)
+                batch = []
+            batch.append(prompt)
+        if batch:
+            yield _batch(batch, fresh)
+
+    def _fits(self, batch: Sequence[int], fresh: dict[int, dict[State, None]]) -> bool:
+        width = self._length(batch[-1])
+        read = max(self._read_back(prompt, fresh[prompt]) for prompt in batch)
+        size = self.costs.batch(len(batch), width, read=read, decodes=False)
+        wide = len(batch) * width > _TOKENS_PER_SEQUENCE * self.costs.longest_sequence
+        return len(batch) <= self.budget.max_rows and size <= self.budget.memory and not wide
+
+    def _read_back(self, prompt: int, states: dict[State, None]) -> int:
+        """How many positions, from the end, have to reach the unembedding."""
+        finals = [state.positions[-1] for state in states if state.layer is None]
+        return self._length(prompt) - min(finals) if finals else 0
+
+    def _length(self, prompt: int) -> int:
+        return len(self.sweep.source_prompts[prompt].ids)
+
+
+#: A padded batch has no mask that grows with its square; it may be longer than a packed sequence.
+_TOKENS_PER_SEQUENCE = 4
+
+
+def _batch(prompts: Sequence[int], fresh: dict[int, dict[State, None]]) -> SourcePass:
+    return SourcePass(tuple(prompts), tuple(state for prompt in prompts for state in fresh[prompt]))
