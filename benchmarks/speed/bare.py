@@ -13,7 +13,7 @@ import torch
 from torch.nn.functional import linear
 
 #: The vocabulary is unembedded in tiles, so that the logits of many rows stay in the cache.
-_TILE_BYTES = 2**23
+_TILE_BYTES = 2**21
 
 
 @dataclass(frozen=True)
