@@ -166,6 +166,7 @@ def _target(
             target.info, keep=-min(positions) if plan.optimisations.lean_readout else None, cache=decodes
         ),
         "writes": _by_layer(writes),
+        "rereads": decodes and not target.info.architecture.caches,
         "positions": positions,
         "readout": readout,
     }
@@ -318,7 +319,7 @@ def _readout(plan: Plan, cells: Sequence[Cell], numbers: Mapping[State, int], ta
             "stops": list(stop_ids(target.tokenizer, readout.stop) if readout.stop else ()),
             "temperature": readout.temperature,
             "seeds": [cell.seed for cell in cells],
-            "leaving": plan.optimisations.early_leaving,
+            "leaving": plan.optimisations.early_leaving and target.info.architecture.caches,
         }
     elif isinstance(readout, Choices):
         continuations = [[list(ids) for ids in resolved[cell.row].continuations] for cell in cells]

@@ -273,7 +273,7 @@ def test_prompts_that_begin_alike_run_behind_one_prefix(model):
 
 def test_a_prefix_runs_once_for_all_the_steps_behind_it(model):
     scope = scope_of(target_layer=[0, 1, 2, 3], readout=NextToken())
-    planned = plan(sweep_of(model, scope, rows=[{"s": "Paris", "t": TEXTS[4]}]), max_rows=2)
+    planned = plan(sweep_of(model, scope, rows=[{"s": "Paris", "t": TEXTS[4]}]), max_rows=1)
     counts = count(planned)
     assert (counts.steps, [len(step.prefix) for step in planned.steps()]) == (2, [6, 6])
     assert counts.target_tokens == 6 + 16
@@ -329,7 +329,7 @@ def test_what_is_predicted_is_what_runs(family, readout, off, tiny_model, monkey
     ]
     scope = scope_of(position={"each": [0, -1]}, target_layer=[0, 2], readout=readout)
     sweep = sweep_of(model, scope, rows=rows, controls=["unpatched", "shuffled"])
-    planned = plan(sweep, context="session", max_rows=20, optimisations=used)
+    planned = plan(sweep, context="session", max_rows=10, optimisations=used)
     mapping = resolve_mapping("identity", source=model.info, target=model.info)
     backend = backend_for(remote=False)
     with counted(model) as found:

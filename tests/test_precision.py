@@ -1,4 +1,4 @@
-"""Other precisions and places of the weights: the same results as far as they go, and the record says which."""
+"""Other precisions and places of the weights: the same results as far as they go, and on the record."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import nnsight
@@ -35,10 +36,34 @@ def in_target(
         if one["readout"]["name"] == "hidden":
             rows = in_hidden(one["cells"], written)
             tracer.stop()
+        elif one["rereads"]:
+            logits = in_positions(model.output.logits, one["positions"]).clone()
         else:
             logits = in_positions(model.output.logits, one["positions"])
             rows = in_readout(model, one["readout"], logits, model.output.get("past_key_values"), states)
+    if one["rereads"]:
+        forward = in_rereading(model, one, states, paths, mapping)
+        rows = in_readout(forward, one["readout"], logits, one["inputs"]["input_ids"], states)
     return rows
+
+
+def in_rereading(
+    model: Any, one: Work, states: dict[int, torch.Tensor], paths: dict[str, str], mapping: list[Any]
+) -> Any:
+    """A model that keeps no keys and values, as a function that takes the ids read so far for these.
+
+    It reads the prompt again, with the patch: the tokens behind it are not patched, as ever.
+    """
+
+    def forward(input_ids: torch.Tensor, past_key_values: torch.Tensor, **given: Any) -> Any:
+        ids = torch.cat([past_key_values.to(input_ids.device), input_ids], dim=1)
+        with model.trace(input_ids=ids, attention_mask=given["attention_mask"]):
+            for layer, writes in one["writes"]:
+                in_write(in_site(model, paths, layer, one), writes, states, mapping)
+            logits = model.output.logits[:, -input_ids.shape[1] :].clone()
+        return SimpleNamespace(logits=logits, past_key_values=ids)
+
+    return forward
 
 
 def in_positions(logits: torch.Tensor, positions: list[int]) -> torch.Tensor:

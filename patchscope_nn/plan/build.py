@@ -165,7 +165,13 @@ def plan(
         _skipped=found.skipped,
     )
     few = sum(found.running.values()) <= _FEW
-    if usual == "session" and (context == "fused" or (context == "auto" and few)):
+    rereads = sweep.scope.readout.decodes and not sweep.target.architecture.caches
+    if rereads and context == "fused":
+        raise InputError(
+            f"context='fused' decodes from keys and values, and {sweep.target.family} keeps none.",
+            hint="Use context='session' (or 'auto').",
+        )
+    if usual == "session" and (context == "fused" or (context == "auto" and few and not rereads)):
         return replace(planned, _fused=_fuse(planned, forced=context == "fused"))
     return planned
 

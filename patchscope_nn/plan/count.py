@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 from patchscope_nn.models import ModelInfo
 from patchscope_nn.plan.build import Plan, plan
-from patchscope_nn.plan.pack import appended
 from patchscope_nn.plan.passes import Optimisations, SourcePass, Step, TargetPass
 from patchscope_nn.spec import Choices, Generate, Hidden
 
@@ -173,12 +172,18 @@ def _target(planned: Plan, step: Step, one: TargetPass) -> Counts:
 
 
 def _appended(planned: Plan, step: Step, one: TargetPass) -> int:
-    """How many tokens the readout of a pass appends, all rows together."""
+    """How many tokens run behind the prompts of a pass, all rows together.
+
+    Where no keys and values are kept, the prompts run again with them.
+    """
     sweep, cells = planned.sweep, [step.cells[place] for place in one.cells]
     readout = sweep.scope.readout
+    again = 0 if sweep.target.architecture.caches else target_width(planned, step, one)
     if isinstance(readout, Generate):  # the last token that is decoded is not read
-        return sum(appended(sweep, cell) - 1 for cell in cells)
+        most = readout.max_new_tokens - 1
+        return len(cells) * (sum(again + place for place in range(1, most + 1)) if again else most)
     if isinstance(readout, Choices):
         columns = zip(*(sweep.resolved[cell.row].continuations for cell in cells), strict=True)
-        return sum((max(map(len, column)) - 1) * len(cells) for column in columns)
+        more = (max(map(len, column)) - 1 for column in columns)
+        return len(cells) * sum(again + tokens for tokens in more if tokens)
     return 0

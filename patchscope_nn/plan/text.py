@@ -70,6 +70,9 @@ def _facts(planned: Plan, totals: Counts) -> Iterator[str]:
     )
     if not packs(sweep, planned.optimisations) and planned.n_cells:
         yield f"note: {_why_padded(planned)}, so that every cell is a row of a padded batch of whole prompts"
+    if sweep.scope.readout.decodes and not sweep.target.architecture.caches:
+        name = sweep.target.family
+        yield f"note: {name} keeps no keys and values: each token that is decoded reads its prompt again"
     if sinks := _sinks(planned):
         yield f"note: {sinks}, in most models an attention sink, whose state is huge and says little"
 

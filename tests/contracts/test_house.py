@@ -105,7 +105,7 @@ TRAVELS = {
     "mappings": ("apply_mapping",),
 }
 #: What they may name besides each other. transformers, and so its cache, is on every server.
-ALLOWED = {"Any", "torch", "nnsight", "copy", "DynamicCache"}
+ALLOWED = {"Any", "torch", "nnsight", "copy", "SimpleNamespace", "DynamicCache"}
 ALLOWED |= {"apply_mapping", "read_choices", "read_generate", "read_next_token"}
 
 
