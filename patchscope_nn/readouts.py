@@ -15,6 +15,8 @@ import torch
 
 #: Taking rows out copies the cache of those that stay; it pays once one in so many has ended.
 _LEAVING = 8
+#: How many logits of a batch are worked on at a time, on a CPU.
+_IN_CACHE = 3 * 2**19
 #: A logit so far below the top one has a probability of exactly 0.
 _NOTHING = -1e4
 
@@ -50,7 +52,13 @@ def read_next_token(
         own = torch.tensor([place[number] for number in compared], device=logits.device)
         if from_source:
             wanted = before.argmax(-1)[own][:, None]
-    found = read_logits(logits, top_k=top_k, wanted=wanted)
+    # On a CPU what is computed of few rows at a time stays in its cache.
+    size = max(1, _IN_CACHE // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
+    parts = [
+        read_logits(some, top_k=top_k, wanted=ids)
+        for some, ids in zip(logits.split(size), wanted.split(size), strict=True)
+    ]
+    found = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     if before is not None:
         found["surprisal_nats"] = -before[own, found["top_ids"][:, 0]]
     if wanted.shape[1]:

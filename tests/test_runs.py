@@ -117,7 +117,7 @@ def test_the_same_call_again_computes_nothing(tiny_model, tmp_path, counting):
 
 @pytest.mark.parametrize("dies_after", [1, 2, 3])
 def test_an_interrupted_run_goes_on_where_it_was(tiny_model, tmp_path, counting, dies_after):
-    small = {"max_rows": 3}
+    small = {"max_rows": 2}
     whole = ps.run(scope(), **small, **asked(tiny_model()))
     dying = counting(dies_after=dies_after)
     with pytest.raises(KeyboardInterrupt):
