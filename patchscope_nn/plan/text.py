@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -143,12 +144,7 @@ def _add_step(branch: Any, planned: Plan, number: int, step: Step) -> None:
             node.add(Text(f"target: {len(target.cells)} rows x {width} tokens"))
             continue
         trunks = sum(segment.cell is None for segment in target.layout.segments)
-        blocks = count_step(planned, _only(step, target)).target_blocks
+        only = replace(step, sources=(), targets=(target,), prefix=())
+        blocks = count_step(planned, only).target_blocks
         size = f"{target.layout.n_tokens} tokens, {blocks} tokens x blocks"
         node.add(Text(f"target: {len(target.cells)} cells and {trunks} clean prompts packed into {size}"))
-
-
-def _only(step: Step, target: Any) -> Step:
-    from dataclasses import replace
-
-    return replace(step, sources=(), targets=(target,), prefix=())
