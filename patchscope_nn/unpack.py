@@ -15,7 +15,7 @@ from patchscope_nn.cells import Cell
 from patchscope_nn.layers import EMBED
 from patchscope_nn.mappings import ResolvedMapping
 from patchscope_nn.models import Model, ModelInfo
-from patchscope_nn.plan import Layout, Plan, Segment, SourcePass, State, Step
+from patchscope_nn.plan import Layout, Plan, Segment, SourcePass, State, Step, shares_attention
 from patchscope_nn.spec import Choices, Generate, NextToken, read_position
 
 Work = dict[str, Any]
@@ -209,7 +209,11 @@ def _packed(
     options: Work = {"use_cache": True}
     if plan.optimisations.lean_readout and "logits_to_keep" in info.architecture.arguments:
         options["logits_to_keep"] = torch.tensor(read)
-    depth = layout.depth
+    own = (
+        _own(layout)
+        if shares_attention(plan.sweep, plan.optimisations, cells, prefix=layout.prefix)
+        else None
+    )
     return {
         "cells": len(cells),
         "inputs": inputs,
@@ -217,10 +221,13 @@ def _packed(
         "writes": _by_layer(writes),
         "readout": readout,
         "layout": {
-            "depth": depth,
+            "depth": layout.depth,
             "entering": layout.running(EMBED),
             "bases": _bases(segments),
-            "allowed": _allowed(layout),
+            "prefix": layout.prefix,
+            "n_tokens": layout.n_tokens,
+            "own": own,
+            "allowed": None if own is not None else _allowed(layout),
             "key_positions": torch.tensor([*range(layout.prefix), *positions]),
             "windows": list(info.architecture.windows),
             "tuples": info.architecture.gives_tuples,
@@ -264,6 +271,22 @@ def _allowed(layout: Layout) -> torch.Tensor:
             start = prefix + trunk.offset
             allowed[rows, start : start + min(segment.first, trunk.last) - trunk.first] = True
     return allowed
+
+
+def _own(layout: Layout) -> torch.Tensor:
+    """(n_tokens, n_own): which tokens of the sequence, behind the prefix, each sees; -1 for none."""
+    seen = []
+    for segment in layout.segments:
+        before: list[int] = []
+        if segment.trunk is not None:
+            trunk = layout.segments[segment.trunk]
+            before = list(range(trunk.offset, trunk.offset + min(segment.first, trunk.last) - trunk.first))
+        seen += [
+            [*before, *range(segment.offset, segment.offset + at + 1)]
+            for at in range(segment.last - segment.first)
+        ]
+    most = max(map(len, seen))
+    return torch.tensor([one + [-1] * (most - len(one)) for one in seen])
 
 
 def _rows(layout: Layout, width: int) -> Work:

@@ -103,6 +103,7 @@ def run(
     row_packing: options.RowPacking = True,
     prefix_sharing: options.PrefixSharing = True,
     late_entry: options.LateEntry = True,
+    shared_attention: options.SharedAttention = True,
     lean_readout: options.LeanReadout = True,
     early_leaving: options.EarlyLeaving = True,
     json: options.Json = False,
@@ -118,6 +119,7 @@ def run(
         row_packing=row_packing,
         prefix_sharing=prefix_sharing,
         late_entry=late_entry,
+        shared_attention=shared_attention,
         lean_readout=lean_readout,
         early_leaving=early_leaving,
     )
@@ -172,6 +174,7 @@ def plan(
     row_packing: options.RowPacking = True,
     prefix_sharing: options.PrefixSharing = True,
     late_entry: options.LateEntry = True,
+    shared_attention: options.SharedAttention = True,
     lean_readout: options.LeanReadout = True,
     early_leaving: options.EarlyLeaving = True,
     json: options.Json = False,
@@ -188,6 +191,7 @@ def plan(
         row_packing=row_packing,
         prefix_sharing=prefix_sharing,
         late_entry=late_entry,
+        shared_attention=shared_attention,
         lean_readout=lean_readout,
         early_leaving=early_leaving,
     )

@@ -94,6 +94,9 @@ PrefixSharing: TypeAlias = Annotated[
     bool, _switch("prefix-sharing", "Run what target prompts begin with once.")
 ]
 LateEntry: TypeAlias = Annotated[bool, _switch("late-entry", "Let a cell skip the blocks below l*.")]
+SharedAttention: TypeAlias = Annotated[
+    bool, _switch("shared-attention", "Attend to what cells share apart from what is their own.")
+]
 LeanReadout: TypeAlias = Annotated[bool, _switch("lean-readout", "Unembed only the positions that are read.")]
 EarlyLeaving: TypeAlias = Annotated[
     bool, _switch("early-leaving", "Let rows that met their end leave the batch.")

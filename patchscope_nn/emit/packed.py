@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
+from patchscope_nn.emit.attention import in_attending
 from patchscope_nn.emit.states import in_blocks, in_hidden, in_readout, in_write
 from patchscope_nn.unpack import Work
 
@@ -43,6 +44,9 @@ def in_packed(
     written: dict[int, Any] = {}
     masks: dict[Any, torch.Tensor] = {}
     cache = DynamicCache() if prefix is None else _in_fork(prefix)
+    attending = None
+    if packed["own"] is not None:
+        attending = in_attending(cache, packed["prefix"], packed["own"])
     with model.trace(**one["inputs"], **one["options"], past_key_values=cache) as tracer:
         blocks = in_blocks(model, paths)
         for layer in range(packed["depth"]):
@@ -53,8 +57,12 @@ def in_packed(
                     written.update(in_write(hidden, writes[-1], states, mapping))
             if hidden.shape[1]:
                 given = dict(zip(packed["names"], args, strict=False)) | kwargs
-                given = _in_running(given, hidden, packed, packed["windows"][layer], masks)
-                output = blocks[layer](**given)
+                given = _in_narrowed(given, hidden, packed["n_tokens"])
+                if attending is None:
+                    given["attention_mask"] = _in_mask(packed, hidden, packed["windows"][layer], masks)
+                    output = blocks[layer](**given)
+                else:
+                    output = _in_attended(blocks[layer], given, attending, layer)
                 hidden = output[0] if packed["tuples"] else output
             hidden = _in_joined(hidden, packed["bases"].get(layer))
             if layer in writes:
@@ -80,23 +88,22 @@ def _in_fork(prefix: Any) -> Any:
     return fork
 
 
-def _in_running(
-    given: dict[str, Any],
-    hidden: torch.Tensor,
-    packed: Work,
-    window: int | None,
-    masks: dict[Any, torch.Tensor],
-) -> dict[str, Any]:
+def _in_narrowed(given: dict[str, Any], hidden: torch.Tensor, total: int) -> dict[str, Any]:
     """What a block is called with, for the tokens that run: the first so many of the sequence."""
-    count = hidden.shape[1]
-    total = packed["allowed"].shape[0]
-    if (count, window) not in masks:
-        masks.clear()
-        masks[count, window] = _in_mask(packed, count, window, hidden)
-    narrowed = {name: _in_narrow(value, count, total) for name, value in given.items()}
-    narrowed["hidden_states"] = hidden
-    narrowed["attention_mask"] = masks[count, window]
-    return narrowed
+    narrowed = {name: _in_narrow(value, hidden.shape[1], total) for name, value in given.items()}
+    return narrowed | {"hidden_states": hidden, "attention_mask": None}
+
+
+def _in_attended(block: Any, given: dict[str, Any], attending: Any, layer: int) -> Any:
+    """Call a block that attends as `attending` does."""
+    attending.layer, calls = layer, attending.calls
+    with attending:
+        output = block(**given)
+    if attending.calls != calls + 1:
+        raise RuntimeError(
+            f"block {layer} does not attend as the first one does; run without shared attention"
+        )
+    return output
 
 
 def _in_narrow(value: Any, count: int, total: int) -> Any:
@@ -111,16 +118,22 @@ def _in_narrow(value: Any, count: int, total: int) -> Any:
     return value
 
 
-def _in_mask(packed: Work, count: int, window: int | None, hidden: torch.Tensor) -> torch.Tensor:
+def _in_mask(
+    packed: Work, hidden: torch.Tensor, window: int | None, masks: dict[Any, torch.Tensor]
+) -> torch.Tensor:
     """What may attend to what, as a mask to be added: (1, 1, n_running, n_prefix + n_running)."""
-    keys = packed["key_positions"]
-    seen = len(keys) - packed["allowed"].shape[0] + count
-    allowed = packed["allowed"][:count, :seen]
-    if window is not None:
-        positions = keys[len(keys) - packed["allowed"].shape[0] :][:count]
-        allowed = allowed & (positions[:, None] - keys[None, :seen] < window)
-    mask = torch.zeros(allowed.shape, dtype=hidden.dtype, device=hidden.device)
-    return mask.masked_fill_(~allowed.to(hidden.device), torch.finfo(hidden.dtype).min)[None, None]
+    count, keys = hidden.shape[1], packed["key_positions"]
+    if (count, window) not in masks:
+        masks.clear()
+        seen = packed["prefix"] + count
+        allowed = packed["allowed"][:count, :seen]
+        if window is not None:
+            positions = keys[packed["prefix"] :][:count]
+            allowed = allowed & (positions[:, None] - keys[None, :seen] < window)
+        mask = torch.zeros(allowed.shape, dtype=hidden.dtype, device=hidden.device)
+        mask.masked_fill_(~allowed.to(hidden.device), torch.finfo(hidden.dtype).min)
+        masks[count, window] = mask[None, None]
+    return masks[count, window]
 
 
 def _in_joined(hidden: torch.Tensor, bases: list[int] | None) -> torch.Tensor:

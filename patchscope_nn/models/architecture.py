@@ -54,7 +54,7 @@ def find_architecture(module: Any, *, n_layers: int, name: str) -> Architecture:
     windows = _windows(module.config.get_text_config())
     outer = {part for part, _ in decoder.named_children()}
     norm = _first(_FINAL_NORM, outer)
-    given = _gives(module, block)
+    given, attends = _look(module, block)
     return Architecture(
         blocks=blocks,
         attention=_first(_ATTENTION, inner),
@@ -67,6 +67,7 @@ def find_architecture(module: Any, *, n_layers: int, name: str) -> Architecture:
         windows=windows or (None,) * n_layers,
         packs=windows is not None and _packs(module, block_arguments) and given is not None,
         gives_tuples=given is tuple,
+        attends=attends,
     )
 
 
@@ -99,11 +100,23 @@ class _Seen(Exception):  # noqa: N818 (it is no error: it ends a forward that ha
     """Raised by a hook."""
 
 
-def _gives(module: Any, block: Any) -> type | None:
-    """What blocks give, `torch.Tensor` or a `tuple` that starts with one: run one token through the first."""
+def _look(module: Any, block: Any) -> tuple[type | None, bool]:
+    """Run one token through the first block.
+
+    Returns:
+        What blocks give, `torch.Tensor` or a `tuple` that starts with one; and whether they call PyTorch's
+        attention.
+    """
     import torch
+    from torch.overrides import TorchFunctionMode
 
     found: list[Any] = []
+    called: set[Any] = set()
+
+    class Noting(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            called.add(func)
+            return func(*args, **(kwargs or {}))
 
     def look(_module: Any, _given: Any, output: Any) -> None:
         found.append(output)
@@ -111,14 +124,15 @@ def _gives(module: Any, block: Any) -> type | None:
 
     handle = block.register_forward_hook(look)
     try:
-        with torch.no_grad(), suppress(_Seen):
+        with torch.no_grad(), suppress(_Seen), Noting():
             ids = torch.ones(1, 1, dtype=torch.long, device=input_device(module))
             module(input_ids=ids, use_cache=False)
     finally:
         handle.remove()
-    if found and isinstance(found[0], torch.Tensor):
-        return torch.Tensor
-    return tuple if found and isinstance(found[0], tuple) else None
+    attends = torch.nn.functional.scaled_dot_product_attention in called
+    return next(
+        (kind for kind in (torch.Tensor, tuple) if found and isinstance(found[0], kind)), None
+    ), attends
 
 
 def input_device(module: Any) -> Any:

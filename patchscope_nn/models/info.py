@@ -22,6 +22,7 @@ class Architecture:
         windows: For each block how many tokens back its attention sees; None for all.
         packs: Whether blocks can be run one by one on segments of a sequence (see `layout.py`).
         gives_tuples: Whether a block gives a tuple that starts with its states, and not the bare states.
+        attends: Whether blocks call PyTorch's `scaled_dot_product_attention`.
     """
 
     blocks: str
@@ -35,6 +36,7 @@ class Architecture:
     windows: tuple[int | None, ...] = ()
     packs: bool = False
     gives_tuples: bool = False
+    attends: bool = False
 
     @property
     def caches(self) -> bool:

@@ -8,6 +8,7 @@ from patchscope_nn.plan.budget import MAX_ROWS, MEMORY, Budget
 from patchscope_nn.plan.build import Plan, plan
 from patchscope_nn.plan.count import Counts, count, count_step, stages
 from patchscope_nn.plan.layout import Layout, Segment
+from patchscope_nn.plan.pack import shares_attention
 from patchscope_nn.plan.passes import Context, Optimisations, SourcePass, State, Step, TargetPass
 
 __all__ = [
@@ -27,5 +28,6 @@ __all__ = [
     "count",
     "count_step",
     "plan",
+    "shares_attention",
     "stages",
 ]

@@ -9,12 +9,12 @@ from dataclasses import dataclass, replace
 
 from patchscope_nn.models import ModelInfo
 
-MAX_ROWS = 256
+MAX_ROWS = 1024
 #: A budget for planning where nobody has looked how much memory there is, in bytes.
 MEMORY = 2**31
-#: A packed sequence's attention grows with the square of its tokens. A CPU's matrix products are as fast as
-#: they get at some 256 tokens; a GPU's want more.
-_SEQUENCE_CPU, _SEQUENCE_GPU = 256, 2048
+#: A packed sequence's attention grows with the square of its tokens, where cells do not attend to what they
+#: share apart from what is their own. A CPU's matrix products gain little beyond 256 tokens, a GPU's more.
+_SEQUENCE_CPU, _SEQUENCE_SHARED, _SEQUENCE_GPU = 256, 1024, 2048
 _FLOAT = 4
 
 
@@ -41,10 +41,11 @@ class Costs:
 
     info: ModelInfo
 
-    @property
-    def longest_sequence(self) -> int:
+    def longest_sequence(self, *, shared_attention: bool) -> int:
         """The most tokens that are worth packing into one sequence."""
-        return _SEQUENCE_CPU if self.info.device == "cpu" else _SEQUENCE_GPU
+        if self.info.device != "cpu":
+            return _SEQUENCE_GPU
+        return _SEQUENCE_SHARED if shared_attention else _SEQUENCE_CPU
 
     def running(self, tokens: int) -> int:
         """The activations of tokens that go through a block."""

@@ -16,12 +16,29 @@ from patchscope_nn.spec import Choices, Generate, read_position
 
 #: With clean prompts among them, or where decoding goes on for long, a sequence may be this much longer.
 _LONGER = 4
+#: Up to so many tokens behind the prefix are picked out one by one.
+FEW_OWN = 8
 
 
 def packs(sweep: Sweep, optimisations: Optimisations) -> bool:
     """Whether the cells of a sweep go as segments of one sequence."""
     wanted = optimisations.prefix_sharing or optimisations.late_entry
     return wanted and sweep.target.architecture.packs and sweep.scope.target.site == "residual"
+
+
+def shares_attention(
+    sweep: Sweep, optimisations: Optimisations, cells: Sequence[Cell], *, prefix: int
+) -> bool:
+    """Whether the tokens of a packed pass attend to its prefix apart from their own few tokens.
+
+    Only on a CPU, whose attention over one long sequence is slow, and where PyTorch gives what it takes.
+    """
+    info = sweep.target
+    if not (optimisations.shared_attention and info.architecture.attends and info.device == "cpu"):
+        return False
+    longest = max(needed_end(sweep, cell) for cell in cells)
+    windows = (window for window in info.architecture.windows if window is not None)
+    return longest - prefix <= FEW_OWN and longest <= min(windows, default=longest)
 
 
 class Packer:
@@ -86,7 +103,9 @@ class Packer:
 
         Where decoding goes on from a pass, its prompts have one length, so that its rows need no padding.
         """
-        most_own = self.costs.longest_sequence * (_LONGER if self.decodes else 1)
+        shared = shares_attention(self.sweep, self.optimisations, cells, prefix=prefix)
+        longest = self.costs.longest_sequence(shared_attention=shared)
+        most_own = longest * (_LONGER if self.decodes and not shared else 1)
         batch: list[int] = []
         trunks: set[int] = set()
         own_tokens = tokens = width = 0
@@ -98,7 +117,7 @@ class Packer:
             if batch:
                 rows, wide = len(batch) + 1, max(width, self.row_tokens(cell))
                 full = rows > self.max_rows or self._bytes(tokens + more, prefix, rows, wide) > self.memory
-                long = own_tokens + own > most_own or tokens + more > _LONGER * self.costs.longest_sequence
+                long = own_tokens + own > most_own or tokens + more > _LONGER * longest
                 last = cells[batch[-1]]
                 other = self.decodes and self.prompt_tokens(cell) != self.prompt_tokens(last)
                 if full or other or (long and own_tokens):

@@ -94,6 +94,8 @@ class Optimisations:
         row_packing: Run many cells in a pass; off, each has its own.
         prefix_sharing: Run what target prompts begin with once.
         late_entry: Let a cell skip the blocks below l*.
+        shared_attention: Attend to what cells share apart from what is their own, on a CPU, so that more of
+            them run together.
         lean_readout: Unembed only the positions that are read.
         early_leaving: Let rows that met their end leave the batch while the others generate on.
     """
@@ -103,6 +105,7 @@ class Optimisations:
     row_packing: bool = True
     prefix_sharing: bool = True
     late_entry: bool = True
+    shared_attention: bool = True
     lean_readout: bool = True
     early_leaving: bool = True
 

@@ -119,7 +119,7 @@ class Reader:
         read = max(self._read_back(prompt, fresh[prompt]) for prompt in batch)
         size = self.costs.batch(len(batch), width, read=read, decodes=False)
         tokens = sum(map(self._length, batch))
-        wide = len(batch) * width > _LONGER * self.costs.longest_sequence
+        wide = len(batch) * width > _LONGER * self.costs.longest_sequence(shared_attention=False)
         # Padding is work for nothing: once a batch keeps the processor busy, little of it is let in.
         padded = tokens > _ENOUGH and len(batch) * width > _PADDED * tokens
         fits = len(batch) <= self.budget.max_rows and size <= self.budget.memory
