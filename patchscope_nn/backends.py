@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -14,7 +14,7 @@ from patchscope_nn.cells import Cell
 from patchscope_nn.emit import Results, emit
 from patchscope_nn.errors import InputError, RunError
 from patchscope_nn.mappings import ResolvedMapping
-from patchscope_nn.models import Model
+from patchscope_nn.models import Model, memory_reused
 from patchscope_nn.plan import Context, Plan, State, Step
 from patchscope_nn.unpack import Work, unpack
 
@@ -116,6 +116,14 @@ def execute(
         PassTooLargeError: A pass ran out of memory; what was yielded is done, and can be planned around.
         RunError: A step gave another number of rows than it has cells.
     """
+    reused = plan.optimisations.memory_reuse and not backend.remote and target.info.device == "cpu"
+    with memory_reused() if reused else nullcontext():
+        yield from _execute(plan, source, target, mapping, backend)
+
+
+def _execute(
+    plan: Plan, source: Model, target: Model, mapping: ResolvedMapping, backend: Backend
+) -> Iterator[Iterator[tuple[Cell, dict[str, Any]]]]:
     states: dict[State, torch.Tensor] = {}
     prefix: tuple[tuple[int, ...], Any] = ((), None)
     for step in plan.steps():

@@ -17,6 +17,8 @@ import torch
 _LEAVING = 8
 #: How many logits of a batch are worked on at a time, on a CPU.
 _IN_CACHE = 3 * 2**19
+#: The logits whose maximum is looked at before they are.
+_BLOCK = 256
 #: A logit so far below the top one has a probability of exactly 0.
 _NOTHING = -1e4
 
@@ -73,7 +75,7 @@ def read_next_token(
 def read_logits(logits: torch.Tensor, *, top_k: int, wanted: torch.Tensor) -> dict[str, torch.Tensor]:
     """The same as tensors, without what is compared: `wanted` are (batch, n_references) ids."""
     scores = logits.float()
-    values, ids = scores.topk(min(top_k, scores.shape[-1]), dim=-1)
+    values, ids = top_logits(scores, min(top_k, scores.shape[-1]))
     of_wanted = scores.gather(-1, wanted)
     ranks = [1 + (scores > column[:, None]).sum(-1) for column in of_wanted.unbind(-1)]
     # Below the top by so much, a token (one that is ruled out has a logit of -inf) weighs nothing.
@@ -88,6 +90,27 @@ def read_logits(logits: torch.Tensor, *, top_k: int, wanted: torch.Tensor) -> di
         "reference_logprobs": of_wanted - norm,
         "reference_ranks": torch.stack(ranks, dim=-1) if ranks else wanted,
     }
+
+
+def top_logits(scores: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The highest logits of each row and their ids, (batch, count), as `topk` gives them.
+
+    On a CPU the blocks of highest maxima are found first: they hold all that is looked for, and a maximum is
+    many times cheaper than a search.
+    """
+    batch, vocab = scores.shape
+    blocks = vocab // _BLOCK
+    if scores.device.type != "cpu" or count > blocks:
+        return scores.topk(count, dim=-1)
+    whole = scores[:, : blocks * _BLOCK].view(batch, blocks, _BLOCK)
+    best = whole.amax(-1).topk(count, dim=-1).indices.sort(-1).values[:, :, None]
+    found = whole.gather(1, best.expand(-1, -1, _BLOCK)).flatten(1)
+    ids = (best * _BLOCK + torch.arange(_BLOCK)).flatten(1)
+    if blocks * _BLOCK < vocab:
+        found = torch.cat([found, scores[:, blocks * _BLOCK :]], dim=1)
+        ids = torch.cat([ids, torch.arange(blocks * _BLOCK, vocab).expand(batch, -1)], dim=1)
+    values, places = found.topk(count, dim=-1)
+    return values, ids.gather(1, places)
 
 
 def read_generate(
@@ -140,7 +163,7 @@ def read_generate(
                 [torch.rand(scores.shape[1], generator=noises[row]) for row in alive.tolist()]
             )
             scores = scores / temperature - torch.log(-torch.log(noise.clamp_min(1e-20))).to(scores)
-        token = scores.argmax(-1)
+        token = top_logits(scores, 1)[1][:, 0]
         latest = latest.scatter(0, alive, token)
         chosen.append(latest)
         done = done | torch.isin(token, ends)

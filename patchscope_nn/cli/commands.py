@@ -106,6 +106,7 @@ def run(
     shared_attention: options.SharedAttention = True,
     lean_readout: options.LeanReadout = True,
     early_leaving: options.EarlyLeaving = True,
+    memory_reuse: options.MemoryReuse = True,
     json: options.Json = False,
     log_level: options.Level = LogLevel.warning,  # noqa: ARG001 (acted on by its callback)
 ) -> None:
@@ -122,6 +123,7 @@ def run(
         shared_attention=shared_attention,
         lean_readout=lean_readout,
         early_leaving=early_leaving,
+        memory_reuse=memory_reuse,
     )
     prepared = _prepare(
         recipe,
@@ -177,6 +179,7 @@ def plan(
     shared_attention: options.SharedAttention = True,
     lean_readout: options.LeanReadout = True,
     early_leaving: options.EarlyLeaving = True,
+    memory_reuse: options.MemoryReuse = True,
     json: options.Json = False,
     log_level: options.Level = LogLevel.warning,  # noqa: ARG001 (acted on by its callback)
 ) -> None:
@@ -194,6 +197,7 @@ def plan(
         shared_attention=shared_attention,
         lean_readout=lean_readout,
         early_leaving=early_leaving,
+        memory_reuse=memory_reuse,
     )
     backend = backend_for(options.remote_value(remote))
     prepared = _prepare(

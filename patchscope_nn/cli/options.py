@@ -101,6 +101,9 @@ LeanReadout: TypeAlias = Annotated[bool, _switch("lean-readout", "Unembed only t
 EarlyLeaving: TypeAlias = Annotated[
     bool, _switch("early-leaving", "Let rows that met their end leave the batch.")
 ]
+MemoryReuse: TypeAlias = Annotated[
+    bool, _switch("memory-reuse", "Keep the memory of one pass for the next, on a CPU under Linux.")
+]
 
 
 class Context(StrEnum):

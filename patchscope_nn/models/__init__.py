@@ -8,7 +8,7 @@ Parts are found through transformers' own interfaces (`get_decoder`, `get_input_
 from patchscope_nn.models.architecture import find_architecture
 from patchscope_nn.models.info import Architecture, Model, ModelInfo, Sizes, same_vocabulary
 from patchscope_nn.models.loading import load
-from patchscope_nn.models.memory import usable_memory
+from patchscope_nn.models.memory import memory_reused, usable_memory
 
 __all__ = [
     "Architecture",
@@ -17,6 +17,7 @@ __all__ = [
     "Sizes",
     "find_architecture",
     "load",
+    "memory_reused",
     "same_vocabulary",
     "usable_memory",
 ]

@@ -29,7 +29,7 @@ from patchscope_nn.plan.passes import Context, Optimisations, Step
 from patchscope_nn.plan.sources import Reader
 
 #: A step is what is lost together. Decoding makes its passes long; else more cells sort into better passes.
-_PASSES_PER_STEP, _DECODING_PASSES_PER_STEP = 2, 1
+_PASSES_PER_STEP, _DECODING_PASSES_PER_STEP = 8, 1
 _FEW = 8
 
 

@@ -98,6 +98,8 @@ class Optimisations:
             them run together.
         lean_readout: Unembed only the positions that are read.
         early_leaving: Let rows that met their end leave the batch while the others generate on.
+        memory_reuse: Keep the memory of one pass for the next, on a CPU under Linux, and do not give it back to
+            the system each time.
     """
 
     deduplication: bool = True
@@ -108,6 +110,7 @@ class Optimisations:
     shared_attention: bool = True
     lean_readout: bool = True
     early_leaving: bool = True
+    memory_reuse: bool = True
 
     @classmethod
     def names(cls) -> tuple[str, ...]:

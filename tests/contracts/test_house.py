@@ -98,6 +98,7 @@ def test_pure_modules_load_neither_torch_nor_pandas(statement):
 INSIDE = ("in_", "_in_")
 TRAVELS = {
     "emit/__init__": INSIDE,
+    "emit/attention": INSIDE,
     "emit/states": INSIDE,
     "emit/batch": INSIDE,
     "emit/packed": INSIDE,
@@ -105,7 +106,7 @@ TRAVELS = {
     "mappings": ("apply_mapping",),
 }
 #: What they may name besides each other. transformers, and so its cache, is on every server.
-ALLOWED = {"Any", "torch", "nnsight", "copy", "SimpleNamespace", "DynamicCache"}
+ALLOWED = {"Any", "torch", "nnsight", "copy", "SimpleNamespace", "DynamicCache", "TorchFunctionMode"}
 ALLOWED |= {"apply_mapping", "read_choices", "read_generate", "read_next_token"}
 
 
