@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import platform
+import resource
+
 import pytest
 import tiny
 import torch
@@ -18,7 +21,7 @@ from transformers import (
 )
 
 from patchscope_nn.errors import ModelError
-from patchscope_nn.models import find_architecture, load, same_vocabulary
+from patchscope_nn.models import find_architecture, load, memory_reused, same_vocabulary
 
 NORMS = {
     "llama": "model.norm",
@@ -262,3 +265,19 @@ def test_vocabularies_are_compared(tiny_model):
     other = tiny.make_tokenizer()
     other.add_tokens(["another"])
     assert not same_vocabulary(tiny_model(), load(tiny.make_module("llama"), tokenizer=other))
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told to keep memory")
+def test_freed_memory_is_used_again():
+    """A block of 64 MB is cleared by the system, page by page, each time it is taken; but not inside."""
+
+    def faults():
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(2**24)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    pages = 2**26 // resource.getpagesize()
+    with memory_reused():
+        faults()
+        assert faults() < pages / 10
+    assert faults() > pages / 2

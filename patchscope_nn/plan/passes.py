@@ -98,7 +98,7 @@ class Optimisations:
             them run together.
         lean_readout: Unembed only the positions that are read.
         early_leaving: Let rows that met their end leave the batch while the others generate on.
-        memory_reuse: Keep the memory of one pass for the next, on a CPU under Linux, and do not give it back to
+        memory_reuse: Keep the memory of one pass for the next, on a CPU under Linux, and do not return it to
             the system each time.
     """
 

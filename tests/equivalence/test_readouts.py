@@ -11,6 +11,7 @@ import tiny
 import torch
 
 from patchscope_nn.models import load
+from patchscope_nn.readouts import top_logits
 from patchscope_nn.spec import Choices, Generate, Hidden, NextToken, Patchscope, Source, Target
 
 ROWS = (
@@ -221,3 +222,19 @@ def test_samples_depend_on_the_seed_alone(tiny_model, run_cells):
     assert say(temperature=1.0, seed=1) != say(temperature=1.0, seed=2)
     assert say(temperature=1.0, seed=1) != say()
     assert say(temperature=1e-4, seed=1) == say()
+
+
+@pytest.mark.parametrize("vocab", [300, 512, 1000])
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_the_top_logits_are_those_of_topk(vocab, count):
+    """With -inf, and a vocabulary that is not whole blocks; of equal logits, the first comes first."""
+    torch.manual_seed(vocab)
+    scores = torch.randn(7, vocab)
+    scores[0, :-3] = -torch.inf
+    scores[1, -1] = 9.0
+    values, ids = top_logits(scores, count)
+    expected = scores.topk(count, dim=-1)
+    assert torch.equal(values, expected.values)
+    assert torch.equal(ids, expected.indices)
+    tied = torch.zeros(2, vocab)
+    assert top_logits(tied, 1)[1].tolist() == [[0], [0]]

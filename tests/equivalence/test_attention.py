@@ -1,0 +1,112 @@
+"""Attention to what tokens share, apart from their own: against PyTorch's with a mask, and that it runs."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from patchscope_nn import Optimisations
+from patchscope_nn.emit import attention, packed
+from patchscope_nn.emit.attention import in_attending, in_attention
+from patchscope_nn.spec import NextToken, Patchscope, Source, Target
+
+N_TOKENS, D_HEAD = 6, 8
+#: What each of six tokens sees behind the prefix; the last two are one cell's, the first of them its patch.
+OWN = torch.tensor([[0, -1], [1, -1], [2, -1], [3, -1], [4, -1], [4, 5]])
+TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+
+def masked(query, key, value, prefix, own, *, scale):
+    """The same as one sequence with a mask."""
+    mask = torch.zeros(len(own), key.shape[2], dtype=torch.bool)
+    mask[:, :prefix] = True
+    for token, places in enumerate(own.tolist()):
+        mask[token, [prefix + place for place in places if place >= 0]] = True
+    times = query.shape[1] // key.shape[1]
+    key, value = (one.repeat_interleave(times, dim=1) for one in (key, value))
+    return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("own", [OWN, OWN[:, :1]], ids=["two own", "one own"])
+@pytest.mark.parametrize("prefix", [0, 1, 70])
+@pytest.mark.parametrize("heads", [(4, 4), (6, 2), (4, 1)])
+@pytest.mark.parametrize("scale", [None, 0.7])
+def test_it_equals_attention_with_a_mask(heads, prefix, own, dtype, scale):
+    torch.manual_seed(prefix)
+    query = torch.randn(1, heads[0], N_TOKENS, D_HEAD).to(dtype)
+    key, value = torch.randn(2, 1, heads[1], prefix + N_TOKENS, D_HEAD).to(dtype)
+    found = in_attention(query, key, value, prefix, own, scale=scale)
+    assert found.shape == query.shape
+    assert found.dtype == dtype
+    tolerance = TOLERANCES[dtype]
+    torch.testing.assert_close(
+        found, masked(query, key, value, prefix, own, scale=scale), atol=tolerance, rtol=tolerance
+    )
+
+
+def test_large_scores_lose_nothing():
+    query = 40 * torch.ones(1, 1, 1, D_HEAD)
+    key, value = torch.randn(2, 1, 1, 4, D_HEAD) * 20
+    own = torch.tensor([[0]])
+    torch.testing.assert_close(
+        in_attention(query, key, value, 3, own, scale=None), masked(query, key, value, 3, own, scale=None)
+    )
+
+
+def sweep(prompt, position):
+    return Patchscope(
+        source=Source(prompt="Diana is in Paris", position=-1, layer="all"),
+        target=Target(prompt=prompt, position=position, layer="all"),
+        readout=NextToken(top_k=2),
+    )
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How often the packed passes of a run attended so."""
+    seen = []
+    real = attention.in_attention
+
+    def noted(*args, **kwargs):
+        seen.append(args[3])
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(attention, "in_attention", noted)
+    return seen
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_every_family_that_calls_pytorchs_attention_uses_it(family, tiny_model, run_cells, calls):
+    model = tiny_model(family)
+    cells = run_cells(sweep("The x", -1), model, rows=[{}], context="session")
+    assert len(cells) == tiny.N_LAYERS**2
+    architecture = model.info.architecture
+    wanted = architecture.packs and architecture.attends
+    assert len(calls) == (tiny.N_LAYERS - 1) * wanted, (
+        "once in every block but the first, which no cell enters"
+    )
+
+
+@pytest.mark.parametrize(
+    ("family", "target", "used"),
+    [
+        ("llama", ("The city of Paris x", -1), Optimisations(shared_attention=False)),
+        ("llama", ("x is The city of Paris in The city of Paris", 0), Optimisations()),
+        ("mistral", ("The city of Paris x", -1), Optimisations()),
+    ],
+    ids=["off", "many own tokens", "a window shorter than the prompt"],
+)
+def test_it_is_left_out(family, target, used, request, calls):
+    model, run_cells = request.getfixturevalue("tiny_model")(family), request.getfixturevalue("run_cells")
+    scope = sweep(*target)
+    assert run_cells(scope, model, rows=[{}], context="session", optimisations=used)
+    assert calls == []
+
+
+def test_a_block_that_attends_otherwise_is_an_error():
+    attending = in_attending(None, 0, OWN)
+    with pytest.raises(RuntimeError, match="block 3 does not attend as the first one does"):
+        packed._in_attended(lambda **given: given, {}, attending, 3)
