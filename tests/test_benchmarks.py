@@ -1,6 +1,6 @@
 """The benchmark's contenders say the same; how fast they are is measured elsewhere."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 
@@ -80,7 +80,9 @@ def test_rounds_take_turns_and_fill_a_table(tiny_model):
     timings = list(rounds(workload, contenders, source=model, target=model, pairs=2, sample=4))
     assert [one.letter for one in timings] == list("aefaef")
     assert [one.cells for one in timings[:3]] == [4, 32, 32]
-    page = table.document(describe(threads=1, command="test"), list(table.speed([workload], timings)))
+    part = describe(threads=1, command="test") | {"title": workload.title, "cells": len(workload.cells)}
+    page = table.document({"W1": part | {"timings": [asdict(one) for one in timings]}})
+    assert "32 cells, 2 rounds. `test`" in page
     assert "| e | ours | all |" in page
     assert "4 cells, scaled" in page
 
@@ -99,5 +101,6 @@ def test_a_table_of_growth_names_the_budget():
     point = {"workload": "W1", "times": 4, "cells": 3600, "memory_budget": 2**30}
     point |= {"wall_s_per_thousand": 1.0, "cpu_s_per_thousand": 2.0}
     point |= {"resident_before": 2**30, "resident_peak": 3 * 2**29}
-    assert "| W1 | 4 | 3,600 | 1 | 2 | 1,024 | 1,536 | 512 |" in table.growth([point])
-    assert "1,024 MiB" in "\n".join(table.growth([point]))
+    page = table.document({"growth": describe(threads=1, command="test") | {"growth": [point]}})
+    assert "| W1 | 4 | 3,600 | 1 | 2 | 1,024 | 1,536 | 512 |" in page
+    assert "1,024 MiB" in page

@@ -12,9 +12,10 @@ import argparse
 import json
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -36,25 +37,35 @@ def main() -> None:
     machine = describe(
         threads=args.threads, command=f"python -m benchmarks.speed {shlex.join(sys.argv[1:])}".strip()
     )
-    workloads, timings = _time(args)
+    for workload, timings in _time(args):
+        _say_ratios(workload, timings)
+        part = {"title": workload.title, "cells": len(workload.cells)}
+        _keep(args.out, workload.name, machine | part | {"timings": [asdict(one) for one in timings]})
     grown = []
     for one in points(args.growth, threads=args.threads):
         _say(one)
         grown.append(one)
-    raw = {"machine": machine, "timings": [asdict(one) for one in timings], "growth": grown}
-    page = table.document(machine, [*table.speed(workloads, timings), *table.growth(grown)])
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "speed.json").write_text(json.dumps(raw, indent=1) + "\n", encoding="utf-8")
-    (args.out / "speed.md").write_text(page, encoding="utf-8")
-    print(page)
+    if grown:
+        _keep(args.out, "growth", machine | {"growth": grown})
+    print((args.out / "speed.md").read_text(encoding="utf-8"))
 
 
-def _time(args: argparse.Namespace) -> tuple[list[Workload], list[Timing]]:
+def _keep(out: Path, name: str, part: dict[str, Any]) -> None:
+    """Write a part's figures beside those of others, and the page of all."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / f"{name}.json").write_text(json.dumps(part, indent=1) + "\n", encoding="utf-8")
+    files = [file for name in (*MAKERS, "growth") if (file := out / f"{name}.json").exists()]
+    parts = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in files}
+    (out / "speed.md").write_text(table.document(parts), encoding="utf-8")
+
+
+def _time(args: argparse.Namespace) -> Iterator[tuple[Workload, list[Timing]]]:
+    if not args.workload:
+        return
     model = load(NAME)
     other = load(NAME) if any(name == "W5" for name in args.workload) else model
-    workloads = [make(name, model) for name in args.workload]
-    timings = []
-    for workload in workloads:
+    for workload in [make(name, model) for name in args.workload]:
+        timings = []
         for one in rounds(
             workload,
             [CONTENDERS[letter] for letter in args.contenders],
@@ -65,8 +76,7 @@ def _time(args: argparse.Namespace) -> tuple[list[Workload], list[Timing]]:
         ):
             _say(asdict(one))
             timings.append(one)
-        _say_ratios(workload, timings)
-    return workloads, timings
+        yield workload, timings
 
 
 def _say(figures: dict[str, object]) -> None:

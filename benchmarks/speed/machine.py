@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 _PACKAGES = ("patchscope-nn", "nnsight", "transformers", "torch")
+#: What is the same for all that was measured on one machine.
+MACHINE = ("cpu", "cores", "threads", "memory", "system", "python", *_PACKAGES)
 
 
 def describe(*, threads: int, command: str) -> dict[str, Any]:

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from benchmarks.speed.contenders import CONTENDERS
+from benchmarks.speed.machine import MACHINE
 from benchmarks.speed.measure import Timing
-from benchmarks.speed.workloads import Workload
 
 OURS, FLOOR = "e", "f"
 
@@ -21,20 +21,25 @@ def ratio(timings: Sequence[Timing], one: str, other: str, unit: str) -> float |
     return statistics.median(found) if found else None
 
 
-def speed(workloads: Sequence[Workload], timings: Sequence[Timing]) -> Iterator[str]:
-    """A table for each workload, line by line."""
-    for workload in workloads:
-        mine = [timing for timing in timings if timing.workload == workload.name]
-        letters = [letter for letter in CONTENDERS if any(one.letter == letter for one in mine)]
-        yield f"### {workload.name}: {workload.title}"
-        yield ""
-        yield f"{len(workload.cells):,} cells."
-        yield ""
-        yield from _table(
-            ("", "contender", "timed on", "wall s", "CPU s", "wall / ours", "CPU / ours", "CPU / floor"),
-            [_row(letter, mine) for letter in letters],
-        )
-        yield ""
+def speed(name: str, part: Mapping[str, Any]) -> Iterator[str]:
+    """The table of a workload, line by line."""
+    timings = [Timing(**one) for one in part["timings"]]
+    letters = [letter for letter in CONTENDERS if any(one.letter == letter for one in timings)]
+    rounds = 1 + max(one.round for one in timings)
+    yield f"### {name}: {part['title']}"
+    yield ""
+    yield f"{part['cells']:,} cells, {rounds} rounds. {_how(part)}"
+    yield ""
+    yield from _table(
+        ("", "contender", "timed on", "wall s", "CPU s", "wall / ours", "CPU / ours", "CPU / floor"),
+        [_row(letter, timings) for letter in letters],
+    )
+    yield ""
+
+
+def _how(part: Mapping[str, Any]) -> str:
+    """The command of a part, and when it ran."""
+    return f"`{part['command']}`, {part['date']}, load at start {part['load_at_start']}."
 
 
 def _row(letter: str, timings: Sequence[Timing]) -> tuple[str, ...]:
@@ -52,15 +57,14 @@ def _row(letter: str, timings: Sequence[Timing]) -> tuple[str, ...]:
     )
 
 
-def growth(points: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+def growth(part: Mapping[str, Any]) -> Iterator[str]:
     """The table of growth, line by line."""
-    if not points:
-        return
+    points = part["growth"]
     yield "### Growth of ours"
     yield ""
     yield (
-        "Each line is a process of its own. Memory is what the process holds; before the run that is the "
-        "model and its libraries. The budget that was set for a pass is "
+        f"{_how(part)} Each line is a process of its own. "
+        "Memory is what the process holds; before the run that is the model and its libraries. The budget that was set for a pass is "
         f"{_mib(points[0]['memory_budget'])} MiB."
     )
     yield ""
@@ -81,9 +85,15 @@ def growth(points: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     )
 
 
-def document(machine: Mapping[str, Any], tables: Sequence[str]) -> str:
-    """The whole page."""
-    facts = [f"- {name.replace('_', ' ')}: {value}" for name, value in machine.items()]
+def document(parts: Mapping[str, Mapping[str, Any]]) -> str:
+    """The whole page, of parts by their names: workloads, and `growth`. The machine is the latest part's."""
+    latest = max(parts.values(), key=lambda part: part["date"])
+    facts = [f"- {name.replace('_', ' ')}: {latest[name]}" for name in MACHINE]
+    tables = [
+        line
+        for name, part in parts.items()
+        for line in (growth(part) if name == "growth" else speed(name, part))
+    ]
     note = (
         "Times are medians over rounds in which the contenders took turns; ratios are medians of the ratios "
         "within a round. Contenders timed on some of the cells are scaled to all. All answers agree: the "
