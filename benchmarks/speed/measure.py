@@ -14,6 +14,8 @@ from patchscope_nn.models import Model
 Run = Callable[[Workload, Model, Model], Answers]
 #: How many cells each contender runs before its time counts.
 _WARM = 30
+#: So many cells are enough of a batched contender: those of fewer prompts.
+_MANY = 1000
 
 
 class DisagreementError(AssertionError):
@@ -29,7 +31,7 @@ class Contender:
         title: What it is.
         run: It.
         sampled: What it may be timed on instead of all: single `cells`; a smaller `sweep`; of long workloads
-            some of the `targets`, the l*. None where it always runs all.
+            some of the `targets`, the l*, and of large ones a smaller sweep. None where it always runs all.
     """
 
     letter: str
@@ -47,6 +49,8 @@ class Contender:
             return workload.smaller(count)
         if self.sampled == "targets" and workload.long:
             return workload.fewer_targets(count)
+        if self.sampled == "targets" and len(workload.cells) > _MANY:
+            return workload.smaller(_MANY)
         return workload
 
 

@@ -64,7 +64,8 @@ def growth(part: Mapping[str, Any]) -> Iterator[str]:
     yield ""
     yield (
         f"{_how(part)} Each line is a process of its own. "
-        "Memory is what the process holds; before the run that is the model and its libraries. The budget that was set for a pass is "
+        "Memory is what the process holds; before the run that is the model and its libraries. "
+        "The budget that was set for a pass is "
         f"{_mib(points[0]['memory_budget'])} MiB."
     )
     yield ""
