@@ -58,7 +58,7 @@ def in_packed(
             if hidden.shape[1]:
                 given = dict(zip(packed["names"], args, strict=False)) | kwargs
                 given = _in_narrowed(given, hidden, packed["n_tokens"])
-                if attending is None:
+                if attending is None or hidden.device.type != "cpu":
                     given["attention_mask"] = _in_mask(packed, hidden, packed["windows"][layer], masks)
                     output = blocks[layer](**given)
                 else:
@@ -126,7 +126,7 @@ def _in_mask(
     if (count, window) not in masks:
         masks.clear()
         seen = packed["prefix"] + count
-        allowed = packed["allowed"][:count, :seen]
+        allowed = _in_allowed(packed)[:count, :seen]
         if window is not None:
             positions = keys[packed["prefix"] :][:count]
             allowed = allowed & (positions[:, None] - keys[None, :seen] < window)
@@ -134,6 +134,18 @@ def _in_mask(
         mask.masked_fill_(~allowed.to(hidden.device), torch.finfo(hidden.dtype).min)
         masks[count, window] = mask[None, None]
     return masks[count, window]
+
+
+def _in_allowed(packed: Work) -> torch.Tensor:
+    """(n_tokens, n_prefix + n_tokens): whether a token attends to another."""
+    if packed["allowed"] is None:
+        prefix, own = packed["prefix"], packed["own"]
+        allowed = torch.zeros(len(own), prefix + len(own), dtype=torch.bool)
+        allowed[:, :prefix] = True
+        rows, columns = (own >= 0).nonzero(as_tuple=True)
+        allowed[rows, prefix + own[rows, columns]] = True
+        packed["allowed"] = allowed
+    return packed["allowed"]
 
 
 def _in_joined(hidden: torch.Tensor, bases: list[int] | None) -> torch.Tensor:

@@ -7,9 +7,11 @@ import tiny
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from patchscope_nn import Optimisations
+from patchscope_nn import Optimisations, unpack
+from patchscope_nn.cells import expand
 from patchscope_nn.emit import attention, packed
 from patchscope_nn.emit.attention import in_attending, in_attention
+from patchscope_nn.plan import plan
 from patchscope_nn.spec import NextToken, Patchscope, Source, Target
 
 N_TOKENS, D_HEAD = 6, 8
@@ -110,3 +112,20 @@ def test_a_block_that_attends_otherwise_is_an_error():
     attending = in_attending(None, 0, OWN)
     with pytest.raises(RuntimeError, match="block 3 does not attend as the first one does"):
         packed._in_attended(lambda **given: given, {}, attending, 3)
+
+
+def test_what_a_token_sees_makes_the_same_mask(tiny_model):
+    """For a device that attends with a mask: from each token's own ones, the mask of the whole layout."""
+    model = tiny_model("llama")
+    scope = Patchscope(
+        source=Source(prompt="Diana", position=-1, layer="all"),
+        target=Target(prompt="The city {t} x", position=-1, layer="all"),
+        readout=NextToken(),
+    )
+    rows = [{"t": text} for text in ("of", "in")]
+    planned = plan(expand(scope, rows=rows, controls=["unpatched"], source=model, target=model, seed=0))
+    (layout,) = [target.layout for step in planned.steps() for target in step.targets]
+    assert layout.prefix
+    assert any(segment.cell is None for segment in layout.segments)
+    given = {"prefix": layout.prefix, "own": unpack._own(layout), "allowed": None}
+    assert torch.equal(packed._in_allowed(given), unpack._allowed(layout))
