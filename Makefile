@@ -7,7 +7,7 @@ export HF_HUB_OFFLINE := 1
 # Spinning threads make two processes on one machine many times slower.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: demo test test-oldest lint bench clean
+.PHONY: demo test test-oldest lint bench ndif-up ndif-down test-remote clean
 
 demo: .venv/installed-demo
 	$(BIN)/patchscope explain "Diana, Princess of Wales"
@@ -29,6 +29,22 @@ lint: .venv/installed-test
 BENCH ?= --growth W1 W2 W3
 bench: .venv/installed-demo
 	$(BIN)/python -m benchmarks.speed $(BENCH)
+
+# A real NDIF on this machine's CPU (tests/remote/server): `make ndif-up`, then what it prints as variables.
+NDIF := tests/remote/server
+ndif-up: .venv/installed-demo
+	$(PYTHON) $(NDIF)/launch.py setup
+	$(BIN)/python $(NDIF)/models.py
+	$(PYTHON) $(NDIF)/launch.py up
+
+ndif-down:
+	$(PYTHON) $(NDIF)/launch.py down
+
+# The remote tests start the server themselves, and stop it where they started it.
+test-remote: .venv/installed-test
+	$(PYTHON) $(NDIF)/launch.py setup
+	$(BIN)/python $(NDIF)/models.py
+	$(BIN)/python -m pytest tests/remote
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
