@@ -44,7 +44,8 @@ ndif-down:
 test-remote: .venv/installed-test
 	$(PYTHON) $(NDIF)/launch.py setup
 	$(BIN)/python $(NDIF)/models.py
-	$(BIN)/python -m pytest tests/remote
+	HF_HUB_OFFLINE=0 HF_ENDPOINT=http://127.0.0.1:9191 HF_HOME=$(CURDIR)/.ndif/client-hf \
+	  $(BIN)/python -m pytest tests/remote
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

@@ -10,9 +10,11 @@ from typing import Any, Protocol
 
 import torch
 
+from patchscope_nn import jobs
+from patchscope_nn.bridge import in_place_of, source_half, target_half
 from patchscope_nn.cells import Cell
 from patchscope_nn.emit import Results, emit
-from patchscope_nn.errors import InputError, RunError
+from patchscope_nn.errors import RunError
 from patchscope_nn.mappings import ResolvedMapping
 from patchscope_nn.models import Model, memory_reused
 from patchscope_nn.plan import Context, Plan, State, Step
@@ -43,6 +45,8 @@ class Local:
 
     def run(self, context: Context, work: Work, *, source: Model, target: Model) -> Results:
         """Run a step in this process."""
+        if context == "bridged":
+            return Bridged(self, self).run(context, work, source=source, target=target)
         return emit(context, work, source=source.traced, target=target.traced)
 
 
@@ -58,26 +62,84 @@ class Rehearsal:
 
     def run(self, context: Context, work: Work, *, source: Model, target: Model) -> Results:
         """Take a step through nnsight's serialisation."""
-        return emit(context, work, source=source.traced, target=target.traced, remote="local")
+        from nnsight.intervention.backends.local import LocalSimulationBackend
+
+        if context == "bridged":
+            return Bridged(self, self).run(context, work, source=source, target=target)
+        backend = LocalSimulationBackend(target.traced)
+        return emit(context, work, source=source.traced, target=target.traced, backend=backend)
 
 
-def backend_for(remote: bool | str) -> Backend:  # noqa: FBT001 (the value of an option, as users give it)
-    """The backend an option names.
+@dataclass(frozen=True)
+class Ndif:
+    """A model on an NDIF server; each step is a job.
+
+    Attributes:
+        host: The server's URL.
+    """
+
+    host: str
+    name: str = "ndif"
+    remote: bool = True
+
+    def run(self, context: Context, work: Work, *, source: Model, target: Model) -> Results:
+        """Send a step as a job, and wait for it."""
+        if context == "bridged":
+            return Bridged(self, self).run(context, work, source=source, target=target)
+        return jobs.wait(self.host, jobs.submit(self.host, context, work, target), context)
+
+
+@dataclass(frozen=True)
+class Bridged:
+    """Source and target in two places: the states of the one travel as values to the other.
+
+    Attributes:
+        source: Where M runs.
+        target: Where M* runs.
+    """
+
+    source: Backend
+    target: Backend
+    remote: bool = True
+
+    @property
+    def name(self) -> str:
+        """Both names."""
+        return f"{self.source.name} -> {self.target.name}"
+
+    def run(self, context: Context, work: Work, *, source: Model, target: Model) -> Results:  # noqa: ARG002
+        """Run the source's half, then the target's."""
+        return self.target.run("session", self.read(work, source=source), source=target, target=target)
+
+    def read(self, work: Work, *, source: Model) -> Work:
+        """Run the source's half of a step, and give the target's."""
+        read = self.source.run("session", source_half(work), source=source, target=source)
+        return target_half(work, in_place_of(work, read["kept"]))
+
+
+def backend_for(
+    remote: bool | str,  # noqa: FBT001 (the value of an option, as users give it)
+    source_remote: bool | str | None = None,  # noqa: FBT001 (the same)
+) -> Backend:
+    """The backend that options name.
 
     Args:
-        remote: False for this process, `local` for the rehearsal.
+        remote: Where M* runs. False: in this process; True: on the NDIF that nnsight is configured for; a
+            URL: on that one; `local`: the rehearsal.
+        source_remote: Where M runs; None is where M* does.
 
     Raises:
         InputError: Any other value.
     """
+    target = _place(remote)
+    source = target if source_remote is None else _place(source_remote)
+    return target if source == target else Bridged(source, target)
+
+
+def _place(remote: bool | str) -> Backend:  # noqa: FBT001 (the same)
     if remote is False:
         return Local()
-    if remote == "local":
-        return Rehearsal()
-    raise InputError(
-        f"remote={remote!r} is not available in this version.",
-        hint="Leave remote out to run in this process, or use remote='local' to rehearse a remote run.",
-    )
+    return Rehearsal() if remote == "local" else Ndif(jobs.host_of(remote))
 
 
 class PassTooLargeError(RunError):

@@ -10,6 +10,9 @@ PatchscopeError
 │   ├── DataError         data that cannot be read, is empty, or lacks a column
 │   └── FolderError       a run folder that belongs to something else
 └── RunError              the run itself failed; the command line exits with 1
+    ├── ServerError       a server cannot be reached, or does not answer in time; the same call goes on
+    │   └── JobLostError  a server no longer knows a job
+    └── JobError          a server ran a job, and it failed
 """
 
 from __future__ import annotations
@@ -65,6 +68,20 @@ class FolderError(InputError):
 
 class RunError(PatchscopeError):
     """The run started and then failed."""
+
+
+class ServerError(RunError):
+    """A server cannot be reached, or does not answer in time."""
+
+    retryable = True
+
+
+class JobLostError(ServerError):
+    """A server no longer knows a job, and will never finish it."""
+
+
+class JobError(RunError):
+    """A server ran a job, and it failed; the message is the server's."""
 
 
 @dataclass(frozen=True, kw_only=True)

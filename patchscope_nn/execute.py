@@ -43,6 +43,7 @@ def run(
     *,
     out: str | Path | None = None,
     remote: bool | str = False,
+    source_remote: bool | str | None = None,
     context: Context | Literal["auto"] = "auto",
     max_rows: int | None = None,
     memory: int | None = None,
@@ -55,7 +56,9 @@ def run(
     Args:
         scope: A Patchscope, a recipe, or a recipe's name or file.
         out: The run's folder; the same call again goes on where it was left. None keeps the run in memory.
-        remote: False for this process; `local` rehearses a remote run.
+        remote: Where M* runs. False: in this process; True: on the NDIF that nnsight is configured for; a
+            URL: on that one; `local`: in this process, as a rehearsal of a remote run.
+        source_remote: Where M runs, in the same words; None is where M* does.
         context: How source and target share a context; `auto` chooses.
         max_rows: The most cells of a forward pass; None is the planner's.
         memory: The most bytes a forward pass may take; None is half of what the target's device has free.
@@ -72,9 +75,10 @@ def run(
         RunError: The run failed; with a folder, the same call goes on with it.
     """
     return run_prepared(
-        prepare(scope, **prepared),
+        prepare(scope, remote=remote, source_remote=source_remote, **prepared),
         out=out,
         remote=remote,
+        source_remote=source_remote,
         context=context,
         max_rows=max_rows,
         memory=memory,
@@ -88,6 +92,7 @@ def run_prepared(
     *,
     out: str | Path | None = None,
     remote: bool | str = False,
+    source_remote: bool | str | None = None,
     context: Context | Literal["auto"] = "auto",
     max_rows: int | None = None,
     memory: int | None = None,
@@ -96,7 +101,7 @@ def run_prepared(
     command: str | None = None,
 ) -> Run:
     """Run what `prepare` prepared. Arguments as in `run`; `command` goes into the manifest."""
-    backend = backend_for(remote)
+    backend = backend_for(remote, source_remote)
     todo = functools.partial(
         plan_prepared,
         prepared,

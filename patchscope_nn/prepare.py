@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from patchscope_nn import builtin
 from patchscope_nn.cells import Sweep, expand
@@ -22,6 +22,8 @@ from patchscope_nn.models import Model, load
 from patchscope_nn.recipe import Recipe, find, load_recipe
 from patchscope_nn.spec import Control, Patchscope
 
+#: False: this process; `local`: the rehearsal; True: the NDIF that nnsight is configured for; or a URL.
+Where: TypeAlias = bool | str | None
 _DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
 
@@ -74,6 +76,8 @@ def prepare(
     base: Path | None = None,
     dtype: Any = "auto",
     device_map: Any = None,
+    remote: Where = False,
+    source_remote: Where = None,
 ) -> Prepared:
     """Load and resolve what a run needs, and write nothing.
 
@@ -91,6 +95,8 @@ def prepare(
         base: The folder that relative data files start from; None is the recipe's, or the current one.
         dtype: How models that are named are loaded, as in `models.load`.
         device_map: The same.
+        remote: Where M* runs, and M; of a model that runs on a server only config and tokenizer are loaded.
+        source_remote: Where M runs; None is where M* does.
 
     Returns:
         The run, prepared.
@@ -115,6 +121,8 @@ def prepare(
         target_model=target_model,
         dtype=dtype,
         device_map=device_map,
+        remote=remote,
+        source_remote=source_remote,
     )
     asked = {
         "name": recipe.name if recipe else "patchscope",
@@ -166,8 +174,12 @@ def load_models(
     target_model: Any = None,
     dtype: Any = "auto",
     device_map: Any = None,
+    remote: Where = False,
+    source_remote: Where = None,
 ) -> tuple[Model, Model]:
     """M and M*, one object where they are one; what the caller names comes before what the recipe names.
+
+    One model in two places is two.
 
     Raises:
         InputError: A model cannot be loaded, or `dtype` names no dtype.
@@ -177,10 +189,16 @@ def load_models(
     common = asked.model if isinstance(asked, Recipe) else builtin.NAME
     wanted = _first(source_model, model, asked and asked.source.model, common)
     other = _first(target_model, model, asked and asked.target.model, wanted)
-    source = load(wanted, dtype=dtype, device_map=device_map)
-    if other is wanted or other == wanted:
+    source_remote = remote if source_remote is None else source_remote
+    source = load(wanted, dtype=dtype, device_map=device_map, weights=not on_server(source_remote))
+    if source_remote == remote and (other is wanted or other == wanted):
         return source, source
-    return source, load(other, dtype=dtype, device_map=device_map)
+    return source, load(other, dtype=dtype, device_map=device_map, weights=not on_server(remote))
+
+
+def on_server(remote: Where) -> bool:
+    """Whether an option names a server, and not this process."""
+    return remote not in (False, None, "local")
 
 
 def _first(*given: Any) -> Any:

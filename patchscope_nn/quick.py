@@ -63,6 +63,7 @@ def explain(
     target_layer: Any = "same",
     max_new_tokens: int = 16,
     remote: bool | str = False,
+    source_remote: bool | str | None = None,
     progress: Progress | None = None,
     **models: Any,
 ) -> Look:
@@ -75,6 +76,7 @@ def explain(
         target_layer: Where the states are written; `same` is the layer they come from.
         max_new_tokens: The most tokens to generate.
         remote: As in `run`.
+        source_remote: As in `run`.
         progress: Called with (cells done, cells in all).
         **models: `model`, `source_model`, `target_model`, `dtype` and `device_map`, as in `prepare`.
 
@@ -87,7 +89,7 @@ def explain(
     source = Source(prompt=prompt, position=position, layer=layer)
     # There is no data here, so that braces in the prompt are text.
     source = source.model_copy(update={"prompt": prompts.literal(source.prompt)})
-    ours, theirs = load_models(**models)
+    ours, theirs = load_models(remote=remote, source_remote=source_remote, **models)
     # One line is one entry of the few-shot list; what follows it is the next entry, not this one's.
     readings: tuple[tuple[str, Readout], ...] = (
         (prompts.DESCRIBE, Generate(max_new_tokens=max_new_tokens, stop="\n")),
@@ -104,6 +106,7 @@ def explain(
                 scope,
                 controls=("unpatched",),
                 remote=remote,
+                source_remote=source_remote,
                 progress=step,
                 source_model=ours,
                 target_model=theirs,

@@ -86,11 +86,19 @@ class Tabulator:
         Returns:
             The columns of `columns_of`, by name.
         """
+        readings = self._readings(cell, raw)
+        metrics = compute_metrics(self.uses, readings, self.sweep.rows[cell.row])
+        return {**self._places(cell), **readings, **metrics, "error": None}
+
+    def failed(self, cell: Cell, reason: str) -> dict[str, Any]:
+        """The row of a cell that has no result."""
+        names = columns_of(self.sweep.scope.readout, self.uses)
+        return {**dict.fromkeys(names), **self._places(cell), "error": reason}
+
+    def _places(self, cell: Cell) -> dict[str, Any]:
         sweep, read = self.sweep, cell.source_positions
         source = None if cell.source_prompt is None else sweep.source_prompts[cell.source_prompt]
         target = sweep.target_prompts[cell.target_prompt]
-        readings = self._readings(cell, raw)
-        metrics = compute_metrics(self.uses, readings, sweep.rows[cell.row])
         return {
             "row": cell.row,
             "control": cell.control,
@@ -105,9 +113,6 @@ class Tabulator:
             "source_model": sweep.source.name,
             "target_model": sweep.target.name,
             "mapping": self.mapping,
-            **readings,
-            **metrics,
-            "error": None,
         }
 
     def _readings(self, cell: Cell, raw: Mapping[str, Any]) -> dict[str, Any]:

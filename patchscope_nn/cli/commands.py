@@ -53,6 +53,7 @@ def explain(
     dtype: options.Dtype = "auto",
     device_map: options.DeviceMap = None,
     remote: options.Remote = None,
+    source_remote: options.SourceRemote = None,
     json: options.Json = False,
     log_level: options.Level = LogLevel.warning,  # noqa: ARG001 (acted on by its callback)
 ) -> None:
@@ -67,6 +68,8 @@ def explain(
             target_model=target_model,
             dtype=dtype,
             device_map=device_map,
+            remote=options.remote_value(remote),
+            source_remote=options.source_remote_value(source_remote),
         )
     look = quick_look(
         prompt,
@@ -75,6 +78,7 @@ def explain(
         target_layer=options.parse_selector(target_layer, option="--target-layer"),
         max_new_tokens=max_new_tokens,
         remote=options.remote_value(remote),
+        source_remote=options.source_remote_value(source_remote),
         progress=printing.Progress("explaining", quiet=json),
         source_model=source,
         target_model=target,
@@ -92,6 +96,7 @@ def run(
     dtype: options.Dtype = "auto",
     device_map: options.DeviceMap = None,
     remote: options.Remote = None,
+    source_remote: options.SourceRemote = None,
     out: options.Out = None,
     sets: options.Sets = None,
     limit: options.Limit = None,
@@ -135,6 +140,8 @@ def run(
         target_model=target_model,
         dtype=dtype,
         device_map=device_map,
+        remote=options.remote_value(remote),
+        source_remote=options.source_remote_value(source_remote),
     )
     folder = out or prepared.default_folder
     command = shlex.join(["patchscope", *sys.argv[1:]])
@@ -143,6 +150,7 @@ def run(
             prepared,
             out=folder,
             remote=options.remote_value(remote),
+            source_remote=options.source_remote_value(source_remote),
             context=context.value,
             max_rows=max_rows,
             memory=options.memory_value(memory),
@@ -166,6 +174,7 @@ def plan(
     dtype: options.Dtype = "auto",
     device_map: options.DeviceMap = None,
     remote: options.Remote = None,
+    source_remote: options.SourceRemote = None,
     sets: options.Sets = None,
     limit: options.Limit = None,
     context: options.ContextName = Context.auto,
@@ -199,7 +208,7 @@ def plan(
         early_leaving=early_leaving,
         memory_reuse=memory_reuse,
     )
-    backend = backend_for(options.remote_value(remote))
+    backend = backend_for(options.remote_value(remote), options.source_remote_value(source_remote))
     prepared = _prepare(
         recipe,
         sets=sets,
@@ -210,6 +219,8 @@ def plan(
         target_model=target_model,
         dtype=dtype,
         device_map=device_map,
+        remote=options.remote_value(remote),
+        source_remote=options.source_remote_value(source_remote),
     )
     made = plan_prepared(
         prepared,

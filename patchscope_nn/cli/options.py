@@ -56,7 +56,16 @@ MaxNewTokens: TypeAlias = Annotated[
     int, _option("--max-new-tokens", help="The most tokens to generate.", min=1)
 ]
 Remote: TypeAlias = Annotated[
-    str | None, _option("--remote", help="`local` rehearses a remote run in this process.", metavar="[local]")
+    str | None,
+    _option(
+        "--remote",
+        help="Where M* runs: ndif (as nnsight is configured), a URL, or local, which rehearses it here.",
+        metavar="ndif|URL|local",
+    ),
+]
+SourceRemote: TypeAlias = Annotated[
+    str | None,
+    _option("--source-remote", help="Where M runs, the same or `no`; unless given, where M* does."),
 ]
 Out: TypeAlias = Annotated[
     Path | None, _option("--out", help="The run's folder; runs/NAME-HASH unless given.")
@@ -143,7 +152,12 @@ def memory_value(given: str | None) -> int | None:
 
 def remote_value(given: str | None) -> bool | str:
     """What `--remote` gives to `run`."""
-    return False if given is None else given
+    return {None: False, "no": False, "ndif": True}.get(given, given or False)
+
+
+def source_remote_value(given: str | None) -> bool | str | None:
+    """What `--source-remote` gives to `run`."""
+    return None if given is None else remote_value(given)
 
 
 def parse_selector(text: str, *, option: str) -> Any:

@@ -4,7 +4,7 @@
     session  one session: source traces, then target traces that use their values
     nested   two models: the source's traces run inside the target's session
     bridged  two models, not both in this process: the source's session gives its states back, and they
-             travel as values inside the target's
+             travel as values inside the target's (two sessions, which `backends.py` runs)
 
 The rooms: `states` reads and writes hidden states, `batch` runs source and target prompts as padded rows,
 `packed` runs target prompts as segments of one sequence.
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import nnsight
 import torch
@@ -28,9 +28,7 @@ from patchscope_nn.unpack import Work
 Results = dict[str, Any]
 
 
-def emit(
-    context: Context, work: Work, *, source: Any, target: Any, remote: Literal[False, "local"] = False
-) -> Results:
+def emit(context: Context, work: Work, *, source: Any, target: Any, backend: Any = None) -> Results:
     """Open a context and run a step in it.
 
     Args:
@@ -38,7 +36,8 @@ def emit(
         work: What `unpack` made of the step.
         source: M, an nnsight model.
         target: M*, an nnsight model; the same object where there is one model.
-        remote: `local` takes the step through nnsight's own serialisation, in this process.
+        backend: An nnsight backend that takes the step elsewhere; None runs it in this process. One that
+            does not wait gives nothing back here.
 
     Returns:
         `passes`: for each target pass a list of readouts, one for each row; `kept`: tensors by number;
@@ -48,11 +47,9 @@ def emit(
     nnsight.register("patchscope_nn")
     with torch.no_grad(), _untracked(source, target):
         if context == "fused":
-            return fused(target, work, remote)
+            return fused(target, work, backend)
         if context == "session":
-            return _session(target, work, remote)
-        if context == "bridged":
-            return _bridged(source, target, work, remote)
+            return _session(target, work, backend)
         return _nested(source, target, work)
 
 
@@ -69,8 +66,9 @@ def _untracked(*models: Any) -> Iterator[None]:
             module.train()
 
 
-def _session(model: Any, work: Work, remote: Literal[False, "local"]) -> Results:
-    with model.session(remote=remote):
+def _session(model: Any, work: Work, backend: Any) -> Results:
+    results: Any = None
+    with model.session(backend=backend):
         results = nnsight.save(_in_session(model, model, work))
     return results  # noqa: RET504 (a context's body binds a name; it cannot return)
 
@@ -79,14 +77,6 @@ def _nested(source: Any, target: Any, work: Work) -> Results:
     with target.session():
         results = nnsight.save(_in_session(source, target, work))
     return results  # noqa: RET504 (the same)
-
-
-def _bridged(source: Any, target: Any, work: Work, remote: Literal[False, "local"]) -> Results:
-    read = {**work, "targets": [], "carried": {}, "keep": work["fresh"]}
-    with source.session(remote=remote):
-        bridge = nnsight.save(_in_session(source, source, read))
-    written = {**work, "sources": [], "carried": {**work["carried"], **bridge["kept"]}}
-    return _session(target, written, remote)
 
 
 def _in_session(source: Any, target: Any, work: Work) -> Results:

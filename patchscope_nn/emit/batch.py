@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any
 
 import nnsight
 import torch
@@ -71,7 +71,7 @@ def in_positions(logits: torch.Tensor, positions: list[int]) -> torch.Tensor:
     return logits[list(range(len(logits))), positions]
 
 
-def fused(model: Any, work: Work, remote: Literal[False, "local"]) -> dict[str, Any]:
+def fused(model: Any, work: Work, backend: Any) -> dict[str, Any]:
     """Source rows and target rows in one batch: at each block the source is read, then the target written."""
     source, target = work["sources"][0], work["targets"][0]
     site, site_written, mapping = work["source_paths"], work["target_paths"], work["mapping"]
@@ -81,7 +81,8 @@ def fused(model: Any, work: Work, remote: Literal[False, "local"]) -> dict[str, 
     written: dict[int, Any] = {}
     first = len(source["inputs"]["input_ids"])
     options = {name: max(value, source["options"][name]) for name, value in target["options"].items()}
-    with model.trace(remote=remote, **options) as tracer:
+    rows: Any = None  # where the backend does not wait, this is what is given
+    with model.trace(backend=backend, **options) as tracer:
         meet = tracer.barrier(2)
         with tracer.invoke(**source["inputs"]):
             for layer in layers:

@@ -6,11 +6,12 @@ Parts are found through transformers' own interfaces (`get_decoder`, `get_input_
 """
 
 from patchscope_nn.models.architecture import find_architecture
-from patchscope_nn.models.info import Architecture, Model, ModelInfo, Sizes, same_vocabulary
+from patchscope_nn.models.info import ELSEWHERE, Architecture, Model, ModelInfo, Sizes, same_vocabulary
 from patchscope_nn.models.loading import load
 from patchscope_nn.models.memory import memory_reused, usable_memory
 
 __all__ = [
+    "ELSEWHERE",
     "Architecture",
     "Model",
     "ModelInfo",

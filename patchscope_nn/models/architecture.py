@@ -103,6 +103,8 @@ class _Seen(Exception):  # noqa: N818 (it is no error: it ends a forward that ha
 def _look(module: Any, block: Any) -> tuple[type | None, bool]:
     """Run one token through the first block.
 
+    Without weights this computes shapes alone, and the token brings a whole mask: making one looks at values.
+
     Returns:
         What blocks give, `torch.Tensor` or a `tuple` that starts with one; and whether they call PyTorch's
         attention.
@@ -124,9 +126,14 @@ def _look(module: Any, block: Any) -> tuple[type | None, bool]:
 
     handle = block.register_forward_hook(look)
     try:
-        with torch.no_grad(), suppress(_Seen), Noting():
-            ids = torch.ones(1, 1, dtype=torch.long, device=input_device(module))
-            module(input_ids=ids, use_cache=False)
+        device = input_device(module)
+        ids = torch.ones(1, 1, dtype=torch.long, device=device)
+        masks = (torch.zeros(1, 1, 1, 1, device=device), ids) if is_weightless(module) else (None,)
+        expected = (_Seen, ValueError, RuntimeError) if masks[0] is not None else (_Seen,)
+        for mask in masks:
+            # Some families take no whole mask; what is not found out here is run as padded batches.
+            with torch.no_grad(), suppress(*expected), Noting():
+                module(input_ids=ids, use_cache=False, **({} if mask is None else {"attention_mask": mask}))
     finally:
         handle.remove()
     attends = torch.nn.functional.scaled_dot_product_attention in called
@@ -138,7 +145,13 @@ def _look(module: Any, block: Any) -> tuple[type | None, bool]:
 def input_device(module: Any) -> Any:
     """The device a model takes its tokens on; weights that are offloaded have none of their own."""
     device = module.get_input_embeddings().weight.device
-    return "cpu" if device.type == "meta" else device
+    return "cpu" if device.type == "meta" and not is_weightless(module) else device
+
+
+def is_weightless(module: Any) -> bool:
+    """Whether a model is only its structure: every weight on the meta device, and none offloaded."""
+    offloaded = any(hasattr(part, "_hf_hook") for part in module.modules())
+    return not offloaded and all(weight.device.type == "meta" for weight in module.parameters())
 
 
 def measure(module: Any, *, block: Any) -> Sizes:

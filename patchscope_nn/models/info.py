@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+#: The device of a model whose weights are not in this process.
+ELSEWHERE = "remote"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
@@ -76,7 +79,7 @@ class ModelInfo:
         vocab_size: The number of logits.
         n_positions: The longest prompt, in tokens; None where the config sets no limit.
         dtype: The weights' dtype, for example `float32`.
-        device: The device of the embedding.
+        device: The device of the embedding; `remote` where the weights are not in this process.
         tied: Whether embedding and unembedding share their weights.
         architecture: Where the parts are.
         sizes: How large they are.

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from patchscope_nn import builtin
 from patchscope_nn.errors import ModelError
-from patchscope_nn.models.architecture import find_architecture, input_device, measure
-from patchscope_nn.models.info import Model, ModelInfo
+from patchscope_nn.models.architecture import find_architecture, input_device, is_weightless, measure
+from patchscope_nn.models.info import ELSEWHERE, Model, ModelInfo
 
 _TASK = "text-generation"
 
@@ -22,6 +22,7 @@ def load(
     dtype: Any = "auto",
     device_map: Any = None,
     tokenizer: Any = None,
+    weights: bool = True,
     **options: Any,
 ) -> Model:
     """Load a decoder, or wrap one that is already loaded.
@@ -33,6 +34,7 @@ def load(
         dtype: A torch dtype or its name; `auto` keeps the checkpoint's own.
         device_map: Passed to transformers.
         tokenizer: The tokenizer; needed only for a transformers model whose own cannot be found.
+        weights: False reads only the config and the tokenizer, which is what a remote model needs here.
         **options: Passed to transformers' `from_pretrained` (`quantization_config`,
             `attn_implementation`, ...).
 
@@ -45,7 +47,7 @@ def load(
     if isinstance(model, Model):
         return model
     if not isinstance(model, str | Path):
-        return _wrap(model, tokenizer)
+        return _wrap(model, tokenizer, weights=weights)
     name = str(model)
     place, options = _locate(name), {**options, "revision": revision}
     from nnsight import TransformersModel
@@ -54,12 +56,27 @@ def load(
     with _explained(name), _quiet():
         _refuse_no_decoder(AutoConfig.from_pretrained(place, revision=revision), name)
         tokenizer = tokenizer or AutoTokenizer.from_pretrained(place, revision=revision)
+        if not weights:
+            return _describe(name, _structure(name, place, tokenizer, revision), tokenizer)
         if device_map is not None:
             options["device_map"] = device_map
         traced = TransformersModel(
             place, task=_TASK, tokenizer=tokenizer, dispatch=True, dtype=dtype, **options
         )
     return _describe(name, traced, tokenizer)
+
+
+def _structure(name: str, place: str, tokenizer: Any, revision: str | None) -> Any:
+    """A model without its weights, known to a server by its id on the Hub."""
+    from nnsight import TransformersModel
+    from transformers import GenerationConfig
+
+    traced = TransformersModel(place, task=_TASK, tokenizer=tokenizer, revision=revision)
+    with suppress(OSError):  # most have one, which tells what ends a text
+        traced._module.generation_config = GenerationConfig.from_pretrained(place, revision=revision)  # noqa: SLF001 (as in Model.module)
+    if name == builtin.NAME:
+        traced.repo_id = builtin.HUB_ID
+    return traced
 
 
 def _locate(name: str) -> str:
@@ -73,12 +90,12 @@ def _locate(name: str) -> str:
     return builtin.HUB_ID if folder is None else str(folder)
 
 
-def _wrap(model: Any, tokenizer: Any) -> Model:
+def _wrap(model: Any, tokenizer: Any, *, weights: bool) -> Model:
     from nnsight import TransformersModel
     from transformers import AutoTokenizer, PreTrainedModel
 
     if isinstance(model, TransformersModel):
-        if not model.dispatched:
+        if weights and not model.dispatched:
             model.dispatch()
         name = str(model.repo_id or model._module.config._name_or_path)  # noqa: SLF001 (its only name)
         return _describe(name, model, tokenizer or model.tokenizer)
@@ -122,7 +139,8 @@ def _describe(name: str, traced: Any, tokenizer: Any) -> Model:
     config = module.config.get_text_config()
     unembed, embed = module.get_output_embeddings(), module.get_input_embeddings()
     architecture = find_architecture(module, n_layers=config.num_hidden_layers, name=name)
-    if getattr(config, "is_decoder", True) is False:
+    weightless = is_weightless(module)
+    if getattr(config, "is_decoder", True) is False and not weightless:
         _refuse_looking_ahead(module, name)
     info = ModelInfo(
         name=name,
@@ -133,7 +151,7 @@ def _describe(name: str, traced: Any, tokenizer: Any) -> Model:
         vocab_size=config.vocab_size,
         n_positions=getattr(config, "max_position_embeddings", None),
         dtype=str(embed.weight.dtype).removeprefix("torch."),
-        device=str(input_device(module)),
+        device=ELSEWHERE if weightless else str(input_device(module)),
         tied=embed.weight is unembed.weight,
         architecture=architecture,
         sizes=measure(module, block=module.get_submodule(architecture.blocks)[0]),

@@ -8,19 +8,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from patchscope_nn.models.info import ModelInfo
+from patchscope_nn.models.info import ELSEWHERE, ModelInfo
 
 #: The share of what is free that a forward pass may take: estimates err, and others use the machine too.
 _SHARE = 0.5
 
 
-def usable_memory(info: ModelInfo) -> int:
+def usable_memory(info: ModelInfo) -> int | None:
     """The bytes that a forward pass of a model may take: half of what its device has free.
 
-    A model over several devices counts with the one that embeds its tokens.
+    None where its weights are elsewhere. A model over several devices counts with the one that embeds tokens.
     """
     import torch
 
+    if info.device == ELSEWHERE:
+        return None
     if info.device.startswith("cuda"):
         free, _ = torch.cuda.mem_get_info(info.device)
     else:

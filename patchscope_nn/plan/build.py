@@ -48,6 +48,7 @@ class Plan:
         copies: For a cell that runs for others too, these others' numbers.
         groups: The data rows, in the order in which they run.
         done: The numbers of cells that were finished before.
+        independent: Whether no step uses what another read, so that they can run in any order, and again.
     """
 
     sweep: Sweep = field(repr=False)
@@ -60,7 +61,8 @@ class Plan:
     copies: Mapping[int, tuple[int, ...]] = field(repr=False)
     groups: tuple[Group, ...] = field(repr=False)
     done: Collection[int] = field(repr=False)
-    _skipped: Collection[int] = field(repr=False)
+    independent: bool = False
+    _skipped: Collection[int] = field(default=(), repr=False)
     _fused: Step | None = field(default=None, repr=False)
 
     def steps(self) -> Iterator[Step]:
@@ -69,7 +71,13 @@ class Plan:
             yield self._fused
             return
         packer = Packer(self.sweep, self.budget, self.optimisations)
-        reader = Reader(self.sweep, self.budget, self.optimisations, rows=[*self._rows()])
+        reader = Reader(
+            self.sweep,
+            self.budget,
+            self.optimisations,
+            rows=[*self._rows()],
+            carries=not self.independent,
+        )
         for group, cells, place in self._windows():
             reads = reader.read(cells, next_row=place)
             targets = packer.passes(cells, group.prefix)
@@ -162,6 +170,7 @@ def plan(
         copies=found.copies,
         groups=groups,
         done=done,
+        independent=remote,
         _skipped=found.skipped,
     )
     few = sum(found.running.values()) <= _FEW

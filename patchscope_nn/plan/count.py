@@ -83,7 +83,7 @@ def _with(planned: Plan, optimisations: Optimisations) -> Plan:
         max_rows=planned.budget.max_rows,
         memory=planned.budget.memory,
         done=planned.done,
-        remote=planned.context == "bridged",
+        remote=planned.independent,
         optimisations=optimisations,
     )
 

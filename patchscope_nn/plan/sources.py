@@ -47,10 +47,17 @@ class Reader:
         budget: What a pass may hold.
         optimisations: What it may do to run less.
         rows: The data rows, in the order in which they run.
+        carries: Whether a step may use states that an earlier one read.
     """
 
     def __init__(
-        self, sweep: Sweep, budget: Budget, optimisations: Optimisations, *, rows: Sequence[int]
+        self,
+        sweep: Sweep,
+        budget: Budget,
+        optimisations: Optimisations,
+        *,
+        rows: Sequence[int],
+        carries: bool = True,
     ) -> None:
         self.sweep, self.budget = sweep, budget
         self.sharing = optimisations.source_sharing
@@ -60,7 +67,7 @@ class Reader:
         self._readers: dict[int, list[int]] = {}
         for place, row in enumerate(rows):
             for prompt, _ in sweep.cells.sources(row):
-                self._last[prompt] = place
+                self._last[prompt] = place if carries else -1
                 self._readers.setdefault(prompt, []).append(row)
 
     def read(self, cells: Sequence[Cell], *, next_row: int) -> Reads:

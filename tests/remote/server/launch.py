@@ -148,13 +148,30 @@ def pids():
 
 
 def note(name, pid):
-    found = pids() | {name: pid}
-    RUNS.write_text(json.dumps({one: number for one, number in found.items() if number is not None}))
+    """Record a part's process: its id, and when it started, since ids are used again."""
+    found = pids()
+    found.pop(name, None)
+    if pid is not None:
+        found[name] = [pid, born(pid)]
+    RUNS.write_text(json.dumps(found))
 
 
-def alive(pid):
+def born(pid):
+    """When a process started, in the kernel's ticks; None where there is none."""
     with suppress(OSError):
-        return "NDIF_STACK=" + str(STATE) in Path(f"/proc/{pid}/environ").read_text().split("\0")
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+    return None
+
+
+def alive(name):
+    pid, when = pids().get(name, (None, None))
+    return pid is not None and born(pid) == when
+
+
+def marked(pid):
+    """Whether a process has the mark of this server in its environment."""
+    with suppress(OSError):
+        return f"NDIF_STACK={STATE}" in Path(f"/proc/{pid}/environ").read_text().split("\0")
     return False
 
 
@@ -174,7 +191,7 @@ def wait(what, ready, *, seconds, log):
 
 def start(name):
     """Start one part, and wait for its port."""
-    if alive(pids().get(name, -1)):
+    if alive(name):
         return
     service = services()[name]
     if open_port(service.port):
@@ -223,7 +240,7 @@ def up():
     """Start what does not run; nothing where all of it does."""
     if not PYTHON.exists() or not all(path.exists() for path in models().values()):
         fail("it is not set up: make ndif-up builds its environment and models.")
-    if healthy() and all(alive(pids().get(name, -1)) for name in ORDER):
+    if healthy() and all(alive(name) for name in ORDER):
         return
     down()
     for folder in (LOGS, STATE / "home", STATE / "hf"):
@@ -238,14 +255,12 @@ def up():
 
 def stop(name, *, number=signal.SIGTERM):
     """Stop one part, and what it started, by its recorded id."""
-    pid = pids().get(name)
-    if pid is None:
-        return
-    if alive(pid):
+    if alive(name):
+        pid = pids()[name][0]
         with suppress(ProcessLookupError):
             os.killpg(pid, number)
         end = time.monotonic() + 15
-        while alive(pid) and time.monotonic() < end:
+        while alive(name) and time.monotonic() < end:
             time.sleep(0.1)
         with suppress(ProcessLookupError):
             os.killpg(pid, signal.SIGKILL)
@@ -254,10 +269,11 @@ def stop(name, *, number=signal.SIGTERM):
 
 def down():
     """Stop all of it. What Ray leaves behind is known by the mark in its environment."""
-    for name in reversed(ORDER):
-        stop(name)
+    if RUNS.exists():
+        for name in reversed(ORDER):
+            stop(name)
     for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and alive(entry.name) and int(entry.name) != os.getpid():
+        if entry.name.isdigit() and marked(entry.name) and int(entry.name) != os.getpid():
             with suppress(ProcessLookupError):
                 os.kill(int(entry.name), signal.SIGKILL)
     shutil.rmtree(STATE / "ray", ignore_errors=True)

@@ -1,0 +1,145 @@
+"""What a real server gives is what this process gives: every readout, context, mapping and recipe."""
+
+from __future__ import annotations
+
+import launch
+import pytest
+import torch
+from pandas.testing import assert_frame_equal
+
+import patchscope_nn as ps
+from patchscope_nn import builtin
+from patchscope_nn.recipe import load_recipe, shipped
+
+BUILTIN, TINY = launch.BUILTIN, launch.TINY
+READOUTS = {
+    "next_token": ps.NextToken(),
+    "reference": ps.NextToken(reference="source", top_k=2),
+    "generate": ps.Generate(max_new_tokens=5),
+    "sample": ps.Generate(max_new_tokens=4, temperature=1.0, seed=3),
+    "choices": ps.Choices([" Paris", " is in", "The"]),
+    "hidden": ps.Hidden(),
+}
+ROWS = [{"s": "The Eiffel Tower is in"}, {"s": "Diana"}]
+
+
+@pytest.fixture(scope="module")
+def models(folders):
+    """load(name, weights=...): a model by its id, with its weights from the folder that the server has."""
+    cache = {}
+
+    def get(name, *, weights):
+        if (name, weights) not in cache:
+            cache[name, weights] = ps.load(folders[name] if weights else name, weights=weights)
+        return cache[name, weights]
+
+    return get
+
+
+def scope_of(readout, **mapping):
+    return ps.Patchscope(
+        source=ps.Source(prompt="{s}", position=-1, layer=["embed", 1, 4]),
+        target=ps.Target(prompt="Diana is in Paris: x", position=-1, layer=[2, 4]),
+        readout=READOUTS[readout],
+        **mapping,
+    )
+
+
+def table(scope, **options):
+    return ps.run(scope, data=ROWS, controls=["unpatched", "random", "shuffled"], **options).table()
+
+
+def assert_same(one, other):
+    names = ["source_model", "target_model"]
+    assert_frame_equal(one.drop(columns=names), other.drop(columns=names), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("readout", READOUTS)
+@pytest.mark.parametrize("name", [BUILTIN, TINY])
+def test_every_readout(readout, name, ndif, models):
+    local = table(scope_of(readout), model=models(name, weights=True))
+    away = models(name, weights=False)
+    assert away.info.device == "remote"
+    assert not away.traced.dispatched
+    assert_same(table(scope_of(readout), model=away, remote=ndif), local)
+    assert not away.traced.dispatched
+
+
+@pytest.mark.parametrize("readout", READOUTS)
+def test_a_fused_trace(readout, ndif, models):
+    scope = ps.Patchscope(
+        source=ps.Source(prompt="Diana", position=-1, layer=[0, 1]),
+        target=ps.Target(prompt="The city of x", position=-1, layer=[2, 3]),
+        readout=READOUTS[readout],
+    )
+    local = ps.run(scope, model=models(TINY, weights=True), context="session").table()
+    found = ps.run(scope, model=models(TINY, weights=False), context="fused", remote=ndif).table()
+    assert_same(found, local)
+
+
+def doubled(states):
+    return states * 2
+
+
+class Bent(torch.nn.Module):
+    """A module of the user's own, with a parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, states):
+        return torch.tanh(states) * self.scale
+
+
+WIDTH = 48
+MAPPINGS = {
+    "target_norm": "target_norm",
+    "affine": ps.Affine(torch.eye(WIDTH) * 2, torch.ones(WIDTH)),
+    "torch module": torch.nn.LayerNorm(WIDTH),
+    "own module": Bent(),
+    "function": doubled,
+    "lambda": lambda states: states + 1,
+}
+
+
+@pytest.mark.parametrize("mapping", MAPPINGS)
+def test_every_mapping_travels(mapping, ndif, models):
+    scope = scope_of("next_token", mapping=MAPPINGS[mapping])
+    local = table(scope, model=models(TINY, weights=True))
+    assert_same(table(scope, model=models(TINY, weights=False), remote=ndif), local)
+
+
+@pytest.mark.parametrize("source_remote", [False, True], ids=["source here", "source there"])
+@pytest.mark.parametrize("remote", [False, True], ids=["target here", "target there"])
+@pytest.mark.parametrize("pair", [(TINY, BUILTIN), (BUILTIN, TINY)], ids=["small to large", "large to small"])
+def test_two_models_in_all_places(pair, source_remote, remote, ndif, models):
+    """Small source, large target, with an affine mapping; and the other way."""
+    source, target = pair
+    widths = {TINY: WIDTH, BUILTIN: 576}
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(widths[target], widths[source], generator=generator) / widths[source] ** 0.5
+    mapping = ps.Affine(weight, torch.zeros(widths[target]))
+    for readout in ("next_token", "generate"):
+        scope = scope_of(readout, mapping=mapping)
+        local = table(
+            scope, source_model=models(source, weights=True), target_model=models(target, weights=True)
+        )
+        found = table(
+            scope,
+            source_model=models(source, weights=not source_remote),
+            target_model=models(target, weights=not remote),
+            remote=ndif if remote else False,
+            source_remote=ndif if source_remote else False,
+        )
+        assert_same(found, local)
+
+
+@pytest.mark.parametrize("recipe", shipped())
+def test_every_recipe(recipe, ndif, models):
+    """By its own name, as a user runs it: the builtin model, which the server knows by its id."""
+    asked = {"limit": 2}
+    loaded = load_recipe(recipe, sets=["source.layer=[3, 12, 24]"])
+    local = ps.run(loaded, **asked).table()
+    assert_same(ps.run(loaded, remote=ndif, **asked).table(), local)
+    assert builtin.HUB_ID == BUILTIN

@@ -1,0 +1,126 @@
+"""What is refused before a request is sent; no server is needed."""
+
+from __future__ import annotations
+
+import sys
+import types
+
+import pytest
+import torch
+
+import patchscope_nn as ps
+from patchscope_nn import jobs
+from patchscope_nn.bridge import in_place_of
+from patchscope_nn.errors import InputError, JobError, MappingError, ModelError, ServerError
+from patchscope_nn.jobs import Seen, check_travels, failure, host_of
+
+
+@pytest.fixture
+def installed(monkeypatch, tmp_path):
+    """A module that is installed here, and so need not be on a server."""
+    module = types.ModuleType("lens_of_mine")
+    module.__file__ = str(tmp_path / "site-packages/lens_of_mine.py")
+    exec("def scaled(states):\n    return states * 2\n", module.__dict__)  # noqa: S102 (a module made here)
+    monkeypatch.setitem(sys.modules, "lens_of_mine", module)
+    return module
+
+
+def test_a_mapping_of_an_installed_module_is_refused_with_the_line_that_lets_it_travel(installed):
+    with pytest.raises(
+        MappingError, match=r"needs the module 'lens_of_mine'.*nnsight.register\('lens_of_mine'\)"
+    ):
+        check_travels(installed.scaled)
+
+
+def test_so_is_what_a_mapping_calls(installed):
+    def calling(states):
+        return installed.scaled(states)
+
+    with pytest.raises(MappingError, match="lens_of_mine"):
+        check_travels(calling)
+
+
+def test_once_registered_it_travels(installed):
+    import nnsight
+    from cloudpickle import unregister_pickle_by_value
+
+    nnsight.register("lens_of_mine")
+    try:
+        check_travels(installed.scaled)
+    finally:
+        unregister_pickle_by_value(installed)
+
+
+def test_a_mapping_that_holds_a_model_is_refused(tiny_model):
+    other = tiny_model(seed=1).traced
+
+    def through(states):
+        return other.model.norm(states)
+
+    with pytest.raises(MappingError, match="holds a model of its own, and a request names one"):
+        check_travels(through)
+
+
+def test_two_models_in_one_request_are_refused(tiny_model):
+    with pytest.raises(InputError, match="a request names one model; context='nested' runs two"):
+        jobs.submit("http://127.0.0.1:9", "nested", {"mapping": ["identity", None]}, tiny_model())
+
+
+def test_a_remote_that_is_no_url():
+    with pytest.raises(InputError, match=r"remote='here' is no server.*URL"):
+        host_of("here")
+
+
+@pytest.mark.parametrize(
+    ("said", "kind", "text"),
+    [
+        ("Replica was evicted while processing. Please try again later.", ServerError, "evicted"),
+        ("Could not deploy this model. Repository Not Found", ModelError, "doctor --remote"),
+        ("Your job exceeded the execution timeout of 5s.", JobError, "--max-rows"),
+        ("Traceback (most recent call last):\n  ...\nValueError: no", JobError, "ValueError: no"),
+    ],
+)
+def test_what_a_server_says_becomes_an_error(said, kind, text):
+    found = failure("http://x", Seen(status="ERROR", said=said))
+    assert type(found) is kind
+    assert text in str(found)
+
+
+def work_of(mapping):
+    return {"mapping": ["call", mapping], "carried": {}, "sources": [{"reads": [[0, [[0, 0, [1]]]]]}]}
+
+
+@pytest.mark.parametrize(("widths", "here"), [((8, 16), True), ((16, 8), True)])
+def test_a_mapping_with_weights_runs_here(widths, here):
+    """Its weights are more bytes than the wider states."""
+    mapping = ps.Affine(torch.ones(widths[1], widths[0]))
+    crossing = in_place_of(work_of(mapping), {0: torch.ones(1, widths[0]), 1: torch.ones(99)})
+    assert (crossing.mapping[0] == "identity") is here
+    assert crossing.states[0].shape == (1, widths[1])
+    assert crossing.states[1].shape == (99,)  # a distribution is no state, and is not mapped
+
+
+def test_a_function_that_widens_states_runs_there():
+    def widened(states):
+        return torch.cat([states, states], dim=-1)
+
+    crossing = in_place_of(work_of(widened), {0: torch.ones(1, 4)})
+    assert crossing.mapping[1] is widened
+    assert crossing.states[0].shape == (1, 4)
+
+
+def test_a_model_without_its_weights_is_described_as_the_one_with(tmp_path, tiny_model):
+    from dataclasses import replace
+
+    import tiny
+
+    for family in ("llama", "gpt2", "gemma3", "gptj", "opt"):
+        folder = tmp_path / family
+        tiny.make_module(family).save_pretrained(folder)
+        tiny.TOKENIZER.save_pretrained(folder)
+        bare, full = ps.load(str(folder), weights=False), ps.load(str(folder))
+        assert not bare.traced.dispatched
+        assert bare.info.device == "remote"
+        same = {"device": "", "architecture": None, "tied": None, "revision": None}
+        assert replace(bare.info, **same) == replace(full.info, **same)
+        assert bare.info.architecture.blocks == full.info.architecture.blocks
