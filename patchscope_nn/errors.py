@@ -11,7 +11,6 @@ PatchscopeError
 │   └── FolderError       a run folder that belongs to something else
 └── RunError              the run itself failed; the command line exits with 1
     ├── ServerError       a server cannot be reached, or does not answer in time; the same call goes on
-    │   └── JobLostError  a server no longer knows a job
     └── JobError          a server ran a job, and it failed
 """
 
@@ -74,10 +73,6 @@ class ServerError(RunError):
     """A server cannot be reached, or does not answer in time."""
 
     retryable = True
-
-
-class JobLostError(ServerError):
-    """A server no longer knows a job, and will never finish it."""
 
 
 class JobError(RunError):

@@ -20,9 +20,12 @@ from datetime import UTC, datetime
 from importlib import metadata
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, TypeGuard
 
-from patchscope_nn.backends import Backend, PassTooLargeError, backend_for, execute
+from patchscope_nn.backends import Backend, Bridged, Ndif, PassTooLargeError, backend_for, execute
+from patchscope_nn.fleet import Failed, Fleet
+from patchscope_nn.jobs import Patience
+from patchscope_nn.ledger import Ledger
 from patchscope_nn.models import ModelInfo, usable_memory
 from patchscope_nn.plan import Context, Optimisations, Plan, plan
 from patchscope_nn.prepare import Prepared, prepare
@@ -36,6 +39,8 @@ _PACKAGES = ("patchscope-nn", "nnsight", "torch", "transformers", "tokenizers", 
 Progress = Callable[[int, int], None]
 #: How many cells' rows are written at a time.
 _ROWS_AT_ONCE = 1024
+#: How many jobs are on their way to a server at a time, unless told otherwise.
+JOBS = 4
 
 
 def run(
@@ -48,6 +53,7 @@ def run(
     max_rows: int | None = None,
     memory: int | None = None,
     optimisations: Optimisations | None = None,
+    jobs: int = JOBS,
     progress: Progress | None = None,
     **prepared: Any,
 ) -> Run:
@@ -63,6 +69,7 @@ def run(
         max_rows: The most cells of a forward pass; None is the planner's.
         memory: The most bytes a forward pass may take; None is half of what the target's device has free.
         optimisations: What the planner may do to run less; None is all of it.
+        jobs: How many jobs may be on their way to a server at a time.
         progress: Called with (cells done, cells in all) after each step.
         **prepared: `model`, `source_model`, `target_model`, `data`, `controls`, `metrics`, `seed`, `limit`,
             `base`, `dtype` and `device_map`, as in `prepare`.
@@ -83,6 +90,7 @@ def run(
         max_rows=max_rows,
         memory=memory,
         optimisations=optimisations,
+        jobs=jobs,
         progress=progress,
     )
 
@@ -97,10 +105,16 @@ def run_prepared(
     max_rows: int | None = None,
     memory: int | None = None,
     optimisations: Optimisations | None = None,
+    jobs: int = JOBS,
+    patience: Patience | None = None,
     progress: Progress | None = None,
+    notice: Callable[[str], None] | None = None,
     command: str | None = None,
 ) -> Run:
-    """Run what `prepare` prepared. Arguments as in `run`; `command` goes into the manifest."""
+    """Run what `prepare` prepared.
+
+    Arguments as in `run`; `patience` with servers, `notice` of what jobs do, and `command` for the manifest.
+    """
     backend = backend_for(remote, source_remote)
     todo = functools.partial(
         plan_prepared,
@@ -116,8 +130,12 @@ def run_prepared(
     started = time.monotonic()
     with _uncollected(), InMemory() if out is None else open_folder(Path(out), manifest) as store:
         before = len(store.done)
-        planned = todo(done=store.done) if store.done else whole
-        for rows in _steps(prepared, planned, backend, store):
+        fleet = _Fleeting(Ledger(store.path), jobs, patience or Patience(), notice)
+        # What is on its way is not planned again; without a server nobody would fetch it.
+        live = fleet.ledger.live() if _is_away(backend) else ()
+        done = store.done.union(*(job.cells for job in live))
+        planned = todo(done=done) if done else whole
+        for rows in _steps(prepared, planned, backend, store, fleet):
             store.append(rows)
             if progress:
                 progress(len(store.done), len(prepared.sweep.cells))
@@ -147,22 +165,34 @@ def plan_prepared(prepared: Prepared, *, memory: int | None = None, **options: A
     return plan(prepared.sweep, memory=memory, **options)
 
 
+class _Fleeting(NamedTuple):
+    """How jobs are kept on their way."""
+
+    ledger: Ledger
+    width: int
+    patience: Patience
+    notice: Callable[[str], None] | None
+
+
 def _steps(
-    prepared: Prepared, planned: Plan, backend: Backend, store: InMemory
+    prepared: Prepared, planned: Plan, backend: Backend, store: InMemory, fleet: _Fleeting
 ) -> Iterator[dict[int, dict[str, Any]]]:
     """Table rows by the number of their cell, some at a time; smaller passes after one that was too large."""
     tabulate = Tabulator(
         prepared.sweep, prepared.metrics, tokenizer=prepared.target.tokenizer, mapping=prepared.mapping.name
     )
     while True:
-        results = execute(
-            planned, source=prepared.source, target=prepared.target, mapping=prepared.mapping, backend=backend
-        )
+        results = _results(prepared, planned, backend, store, fleet)
         try:
             for step in results:
                 # A step may run for many more cells than it holds.
                 while some := list(islice(step, _ROWS_AT_ONCE)):
-                    yield {cell.number: tabulate.row(cell, raw) for cell, raw in some}
+                    yield {
+                        cell.number: tabulate.failed(cell, raw.reason)
+                        if isinstance(raw, Failed)
+                        else tabulate.row(cell, raw)
+                        for cell, raw in some
+                    }
         except PassTooLargeError as error:
             if error.rows == 1:
                 raise
@@ -178,6 +208,33 @@ def _steps(
             )
         else:
             return
+
+
+def _results(
+    prepared: Prepared, planned: Plan, backend: Backend, store: InMemory, fleet: _Fleeting
+) -> Iterator[Any]:
+    """The cells with their readouts, a step or a job at a time."""
+    if not _is_away(backend):
+        return execute(
+            planned, source=prepared.source, target=prepared.target, mapping=prepared.mapping, backend=backend
+        )
+    return Fleet(
+        planned,
+        source=prepared.source,
+        target=prepared.target,
+        mapping=prepared.mapping,
+        backend=backend,
+        ledger=fleet.ledger,
+        done=store.done,
+        width=fleet.width,
+        patience=fleet.patience,
+        notice=fleet.notice,
+    ).results()
+
+
+def _is_away(backend: Backend) -> TypeGuard[Ndif | Bridged]:
+    """Whether M* is on a server, so that steps are jobs."""
+    return isinstance(backend.target if isinstance(backend, Bridged) else backend, Ndif)
 
 
 def _manifest(prepared: Prepared, whole: Plan, backend: Backend, command: str | None) -> Manifest:

@@ -1,29 +1,25 @@
 """NDIF: one request out, its state, and its result; every fault as an error that says what to do next.
 
-NDIF is asked through nnsight's own client. What is sent is looked through first: a server has no module of
-the user's that does not travel, and a request names one model.
+NDIF is asked through nnsight's own client. A request names one model, and what it takes with it has been
+looked through (`travel.py`) before it is sent.
 """
 
 from __future__ import annotations
 
-import io
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import FunctionType, ModuleType
 from typing import Any
 
 from patchscope_nn.emit import Results, emit
-from patchscope_nn.errors import InputError, JobError, MappingError, ModelError, ServerError
+from patchscope_nn.errors import InputError, JobError, ModelError, ServerError
 from patchscope_nn.models import Model
 from patchscope_nn.plan import Context
+from patchscope_nn.travel import check_travels
 from patchscope_nn.unpack import Work
 
 _TIMEOUT_S = 60.0
-#: What every server has; anything else has to travel.
-_ON_SERVERS = frozenset({"torch", "numpy", "nnsight", "cloudpickle", "transformers", "patchscope_nn"})
 _REFUSED = (400, 401, 403)
 
 
@@ -167,7 +163,9 @@ def explained(host: str, *, result: bool = False) -> Iterator[None]:
     try:
         yield
     except httpx.HTTPStatusError as error:
-        raise _refused(host, error.response.status_code, str(error), result=result) from error
+        raise _refused(
+            host, error.response.status_code, error.response.reason_phrase, result=result
+        ) from error
     except RemoteError as error:
         cause = error.__cause__
         if isinstance(cause, httpx.HTTPStatusError):
@@ -203,69 +201,6 @@ def _refused(host: str, code: int, said: str, *, result: bool) -> InputError | S
     return ServerError(f"{host} answers {code}: {said}", hint=_AGAIN)
 
 
-def check_travels(call: Callable[..., Any] | None) -> None:
-    """Refuse a mapping that would not run on a server, before anything is sent.
-
-    Raises:
-        MappingError: It needs a module that is not sent with it, or another model.
-    """
-    if call is None:
-        return
-    import nnsight
-    from nnsight.intervention.envoy import Envoy
-    from nnsight.intervention.serialization import CustomCloudPickler
-
-    nnsight.register("patchscope_nn")
-    _register_local(call)
-
-    class Looking(CustomCloudPickler):
-        """Looks at everything that would be sent."""
-
-        def persistent_id(self, obj: Any) -> Any:
-            if isinstance(obj, Envoy):
-                raise MappingError(
-                    "the mapping holds a model of its own, and a request names one: on a server it would run "
-                    "on the target's weights.",
-                    hint="Give the mapping tensors, not a model.",
-                )
-            needed = obj if isinstance(obj, ModuleType) else None
-            if isinstance(obj, FunctionType | type):
-                needed = sys.modules.get(obj.__module__ or "")
-            if needed is not None and not _travels(needed.__name__):
-                raise _missing(needed.__name__.split(".")[0])
-            return super().persistent_id(obj)
-
-    Looking(io.BytesIO(), protocol=4).dump(call)
-
-
-def _missing(root: str) -> MappingError:
-    return MappingError(
-        f"the mapping needs the module {root!r}, which a server need not have.",
-        hint=f"Let it travel with the request: import nnsight; nnsight.register({root!r})",
-    )
-
-
-def _travels(module: str) -> bool:
-    from cloudpickle.cloudpickle import list_registry_pickle_by_value
-
-    parts = module.split(".")
-    registered = list_registry_pickle_by_value()
-    outer = {".".join(parts[: end + 1]) for end in range(len(parts))}
-    known = parts[0] in _ON_SERVERS | {"__main__"} or parts[0] in sys.stdlib_module_names
-    return known or bool(outer & registered)
-
-
-def _register_local(call: Any) -> None:
-    """A mapping from a file of the user's, and no installed package, travels without being told to."""
-    import nnsight
-
-    named = call if isinstance(call, FunctionType) else type(call)
-    module = sys.modules.get(named.__module__)
-    file = getattr(module, "__file__", None)
-    if module is not None and file and "site-packages" not in file and not _travels(module.__name__):
-        nnsight.register(module.__name__.split(".")[0])
-
-
 @dataclass(frozen=True, kw_only=True)
 class Patience:
     """How long to wait for what, in seconds.
@@ -291,17 +226,27 @@ def look_again(host: str, job: str, patience: Patience) -> Seen:
     Raises:
         ServerError: It did not answer for too long.
     """
+    return _persisting(patience)(look, host, job)
+
+
+def submit_again(host: str, context: Context, work: Work, model: Model, patience: Patience) -> str:
+    """Send a job, and send it again while the server does not answer.
+
+    Raises:
+        ServerError: It did not answer for too long.
+    """
+    return _persisting(patience)(submit, host, context, work, model)
+
+
+def _persisting(patience: Patience) -> Any:
     from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_exponential
 
-    for attempt in Retrying(
+    return Retrying(
         retry=retry_if_exception_type(ServerError),
         stop=stop_after_delay(patience.unreachable_s),
         wait=wait_exponential(multiplier=0.2, max=5),
         reraise=True,
-    ):
-        with attempt:
-            return look(host, job)
-    raise AssertionError  # tenacity returns or raises
+    )
 
 
 def wait(host: str, job: str, context: Context, *, patience: Patience | None = None) -> Results:
@@ -341,17 +286,22 @@ _DEPLOYING = ("Could not deploy this model",)
 _TOO_LONG = ("execution timeout",)
 
 
+def too_long(seen: Seen) -> bool:
+    """Whether a job failed because it took longer than its server allows."""
+    return any(text in seen.said for text in _TOO_LONG)
+
+
 def failure(host: str, seen: Seen) -> JobError | ServerError | ModelError:
     """The error of a job that failed: its own fault, the server's, or that of who asked for the model."""
     said = seen.said.strip()
     if any(text in said for text in _DEPLOYING):
         return ModelError(
-            f"{host} cannot run this model: {said}",
+            f"{host} cannot run this model: {said.splitlines()[0]}.",
             hint="`patchscope doctor --remote` lists the models that run there.",
         )
     if any(text in said for text in _PASSING) and "Traceback" not in said:
         return ServerError(f"{host}: {said}", hint=_AGAIN)
-    if any(text in said for text in _TOO_LONG):
+    if too_long(seen):
         return JobError(f"{host}: {said}", hint="Smaller jobs: --max-rows, or a server with more time.")
     last = said.splitlines()[-1] if said else "no reason given"
     return JobError(

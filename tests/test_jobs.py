@@ -12,7 +12,8 @@ import patchscope_nn as ps
 from patchscope_nn import jobs
 from patchscope_nn.bridge import in_place_of
 from patchscope_nn.errors import InputError, JobError, MappingError, ModelError, ServerError
-from patchscope_nn.jobs import Seen, check_travels, failure, host_of
+from patchscope_nn.jobs import Seen, failure, host_of
+from patchscope_nn.travel import check_travels
 
 
 @pytest.fixture

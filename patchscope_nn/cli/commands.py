@@ -97,6 +97,7 @@ def run(
     device_map: options.DeviceMap = None,
     remote: options.Remote = None,
     source_remote: options.SourceRemote = None,
+    jobs: options.Jobs = 4,
     out: options.Out = None,
     sets: options.Sets = None,
     limit: options.Limit = None,
@@ -144,6 +145,7 @@ def run(
         source_remote=options.source_remote_value(source_remote),
     )
     folder = out or prepared.default_folder
+    progress = printing.Progress(str(prepared.recipe["name"]), quiet=json)
     command = shlex.join(["patchscope", *sys.argv[1:]])
     try:
         finished = run_prepared(
@@ -155,11 +157,14 @@ def run(
             max_rows=max_rows,
             memory=options.memory_value(memory),
             optimisations=used,
-            progress=printing.Progress(str(prepared.recipe["name"]), quiet=json),
+            jobs=jobs,
+            progress=progress,
+            notice=progress.tell,
             command=command,
         )
     except KeyboardInterrupt:
         printing.note(f"\nInterrupted. What is done is kept in {folder}; go on with:\n  {command}")
+        _leave_or_cancel(folder)
         raise typer.Exit(_INTERRUPTED) from None
     printing.print_run(finished, as_json=json)
 
@@ -266,6 +271,39 @@ def report(
     from patchscope_nn.runs import load_run
 
     printing.print_report(load_run(folder).report(), as_json=json)
+
+
+@app.command()
+def jobs(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, finished or not.")],
+    *,
+    json: options.Json = False,
+) -> None:
+    """List the jobs that a run sent to a server, and how they ended."""
+    from patchscope_nn.ledger import Ledger
+    from patchscope_nn.runs import read_manifest
+
+    read_manifest(folder)
+    printing.print_jobs(Ledger(folder).jobs(), as_json=json)
+
+
+def _leave_or_cancel(folder: Path) -> None:
+    """Ask what becomes of the jobs that are on their way; where nobody can answer they are left."""
+    from patchscope_nn.ledger import Ledger
+
+    ledger = Ledger(folder)
+    if not (live := len(ledger.live())):
+        return
+    left = f"{live} jobs are left on their server; the same command fetches them."
+    if not sys.stdin.isatty():
+        printing.note(left)
+        return
+    asked = f"{live} jobs are on their way. Leave them, to be fetched by the same command, or cancel them?"
+    if typer.prompt(f"{asked} [leave/cancel]", default="leave", err=True).startswith("c"):
+        ledger.drop()
+        printing.note("Cancelled: their results will not be fetched. (A server that has begun one ends it.)")
+    else:
+        printing.note(left)
 
 
 def _prepare(recipe: str, *, sets: list[str] | None, quiet: bool, **given: Any) -> Any:

@@ -67,6 +67,9 @@ SourceRemote: TypeAlias = Annotated[
     str | None,
     _option("--source-remote", help="Where M runs, the same or `no`; unless given, where M* does."),
 ]
+Jobs: TypeAlias = Annotated[
+    int, _option("--jobs", help="How many jobs may be on their way to a server at a time.", min=1)
+]
 Out: TypeAlias = Annotated[
     Path | None, _option("--out", help="The run's folder; runs/NAME-HASH unless given.")
 ]

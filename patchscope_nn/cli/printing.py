@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from patchscope_nn.errors import PatchscopeError, Problem, SpecError
 
 if TYPE_CHECKING:
+    from patchscope_nn.ledger import Job
     from patchscope_nn.plan import Plan
     from patchscope_nn.quick import Look
     from patchscope_nn.recipe import Recipe
@@ -70,6 +71,7 @@ class Progress:
     def __init__(self, what: str, *, quiet: bool) -> None:
         self.what, self.quiet = what, quiet
         self._bar: Any = None
+        self._line = ""
         self._started = self._said = time.monotonic()
 
     def __call__(self, done: int, total: int) -> None:
@@ -83,6 +85,16 @@ class Progress:
         if done == total or now - self._said >= _PLAIN_EVERY_S:
             self._said = now
             note(f"{self.what}: {done} of {total} cells, {now - self._started:.0f} s")
+
+    def tell(self, line: str) -> None:
+        """Say what the jobs on a server do: in the bar, or elsewhere as a line of its own."""
+        if self.quiet or line == self._line:
+            return
+        self._line = line
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], description=f"{self.what} ({line})")
+        elif not sys.stderr.isatty():
+            note(f"{self.what}: {line}")
 
     def _show(self, done: int, total: int) -> None:
         if self._bar is None:
@@ -233,6 +245,19 @@ def print_problems(found: Mapping[str, Sequence[Problem]], *, as_json: bool) -> 
         for one in problems:
             line = f":{one.line}" if one.line is not None else ""
             out(f"{file}{line}: {one.field + ': ' if one.field else ''}{one.message}")
+
+
+def print_jobs(jobs: Sequence[Job], *, as_json: bool) -> None:
+    """Print the jobs of a run."""
+    if as_json:
+        out_json([asdict(job) | {"cells": len(job.cells), "passes": len(job.passes)} for job in jobs])
+        return
+    table = _table("job", "server", "cells", "sent", "state", "")
+    for job in jobs:
+        said = job.said.strip().splitlines()
+        last = said[-1] if said else ""
+        table.add_row(job.id, job.host, str(len(job.cells)), job.sent, job.state, _cell(last))
+    _print(table if jobs else "This run sent no jobs.")
 
 
 def print_report(file: Path, *, as_json: bool) -> None:

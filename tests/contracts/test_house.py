@@ -16,32 +16,9 @@ PACKAGE = Path(ps.__file__).parent
 #: From left to right as data flows; a module imports only what stands to its left.
 ORDER = [
     *("errors", "layers", "prompts", "positions", "spec", "metrics", "data_files", "data", "recipe"),
-    *(
-        "builtin",
-        "models",
-        "mappings",
-        "resolve",
-        "cells",
-        "plan",
-        "plan_text",
-        "unpack",
-        "bridge",
-        "readouts",
-        "emit",
-    ),
-    *(
-        "jobs",
-        "backends",
-        "tables",
-        "plots",
-        "report",
-        "runs",
-        "prepare",
-        "execute",
-        "quick",
-        "cli",
-        "__main__",
-    ),
+    *("builtin", "models", "mappings", "resolve", "cells", "plan", "plan_text", "unpack", "bridge"),
+    *("readouts", "emit", "travel", "jobs", "backends", "ledger", "fleet", "tables", "plots", "report"),
+    *("runs", "prepare", "execute", "quick", "doctor", "cli", "__main__"),
 ]
 #: A method of a plan or a run may reach for how it is shown; only when it is called.
 SHOWN_LATER = {("plan", "plan_text"), ("runs", "plots"), ("runs", "report")}

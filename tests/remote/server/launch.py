@@ -44,6 +44,10 @@ ORDER = ("redis", "s3", "hub", "ray", "api")
 TIMEOUT = os.environ.get("NDIF_DEFAULT_EXECUTION_TIMEOUT_SECONDS", "300")
 
 
+#: Kept, so that no handle is thrown away while its process runs.
+_STARTED: list[subprocess.Popen] = []
+
+
 class Service(NamedTuple):
     """A part of the server: how it is started, and the port that tells that it has."""
 
@@ -194,8 +198,8 @@ def start(name):
     if alive(name):
         return
     service = services()[name]
-    if open_port(service.port):
-        fail(f"port {service.port}, which {name} needs, is taken by another program.")
+    taken = f"port {service.port}, which {name} needs, was not free"
+    wait(taken, lambda: not open_port(service.port), seconds=10, log=f"{name}.log")
     with (LOGS / f"{name}.log").open("ab") as log:
         started = subprocess.Popen(
             service.command,
@@ -207,6 +211,7 @@ def start(name):
             start_new_session=True,
         )
     note(name, started.pid)
+    _STARTED.append(started)
     wait(
         f"{name} did not open port {service.port}",
         lambda: open_port(service.port),
@@ -259,6 +264,10 @@ def stop(name, *, number=signal.SIGTERM):
         pid = pids()[name][0]
         with suppress(ProcessLookupError):
             os.killpg(pid, number)
+        for one in _STARTED:
+            if one.pid == pid:
+                with suppress(subprocess.TimeoutExpired):
+                    one.wait(15)
         end = time.monotonic() + 15
         while alive(name) and time.monotonic() < end:
             time.sleep(0.1)

@@ -1,0 +1,116 @@
+"""The jobs of a run, in its folder: `jobs.jsonl`, a line for each that was sent, and one for how it ended.
+
+A job is written down before anything else is done, so that whoever dies, the next one finds it. Which cells
+each of its results is for is written with it: a plan made later may cut the cells otherwise.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+FILE = "jobs.jsonl"
+Passes = tuple[tuple[tuple[int, ...], ...], ...]
+End = Literal["done", "failed", "lost", "dropped"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A job that was sent.
+
+    Attributes:
+        id: What its server calls it.
+        host: The server.
+        context: `session` or `fused`.
+        passes: For each pass, and each of its results, the numbers of the cells it is for.
+        sent: When.
+        state: `live`, or how it ended.
+        said: Why it ended so, in the server's words.
+    """
+
+    id: str
+    host: str
+    context: Literal["session", "fused"]
+    passes: Passes
+    sent: str
+    state: str = "live"
+    said: str = ""
+
+    @property
+    def cells(self) -> tuple[int, ...]:
+        """The numbers of all its cells."""
+        return tuple(number for rows in self.passes for row in rows for number in row)
+
+
+class Ledger:
+    """The jobs of one run; without a folder they are kept in memory.
+
+    Args:
+        folder: The run's folder.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self.file = None if folder is None else folder / FILE
+        self._jobs: dict[str, Job] = {}
+        if self.file is not None and self.file.exists():
+            for line in _whole_lines(self.file):
+                self._take(line)
+
+    def jobs(self) -> tuple[Job, ...]:
+        """All of them, in the order in which they were sent."""
+        return tuple(self._jobs.values())
+
+    def live(self) -> tuple[Job, ...]:
+        """Those that were sent and have not ended."""
+        return tuple(job for job in self._jobs.values() if job.state == "live")
+
+    def sent(self, job: Job) -> None:
+        """Write down a job that was sent."""
+        self._write(asdict(job))
+
+    def ended(self, job: str, state: End, said: str = "") -> None:
+        """Write down how a job ended."""
+        self._write({"id": job, "state": state, "said": said})
+
+    def drop(self) -> int:
+        """Forget the live jobs: nobody will fetch them. Tells how many they were."""
+        live = self.live()
+        for job in live:
+            self.ended(job.id, "dropped", "cancelled by its user")
+        return len(live)
+
+    def _write(self, line: dict[str, Any]) -> None:
+        if self.file is not None:
+            with self.file.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+                stream.flush()
+                os.fsync(stream.fileno())
+        self._take(line)
+
+    def _take(self, line: dict[str, Any]) -> None:
+        known = self._jobs.get(line["id"])
+        fields = asdict(known) | line if known else line
+        passes = tuple(tuple(tuple(row) for row in rows) for rows in fields["passes"])
+        self._jobs[line["id"]] = Job(**{**fields, "passes": passes})
+
+
+def now() -> str:
+    """The time, as it is written down."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _whole_lines(file: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a file, without one that a killed process left half written, which is cut off."""
+    size = 0
+    with file.open("rb") as stream:
+        for line in stream:
+            if not line.endswith(b"\n"):
+                break
+            size += len(line)
+            yield json.loads(line)
+    os.truncate(file, size)

@@ -1,0 +1,80 @@
+"""Whether a mapping can travel to a server, found out before anything is sent.
+
+A server has torch, nnsight and transformers, and no module of the user's that does not come with the request.
+"""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Callable
+from types import FunctionType, ModuleType
+from typing import Any
+
+from patchscope_nn.errors import MappingError
+
+#: What every server has; anything else has to travel.
+_ON_SERVERS = frozenset({"torch", "numpy", "nnsight", "cloudpickle", "transformers", "patchscope_nn"})
+
+
+def check_travels(call: Callable[..., Any] | None) -> None:
+    """Refuse a mapping that would not run on a server, before anything is sent.
+
+    Raises:
+        MappingError: It needs a module that is not sent with it, or another model.
+    """
+    if call is None:
+        return
+    import nnsight
+    from nnsight.intervention.envoy import Envoy
+    from nnsight.intervention.serialization import CustomCloudPickler
+
+    nnsight.register("patchscope_nn")
+    _register_local(call)
+
+    class Looking(CustomCloudPickler):
+        """Looks at everything that would be sent."""
+
+        def persistent_id(self, obj: Any) -> Any:
+            if isinstance(obj, Envoy):
+                raise MappingError(
+                    "the mapping holds a model of its own, and a request names one: on a server it would run "
+                    "on the target's weights.",
+                    hint="Give the mapping tensors, not a model.",
+                )
+            needed = obj if isinstance(obj, ModuleType) else None
+            if isinstance(obj, FunctionType | type):
+                needed = sys.modules.get(obj.__module__ or "")
+            if needed is not None and not _travels(needed.__name__):
+                raise _missing(needed.__name__.split(".")[0])
+            return super().persistent_id(obj)
+
+    Looking(io.BytesIO(), protocol=4).dump(call)
+
+
+def _missing(root: str) -> MappingError:
+    return MappingError(
+        f"the mapping needs the module {root!r}, which a server need not have.",
+        hint=f"Let it travel with the request: import nnsight; nnsight.register({root!r})",
+    )
+
+
+def _travels(module: str) -> bool:
+    from cloudpickle.cloudpickle import list_registry_pickle_by_value
+
+    parts = module.split(".")
+    registered = list_registry_pickle_by_value()
+    outer = {".".join(parts[: end + 1]) for end in range(len(parts))}
+    known = parts[0] in _ON_SERVERS | {"__main__"} or parts[0] in sys.stdlib_module_names
+    return known or bool(outer & registered)
+
+
+def _register_local(call: Any) -> None:
+    """A mapping from a file of the user's, and no installed package, travels without being told to."""
+    import nnsight
+
+    named = call if isinstance(call, FunctionType) else type(call)
+    module = sys.modules.get(named.__module__)
+    file = getattr(module, "__file__", None)
+    if module is not None and file and "site-packages" not in file and not _travels(module.__name__):
+        nnsight.register(module.__name__.split(".")[0])
