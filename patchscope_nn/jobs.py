@@ -97,7 +97,7 @@ def look(host: str, job: str) -> Seen:
     from nnsight.schema.response import ResponseModel
 
     with explained(host):
-        answer = httpx.get(f"{host}/response/{job}", headers=_headers(), timeout=_TIMEOUT_S)
+        answer = httpx.get(f"{host}/response/{job}", headers=headers(), timeout=_TIMEOUT_S)
         if answer.status_code == httpx.codes.NOT_FOUND:
             return Seen(status="UNKNOWN")
         answer.raise_for_status()
@@ -148,7 +148,8 @@ def _key(model: Model) -> str:
         ) from None
 
 
-def _headers() -> dict[str, str]:
+def headers() -> dict[str, str]:
+    """The key, where nnsight is given one."""
     from nnsight import CONFIG
 
     return {"ndif-api-key": CONFIG.API.APIKEY} if CONFIG.API.APIKEY else {}

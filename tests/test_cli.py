@@ -179,7 +179,7 @@ BAD = {
     "mapping": (["run", "tiny.yaml", "--set", "mapping={affine: none.safetensors}"], "none.safetensors"),
     "function": (["run", "tiny.yaml", "--set", "mapping={function: nowhere:f}"], "nowhere:f"),
     "model": (["run", "tiny.yaml", "--model", "empty"], "the model 'empty' could not be loaded"),
-    "remote": (["run", "tiny.yaml", "--remote", "http://127.0.0.1:1"], "is not available in this version"),
+    "remote": (["run", "tiny.yaml", "--remote", "somewhere"], "remote='somewhere' is no server"),
     "one row": (["run", "tiny.yaml", "--limit", "1"], "controls: shuffled"),
     "fused": (["run", "tiny.yaml", "--set", "target.layer=0", "--context", "fused"], "context='fused' runs"),
     "no run": (["report", "model"], "model is no run folder: it has no manifest.json"),

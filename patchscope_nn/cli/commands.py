@@ -287,6 +287,27 @@ def jobs(
     printing.print_jobs(Ledger(folder).jobs(), as_json=json)
 
 
+@app.command()
+def doctor(
+    *,
+    model: options.Model = None,
+    remote: options.Remote = None,
+    json: options.Json = False,
+) -> None:
+    """Is everything in place: versions, models and, with --remote, key, server and a round trip."""
+    from patchscope_nn import builtin
+    from patchscope_nn.doctor import check_here, check_server
+
+    found = list(check_here())
+    where = options.remote_value(remote)
+    if where not in (False, "local"):
+        with printing.waiting("asking the server", quiet=json):
+            found += check_server(where, model or builtin.NAME)
+    printing.print_findings(found, as_json=json)
+    if any(one.state == "wrong" for one in found):
+        raise typer.Exit(1)
+
+
 def _leave_or_cancel(folder: Path) -> None:
     """Ask what becomes of the jobs that are on their way; where nobody can answer they are left."""
     from patchscope_nn.ledger import Ledger

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from patchscope_nn.errors import PatchscopeError, Problem, SpecError
 
 if TYPE_CHECKING:
+    from patchscope_nn.doctor import Finding
     from patchscope_nn.ledger import Job
     from patchscope_nn.plan import Plan
     from patchscope_nn.quick import Look
@@ -258,6 +259,17 @@ def print_jobs(jobs: Sequence[Job], *, as_json: bool) -> None:
         last = said[-1] if said else ""
         table.add_row(job.id, job.host, str(len(job.cells)), job.sent, job.state, _cell(last))
     _print(table if jobs else "This run sent no jobs.")
+
+
+def print_findings(findings: Sequence[Finding], *, as_json: bool) -> None:
+    """Print what the doctor found."""
+    if as_json:
+        out_json([one._asdict() for one in findings])
+        return
+    table = _table("", "what", "found", "what mends it")
+    for one in findings:
+        table.add_row(one.state, one.what, _cell(one.found), one.mend)
+    _print(table)
 
 
 def print_report(file: Path, *, as_json: bool) -> None:
