@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 from patchscope_nn.cells import Cell, Sweep
+from patchscope_nn.models import ELSEWHERE
 from patchscope_nn.plan.budget import Budget, Costs
 from patchscope_nn.plan.layout import branches_at, lay_out, needed_end
 from patchscope_nn.plan.passes import Optimisations, TargetPass
@@ -31,10 +32,13 @@ def shares_attention(
 ) -> bool:
     """Whether the tokens of a packed pass attend to its prefix apart from their own few tokens.
 
-    Only on a CPU, whose attention over one long sequence is slow, and where PyTorch gives what it takes.
+    Only on a CPU, whose attention over one long sequence is slow, and where PyTorch gives what it takes. Of a
+    model elsewhere the device is not known here; the pass itself looks, and makes a mask where it is no CPU.
     """
     info = sweep.target
-    if not (optimisations.shared_attention and info.architecture.attends and info.device == "cpu"):
+    if not (
+        optimisations.shared_attention and info.architecture.attends and info.device in {"cpu", ELSEWHERE}
+    ):
         return False
     longest = max(needed_end(sweep, cell) for cell in cells)
     windows = (window for window in info.architecture.windows if window is not None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hooks
 import pytest
 import tiny
 import torch
@@ -129,3 +130,13 @@ def test_what_a_token_sees_makes_the_same_mask(tiny_model):
     assert any(segment.cell is None for segment in layout.segments)
     given = {"prefix": layout.prefix, "own": unpack._own(layout), "allowed": None}
     assert torch.equal(packed._in_allowed(given), unpack._allowed(layout))
+
+
+def test_it_travels(tiny_model, run_cells):
+    """Through nnsight's serialisation the same, where no class of this package may be needed."""
+    scope, model = sweep("The city of Paris x", -1), tiny_model("llama")
+    found = run_cells(scope, model, rows=[{}], context="session", remote="local")
+    expected = run_cells(scope, model, rows=[{}], optimisations=Optimisations.none())
+    for (cell, given), (other, wanted) in zip(found, expected, strict=True):
+        assert cell == other
+        hooks.assert_same(given, wanted)
