@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 from patchscope_nn import builtin
 from patchscope_nn.cells import Sweep, expand
 from patchscope_nn.data import DataSpec, fingerprint, load_rows
-from patchscope_nn.errors import ModelError, Problem, SpecError, did_you_mean
+from patchscope_nn.errors import Problem, SpecError
 from patchscope_nn.mappings import ResolvedMapping, resolve_mapping
 from patchscope_nn.metrics import MetricUse, check_columns, check_metrics, parse_metric
 from patchscope_nn.models import Model, load
@@ -24,7 +24,6 @@ from patchscope_nn.spec import Control, Patchscope
 
 #: False: this process; `local`: the rehearsal; True: the NDIF that nnsight is configured for; or a URL.
 Where: TypeAlias = bool | str | None
-_DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,8 +183,6 @@ def load_models(
     Raises:
         InputError: A model cannot be loaded, or `dtype` names no dtype.
     """
-    if isinstance(dtype, str) and dtype not in _DTYPES:
-        raise ModelError(f"dtype={dtype!r} is no dtype of a model.", hint=did_you_mean(dtype, _DTYPES))
     common = asked.model if isinstance(asked, Recipe) else builtin.NAME
     wanted = _first(source_model, model, asked and asked.source.model, common)
     other = _first(target_model, model, asked and asked.target.model, wanted)

@@ -281,3 +281,10 @@ def test_freed_memory_is_used_again():
         faults()
         assert faults() < pages / 10
     assert faults() > pages / 2
+
+
+@pytest.mark.parametrize("model", ["anything", "builtin:smollm2-135m-instruct"])
+def test_a_dtype_that_is_none_is_named(model):
+    with pytest.raises(ModelError, match=r"dtype='float23' is no dtype of a model") as caught:
+        load(model, dtype="float23")
+    assert "float32" in caught.value.hint

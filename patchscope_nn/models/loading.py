@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from patchscope_nn import builtin
-from patchscope_nn.errors import ModelError
+from patchscope_nn.errors import ModelError, did_you_mean
 from patchscope_nn.models.architecture import find_architecture, input_device, is_weightless, measure
 from patchscope_nn.models.info import ELSEWHERE, Model, ModelInfo
 
 _TASK = "text-generation"
+_DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
 
 def load(
@@ -42,8 +43,10 @@ def load(
         The model, its tokenizer, and what is known of it.
 
     Raises:
-        ModelError: The model cannot be found, is no decoder, or hides its parts.
+        ModelError: The model cannot be found, is no decoder, or hides its parts; or `dtype` names no dtype.
     """
+    if isinstance(dtype, str) and dtype not in _DTYPES:
+        raise ModelError(f"dtype={dtype!r} is no dtype of a model.", hint=did_you_mean(dtype, _DTYPES))
     if isinstance(model, Model):
         return model
     if not isinstance(model, str | Path):
