@@ -11,6 +11,7 @@ in which they were sent: one that waits while a later one has run will wait for 
 
 from __future__ import annotations
 
+import pickle
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -26,6 +27,7 @@ from patchscope_nn.jobs import Patience, Seen
 from patchscope_nn.ledger import End, Job, Ledger, Passes, now
 from patchscope_nn.mappings import ResolvedMapping
 from patchscope_nn.models import Model
+from patchscope_nn.pace import Pace
 from patchscope_nn.plan import Plan, Step, plan
 from patchscope_nn.unpack import unpack
 
@@ -101,7 +103,7 @@ class Fleet:
         self._again: deque[Step] = deque()
         self._steps = planned.steps()
         self._tries: Counter[int] = Counter()
-        self._limit: int | None = None
+        self.pace = Pace(planned.n_cells)
         self._succeeded, self._guilty = False, 0
 
     def results(self) -> Iterator[Rows]:
@@ -141,17 +143,25 @@ class Fleet:
             first = next(
                 (said for _, said in (flight.latest for flight in self._flights) if "osition" in said), ""
             )
-            counts = ", ".join(f"{number} {state}" for state, number in states.items())
-            self.notice(f"jobs: {counts}" + (f" ({first.rstrip('.')})" if first else ""))
+            said = [", ".join(f"{number} {state}" for state, number in states.items())]
+            said[0] += f" ({first.rstrip('.')})" if first else ""
+            if self.pace.result_bytes:
+                said.append(f"{self.pace.result_bytes / 2**10:,.0f} KiB of results")
+            left = self.pace.left_s(len(self.planned.sweep.cells) - len(self.done))
+            if left is not None:
+                said.append(f"about {left:,.0f} s of work left there, and the queue")
+            self.notice(f"jobs: {'; '.join(said)}")
 
     def _launch(self) -> None:
         """Send jobs while there is room."""
-        while len(self._flights) < self.width:
+        while len(self._flights) < (1 if self.pace.learning else self.width):
             step = self._again.popleft() if self._again else next(self._steps, None)
             if step is None:
                 return
-            if self._limit is not None and len(step.cells) > self._limit:
-                self._cut([(cell.number,) for cell in step.cells], self._limit)
+            most = self.pace.most
+            if most is not None and len(step.cells) > most:
+                # What is left over stays in one piece: by then it may be known how large a job should be.
+                self._cut([(cell.number,) for cell in step.cells], most)
                 continue
             self._send(step)
 
@@ -198,6 +208,8 @@ class Fleet:
             return None
         self._flights.remove(flight)
         self._succeeded = True
+        seconds, size = (seen.cost or {}).get("runtime"), len(pickle.dumps(results["passes"]))
+        self.pace.took(len(flight.job.cells), seconds=seconds, result_bytes=size)
         return self._rows(flight.job, results), "done", ""
 
     def _rows(self, job: Job, results: Results) -> Rows:
@@ -225,7 +237,7 @@ class Fleet:
         self._flights.remove(flight)
         rows = [row for one in flight.job.passes for row in one]
         if jobs.too_long(seen):
-            self._limit = max(1, len(rows) // 2)
+            self.pace.too_long(len(rows))
         if len(rows) > 1:
             self.ledger.ended(flight.job.id, "failed", seen.said)
             self._cut(rows, -(-len(rows) // 2))
@@ -238,10 +250,9 @@ class Fleet:
         return iter(failed), "failed", seen.said
 
     def _cut(self, rows: Iterable[tuple[int, ...]], size: int) -> None:
-        """Plan the cells of some rows again, in pieces of so many."""
+        """Plan the cells of some rows again, in two pieces, the first of so many."""
         rows = list(rows)
-        pieces = [rows[first : first + size] for first in range(0, len(rows), size)]
-        for piece in reversed(pieces):
+        for piece in (rows[size:], rows[:size]):
             self._again.extendleft(reversed([*self._plan(piece).steps()]))
 
     def _plan(self, rows: Iterable[tuple[int, ...]]) -> Plan:

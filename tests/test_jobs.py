@@ -13,6 +13,7 @@ from patchscope_nn import jobs
 from patchscope_nn.bridge import in_place_of
 from patchscope_nn.errors import InputError, JobError, MappingError, ModelError, ServerError
 from patchscope_nn.jobs import Seen, failure, host_of
+from patchscope_nn.pace import Pace
 from patchscope_nn.travel import check_travels
 
 
@@ -125,3 +126,49 @@ def test_a_model_without_its_weights_is_described_as_the_one_with(tmp_path, tiny
         same = {"device": "", "architecture": None, "tied": None, "revision": None}
         assert replace(bare.info, **same) == replace(full.info, **same)
         assert bare.info.architecture.blocks == full.info.architecture.blocks
+
+
+def test_a_small_run_is_one_job():
+    pace = Pace(900)
+    assert not pace.learning
+    assert pace.most is None
+
+
+def test_a_large_run_begins_with_a_short_job_and_learns_from_it():
+    pace = Pace(100_000)
+    assert pace.learning
+    assert pace.most == 256
+    pace.took(256, seconds=2.56, result_bytes=2560)
+    assert not pace.learning
+    assert pace.most == 3000  # thirty seconds' worth
+    pace.took(3000, seconds=60.0, result_bytes=30_000)  # slower than it was thought
+    assert pace.most == 2000
+    assert pace.left_s(1000) == pytest.approx(15.0)
+    assert pace.result_bytes == 32_560
+
+
+def test_a_job_grows_as_jobs_turn_out_to_be_quick():
+    pace = Pace(100_000)
+    pace.took(256, seconds=25.6, result_bytes=1)
+    before = pace.most
+    pace.took(before, seconds=before * 0.01, result_bytes=1)
+    assert pace.most > before
+
+
+def test_a_job_carries_no_more_than_a_server_allows_or_a_result_should_hold():
+    pace = Pace(100_000)
+    pace.took(256, seconds=0.256, result_bytes=256 * 2**20)
+    assert pace.most == 32
+    pace.too_long(20)
+    assert pace.most == 10
+    small = Pace(900)
+    small.too_long(900)
+    assert small.most == 450
+
+
+def test_a_server_that_does_not_say_what_a_job_took_is_not_asked_to_be_quick():
+    pace = Pace(100_000)
+    pace.took(256, seconds=None, result_bytes=0)
+    assert not pace.learning
+    assert pace.most is None
+    assert pace.left_s(10) is None

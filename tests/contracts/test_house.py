@@ -17,7 +17,19 @@ PACKAGE = Path(ps.__file__).parent
 ORDER = [
     *("errors", "layers", "prompts", "positions", "spec", "metrics", "data_files", "data", "recipe"),
     *("builtin", "models", "mappings", "resolve", "cells", "plan", "plan_text", "unpack", "bridge"),
-    *("readouts", "emit", "travel", "jobs", "backends", "ledger", "fleet", "tables", "plots", "report"),
+    *(
+        "readouts",
+        "emit",
+        "travel",
+        "jobs",
+        "backends",
+        "ledger",
+        "pace",
+        "fleet",
+        "tables",
+        "plots",
+        "report",
+    ),
     *("runs", "prepare", "execute", "quick", "doctor", "cli", "__main__"),
 ]
 #: A method of a plan or a run may reach for how it is shown; only when it is called.

@@ -11,6 +11,7 @@ from pandas.testing import assert_frame_equal
 
 import patchscope_nn as ps
 from patchscope_nn import builtin
+from patchscope_nn.ledger import Ledger
 from patchscope_nn.recipe import load_recipe, shipped
 
 BUILTIN, TINY = launch.BUILTIN, launch.TINY
@@ -172,3 +173,20 @@ def test_a_sweep_of_900_cells_is_one_small_request_and_hardly_slower(ndif, model
     assert len(results) == 2
     assert max(results) < 100_000
     assert took[3] <= 1.3 * took[2] + 3
+
+
+def test_a_large_run_begins_with_a_short_job(ndif, models, tmp_path):
+    """What that took tells how large the others are; here, all that is left, since the model is tiny."""
+    scope = ps.Patchscope(
+        source=ps.Source(prompt="{s}", position={"each": "all"}, layer="all"),
+        target=ps.Target(prompt="Diana is in Paris: x", position=-1, layer="all"),
+    )
+    rows = [{"s": f"{word} is in the city of {word} and the Tower"} for word in ("Paris", "Diana", "Eiffel")]
+    local = ps.run(scope, model=models(TINY, weights=True), data=rows)
+    away = ps.run(scope, model=models(TINY, weights=False), data=rows, remote=ndif, out=tmp_path / "run")
+    assert len(local.rows) > 1024
+    assert_same(away.table(), local.table())
+    sizes = [len(job.cells) for job in Ledger(tmp_path / "run").jobs()]
+    assert sizes[0] == 256
+    assert sum(sizes) == len(local.rows)
+    assert max(sizes[1:]) > 256
