@@ -133,7 +133,7 @@ def run_prepared(
         fleet = _Fleeting(Ledger(store.path), jobs, patience or Patience(), notice)
         # What is on its way is not planned again; without a server nobody would fetch it.
         live = fleet.ledger.live() if _is_away(backend) else ()
-        done = store.done.union(*(job.cells for job in live))
+        done = store.done.union(*(job.cells for job in live if job.context != "read"))
         planned = todo(done=done) if done else whole
         for rows in _steps(prepared, planned, backend, store, fleet):
             store.append(rows)

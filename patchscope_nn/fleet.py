@@ -1,6 +1,7 @@
 """A plan as jobs on a server, several on their way at a time; nothing is lost, and nothing counted twice.
 
-    sent        its id is in the ledger before anything else happens
+    sent        its id is in the ledger before anything else happens; of two models on servers, first the one
+                that reads the source, and when its states are here, the one that writes the target
     completed   its rows are written, then it is marked as done
     lost        the server knows it no longer, or passes it over: its cells are sent again
     failed      by its own fault: it is halved until the guilty cell is found, which is written down as failed
@@ -20,6 +21,7 @@ from typing import Any, Literal
 
 from patchscope_nn import jobs
 from patchscope_nn.backends import Bridged, Ndif
+from patchscope_nn.bridge import in_place_of, source_half, target_half
 from patchscope_nn.cells import Cell
 from patchscope_nn.emit import Results
 from patchscope_nn.errors import JobError, ServerError
@@ -29,7 +31,7 @@ from patchscope_nn.mappings import ResolvedMapping
 from patchscope_nn.models import Model
 from patchscope_nn.pace import Pace
 from patchscope_nn.plan import Plan, Step, plan
-from patchscope_nn.unpack import unpack
+from patchscope_nn.unpack import Work, unpack
 
 #: How often cells are sent again for what is not their fault.
 _TRIES = 4
@@ -54,9 +56,14 @@ Rows = Iterator[tuple[Cell, "dict[str, Any] | Failed"]]
 
 @dataclass
 class _Flight:
-    """A job on its way: when it last moved, and the probe that asks after it."""
+    """A job on its way: when it last moved, and the probe that asks after it.
+
+    Of one that reads the source of a step, `step` and `work` are what goes on with its states.
+    """
 
     job: Job
+    step: Step | None = None
+    work: Work | None = None
     moved: float = field(default_factory=time.monotonic)
     latest: tuple[str, str] = ("", "")
     probe: str | None = None
@@ -99,7 +106,10 @@ class Fleet:
         if not isinstance(ends, Ndif):
             raise TypeError("a fleet's target is on a server")
         self.host = ends.host
-        self._flights = [_Flight(job) for job in ledger.live()]
+        self._flights = [_Flight(job) for job in ledger.live() if job.context != "read"]
+        for job in ledger.live():
+            if job.context == "read":  # whoever was to go on with its states is gone
+                ledger.ended(job.id, "lost", "the run that read them has ended")
         self._again: deque[Step] = deque()
         self._steps = planned.steps()
         self._tries: Counter[int] = Counter()
@@ -169,15 +179,27 @@ class Fleet:
         work = unpack(
             self.planned, step, source=self.source, target=self.target, mapping=self.mapping, states={}
         )
-        context: Literal["fused", "session"] = "fused" if step.context == "fused" else "session"
-        if isinstance(self.backend, Bridged):
-            work = self.backend.read(work, source=self.source)
-        elif step.context == "bridged":
-            work = Bridged(self.backend, self.backend).read(work, source=self.source)
+        reader = self.backend.source if isinstance(self.backend, Bridged) else self.backend
+        if step.context != "bridged":
+            context: Literal["fused", "session"] = "fused" if step.context == "fused" else "session"
+            self._submit(step, work, context=context)
+        elif isinstance(reader, Ndif):
+            half = source_half(work)
+            sent = jobs.submit_again(reader.host, "session", half, self.source, self.patience)
+            self._away(_Flight(self._job(sent, reader.host, "read", step), step, work))
+        else:
+            self._submit(step, Bridged(reader, reader).read(work, source=self.source), context="session")
+
+    def _submit(self, step: Step, work: Work, *, context: Literal["fused", "session"]) -> None:
         sent = jobs.submit_again(self.host, context, work, self.target, self.patience)
-        job = Job(id=sent, host=self.host, context=context, passes=self._numbers(step), sent=now())
-        self.ledger.sent(job)
-        self._flights.append(_Flight(job))
+        self._away(_Flight(self._job(sent, self.host, context, step)))
+
+    def _job(self, sent: str, host: str, context: Literal["fused", "session", "read"], step: Step) -> Job:
+        return Job(id=sent, host=host, context=context, passes=self._numbers(step), sent=now())
+
+    def _away(self, flight: _Flight) -> None:
+        self.ledger.sent(flight.job)
+        self._flights.append(flight)
 
     def _numbers(self, step: Step) -> Passes:
         copies = self.planned.copies
@@ -202,11 +224,16 @@ class Fleet:
 
     def _land(self, flight: _Flight, seen: Seen) -> tuple[Rows, End, str] | None:
         try:
-            results = jobs.fetch(flight.job.host, seen, flight.job.context)
+            context: Literal["fused", "session"] = "fused" if flight.job.context == "fused" else "session"
+            results = jobs.fetch(flight.job.host, seen, context)
         except ServerError as error:
             self._lost(flight, error.message)
             return None
         self._flights.remove(flight)
+        if flight.step is not None and flight.work is not None:
+            crossing = in_place_of(flight.work, results["kept"])
+            self._submit(flight.step, target_half(flight.work, crossing), context="session")
+            return iter(()), "done", ""
         self._succeeded = True
         seconds, size = (seen.cost or {}).get("runtime"), len(pickle.dumps(results["passes"]))
         self.pace.took(len(flight.job.cells), seconds=seconds, result_bytes=size)
@@ -284,10 +311,11 @@ class Fleet:
 
     def _ask_after(self, flight: _Flight) -> None:
         """Send a job that does nothing; if it runs while the older one waits, that one is forgotten."""
+        host, model = flight.job.host, self.target if flight.step is None else self.source
         if flight.probe is None:
-            flight.probe = jobs.submit_again(self.host, "session", _NOTHING, self.target, self.patience)
+            flight.probe = jobs.submit_again(host, "session", _NOTHING, model, self.patience)
             return
-        if jobs.look_again(self.host, flight.probe, self.patience).status == "COMPLETED":
-            again = jobs.look_again(flight.job.host, flight.job.id, self.patience)
+        if jobs.look_again(host, flight.probe, self.patience).status == "COMPLETED":
+            again = jobs.look_again(host, flight.job.id, self.patience)
             if (again.status, again.said) == flight.latest:
                 self._lost(flight, "the server has forgotten it: a later job has run, and it has not")

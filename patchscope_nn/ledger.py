@@ -26,7 +26,7 @@ class Job:
     Attributes:
         id: What its server calls it.
         host: The server.
-        context: `session` or `fused`.
+        context: `session` or `fused`; `read` where it reads the states of another model's source.
         passes: For each pass, and each of its results, the numbers of the cells it is for.
         sent: When.
         state: `live`, or how it ended.
@@ -35,7 +35,7 @@ class Job:
 
     id: str
     host: str
-    context: Literal["session", "fused"]
+    context: Literal["session", "fused", "read"]
     passes: Passes
     sent: str
     state: str = "live"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import launch
 import pytest
@@ -136,6 +137,26 @@ def test_two_models_in_all_places(pair, source_remote, remote, ndif, models):
             source_remote=ndif if source_remote else False,
         )
         assert_same(found, local)
+
+
+def test_reading_the_source_is_a_job_too(ndif, models, tmp_path):
+    """In the ledger, and where its client died, lost: nobody could go on with its states."""
+    scope = scope_of("next_token", mapping=ps.Affine(torch.eye(576)[:, :WIDTH], torch.zeros(576)))
+    away = {"source_model": models(TINY, weights=False), "target_model": models(BUILTIN, weights=False)}
+    here = {name: models(model, weights=True) for name, model in zip(away, (TINY, BUILTIN), strict=True)}
+    found = ps.run(scope, data=ROWS, out=tmp_path / "run", remote=ndif, max_rows=2, jobs=2, **away).table()
+    assert_same(found, ps.run(scope, data=ROWS, **here).table())
+    jobs = Ledger(tmp_path / "run").jobs()
+    kinds = [job.context for job in jobs]
+    assert kinds.count("read") == kinds.count("session") == len(kinds) / 2
+    assert {job.state for job in jobs} == {"done"}
+    cells = tmp_path / "run/cells.jsonl"
+    cells.write_text("".join(cells.read_text().splitlines(keepends=True)[:-1]))
+    Ledger(tmp_path / "run").sent(replace(jobs[0], id="of-a-client-that-died"))
+    assert_same(ps.run(scope, data=ROWS, out=tmp_path / "run", remote=ndif, **away).table(), found)
+    states = {job.id: job.state for job in Ledger(tmp_path / "run").jobs()}
+    assert states.pop("of-a-client-that-died") == "lost"
+    assert set(states.values()) == {"done"}
 
 
 @pytest.mark.parametrize("recipe", shipped())
