@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 import types
 
@@ -11,8 +12,10 @@ import torch
 import patchscope_nn as ps
 from patchscope_nn import jobs
 from patchscope_nn.bridge import in_place_of
+from patchscope_nn.cli import commands
 from patchscope_nn.errors import InputError, JobError, MappingError, ModelError, ServerError
 from patchscope_nn.jobs import Seen, failure, host_of
+from patchscope_nn.ledger import Job, Ledger
 from patchscope_nn.travel import check_travels
 
 
@@ -125,3 +128,77 @@ def test_a_model_without_its_weights_is_described_as_the_one_with(tmp_path, tiny
         same = {"device": "", "architecture": None, "tied": None, "revision": None}
         assert replace(bare.info, **same) == replace(full.info, **same)
         assert bare.info.architecture.blocks == full.info.architecture.blocks
+
+
+@pytest.fixture
+def interrupted(tmp_path, monkeypatch, capsys):
+    """interrupted(answer): Ctrl-C with two jobs on their way; what is asked and said, and their states.
+
+    Without an answer standard input is no terminal.
+    """
+    ledger = Ledger(tmp_path)
+    for number in range(3):
+        passes = (((number,),),)
+        ledger.sent(Job(id=f"job-{number}", host="http://x", context="session", passes=passes, sent=""))
+    ledger.ended("job-0", "done")
+
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    def interrupt(answer=None):
+        stdin = io.StringIO() if answer is None else Terminal(f"{answer}\n")
+        monkeypatch.setattr(sys, "stdin", stdin)
+        commands._leave_or_cancel(tmp_path)
+        said = capsys.readouterr()
+        assert not said.out.strip()  # click leaves the blank before the answer to readline
+        return said.err, [job.state for job in Ledger(tmp_path).jobs()]
+
+    return interrupt
+
+
+LEFT = "2 jobs are left on their server; the same command fetches them."
+ASKED = "2 jobs are on their way. Leave them, to be fetched by the same command, or cancel them?"
+
+
+@pytest.mark.parametrize("answer", ["leave", "l", ""])
+def test_interrupted_jobs_that_are_left_stay_live(interrupted, answer):
+    said, states = interrupted(answer)
+    assert ASKED in said
+    assert LEFT in said
+    assert states == ["done", "live", "live"]
+
+
+@pytest.mark.parametrize("answer", ["cancel", "c", "Cancel"])
+def test_interrupted_jobs_that_are_cancelled_are_dropped(interrupted, answer):
+    said, states = interrupted(answer)
+    assert ASKED in said
+    assert "Cancelled: their results will not be fetched." in said
+    assert states == ["done", "dropped", "dropped"]
+
+
+def test_an_answer_that_is_neither_is_asked_for_again(interrupted):
+    said, states = interrupted("q\ncancel")
+    assert said.count("[leave/cancel]") == 2
+    assert states == ["done", "dropped", "dropped"]
+
+
+def test_without_a_terminal_jobs_are_left_and_nobody_is_asked(interrupted):
+    said, states = interrupted()
+    assert said.strip() == LEFT
+    assert states == ["done", "live", "live"]
+
+
+def test_a_second_interrupt_leaves_the_jobs(interrupted, monkeypatch, tmp_path):
+    def again(*_given, **_options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("typer.prompt", again)
+    said, states = interrupted("")
+    assert said.strip() == LEFT
+    assert states == ["done", "live", "live"]
+
+
+def test_without_live_jobs_nobody_is_asked(interrupted, tmp_path):
+    Ledger(tmp_path).drop()
+    assert interrupted("cancel") == ("", ["done", "dropped", "dropped"])

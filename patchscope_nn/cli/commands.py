@@ -313,18 +313,25 @@ def _leave_or_cancel(folder: Path) -> None:
     from patchscope_nn.ledger import Ledger
 
     ledger = Ledger(folder)
-    if not (live := len(ledger.live())):
-        return
-    left = f"{live} jobs are left on their server; the same command fetches them."
-    if not sys.stdin.isatty():
-        printing.note(left)
-        return
-    asked = f"{live} jobs are on their way. Leave them, to be fetched by the same command, or cancel them?"
-    if typer.prompt(f"{asked} [leave/cancel]", default="leave", err=True).startswith("c"):
+    live = len(ledger.live())
+    if live and sys.stdin.isatty() and _wants_cancel(live):
         ledger.drop()
         printing.note("Cancelled: their results will not be fetched. (A server that has begun one ends it.)")
-    else:
-        printing.note(left)
+    elif live:
+        printing.note(f"{live} jobs are left on their server; the same command fetches them.")
+
+
+def _wants_cancel(live: int) -> bool:
+    asked = f"{live} jobs are on their way. Leave them, to be fetched by the same command, or cancel them?"
+    while True:
+        try:
+            answer = typer.prompt(f"{asked} [leave/cancel]", default="leave", err=True).lower()
+        except (KeyboardInterrupt, typer.Abort):  # Ctrl-C again, or the end of the input
+            return False
+        if answer and "leave".startswith(answer):
+            return False
+        if answer and "cancel".startswith(answer):
+            return True
 
 
 def _prepare(recipe: str, *, sets: list[str] | None, quiet: bool, **given: Any) -> Any:
