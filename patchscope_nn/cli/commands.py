@@ -199,6 +199,7 @@ def plan(
 ) -> None:
     """Show what would run, before it runs: contexts, passes, rows and tokens."""
     from patchscope_nn.backends import backend_for
+    from patchscope_nn.bridge import traffic
     from patchscope_nn.execute import plan_prepared
     from patchscope_nn.plan import Optimisations
 
@@ -235,7 +236,8 @@ def plan(
         optimisations=used,
         remote=backend.remote,
     )
-    printing.print_plan(made, folder=prepared.default_folder, as_json=json)
+    crossing = traffic(made, prepared.mapping)
+    printing.print_plan(made, crossing=crossing, folder=prepared.default_folder, as_json=json)
 
 
 @app.command()
