@@ -241,6 +241,22 @@ def interrupted(tmp_path, monkeypatch, capsys):
     return interrupt
 
 
+def test_a_ledger_that_is_read_is_not_changed_and_a_half_line_goes_before_the_next(tmp_path):
+    """A run may be writing while `patchscope jobs` reads."""
+    file = tmp_path / "jobs.jsonl"
+    job = Job(id="one", host="http://x", context="session", passes=(((0,),),), sent="")
+    Ledger(tmp_path).sent(job)
+    with file.open("a") as stream:
+        stream.write('{"id": "two", "ho')
+    before = file.read_bytes()
+    found = Ledger(tmp_path)
+    assert found.jobs() == (job,)
+    assert file.read_bytes() == before
+    found.ended("one", "done")
+    assert [one.state for one in Ledger(tmp_path).jobs()] == ["done"]
+    assert file.read_text().count("\n") == 2
+
+
 LEFT = "2 jobs are left on their server; the same command fetches them."
 ASKED = "2 jobs are on their way. Leave them, to be fetched by the same command, or cancel them?"
 
