@@ -7,7 +7,8 @@ export HF_HUB_OFFLINE := 1
 # Spinning threads make two processes on one machine many times slower.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: demo test test-oldest lint bench ndif-up ndif-down test-remote clean
+.PHONY: demo test test-oldest lint bench ndif-up ndif-down remote-ready test-remote \
+  test-remote-all clean
 
 demo: .venv/installed-demo
 	$(BIN)/patchscope explain "Diana, Princess of Wales"
@@ -40,12 +41,20 @@ ndif-up: .venv/installed-demo
 ndif-down:
 	$(PYTHON) $(NDIF)/launch.py down
 
-# The remote tests start the server themselves, and stop it where they started it.
-test-remote: .venv/installed-test
+# The remote tests start the server themselves, and stop it where they started it. Those that restart its parts,
+# or wait for a minute, are left to test-remote-all. REMOTE="-x" is for pytest.
+REMOTE ?=
+test-remote: remote-ready
+	$(REMOTE_TESTS) -m 'not slow' $(REMOTE)
+
+test-remote-all: remote-ready
+	$(REMOTE_TESTS) $(REMOTE)
+
+REMOTE_TESTS = HF_HUB_OFFLINE=0 HF_ENDPOINT=http://127.0.0.1:9191 HF_HOME=$(CURDIR)/.ndif/client-hf \
+	$(BIN)/python -m pytest tests/remote
+remote-ready: .venv/installed-test
 	$(PYTHON) $(NDIF)/launch.py setup
 	$(BIN)/python $(NDIF)/models.py
-	HF_HUB_OFFLINE=0 HF_ENDPOINT=http://127.0.0.1:9191 HF_HOME=$(CURDIR)/.ndif/client-hf \
-	  $(BIN)/python -m pytest tests/remote
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

@@ -57,6 +57,7 @@ class Ledger:
     def __init__(self, folder: Path | None) -> None:
         self.file = None if folder is None else folder / FILE
         self._jobs: dict[str, Job] = {}
+        self._mended = False
         if self.file is not None and self.file.exists():
             for line in _whole_lines(self.file):
                 self._take(line)
@@ -86,6 +87,9 @@ class Ledger:
 
     def _write(self, line: dict[str, Any]) -> None:
         if self.file is not None:
+            if not self._mended:
+                _cut_half_line(self.file)
+                self._mended = True
             with self.file.open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(line, ensure_ascii=False) + "\n")
                 stream.flush()
@@ -105,12 +109,17 @@ def now() -> str:
 
 
 def _whole_lines(file: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a file, without one that a killed process left half written, which is cut off."""
-    size = 0
+    """The lines of a file, without one that is half written; another process may be writing it."""
     with file.open("rb") as stream:
         for line in stream:
-            if not line.endswith(b"\n"):
-                break
-            size += len(line)
-            yield json.loads(line)
-    os.truncate(file, size)
+            if line.endswith(b"\n"):
+                yield json.loads(line)
+
+
+def _cut_half_line(file: Path) -> None:
+    """Cut off a line that a killed process left half written; only for who writes the file next."""
+    if file.exists():
+        said = file.read_bytes()
+        whole = said.rfind(b"\n") + 1
+        if whole < len(said):
+            os.truncate(file, whole)

@@ -1,19 +1,25 @@
-"""What is refused before a request is sent; no server is needed."""
+"""What is refused before a request is sent, and what crosses between two models; no server is needed."""
 
 from __future__ import annotations
 
+import io
 import sys
 import types
 
 import pytest
 import torch
+from pandas.testing import assert_frame_equal
 
 import patchscope_nn as ps
-from patchscope_nn import jobs
-from patchscope_nn.bridge import in_place_of
+from patchscope_nn import backends, jobs
+from patchscope_nn.bridge import Traffic, in_place_of, size, traffic, weights
+from patchscope_nn.cli import commands, printing
 from patchscope_nn.errors import InputError, JobError, MappingError, ModelError, ServerError
+from patchscope_nn.execute import plan_prepared, run_prepared
 from patchscope_nn.jobs import Seen, failure, host_of
+from patchscope_nn.ledger import Job, Ledger
 from patchscope_nn.pace import Pace
+from patchscope_nn.prepare import prepare
 from patchscope_nn.travel import check_travels
 
 
@@ -89,7 +95,8 @@ def test_what_a_server_says_becomes_an_error(said, kind, text):
 
 
 def work_of(mapping):
-    return {"mapping": ["call", mapping], "carried": {}, "sources": [{"reads": [[0, [[0, 0, [1]]]]]}]}
+    read = {"reads": [[0, [[0, 0, [1]]]]]}
+    return {"mapping": ["call", mapping], "carried": {}, "keep": [], "sources": [read]}
 
 
 @pytest.mark.parametrize(("widths", "here"), [((8, 16), True), ((16, 8), True)])
@@ -109,6 +116,86 @@ def test_a_function_that_widens_states_runs_there():
     crossing = in_place_of(work_of(widened), {0: torch.ones(1, 4)})
     assert crossing.mapping[1] is widened
     assert crossing.states[0].shape == (1, 4)
+
+
+NARROW, WIDE = 32, 48
+CROSSING = {
+    "identity": (NARROW, NARROW, "identity"),
+    "target_norm": (NARROW, NARROW, "target_norm"),
+    "to a wider one": (NARROW, WIDE, ps.Affine(torch.ones(WIDE, NARROW))),
+    "to a narrower one": (WIDE, NARROW, ps.Affine(torch.ones(NARROW, WIDE))),
+    "to one as wide": (NARROW, NARROW, ps.Affine(torch.eye(NARROW) * 2, torch.ones(NARROW))),
+    "a function that widens": (NARROW, WIDE, lambda states: torch.cat([states, states[..., :16]], dim=-1)),
+}
+
+
+@pytest.mark.parametrize("remote", ["local", False])
+@pytest.mark.parametrize("max_rows", [1, None])
+@pytest.mark.parametrize("case", CROSSING)
+def test_what_a_plan_says_crosses_is_what_crosses(case, max_rows, remote, tiny_model, monkeypatch):
+    """And the table is that of one context for both, whoever maps the states, once."""
+    widths, mapping = CROSSING[case][:2], CROSSING[case][2]
+    source, target = (tiny_model(seed=seed, d_model=width) for seed, width in enumerate(widths))
+    scope = ps.Patchscope(
+        source=ps.Source(prompt="{s}", position=[0, -1], layer=[0, 2]),
+        target=ps.Target(prompt="Diana is in x", position=[0, -1], layer=[1, 3]),
+        mapping=mapping,
+        readout=ps.NextToken(reference="source"),
+    )
+    rows = [{"s": s} for s in ("Paris", "the city", "Diana is", "The Eiffel Tower")]
+    prepared = prepare(scope, source_model=source, target_model=target, data=rows, controls=["shuffled"])
+    options = {"context": "bridged", "max_rows": max_rows}
+    planned = plan_prepared(prepared, remote=remote == "local", **options)
+    crossed = []
+
+    def crossing(work, states):
+        found = in_place_of(work, states)
+        crossed.append((size(work["carried"] | found.states), found.mapping))
+        return found
+
+    monkeypatch.setattr(backends, "in_place_of", crossing)
+    bridged = run_prepared(prepared, remote=remote, **options).table()
+    said = traffic(planned, prepared.mapping)
+    weighed = [weights(call) for _, (_, call) in crossed]
+    assert any(step.carried for step in planned.steps()) is (max_rows == 1 and not remote)
+    assert said.steps == len(crossed)
+    assert said.bytes == sum(size for size, _ in crossed) + sum(weighed)
+    assert said.mapped_here == (
+        sum(kind == "identity" for _, (kind, _) in crossed) if prepared.mapping.kind == "call" else 0
+    )
+    nested = run_prepared(prepared, context="nested").table()
+    assert_frame_equal(bridged, nested, rtol=1e-4, atol=1e-4)
+
+
+def test_one_context_for_two_models_has_no_bridge(tiny_model):
+    scope = ps.Patchscope(source=ps.Source(prompt="Paris", layer=0), target=ps.Target(prompt="x", layer=1))
+    prepared = prepare(scope, source_model=tiny_model(), target_model=tiny_model(seed=1))
+    assert traffic(plan_prepared(prepared), prepared.mapping) is None
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        ({}, ""),
+        ({"mapping": "target_norm"}, "; target_norm maps them where M* runs"),
+        (
+            {"mapping": "affine", "mapped_here": 3, "weights": 4096},
+            "; affine maps them here, before they cross, and its weights (4 KiB) stay",
+        ),
+        (
+            {"mapping": "affine", "weights": 512},
+            "; affine maps them where M* runs; its weights cross too (512 bytes a step, counted)",
+        ),
+        (
+            {"mapping": "mine", "mapped_here": 1},
+            "; mine maps them here in 1 steps, and there in the others",
+        ),
+    ],
+)
+def test_a_plan_says_where_the_mapping_runs(given, text):
+    said = Traffic(steps=3, states=9, distributions=2, bytes=2048, **given)
+    start = "bridge: 9 states and 2 distributions cross to M*, 2 KiB in 3 steps"
+    assert printing._crossing_line(said) == start + text
 
 
 def test_a_model_without_its_weights_is_described_as_the_one_with(tmp_path, tiny_model):
@@ -172,3 +259,93 @@ def test_a_server_that_does_not_say_what_a_job_took_is_not_asked_to_be_quick():
     assert not pace.learning
     assert pace.most is None
     assert pace.left_s(10) is None
+
+
+@pytest.fixture
+def interrupted(tmp_path, monkeypatch, capsys):
+    """interrupted(answer): Ctrl-C with two jobs on their way; what is asked and said, and their states.
+
+    Without an answer standard input is no terminal.
+    """
+    ledger = Ledger(tmp_path)
+    for number in range(3):
+        passes = (((number,),),)
+        ledger.sent(Job(id=f"job-{number}", host="http://x", context="session", passes=passes, sent=""))
+    ledger.ended("job-0", "done")
+
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    def interrupt(answer=None):
+        stdin = io.StringIO() if answer is None else Terminal(f"{answer}\n")
+        monkeypatch.setattr(sys, "stdin", stdin)
+        commands._leave_or_cancel(tmp_path)
+        said = capsys.readouterr()
+        assert not said.out.strip()  # click leaves the blank before the answer to readline
+        return said.err, [job.state for job in Ledger(tmp_path).jobs()]
+
+    return interrupt
+
+
+def test_a_ledger_that_is_read_is_not_changed_and_a_half_line_goes_before_the_next(tmp_path):
+    """A run may be writing while `patchscope jobs` reads."""
+    file = tmp_path / "jobs.jsonl"
+    job = Job(id="one", host="http://x", context="session", passes=(((0,),),), sent="")
+    Ledger(tmp_path).sent(job)
+    with file.open("a") as stream:
+        stream.write('{"id": "two", "ho')
+    before = file.read_bytes()
+    found = Ledger(tmp_path)
+    assert found.jobs() == (job,)
+    assert file.read_bytes() == before
+    found.ended("one", "done")
+    assert [one.state for one in Ledger(tmp_path).jobs()] == ["done"]
+    assert file.read_text().count("\n") == 2
+
+
+LEFT = "2 jobs are left on their server; the same command fetches them."
+ASKED = "2 jobs are on their way. Leave them, to be fetched by the same command, or cancel them?"
+
+
+@pytest.mark.parametrize("answer", ["leave", "l", ""])
+def test_interrupted_jobs_that_are_left_stay_live(interrupted, answer):
+    said, states = interrupted(answer)
+    assert ASKED in said
+    assert LEFT in said
+    assert states == ["done", "live", "live"]
+
+
+@pytest.mark.parametrize("answer", ["cancel", "c", "Cancel"])
+def test_interrupted_jobs_that_are_cancelled_are_dropped(interrupted, answer):
+    said, states = interrupted(answer)
+    assert ASKED in said
+    assert "Cancelled: their results will not be fetched." in said
+    assert states == ["done", "dropped", "dropped"]
+
+
+def test_an_answer_that_is_neither_is_asked_for_again(interrupted):
+    said, states = interrupted("q\ncancel")
+    assert said.count("[leave/cancel]") == 2
+    assert states == ["done", "dropped", "dropped"]
+
+
+def test_without_a_terminal_jobs_are_left_and_nobody_is_asked(interrupted):
+    said, states = interrupted()
+    assert said.strip() == LEFT
+    assert states == ["done", "live", "live"]
+
+
+def test_a_second_interrupt_leaves_the_jobs(interrupted, monkeypatch, tmp_path):
+    def again(*_given, **_options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("typer.prompt", again)
+    said, states = interrupted("")
+    assert said.strip() == LEFT
+    assert states == ["done", "live", "live"]
+
+
+def test_without_live_jobs_nobody_is_asked(interrupted, tmp_path):
+    Ledger(tmp_path).drop()
+    assert interrupted("cancel") == ("", ["done", "dropped", "dropped"])

@@ -199,6 +199,7 @@ def plan(
 ) -> None:
     """Show what would run, before it runs: contexts, passes, rows and tokens."""
     from patchscope_nn.backends import backend_for
+    from patchscope_nn.bridge import traffic
     from patchscope_nn.execute import plan_prepared
     from patchscope_nn.plan import Optimisations
 
@@ -235,7 +236,8 @@ def plan(
         optimisations=used,
         remote=backend.remote,
     )
-    printing.print_plan(made, folder=prepared.default_folder, as_json=json)
+    crossing = traffic(made, prepared.mapping)
+    printing.print_plan(made, crossing=crossing, folder=prepared.default_folder, as_json=json)
 
 
 @app.command()
@@ -313,18 +315,25 @@ def _leave_or_cancel(folder: Path) -> None:
     from patchscope_nn.ledger import Ledger
 
     ledger = Ledger(folder)
-    if not (live := len(ledger.live())):
-        return
-    left = f"{live} jobs are left on their server; the same command fetches them."
-    if not sys.stdin.isatty():
-        printing.note(left)
-        return
-    asked = f"{live} jobs are on their way. Leave them, to be fetched by the same command, or cancel them?"
-    if typer.prompt(f"{asked} [leave/cancel]", default="leave", err=True).startswith("c"):
+    live = len(ledger.live())
+    if live and sys.stdin.isatty() and _wants_cancel(live):
         ledger.drop()
         printing.note("Cancelled: their results will not be fetched. (A server that has begun one ends it.)")
-    else:
-        printing.note(left)
+    elif live:
+        printing.note(f"{live} jobs are left on their server; the same command fetches them.")
+
+
+def _wants_cancel(live: int) -> bool:
+    asked = f"{live} jobs are on their way. Leave them, to be fetched by the same command, or cancel them?"
+    while True:
+        try:
+            answer = typer.prompt(f"{asked} [leave/cancel]", default="leave", err=True).lower()
+        except (KeyboardInterrupt, typer.Abort):  # Ctrl-C again, or the end of the input
+            return False
+        if answer and "leave".startswith(answer):
+            return False
+        if answer and "cancel".startswith(answer):
+            return True
 
 
 def _prepare(recipe: str, *, sets: list[str] | None, quiet: bool, **given: Any) -> Any:

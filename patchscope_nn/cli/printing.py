@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from patchscope_nn.errors import PatchscopeError, Problem, SpecError
 
 if TYPE_CHECKING:
+    from patchscope_nn.bridge import Traffic
     from patchscope_nn.doctor import Finding
     from patchscope_nn.ledger import Job
     from patchscope_nn.plan import Plan
@@ -204,10 +205,12 @@ def _summary(run: Run) -> Any:
     return table
 
 
-def print_plan(plan: Plan, *, folder: Path, as_json: bool) -> None:
-    """Print a plan as a tree, or its counts."""
+def print_plan(plan: Plan, *, crossing: Traffic | None, folder: Path, as_json: bool) -> None:
+    """Print a plan as a tree, or its counts; and what crosses between two models that are apart."""
     if not as_json:
         out(str(plan))
+        if crossing is not None:
+            out(_crossing_line(crossing))
         out(f"folder {folder}")
         return
     from patchscope_nn.plan import count, stages
@@ -218,9 +221,28 @@ def print_plan(plan: Plan, *, folder: Path, as_json: bool) -> None:
             "folder": str(folder),
             "cells": plan.n_cells,
             **count(plan)._asdict(),
+            "crossing": None if crossing is None else asdict(crossing),
             "stages": [{"with": name, **counts._asdict()} for name, counts in stages(plan)],
         }
     )
+
+
+def _crossing_line(crossing: Traffic) -> str:
+    from patchscope_nn.plan.text import size_text
+
+    more = f" and {crossing.distributions} distributions" if crossing.distributions else ""
+    total = f"{size_text(crossing.bytes)} in {crossing.steps} steps"
+    line = f"bridge: {crossing.states} states{more} cross to M*, {total}"
+    if crossing.mapping == "identity":
+        return line
+    weights = size_text(crossing.weights)
+    if crossing.mapped_here == crossing.steps:
+        kept = f", and its weights ({weights}) stay" if crossing.weights else ""
+        return f"{line}; {crossing.mapping} maps them here, before they cross{kept}"
+    some = f" in {crossing.mapped_here} steps, and there in the others" if crossing.mapped_here else ""
+    where = f"here{some}" if some else "where M* runs"
+    sent = f"; its weights cross too ({weights} a step, counted)" if crossing.weights else ""
+    return f"{line}; {crossing.mapping} maps them {where}{sent}"
 
 
 def print_recipes(recipes: Sequence[Recipe], *, as_json: bool) -> None:

@@ -67,7 +67,7 @@ def _facts(planned: Plan, totals: Counts) -> Iterator[str]:
         f"{totals.target_tokens} tokens{more}"
     )
     yield (
-        f"readout: {readout.name}; a pass holds at most {budget.max_rows} rows and {_bytes(budget.memory)}"
+        f"readout: {readout.name}; a pass holds at most {budget.max_rows} rows and {size_text(budget.memory)}"
     )
     if not packs(sweep, planned.optimisations) and planned.n_cells:
         yield f"note: {_why_padded(planned)}, so that every cell is a row of a padded batch of whole prompts"
@@ -123,7 +123,8 @@ def _describe(info: ModelInfo) -> str:
     return f"{info.name} ({info.n_layers} blocks, d_model {info.d_model}, {info.dtype} on {info.device})"
 
 
-def _bytes(size: int) -> str:
+def size_text(size: int) -> str:
+    """A number of bytes, in the unit that suits it."""
     return next((f"{size / unit:.3g} {name}" for unit, name in _UNITS if size >= unit), f"{size} bytes")
 
 

@@ -159,19 +159,42 @@ def test_a_wrong_key(between, away, code):
         table(away, remote=between.url)
 
 
-def test_the_network_is_gone_for_a_while(between, away, expected, tmp_path):
-    """Asking goes on with longer and longer pauses; a minute is the default's two thirds."""
-    between.drops = True
-    timer = threading.Timer(4, lambda: setattr(between, "drops", False))
-    timer.start()
+@pytest.mark.parametrize(
+    "loss",
+    [
+        pytest.param((4, replace(HURRIED, unreachable_s=30)), id="a moment"),
+        pytest.param((60, Patience()), id="a minute", marks=pytest.mark.slow),
+    ],
+)
+def test_the_network_is_gone_for_a_while(loss, between, away, expected, tmp_path):
+    """While jobs are on their way; asking goes on with longer and longer pauses."""
+    (seconds, patience), folder = loss, tmp_path / "run"
+    gone = threading.Event()
+
+    def drop():
+        while not states(folder):
+            time.sleep(0.01)
+        between.drops = True
+        gone.set()
+        time.sleep(seconds)
+        between.drops = False
+
+    thread = threading.Thread(target=drop)
+    thread.start()
+    started = time.monotonic()
     found = table(
         away,
         remote=between.url,
         max_rows=2,
-        patience=replace(HURRIED, unreachable_s=30),
-        out=tmp_path / "run",
+        patience=patience,
+        out=folder,
     )
+    took = time.monotonic() - started
+    thread.join()
     assert_same(found, expected)
+    assert gone.is_set()
+    assert took > seconds
+    assert len(states(folder)) > 2
 
 
 def test_a_result_that_is_gone_is_asked_for_again(between, away, expected, tmp_path):

@@ -20,6 +20,7 @@ from patchscope_nn.jobs import Patience
 from patchscope_nn.ledger import Ledger
 from patchscope_nn.prepare import prepare
 
+pytestmark = pytest.mark.slow
 PATIENCE = Patience(unreachable_s=60, unknown_s=8, stalled_s=8, give_up_s=120)
 ROWS = [{"s": "The Eiffel Tower"}, {"s": "Diana is"}, {"s": "Paris"}, {"s": "the city"}]
 
@@ -37,6 +38,8 @@ def table(model, *, remote=False, patience=PATIENCE, **options):
         source=ps.Source(prompt="{s}", position=-1, layer=[1]),
         target=ps.Target(prompt="Diana is in x", position=-1, layer=[2, 4]),
         mapping=slow,
+        # A job of a readout that decodes is one pass.
+        readout=ps.Generate(max_new_tokens=2),
     )
     prepared = prepare(scope, model=model, data=ROWS, remote=remote)
     found = run_prepared(prepared, remote=remote, patience=patience, **options)
@@ -56,22 +59,28 @@ def away(ndif):
     return model
 
 
-#: The jobs of `table` at this many cells a pass are more than the one that runs.
+#: A job for each cell of `table`, of which one runs and the others wait.
 MANY = {"max_rows": 1, "jobs": 4}
 
 
 @pytest.fixture
-def meanwhile():
-    """meanwhile(seconds, do): do something in so many seconds, while a run is on its way."""
-    timers = []
+def meanwhile(tmp_path):
+    """meanwhile(do): do something once the jobs of the run in `tmp_path` are on their way."""
+    threads = []
 
-    def later(seconds, do):
-        timers.append(threading.Timer(seconds, do))
-        timers[-1].start()
+    def later(do):
+        def watch():
+            end = time.monotonic() + 60
+            while len(Ledger(tmp_path / "run").live()) < MANY["jobs"] and time.monotonic() < end:
+                time.sleep(0.05)
+            do()
+
+        threads.append(threading.Thread(target=watch))
+        threads[-1].start()
 
     yield later
-    for timer in timers:
-        timer.join()
+    for thread in threads:
+        thread.join()
 
 
 def restart(name):
@@ -86,7 +95,7 @@ def assert_same(one, other):
 
 def test_the_api_is_restarted_while_jobs_wait(ndif, away, expected, meanwhile, tmp_path):
     """What waited reads QUEUED for ever; a job that was sent later runs, which tells."""
-    meanwhile(3, lambda: restart("api"))
+    meanwhile(lambda: restart("api"))
     assert_same(table(away, remote=ndif, out=tmp_path / "run", **MANY), expected)
     ends = [job.state for job in Ledger(tmp_path / "run").jobs()]
     assert "lost" in ends
@@ -117,7 +126,7 @@ def test_the_models_actor_is_killed(ndif, away, expected, meanwhile, tmp_path):
                     killed.append(entry.name)
 
     killed = []
-    meanwhile(3, kill)
+    meanwhile(kill)
     assert_same(table(away, remote=ndif, out=tmp_path / "run", **MANY), expected)
     assert killed
 
@@ -138,13 +147,13 @@ def test_the_dispatcher_is_killed(ndif, away):
 
 
 def test_a_time_limit_makes_jobs_smaller(ndif, away, expected, tmp_path):
-    """Two cells at three seconds a pass are too many for a job of five seconds; one is not."""
+    """Two cells at three seconds a cell are too many for a job of five seconds; one is not."""
     launch.down()
     launch.TIMEOUT, usual = "5", launch.TIMEOUT
     try:
         launch.up()
         folder = tmp_path / "run"
-        assert_same(table(away, remote=ndif, out=folder, max_rows=1, jobs=1), expected)
+        assert_same(table(away, remote=ndif, out=folder, max_rows=2, jobs=1), expected)
         found = Ledger(folder).jobs()
         assert any("execution timeout" in job.said for job in found)
         assert {job.state for job in found} == {"failed", "done"}
