@@ -152,7 +152,7 @@ def test_reading_the_source_is_a_job_too(ndif, models, tmp_path):
     assert {job.state for job in jobs} == {"done"}
     cells = tmp_path / "run/cells.jsonl"
     cells.write_text("".join(cells.read_text().splitlines(keepends=True)[:-1]))
-    Ledger(tmp_path / "run").sent(replace(jobs[0], id="of-a-client-that-died"))
+    Ledger(tmp_path / "run").sent(replace(jobs[0], id="of-a-client-that-died", state="live"))
     assert_same(ps.run(scope, data=ROWS, out=tmp_path / "run", remote=ndif, **away).table(), found)
     states = {job.id: job.state for job in Ledger(tmp_path / "run").jobs()}
     assert states.pop("of-a-client-that-died") == "lost"
