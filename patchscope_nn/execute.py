@@ -27,6 +27,7 @@ from patchscope_nn.fleet import Failed, Fleet
 from patchscope_nn.jobs import Patience
 from patchscope_nn.ledger import Ledger
 from patchscope_nn.models import ModelInfo, usable_memory
+from patchscope_nn.pace import JOBS
 from patchscope_nn.plan import Context, Optimisations, Plan, plan
 from patchscope_nn.prepare import Prepared, prepare
 from patchscope_nn.recipe import Recipe
@@ -39,8 +40,6 @@ _PACKAGES = ("patchscope-nn", "nnsight", "torch", "transformers", "tokenizers", 
 Progress = Callable[[int, int], None]
 #: How many cells' rows are written at a time.
 _ROWS_AT_ONCE = 1024
-#: How many jobs are on their way to a server at a time, unless told otherwise.
-JOBS = 4
 
 
 def run(

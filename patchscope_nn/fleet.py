@@ -179,16 +179,22 @@ class Fleet:
         work = unpack(
             self.planned, step, source=self.source, target=self.target, mapping=self.mapping, states={}
         )
-        reader = self.backend.source if isinstance(self.backend, Bridged) else self.backend
         if step.context != "bridged":
             context: Literal["fused", "session"] = "fused" if step.context == "fused" else "session"
             self._submit(step, work, context=context)
-        elif isinstance(reader, Ndif):
-            half = source_half(work)
+            return
+        reader = self.backend.source if isinstance(self.backend, Bridged) else self.backend
+        half = source_half(work)
+        if isinstance(reader, Ndif):
             sent = jobs.submit_again(reader.host, "session", half, self.source, self.patience)
             self._away(_Flight(self._job(sent, reader.host, "read", step), step, work))
         else:
-            self._submit(step, Bridged(reader, reader).read(work, source=self.source), context="session")
+            self._write(step, work, reader.run("session", half, source=self.source, target=self.source))
+
+    def _write(self, step: Step, work: Work, read: Results) -> None:
+        """Send the target's half of a bridged step, whose source has been read."""
+        crossing = in_place_of(work, read["kept"])
+        self._submit(step, target_half(work, crossing), context="session")
 
     def _submit(self, step: Step, work: Work, *, context: Literal["fused", "session"]) -> None:
         sent = jobs.submit_again(self.host, context, work, self.target, self.patience)
@@ -231,8 +237,7 @@ class Fleet:
             return None
         self._flights.remove(flight)
         if flight.step is not None and flight.work is not None:
-            crossing = in_place_of(flight.work, results["kept"])
-            self._submit(flight.step, target_half(flight.work, crossing), context="session")
+            self._write(flight.step, flight.work, results)
             return iter(()), "done", ""
         self._succeeded = True
         seconds, size = (seen.cost or {}).get("runtime"), len(pickle.dumps(results["passes"]))

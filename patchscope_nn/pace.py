@@ -6,6 +6,8 @@ time that is worth a request and far from a server's limit, and no more than a r
 
 from __future__ import annotations
 
+#: How many jobs are on their way to a server at a time, unless told otherwise.
+JOBS = 4
 #: A run of so many cells is one job, whatever it takes; in a larger one the first job has so many.
 _WHOLE, _FIRST = 1024, 256
 #: What a job should take, in seconds; what its result should hold at the most, in bytes.

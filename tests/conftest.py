@@ -23,6 +23,15 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """A tiny model with its tokenizer, saved as transformers saves it."""
+    place = tmp_path_factory.mktemp("llama")
+    tiny.make_module("llama").save_pretrained(place)
+    tiny.make_tokenizer().save_pretrained(place)
+    return place
+
+
+@pytest.fixture(scope="session")
 def tiny_model():
     """tiny_model(family, seed=..., copy=..., bos=...): a loaded model; another copy is another object."""
 

@@ -58,15 +58,6 @@ BERT = {
 nnsight_renames = pytest.mark.filterwarnings("ignore:Module .* has a submodule named 'output':UserWarning")
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A tiny model with its tokenizer, saved as transformers saves it."""
-    place = tmp_path_factory.mktemp("llama")
-    tiny.make_module("llama").save_pretrained(place)
-    tiny.make_tokenizer().save_pretrained(place)
-    return place
-
-
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_parts_are_found(family, tiny_model):
     kind, info = tiny.FAMILIES[family], tiny_model(family).info

@@ -20,14 +20,6 @@ CONTROLS = ["unpatched", "random"]
 ROUNDING = {"float32": 1e-4, "bfloat16": 0.3, "float16": 0.05}
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    place = tmp_path_factory.mktemp("llama")
-    tiny.make_module("llama").save_pretrained(place)
-    tiny.make_tokenizer().save_pretrained(place)
-    return place
-
-
 def top_logprobs(run):
     return torch.tensor([math.log(row["top_probs"][0]) for row in run.rows])
 

@@ -12,6 +12,7 @@ import typer
 from patchscope_nn import __version__
 from patchscope_nn.cli import options, printing
 from patchscope_nn.cli.options import Context, LogLevel
+from patchscope_nn.pace import JOBS
 
 app = typer.Typer(
     help="Ask a language model, in its own words, what one of its hidden states means.",
@@ -97,7 +98,7 @@ def run(
     device_map: options.DeviceMap = None,
     remote: options.Remote = None,
     source_remote: options.SourceRemote = None,
-    jobs: options.Jobs = 4,
+    jobs: options.Jobs = JOBS,
     out: options.Out = None,
     sets: options.Sets = None,
     limit: options.Limit = None,

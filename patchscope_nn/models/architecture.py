@@ -137,9 +137,8 @@ def _look(module: Any, block: Any) -> tuple[type | None, bool]:
     finally:
         handle.remove()
     attends = torch.nn.functional.scaled_dot_product_attention in called
-    return next(
-        (kind for kind in (torch.Tensor, tuple) if found and isinstance(found[0], kind)), None
-    ), attends
+    gives = next((kind for kind in (torch.Tensor, tuple) if found and isinstance(found[0], kind)), None)
+    return gives, attends
 
 
 def input_device(module: Any) -> Any:

@@ -6,6 +6,7 @@ import hooks
 import pytest
 import tiny
 import torch
+from own_mappings import Bent, doubled
 
 from patchscope_nn.errors import MappingError
 from patchscope_nn.mappings import Affine
@@ -85,21 +86,6 @@ def test_the_rehearsal_on_other_architectures(family, readout, tiny_model, run_c
     local = run_cells(scope, tiny_model(family), rows=ROWS, controls=CONTROLS)
     remote = run_cells(scope, tiny_model(family), rows=ROWS, controls=CONTROLS, remote="local")
     assert_equal_runs(remote, local)
-
-
-def doubled(states):
-    return states * 2
-
-
-class Bent(torch.nn.Module):
-    """A module of the user's own, with a parameter."""
-
-    def __init__(self):
-        super().__init__()
-        self.scale = torch.nn.Parameter(torch.tensor(0.5))
-
-    def forward(self, states):
-        return torch.tanh(states) * self.scale
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from dataclasses import replace
 import launch
 import pytest
 import torch
+from own_mappings import Bent, doubled
 from pandas.testing import assert_frame_equal
 
 import patchscope_nn as ps
@@ -79,21 +80,6 @@ def test_a_fused_trace(readout, ndif, models):
     local = ps.run(scope, model=models(TINY, weights=True), context="session").table()
     found = ps.run(scope, model=models(TINY, weights=False), context="fused", remote=ndif).table()
     assert_same(found, local)
-
-
-def doubled(states):
-    return states * 2
-
-
-class Bent(torch.nn.Module):
-    """A module of the user's own, with a parameter."""
-
-    def __init__(self):
-        super().__init__()
-        self.scale = torch.nn.Parameter(torch.tensor(0.5))
-
-    def forward(self, states):
-        return torch.tanh(states) * self.scale
 
 
 WIDTH = 48
