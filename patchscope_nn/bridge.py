@@ -25,7 +25,7 @@ class Crossing(NamedTuple):
 
     Attributes:
         states: The source's states, or these mapped, and its distributions: tensors by number.
-        mapping: What is left to do to them there, as in a step's `mapping`.
+        mapping: What is left to do to them there, as in a step's `how`.
     """
 
     states: dict[int, torch.Tensor]
@@ -40,14 +40,16 @@ def source_half(work: Work) -> Work:
         "carried": {},
         "prefix": None,
         "keep": work["fresh"],
-        "mapping": ["identity", None],
+        "sums": [],
+        "how": {**work["how"], "mapping": ["identity", None]},
     }
 
 
 def target_half(work: Work, crossing: Crossing) -> Work:
     """What writes the states that crossed."""
     carried = {**work["carried"], **crossing.states}
-    return {**work, "sources": [], "carried": carried, "mapping": crossing.mapping}
+    how = {**work["how"], "mapping": crossing.mapping}
+    return {**work, "sources": [], "carried": carried, "how": how}
 
 
 def in_place_of(work: Work, states: Mapping[int, torch.Tensor]) -> Crossing:
@@ -60,17 +62,18 @@ def in_place_of(work: Work, states: Mapping[int, torch.Tensor]) -> Crossing:
     Returns:
         What crosses.
     """
-    kind, call = work["mapping"]
+    kind, call = work["how"]["mapping"]
     numbers = {entry[0] for one in work["sources"] for _, reads in one["reads"] for entry in reads}
     hidden = {number: states[number] for number in numbers if number in states}
     mapped = {}
     for number, state in hidden.items() if kind == "call" else ():
         with torch.no_grad():
             mapped[number] = apply_mapping(kind, call, state, state.new_zeros(()))
-    shared = bool(work["carried"] or work["keep"])
+    # What is added up, is mapped afterwards.
+    shared = bool(work["carried"] or work["keep"] or work["sums"])
     if maps_here(kind, call, states=size(hidden), mapped=size(mapped), shared=shared):
         return Crossing({**states, **mapped}, ["identity", None])
-    return Crossing(dict(states), work["mapping"])
+    return Crossing(dict(states), work["how"]["mapping"])
 
 
 def maps_here(kind: str, call: Any, *, states: int, mapped: int, shared: bool) -> bool:
@@ -119,6 +122,8 @@ def traffic(planned: Plan, mapping: ResolvedMapping) -> Traffic | None:
     if planned.context != "bridged":
         return None
     source, target = planned.sweep.source, planned.sweep.target
+    asked = planned.sweep.scope.source
+    made = asked.vector is not None or asked.minus is not None or asked.mean is not None
     found = Traffic(mapping=mapping.name, weights=weights(mapping.call))
     for step in planned.steps():
         fresh = [state for one in step.sources for state in one.states]
@@ -131,7 +136,7 @@ def traffic(planned: Plan, mapping: ResolvedMapping) -> Traffic | None:
             mapping.call,
             states=hidden * source.d_model * number,
             mapped=hidden * target.d_model * number,
-            shared=bool(step.carried or step.kept),
+            shared=bool(step.carried or step.kept) or made,
         )
         width = target.d_model if mapped_here else source.d_model
         found = replace(

@@ -21,6 +21,7 @@ from patchscope_nn.metrics import MetricUse, check_columns, check_metrics, parse
 from patchscope_nn.models import Model, load
 from patchscope_nn.recipe import Recipe, find, load_recipe
 from patchscope_nn.spec import Control, Patchscope
+from patchscope_nn.vectors import check_vectors
 
 #: False: this process; `local`: the rehearsal; True: the NDIF that nnsight is configured for; or a URL.
 Where: TypeAlias = bool | str | None
@@ -38,6 +39,7 @@ class Prepared:
         mapping: f.
         metrics: What is computed of each cell.
         data_hash: Hex digest of the data rows.
+        vectors: Hex digest of the files that vectors come from; empty where there are none.
     """
 
     recipe: Mapping[str, Any]
@@ -47,12 +49,13 @@ class Prepared:
     mapping: ResolvedMapping
     metrics: tuple[MetricUse, ...]
     data_hash: str
+    vectors: str = ""
 
     @property
     def digest(self) -> str:
         """Hex digest of what decides the results: recipe, data, models, mapping; not how they are run."""
         models = [(one.name, one.revision, one.dtype) for one in (self.sweep.source, self.sweep.target)]
-        said = [self.recipe, self.data_hash, models, self.mapping.name, self.mapping.digest]
+        said = [self.recipe, self.data_hash, models, self.mapping.name, self.mapping.digest, self.vectors]
         return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
     @property
@@ -134,9 +137,11 @@ def prepare(
         "controls": list(chosen),
         "seed": seed,
     }
+    sweep = expand(patchscope, rows=rows, controls=chosen, source=source, target=target, seed=seed)
     return Prepared(
         recipe=asked,
-        sweep=expand(patchscope, rows=rows, controls=chosen, source=source, target=target, seed=seed),
+        sweep=sweep,
+        vectors=check_vectors(sweep),
         source=source,
         target=target,
         mapping=resolve_mapping(patchscope.mapping, source=source.info, target=target.info),

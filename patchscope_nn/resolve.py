@@ -7,39 +7,90 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 from patchscope_nn.errors import InputError
 from patchscope_nn.layers import LayerSelector, resolve_layers
 from patchscope_nn.models import Model, ModelInfo, same_vocabulary
-from patchscope_nn.positions import resolve_positions
-from patchscope_nn.prompts import Encoded, PromptSpec, continuation_ids, encode, render
-from patchscope_nn.spec import Choices, Generate, NextToken, Patchscope, Source, Target
+from patchscope_nn.positions import fill, resolve_positions
+from patchscope_nn.prompts import (
+    PER_LAYER,
+    Encoded,
+    PromptSpec,
+    continuation_ids,
+    encode,
+    placeholders,
+    render,
+)
+from patchscope_nn.spec import Choices, Generate, NextToken, Patchscope, Source, Target, Vector
 
 Row = Mapping[str, Any]
 #: The positions that are patched together, from the left.
 Together = tuple[int, ...]
 
 
-@dataclass(frozen=True, kw_only=True)
-class ResolvedRow:
-    """One data row: what it reads, what it writes, and what it is compared with.
+class VectorAt(NamedTuple):
+    """A vector in a file, resolved for a data row."""
+
+    file: str
+    key: str | None
+    row: int | None
+
+    def __str__(self) -> str:
+        place = "" if self.row is None else f"[{self.row}]"
+        return f"{self.file}{f':{self.key}' if self.key else ''}{place}"
+
+
+class Term(NamedTuple):
+    """One of several states that are added up to what is written.
 
     Attributes:
-        source_prompt: S, a number.
-        source_positions: i, one entry for each cell.
+        prompt: A source prompt, a number.
+        positions: Where it is read, one entry for each of the entry's own `source_positions`.
+        weight: What it is multiplied with.
+    """
+
+    prompt: int
+    positions: tuple[Together, ...]
+    weight: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One data row with one target prompt: what it reads, what it writes, and what it is compared with.
+
+    A data row has an entry for each prompt of an ensemble, for each l where the target prompt names l, and
+    for each text that stands in the place of a state (`text-only`).
+
+    Attributes:
+        row: The data row.
+        source_prompt: S, a number; -1 - v is the vector v of the sweep.
+        source_positions: i, one for each cell.
+        weight: What the state is multiplied with; not 1 where `terms` are added to it.
+        terms: What is added to it.
         target_prompt: T, a number.
-        target_positions: i*, one entry for each cell; None where it is the source's own.
+        target_positions: i*, one for each cell; None where it is the source's own.
+        layer: The place of the only l it is for, among all l; None for all.
+        text_only: Whether T holds the source's text, and nothing is written.
+        corrupted: The tokens of T whose embeddings are disturbed.
+        unseen: The tokens of T that i* does not see, where attention is cut.
         reference_ids: Ids of the named reference tokens.
         choices: The texts of the choices.
         continuations: Their ids.
     """
 
+    row: int
     source_prompt: int
     source_positions: tuple[Together, ...]
+    weight: float = 1.0
+    terms: tuple[Term, ...] = ()
     target_prompt: int
     target_positions: tuple[Together, ...] | None
+    layer: int | None = None
+    text_only: bool = False
+    corrupted: Together = ()
+    unseen: Together = ()
     reference_ids: tuple[int, ...]
     choices: tuple[str, ...]
     continuations: tuple[tuple[int, ...], ...]
@@ -53,6 +104,7 @@ class Prompts:
         self.encoded: list[Encoded] = []
         self.digests: list[str] = []
         self._numbers: dict[PromptSpec, int] = {}
+        self._specs: list[PromptSpec] = []
 
     def number(self, prompt: PromptSpec) -> int:
         """The number of a prompt, tokenizing it at its first coming."""
@@ -60,9 +112,23 @@ class Prompts:
             encoded = encode(prompt, self.model.tokenizer, field=f"{self.side}.prompt")
             self.check_length(encoded, more=self.more, of="to generate")
             self._numbers[prompt] = len(self.encoded)
+            self._specs.append(prompt)
             self.encoded.append(encoded)
             self.digests.append(hashlib.sha256(repr(encoded.ids).encode()).hexdigest())
         return self._numbers[prompt]
+
+    def spliced(self, number: int, positions: Together, text: str) -> int:
+        """The number of a prompt in which a text stands in the place of some of its tokens."""
+        whole = self.encoded[number]
+        first, last = min(positions), max(positions)
+        start, end = whole.spans[first][0], whole.spans[last][1]
+        # What a token begins with before its word (a space, a line end) stays.
+        start += len(whole.text[start:end]) - len(whole.text[start:end].lstrip())
+        spec = self._specs[number]
+        if isinstance(spec, str):
+            return self.number(whole.text[:start] + text + whole.text[end:])
+        ids = self.model.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return self.number((*whole.ids[:first], *ids, *whole.ids[last + 1 :]))
 
     def check_length(self, encoded: Encoded, *, more: int, of: str) -> None:
         """Refuse a prompt that, with the tokens that come after it, is longer than the model reads."""
@@ -79,14 +145,16 @@ class Resolver:
     """Resolves the data rows of one Patchscope, one after the other.
 
     Attributes:
-        layers: l, the same for every row.
+        layers: l, the same for every row: blocks whose output is read, or `EMBED`.
         target_layers: l*, or None for `same`.
+        shift, target_shift: 1 where l or l* means the input of its block, else 0.
         compares: Whether the source's own next-token distribution is to be read.
         sources: The distinct S.
         targets: The distinct T.
+        vectors: The distinct vectors.
     """
 
-    def __init__(self, scope: Patchscope, source: Model, target: Model) -> None:
+    def __init__(self, scope: Patchscope, source: Model, target: Model, *, text_only: bool = False) -> None:
         _check_site("source", scope.source, source.info)
         _check_site("target", scope.target, target.info)
         if scope.target.layer == "same" and scope.target.site != "residual" and _embeds(scope.source.layer):
@@ -95,38 +163,102 @@ class Resolver:
                 f"{scope.target.site}.",
                 hint="Leave 'embed' out of source.layer, or use target.site: residual.",
             )
-        self.scope, self.target = scope, target
+        _check_write(scope, target.info)
+        self.scope, self.target, self.text_only = scope, target, text_only
         readout = scope.readout
         more = readout.max_new_tokens if isinstance(readout, Generate) else 0
         self.sources = Prompts("source", source, more=0)
         self.targets = Prompts("target", target, more=more)
-        self.compares = isinstance(readout, NextToken) and _compares(readout, source, target)
-        self.layers = resolve_layers(scope.source.layer, n_layers=source.info.n_layers, field="source.layer")
-        self.target_layers = (
-            None
-            if scope.target.layer == "same"
-            else resolve_layers(scope.target.layer, n_layers=target.info.n_layers, field="target.layer")
-        )
+        self.vectors: dict[VectorAt, int] = {}
+        self.compares = isinstance(readout, NextToken) and _compares(scope, readout, source, target)
+        self.shift, self.target_shift = (int(one.site == "before") for one in (scope.source, scope.target))
+        layers = resolve_layers(scope.source.layer, n_layers=source.info.n_layers, field="source.layer")
+        self.layers = tuple(layer - self.shift for layer in layers)
+        self.target_layers = None
+        if scope.target.layer != "same":
+            written = resolve_layers(scope.target.layer, n_layers=target.info.n_layers, field="target.layer")
+            self.target_layers = tuple(layer - self.target_shift for layer in written)
+        if text_only:
+            _check_text_only(scope)
 
-    def resolve(self, row: Row) -> ResolvedRow:
+    def resolve(self, row: Row, number: int = 0) -> list[Entry]:
         """Resolve one data row.
 
         Args:
             row: Column names and values.
+            number: The row's.
 
         Returns:
-            The row, resolved.
+            Its entries.
 
         Raises:
             InputError: A prompt, position, reference or choice does not resolve.
         """
-        scope, readout = self.scope, self.scope.readout
-        source = render(scope.source.prompt, row, field="source.prompt")
-        source_number = self.sources.number(source)
-        given = scope.target.prompt
-        target = source if given is None else render(given, row, field="target.prompt")
-        target_number = self.targets.number(target)
-        read, written = self.sources.encoded[source_number], self.targets.encoded[target_number]
+        scope = self.scope
+        source, positions, terms = self._source(row)
+        given = scope.target.prompts or (scope.target.prompt,)
+        entries = []
+        for prompt in given:
+            layered = prompt is not None and PER_LAYER in placeholders(prompt)
+            for place in range(len(self.layers)) if layered else (None,):
+                named = {} if place is None else {PER_LAYER: self.layers[place] + self.shift}
+                target = self._target(prompt, {**row, **named})
+                entry = self._entry(row, number, target)
+                entries.append(
+                    replace(
+                        entry,
+                        source_prompt=source,
+                        source_positions=positions,
+                        terms=terms,
+                        layer=place,
+                    )
+                )
+            if self.text_only:
+                entries += self._bare(row, entries[-1])
+        return entries
+
+    def _source(self, row: Row) -> tuple[int, tuple[Together, ...], tuple[Term, ...]]:
+        """S, i, and what is taken off."""
+        source = self.scope.source
+        if source.vector is not None:
+            return self._vector(source.vector, row), ((0,),), ()
+        given = _required(source.prompt)
+        number = self.sources.number(render(given, row, field="source.prompt"))
+        read = self.sources.encoded[number]
+        asked = fill(source.position, row, field="source.position")
+        positions = resolve_positions(asked, read, field="source.position")
+        if source.minus is None:
+            return number, positions, ()
+        other = self.sources.number(render(source.minus, row, field="source.minus"))
+        taken = resolve_positions(asked, self.sources.encoded[other], field="source.minus")
+        if source.mean is None and list(map(len, taken)) != list(map(len, positions)):
+            raise InputError(
+                f"source.position names {len(positions)} positions of source.prompt and {len(taken)} of "
+                "source.minus, or spans of other lengths.",
+                hint="Name one position that both have, or use mean: positions.",
+            )
+        return number, positions, (Term(other, taken, -1.0),)
+
+    def _vector(self, vector: Vector, row: Row) -> int:
+        index = vector.index
+        if isinstance(index, str):
+            said = str(render(index, row, field="source.vector.index"))
+            if not said.lstrip("-").isdecimal():
+                raise InputError(f"source.vector.index: {said!r} is no whole number.")
+            index = int(said)
+        at = VectorAt(vector.file, vector.key, index)
+        return -1 - self.vectors.setdefault(at, len(self.vectors))
+
+    def _target(self, prompt: PromptSpec | None, row: Row) -> int:
+        """T."""
+        if prompt is None:
+            prompt = _required(self.scope.source.prompt)
+            return self.targets.number(render(prompt, row, field="source.prompt"))
+        return self.targets.number(render(prompt, row, field="target.prompt"))
+
+    def _entry(self, row: Row, number: int, target: int, *, bare: bool = False) -> Entry:
+        """All but the source; of a bare prompt, in which nothing is written, what it is compared with."""
+        readout, written = self.scope.readout, self.targets.encoded[target]
         choices = tuple(_texts(readout, row))
         ids = tuple(
             continuation_ids(written, text, self.target.tokenizer, field=f"readout.{readout.name}")
@@ -135,22 +267,60 @@ class Resolver:
         if isinstance(readout, Choices):
             self.targets.check_length(written, more=max(map(len, ids)), of="of readout.choices")
         named = isinstance(readout, NextToken)
-        return ResolvedRow(
-            source_prompt=source_number,
-            source_positions=resolve_positions(scope.source.position, read, field="source.position"),
-            target_prompt=target_number,
-            target_positions=self._target_positions(written),
+        corrupt, cut = self.scope.target.corrupt, self.scope.target.cut
+        return Entry(
+            row=number,
+            source_prompt=0,
+            source_positions=(),
+            target_prompt=target,
+            target_positions=() if bare else self._target_positions(written, row),
+            corrupted=_tokens(corrupt.position, written, row, "corrupt") if corrupt and not bare else (),
+            unseen=_tokens(cut.position, written, row, "write.cut") if cut and not bare else (),
             reference_ids=tuple(first for first, *_ in ids) if named else (),
             choices=() if named else choices,
             continuations=() if named else ids,
         )
 
-    def _target_positions(self, written: Encoded) -> tuple[Together, ...] | None:
+    def _target_positions(self, written: Encoded, row: Row) -> tuple[Together, ...] | None:
         target = self.scope.target
-        if target.position is None and target.prompt is None:
+        if target.position is None and target.prompt is None and not target.prompts:
             return None
         position = -1 if target.position is None else target.position
-        return resolve_positions(position, written, field="target.position")
+        asked = fill(position, row, field="target.position")
+        return resolve_positions(asked, written, field="target.position")
+
+    def _bare(self, row: Row, entry: Entry) -> Iterator[Entry]:
+        """For every (i, i*): T with the source's text, up to i, in the place of i*."""
+        read = self.sources.encoded[entry.source_prompt]
+        own = self.scope.target.prompt is None and not self.scope.target.prompts
+        for positions in entry.source_positions:
+            for written in entry.target_positions or (positions,):
+                if own:
+                    whole = self.targets.encoded[entry.target_prompt].ids
+                    prompt = self.targets.number(whole[: max(written) + 1])
+                else:
+                    text = read.text[: read.spans[positions[-1]][1]]
+                    prompt = self.targets.spliced(entry.target_prompt, written, text)
+                yield replace(
+                    self._entry(row, entry.row, prompt, bare=True),
+                    source_prompt=entry.source_prompt,
+                    source_positions=(positions,),
+                    target_positions=((len(self.targets.encoded[prompt].ids) - 1,),),
+                    text_only=True,
+                )
+
+
+def _required(prompt: PromptSpec | None) -> PromptSpec:
+    if prompt is None:  # Source and Patchscope let nothing else through
+        raise ValueError("a source without a vector has a prompt")
+    return prompt
+
+
+def _tokens(position: Any, written: Encoded, row: Row, field: str) -> Together:
+    """The tokens a selector names, whose texts may name columns."""
+    name = f"target.{field}.position"
+    found = resolve_positions(fill(position, row, field=name), written, field=name)
+    return tuple(dict.fromkeys(at for together in found for at in together))
 
 
 def _texts(readout: Any, row: Row) -> Iterator[str]:
@@ -163,8 +333,16 @@ def _texts(readout: Any, row: Row) -> Iterator[str]:
     return (str(render(text, row, field=f"readout.{readout.name}")) for text in texts)
 
 
-def _compares(readout: NextToken, source: Model, target: Model) -> bool:
+def _compares(scope: Patchscope, readout: NextToken, source: Model, target: Model) -> bool:
     if readout.reference is None:
+        return False
+    if scope.source.vector is not None or scope.source.mean not in (None, "positions"):
+        if readout.reference == "source":
+            raise InputError(
+                "readout.next_token.reference: source needs one source prompt, and there is "
+                f"{'none' if scope.source.vector else 'the mean of several'}.",
+                hint="Name the reference tokens as texts, or leave the reference out.",
+            )
         return False
     comparable = same_vocabulary(source, target)
     if readout.reference == "source" and not comparable:
@@ -176,10 +354,45 @@ def _compares(readout: NextToken, source: Model, target: Model) -> bool:
     return comparable
 
 
+def _check_write(scope: Patchscope, info: ModelInfo) -> None:
+    """What the target's modes ask of the model, and of each other."""
+    target, architecture = scope.target, info.architecture
+    if target.cut is not None and "attention_mask" not in architecture.block_arguments:
+        raise InputError(
+            f"target.write: cut needs blocks that take an attention mask; those of {info.name} "
+            f"({info.family}) do not.",
+            hint="Use write: zero at site: attention, or another model.",
+        )
+    if target.every_step and not architecture.caches:
+        raise InputError(
+            f"target.every_step writes while decoding from keys and values, and {info.family} keeps none.",
+            hint="Leave every_step out.",
+        )
+    if target.states == "own" and target.layer != "same":
+        raise InputError(
+            "target.states: own writes the state of l + k in block l* + k, and needs l* = l.",
+            hint="Use target.layer: same, or states: one.",
+        )
+
+
+def _check_text_only(scope: Patchscope) -> None:
+    if scope.source.prompt is None or scope.source.mean not in (None, "positions"):
+        raise InputError(
+            "controls: text-only puts the source's text in the place of its state, and there is no one text.",
+            hint="Leave text-only out where the source is a vector or the mean of rows.",
+        )
+    if isinstance(scope.readout, NextToken) and scope.readout.position >= 0:
+        raise InputError(
+            "controls: text-only makes target prompts of other lengths, in which "
+            f"readout.next_token.position={scope.readout.position} is another token.",
+            hint="Count it from the end: -1 is the last token.",
+        )
+
+
 def _check_site(name: str, side: Source | Target, info: ModelInfo) -> None:
     if side.site == "residual":
         return
-    if getattr(info.architecture, side.site) is None:
+    if side.site != "before" and getattr(info.architecture, side.site) is None:
         raise InputError(
             f"{name}.site={side.site!r}: the blocks of {info.name} ({info.family}) have no such module.",
             hint="Use site: residual.",
