@@ -296,18 +296,13 @@ _EACH: dict[str, Any] = {
     "required": ["each"],
     "additionalProperties": False,
 }
-Positions = Annotated[
-    PositionSelector,
-    BeforeValidator(parse_positions),
-    WithJsonSchema(
-        {
-            "anyOf": [
-                *_INDEX_OR_TEXT["anyOf"],
-                _SPAN,
-                *_TEXTS,
-                _EACH,
-                {"type": "array", "items": _INDEX_OR_TEXT, "minItems": 1},
-            ]
-        }
-    ),
-]
+POSITIONS_SCHEMA: dict[str, Any] = {
+    "anyOf": [
+        *_INDEX_OR_TEXT["anyOf"],
+        _SPAN,
+        *_TEXTS,
+        _EACH,
+        {"type": "array", "items": _INDEX_OR_TEXT, "minItems": 1},
+    ]
+}
+Positions = Annotated[PositionSelector, BeforeValidator(parse_positions), WithJsonSchema(POSITIONS_SCHEMA)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, PlainSerializer, WithJsonSchema, model_validator
 
 from patchscope_nn.layers import SourceLayers, TargetLayers
 from patchscope_nn.positions import Positions
@@ -30,6 +30,26 @@ Mean: TypeAlias = Literal["positions", "rows"] | tuple[Literal["rows"], str]
 
 def _mean(value: Any) -> Any:
     return ("rows", value["rows"]) if isinstance(value, Mapping) and set(value) == {"rows"} else value
+
+
+AnyMean = Annotated[
+    Mean | None,
+    BeforeValidator(_mean),
+    PlainSerializer(lambda mean: {mean[0]: mean[1]} if isinstance(mean, tuple) else mean),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"enum": ["positions", "rows", None]},
+                {
+                    "type": "object",
+                    "properties": {"rows": {"type": "string"}},
+                    "required": ["rows"],
+                    "additionalProperties": False,
+                },
+            ]
+        }
+    ),
+]
 
 
 def _vector(value: Any) -> Any:
@@ -70,14 +90,14 @@ class Source(Spec):
     layer: SourceLayers = "all"
     site: Site = "residual"
     model: str | None = None
-    mean: Annotated[Mean | None, BeforeValidator(_mean)] = None
+    mean: AnyMean = None
     minus: Prompt | None = None
     vector: Annotated[Vector | None, BeforeValidator(_vector)] = None
 
     @model_validator(mode="after")
     def _one_origin(self) -> Source:
         if (self.prompt is None) == (self.vector is None):
-            raise ValueError("give either prompt or vector")
+            raise ValueError("should have a prompt, or else a vector from a file")
         if self.vector is not None and (self.mean is not None or self.minus is not None):
             raise ValueError("a vector has no mean and no minus, which are made of prompts' states")
         return self

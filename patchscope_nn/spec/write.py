@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import BeforeValidator, Field, PlainSerializer, WithJsonSchema
 
 from patchscope_nn.errors import did_you_mean
-from patchscope_nn.positions import Positions
+from patchscope_nn.positions import POSITIONS_SCHEMA, Positions
 from patchscope_nn.spec.base import NAMED, Spec
 
 
@@ -95,7 +95,7 @@ Write = Annotated[
                             "cut",
                             {
                                 "type": "object",
-                                "properties": {"position": {}},
+                                "properties": {"position": POSITIONS_SCHEMA},
                                 "required": ["position"],
                                 "additionalProperties": False,
                             },

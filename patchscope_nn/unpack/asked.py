@@ -74,7 +74,7 @@ def stop_ids(tokenizer: Any, stop: str) -> tuple[int, ...]:
     ids = [[token] for token in range(len(tokenizer))]
     fast = getattr(tokenizer, "backend_tokenizer", None)  # ten times as fast as through transformers
     pieces = (
-        fast.decodebatch(ids, skip_special_tokens=False)
+        fast.decode_batch(ids, skip_special_tokens=False)
         if fast is not None and not tokenizer.clean_up_tokenization_spaces
         else tokenizer.batch_decode(ids)
     )

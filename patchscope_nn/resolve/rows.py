@@ -6,13 +6,13 @@ Each distinct prompt is tokenized once and known by its number from then on.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
 
 from patchscope_nn.errors import InputError
-from patchscope_nn.layers import LayerSelector, resolve_layers
-from patchscope_nn.models import Model, ModelInfo, same_vocabulary
+from patchscope_nn.layers import resolve_layers
+from patchscope_nn.models import Model
 from patchscope_nn.positions import fill, resolve_positions
 from patchscope_nn.prompts import (
     PER_LAYER,
@@ -23,77 +23,9 @@ from patchscope_nn.prompts import (
     placeholders,
     render,
 )
-from patchscope_nn.spec import Choices, Generate, NextToken, Patchscope, Source, Target, Vector
-
-Row = Mapping[str, Any]
-#: The positions that are patched together, from the left.
-Together = tuple[int, ...]
-
-
-class VectorAt(NamedTuple):
-    """A vector in a file, resolved for a data row."""
-
-    file: str
-    key: str | None
-    row: int | None
-
-    def __str__(self) -> str:
-        place = "" if self.row is None else f"[{self.row}]"
-        return f"{self.file}{f':{self.key}' if self.key else ''}{place}"
-
-
-class Term(NamedTuple):
-    """One of several states that are added up to what is written.
-
-    Attributes:
-        prompt: A source prompt, a number.
-        positions: Where it is read, one entry for each of the entry's own `source_positions`.
-        weight: What it is multiplied with.
-    """
-
-    prompt: int
-    positions: tuple[Together, ...]
-    weight: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Entry:
-    """One data row with one target prompt: what it reads, what it writes, and what it is compared with.
-
-    A data row has an entry for each prompt of an ensemble, for each l where the target prompt names l, and
-    for each text that stands in the place of a state (`text-only`).
-
-    Attributes:
-        row: The data row.
-        source_prompt: S, a number; -1 - v is the vector v of the sweep.
-        source_positions: i, one for each cell.
-        weight: What the state is multiplied with; not 1 where `terms` are added to it.
-        terms: What is added to it.
-        target_prompt: T, a number.
-        target_positions: i*, one for each cell; None where it is the source's own.
-        layer: The place of the only l it is for, among all l; None for all.
-        text_only: Whether T holds the source's text, and nothing is written.
-        corrupted: The tokens of T whose embeddings are disturbed.
-        unseen: The tokens of T that i* does not see, where attention is cut.
-        reference_ids: Ids of the named reference tokens.
-        choices: The texts of the choices.
-        continuations: Their ids.
-    """
-
-    row: int
-    source_prompt: int
-    source_positions: tuple[Together, ...]
-    weight: float = 1.0
-    terms: tuple[Term, ...] = ()
-    target_prompt: int
-    target_positions: tuple[Together, ...] | None
-    layer: int | None = None
-    text_only: bool = False
-    corrupted: Together = ()
-    unseen: Together = ()
-    reference_ids: tuple[int, ...]
-    choices: tuple[str, ...]
-    continuations: tuple[tuple[int, ...], ...]
+from patchscope_nn.resolve.checks import check_site, check_text_only, check_write, compares, embeds
+from patchscope_nn.resolve.entry import Entry, Row, Term, Together, VectorAt
+from patchscope_nn.spec import Choices, Generate, NextToken, Patchscope, Vector
 
 
 class Prompts:
@@ -155,22 +87,22 @@ class Resolver:
     """
 
     def __init__(self, scope: Patchscope, source: Model, target: Model, *, text_only: bool = False) -> None:
-        _check_site("source", scope.source, source.info)
-        _check_site("target", scope.target, target.info)
-        if scope.target.layer == "same" and scope.target.site != "residual" and _embeds(scope.source.layer):
+        check_site("source", scope.source, source.info)
+        check_site("target", scope.target, target.info)
+        if scope.target.layer == "same" and scope.target.site != "residual" and embeds(scope.source.layer):
             raise InputError(
                 f"target.layer='same' writes at 'embed', the input of block 0, which has no "
                 f"{scope.target.site}.",
                 hint="Leave 'embed' out of source.layer, or use target.site: residual.",
             )
-        _check_write(scope, target.info)
+        check_write(scope, target.info)
         self.scope, self.target, self.text_only = scope, target, text_only
         readout = scope.readout
         more = readout.max_new_tokens if isinstance(readout, Generate) else 0
         self.sources = Prompts("source", source, more=0)
         self.targets = Prompts("target", target, more=more)
         self.vectors: dict[VectorAt, int] = {}
-        self.compares = isinstance(readout, NextToken) and _compares(scope, readout, source, target)
+        self.compares = isinstance(readout, NextToken) and compares(scope, readout, source, target)
         self.shift, self.target_shift = (int(one.site == "before") for one in (scope.source, scope.target))
         layers = resolve_layers(scope.source.layer, n_layers=source.info.n_layers, field="source.layer")
         self.layers = tuple(layer - self.shift for layer in layers)
@@ -179,7 +111,7 @@ class Resolver:
             written = resolve_layers(scope.target.layer, n_layers=target.info.n_layers, field="target.layer")
             self.target_layers = tuple(layer - self.target_shift for layer in written)
         if text_only:
-            _check_text_only(scope)
+            check_text_only(scope)
 
     def resolve(self, row: Row, number: int = 0) -> list[Entry]:
         """Resolve one data row.
@@ -331,78 +263,3 @@ def _texts(readout: Any, row: Row) -> Iterator[str]:
     if isinstance(readout, Choices):
         texts = readout.continuations
     return (str(render(text, row, field=f"readout.{readout.name}")) for text in texts)
-
-
-def _compares(scope: Patchscope, readout: NextToken, source: Model, target: Model) -> bool:
-    if readout.reference is None:
-        return False
-    if scope.source.vector is not None or scope.source.mean not in (None, "positions"):
-        if readout.reference == "source":
-            raise InputError(
-                "readout.next_token.reference: source needs one source prompt, and there is "
-                f"{'none' if scope.source.vector else 'the mean of several'}.",
-                hint="Name the reference tokens as texts, or leave the reference out.",
-            )
-        return False
-    comparable = same_vocabulary(source, target)
-    if readout.reference == "source" and not comparable:
-        raise InputError(
-            f"readout.next_token.reference: source compares the next tokens of {source.info.name} and "
-            f"{target.info.name}, whose tokenizers number them differently.",
-            hint="Name the reference tokens as texts, or use models with one tokenizer.",
-        )
-    return comparable
-
-
-def _check_write(scope: Patchscope, info: ModelInfo) -> None:
-    """What the target's modes ask of the model, and of each other."""
-    target, architecture = scope.target, info.architecture
-    if target.cut is not None and "attention_mask" not in architecture.block_arguments:
-        raise InputError(
-            f"target.write: cut needs blocks that take an attention mask; those of {info.name} "
-            f"({info.family}) do not.",
-            hint="Use write: zero at site: attention, or another model.",
-        )
-    if target.every_step and not architecture.caches:
-        raise InputError(
-            f"target.every_step writes while decoding from keys and values, and {info.family} keeps none.",
-            hint="Leave every_step out.",
-        )
-    if target.states == "own" and target.layer != "same":
-        raise InputError(
-            "target.states: own writes the state of l + k in block l* + k, and needs l* = l.",
-            hint="Use target.layer: same, or states: one.",
-        )
-
-
-def _check_text_only(scope: Patchscope) -> None:
-    if scope.source.prompt is None or scope.source.mean not in (None, "positions"):
-        raise InputError(
-            "controls: text-only puts the source's text in the place of its state, and there is no one text.",
-            hint="Leave text-only out where the source is a vector or the mean of rows.",
-        )
-    if isinstance(scope.readout, NextToken) and scope.readout.position >= 0:
-        raise InputError(
-            "controls: text-only makes target prompts of other lengths, in which "
-            f"readout.next_token.position={scope.readout.position} is another token.",
-            hint="Count it from the end: -1 is the last token.",
-        )
-
-
-def _check_site(name: str, side: Source | Target, info: ModelInfo) -> None:
-    if side.site == "residual":
-        return
-    if side.site != "before" and getattr(info.architecture, side.site) is None:
-        raise InputError(
-            f"{name}.site={side.site!r}: the blocks of {info.name} ({info.family}) have no such module.",
-            hint="Use site: residual.",
-        )
-    if _embeds(side.layer):
-        raise InputError(
-            f"{name}.layer='embed' is the input of block 0, which has no {side.site}.",
-            hint=f"Leave 'embed' out, or use {name}.site: residual.",
-        )
-
-
-def _embeds(layer: LayerSelector) -> bool:
-    return "embed" in (layer if isinstance(layer, tuple) else (layer,))
