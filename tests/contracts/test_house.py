@@ -26,7 +26,6 @@ ORDER = [
         "plan",
         "plan_text",
         "unpack",
-        "bridge",
     ),
     *(
         "bridge",
