@@ -18,7 +18,7 @@ from patchscope_nn.data import DataSpec, fingerprint, load_rows
 from patchscope_nn.errors import Problem, SpecError
 from patchscope_nn.mappings import ResolvedMapping, resolve_mapping
 from patchscope_nn.metrics import MetricUse, check_columns, check_metrics, parse_metric
-from patchscope_nn.models import Model, load
+from patchscope_nn.models import Model, load, wear
 from patchscope_nn.recipe import Recipe, find, load_recipe
 from patchscope_nn.spec import Control, Patchscope
 from patchscope_nn.vectors import check_vectors
@@ -193,9 +193,11 @@ def load_models(
     other = _first(target_model, model, asked and asked.target.model, wanted)
     source_remote = remote if source_remote is None else source_remote
     source = load(wanted, dtype=dtype, device_map=device_map, weights=not on_server(source_remote))
-    if source_remote == remote and (other is wanted or other == wanted):
-        return source, source
-    return source, load(other, dtype=dtype, device_map=device_map, weights=not on_server(remote))
+    target = source
+    if source_remote != remote or not (other is wanted or other == wanted):
+        target = load(other, dtype=dtype, device_map=device_map, weights=not on_server(remote))
+    adapter = asked and asked.target.adapter
+    return source, wear(target, adapter) if adapter else target
 
 
 def on_server(remote: Where) -> bool:

@@ -109,6 +109,8 @@ class Target(Spec):
     Attributes:
         prompt: T, as in `Source`; None is the source's own prompt (T = S). `{source_layer}` is l.
         prompts: Several T instead of one, for each of which there are cells: a prompt ensemble.
+        combine: How the top tokens of `prompts` are put together, in `ensemble.csv` and `Run.ensemble`:
+            `intersect` or `average`.
         position: i*, as in `Source`; None is the source's own position where T = S, else the last token.
             Several tokens take several states one to one, or each the same one.
         layer: l*, as in `Source`; `same` pairs l* with l, anything else is crossed with it.
@@ -129,6 +131,7 @@ class Target(Spec):
 
     prompt: Prompt | None = None
     prompts: Annotated[tuple[Prompt, ...], BeforeValidator(_listed)] = ()
+    combine: Literal["intersect", "average"] = "intersect"
     position: Positions | None = None
     layer: TargetLayers = "same"
     site: Site = "residual"

@@ -38,6 +38,7 @@ ORDER = [
         "pace",
         "fleet",
         "tables",
+        "ensembles",
         "plots",
         "report",
     ),
