@@ -144,7 +144,13 @@ def prepare(
         vectors=check_vectors(sweep),
         source=source,
         target=target,
-        mapping=resolve_mapping(patchscope.mapping, source=source.info, target=target.info),
+        mapping=resolve_mapping(
+            patchscope.mapping,
+            source=source.info,
+            target=target.info,
+            pairs=sweep.cells.pairs,
+            sites=(patchscope.source.site, patchscope.target.site),
+        ),
         metrics=uses,
         data_hash=fingerprint(rows),
     )

@@ -119,6 +119,7 @@ class Cells(Sequence[Cell]):
         self._writes_state = target.needs_state
         self._scales = target.scale if self._writes_state else (1.0,)
         self._samples = target.corrupt.samples if target.corrupt else 1
+        self._depth = depth
         self._layers = self._all_layers(depth)
         for one in entries:
             self._check(one)
@@ -150,6 +151,14 @@ class Cells(Sequence[Cell]):
         more = target.window if target.states == "own" else 1
         read = (layer + step for layer in self._resolver.layers for step in range(more))
         return tuple(dict.fromkeys(read)) if more > 1 else self._resolver.layers
+
+    @property
+    def pairs(self) -> tuple[tuple[int, int], ...]:
+        """Every (l, l*) that a state is mapped for."""
+        target = self._resolver.scope.target
+        more = target.window if target.states == "own" else 1
+        found = ((layer + step, written + step) for layer, written in self._layers for step in range(more))
+        return tuple(dict.fromkeys(pair for pair in found if pair[1] < self._depth))
 
     @property
     def compares(self) -> bool:

@@ -50,6 +50,13 @@ class Sweep:
     shifts: tuple[int, int] = (0, 0)
     seed: int = 0
 
+    def pairs(self, cell: Cell) -> Iterator[tuple[int, int]]:
+        """Yield every (l, l*) a cell's state is mapped for: a window of one state maps it once."""
+        own = self.scope.target.states == "own"
+        for layer, target_layer in self.writes(cell):
+            if layer is not None and cell.target_layer is not None:
+                yield layer, target_layer if own else cell.target_layer
+
     def writes(self, cell: Cell) -> Iterator[tuple[int | None, int]]:
         """Yield every (l, l*) a cell writes: one, or those of a window that are in the model."""
         target = self.scope.target

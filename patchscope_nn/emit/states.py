@@ -86,7 +86,8 @@ def in_write(
         # One state is written at all positions; several are, one to one.
         incoming = [states[one["state"]].expand(len(one["positions"]), -1) for one in writes]
         together = torch.cat([one.to(value.device) for one in incoming])
-        mapped = apply_mapping(how["mapping"][0], how["mapping"][1], together, clean)
+        pairs = [one["pair"] for one in writes for _ in one["positions"]]
+        mapped = apply_mapping(how["mapping"][0], how["mapping"][1], together, clean, pairs)
     parts = list(mapped.split(counts))
     for place, one in enumerate(writes):
         if one["seed"] is not None:
@@ -95,8 +96,8 @@ def in_write(
             parts[place] = parts[place] * one["scale"]
     written = in_mode(how["mode"], how["amount"], clean, torch.cat(parts))
     value[rows, places] = written
-    pairs = zip(written.split(counts), clean.split(counts), strict=True)
-    return {one["cell"]: list(pair) for one, pair in zip(writes, pairs, strict=True)}
+    both = zip(written.split(counts), clean.split(counts), strict=True)
+    return {one["cell"]: list(two) for one, two in zip(writes, both, strict=True)}
 
 
 def in_mode(mode: str, amount: float, clean: torch.Tensor, mapped: torch.Tensor) -> torch.Tensor:

@@ -93,7 +93,8 @@ def writes_of(
     if target.cut is not None:
         return
     seeded = cell.control == "random" or target.mode == "noise"
-    for layer, target_layer in made.sweep.writes(cell):
+    pairs = list(made.sweep.pairs(cell))
+    for step, (layer, target_layer) in enumerate(made.sweep.writes(cell)):
         yield (
             target_layer,
             {
@@ -101,6 +102,7 @@ def writes_of(
                 "row": row,
                 "positions": positions,
                 "seed": cell.seed if seeded else None,
+                "pair": pairs[step] if pairs else None,
                 "scale": cell.scale,
                 "cell": place,
             },

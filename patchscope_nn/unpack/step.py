@@ -60,7 +60,10 @@ def unpack(
         "fresh": [numbers[state] for one in step.sources for state in one.states],
         "keep": [numbers[state] for state in step.kept],
         "how": {
-            "mapping": [mapping.kind, mapping.call],
+            "mapping": [
+                mapping.kind,
+                mapping.within(pair for cell in step.cells for pair in plan.sweep.pairs(cell)),
+            ],
             "mode": scope.target.mode,
             "amount": scope.target.amount,
         },
