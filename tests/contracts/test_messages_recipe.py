@@ -100,7 +100,7 @@ FIELDS = {
     "data:\n  builtin: contxts": [
         (
             "line 5: data.builtin: 'contxts' is no builtin data. "
-            "Did you mean 'contexts'? Allowed: contexts, entities."
+            "Did you mean 'contexts'? Allowed: attributes, contexts, entities, facts, topics, two-hop, words."
         )
     ],
     "data:\n  file: a\n  hub: b": [
