@@ -20,7 +20,10 @@ MAPPINGS = (
     "Allowed: identity, target_norm, affine, function. Write {affine: weights.safetensors}, "
     "{function: module:name}, or give a torch module or function in Python."
 )
-METRICS = "Allowed: precision_at_1, surprisal_nats, nll_nats, rouge_l, contains, choice_accuracy."
+METRICS = (
+    "Allowed: precision_at_1, surprisal_nats, nll_nats, kl_nats, top_k_overlap, rank, reciprocal_rank, "
+    "rouge_l, rouge_1, contains, relevancy, choice_accuracy, choice_log_odds, cosine, fraction_of_variance."
+)
 BEGIN = "a recipe is a mapping that begins with name, title and source"
 
 #: YAML below GOOD's three lines -> its problems.
