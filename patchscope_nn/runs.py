@@ -293,10 +293,31 @@ class Run:
 
         return text_heatmap(self.table(), value=value)
 
-    def summary(self) -> Any:
-        """The mean of each metric by layer and control, as a pandas DataFrame."""
-        table = light_frame(self.rows, self.manifest["columns"], metrics=self.metrics)
-        return summarise(table, self.metrics)
+    def summary(self, *, by_source: bool = False) -> Any:
+        """The mean of each metric with its 95 % bootstrap interval over data rows, as a tidy DataFrame.
+
+        Where the recipe has `best_over`, the best over these layers is taken first, for controls alike.
+
+        Args:
+            by_source: Average over the target layers too.
+
+        Returns:
+            A line for each metric, control (`patched` for the real cells) and pair of layers: `metric`,
+            `control`, `source_layer`, `target_layer` (none where a control reads no layer, or where the best
+            was taken over it), `mean`, `low`, `high` (none where there is a single row), `n_rows`, `n_cells`.
+        """
+        from patchscope_nn.statistics import summarise
+
+        return summarise(self.light_table(), metrics=self.metrics, best=self.best_over, by_source=by_source)
+
+    def light_table(self) -> Any:
+        """The cells as `table` gives them, without what was read of them: places, metrics and errors."""
+        return light_frame(self.rows, self.manifest["columns"], metrics=self.metrics)
+
+    @property
+    def best_over(self) -> tuple[str, ...]:
+        """What the summary and the figures take the best over."""
+        return tuple(self.manifest["recipe"].get("best_over") or ())
 
     @property
     def metrics(self) -> list[str]:
@@ -325,25 +346,7 @@ class Run:
         if len(self.rows) <= MAX_CELLS:
             return write_report(self.table(), manifest=self.manifest, path=file)
         shown = frame(list(islice(self.rows, MAX_CELLS)), self.manifest["columns"])
-        whole = light_frame(self.rows, self.manifest["columns"], metrics=self.metrics)
-        return write_report(whole, manifest=self.manifest, path=file, shown=shown)
-
-
-def summarise(table: Any, metrics: Sequence[str]) -> Any:
-    """The mean of each metric by layer and control.
-
-    Args:
-        table: A run's table.
-        metrics: Names of metric columns.
-
-    Returns:
-        A DataFrame with columns `source_layer`, `control` (`patched` for the real cells), `n`, and one mean
-        for each metric; an unpatched run has no layer.
-    """
-    named = table.assign(control=[control or "patched" for control in table["control"]])
-    groups = named.groupby(["control", "source_layer"], dropna=False, sort=True)
-    means = groups[list(metrics)].mean().reset_index()
-    return means.assign(n=groups.size().to_numpy())[["source_layer", "control", "n", *metrics]]
+        return write_report(self.light_table(), manifest=self.manifest, path=file, shown=shown)
 
 
 def load_run(path: str | Path) -> Run:
