@@ -179,6 +179,7 @@ _LISTS = {
 _TEXTS = (
     *("control", "source_prompt", "target_prompt", "source_model", "target_model", "mapping"),
     *("text", "stopped", "choice", "error"),
+    "probe_choice",
 )
 _INTEGERS = ("row", "source_layer", "target_layer")
 

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from patchscope_nn.data import DataSpec
-from patchscope_nn.recipe.model import Recipe
+from patchscope_nn.recipe.model import Probe, Recipe
 from patchscope_nn.spec import READOUTS, Source, Target
 
 _DIALECT = "https://json-schema.org/draft/2020-12/schema"
@@ -27,10 +27,10 @@ def json_schema() -> dict[str, Any]:
     """
     schema = Recipe.model_json_schema(mode="validation")
     _document(schema, Recipe)
-    for model in (DataSpec, Source, Target, *READOUTS.values()):
+    for model in (DataSpec, Source, Target, Probe, *READOUTS.values()):
         _document(schema["$defs"][model.__name__], model)
     _accept_one_text(schema["$defs"]["NextToken"]["properties"]["reference"])
-    for name in ("metrics", "controls"):
+    for name in ("metrics", "controls", "best_over"):
         schema["properties"][name]["uniqueItems"] = True
     schema["properties"]["readout"] = {
         "title": "Readout",

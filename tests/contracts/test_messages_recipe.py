@@ -8,7 +8,10 @@ from patchscope_nn.errors import InputError, SpecError
 from patchscope_nn.recipe import lint, load_recipe
 
 GOOD = "name: a\ntitle: b\nsource: {prompt: x}\n"
-TOP = "Allowed: name, title, paper, model, data, source, target, mapping, readout, metrics, controls, seed."
+TOP = (
+    "Allowed: name, title, paper, model, data, source, target, mapping, readout, metrics, controls, seed, "
+    "best_over, probe, score, methods."
+)
 LAYERS = "give an int (negative counts from the end), a list, 'start:stop[:step]', 'all' or 'embed'"
 POSITIONS = (
     "give an index (-1 is the last), a text of the prompt, 'first:text', {start: a, end: b}, "
