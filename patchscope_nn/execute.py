@@ -13,7 +13,7 @@ import gc
 import importlib.util
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -30,7 +30,9 @@ from patchscope_nn.models import ModelInfo, usable_memory
 from patchscope_nn.pace import JOBS
 from patchscope_nn.plan import Context, Optimisations, Plan, plan
 from patchscope_nn.prepare import Prepared, prepare
+from patchscope_nn.probes import PROBE_COLUMNS, probe_columns
 from patchscope_nn.recipe import Recipe
+from patchscope_nn.rows import Widened
 from patchscope_nn.runs import ENSEMBLE, InMemory, Manifest, Run, open_folder
 from patchscope_nn.spec import Patchscope
 from patchscope_nn.tables import Tabulator, columns_of
@@ -138,9 +140,12 @@ def run_prepared(
             store.append(rows)
             if progress:
                 progress(len(store.done), len(prepared.sweep.cells))
+        found = _with_probe(prepared, store)
         session = _session(backend, cells=len(store.done) - before, elapsed_s=time.monotonic() - started)
-        manifest = _finished(store.manifest or manifest, session)
-        finished = Run(manifest=manifest, rows=store.rows(), path=store.path)
+        # What is made of the cells may have been asked for since an earlier session.
+        now = {name: manifest[name] for name in ("recipe", "columns")}
+        manifest = _finished((store.manifest or manifest) | now, session)
+        finished = Run(manifest=manifest, rows=found, path=store.path)
         store.finish(finished)
         if (
             store.path is not None
@@ -151,6 +156,24 @@ def run_prepared(
         if store.path is not None and importlib.util.find_spec("plotly"):
             finished.report()
     return finished
+
+
+def _with_probe(prepared: Prepared, store: InMemory) -> Sequence[Mapping[str, Any]]:
+    """The rows of the finished cells, with what the recipe's probe says of them."""
+    rows, asked = store.rows(), prepared.recipe["probe"]
+    if asked is None:
+        return rows
+    said = store.probed(asked)
+    if said is None:
+        said = probe_columns(
+            rows,
+            labels=prepared.labels or (),
+            prompts=prepared.source_prompts,
+            folds=asked["folds"],
+            seed=prepared.recipe["seed"],
+        )
+        store.keep_probed(asked, said)
+    return Widened(rows, said)
 
 
 @contextmanager
@@ -253,7 +276,7 @@ def _manifest(prepared: Prepared, whole: Plan, backend: Backend, command: str | 
         "state": "running",
         "n_rows": len(sweep.rows),
         "n_cells": len(sweep.cells),
-        "columns": columns_of(sweep.scope.readout, prepared.metrics),
+        "columns": _columns(prepared),
         "models": {"source": _model(sweep.source), "target": _model(sweep.target)},
         "mapping": {
             "name": prepared.mapping.name,
@@ -266,6 +289,11 @@ def _manifest(prepared: Prepared, whole: Plan, backend: Backend, command: str | 
         "sessions": [],
         "timings": {"elapsed_s": 0.0},
     }
+
+
+def _columns(prepared: Prepared) -> list[str]:
+    *others, error = columns_of(prepared.sweep.scope.readout, prepared.metrics)
+    return [*others, *(PROBE_COLUMNS if prepared.recipe["probe"] else ()), error]
 
 
 def _finished(manifest: Manifest, session: dict[str, Any]) -> Manifest:

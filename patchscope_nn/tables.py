@@ -111,17 +111,13 @@ class Tabulator:
 
     def _places(self, cell: Cell) -> dict[str, Any]:
         sweep, read = self.sweep, cell.source_positions
-        number, source, text = cell.source_prompt, None, None
-        if number is not None and number >= 0:
-            source = sweep.source_prompts[number]
-            text = source.text
-        elif number is not None:
-            text = str(sweep.vectors[-1 - number])
+        number = cell.source_prompt
+        source = None if number is None or number < 0 else sweep.source_prompts[number]
         target = sweep.target_prompts[cell.target_prompt]
         return {
             "row": cell.row,
             "control": cell.control,
-            "source_prompt": text,
+            "source_prompt": None if number is None else sweep.source_text(number),
             "source_position": None if read is None or source is None else list(read),
             "source_token": None if source is None or read is None else [source.tokens[at] for at in read],
             "source_layer": None if cell.source_layer is None else cell.source_layer + sweep.shifts[0],
@@ -204,6 +200,7 @@ _LISTS = {
 _TEXTS = (
     *("control", "source_prompt", "target_prompt", "source_model", "target_model", "mapping"),
     *("text", "stopped", "choice", "error"),
+    "probe_choice",
 )
 _INTEGERS = ("row", "source_layer", "target_layer", "sample")
 

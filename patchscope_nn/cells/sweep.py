@@ -50,6 +50,10 @@ class Sweep:
     shifts: tuple[int, int] = (0, 0)
     seed: int = 0
 
+    def source_text(self, number: int) -> str:
+        """A source as text: its prompt, or where its vector is."""
+        return self.source_prompts[number].text if number >= 0 else str(self.vectors[-1 - number])
+
     def pairs(self, cell: Cell) -> Iterator[tuple[int, int]]:
         """Yield every (l, l*) a cell's state is mapped for: a window of one state maps it once."""
         own = self.scope.target.states == "own"

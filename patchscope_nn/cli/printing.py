@@ -187,22 +187,31 @@ def print_run(run: Run, *, as_json: bool) -> None:
 def _summary(run: Run) -> Any:
     """Layers down; the first metric beside its controls, the others alone (the report has all of them).
 
-    The unpatched control, which has no layer, stands in every line.
+    A control that has no layer, such as `unpatched`, stands in every line.
     """
-    found = json.loads(run.summary().to_json(orient="records"))
+    found = json.loads(run.summary(by_source=True).to_json(orient="records"))
+    axis = "target_layer" if "source_layer" in run.best_over else "source_layer"
     controls = list(dict.fromkeys(["patched", *(one["control"] for one in found)]))
     columns = [(run.metrics[0], control) for control in controls]
     columns += [(metric, "patched") for metric in run.metrics[1:]]
-    means = {(one["source_layer"], one["control"]): one for one in found}
+    means = {(one[axis], one["metric"], one["control"]): one for one in found}
     headers = [f"{metric if control == 'patched' else ''}\n{control}" for metric, control in columns]
-    title = f"{run.manifest['recipe']['title']}\nmean over data rows, by source layer\n"
-    table = _table("\nlayer", *headers, title=title)
-    for layer in sorted({layer for layer, _ in means if layer is not None}):
-        line = {one: means.get((layer, one)) or means.get((None, one)) or {} for one in controls}
-        values = [line[control].get(metric) for metric, control in columns]
-        name = "embed" if layer < 0 else str(layer)
-        table.add_row(name, *("" if value is None else f"{value:.2f}" for value in values))
+    best = f", best over {' and '.join(run.best_over).replace('_', ' ')}" if run.best_over else ""
+    over = f"mean over data rows{best}, by {axis.replace('_', ' ')}, with 95 % intervals over rows"
+    table = _table("\nlayer", *headers, title=f"{run.manifest['recipe']['title']}\n{over}\n")
+    layers = sorted({layer for layer, _, control in means if layer is not None})
+    for layer in layers or [None]:
+        line = [means.get((layer, *column)) or means.get((None, *column)) for column in columns]
+        name = {None: "all", -1: "embed"}.get(layer, str(layer))
+        table.add_row(name, *map(_mean, line))
     return table
+
+
+def _mean(found: Mapping[str, Any] | None) -> str:
+    if found is None:
+        return ""
+    low, high = found["low"], found["high"]
+    return f"{found['mean']:.2f}" + ("" if low is None else f" [{low:.2f}, {high:.2f}]")
 
 
 def print_plan(plan: Plan, *, crossing: Traffic | None, folder: Path, as_json: bool) -> None:

@@ -18,17 +18,9 @@ from patchscope_nn.plots.choose import figures
 from patchscope_nn.plots.curves import layer_curve, layer_pair_heatmap
 from patchscope_nn.plots.grid import text_heatmap
 from patchscope_nn.plots.said import odds
-from patchscope_nn.plots.table import (
-    REAL,
-    as_list,
-    is_null,
-    layer_means,
-    layer_name,
-    metric_columns,
-    numbers,
-    reads_sink,
-)
+from patchscope_nn.plots.table import as_list, layer_means, layer_name, metric_columns, reads_sink
 from patchscope_nn.plots.text import shorten, text_width, token, visible
+from patchscope_nn.statistics import REAL, is_null, numbers
 
 __all__ = [
     "REAL",

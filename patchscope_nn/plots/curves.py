@@ -9,8 +9,9 @@ import numpy as np
 import pandas as pd
 
 from patchscope_nn.plots.style import colour_axis, layer_ticks, metric_title, plotly, style
-from patchscope_nn.plots.table import REAL, controls_of, layer_axis, layer_means, layer_name
+from patchscope_nn.plots.table import controls_of, layer_axis, layer_means, layer_name
 from patchscope_nn.plots.text import escape
+from patchscope_nn.statistics import REAL
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go

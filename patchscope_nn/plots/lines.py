@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from patchscope_nn.plots.said import LABEL_WIDTH, Cells
-from patchscope_nn.plots.table import NO_LAYER, REAL, as_list, is_null, layer_axis, layer_name, numbers
+from patchscope_nn.plots.table import NO_LAYER, as_list, layer_axis, layer_name
 from patchscope_nn.plots.text import shorten
+from patchscope_nn.statistics import REAL, is_null, numbers
 
 MAX_ROWS = 40
 _MAX_LINES_WITH_CONTROLS = 20

@@ -55,6 +55,8 @@ def _asked(recipe: Recipe) -> Iterator[tuple[str, str]]:
     for number, use in enumerate(recipe.metrics):
         for name, column in use.parameters:
             yield f"metrics.{number}.{use.name}.{name}", column
+    if recipe.probe is not None:
+        yield "probe.label", recipe.probe.label
 
 
 def _templates(recipe: Recipe) -> Iterator[tuple[str, PromptSpec]]:

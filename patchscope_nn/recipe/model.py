@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -13,11 +14,24 @@ from pydantic import (
     PlainValidator,
     ValidationInfo,
     WithJsonSchema,
+    model_validator,
 )
 
 from patchscope_nn.data import DataSpec
+from patchscope_nn.errors import did_you_mean
 from patchscope_nn.metrics import METRICS, MetricUse, check_metrics, parse_metric
-from patchscope_nn.spec import AnyMapping, AnyReadout, Control, NextToken, Patchscope, Source, Spec, Target
+from patchscope_nn.recipe.methods import variants
+from patchscope_nn.spec import (
+    AnyMapping,
+    AnyReadout,
+    Control,
+    Hidden,
+    NextToken,
+    Patchscope,
+    Source,
+    Spec,
+    Target,
+)
 
 _SLUG = re.compile(r"[a-z0-9]+(?:-[a-z0-9]+)*")
 
@@ -79,6 +93,64 @@ AnyMetric = Annotated[
 ]
 
 
+class Probe(Spec):
+    """A linear probe on the states of a run whose readout is `hidden` (the baseline of section 4.2).
+
+    Adds to the table `probe_choice`, `probe_accuracy`, `probe_majority_accuracy` (of the commonest class) and
+    `probe_shuffled_accuracy` (of a probe that was trained on shuffled labels).
+
+    Attributes:
+        label: The data column that holds the class.
+        folds: How many folds; each cell is predicted by the one that did not see its source prompt.
+    """
+
+    label: Annotated[str, Field(min_length=1)]
+    folds: Annotated[int, Field(ge=2)] = 3
+
+
+#: The metric columns that a probe adds; before them stands `probe_choice`.
+PROBE_METRICS = ("probe_accuracy", "probe_majority_accuracy", "probe_shuffled_accuracy")
+
+
+def _probe(probe: Probe | None, info: ValidationInfo) -> Probe | None:
+    """A probe is on h itself: T = S, i* = i, l* = l and f the identity."""
+    given = info.data
+    if probe is None or not {"readout", "source", "target", "mapping"} <= set(given):
+        return probe
+    if not isinstance(given["readout"], Hidden):
+        raise ValueError(  # noqa: TRY004 (pydantic's own protocol)
+            f"reads hidden states, and the readout is {given['readout'].name}; write readout: hidden"
+        )
+    target = given["target"]
+    moved = [name for name in ("prompt", "position", "model") if getattr(target, name) is not None]
+    moved += ["layer"] if target.layer != "same" else []
+    moved += ["site"] if target.site != given["source"].site else []
+    if moved or given["mapping"] != "identity":
+        raise ValueError(
+            f"is trained on the source's own states; leave out {', '.join(f'target.{one}' for one in moved)}"
+            if moved
+            else "is trained on the source's own states; leave out mapping"
+        )
+    return probe
+
+
+def _score(score: str | None, info: ValidationInfo) -> str | None:
+    names = [use.name for use in info.data.get("metrics", ())]
+    names += PROBE_METRICS if info.data.get("probe") else ()
+    if score is not None and "metrics" in info.data and score not in names:
+        raise ValueError(f"{score!r} is no metric of this recipe. {did_you_mean(score, names)}")
+    return score
+
+
+def _methods_schema() -> dict[str, Any]:
+    changes = {"anyOf": [{"type": "object"}, {"type": "null"}]}
+    return {"type": "object", "additionalProperties": changes}
+
+
+def _plain_methods(value: Any) -> Any:
+    return {name: changes or {} for name, changes in value.items()} if isinstance(value, Mapping) else value
+
+
 class Recipe(Spec):
     """A Patchscope, its data, metrics and controls: what `patchscope run` runs.
 
@@ -98,6 +170,12 @@ class Recipe(Spec):
         controls: What else is run to compare with: `unpatched` (T as it is), `random` (a random state of the
             same norm), `shuffled` (another row's state).
         seed: What random states, the choice of other rows and sampling start from.
+        best_over: What the summary and the figures take the best over, for the controls too:
+            `source_layer`, `target_layer` or both.
+        probe: A linear probe on the states; only with the readout `hidden` and without a target.
+        score: The metric that stands for this recipe beside others that have none of its metrics.
+        methods: Methods to compare, by name, each with its changes to this recipe, nested or dotted:
+            `{token identity: {}, logit lens: {target: {prompt: null, layer: -1}}}`. Each is a run of its own.
     """
 
     name: Annotated[
@@ -115,6 +193,27 @@ class Recipe(Spec):
     metrics: Annotated[tuple[AnyMetric, ...], BeforeValidator(_listed), AfterValidator(_once)] = ()
     controls: Annotated[tuple[Control, ...], BeforeValidator(_listed), AfterValidator(_once)] = ()
     seed: Annotated[int, Field(ge=0)] = 0
+    best_over: Annotated[
+        tuple[Literal["source_layer", "target_layer"], ...], BeforeValidator(_listed), AfterValidator(_once)
+    ] = ()
+    probe: Annotated[Probe | None, AfterValidator(_probe)] = None
+    # After the metrics and the probe.
+    score: Annotated[str | None, AfterValidator(_score)] = None
+    methods: Annotated[
+        dict[str, dict[str, Any]], BeforeValidator(_plain_methods), WithJsonSchema(_methods_schema())
+    ] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _methods_fit(self) -> Self:
+        if self.methods:
+            _, wrong = variants(type(self), _raw(self), self.methods)
+            if wrong:
+                raise ValueError("; ".join(map(str, wrong)))
+        return self
+
+    def of_methods(self) -> dict[str, Recipe]:
+        """The recipe of each method, by its name; empty where there are no methods."""
+        return variants(type(self), _raw(self), self.methods)[0] if self.methods else {}
 
     @property
     def scope(self) -> Patchscope:
@@ -129,6 +228,13 @@ def dump(recipe: Recipe) -> dict[str, Any]:
         fields = recipe.readout.model_dump(mode="json", exclude_defaults=True)
         plain["readout"] = {recipe.readout.name: fields} if fields else recipe.readout.name
     return plain
+
+
+def _raw(recipe: Recipe) -> dict[str, Any]:
+    """What methods make their changes to: the recipe without them, with a mapping of Python's as it is."""
+    plain = dump(recipe)
+    plain.pop("methods", None)
+    return plain | ({"mapping": recipe.mapping} if callable(recipe.mapping) else {})
 
 
 def resolved(recipe: Recipe) -> dict[str, Any]:

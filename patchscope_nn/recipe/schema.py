@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from patchscope_nn.data import DataSpec
-from patchscope_nn.recipe.model import Recipe
+from patchscope_nn.recipe.model import Probe, Recipe
 from patchscope_nn.spec import READOUTS, Corrupt, Source, Target, Vector
 
 _DIALECT = "https://json-schema.org/draft/2020-12/schema"
@@ -27,14 +27,14 @@ def json_schema() -> dict[str, Any]:
     """
     schema = Recipe.model_json_schema(mode="validation")
     _document(schema, Recipe)
-    for model in (DataSpec, Source, Target, Vector, Corrupt, *READOUTS.values()):
+    for model in (DataSpec, Source, Target, Vector, Corrupt, Probe, *READOUTS.values()):
         _document(schema["$defs"][model.__name__], model)
     _accept_one_text(schema["$defs"]["NextToken"]["properties"]["reference"])
     source, target = schema["$defs"]["Source"], schema["$defs"]["Target"]
     source["properties"]["vector"] = _or_its_file(source["properties"]["vector"])
     source["oneOf"] = [_given(name) for name in ("prompt", "vector")]
     target["not"] = {"allOf": [_given("prompt"), _given("prompts", {"minItems": 1})]}
-    for name in ("metrics", "controls"):
+    for name in ("metrics", "controls", "best_over"):
         schema["properties"][name]["uniqueItems"] = True
     schema["properties"]["readout"] = {
         "title": "Readout",

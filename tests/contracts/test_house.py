@@ -38,11 +38,14 @@ ORDER = [
         "pace",
         "fleet",
         "tables",
+        "statistics",
+        "comparison",
+        "probes",
         "ensembles",
         "plots",
         "report",
     ),
-    *("runs", "prepare", "execute", "quick", "doctor", "cli", "__main__"),
+    *("rows", "runs", "prepare", "execute", "experiments", "quick", "doctor", "cli", "__main__"),
 ]
 #: A method of a plan or a run may reach for how it is shown; only when it is called.
 SHOWN_LATER = {("plan", "plan_text"), ("runs", "plots"), ("runs", "report")}

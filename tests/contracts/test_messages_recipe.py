@@ -8,7 +8,10 @@ from patchscope_nn.errors import InputError, SpecError
 from patchscope_nn.recipe import lint, load_recipe
 
 GOOD = "name: a\ntitle: b\nsource: {prompt: x}\n"
-TOP = "Allowed: name, title, paper, model, data, source, target, mapping, readout, metrics, controls, seed."
+TOP = (
+    "Allowed: name, title, paper, model, data, source, target, mapping, readout, metrics, controls, seed, "
+    "best_over, probe, score, methods."
+)
 LAYERS = "give an int (negative counts from the end), a list, 'start:stop[:step]', 'all' or 'embed'"
 POSITIONS = (
     "give an index (-1 is the last), a text of the prompt, 'first:text', {start: a, end: b}, "
@@ -20,7 +23,10 @@ MAPPINGS = (
     "Allowed: identity, target_norm, affine, function, fitted. Write {affine: weights.safetensors}, "
     "{fitted: fit.safetensors}, {function: module:name}, or give a torch module or function in Python."
 )
-METRICS = "Allowed: precision_at_1, surprisal_nats, nll_nats, rouge_l, contains, choice_accuracy."
+METRICS = (
+    "Allowed: precision_at_1, surprisal_nats, nll_nats, kl_nats, top_k_overlap, rank, reciprocal_rank, "
+    "rouge_l, rouge_1, contains, relevancy, choice_accuracy, choice_log_odds, cosine, fraction_of_variance."
+)
 BEGIN = "a recipe is a mapping that begins with name, title and source"
 
 #: YAML below GOOD's three lines -> its problems.
