@@ -1,0 +1,1 @@
+"""Fitting mappings and prompts: what is trained or differentiated through a frozen model."""
