@@ -74,12 +74,16 @@ class Frozen:
         self._blocks = model.module.get_submodule(model.info.architecture.blocks)
         self._keeps = "logits_to_keep" in model.info.architecture.arguments
 
+    @property
+    def device(self) -> Any:
+        """Where its tokens, and the tensors of a map, belong."""
+        return input_device(self.model.module)
+
     def batch(self, sequences: Sequence[Sequence[int]]) -> Tokens:
         """Put sequences of token ids into one batch."""
         longest = max(map(len, sequences))
         padded = [[*ids, *([0] * (longest - len(ids)))] for ids in sequences]
-        device = input_device(self.model.module)
-        return Tokens(ids=torch.tensor(padded, device=device), lengths=tuple(map(len, sequences)))
+        return Tokens(ids=torch.tensor(padded, device=self.device), lengths=tuple(map(len, sequences)))
 
     def unembed(self, states: torch.Tensor) -> torch.Tensor:
         """The logits the model makes of states of its last block, (..., d_model) -> (..., vocab_size)."""

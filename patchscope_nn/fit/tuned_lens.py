@@ -22,7 +22,6 @@ from patchscope_nn.fit.outcome import Outcome, Progress
 from patchscope_nn.fit.training import Training, descend
 from patchscope_nn.layers import LayerSelector, resolve_layers
 from patchscope_nn.models import Model
-from patchscope_nn.models.architecture import input_device
 
 #: About how many tokens' states are held in memory at a time.
 _HELD = 16_384
@@ -87,8 +86,7 @@ def fit_tuned_lens(
         least=skip_first + 1,
     )
     with frozen(model) as net:
-        device = input_device(model.module)
-        translators = {layer: Translator(model.info.d_model).to(device) for layer in chosen}
+        translators = {layer: Translator(model.info.d_model).to(net.device) for layer in chosen}
         batches = minibatches(
             net,
             parts.fitted,
