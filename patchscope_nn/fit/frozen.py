@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from patchscope_nn.errors import ModelError
-from patchscope_nn.layers import EMBED
+from patchscope_nn.errors import LayerError, ModelError
+from patchscope_nn.layers import EMBED, parse_layers, resolve_layers
 from patchscope_nn.models import Model
 from patchscope_nn.models.architecture import check_unembed, input_device, is_weightless, unembed
 
@@ -43,20 +43,20 @@ class Write:
 
     Attributes:
         layer: The block whose output they replace; `EMBED` for the input of block 0.
-        positions: (n_patched,) positions, the same in every row.
-        states: (batch, n_patched, d_model), or (batch, 1, d_model) for one state at all of them.
+        positions: (batch, n_patched) positions.
+        states: (batch, n_patched, d_model); (batch, 1, d_model) is one state at all of a row's positions.
     """
 
     layer: int
-    positions: tuple[int, ...]
+    positions: Sequence[Sequence[int]]
     states: torch.Tensor
 
     def into(self, residual: torch.Tensor) -> torch.Tensor:
         """The residual stream, (batch, position, d_model), with the states in their place."""
+        columns = torch.tensor([list(row) for row in self.positions], device=residual.device)
+        rows = torch.arange(len(columns), device=residual.device)[:, None]
         residual = residual.clone()
-        residual[:, list(self.positions)] = self.states.to(residual).expand(
-            residual.shape[0], len(self.positions), -1
-        )
+        residual[rows, columns] = self.states.to(residual).expand(*columns.shape, -1)
         return residual
 
 
@@ -139,6 +139,19 @@ class Frozen:
             return pass_on(layer, output)
 
         return self._blocks[layer].register_forward_hook(after)
+
+
+def choose_layers(model: Model, layers: Any) -> tuple[int, ...]:
+    """The layers a selector names: an int, `all`, `embed`, a range such as `0:10`, or a list of these.
+
+    Raises:
+        LayerError: It is no selector, or names a layer outside the model.
+    """
+    try:
+        selector = parse_layers(layers)
+    except ValueError as error:
+        raise LayerError(f"layer={layers!r} {error}.") from None
+    return resolve_layers(selector, n_layers=model.info.n_layers, field="layer")
 
 
 @contextmanager

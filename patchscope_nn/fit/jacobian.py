@@ -10,16 +10,15 @@ of these sums over p, and then over texts.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from patchscope_nn.errors import DataError
-from patchscope_nn.fit.frozen import Frozen, frozen
+from patchscope_nn.fit.frozen import Frozen, choose_layers, frozen
 from patchscope_nn.fit.held_out import deal_texts
 from patchscope_nn.fit.lens import affine, score_lens
 from patchscope_nn.fit.outcome import Outcome, Progress
-from patchscope_nn.layers import LayerSelector, resolve_layers
 from patchscope_nn.models import Model
 
 #: How many positions at a text's beginning the published lenses leave out.
@@ -87,7 +86,7 @@ def fit_jacobian_lens(
     model: Model,
     texts: Sequence[str],
     *,
-    layers: LayerSelector = "all",
+    layers: Any = "all",
     max_tokens: int = 128,
     skip_first: int = SKIP_FIRST,
     rows_at_a_time: int = 16,
@@ -120,7 +119,7 @@ def fit_jacobian_lens(
     """
     if rows_at_a_time < 1:
         raise DataError(f"rows_at_a_time={rows_at_a_time} leaves no row.", hint="Give 1 or more.")
-    chosen = resolve_layers(layers, n_layers=model.info.n_layers, field="layer")
+    chosen = choose_layers(model, layers)
     parts = deal_texts(
         texts,
         model.tokenizer,

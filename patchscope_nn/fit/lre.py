@@ -15,12 +15,11 @@ from typing import Any, NamedTuple
 import torch
 
 from patchscope_nn.errors import DataError, did_you_mean
-from patchscope_nn.fit.frozen import Frozen, frozen
+from patchscope_nn.fit.frozen import Frozen, choose_layers, frozen
 from patchscope_nn.fit.held_out import deal
 from patchscope_nn.fit.jacobian import jacobian_rows
 from patchscope_nn.fit.lens import Map, affine, kl_nats, log_probabilities
 from patchscope_nn.fit.outcome import Outcome, Progress
-from patchscope_nn.layers import LayerSelector, resolve_layers
 from patchscope_nn.models import Model
 from patchscope_nn.positions import resolve_positions
 from patchscope_nn.prompts import encode, parse_prompt, render
@@ -108,7 +107,7 @@ def fit_lre(
     *,
     prompt: str,
     subject: str,
-    layers: LayerSelector = "all",
+    layers: Any = "all",
     subjects: int = 8,
     beta: float | None = None,
     rank: int | None = None,
@@ -146,8 +145,10 @@ def fit_lre(
             f"subjects={subjects}, rank={rank} and rows_at_a_time={rows_at_a_time} should be 1 or more.",
             hint=f"The rank is at most d_model, {model.info.d_model}.",
         )
-    chosen = resolve_layers(layers, n_layers=model.info.n_layers, field="layer")
-    found = list(dict.fromkeys(find_subject(model, row, prompt=prompt, subject=subject) for row in rows))
+    chosen = choose_layers(model, layers)
+    found = [find_subject(model, row, prompt=prompt, subject=subject) for row in rows]
+    named = dict(zip(found, (str(row[subject]) for row in rows), strict=True))
+    found = list(named)
     if len(found) <= subjects:
         raise DataError(
             f"{len(found)} different prompts are too few to fit at {subjects} and hold others out.",
@@ -174,6 +175,7 @@ def fit_lre(
         provenance={
             "prompt": prompt,
             "subject": subject,
+            "subjects": [named[one] for one in parts.fitted],
             "beta": {str(layer): one for layer, one in betas.items()},
             "rank": rank,
             "seed": seed,

@@ -12,15 +12,15 @@ says little.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 
-from patchscope_nn.fit.frozen import Frozen, frozen
+from patchscope_nn.fit.frozen import Frozen, choose_layers, frozen
 from patchscope_nn.fit.held_out import deal_texts
 from patchscope_nn.fit.lens import affine, foretell, kl_nats, log_probabilities, minibatches, score_lens
 from patchscope_nn.fit.outcome import Outcome, Progress
 from patchscope_nn.fit.training import Training, descend
-from patchscope_nn.layers import LayerSelector, resolve_layers
 from patchscope_nn.models import Model
 
 #: About how many tokens' states are held in memory at a time.
@@ -49,7 +49,7 @@ def fit_tuned_lens(
     model: Model,
     texts: Sequence[str],
     *,
-    layers: LayerSelector = "all",
+    layers: Any = "all",
     max_tokens: int = 128,
     skip_first: int = 1,
     training: Training | None = None,
@@ -75,7 +75,7 @@ def fit_tuned_lens(
         ModelError: What follows the model's last block is not known.
     """
     training = training or Training()
-    chosen = resolve_layers(layers, n_layers=model.info.n_layers, field="layer")
+    chosen = choose_layers(model, layers)
     parts = deal_texts(
         texts,
         model.tokenizer,
