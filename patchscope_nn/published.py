@@ -23,8 +23,59 @@ from typing import Any
 import torch
 
 from patchscope_nn.errors import MappingError
+from patchscope_nn.mappings.fitted import Fitted
+from patchscope_nn.mappings.provenance import Provenance, Space
+from patchscope_nn.models import ModelInfo
+
+#: The mappings that read a published lens: `{tuned_lens: FOLDER}`, `{jacobian_lens: FILE}`.
+PUBLISHED = ("tuned_lens", "jacobian_lens")
 
 _TRANSLATOR = re.compile(r"(\d+)\.(weight|bias)")
+
+
+def load_published(kind: str, place: str | Path, *, info: ModelInfo) -> Fitted:
+    """Read a published lens for a model.
+
+    The state of the last block is read as it is: there the lenses are the identity, and have no matrix.
+
+    Args:
+        kind: One of `PUBLISHED`.
+        place: The folder or file.
+        info: The model whose states it is to map.
+
+    Returns:
+        A map from each of its layers to the model's last block.
+
+    Raises:
+        MappingError: It cannot be read, holds something else, or is no lens of such a model.
+    """
+    name, revision, maps = _read(kind, place, info)
+    last = info.n_layers - 1
+    size = next(iter(maps.values()))["weight"].shape[0]
+    if size != info.d_model or max(maps) > last:
+        raise MappingError(
+            f"mapping.{kind}={str(place)!r} is for states of {size} numbers and layers up to {max(maps)}; "
+            f"{info.name} has {info.d_model} and layers up to {last}.",
+            hint="Give the lens of this model.",
+        )
+    whole = {last: {"weight": torch.eye(size)}} | maps
+    space = Space(name=name, revision=revision, d_model=size, dtype="float32")
+    return Fitted(
+        kind=kind,
+        maps={(layer, last): tensors for layer, tensors in whole.items()},
+        about=Provenance(source_model=space, target_model=space, data={"published": str(place)}),
+    )
+
+
+def _read(
+    kind: str, place: str | Path, info: ModelInfo
+) -> tuple[str, str | None, dict[int, dict[str, torch.Tensor]]]:
+    """The model a lens says it is for (a Jacobian lens says none), its revision, and its maps."""
+    if kind == "jacobian_lens":
+        return info.name, info.revision, read_jacobian_lens(place)
+    maps = read_tuned_lens(place)
+    config = json.loads((Path(place).expanduser() / "config.json").read_text("utf-8"))
+    return str(config.get("base_model_name_or_path")), config.get("base_model_revision"), maps
 
 
 def read_tuned_lens(folder: str | Path) -> dict[int, dict[str, torch.Tensor]]:

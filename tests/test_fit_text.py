@@ -165,7 +165,7 @@ def test_a_soft_prompt_scores_as_plain_hooks_do(family, tiny_model, tmp_path):
 def held_texts(found):
     from patchscope_nn.fit.held_out import deal_texts
 
-    training = found.provenance["training"]
+    training = found.about.settings["training"]
     shares = {name: training[name] for name in ("held_out", "stopping", "seed")}
     return deal_texts(TEXTS, tiny.TOKENIZER, max_tokens=128, least=4, **shares).held_out
 

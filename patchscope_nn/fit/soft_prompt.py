@@ -26,6 +26,8 @@ from patchscope_nn.fit.lens import kl_nats, log_probabilities
 from patchscope_nn.fit.outcome import Progress
 from patchscope_nn.fit.training import Training, descend
 from patchscope_nn.layers import EMBED
+from patchscope_nn.mappings import Provenance, Space
+from patchscope_nn.mappings.fitted import METADATA
 from patchscope_nn.models import Model
 
 #: Texts of a forward pass that takes no gradient.
@@ -66,18 +68,34 @@ class FittedPrompt:
     Attributes:
         soft_prompt: (k, d_model), what stands at the input of block 0 in place of T's first k tokens.
         held_out: A `FutureScore` for each offset.
-        provenance: The model, the settings and the counts of the data, as JSON holds them.
+        about: Where it comes from; what was held out is there under the one pair (l, l), by offset.
     """
 
     soft_prompt: torch.Tensor
     held_out: tuple[FutureScore, ...]
-    provenance: dict[str, Any]
+    about: Provenance
 
-    def save(self, file: str | Path) -> None:
-        """Write a safetensors file: the tensor `soft_prompt`, and in its metadata `provenance` as JSON."""
-        said = self.provenance | {"held_out": [asdict(score) for score in self.held_out]}
+    def said(self) -> dict[str, Any]:
+        """What the file's metadata says."""
+        return {"kind": "soft_prompt", **self.about.dump()}
+
+    def save(self, file: str | Path) -> Path:
+        """Write a safetensors file: the tensor `soft_prompt`, and in its metadata where it comes from.
+
+        Returns:
+            The file.
+
+        Raises:
+            MappingError: It cannot be written.
+        """
+        file = Path(file)
         tensors = {"soft_prompt": self.soft_prompt.contiguous().cpu()}
-        save_file(tensors, file, metadata={"provenance": json.dumps(said)})
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            save_file(tensors, file, metadata={METADATA: json.dumps(self.said())})
+        except OSError as error:
+            raise MappingError(f"{file} cannot be written: {error}.", hint="Name another file.") from error
+        return file
 
 
 class _Seen(NamedTuple):
@@ -164,21 +182,31 @@ def fit_soft_prompt(
         prompt = _SoftPrompt(start)
         step = course.train(prompt, fitted, stopping, training=training, progress=progress)
         scores = course.score(prompt.states.detach(), start, held_out, other=fitted)
+    numbers = {
+        f"{name}_{score.offset}": value
+        for score in scores
+        for name, value in asdict(score).items()
+        if name not in ("layer", "offset")
+    }
     return FittedPrompt(
         soft_prompt=prompt.states.detach().clone(),
         held_out=scores,
-        provenance={
-            "kind": "soft_prompt",
-            "model": model.info.name,
-            "revision": model.info.revision,
-            "layer": chosen[0],
-            "offsets": wanted,
-            "max_tokens": max_tokens,
-            "skip_first": skip_first,
-            "training": training.model_dump(),
-            "n_texts": parts.counts(),
-            "left_at_step": step,
-        },
+        about=Provenance(
+            source_model=Space.of(model.info),
+            target_model=Space.of(model.info),
+            settings={
+                "layer": chosen[0],
+                "tokens": tokens,
+                "offsets": wanted,
+                "max_tokens": max_tokens,
+                "skip_first": skip_first,
+                "training": training.model_dump(),
+                "n_texts": parts.counts(),
+                "left_at_step": step,
+            },
+            held_out={(chosen[0], chosen[0]): numbers},
+            seed=training.seed,
+        ),
     )
 
 

@@ -37,7 +37,7 @@ class Scale(torch.nn.Module):
 
     def __init__(self, _size: int, _rank: int) -> None:
         super().__init__()
-        self.scale = torch.nn.Parameter(torch.ones(()))
+        self.scale = torch.nn.Parameter(torch.ones(1))
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         """Map states, (..., d_model) -> (..., d_model)."""
@@ -53,7 +53,7 @@ class ScalarAffine(torch.nn.Module):
 
     def __init__(self, size: int, _rank: int) -> None:
         super().__init__()
-        self.scale = torch.nn.Parameter(torch.ones(()))
+        self.scale = torch.nn.Parameter(torch.ones(1))
         self.bias = torch.nn.Parameter(torch.zeros(size))
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
