@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from patchscope_nn import prompts
     from patchscope_nn.errors import InputError, PatchscopeError, RunError
     from patchscope_nn.execute import run
-    from patchscope_nn.mappings import Affine
+    from patchscope_nn.mappings import Affine, Fitted, Provenance, Space
     from patchscope_nn.models import Model, load
     from patchscope_nn.plan import Optimisations
     from patchscope_nn.positions import Each, Span
@@ -30,7 +30,7 @@ _HOMES = {
     "errors": ("InputError", "PatchscopeError", "RunError"),
     "execute": ("run",),
     "quick": ("explain",),
-    "mappings": ("Affine",),
+    "mappings": ("Affine", "Fitted", "Provenance", "Space"),
     "models": ("Model", "load"),
     "plan": ("Optimisations",),
     "positions": ("Each", "Span"),
@@ -44,6 +44,7 @@ __all__ = [
     "Affine",
     "Choices",
     "Each",
+    "Fitted",
     "Generate",
     "Hidden",
     "InputError",
@@ -52,10 +53,12 @@ __all__ = [
     "Optimisations",
     "Patchscope",
     "PatchscopeError",
+    "Provenance",
     "Recipe",
     "Run",
     "RunError",
     "Source",
+    "Space",
     "Span",
     "Target",
     "explain",

@@ -6,18 +6,20 @@ bytes: its weights then stay here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
-from patchscope_nn.mappings import ResolvedMapping, apply_mapping
-from patchscope_nn.plan import Plan
-from patchscope_nn.unpack import Work
+from patchscope_nn.mappings import Pair, ResolvedMapping, apply_mapping
+from patchscope_nn.plan import Plan, State, Step
+from patchscope_nn.unpack import Work, pair_of
 
 #: The bytes of a log-probability; they are float32 whatever the model is.
 _LOGPROB = 4
+#: A state, by number, and the (l, l*) it is written for.
+Use: TypeAlias = tuple[int, Pair]
 
 
 class Crossing(NamedTuple):
@@ -26,10 +28,14 @@ class Crossing(NamedTuple):
     Attributes:
         states: The source's states, or these mapped, and its distributions: tensors by number.
         mapping: What is left to do to them there, as in a step's `mapping`.
+        renumbered: Where a state is mapped here once for each pair of layers, the number of each.
+        left: The numbers of the states that stay here then.
     """
 
     states: dict[int, torch.Tensor]
     mapping: list[Any]
+    renumbered: Mapping[Use, int] = {}
+    left: frozenset[int] = frozenset()
 
 
 def source_half(work: Work) -> Work:
@@ -46,8 +52,25 @@ def source_half(work: Work) -> Work:
 
 def target_half(work: Work, crossing: Crossing) -> Work:
     """What writes the states that crossed."""
-    carried = {**work["carried"], **crossing.states}
-    return {**work, "sources": [], "carried": carried, "mapping": crossing.mapping}
+    known = {number: state for number, state in work["carried"].items() if number not in crossing.left}
+    return {
+        **work,
+        "sources": [],
+        "targets": [_renumbered(one, crossing.renumbered) for one in work["targets"]],
+        "carried": {**known, **crossing.states},
+        "mapping": crossing.mapping,
+    }
+
+
+def _renumbered(one: Work, numbers: Mapping[Use, int]) -> Work:
+    """A target pass that writes states which were mapped here for their own pair of layers."""
+    if not numbers:
+        return one
+    writes = [
+        [layer, [[numbers[number, pair], row, at, pair, *rest] for number, row, at, pair, *rest in entries]]
+        for layer, entries in one["writes"]
+    ]
+    return {**one, "writes": writes}
 
 
 def in_place_of(work: Work, states: Mapping[int, torch.Tensor]) -> Crossing:
@@ -61,6 +84,8 @@ def in_place_of(work: Work, states: Mapping[int, torch.Tensor]) -> Crossing:
         What crosses.
     """
     kind, call = work["mapping"]
+    if kind == "pairs":
+        return _in_place_of_pairs(work, states)
     numbers = {entry[0] for one in work["sources"] for _, reads in one["reads"] for entry in reads}
     hidden = {number: states[number] for number in numbers if number in states}
     mapped = {}
@@ -71,6 +96,33 @@ def in_place_of(work: Work, states: Mapping[int, torch.Tensor]) -> Crossing:
     if maps_here(kind, call, states=size(hidden), mapped=size(mapped), shared=shared):
         return Crossing({**states, **mapped}, ["identity", None])
     return Crossing(dict(states), work["mapping"])
+
+
+def _in_place_of_pairs(work: Work, states: Mapping[int, torch.Tensor]) -> Crossing:
+    """The same, of a mapping with weights for each pair of layers: a state may be mapped several times."""
+    maps, known = work["mapping"][1], {**work["carried"], **states}
+    uses: list[Use] = sorted(
+        {
+            (number, tuple(pair))
+            for one in work["targets"]
+            for _, entries in one["writes"]
+            for number, _, _, pair, *_ in entries
+        }
+    )
+    renumbered = {use: number for number, use in enumerate(uses, start=max(known, default=-1) + 1)}
+    with torch.no_grad():
+        mapped = {
+            renumbered[number, pair]: apply_mapping(
+                "pairs", maps, known[number], known[number].new_zeros(()), [pair] * len(known[number])
+            )
+            for number, pair in uses
+        }
+    left = frozenset(number for number, _ in uses) - frozenset(work["keep"])
+    stays = size({number: known[number] for number in left})
+    if not uses or size(mapped) > stays + weights(maps):
+        return Crossing(dict(states), work["mapping"])
+    sent = {number: state for number, state in states.items() if number not in left}
+    return Crossing({**sent, **mapped}, ["identity", None], renumbered, left)
 
 
 def maps_here(kind: str, call: Any, *, states: int, mapped: int, shared: bool) -> bool:
@@ -97,7 +149,8 @@ class Traffic:
         bytes: All of it, with the mapping's weights where they cross.
         mapped_here: Steps whose states are mapped before they cross.
         mapping: The mapping's name.
-        weights: The bytes of the mapping's weights; each step that is not mapped here sends them.
+        weights: The bytes of the mapping's weights; each step that is not mapped here sends them, or of a
+            mapping with weights for each pair of layers those of its own pairs.
     """
 
     steps: int = 0
@@ -119,8 +172,11 @@ def traffic(planned: Plan, mapping: ResolvedMapping) -> Traffic | None:
     if planned.context != "bridged":
         return None
     source, target = planned.sweep.source, planned.sweep.target
-    found = Traffic(mapping=mapping.name, weights=weights(mapping.call))
+    found = Traffic(mapping=mapping.name, weights=weights(mapping.maps or mapping.call))
     for step in planned.steps():
+        if mapping.kind == "pairs":
+            found = _with_pairs(found, planned, step, mapping)
+            continue
         fresh = [state for one in step.sources for state in one.states]
         crossing = [*step.carried, *fresh]
         hidden = sum(len(state.positions) for state in crossing if state.layer is not None)
@@ -148,6 +204,40 @@ def traffic(planned: Plan, mapping: ResolvedMapping) -> Traffic | None:
     return found
 
 
+def _with_pairs(found: Traffic, planned: Plan, step: Step, mapping: ResolvedMapping) -> Traffic:
+    """What crosses with one more step, of a mapping with weights for each pair of layers."""
+    source, target = planned.sweep.source, planned.sweep.target
+    crossing = {*step.carried, *(state for one in step.sources for state in one.states)}
+    uses = {
+        (State(cell.source_prompt, cell.source_positions, pair[0]), pair)
+        for cell in step.cells
+        if (pair := pair_of(cell)) and cell.source_prompt is not None and cell.source_positions is not None
+    }
+    left = {state for state, _ in uses} - set(step.kept)
+    number, finals = source.bytes_per_number, sum(state.layer is None for state in crossing)
+    sent = weights(mapping.within(pair for _, pair in uses))
+    stays = _positions(left)
+    maps_here = sum(len(state.positions) for state, _ in uses)
+    here = bool(uses) and maps_here * target.d_model * number <= stays * source.d_model * number + sent
+    hidden = _positions(crossing) - (stays if here else 0)
+    return replace(
+        found,
+        steps=found.steps + bool(crossing),
+        states=found.states + hidden + (maps_here if here else 0),
+        distributions=found.distributions + finals,
+        bytes=found.bytes
+        + hidden * source.d_model * number
+        + (maps_here * target.d_model * number if here else sent)
+        + finals * source.vocab_size * _LOGPROB,
+        mapped_here=found.mapped_here + here,
+    )
+
+
+def _positions(states: Iterable[State]) -> int:
+    """How many hidden states they are, one for each position."""
+    return sum(len(state.positions) for state in states if state.layer is not None)
+
+
 def size(states: Mapping[int, torch.Tensor]) -> int:
     """The bytes of tensors."""
     return sum(state.numel() * state.element_size() for state in states.values())
@@ -155,6 +245,8 @@ def size(states: Mapping[int, torch.Tensor]) -> int:
 
 def weights(call: Any) -> int:
     """The bytes of a mapping's weights; 0 of a function's."""
+    if isinstance(call, Mapping):
+        return sum(one.numel() * one.element_size() for parts in call.values() for one in parts.values())
     if not isinstance(call, torch.nn.Module):
         return 0
     return sum(one.numel() * one.element_size() for one in (*call.parameters(), *call.buffers()))

@@ -142,6 +142,11 @@ class Cells(Sequence[Cell]):
         return self._resolver.layers
 
     @property
+    def pairs(self) -> tuple[tuple[int, int], ...]:
+        """Every (l, l*)."""
+        return tuple(self._layers)
+
+    @property
     def compares(self) -> bool:
         """Whether cells are compared with the source's own next-token distribution."""
         return self._resolver.compares

@@ -249,7 +249,11 @@ def _manifest(prepared: Prepared, whole: Plan, backend: Backend, command: str | 
         "n_cells": len(sweep.cells),
         "columns": columns_of(sweep.scope.readout, prepared.metrics),
         "models": {"source": _model(sweep.source), "target": _model(sweep.target)},
-        "mapping": {"name": prepared.mapping.name, "weights": prepared.mapping.digest},
+        "mapping": {
+            "name": prepared.mapping.name,
+            "weights": prepared.mapping.digest,
+            **({"fit": prepared.mapping.about} if prepared.mapping.about else {}),
+        },
         "seed": prepared.recipe["seed"],
         "backend": backend.name,
         "plan": {"digest": whole.digest},

@@ -134,12 +134,19 @@ def prepare(
         "controls": list(chosen),
         "seed": seed,
     }
+    sweep = expand(patchscope, rows=rows, controls=chosen, source=source, target=target, seed=seed)
     return Prepared(
         recipe=asked,
-        sweep=expand(patchscope, rows=rows, controls=chosen, source=source, target=target, seed=seed),
+        sweep=sweep,
         source=source,
         target=target,
-        mapping=resolve_mapping(patchscope.mapping, source=source.info, target=target.info),
+        mapping=resolve_mapping(
+            patchscope.mapping,
+            source=source.info,
+            target=target.info,
+            pairs=sweep.cells.pairs,
+            sites=(patchscope.source.site, patchscope.target.site),
+        ),
         metrics=uses,
         data_hash=fingerprint(rows),
     )

@@ -225,9 +225,9 @@ AnyReadout = Annotated[
     PlainSerializer(dump_readout),
 ]
 
-#: The mappings with a name; the others are `{affine: file}`, `{function: module:name}`, or Python objects.
+#: The mappings with a name; the others are `{affine: file}`, `{fitted: file}`, ... or Python objects.
 NAMED_MAPPINGS = ("identity", "target_norm")
-_MAPPING_KEYS = ("affine", "function")
+_MAPPING_KEYS = ("affine", "function", "fitted")
 
 
 def _parse_mapping(value: Any) -> Any:
@@ -239,13 +239,13 @@ def _parse_mapping(value: Any) -> Any:
             if key == "function" and item.count(":") != 1:
                 raise ValueError(f"function: {item!r} should read module:name, for example my_maps:rotate")
             return (key, item)
-    if isinstance(value, tuple) and len(value) == len(_MAPPING_KEYS) and value[0] in _MAPPING_KEYS:
+    if isinstance(value, tuple) and len(value) == 2 and value[0] in _MAPPING_KEYS:  # noqa: PLR2004 (key, item)
         return value
     names = [*NAMED_MAPPINGS, *_MAPPING_KEYS]
     name = next(iter(value), "") if isinstance(value, Mapping) else str(value)
     raise ValueError(
         f"{value!r} is no mapping. {did_you_mean(str(name), names)} Write {{affine: weights.safetensors}}, "
-        "{function: module:name}, or give a torch module or function in Python."
+        "{fitted: fit.safetensors}, {function: module:name}, or give a torch module or function in Python."
     )
 
 
@@ -289,8 +289,9 @@ class Patchscope(Spec):
         source: Where the hidden state is taken.
         target: Where it is written.
         mapping: f: `identity`, `target_norm` (scaled to the norm of the state it replaces),
-            `{affine: file.safetensors}`, `{function: module:name}`, or in Python an `Affine`, a torch module
-            or a function from (..., d_model) to (..., d_model of the target).
+            `{affine: file.safetensors}`, `{fitted: file.safetensors}`, `{function: module:name}`, or in
+            Python an `Affine`, a `Fitted`, a torch module or a function from (..., d_model) to (..., d_model
+            of the target).
         readout: What is read from the patched run.
     """
 

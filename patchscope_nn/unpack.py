@@ -13,7 +13,7 @@ import torch
 
 from patchscope_nn.cells import Cell
 from patchscope_nn.layers import EMBED
-from patchscope_nn.mappings import ResolvedMapping
+from patchscope_nn.mappings import Pair, ResolvedMapping
 from patchscope_nn.models import Model, ModelInfo
 from patchscope_nn.plan import Layout, Plan, Segment, SourcePass, State, Step, shares_attention
 from patchscope_nn.spec import Choices, Generate, NextToken, read_position
@@ -65,7 +65,7 @@ def unpack(
         "carried": {numbers[state]: states[state].clone() for state in step.carried},
         "fresh": [numbers[state] for one in step.sources for state in one.states],
         "keep": [numbers[state] for state in step.kept],
-        "mapping": [mapping.kind, mapping.call],
+        "mapping": [mapping.kind, mapping.within(filter(None, map(pair_of, step.cells)))],
         "source_paths": _paths(source.info, scope.source.site),
         "target_paths": _paths(target.info, scope.target.site),
     }
@@ -173,11 +173,18 @@ def _target(
 
 
 def _write(cell: Cell, row: int, positions: list[int], numbers: Mapping[State, int], place: int) -> list[Any]:
-    """[state, row, positions, seed of a random state or None, cell] of one write."""
+    """[state, row, positions, (l, l*), seed of a random state or None, cell] of one write."""
     if cell.source_prompt is None or cell.source_positions is None:
         raise ValueError("a cell that is written has a source")
     state = State(cell.source_prompt, cell.source_positions, cell.source_layer)
-    return [numbers[state], row, positions, cell.seed if cell.control == "random" else None, place]
+    seed = cell.seed if cell.control == "random" else None
+    return [numbers[state], row, positions, pair_of(cell), seed, place]
+
+
+def pair_of(cell: Cell) -> Pair | None:
+    """(l, l*) of a cell; None where nothing is written."""
+    layer, target_layer = cell.source_layer, cell.target_layer
+    return None if layer is None or target_layer is None else (layer, target_layer)
 
 
 def _packed(

@@ -52,7 +52,9 @@ def run_cells():
         sweep = expand(scope, rows=rows, controls=controls, source=model, target=target, seed=seed)
         backend = backend_for(remote)
         planned = plan(sweep, remote=backend.remote, **options)
-        mapping = resolve_mapping(scope.mapping, source=model.info, target=target.info)
+        mapping = resolve_mapping(
+            scope.mapping, source=model.info, target=target.info, pairs=sweep.cells.pairs
+        )
         steps = execute(planned, source=model, target=target, mapping=mapping, backend=backend)
         ran = [(cell, readout) for step in steps for cell, readout in step]
         assert len({cell.number for cell, _ in ran}) == len(ran) == planned.n_cells

@@ -324,7 +324,10 @@ VALID = [
         {**GOOD, "readout": {"next_token": {"reference": item}}}
         for item in ("source", " Paris", [" a"], None)
     ),
-    *({**GOOD, "mapping": item} for item in ("target_norm", {"affine": "w"}, {"function": "a:b"})),
+    *(
+        {**GOOD, "mapping": item}
+        for item in ("target_norm", {"affine": "w"}, {"fitted": "w"}, {"function": "a:b"})
+    ),
     *({**GOOD, "source": {"prompt": "x", "layer": item}} for item in (3, "all", "1:5", [0, "embed", "::2"])),
     *(
         {**GOOD, "source": {"prompt": "x", "position": item}}
@@ -369,7 +372,7 @@ INVALID = [
     *({**GOOD, "target": item} for item in ({"layer": "sme"}, {"site": "heads"}, None)),
     *(
         {**GOOD, "mapping": item}
-        for item in ("identty", {"affine": 5}, {"affine": "w", "function": "a:b"}, None)
+        for item in ("identty", {"affine": 5}, {"fitted": 5}, {"affine": "w", "function": "a:b"}, None)
     ),
     *(
         {**GOOD, "readout": item}

@@ -68,7 +68,8 @@ def in_write(
     rows = [row for _, row, positions, *_ in writes for _ in positions]
     places = [at for _, _, positions, *_ in writes for at in positions]
     incoming = torch.cat([states[number].to(value.device) for number, *_ in writes])
-    mapped = apply_mapping(mapping[0], mapping[1], incoming, value[rows, places])
+    pairs = [pair for _, _, positions, pair, *_ in writes for _ in positions]
+    mapped = apply_mapping(mapping[0], mapping[1], incoming, value[rows, places], pairs)
     parts = list(mapped.split([len(positions) for _, _, positions, *_ in writes]))
     for place, (*_, seed, _) in enumerate(writes):
         if seed is not None:

@@ -116,7 +116,7 @@ TRAVELS = {
     "emit/batch": INSIDE,
     "emit/packed": INSIDE,
     "readouts": ("",),
-    "mappings": ("apply_mapping",),
+    "mappings/apply": ("",),
 }
 #: What they may name besides each other. transformers, and so its cache, is on every server.
 ALLOWED = {"Any", "torch", "nnsight", "copy", "SimpleNamespace", "DynamicCache", "TorchFunctionMode"}
