@@ -15,7 +15,8 @@ from test_published import write_jacobian_lens, write_tuned_lens
 
 import patchscope_nn as ps
 from patchscope_nn import cli
-from patchscope_nn.fit.trained import TRAINED, fit_trained
+from patchscope_nn.fit.trained import TRAINED
+from patchscope_nn.fit.training import Training
 from patchscope_nn.mappings.published import read_jacobian_lens, read_tuned_lens
 from patchscope_nn.spec import NextToken, Patchscope, Source, Target
 
@@ -75,7 +76,9 @@ def test_a_mapping_is_fitted_printed_and_saved(kind, place, monkeypatch, capsys)
     assert f"{kind}, on what was held out" in printed
     again = ps.Fitted.load("g.safetensors")
     for pair in fitted.pairs:
-        assert all(torch.equal(tensor, again.parts(pair)[name]) for name, tensor in fitted.parts(pair).items())
+        assert all(
+            torch.equal(tensor, again.parts(pair)[name]) for name, tensor in fitted.parts(pair).items()
+        )
 
 
 def test_a_soft_prompt_is_fitted_and_saved(place, monkeypatch, capsys):
@@ -146,7 +149,7 @@ def lens_says(model, mapping, run_cells, *, layer="all"):
 
 @pytest.mark.parametrize("kind", ["tuned_lens", "jacobian_lens"])
 def test_a_published_lens_is_read_by_its_key(kind, tiny_model, run_cells, tmp_path):
-    """Through the compiler: the top probability is that of unembed(f(h)); at the last block, of unembed(h)."""
+    """Through the compiler it says unembed(f(h)), and at the last block unembed(h)."""
     model, reference = tiny_model(), tiny.reference("llama")
     file = tmp_path / "lens.pt"
     if kind == "tuned_lens":
@@ -176,6 +179,19 @@ def test_a_published_lens_of_another_model_is_refused(tiny_model, run_cells, tmp
         lens_says(tiny_model(), {"jacobian_lens": str(tmp_path / "lens.pt")}, run_cells)
 
 
+def test_python_fits_saves_and_uses_a_lens(tiny_model, run_cells, tmp_path):
+    """What is fitted is a mapping at once, and the same mapping from its file."""
+    options = {"data": [{"text": text} for text in TEXTS], "layers": "all", "training": Training(steps=20)}
+    for _ in range(2):  # the first call imports the package that the second one calls
+        fitted = ps.fit("tuned_lens", model=tiny_model(), out=tmp_path / "lens.safetensors", **options)
+    first, again = (
+        lens_says(tiny_model(), mapping, run_cells)
+        for mapping in (fitted, {"fitted": str(tmp_path / "lens.safetensors")})
+    )
+    assert first == again
+    assert set(first) == {0, 1, 2, 3}
+
+
 def test_an_unknown_kind_is_no_kind():
     with pytest.raises(ps.InputError, match="Did you mean 'tuned_lens'"):
-        fit_trained("tuned_lense", model=None, data=[{"text": "x"}])
+        ps.fit("tuned_lense", model=None, data=[{"text": "x"}])

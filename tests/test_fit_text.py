@@ -127,7 +127,8 @@ def test_a_map_between_two_models(tiny_model):
         ({"target": Target(prompt="x", layer=7)}, LayerError, "target.layer=7 is outside"),
         ({"source": Source(prompt="The {word}", position=[0, 1])}, InputError, r"name \[\(2, 1\)\] tokens"),
         ({"rows": ROWS[:2]}, DataError, "2 different source prompts are too few"),
-        ({"rank": 0}, MappingError, "of rank 0"),
+        ({"kind": "trained_low_rank", "rank": 0}, MappingError, "of rank 0"),
+        ({"rank": 2}, MappingError, "rank=2 belongs to trained_low_rank"),
     ],
 )
 def test_what_cannot_be_trained_says_why(given, error, message, tiny_model):

@@ -9,7 +9,7 @@ import tiny
 import torch
 
 from patchscope_nn.errors import MappingError
-from patchscope_nn.published import read_jacobian_lens, read_tuned_lens
+from patchscope_nn.mappings.published import read_jacobian_lens, read_tuned_lens
 
 SIZE = 32
 

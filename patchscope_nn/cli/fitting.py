@@ -11,6 +11,7 @@ import typer
 
 from patchscope_nn.cli import options, printing
 from patchscope_nn.cli.options import LogLevel
+from patchscope_nn.cli.options import _option as option
 from patchscope_nn.errors import InputError
 
 fit = typer.Typer(
@@ -20,34 +21,34 @@ fit = typer.Typer(
 )
 
 Data: TypeAlias = Annotated[
-    str, typer.Option("--data", help="builtin:NAME, hub:ORG/NAME:SPLIT, or a file of rows.")
+    str, option("--data", help="builtin:NAME, hub:ORG/NAME:SPLIT, or a file of rows.")
 ]
 Column: TypeAlias = Annotated[
-    str | None, typer.Option("--column", help="The texts' column; needed where the data has several.")
+    str | None, option("--column", help="The texts' column; needed where the data has several.")
 ]
-File: TypeAlias = Annotated[Path, typer.Option("--out", help="The safetensors file that is written.")]
+File: TypeAlias = Annotated[Path, option("--out", help="The safetensors file that is written.")]
 MaxTokens: TypeAlias = Annotated[
-    int, typer.Option("--max-tokens", help="How many tokens of a text are read.", min=2)
+    int, option("--max-tokens", help="How many tokens of a text are read.", min=2)
 ]
 SkipFirst: TypeAlias = Annotated[
-    int, typer.Option("--skip-first", help="How many tokens at a text's beginning are left out.", min=0)
+    int, option("--skip-first", help="How many tokens at a text's beginning are left out.", min=0)
 ]
-Steps: TypeAlias = Annotated[int, typer.Option("--steps", help="Steps of the optimiser.")]
-Batch: TypeAlias = Annotated[int, typer.Option("--batch", help="What a step sees: tokens, or rows.")]
+Steps: TypeAlias = Annotated[int, option("--steps", help="Steps of the optimiser.")]
+Batch: TypeAlias = Annotated[int, option("--batch", help="What a step sees: tokens, or rows.")]
 Rate: TypeAlias = Annotated[
-    float | None, typer.Option("--learning-rate", help="Adam's rate at first; the kind's own unless given.")
+    float | None, option("--learning-rate", help="Adam's rate at first; the kind's own unless given.")
 ]
 HeldOut: TypeAlias = Annotated[
-    float, typer.Option("--held-out", help="The share of the data that it is scored on, and nothing else.")
+    float, option("--held-out", help="The share of the data that it is scored on, and nothing else.")
 ]
 Stopping: TypeAlias = Annotated[
-    float, typer.Option("--stopping", help="The share that chooses the best step; 0 keeps the last.")
+    float, option("--stopping", help="The share that chooses the best step; 0 keeps the last.")
 ]
 Seed: TypeAlias = Annotated[
-    int, typer.Option("--seed", help="Decides what is held out, the order of the data, random starts.", min=0)
+    int, option("--seed", help="Decides what is held out, the order of the data, random starts.", min=0)
 ]
 AtATime: TypeAlias = Annotated[
-    int, typer.Option("--rows-at-a-time", help="Rows of a Jacobian that a backward pass gives.", min=1)
+    int, option("--rows-at-a-time", help="Rows of a Jacobian that a backward pass gives.", min=1)
 ]
 
 
@@ -88,7 +89,7 @@ def tuned_lens(
         training=_training(
             steps=steps,
             batch=batch,
-            learning_rate=learning_rate or 1e-3,
+            learning_rate=1e-3 if learning_rate is None else learning_rate,
             held_out=held_out,
             stopping=stopping,
             seed=seed,
@@ -137,19 +138,15 @@ def jacobian_lens(
 def lre(
     *,
     data: Data,
-    prompt: Annotated[
-        str, typer.Option("--prompt", help="States the relation: 'The capital of {country} is'.")
-    ],
-    subject: Annotated[str, typer.Option("--subject", help="The subject's column.")],
+    prompt: Annotated[str, option("--prompt", help="States the relation: 'The capital of {country} is'.")],
+    subject: Annotated[str, option("--subject", help="The subject's column.")],
     limit: options.Limit = None,
     layer: options.Layer = "all",
     out: File,
-    subjects: Annotated[int, typer.Option("--subjects", help="How many it is fitted on.", min=1)] = 8,
-    beta: Annotated[
-        float | None, typer.Option("--beta", help="The slope's factor; chosen unless given.")
-    ] = None,
+    subjects: Annotated[int, option("--subjects", help="How many it is fitted on.", min=1)] = 8,
+    beta: Annotated[float | None, option("--beta", help="The slope's factor; chosen unless given.")] = None,
     rank: Annotated[
-        int | None, typer.Option("--rank", help="How many directions of the slope are kept.", min=1)
+        int | None, option("--rank", help="How many directions of the slope are kept.", min=1)
     ] = None,
     rows_at_a_time: AtATime = 64,
     seed: Seed = 0,
@@ -182,16 +179,18 @@ def _through_text(
     context: typer.Context,
     *,
     data: Data,
-    source_prompt: Annotated[str, typer.Option("--source-prompt", help="S; {column} is filled.")],
+    source_prompt: Annotated[str, option("--source-prompt", help="S; {column} is filled.")],
     position: options.Position = "-1",
     layer: options.Layer = "all",
-    target_prompt: Annotated[str, typer.Option("--target-prompt", help="T, with a placeholder token.")],
+    target_prompt: Annotated[str, option("--target-prompt", help="T, with a placeholder token.")],
     target_position: Annotated[
-        str, typer.Option("--target-position", help="The placeholder: an index or a text of T.")
+        str, option("--target-position", help="The placeholder: an index or a text of T.")
     ] = "-1",
     target_layer: options.TargetLayer = "same",
-    text: Annotated[str, typer.Option("--text", help="What should follow T: ' {description}'.")],
-    rank: Annotated[int, typer.Option("--rank", help="For trained_low_rank.", min=1)] = 8,
+    text: Annotated[str, option("--text", help="What should follow T: ' {description}'.")],
+    rank: Annotated[
+        int | None, option("--rank", help="The rank of U V, for trained_low_rank; 8 unless given.", min=1)
+    ] = None,
     limit: options.Limit = None,
     out: File,
     steps: Steps = 300,
@@ -237,7 +236,7 @@ def _through_text(
         training=_training(
             steps=steps,
             batch=batch,
-            learning_rate=learning_rate or KINDS[kind][1],
+            learning_rate=KINDS[kind][1] if learning_rate is None else learning_rate,
             held_out=held_out,
             stopping=stopping,
             seed=seed,
@@ -263,11 +262,11 @@ def soft_prompt(
     data: Data = "builtin:contexts",
     column: Column = None,
     limit: options.Limit = None,
-    layer: Annotated[str, typer.Option("--layer", help="l, and l*: one layer.")],
+    layer: Annotated[str, option("--layer", help="l, and l*: one layer.")],
     out: File,
-    tokens: Annotated[int, typer.Option("--tokens", help="k, the prompt's length.", min=1)] = 10,
+    tokens: Annotated[int, option("--tokens", help="k, the prompt's length.", min=1)] = 10,
     offsets: Annotated[
-        str, typer.Option("--offsets", help="The tokens to foretell: 0 is the next, [0, 1] the next two.")
+        str, option("--offsets", help="The tokens to foretell: 0 is the next, [0, 1] the next two.")
     ] = "[0, 1]",
     max_tokens: MaxTokens = 128,
     skip_first: SkipFirst = 1,
@@ -301,7 +300,7 @@ def soft_prompt(
         training=_training(
             steps=steps,
             batch=batch,
-            learning_rate=learning_rate or 0.01,
+            learning_rate=0.01 if learning_rate is None else learning_rate,
             held_out=held_out,
             stopping=stopping,
             seed=seed,

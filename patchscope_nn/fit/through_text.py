@@ -110,6 +110,10 @@ KINDS: dict[str, tuple[Any, float]] = {
 }
 
 
+#: The rank of U V where none is given.
+_RANK = 8
+
+
 @dataclass(frozen=True, kw_only=True)
 class TextScore:
     """What the texts of held-out rows cost, in nats for each of their tokens.
@@ -142,7 +146,7 @@ def fit_through_text(
     target: Target,
     text: str,
     target_model: Model | None = None,
-    rank: int = 8,
+    rank: int | None = None,
     training: Training | None = None,
     progress: Progress | None = None,
 ) -> Outcome:
@@ -156,7 +160,7 @@ def fit_through_text(
         target: T, i* and l*; `same` pairs l* with l, anything else is crossed with it.
         text: What should follow T, for example ` {description}`; the data fill `{column}` placeholders.
         target_model: M*, which reads T; None is M.
-        rank: The rank of U V, for `trained_low_rank`.
+        rank: The rank of U V, for `trained_low_rank` alone; None is 8.
         training: How; a batch is of rows. None takes the kind's learning rate, and batches of 16.
         progress: Called with (steps done, steps in all).
 
@@ -172,6 +176,9 @@ def fit_through_text(
         raise MappingError(f"{kind!r} is trained through no text.", hint=did_you_mean(kind, list(KINDS)))
     make, rate = KINDS[kind]
     size = model.info.d_model
+    if rank is not None and kind != "trained_low_rank":
+        raise MappingError(f"rank={rank} belongs to trained_low_rank, and this is {kind}; leave it out.")
+    rank = min(_RANK, size) if rank is None else rank
     if to.info.d_model != size or not 1 <= rank <= size:
         raise MappingError(
             f"{kind} of rank {rank} starts as the identity, between states of {size} numbers and of "

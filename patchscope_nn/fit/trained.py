@@ -1,10 +1,10 @@
 """What is trained or differentiated through a model, by kind: from data to what is saved.
 
-    tuned_lens, jacobian_lens                           texts        a map from each layer to the last block
-    lre                                                 prompts      the same, of one relation
-    trained_scale, trained_scalar_affine,
-    trained_low_rank, trained_affine                    prompts      a map for each (l, l*)
-    soft_prompt                                         texts        a target prompt's embeddings
+tuned_lens, jacobian_lens                           texts        a map from each layer to the last block
+lre                                                 prompts      the same, of one relation
+trained_scale, trained_scalar_affine,
+trained_low_rank, trained_affine                    prompts      a map for each (l, l*)
+soft_prompt                                         texts        a target prompt's embeddings
 """
 
 from __future__ import annotations
@@ -131,9 +131,7 @@ def texts_of(rows: Sequence[Mapping[str, Any]], column: str | None) -> list[str]
     return [str(row[column]) for row in rows]
 
 
-def _rows(
-    data: Any, *, limit: int | None, base: Path | None
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def _rows(data: Any, *, limit: int | None, base: Path | None) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """What the provenance says of where rows come from, and the rows."""
     if isinstance(data, Mapping):
         data = DataSpec(**data)
