@@ -227,13 +227,15 @@ class _Course:
         """Every token of some texts that enough tokens follow."""
         states, following, outputs = [], [], []
         most = self.offsets[-1]
-        for ids in sequences:
+        for start in range(0, len(sequences), _BATCH):
+            group = sequences[start : start + _BATCH]
             with torch.no_grad():
-                found = self.net.run(self.net.batch([ids]), read={self.layer, self.net.last})
-            for t in range(skip_first, len(ids) - most):
-                states.append(found[self.layer][0, t : t + 1])
-                following.append(list(ids[t + 1 : t + 1 + most]))
-                outputs.append(found[self.net.last][0, [t + offset for offset in self.offsets]])
+                found = self.net.run(self.net.batch(group), read={self.layer, self.net.last})
+            for row, ids in enumerate(group):
+                for t in range(skip_first, len(ids) - most):
+                    states.append(found[self.layer][row, t : t + 1])
+                    following.append(list(ids[t + 1 : t + 1 + most]))
+                    outputs.append(found[self.net.last][row, [t + offset for offset in self.offsets]])
         return _Seen(torch.stack(states), torch.tensor(following, dtype=torch.long), torch.stack(outputs))
 
     def said(self, prompt: torch.Tensor, states: torch.Tensor, following: torch.Tensor) -> torch.Tensor:
