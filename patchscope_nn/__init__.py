@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from patchscope_nn import prompts
     from patchscope_nn.errors import InputError, PatchscopeError, RunError
     from patchscope_nn.execute import run
+    from patchscope_nn.fit import fit
     from patchscope_nn.mappings import Affine, Fitted, Provenance, Space
     from patchscope_nn.models import Model, load
     from patchscope_nn.plan import Optimisations
@@ -62,6 +63,7 @@ __all__ = [
     "Span",
     "Target",
     "explain",
+    "fit",
     "load",
     "load_recipe",
     "load_run",
@@ -71,8 +73,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "prompts":
-        return importlib.import_module("patchscope_nn.prompts")
+    if name in ("fit", "prompts"):
+        return importlib.import_module(f"patchscope_nn.{name}")
     if name not in _HOME_OF:
         raise AttributeError(f"module 'patchscope_nn' has no attribute {name!r}")
     return getattr(importlib.import_module(f"patchscope_nn.{_HOME_OF[name]}"), name)

@@ -11,6 +11,7 @@ import typer
 
 from patchscope_nn import __version__
 from patchscope_nn.cli import options, printing
+from patchscope_nn.cli.fitting import fit
 from patchscope_nn.cli.options import Context, LogLevel
 from patchscope_nn.pace import JOBS
 
@@ -21,6 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+app.add_typer(fit, name="fit")
 _INTERRUPTED = 130
 
 

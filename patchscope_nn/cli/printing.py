@@ -68,10 +68,11 @@ class Progress:
     Args:
         what: What is being done.
         quiet: Print nothing.
+        unit: What is counted.
     """
 
-    def __init__(self, what: str, *, quiet: bool) -> None:
-        self.what, self.quiet = what, quiet
+    def __init__(self, what: str, *, quiet: bool, unit: str = "cells") -> None:
+        self.what, self.quiet, self.unit = what, quiet, unit
         self._bar: Any = None
         self._line = ""
         self._started = self._said = time.monotonic()
@@ -86,7 +87,7 @@ class Progress:
         now = time.monotonic()
         if done == total or now - self._said >= _PLAIN_EVERY_S:
             self._said = now
-            note(f"{self.what}: {done} of {total} cells, {now - self._started:.0f} s")
+            note(f"{self.what}: {done} of {total} {self.unit}, {now - self._started:.0f} s")
 
     def tell(self, line: str) -> None:
         """Say what the jobs on a server do: in the bar, or elsewhere as a line of its own."""
@@ -309,3 +310,22 @@ def print_report(file: Path, *, as_json: bool) -> None:
         out_json({"report": str(file)})
     else:
         out(str(file))
+
+
+def print_fit(said: dict[str, Any], file: Path, *, as_json: bool) -> None:
+    """Print what a fit does on what was held out, and where it is."""
+    if as_json:
+        out_json({"file": str(file), **said})
+        return
+    rows = [(*pair, numbers) for *pair, numbers in said["held_out"]]
+    names = list(dict.fromkeys(name for *_, numbers in rows for name in numbers))
+    table = _table("l", "l*", *names, title=f"{said['kind']}, on what was held out")
+    for source, target, numbers in rows:
+        layers = ("embed" if layer < 0 else str(layer) for layer in (source, target))
+        table.add_row(*layers, *(_number(numbers.get(name)) for name in names))
+    _print(table)
+    out(str(file))
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"

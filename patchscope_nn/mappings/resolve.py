@@ -17,6 +17,7 @@ from patchscope_nn.mappings.affine import Affine
 from patchscope_nn.mappings.apply import Pair, Parts
 from patchscope_nn.mappings.fitted import Fitted, listed
 from patchscope_nn.mappings.provenance import Space
+from patchscope_nn.mappings.published import PUBLISHED, load_published
 from patchscope_nn.models import ModelInfo
 from patchscope_nn.spec import NAMED_MAPPINGS, dump_mapping
 
@@ -86,6 +87,11 @@ def resolve_mapping(
         fitted = Fitted.load(mapping[1], pairs=pairs or None)
         name = f"fitted:{Path(mapping[1]).name}"
         return _resolve_fitted(fitted, name, source=source, target=target, pairs=pairs, sites=sites)
+    if isinstance(mapping, tuple) and mapping[0] in PUBLISHED:
+        kind, place = mapping
+        lens = load_published(kind, place, info=source)
+        name = f"{kind}:{Path(place).name}"
+        return _resolve_fitted(lens, name, source=source, target=target, pairs=pairs, sites=sites)
     call, name = _load(mapping)
     _check_shape(call, name, source=source, target=target)
     return ResolvedMapping(name=name, kind="call", call=call, digest=_digest(call))

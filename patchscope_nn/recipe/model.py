@@ -163,7 +163,8 @@ class Recipe(Spec):
         data: Where the rows come from that fill `{column}` placeholders; without it there is one row.
         source: Where the hidden state is taken.
         target: Where it is written.
-        mapping: f: `identity`, `target_norm`, `{affine: file.safetensors}`, `{fitted: file.safetensors}` or
+        mapping: f: `identity`, `target_norm`, `{affine: file.safetensors}`, `{fitted: file.safetensors}`, a
+            published lens (`{tuned_lens: folder}` or `{jacobian_lens: file.pt}`), or
             `{function: module:name}`.
         readout: What is read from the patched run: `next_token`, `generate`, `choices` or `hidden`.
         metrics: One number each for every cell, from what was read and the data row.

@@ -11,7 +11,7 @@ from patchscope_nn.errors import did_you_mean
 
 #: The mappings with a name; the others are `{affine: file}`, `{fitted: file}`, ... or Python objects.
 NAMED_MAPPINGS = ("identity", "target_norm")
-_MAPPING_KEYS = ("affine", "function", "fitted")
+_MAPPING_KEYS = ("affine", "function", "fitted", "tuned_lens", "jacobian_lens")
 
 
 def _parse_mapping(value: Any) -> Any:
