@@ -127,6 +127,7 @@ def read_generate(
     temperature: float,
     seeds: list[int],
     leaving: bool,
+    heard: Callable[[list[int], list[int]], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Decode each row until it meets an end, a stop or the limit.
 
@@ -144,6 +145,7 @@ def read_generate(
             noise, so that a row's text does not depend on its batch.
         seeds: One seed for each row.
         leaving: Whether rows that met their end leave the batch.
+        heard: Called at each step with the rows that go on, and the token of each; only in this process.
 
     Returns:
         One dict for each row: `token_ids`, and `stopped`, which is `eos`, `stop` or `length`.
@@ -166,6 +168,8 @@ def read_generate(
         token = top_logits(scores, 1)[1][:, 0]
         latest = latest.scatter(0, alive, token)
         chosen.append(latest)
+        if heard is not None:
+            heard(alive[~done].tolist(), token[~done].tolist())
         done = done | torch.isin(token, ends)
         gone = int(done.sum())
         if step + 1 == max_new_tokens or gone == len(done):

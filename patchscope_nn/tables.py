@@ -124,7 +124,9 @@ class Tabulator:
             }
             return {name: named.get(name, raw.get(name)) for name in READINGS[NextToken]}
         if isinstance(readout, Generate):
-            return _cut(self._tokenizer.decode(raw["token_ids"]), raw["stopped"], readout.stop)
+            whole = self._tokenizer.decode(raw["token_ids"])
+            text = cut(whole, readout.stop)
+            return {"text": text, "stopped": raw["stopped"] if text == whole else "stop"}
         if isinstance(readout, Choices):
             choices = self.sweep.resolved[cell.row].choices
             best = max(range(len(choices)), key=lambda place: raw["choice_logprobs"][place])
@@ -135,10 +137,9 @@ class Tabulator:
         return None if ids is None else [self._text(one) for one in ids]
 
 
-def _cut(text: str, stopped: str, stop: str | None) -> dict[str, str]:
-    """The text up to its stop string, wherever the tokens' borders fall."""
-    place = text.find(stop) if stop else -1
-    return {"text": text, "stopped": stopped} if place < 0 else {"text": text[:place], "stopped": "stop"}
+def cut(text: str, stop: str | None) -> str:
+    """A generated text up to its stop string, wherever the tokens' borders fall."""
+    return text.partition(stop)[0] if stop else text
 
 
 def frame(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Any:

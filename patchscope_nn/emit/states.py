@@ -103,6 +103,9 @@ def in_readout(
     Returns:
         One dict for each cell.
     """
+    heard = readout.get("heard")
+    if heard is not None:
+        heard([], [])
     if readout["name"] == "next_token":
         return read_next_token(
             logits,
@@ -135,4 +138,5 @@ def in_readout(
         temperature=readout["temperature"],
         seeds=readout["seeds"],
         leaving=readout["leaving"],
+        heard=heard,
     )
