@@ -30,7 +30,7 @@ ORDER = [
         "plots",
         "report",
     ),
-    *("runs", "prepare", "execute", "quick", "doctor", "cli", "__main__"),
+    *("runs", "prepare", "execute", "quick", "doctor", "explore", "cli", "__main__"),
 ]
 #: A method of a plan or a run may reach for how it is shown; only when it is called.
 SHOWN_LATER = {("plan", "plan_text"), ("runs", "plots"), ("runs", "report")}
