@@ -8,8 +8,6 @@ here names that domain), come from this origin where it says where it comes from
 from __future__ import annotations
 
 import hmac
-from collections.abc import Mapping
-from typing import Any
 
 from starlette.datastructures import Headers
 from starlette.responses import PlainTextResponse, RedirectResponse
@@ -29,10 +27,6 @@ _HEADERS = {
     "x-content-type-options": "nosniff",
 }
 _START = "Open the address that `patchscope explore` printed in its terminal."
-
-
-class _TooLargeError(Exception):
-    """A body that grew beyond the limit while it came."""
 
 
 class Guard:
@@ -83,34 +77,39 @@ class Guard:
             return "The token of this address is not this server's. " + _START
         return None
 
-    async def _pass(self, scope: Mapping[str, Any], headers: Headers, receive: Receive, send: Send) -> None:
-        """Let a request through, as long as its body is small, and add the headers to its answer."""
-        begun, size = False, 0
+    async def _pass(self, scope: Scope, headers: Headers, receive: Receive, send: Send) -> None:
+        """Let a request through once its body has come and is small, and add the headers to its answer."""
+        length = headers.get("content-length", "0")
+        body = await _body(receive) if length.isdecimal() and int(length) <= MAX_BODY else None
+        if body is None:
+            said = f"A request may hold {MAX_BODY} bytes.\n"
+            refusal = PlainTextResponse(said, status_code=413, headers=_HEADERS)
+            await refusal(scope, receive, send)
+            return
+        given = [body]
 
-        async def counted() -> Message:
-            nonlocal size
-            message = await receive()
-            size += len(message.get("body", b""))
-            if size > MAX_BODY:
-                raise _TooLargeError
-            return message
+        async def replayed() -> Message:
+            """The body, once; then whatever comes, which is the end of the connection."""
+            if given:
+                return {"type": "http.request", "body": given.pop(), "more_body": False}
+            return await receive()
 
         async def dressed(message: Message) -> None:
-            nonlocal begun
             if message["type"] == "http.response.start":
-                begun = True
                 extra = [(name.encode(), value.encode()) for name, value in _HEADERS.items()]
                 message = {**message, "headers": [*message["headers"], *extra]}
             await send(message)
 
-        said = f"A request may hold {MAX_BODY} bytes.\n"
-        refusal = PlainTextResponse(said, status_code=413, headers=_HEADERS)
-        length = headers.get("content-length", "0")
-        if not length.isdecimal() or int(length) > MAX_BODY:
-            await refusal(dict(scope), receive, send)
-            return
-        try:
-            await self.app(dict(scope), counted, dressed)
-        except _TooLargeError:
-            if not begun:
-                await refusal(dict(scope), receive, send)
+        await self.app(scope, replayed, dressed)
+
+
+async def _body(receive: Receive) -> bytes | None:
+    """A request's body; None where it is too large."""
+    body = bytearray()
+    while True:
+        message = await receive()
+        body += message.get("body", b"")
+        if len(body) > MAX_BODY:
+            return None
+        if not message.get("more_body", False):
+            return bytes(body)

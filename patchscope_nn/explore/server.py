@@ -223,7 +223,7 @@ def serve(explorer: Explorer, bound: socket.socket, *, opens: bool, told: Callab
 
 
 class _Server(uvicorn.Server):
-    """A server that says when it has begun, and ends what it answers before it waits for the answers' ends."""
+    """A server that says when it has begun, and ends its answers before it waits for them."""
 
     def __init__(
         self, config: uvicorn.Config, *, begun: Callable[[], None], ending: Callable[[], Any]

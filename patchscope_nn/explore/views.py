@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import BeforeValidator, Field
 
 from patchscope_nn import prompts
 from patchscope_nn.errors import InputError, did_you_mean
@@ -22,15 +22,6 @@ _TOP_K = 5
 _INTEGER = re.compile(r"-?\d+")
 
 
-def _well_formed(text: str) -> str:
-    """Refuse half a character: a lone surrogate, which no tokenizer can read."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError("holds half of a surrogate pair, which is no text") from None
-    return text
-
-
 def _position(value: Any) -> Any:
     """A page's field is text; an index in it is a number."""
     return int(value) if isinstance(value, str) and _INTEGER.fullmatch(value) else value
@@ -40,7 +31,7 @@ def _layer(value: Any) -> LayerSelector:
     return parse_layers(_position(value), same=True)
 
 
-_Text = Annotated[str, Field(min_length=1), AfterValidator(_well_formed)]
+_Text = Annotated[str, Field(min_length=1)]
 
 
 class TargetView(Spec):
@@ -92,9 +83,8 @@ class GridView(View):
     lens: str = "token-identity"
     target: TargetView | None = None
     positions: Annotated[
-        tuple[int, ...] | None,
+        Annotated[tuple[int, ...], Field(min_length=1, max_length=WINDOW)] | None,
         BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value),
-        Field(min_length=1, max_length=WINDOW),
     ] = None
 
     def recipe(self, lenses: Mapping[str, Lens]) -> Recipe:

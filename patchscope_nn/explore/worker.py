@@ -29,6 +29,13 @@ class Ask:
     def __init__(self, task: Callable[[Ask], None], tell: Callable[[Event], None]) -> None:
         self._task, self._tell = task, tell
         self._cancelled = threading.Event()
+        self._ahead = 0
+
+    def wait(self, ahead: int) -> None:
+        """Tell how many are before this one in the line, where that has changed."""
+        if ahead and ahead != self._ahead:
+            self._ahead = ahead
+            self._tell({"event": "waiting", "ahead": ahead})
 
     def tell(self, event: str, **more: Any) -> None:
         """Tell of something, or end here where nobody waits.
@@ -127,8 +134,7 @@ class Worker:
         """Tell each that waits how many are before it."""
         busy = self._running is not None
         for ahead, ask in enumerate(self._waiting, start=int(busy)):
-            if ahead and not ask.cancelled:
-                ask.tell("waiting", ahead=ahead)
+            ask.wait(ahead)
 
     def _work(self) -> None:
         while True:

@@ -21,6 +21,7 @@ let running = null;
 let pause = 0;
 
 const grid = new Grid({ select });
+const nothing = [...byId("selected").childNodes];
 
 /* ---- what is asked ---- */
 
@@ -68,6 +69,7 @@ async function showGrid() {
   fillForm();
   byId("error").hidden = true;
   running?.abort();
+  grid.hold();
   const abort = (running = new AbortController());
   const [status, progress, cancel] = ["grid-status", "grid-progress", "grid-cancel"].map(byId);
   const ended = () => {
@@ -78,10 +80,11 @@ async function showGrid() {
   cancel.onclick = () => {
     abort.abort();
     ended();
+    clear();
     status.textContent = "cancelled";
   };
   status.textContent = "asking…";
-  progress.removeAttribute("value");
+  progress.value = 0;
   progress.hidden = cancel.hidden = false;
   try {
     for await (const event of ask("grid", gridOf(view, windowOf()), abort.signal)) {
@@ -100,9 +103,25 @@ async function showGrid() {
   } catch (error) {
     if (running !== abort) return;
     ended();
+    clear();
     status.textContent = "";
     if (error.name !== "AbortError") showError(byId("error"), error);
   }
+}
+
+/** Nothing is shown that was not asked of this prompt and these models. */
+function clear() {
+  grid.clear();
+  clearSelected();
+  for (const card of pinned) card.cancel();
+  byId("pins").hidden = true;
+}
+
+function clearSelected() {
+  clearTimeout(pause);
+  selected?.cancel();
+  selected = null;
+  byId("selected").replaceChildren(...nothing);
 }
 
 let lengths = { prompt: null, count: 0 };
@@ -126,8 +145,13 @@ function showCells(found, started) {
   byId("later").disabled = last === found.n_tokens - 1;
   const at = view.at ?? { position: last, layer: Math.floor(0.4 * found.n_layers) };
   // A link's cell may be outside this model or this window.
-  if (grid.cell(at)) select(at, { byKey: false });
-  else grid.mark(null, view.pins);
+  if (grid.cell(at)) {
+    select(at, { byKey: false });
+    grid.reveal(at);
+  } else {
+    grid.mark(null, view.pins);
+    clearSelected();
+  }
   showPins();
 }
 
@@ -147,7 +171,8 @@ function select(place, { byKey }) {
   selected?.cancel();
   showSelected(place);
   clearTimeout(pause);
-  pause = setTimeout(() => selected.describe(), byKey ? PAUSE_MS : 0);
+  if (byKey) pause = setTimeout(() => selected.describe(), PAUSE_MS);
+  else selected.describe();
 }
 
 function heading({ position, layer }, level, id) {

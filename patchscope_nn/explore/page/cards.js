@@ -83,7 +83,7 @@ export class Card {
     const started = performance.now();
     for (const [control] of KINDS) this.say(control, "", true);
     this.where.textContent = "";
-    this.progress.removeAttribute("value");
+    this.progress.value = 0;
     this.status.textContent = "asking…";
     this.busy(true);
     const rows = [];
@@ -98,7 +98,7 @@ export class Card {
         if (event.event === "text") {
           first ||= performance.now() - started;
           this.say(event.control, event.text, true);
-          this.progress.value = Math.max(this.progress.position < 0 ? 0 : this.progress.value, event.n_tokens);
+          this.progress.value = Math.max(this.progress.value, event.n_tokens);
           this.status.textContent = `${event.n_tokens} of at most ${this.most} tokens`;
         }
         if (event.event === "said") rows.push(event);

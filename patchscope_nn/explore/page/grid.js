@@ -27,11 +27,32 @@ export class Grid {
 
   placeOf = (node) => ({ position: Number(node.dataset.position), layer: Number(node.dataset.layer) });
 
+  /** Leave the grid in sight, but not in use, while another is on its way. */
+  hold() {
+    this.table.classList.add("held");
+    this.table.ariaBusy = "true";
+  }
+
+  clear() {
+    this.grid = null;
+    this.nodes.clear();
+    this.table.replaceChildren();
+    byId("legend").hidden = true;
+    this.free();
+  }
+
+  free() {
+    this.table.classList.remove("held");
+    this.table.ariaBusy = "false";
+  }
+
   /** Show a grid that has come. */
   show(grid, shade) {
+    this.free();
     this.grid = grid;
     this.cells = new Map(grid.cells.map((cell) => [key(cell.position, cell.layer), cell]));
     this.nodes.clear();
+    this.table.style.setProperty("--columns", grid.positions.length);
     const tokenHead = (position) => make(
       "th",
       { scope: "col", title: `position ${position}: ${quoted(grid.tokens[position])}`, name: position ? "" : "sink" },
@@ -93,9 +114,17 @@ export class Grid {
     node.tabIndex = 0;
   }
 
+  /** Scroll the grid alone, so that a cell is in sight. */
+  reveal({ position, layer }) {
+    const node = this.nodes.get(key(position, layer));
+    const box = byId("scroll");
+    box.scrollLeft = node.offsetLeft - box.clientWidth / 2;
+    box.scrollTop = node.offsetTop - box.clientHeight / 2;
+  }
+
   choose(place, { byKey }) {
     const node = this.nodes.get(key(place.position, place.layer));
-    if (!node) return;
+    if (!node || this.table.classList.contains("held")) return;
     this.select(place, { byKey });
     node.focus({ preventScroll: true });
     node.scrollIntoView({ block: "nearest", inline: "nearest" });

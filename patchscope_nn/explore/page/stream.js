@@ -35,18 +35,21 @@ async function send(path, body, signal) {
 /** Ask, and give each event as it comes; an `error` event is thrown. */
 export async function* ask(path, body, signal) {
   const response = await send(path, body, signal);
-  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  const reader = response.body.getReader();
+  const decoder = new TextDecoder();
   let rest = "";
+  let ended = false;
   for (;;) {
     const { value, done } = await reader.read();
+    if (done && ended) return; // read to its end, so that the connection can be used again
     if (done) throw new Told({ message: "The answer ended too early.", hint: "Is `patchscope explore` still running in its terminal?" });
-    const lines = (rest + value).split("\n");
+    const lines = (rest + decoder.decode(value, { stream: true })).split("\n");
     rest = lines.pop();
     for (const line of lines) {
       const event = JSON.parse(line);
       if (event.event === "error") throw new Told(event);
-      if (event.event === "done") return;
-      yield event;
+      if (event.event === "done") ended = true;
+      else yield event;
     }
   }
 }
