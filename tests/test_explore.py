@@ -14,7 +14,7 @@ from collections import defaultdict
 import httpx
 import pytest
 import tiny
-import uvicorn
+from explorers import TOKEN, exploring, save_model, serving
 from starlette.testclient import TestClient
 from tables import NASTY
 
@@ -31,7 +31,7 @@ from patchscope_nn.explore.worker import Ask, Worker
 from patchscope_nn.prompts import literal
 from patchscope_nn.recipe import dump, load_recipe
 
-TOKEN, PORT = "not-so-secret", 8080
+PORT = 8080
 HOME = f"http://127.0.0.1:{PORT}"
 PROMPT = "The Eiffel Tower is in the city of"
 HOSTILE = NASTY.replace("\ud800", "")  # half a character is refused before anything sees it
@@ -40,19 +40,13 @@ HOSTILE = NASTY.replace("\ud800", "")  # half a character is refused before anyt
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """The folder of a tiny model, by its name."""
-    place = tmp_path_factory.mktemp("explore")
-    module = tiny.make_module("llama")
-    module.config.max_position_embeddings = 512  # the description prompt is long in so small a vocabulary
-    module.save_pretrained(place)
-    tiny.TOKENIZER.save_pretrained(place)
-    return str(place)
+    return save_model(tmp_path_factory.mktemp("explore"))
 
 
 @pytest.fixture(scope="module")
 def explorer(model):
-    made = Explorer(Answers(lenses(), Options()), models=(model, model))
-    yield made
-    assert made.worker.stop()
+    with exploring(model) as made:
+        yield made
 
 
 @pytest.fixture(scope="module")
@@ -64,15 +58,8 @@ def client(explorer):
 @pytest.fixture(scope="module")
 def served(explorer):
     """The address of the same, on a real server: answers come while they are made."""
-    with listen(0) as bound:
-        port = bound.getsockname()[1]
-        app = explorer.app(token=TOKEN, port=port)
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
-        thread.start()
-        yield f"http://127.0.0.1:{port}/{TOKEN}/"
-        server.should_exit = True
-        thread.join()
+    with serving(explorer) as address:
+        yield address
 
 
 def events_of(response):
@@ -227,15 +214,11 @@ def test_a_rehearsal_gives_its_text_at_the_end(model):
 
 
 def test_two_models_answer_together(client, model, tmp_path):
-    tiny.make_module("llama", d_model=48).save_pretrained(tmp_path / "wide")
-    tiny.TOKENIZER.save_pretrained(tmp_path / "wide")
-    view = cell_view(model, target_model=str(tmp_path / "wide"), target={"prompt": "x"})
+    view = cell_view(model, target_model=save_model(tmp_path / "wide", d_model=48))
     refused = events_of(client.post("cell", json=view))
     assert refused[-1]["event"] == "error"  # 32 numbers are no state of a model of 48
     assert "48" in refused[-1]["message"]
-    tiny.make_module("llama", seed=1).save_pretrained(tmp_path)
-    tiny.TOKENIZER.save_pretrained(tmp_path)
-    two = {"target_model": str(tmp_path)}
+    two = {"target_model": save_model(tmp_path, seed=1)}
     other = Explorer(Answers(lenses(), Options()), models=(model, str(tmp_path)))
     fresh = TestClient(other.app(token=TOKEN, port=PORT), base_url=f"{HOME}/{TOKEN}/")
     events = events_of(fresh.post("grid", json=grid_view(model, **two)))
