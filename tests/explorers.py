@@ -14,7 +14,7 @@ from patchscope_nn.explore.copies import Options
 from patchscope_nn.explore.lenses import lenses
 from patchscope_nn.explore.server import Explorer, listen
 
-TOKEN = "not-so-secret"
+TOKEN = "not-so-secret"  # noqa: S105 (indeed)
 
 
 def save_model(place, **options) -> str:

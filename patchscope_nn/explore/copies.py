@@ -49,10 +49,22 @@ class Options:
         ]
 
 
+class _Dumper(yaml.SafeDumper):
+    """Writes a text of several lines with its escapes, as the recipes that ship do."""
+
+
+_Dumper.add_representer(
+    str,
+    lambda dumper, text: dumper.represent_scalar(
+        "tag:yaml.org,2002:str", text, style='"' if "\n" in text else None
+    ),
+)
+
+
 def as_yaml(recipe: Recipe, options: Options) -> str:
     """The recipe as a file, whose first lines say how to run it."""
     command = shlex.join(["patchscope", "run", f"{recipe.name}.yaml", *options.words()])
-    body = yaml.safe_dump(dump(recipe), sort_keys=False, allow_unicode=True, width=_WIDTH)
+    body = yaml.dump(dump(recipe), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=_WIDTH)
     return f"# From `patchscope explore`. Save as {recipe.name}.yaml, then:\n#   {command}\n{body}"
 
 
