@@ -27,9 +27,9 @@ def save_model(place, **options) -> str:
 
 
 @contextmanager
-def exploring(model: str) -> Iterator[Explorer]:
-    """An explorer that begins with a model."""
-    made = Explorer(Answers(lenses(), Options()), models=(model, model))
+def exploring(model: str, *, view: str = "") -> Iterator[Explorer]:
+    """An explorer that begins with a model, and with a view."""
+    made = Explorer(Answers(lenses(), Options()), models=(model, model), view=view)
     yield made
     assert made.worker.stop()
 

@@ -350,22 +350,29 @@ def test_the_server_gives_the_copies(client, model):
 # ---- one thread, many pages ----
 
 
-def test_two_clients_at_once_are_both_answered(served, model):
-    found, views = {}, {"a": cell_view(model, max_new_tokens=60), "b": cell_view(model, layer=0)}
+def test_two_clients_at_once_are_both_answered(served, model, explorer):
+    found, views = {}, {"a": cell_view(model), "b": cell_view(model, layer=0)}
+    gate = threading.Event()
+    explorer.worker.submit(Ask(lambda _: gate.wait(60), lambda _: None))
 
     def post(name):
-        found[name] = events_of(httpx.post(f"{served}cell", json=views[name], timeout=60))
+        found[name] = []
+        with httpx.stream("POST", f"{served}cell", json=views[name], timeout=60) as lines:
+            for line in lines.iter_lines():
+                found[name].append(json.loads(line))
+                if found[name][-1] == {"event": "waiting", "ahead": 2}:
+                    gate.set()
 
     threads = [threading.Thread(target=post, args=(name,)) for name in views]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
+    assert gate.is_set()
     for name, events in found.items():
         said = {event["control"]: event["text"] for event in events if event["event"] == "said"}
         run = ps.run(CellView(**views[name]).recipe())
         assert said == {row["control"]: row["text"] for row in run.rows}
-    assert sum(event["event"] == "waiting" for events in found.values() for event in events) == 1
 
 
 def test_a_dropped_request_is_cancelled_and_the_next_one_is_answered(served, model, explorer):

@@ -272,6 +272,16 @@ def test_a_link_holds_the_view(opener, address):
     assert f"--view '{link.split('#')[1]}'" in clip(page)
 
 
+def test_the_command_line_gives_a_view_to_begin_with(chromium, model):
+    view = 'prompt=The+city&shade=entropy&at={"position":1,"layer":3}&pins=nonsense'
+    with exploring(model, view=view) as made, serving(made) as served:
+        page = chromium.new_page()
+        page.goto(served)
+        page.locator("#panel-head", has_text="layer 3, position 1").wait_for()
+        assert page.input_value("#shade") == "entropy"
+        page.close()
+
+
 def test_two_states_are_pinned_side_by_side(opener):
     page = opener()
     ask(page, PROMPT)

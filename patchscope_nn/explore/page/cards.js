@@ -24,6 +24,8 @@ export class Card {
     const rows = KINDS.flatMap(([control, name]) => {
       const text = make("dd", { name: `said ${name}`, dir: "auto" });
       this.texts.set(control, text);
+      // Read out once it is whole: a busy region waits.
+      if (control === null) text.ariaLive = "polite";
       return [make("dt", { text: name, title: ABOUT[name] }), text];
     });
     this.where = make("p", { name: "hint where" });
@@ -56,6 +58,7 @@ export class Card {
     const node = this.texts.get(control);
     node.textContent = visible(text) || (growing ? "" : "(nothing)");
     node.classList.toggle("growing", growing);
+    node.ariaBusy = String(growing);
     node.classList.toggle("nothing", !text && !growing);
   }
 
@@ -99,7 +102,7 @@ export class Card {
           first ||= performance.now() - started;
           this.say(event.control, event.text, true);
           this.progress.value = Math.max(this.progress.value, event.n_tokens);
-          this.status.textContent = `${event.n_tokens} of at most ${this.most} tokens`;
+          this.status.textContent = "decoding…";
         }
         if (event.event === "said") rows.push(event);
       }
