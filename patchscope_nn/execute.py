@@ -22,7 +22,15 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeGuard
 
-from patchscope_nn.backends import Backend, Bridged, Ndif, PassTooLargeError, backend_for, execute
+from patchscope_nn.backends import (
+    Backend,
+    Bridged,
+    Listener,
+    Ndif,
+    PassTooLargeError,
+    backend_for,
+    execute,
+)
 from patchscope_nn.fleet import Failed, Fleet
 from patchscope_nn.jobs import Patience
 from patchscope_nn.ledger import Ledger
@@ -111,10 +119,12 @@ def run_prepared(
     progress: Progress | None = None,
     notice: Callable[[str], None] | None = None,
     command: str | None = None,
+    listener: Listener | None = None,
 ) -> Run:
     """Run what `prepare` prepared.
 
-    Arguments as in `run`; `patience` with servers, `notice` of what jobs do, and `command` for the manifest.
+    Arguments as in `run`; `patience` with servers, `notice` of what jobs do, `command` for the manifest, and
+    a `listener` that hears what is read and decoded in this process, as it happens.
     """
     backend = backend_for(remote, source_remote)
     todo = functools.partial(
@@ -131,7 +141,7 @@ def run_prepared(
     started = time.monotonic()
     with _uncollected(), InMemory() if out is None else open_folder(Path(out), manifest) as store:
         before = len(store.done)
-        fleet = _Fleeting(Ledger(store.path), jobs, patience or Patience(), notice)
+        fleet = _Fleeting(Ledger(store.path), jobs, patience or Patience(), notice, listener)
         # What is on its way is not planned again; without a server nobody would fetch it.
         live = fleet.ledger.live() if _is_away(backend) else ()
         done = store.done.union(*(job.cells for job in live if job.context != "read"))
@@ -194,12 +204,13 @@ def plan_prepared(prepared: Prepared, *, memory: int | None = None, **options: A
 
 
 class _Fleeting(NamedTuple):
-    """How jobs are kept on their way."""
+    """How jobs are kept on their way, and who hears of steps in this process."""
 
     ledger: Ledger
     width: int
     patience: Patience
     notice: Callable[[str], None] | None
+    listener: Listener | None
 
 
 def _steps(
@@ -244,7 +255,12 @@ def _results(
     """The cells with their readouts, a step or a job at a time."""
     if not _is_away(backend):
         return execute(
-            planned, source=prepared.source, target=prepared.target, mapping=prepared.mapping, backend=backend
+            planned,
+            source=prepared.source,
+            target=prepared.target,
+            mapping=prepared.mapping,
+            backend=backend,
+            listener=fleet.listener,
         )
     return Fleet(
         planned,

@@ -143,6 +143,7 @@ def read_generate(
     leaving: bool,
     plain: Callable[..., Any],
     prompts: list[list[int]] | None,
+    heard: Callable[[list[int], list[int]], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Decode each row until it meets an end, a stop or the limit.
 
@@ -162,6 +163,7 @@ def read_generate(
         leaving: Whether rows that met their end leave the batch.
         plain: The model without any patch.
         prompts: For each row the ids of T, where it is asked how likely its tokens are; else None.
+        heard: Called at each step with the rows that go on, and the token of each; only in this process.
 
     Returns:
         One dict for each row: `token_ids`, and `stopped`, which is `eos`, `stop` or `length`; where asked,
@@ -190,6 +192,8 @@ def read_generate(
             of_token = torch.softmax(logits.float(), dim=-1).gather(-1, token[:, None])[:, 0]
             likely = likely.scatter(0, alive, of_token)
             probs.append(likely)
+        if heard is not None:
+            heard(alive[~done].tolist(), token[~done].tolist())
         done = done | torch.isin(token, ends)
         gone = int(done.sum())
         if step + 1 == max_new_tokens or gone == len(done):

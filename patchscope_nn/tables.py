@@ -141,7 +141,9 @@ class Tabulator:
             }
             return {name: named.get(name, raw.get(name)) for name in READINGS[NextToken]}
         if isinstance(readout, Generate):
-            said = _cut(self._tokenizer.decode(raw["token_ids"]), raw["stopped"], readout.stop)
+            whole = self._tokenizer.decode(raw["token_ids"])
+            text = cut(whole, readout.stop)
+            said = {"text": text, "stopped": raw["stopped"] if text == whole else "stop"}
             return {name: said.get(name, raw.get(name)) for name in readings_of(readout)}
         if isinstance(readout, Choices):
             choices = self.sweep.entries[cell.entry].choices
@@ -153,10 +155,9 @@ class Tabulator:
         return None if ids is None else [self._text(one) for one in ids]
 
 
-def _cut(text: str, stopped: str, stop: str | None) -> dict[str, str]:
-    """The text up to its stop string, wherever the tokens' borders fall."""
-    place = text.find(stop) if stop else -1
-    return {"text": text, "stopped": stopped} if place < 0 else {"text": text[:place], "stopped": "stop"}
+def cut(text: str, stop: str | None) -> str:
+    """A generated text up to its stop string, wherever the tokens' borders fall."""
+    return text.partition(stop)[0] if stop else text
 
 
 def frame(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Any:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import os
 
 # Before transformers is imported, which reads it then.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+if importlib.util.find_spec("anyio"):
+    # Before nnsight, whose `.save` on every object breaks it; the explorer's server and its tests need it.
+    import anyio._backends._asyncio  # noqa: F401
 import pytest
 import tiny
 import torch

@@ -82,6 +82,16 @@ Json: TypeAlias = Annotated[bool, _option("--json", help="Print JSON instead of 
 Level: TypeAlias = Annotated[
     LogLevel, _option("--log-level", help="How much to log.", callback=_set_log_level)
 ]
+Lenses: TypeAlias = Annotated[
+    list[str] | None,
+    _option("--lens", help="One more next_token recipe to read the grid with. Repeatable.", metavar="RECIPE"),
+]
+View: TypeAlias = Annotated[
+    str, _option("--view", help="The view to begin with, as the page's `Copy command` gives it.")
+]
+Port: TypeAlias = Annotated[
+    int, _option("--port", help="The port to serve on; 0 takes a free one.", min=0, max=65535)
+]
 MaxRows: TypeAlias = Annotated[
     int | None, _option("--max-rows", help="The most rows of a forward pass.", min=1)
 ]

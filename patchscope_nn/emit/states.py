@@ -198,6 +198,9 @@ def in_readout(
     Returns:
         One dict for each cell.
     """
+    heard = readout.get("heard")
+    if heard is not None:
+        heard([], [])
     if readout["name"] == "next_token":
         return read_next_token(
             logits,
@@ -232,4 +235,5 @@ def in_readout(
         leaving=readout["leaving"],
         plain=plain or model,
         prompts=readout["prompts"],
+        heard=heard,
     )

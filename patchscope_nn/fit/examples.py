@@ -55,6 +55,8 @@ def make_examples(
     Raises:
         InputError: A prompt, a position or the text does not resolve, or T is not given.
     """
+    if source.prompt is None:
+        raise InputError("source.prompt was not given.", hint="A map is fitted on states of prompts.")
     if target.prompt is None:
         raise InputError(
             "target.prompt was not given, and the text has to follow a prompt T.",

@@ -45,7 +45,19 @@ ORDER = [
         "plots",
         "report",
     ),
-    *("rows", "runs", "fit", "prepare", "execute", "experiments", "quick", "doctor", "cli", "__main__"),
+    *(
+        "rows",
+        "runs",
+        "fit",
+        "prepare",
+        "execute",
+        "experiments",
+        "quick",
+        "doctor",
+        "explore",
+        "cli",
+        "__main__",
+    ),
 ]
 #: A method of a plan or a run may reach for how it is shown; only when it is called.
 SHOWN_LATER = {("plan", "plan_text"), ("runs", "plots"), ("runs", "report")}
