@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from patchscope_nn import prompts
     from patchscope_nn.errors import InputError, PatchscopeError, RunError
-    from patchscope_nn.execute import run
+    from patchscope_nn.experiments import Experiment, run
     from patchscope_nn.mappings import Affine
     from patchscope_nn.models import Model, load
     from patchscope_nn.plan import Optimisations
@@ -28,7 +28,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "errors": ("InputError", "PatchscopeError", "RunError"),
-    "execute": ("run",),
+    "experiments": ("Experiment", "run"),
     "quick": ("explain",),
     "mappings": ("Affine",),
     "models": ("Model", "load"),
@@ -44,6 +44,7 @@ __all__ = [
     "Affine",
     "Choices",
     "Each",
+    "Experiment",
     "Generate",
     "Hidden",
     "InputError",

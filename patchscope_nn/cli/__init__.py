@@ -9,8 +9,11 @@ import sys
 from typing import NoReturn
 
 from patchscope_nn.cli.commands import app
+from patchscope_nn.cli.compare import compare
 from patchscope_nn.cli.printing import print_error
 from patchscope_nn.errors import InputError, PatchscopeError, RunError
+
+app.command()(compare)
 
 
 def main() -> None:
