@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from patchscope_nn import prompts
     from patchscope_nn.errors import InputError, PatchscopeError, RunError
-    from patchscope_nn.execute import run
+    from patchscope_nn.experiments import Experiment, run
     from patchscope_nn.fit import fit
     from patchscope_nn.mappings import Affine, Fitted, Provenance, Space
     from patchscope_nn.models import Model, load
@@ -29,7 +29,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "errors": ("InputError", "PatchscopeError", "RunError"),
-    "execute": ("run",),
+    "experiments": ("Experiment", "run"),
     "quick": ("explain",),
     "mappings": ("Affine", "Fitted", "Provenance", "Space"),
     "models": ("Model", "load"),
@@ -45,6 +45,7 @@ __all__ = [
     "Affine",
     "Choices",
     "Each",
+    "Experiment",
     "Fitted",
     "Generate",
     "Hidden",

@@ -9,10 +9,12 @@ import sys
 from typing import NoReturn
 
 from patchscope_nn.cli.commands import app
+from patchscope_nn.cli.compare import compare
 from patchscope_nn.cli.explorer import explore
 from patchscope_nn.cli.printing import print_error
 from patchscope_nn.errors import InputError, PatchscopeError, RunError
 
+app.command()(compare)
 app.command()(explore)
 
 

@@ -120,7 +120,7 @@ def run(
     log_level: options.Level = LogLevel.warning,  # noqa: ARG001 (acted on by its callback)
 ) -> None:
     """Run a recipe. The same command again resumes it, and computes no finished cell twice."""
-    from patchscope_nn.execute import run_prepared
+    from patchscope_nn.experiments import Experiment, run_prepared
     from patchscope_nn.plan import Optimisations
 
     used = Optimisations(
@@ -167,9 +167,15 @@ def run(
         )
     except KeyboardInterrupt:
         printing.note(f"\nInterrupted. What is done is kept in {folder}; go on with:\n  {command}")
-        _leave_or_cancel(folder)
+        for place in _run_folders(prepared, folder):
+            _leave_or_cancel(place)
         raise typer.Exit(_INTERRUPTED) from None
-    printing.print_run(finished, as_json=json)
+    if isinstance(finished, Experiment):
+        from patchscope_nn.cli.comparing import print_experiment
+
+        print_experiment(finished, as_json=json)
+    else:
+        printing.print_run(finished, as_json=json)
 
 
 @app.command()
@@ -204,6 +210,7 @@ def plan(
     from patchscope_nn.backends import backend_for
     from patchscope_nn.bridge import traffic
     from patchscope_nn.execute import plan_prepared
+    from patchscope_nn.experiments import PreparedMethods
     from patchscope_nn.plan import Optimisations
 
     used = Optimisations(
@@ -231,16 +238,23 @@ def plan(
         remote=options.remote_value(remote),
         source_remote=options.source_remote_value(source_remote),
     )
-    made = plan_prepared(
-        prepared,
-        context=context.value,
-        max_rows=max_rows,
-        memory=options.memory_value(memory),
-        optimisations=used,
-        remote=backend.remote,
-    )
-    crossing = traffic(made, prepared.mapping)
-    printing.print_plan(made, crossing=crossing, folder=prepared.default_folder, as_json=json)
+    methods = prepared.methods if isinstance(prepared, PreparedMethods) else {"": prepared}
+    shown = []
+    for (name, one), folder in zip(
+        methods.items(), _run_folders(prepared, prepared.default_folder), strict=True
+    ):
+        made = plan_prepared(
+            one,
+            context=context.value,
+            max_rows=max_rows,
+            memory=options.memory_value(memory),
+            optimisations=used,
+            remote=backend.remote,
+        )
+        shown.append(
+            printing.Planned(name=name, plan=made, crossing=traffic(made, one.mapping), folder=folder)
+        )
+    printing.print_plans(shown, as_json=json)
 
 
 @app.command()
@@ -339,12 +353,24 @@ def _wants_cancel(live: int) -> bool:
             return True
 
 
+def _run_folders(prepared: Any, folder: Path) -> list[Path]:
+    """The folder of the run, or of each method's."""
+    from patchscope_nn.experiments import PreparedMethods
+    from patchscope_nn.recipe import slug
+
+    return (
+        [folder / slug(name) for name in prepared.methods]
+        if isinstance(prepared, PreparedMethods)
+        else [folder]
+    )
+
+
 def _prepare(recipe: str, *, sets: list[str] | None, quiet: bool, **given: Any) -> Any:
     """Read a recipe, and prepare it with the given arguments of `prepare`."""
     from patchscope_nn.recipe import find, load_recipe
 
     parsed = load_recipe(recipe, sets=sets or ())
     with printing.waiting("loading the model", quiet=quiet):
-        from patchscope_nn.prepare import prepare
+        from patchscope_nn.experiments import prepare
 
         return prepare(parsed, base=find(recipe).parent, **given)

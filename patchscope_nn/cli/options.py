@@ -128,6 +128,19 @@ MemoryReuse: TypeAlias = Annotated[
 ]
 
 
+class Best(StrEnum):
+    """What the best can be taken over."""
+
+    source_layer = "source_layer"
+    target_layer = "target_layer"
+
+
+BestOver: TypeAlias = Annotated[
+    list[Best] | None,
+    typer.Option("--best-over", help="Take the best over these layers first, of controls too. Repeatable."),
+]
+
+
 class Context(StrEnum):
     """How source and target share an nnsight context."""
 

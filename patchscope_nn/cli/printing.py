@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from patchscope_nn.errors import PatchscopeError, Problem, SpecError
 
@@ -215,26 +215,42 @@ def _mean(found: Mapping[str, Any] | None) -> str:
     return f"{found['mean']:.2f}" + ("" if low is None else f" [{low:.2f}, {high:.2f}]")
 
 
-def print_plan(plan: Plan, *, crossing: Traffic | None, folder: Path, as_json: bool) -> None:
-    """Print a plan as a tree, or its counts; and what crosses between two models that are apart."""
-    if not as_json:
-        out(str(plan))
-        if crossing is not None:
-            out(_crossing_line(crossing))
-        out(f"folder {folder}")
+class Planned(NamedTuple):
+    """A plan, of a recipe or of one of its methods: its name (empty for a recipe), and what belongs to it."""
+
+    name: str
+    plan: Plan
+    crossing: Traffic | None
+    folder: Path
+
+
+def print_plans(planned: Sequence[Planned], *, as_json: bool) -> None:
+    """Print plans as trees, or their counts; and what crosses between two models that are apart."""
+    if as_json:
+        counts = {one.name: _plan_counts(one) for one in planned}
+        out_json(counts.get("", {"methods": counts}))
         return
+    for number, one in enumerate(planned):
+        if one.name:
+            out(f"{'' if number == 0 else chr(10)}method: {one.name}")
+        out(str(one.plan))
+        if one.crossing is not None:
+            out(_crossing_line(one.crossing))
+        out(f"folder {one.folder}")
+
+
+def _plan_counts(planned: Planned) -> dict[str, Any]:
     from patchscope_nn.plan import count, stages
 
-    out_json(
-        {
-            "digest": plan.digest,
-            "folder": str(folder),
-            "cells": plan.n_cells,
-            **count(plan)._asdict(),
-            "crossing": None if crossing is None else asdict(crossing),
-            "stages": [{"with": name, **counts._asdict()} for name, counts in stages(plan)],
-        }
-    )
+    plan, crossing = planned.plan, planned.crossing
+    return {
+        "digest": plan.digest,
+        "folder": str(planned.folder),
+        "cells": plan.n_cells,
+        **count(plan)._asdict(),
+        "crossing": None if crossing is None else asdict(crossing),
+        "stages": [{"with": name, **counts._asdict()} for name, counts in stages(plan)],
+    }
 
 
 def _crossing_line(crossing: Traffic) -> str:

@@ -5,6 +5,7 @@ Every function takes the tidy table of DESIGN section 4 (one row per cell) and l
     text.py     what a model wrote, made fit to be seen
     table.py    reading the table: its metrics, their means by layer
     style.py    what all figures share
+    comparison.py  a metric of several runs
     curves.py   a metric by layer, or by pairs of layers
     said.py     what one cell says
     lines.py    which cells stand together in a line of a text heatmap
@@ -15,6 +16,7 @@ Every function takes the tidy table of DESIGN section 4 (one row per cell) and l
 from __future__ import annotations
 
 from patchscope_nn.plots.choose import figures
+from patchscope_nn.plots.comparison import comparison_curve
 from patchscope_nn.plots.curves import layer_curve, layer_pair_heatmap
 from patchscope_nn.plots.grid import text_heatmap
 from patchscope_nn.plots.said import odds
@@ -25,6 +27,7 @@ from patchscope_nn.statistics import REAL, is_null, numbers
 __all__ = [
     "REAL",
     "as_list",
+    "comparison_curve",
     "figures",
     "is_null",
     "layer_curve",

@@ -76,6 +76,8 @@ def _columns(records: Sequence[Cell], *, metrics: Sequence[str]) -> Iterator[Col
         values = [_number(record.get(name)) for record in records]
         return _column(label or name, values, kind=kind, detail=detail)
 
+    if "run" in names:
+        yield texts("run", detail=False)
     yield counts("row")
     yield texts("control", detail=False)
     yield texts("source_prompt", detail=False)

@@ -42,6 +42,11 @@ def write_report(
         InputError: Plotly is not installed.
     """
     page = _page(table, table.iloc[:MAX_CELLS] if shown is None else shown, manifest=manifest)
+    return write_whole(page, path)
+
+
+def write_whole(page: str, path: Path) -> Path:
+    """Write a page; a reader of `path` sees the old file or the whole new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -57,13 +62,14 @@ def _page(table: pd.DataFrame, shown: pd.DataFrame, *, manifest: Mapping[str, An
     recipe = as_mapping(manifest.get("recipe"))
     declared = recipe.get("metrics") or ()
     metrics = metric_columns(table, declared=declared)
-    drawn = figures(shown, metrics=declared, whole=table)
-    return _template().render(
+    best = tuple(recipe.get("best_over") or ())
+    drawn = figures(shown, metrics=declared, whole=table, best=best)
+    return template("report.html.jinja").render(
         title=visible(recipe.get("title") or recipe.get("name") or "Patchscopes report"),
         summary=summary(table, manifest=manifest, metrics=metrics),
         facts=facts(table, manifest=manifest),
         titles=[title for title, _ in drawn],
-        plotly=_plotly_js() if drawn else "",
+        plotly=plotly_js() if drawn else "",
         figures=script_json([json.loads(figure.to_json()) for _, figure in drawn]),
         cells=cells_json(shown, metrics=metrics),
         n_cells=len(table),
@@ -73,7 +79,8 @@ def _page(table: pd.DataFrame, shown: pd.DataFrame, *, manifest: Mapping[str, An
     )
 
 
-def _template() -> jinja2.Template:
+def template(name: str) -> jinja2.Template:
+    """One of the page templates, which escape what is put into them."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_TEMPLATES),
         autoescape=True,
@@ -81,10 +88,11 @@ def _template() -> jinja2.Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("report.html.jinja")
+    return environment.get_template(name)
 
 
-def _plotly_js() -> Markup:
+def plotly_js() -> Markup:
+    """Plotly's own source, for a page that loads nothing."""
     from plotly.offline import get_plotlyjs
 
     return Markup(get_plotlyjs())  # noqa: S704 - plotly's own source, which nothing of the run reaches
