@@ -118,8 +118,8 @@ def _sentences(comparison: Comparison) -> Iterator[str]:
 
 
 def p_text(p: float) -> str:
-    """A p value, never as zero: `p = 0.03`, or `p < 0.001`."""
-    return "p < 0.001" if p < 0.001 else f"p = {p:.2g}"  # noqa: PLR2004 (as p values are written)
+    """A p value, never as zero: `p = 0.03`, or `p < .001`."""
+    return "p < .001" if p < 0.001 else f"p = {p:.2g}"  # noqa: PLR2004 (as p values are written)
 
 
 def _number(mean: Any, low: Any, high: Any, *, sign: str = "") -> str:
