@@ -42,7 +42,11 @@ def print_comparison(comparison: Comparison, *, title: str) -> None:
     """Print a table for each metric: every run's mean, its controls', and its difference to the first."""
     over = dict.fromkeys(one for name in comparison.names for one in comparison.best[name])
     best = f"best over {' and '.join(over).replace('_', ' ')}, " if over else ""
-    _print(title, f"{best}mean over all cells, with 95 % intervals over data rows")
+    _print(
+        title,
+        f"{best}mean over all cells, with 95 % intervals over data rows;",
+        f"differences are to {comparison.names[0]}; p by sign flips of rows, and corrected t over layers",
+    )
     for metric in comparison.metrics:
         _print("", _of_metric(comparison, metric=metric))
     told = [line for line in comparison.between().to_dict("records") if line["first_control"] == REAL]
@@ -60,8 +64,9 @@ def _of_metric(comparison: Comparison, *, metric: str) -> Any:
     between = comparison.between()
     between = between[(between["metric"] == metric) & (between["first_control"] == REAL)]
     differences = {line["second"]: line for line in between.to_dict("records")}
-    beside = f"minus {comparison.names[0]}"
-    table = _table(metric, "mean", *controls, beside, "p", "p (layers)", "pairs")
+    table = _table(metric, "mean", *controls, "difference", "p", "layers", "pairs")
+    for column in table.columns[1:]:
+        column.no_wrap = True
     for name in dict.fromkeys(means["run"]):
         own = means[means["run"] == name].set_index("control").to_dict("index")
         line = differences.get(name)
@@ -73,8 +78,11 @@ def _of_metric(comparison: Comparison, *, metric: str) -> Any:
 def _difference(line: Mapping[str, Any] | None) -> list[str]:
     if line is None:
         return ["", "", "", ""]
-    ps = ["" if pd.isna(line[name]) else p_text(line[name]) for name in ("p", "p_bonferroni")]
+    ps = ["" if pd.isna(line[name]) else p_text(line[name]).removeprefix("p = ") for name in _PS]
     return [_mean(line, sign="+"), *ps, str(line["n_pairs"])]
+
+
+_PS = ("p", "p_bonferroni")
 
 
 def _mean(found: Mapping[str, Any] | None, *, sign: str = "") -> str:

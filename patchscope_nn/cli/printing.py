@@ -198,7 +198,8 @@ def _summary(run: Run) -> Any:
     means = {(one[axis], one["metric"], one["control"]): one for one in found}
     headers = [f"{metric if control == 'patched' else ''}\n{control}" for metric, control in columns]
     best = f", best over {' and '.join(run.best_over).replace('_', ' ')}" if run.best_over else ""
-    over = f"mean over data rows{best}, by {axis.replace('_', ' ')}, with 95 % intervals over rows"
+    n_rows = max((one["n_rows"] for one in found), default=0)
+    over = f"mean over {n_rows} data rows with 95 % intervals{best}, by {axis.replace('_', ' ')}"
     table = _table("\nlayer", *headers, title=f"{run.manifest['recipe']['title']}\n{over}\n")
     layers = sorted({layer for layer, _, control in means if layer is not None})
     for layer in layers or [None]:
@@ -209,10 +210,12 @@ def _summary(run: Run) -> Any:
 
 
 def _mean(found: Mapping[str, Any] | None) -> str:
+    """A mean, with its interval where it is of the real cells."""
     if found is None:
         return ""
     low, high = found["low"], found["high"]
-    return f"{found['mean']:.2f}" + ("" if low is None else f" [{low:.2f}, {high:.2f}]")
+    bare = low is None or found["control"] != "patched"
+    return f"{found['mean']:.2f}" + ("" if bare else f" [{low:.2f}, {high:.2f}]")
 
 
 class Planned(NamedTuple):

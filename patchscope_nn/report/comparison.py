@@ -16,7 +16,7 @@ from patchscope_nn.plots.comparison import comparison_curve
 from patchscope_nn.report.cells import cells_json, script_json
 from patchscope_nn.report.page import MAX_CELLS, plotly_js, template, write_whole
 from patchscope_nn.report.summary import as_mapping
-from patchscope_nn.statistics import REAL
+from patchscope_nn.statistics import REAL, is_null
 
 if TYPE_CHECKING:
     from collections.abc import Hashable
@@ -60,7 +60,7 @@ def write_comparison(comparison: Comparison, sides: Sequence[Side], *, path: Pat
     """
     names = comparison.names
     drawn = [comparison_curve(comparison.layers, metric=one, names=names) for one in comparison.metrics]
-    cells = pd.concat([one.shown.assign(run=one.name) for one in sides], ignore_index=True)
+    cells = _side_by_side(sides)
     recipes = {one.name: as_mapping(one.manifest.get("recipe")) for one in sides}
     page = template("comparison.html.jinja").render(
         title=visible(title),
@@ -81,6 +81,15 @@ def write_comparison(comparison: Comparison, sides: Sequence[Side], *, path: Pat
     return write_whole(page, path)
 
 
+def _side_by_side(sides: Sequence[Side]) -> pd.DataFrame:
+    """The cells of all runs, those of one row, control and layer beside one another."""
+    cells = pd.concat([one.shown.assign(run=one.name, _side=place) for place, one in enumerate(sides)])
+    kinds = [REAL, *sorted({str(one) for one in cells["control"] if not is_null(one)})]
+    cells["_kind"] = [0 if is_null(one) else kinds.index(str(one)) for one in cells["control"]]
+    order = ["row", "_kind", "source_layer", "target_layer", "_side"]
+    return cells.sort_values(order, kind="stable", ignore_index=True).drop(columns=["_kind", "_side"])
+
+
 def _all_metrics(sides: Sequence[Side]) -> list[str]:
     return list(dict.fromkeys(name for one in sides for name in one.metrics))
 
@@ -88,7 +97,8 @@ def _all_metrics(sides: Sequence[Side]) -> list[str]:
 def _heading(metric: str, comparison: Comparison) -> str:
     over = {over for name in comparison.names for over in comparison.best[name]}
     best = f", best over {' and '.join(sorted(over)).replace('_', ' ')}" if over else ""
-    return f"{metric}{best}: mean over data rows, 95 % bands; controls dashed"
+    lined = comparison.layers["source_layer"].notna().any() or comparison.layers["target_layer"].notna().any()
+    return f"{metric}{best}: mean with 95 % interval over data rows{'; controls dashed' if lined else ''}"
 
 
 def _fact(side: Side) -> str:
@@ -118,8 +128,8 @@ def _sentences(comparison: Comparison) -> Iterator[str]:
 
 
 def p_text(p: float) -> str:
-    """A p value, never as zero: `p = 0.03`, or `p < 0.001`."""
-    return "p < 0.001" if p < 0.001 else f"p = {p:.2g}"  # noqa: PLR2004 (as p values are written)
+    """A p value, never as zero: `p = 0.03`, or `p < .001`."""
+    return "p < .001" if p < 0.001 else f"p = {p:.2g}"  # noqa: PLR2004 (as p values are written)
 
 
 def _number(mean: Any, low: Any, high: Any, *, sign: str = "") -> str:
@@ -155,8 +165,10 @@ def _columns(between: pd.DataFrame, name: Hashable) -> list[str]:
     unpaired = int(line["first_unpaired"]), int(line["second_unpaired"])
     return [
         _number(line["mean"], line["low"], line["high"], sign="+"),
-        "" if pd.isna(line["p"]) else p_text(line["p"]),
-        "" if pd.isna(line["p_bonferroni"]) else p_text(line["p_bonferroni"]),
+        *(
+            "" if pd.isna(line[name]) else p_text(line[name]).removeprefix("p = ")
+            for name in ("p", "p_bonferroni")
+        ),
         f"{int(line['n_pairs']):,}",
         f"{unpaired[0]:,} of the first, {unpaired[1]:,} of its own" if any(unpaired) else "none",
     ]
@@ -172,6 +184,6 @@ def _own(comparison: Comparison) -> Iterator[list[str]]:
                 visible(line["second"]),
                 visible(line["first_control"]),
                 _number(line["mean"], line["low"], line["high"], sign="+"),
-                "" if pd.isna(line["p"]) else p_text(line["p"]),
+                "" if pd.isna(line["p"]) else p_text(line["p"]).removeprefix("p = "),
                 f"{line['n_pairs']:,}",
             ]
