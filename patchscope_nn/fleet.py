@@ -82,7 +82,8 @@ class Fleet:
         done: The numbers of the cells that are finished; the caller adds to it as rows are given.
         width: How many jobs may be on their way at a time.
         patience: How long to wait for what.
-        notice: Called with a line about what the jobs do, as it changes.
+        notice: Called with a line about what the jobs do, at each look at them. What it raises ends the run,
+            and leaves its jobs where they are.
     """
 
     def __init__(
@@ -140,9 +141,9 @@ class Fleet:
                     landed = True
             if landed or before != [flight.latest for flight in self._flights]:
                 pause, moved = self.patience.poll_s, time.monotonic()
-                self._tell()
             elif time.monotonic() - moved > self.patience.give_up_s:
                 raise jobs.nothing_moves(self.host, self.patience.give_up_s)
+            self._tell()
             if not landed:
                 time.sleep(pause)
                 pause = min(pause * 1.3, 10 * self.patience.poll_s)

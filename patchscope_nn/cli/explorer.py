@@ -59,6 +59,7 @@ def explore(
     with server.listen(port) as bound:
         with printing.waiting("loading the model", quiet=False):
             answers.load(source, target)
+            answers.warm_up(source, target)
         explorer = server.Explorer(answers, models=(source, target), view=view)
         server.serve(explorer, bound, opens=not no_browser, told=_tell)
 

@@ -56,6 +56,18 @@ class Answers:
         self._pairs.move_to_end((source, target))
         return self._pairs[source, target]
 
+    def warm_up(self, source: str, target: str) -> None:
+        """Do a little of everything, so that the first to ask does not wait for what is done once.
+
+        What is wrong is told when somebody asks. On a server there is nothing to be done once.
+        """
+        if self.options.remote is not False:
+            return
+        names: dict[str, Any] = {"prompt": "a b", "source_model": source, "target_model": target}
+        cell = CellView(**names, position=0, layer=0, max_new_tokens=1)
+        Ask(lambda ask: self.grid(GridView(**names), ask), lambda _: None).run()
+        Ask(lambda ask: self.cell(cell, ask), lambda _: None).run()
+
     def grid(self, view: GridView, ask: Ask) -> None:
         """Read a grid, and tell it whole as `grid`."""
         source, target = self._models(view, ask)

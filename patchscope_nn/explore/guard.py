@@ -51,15 +51,15 @@ class Guard:
             await send({"type": "websocket.close", "code": 1008})
             return
         headers = Headers(scope=scope)
-        _, token, *rest = scope["path"].split("/", 2)
+        token, slash, rest = scope["path"].removeprefix("/").partition("/")
         reason = self._refuses(headers, token)
         if reason is not None:
             await PlainTextResponse(f"{reason}\n", status_code=403, headers=_HEADERS)(scope, receive, send)
-        elif not rest:
+        elif not slash:
             redirect = RedirectResponse(f"/{self.token}/", headers={"cache-control": "no-store"})
             await redirect(scope, receive, send)
         else:
-            inner = {**scope, "path": f"/{rest[0]}", "raw_path": None, "root_path": ""}
+            inner = {**scope, "path": f"/{rest}", "raw_path": None, "root_path": ""}
             await self._pass(inner, headers, receive, send)
 
     def _refuses(self, headers: Headers, token: str) -> str | None:
@@ -67,7 +67,7 @@ class Guard:
         if headers.get("host", "") not in self.hosts:
             return "This server answers to its own address only. " + _START
         origin = headers.get("origin")
-        if origin is not None and origin.removeprefix("http://") not in self.hosts:
+        if origin is not None and origin not in {f"http://{host}" for host in self.hosts}:
             return "Requests from other pages are refused."
         # A link on another page may lead here, for whoever knows the token; its scripts may not ask.
         asked_by = headers.get("sec-fetch-site", "none")

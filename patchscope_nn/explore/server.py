@@ -7,6 +7,7 @@ import contextlib
 import json
 import secrets
 import socket
+import threading
 import webbrowser
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -215,7 +216,8 @@ def serve(explorer: Explorer, bound: socket.socket, *, opens: bool, told: Callab
     def begun() -> None:
         told(address)
         if opens:
-            webbrowser.open(address)
+            # A browser of the terminal would hold up the server that it waits for.
+            threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
 
     server = _Server(config, begun=begun, ending=explorer.worker.stop)
     with bound, contextlib.suppress(KeyboardInterrupt):
