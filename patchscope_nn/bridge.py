@@ -122,8 +122,8 @@ def traffic(planned: Plan, mapping: ResolvedMapping) -> Traffic | None:
     if planned.context != "bridged":
         return None
     source, target = planned.sweep.source, planned.sweep.target
-    asked = planned.sweep.scope.source
-    made = asked.vector is not None or asked.minus is not None or asked.mean is not None
+    asked, written = planned.sweep.scope.source, planned.sweep.scope.target
+    made = any((asked.vector, asked.minus, asked.mean, written.soft_prompt))
     found = Traffic(mapping=mapping.name, weights=weights(mapping.call))
     for step in planned.steps():
         fresh = [state for one in step.sources for state in one.states]

@@ -138,6 +138,8 @@ def prepare(
         "seed": seed,
     }
     sweep = expand(patchscope, rows=rows, controls=chosen, source=source, target=target, seed=seed)
+    # Rows that source.mean averages keep the columns they share.
+    check_columns(uses, sweep.rows)
     return Prepared(
         recipe=asked,
         sweep=sweep,
