@@ -177,8 +177,8 @@ def traffic(planned: Plan, mapping: ResolvedMapping) -> Traffic | None:
     if planned.context != "bridged":
         return None
     source, target = planned.sweep.source, planned.sweep.target
-    asked = planned.sweep.scope.source
-    made = asked.vector is not None or asked.minus is not None or asked.mean is not None
+    asked, written = planned.sweep.scope.source, planned.sweep.scope.target
+    made = any((asked.vector, asked.minus, asked.mean, written.soft_prompt))
     found = Traffic(mapping=mapping.name, weights=weights(mapping.maps or mapping.call))
     for step in planned.steps():
         if mapping.kind == "pairs":

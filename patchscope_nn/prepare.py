@@ -173,6 +173,8 @@ def prepare(
         "score": recipe.score if recipe else None,
     }
     sweep = expand(patchscope, rows=rows, controls=chosen, source=source, target=target, seed=seed)
+    # Rows that source.mean averages keep the columns they share.
+    check_columns(uses, sweep.rows)
     prepared = Prepared(
         recipe=asked,
         sweep=sweep,

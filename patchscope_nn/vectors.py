@@ -23,7 +23,6 @@ def load_vector(at: VectorAt) -> torch.Tensor:
         MappingError: The file cannot be read, or has no such tensor or row.
     """
     tensor = _tensor(at.file, at.key, "source.vector")
-    count = len(tensor)
     if tensor.ndim == 1 and at.row is None:
         return tensor[None]
     if tensor.ndim != 2 or at.row is None:  # noqa: PLR2004 (a matrix)
@@ -31,8 +30,12 @@ def load_vector(at: VectorAt) -> torch.Tensor:
             f"source.vector: {at.file} holds a tensor of shape {tuple(tensor.shape)}.",
             hint="Name a row of a (n, d_model) matrix by index, or give a file with a (d_model,) vector.",
         )
+    count = len(tensor)
     if not -count <= at.row < count:
-        raise MappingError(f"source.vector: row {at.row} is outside {at.file}, which has {count} rows.")
+        raise MappingError(
+            f"source.vector: row {at.row} is outside {at.file}, which has {count} rows.",
+            hint="Rows are counted from 0; -1 is the last.",
+        )
     return tensor[at.row][None].clone()
 
 
@@ -44,7 +47,10 @@ def load_soft_prompt(file: str) -> torch.Tensor:
     """
     tensor = _tensor(file, "soft_prompt", "target.soft_prompt")
     if tensor.ndim != 2:  # noqa: PLR2004 (a matrix)
-        raise MappingError(f"target.soft_prompt: {file} holds {tuple(tensor.shape)}, and no (k, d_model).")
+        raise MappingError(
+            f"target.soft_prompt: {file} holds a tensor of shape {tuple(tensor.shape)}.",
+            hint="Save soft_prompt as (k, d_model), an embedding for each token.",
+        )
     return tensor
 
 
@@ -62,7 +68,9 @@ def check_vectors(sweep: Sweep) -> str:
         files[soft] = None
         tensor = load_soft_prompt(soft)
         _fits(tensor, sweep.target.d_model, sweep.target.name, soft)
-        shortest = min(len(prompt.ids) for prompt in sweep.target_prompts)
+        # Where the source's text stands in T, there are no learned embeddings.
+        prompts = {entry.target_prompt for entry in sweep.entries if not entry.text_only}
+        shortest = min(len(sweep.target_prompts[prompt].ids) for prompt in prompts)
         if len(tensor) > shortest:
             raise MappingError(
                 f"target.soft_prompt: {soft} holds {len(tensor)} embeddings, and target.prompt has "
@@ -75,29 +83,43 @@ def check_vectors(sweep: Sweep) -> str:
 
 def _fits(tensor: torch.Tensor, width: int, model: str, said: str) -> None:
     if tensor.shape[-1] != width:
-        raise MappingError(f"{said} is {tensor.shape[-1]} wide; the states of {model} are {width}.")
+        raise MappingError(
+            f"{said} is {tensor.shape[-1]} wide; the states of {model} are {width}.",
+            hint="Give one that was made for this model.",
+        )
 
 
 def _tensor(file: str, key: str | None, field: str) -> torch.Tensor:
+    from safetensors import SafetensorError
+
     try:
         return _read(file, key, Path(file).stat().st_mtime_ns)
     except OSError as error:
-        raise MappingError(f"{field}: {file} cannot be read: {error.strerror or error}.") from error
-    except (KeyError, ValueError) as error:
-        raise MappingError(f"{field}: {file} {error.args[0]}", hint="Give a safetensors file.") from error
+        raise MappingError(
+            f"{field}: {file} cannot be read: {error.strerror or error}.",
+            hint="Check the path, which starts from the folder you are in.",
+        ) from error
+    except SafetensorError as error:
+        raise MappingError(
+            f"{field}: {file} is no safetensors file: {error}.",
+            hint="Write one with safetensors.torch.save_file.",
+        ) from error
+    except KeyError as error:
+        named = field == "source.vector"
+        raise MappingError(
+            f"{field}: {file} {error.args[0]}",
+            hint="Name one of them by key." if named else f"Save the embeddings as {key}.",
+        ) from error
 
 
 @functools.lru_cache(maxsize=8)
 def _read(file: str, key: str | None, changed: int) -> torch.Tensor:  # noqa: ARG001 (a changed file is read anew)
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
-    try:
-        with safe_open(file, framework="pt") as opened:
-            names = list(opened.keys())
-            if key is None and len(names) == 1:
-                key = names[0]
-            if key not in names:
-                raise ValueError(f"holds {', '.join(names)}, and not {key or 'one tensor'}.")
-            return opened.get_tensor(key).float()
-    except SafetensorError as error:
-        raise ValueError(f"is no safetensors file: {error}.") from error
+    with safe_open(file, framework="pt") as opened:
+        names = list(opened.keys())
+        if key is None and len(names) == 1:
+            key = names[0]
+        if key not in names:
+            raise KeyError(f"holds {', '.join(names)}, and not {key or 'one tensor'}.")
+        return opened.get_tensor(key).float()

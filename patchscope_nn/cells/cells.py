@@ -147,10 +147,10 @@ class Cells(Sequence[Cell]):
     @property
     def layers(self) -> tuple[int, ...]:
         """Every l that is read, those of a window that writes each block's own state included."""
-        target = self._resolver.scope.target
+        target, depth = self._resolver.scope.target, self._resolver.sources.model.info.n_layers
         more = target.window if target.states == "own" else 1
         read = (layer + step for layer in self._resolver.layers for step in range(more))
-        return tuple(dict.fromkeys(read)) if more > 1 else self._resolver.layers
+        return tuple(dict.fromkeys(layer for layer in read if layer < depth))
 
     @property
     def pairs(self) -> tuple[tuple[int, int], ...]:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from patchscope_nn.cells.cells import Cell, Cells
-from patchscope_nn.errors import DataError, InputError, Problem, SpecError
+from patchscope_nn.errors import DataError, InputError, Problem, SpecError, did_you_mean
 from patchscope_nn.models import Model, ModelInfo
 from patchscope_nn.prompts import Encoded
 from patchscope_nn.resolve import Entry, Resolver, Row, Term, VectorAt
@@ -62,15 +62,16 @@ class Sweep:
                 yield layer, target_layer if own else cell.target_layer
 
     def writes(self, cell: Cell) -> Iterator[tuple[int | None, int]]:
-        """Yield every (l, l*) a cell writes: one, or those of a window that are in the model."""
+        """Yield every (l, l*) a cell writes: one, or those of a window that are in both models."""
         target = self.scope.target
         if cell.target_layer is None:
             return
         for step in range(target.window):
-            own = step if target.states == "own" and cell.source_layer is not None else 0
-            if cell.target_layer + step < self.target.n_layers:
-                layer = None if cell.source_layer is None else cell.source_layer + own
-                yield layer, cell.target_layer + step
+            layer, written = cell.source_layer, cell.target_layer + step
+            if layer is not None and target.states == "own":
+                layer += step
+            if written < self.target.n_layers and (layer is None or layer < self.source.n_layers):
+                yield layer, written
 
 
 def expand(
@@ -155,7 +156,10 @@ def _averaged(
     """One row for all, or for each value of a column: its states are the mean over the rows."""
     column = scope.source.mean[1] if isinstance(scope.source.mean, tuple) else None
     if column is not None and any(column not in row for row in rows):
-        raise DataError(f"source.mean: the data has no column {column!r}.")
+        names = [name for name in rows[0] if all(name in row for row in rows)]
+        raise DataError(
+            f"source.mean: the data has no column {column!r} in every row.", hint=did_you_mean(column, names)
+        )
     groups: dict[object, list[int]] = {}
     for number, row in enumerate(rows):
         groups.setdefault(None if column is None else str(row[column]), []).append(number)
@@ -173,11 +177,11 @@ def _averaged(
 
 
 def _mean(entries: Sequence[Entry], *, row: int, entry: Entry) -> Entry:
-    if any(one.target_prompt != entry.target_prompt for one in entries):
+    if len({_apart_from_source(one) for one in entries}) > 1:
         raise DataError(
-            "source.mean: rows are averaged into one state, which is written into one target prompt, and "
-            "theirs differ.",
-            hint="Leave columns out of target.prompt, or use those that all averaged rows share.",
+            "source.mean: rows are averaged into one state, which is written into one target prompt and read "
+            "out once, and what theirs ask for differs.",
+            hint="Leave columns out of target and readout, or use those that all averaged rows share.",
         )
     sizes = {tuple(map(len, one.source_positions)) for one in entries}
     if len(sizes) > 1:
@@ -191,6 +195,10 @@ def _mean(entries: Sequence[Entry], *, row: int, entry: Entry) -> Entry:
         Term(term.prompt, term.positions, term.weight * weight) for one in entries for term in one.terms
     ]
     return replace(entry, row=row, weight=weight, terms=tuple(terms))
+
+
+def _apart_from_source(one: Entry) -> Entry:
+    return replace(one, row=0, source_prompt=0, source_positions=(), weight=1.0, terms=())
 
 
 def _others(entries: Sequence[Entry], *, seed: int) -> tuple[int, ...]:

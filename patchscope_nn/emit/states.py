@@ -88,15 +88,20 @@ def in_write(
         together = torch.cat([one.to(value.device) for one in incoming])
         pairs = [one["pair"] for one in writes for _ in one["positions"]]
         mapped = apply_mapping(how["mapping"][0], how["mapping"][1], together, clean, pairs)
-    parts = list(mapped.split(counts))
+    parts, there = list(mapped.split(counts)), clean.split(counts)
     for place, one in enumerate(writes):
         if one["seed"] is not None:
-            parts[place] = in_random(parts[place], one["seed"], matched=how["mode"] != "noise")
+            noise = how["mode"] == "noise"
+            alike = not noise and len(states[one["state"]]) == 1
+            parts[place] = in_random(parts[place], one["seed"], matched=not noise, alike=alike)
+        if how["mode"] == "add_matched":
+            norms = [part.norm(dim=-1, keepdim=True) for part in (there[place], parts[place])]
+            parts[place] = parts[place] * (norms[0] / norms[1])
         if one["scale"] != 1:
             parts[place] = parts[place] * one["scale"]
     written = in_mode(how["mode"], how["amount"], clean, torch.cat(parts))
     value[rows, places] = written
-    both = zip(written.split(counts), clean.split(counts), strict=True)
+    both = zip(written.split(counts), there, strict=True)
     return {one["cell"]: list(two) for one, two in zip(writes, both, strict=True)}
 
 
@@ -107,12 +112,10 @@ def in_mode(mode: str, amount: float, clean: torch.Tensor, mapped: torch.Tensor)
         mode: The name of the write.
         amount: Its number.
         clean: (n, d_model) what stood there.
-        mapped: (n, d_model) f(h), scaled; for `noise` numbers of mean 0 and variance 1.
+        mapped: (n, d_model) f(h), matched and scaled; for `noise` numbers of mean 0 and variance 1.
     """
-    if mode == "add":
+    if mode in ("add", "add_matched"):
         return clean + mapped
-    if mode == "add_matched":
-        return clean + mapped * (clean.norm(dim=-1, keepdim=True) / mapped.norm(dim=-1, keepdim=True))
     if mode == "blend":
         return amount * mapped + (1 - amount) * clean
     if mode == "zero":
@@ -122,9 +125,18 @@ def in_mode(mode: str, amount: float, clean: torch.Tensor, mapped: torch.Tensor)
     return mapped
 
 
-def in_random(states: torch.Tensor, seed: int, *, matched: bool = True) -> torch.Tensor:
-    """States of random direction, each with the norm of the one it stands for; or standard normal numbers."""
-    noise = torch.randn(states.shape, generator=torch.Generator().manual_seed(seed)).to(states)
+def in_random(states: torch.Tensor, seed: int, *, matched: bool = True, alike: bool = False) -> torch.Tensor:
+    """States of random direction, each with the norm of the one it stands for; or standard normal numbers.
+
+    Args:
+        states: (n, d_model) what they stand for.
+        seed: What they start from.
+        matched: Whether they have the norms of the states.
+        alike: Whether all have one direction, as one state has that is written at several positions.
+    """
+    count = 1 if alike else len(states)
+    noise = torch.randn(count, states.shape[1], generator=torch.Generator().manual_seed(seed)).to(states)
+    noise = noise.expand_as(states)
     if not matched:
         return noise
     return noise * (states.norm(dim=-1, keepdim=True) / noise.norm(dim=-1, keepdim=True))
@@ -152,7 +164,9 @@ def in_embedded(value: torch.Tensor, embedded: list[Any], states: dict[int, torc
         if one["noise"]:
             places = one["positions"]
             noise = in_random(value[row, places], one["seed"], matched=False)
-            value[row, places] = value[row, places] + one["noise"] * value[row, start:].std() * noise
+            # Where T is read again, what was decoded stands behind it.
+            own = value[row, start : one["end"]]
+            value[row, places] = value[row, places] + one["noise"] * own.std() * noise
 
 
 def in_cut(block: Any, cuts: list[Any], one: Work, layer: int) -> None:

@@ -36,7 +36,7 @@ class Metric:
         compute: From the readout's columns, the data row and the parameters, to the number.
         parameters: The parameters it needs, each the name of a data column.
         reference: Whether it needs the readout's reference.
-        source: Whether that must be the source model's own prediction.
+        option: A field of the readout that has to be true.
         higher_is_better: Which way is better.
     """
 
@@ -46,7 +46,7 @@ class Metric:
     compute: Callable[..., float | None]
     parameters: tuple[str, ...] = ()
     reference: bool = False
-    source: bool = False
+    option: str | None = None
     higher_is_better: bool = True
 
 
@@ -93,7 +93,6 @@ METRICS: dict[str, Metric] = {
             readout=NextToken,
             compute=lambda columns, _row: columns.get("kl_nats"),
             reference=True,
-            source=True,
             higher_is_better=False,
         ),
         Metric(
@@ -102,7 +101,6 @@ METRICS: dict[str, Metric] = {
             readout=NextToken,
             compute=top_k_overlap,
             reference=True,
-            source=True,
         ),
         Metric(
             name="rank",
@@ -133,6 +131,7 @@ METRICS: dict[str, Metric] = {
             title="Relevancy: mean |p_patched - p_unpatched| of the text's tokens",
             readout=Generate,
             compute=relevancy,
+            option="relevancy",
         ),
         Metric(
             name="choice_accuracy",
@@ -153,12 +152,14 @@ METRICS: dict[str, Metric] = {
             title="Cosine with the state it replaced",
             readout=Hidden,
             compute=cosine,
+            option="clean",
         ),
         Metric(
             name="fraction_of_variance",
             title="Fraction of the replaced state's variance",
             readout=Hidden,
             compute=fraction_of_variance,
+            option="clean",
         ),
     )
 }
@@ -202,8 +203,8 @@ def check_metrics(uses: Sequence[MetricUse], readout: Readout) -> list[str]:
             found.append(f"{use.name} reads {metric.readout.name}, and the readout is {readout.name}")
         elif metric.reference and isinstance(readout, NextToken) and readout.reference is None:
             found.append(f"{use.name} needs readout.next_token.reference, for example reference: source")
-        elif metric.source and isinstance(readout, NextToken) and readout.reference != "source":
-            found.append(f"{use.name} compares with the source's own prediction; write reference: source")
+        elif metric.option is not None and not getattr(readout, metric.option):
+            found.append(f"{use.name} needs readout.{readout.name}.{metric.option}: true")
     return found
 
 

@@ -64,7 +64,7 @@ def find_architecture(module: Any, *, n_layers: int, name: str) -> Architecture:
         unembed=paths[id(unembed)],
         arguments=tuple(inspect.signature(module.forward).parameters),
         block_arguments=block_arguments,
-        windows=windows or (None,) * n_layers,
+        windows=windows or (),
         packs=windows is not None and _packs(module, block_arguments) and given is not None,
         gives_tuples=given is tuple,
         attends=attends,

@@ -33,21 +33,44 @@ def compares(scope: Patchscope, readout: NextToken, source: Model, target: Model
 def check_write(scope: Patchscope, info: ModelInfo) -> None:
     """What the target's modes ask of the model, and of each other."""
     target, architecture = scope.target, info.architecture
-    if target.cut is not None and "attention_mask" not in architecture.block_arguments:
-        raise InputError(
-            f"target.write: cut needs blocks that take an attention mask; those of {info.name} "
-            f"({info.family}) do not.",
-            hint="Use write: zero at site: attention, or another model.",
-        )
+    if target.cut is not None:
+        _check_cut(target, info)
     if target.every_step and not architecture.caches:
         raise InputError(
             f"target.every_step writes while decoding from keys and values, and {info.family} keeps none.",
             hint="Leave every_step out.",
         )
+    if target.every_step and target.cut is not None:
+        raise InputError(
+            "target.every_step writes at every token that is decoded, and target.write: cut writes nothing.",
+            hint="Leave every_step out.",
+        )
+    if target.scale != (1.0,) and not target.needs_state:
+        raise InputError(
+            f"target.scale multiplies f(h), and target.write: {target.mode} writes none.",
+            hint="Leave scale out; noise and blend have a number of their own.",
+        )
     if target.states == "own" and target.layer != "same":
         raise InputError(
             "target.states: own writes the state of l + k in block l* + k, and needs l* = l.",
             hint="Use target.layer: same, or states: one.",
+        )
+
+
+def _check_cut(target: Target, info: ModelInfo) -> None:
+    architecture = info.architecture
+    masked = architecture.attention is not None and "attention_mask" in architecture.block_arguments
+    if not (masked and architecture.windows):
+        raise InputError(
+            f"target.write: cut needs blocks with an attention that takes a mask we can make; those of "
+            f"{info.name} ({info.family}) are not such.",
+            hint="Use write: zero, or another model.",
+        )
+    if embeds(target.layer) or target.site != "residual":
+        given = f"target.site: {target.site}" if target.site != "residual" else "target.layer: embed"
+        raise InputError(
+            f"target.write: cut is made in the attention of the blocks l*, and {given} is another place.",
+            hint="Leave it out.",
         )
 
 

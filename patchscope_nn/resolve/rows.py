@@ -163,7 +163,10 @@ class Resolver:
             return number, positions, ()
         other = self.sources.number(render(source.minus, row, field="source.minus"))
         taken = resolve_positions(asked, self.sources.encoded[other], field="source.minus")
-        if source.mean is None and list(map(len, taken)) != list(map(len, positions)):
+        averaged = source.mean == "positions"
+        if len(taken) != len(positions) or (
+            not averaged and list(map(len, taken)) != list(map(len, positions))
+        ):
             raise InputError(
                 f"source.position names {len(positions)} positions of source.prompt and {len(taken)} of "
                 "source.minus, or spans of other lengths.",
@@ -175,8 +178,11 @@ class Resolver:
         index = vector.index
         if isinstance(index, str):
             said = str(render(index, row, field="source.vector.index"))
-            if not said.lstrip("-").isdecimal():
-                raise InputError(f"source.vector.index: {said!r} is no whole number.")
+            if not said.removeprefix("-").isdecimal():
+                raise InputError(
+                    f"source.vector.index: {said!r} is no whole number.",
+                    hint="Give the number of a row of the file's matrix, or a column that holds one.",
+                )
             index = int(said)
         at = VectorAt(vector.file, vector.key, index)
         return -1 - self.vectors.setdefault(at, len(self.vectors))

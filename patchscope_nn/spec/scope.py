@@ -6,7 +6,7 @@ from pydantic import model_validator
 
 from patchscope_nn.spec.base import Spec
 from patchscope_nn.spec.mapping import AnyMapping
-from patchscope_nn.spec.readout import AnyReadout, NextToken
+from patchscope_nn.spec.readout import AnyReadout, Generate, NextToken
 from patchscope_nn.spec.sides import Source, Target
 
 
@@ -37,4 +37,10 @@ class Patchscope(Spec):
             raise ValueError("a vector has no prompt of its own; give target.prompt")
         if bare and source.mean is not None and source.mean != "positions":
             raise ValueError("the mean of several rows has no prompt of its own; give target.prompt")
+        relevancy = isinstance(self.readout, Generate) and self.readout.relevancy
+        if relevancy and (target.corrupt or target.soft_prompt or target.cut):
+            raise ValueError(
+                "readout.generate.relevancy compares with T as it is, which target.corrupt, "
+                "target.soft_prompt and target.write: cut change; leave out one or the other"
+            )
         return self

@@ -120,7 +120,8 @@ class Target(Spec):
         write: How: `replace`; `add`; `add_matched` (added with the norm of the state it is added to);
             `{blend: alpha}` (alpha f(h), the rest what was there); `zero`; `{noise: sigma}` (noise of sigma
             standard deviations of the state); `{cut: {position: ...}}` (attention from i* to other tokens).
-        scale: What f(h) is multiplied with; several are crossed with the layers.
+        scale: What f(h), matched where the write does that, is multiplied with; several are crossed with
+            the layers.
         window: In how many blocks from l* on the write is made.
         states: With a window, `one` writes the state of l in all its blocks, `own` that of l + k in l* + k.
         every_step: Write at every token that is decoded, too, and not only while T is read.

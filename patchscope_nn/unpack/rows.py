@@ -118,6 +118,7 @@ def _embedded(plan: Plan, cell: Cell, row: int, shift: int, made: Made) -> dict[
     return {
         "row": row,
         "start": shift,
+        "end": shift + len(plan.sweep.target_prompts[cell.target_prompt].ids),
         "soft": made.soft if not entry.text_only else None,
         "noise": corrupt.noise if corrupt and entry.corrupted else 0.0,
         "positions": [shift + at for at in entry.corrupted],

@@ -87,7 +87,10 @@ def _fused_width(plan: Plan, step: Step) -> int:
 
 
 def _paths(info: ModelInfo, site: str) -> dict[str, str]:
-    """Where a site is, as text: the list of blocks, and the part inside one (empty for its output)."""
+    """Where a site is, as text: the list of blocks, and the part inside one (empty for its output).
+
+    The input of a block is the output of the one below, by whose number it goes here.
+    """
     part = "" if site in ("residual", "before") else getattr(info.architecture, site)
     return {"blocks": info.architecture.blocks, "part": part or ""}
 
