@@ -68,7 +68,8 @@ class Comparison:
             second - first over the paired cells mean, low, high, n_rows, n_pairs, p (sign-flip permutation
             over data rows); n_layers, t, p_t, p_bonferroni (the paper's paired t over layers); and
             first_unpaired, second_unpaired, the cells of each that have no partner.
-        layers: `statistics.layer_means` of each run and metric, with columns run and metric.
+        layers: `statistics.layer_means` of each run and metric by source layer, over all its target layers
+            (by target layer where the best was taken over the source layers), with columns run and metric.
         best: For each run what the best was taken over.
     """
 
@@ -134,7 +135,7 @@ def compare(runs: Sequence[Compared]) -> Comparison:
         differences=differences,
         layers=pd.concat(
             [
-                layer_means(table, metric="value").assign(run=name, metric=metric)
+                layer_means(_by_source(table), metric="value").assign(run=name, metric=metric)
                 for metric, of in read.items()
                 for name, table in of.items()
             ],
@@ -297,6 +298,10 @@ def _difference(first: pd.DataFrame, second: pd.DataFrame, *, n_tests: int) -> l
 
 
 _NO_T = PairedT(0, np.nan, np.nan, np.nan)
+
+
+def _by_source(cells: pd.DataFrame) -> pd.DataFrame:
+    return cells.assign(target_layer=np.nan) if cells["source_layer"].notna().any() else cells
 
 
 def _means(metric: str, of: Mapping[str, pd.DataFrame]) -> Iterator[dict[str, Any]]:

@@ -86,9 +86,15 @@ def test_a_lens_and_a_sweep_of_the_diagonal_meet_at_the_source_layer():
 def test_crossed_layers_meet_a_diagonal_where_both_have_been():
     crossed = make_table(n_rows=3, layers=range(4), target_layers=range(4))
     diagonal = make_table(n_rows=3, layers=range(4), seed=1)
-    found = line(compare([one("crossed", crossed), one("diagonal", diagonal)]), "crossed", "diagonal")
+    compared = compare([one("crossed", crossed), one("diagonal", diagonal)])
+    found = line(compared, "crossed", "diagonal")
     assert (found["n_pairs"], found["first_unpaired"], found["second_unpaired"]) == (12, 36, 0)
     on = real(crossed)[real(crossed)["source_layer"] == real(crossed)["target_layer"]]
+    layers = compared.layers.query("run == 'crossed' and control == 'patched'")
+    assert layers["source_layer"].tolist() == [0, 1, 2, 3]
+    assert layers["mean"].tolist() == pytest.approx(
+        real(crossed).groupby("source_layer")[METRIC].mean().tolist()
+    )
     assert found["mean"] == pytest.approx((real(diagonal)[METRIC].to_numpy() - on[METRIC].to_numpy()).mean())
 
 

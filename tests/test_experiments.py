@@ -14,6 +14,7 @@ import patchscope_nn as ps
 from patchscope_nn import cli
 from patchscope_nn.errors import FolderError, InputError, SpecError
 from patchscope_nn.experiments import PreparedMethods, compare_runs, load_runs, prepare
+from patchscope_nn.prepare import prepare as prepare_one
 from patchscope_nn.recipe import Recipe, dump, lint, load_recipe
 from patchscope_nn.statistics import best_over
 
@@ -320,6 +321,23 @@ def test_run_prints_one_comparison(patchscope, here):
     other = json.loads(rehearsed.stdout)
     for one, two in zip(again["comparison"]["means"], other["comparison"]["means"], strict=True):
         assert one["mean"] == pytest.approx(two["mean"], abs=1e-4)
+
+
+def test_run_prints_the_best_of_controls_too(patchscope):
+    words = ("--set", "methods={}", "--set", "target.layer=all", "--limit", "2", "--out", "bests")
+    done = patchscope("run", "lenses.yaml", *words, "--set", "best_over=[target_layer]")
+    assert done.returncode == 0, done.stderr
+    assert "mean over 2 data rows with 95 % intervals, best over target layer, by source layer" in " ".join(
+        done.stdout.split()
+    )
+    whole = patchscope("run", "lenses.yaml", *words, "--set", "best_over=[source_layer, target_layer]")
+    assert [line.split()[0] for line in whole.stdout.splitlines() if line.startswith("all")] == ["all"]
+    assert "98 of 98" not in whole.stderr  # nothing was run again
+
+
+def test_a_recipe_with_methods_is_not_prepared_as_one(here):
+    with pytest.raises(InputError, match="holds several methods, which are several runs"):
+        prepare_one(recipe(here))
 
 
 def test_plan_shows_every_method_and_writes_nothing(patchscope, here):

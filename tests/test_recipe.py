@@ -320,6 +320,9 @@ def test_the_schema_documents_every_field():
 
 
 VALID = [
+    {**GOOD, "best_over": ["target_layer"]},
+    {**GOOD, "readout": "hidden", "probe": {"label": "word", "folds": 5}, "score": "probe_accuracy"},
+    {**GOOD, "methods": {"a": None, "b": {"target": {"layer": -1}}, "c": {"target.layer": 2}}},
     *({**GOOD, "readout": name} for name in ("next_token", "generate", "hidden")),
     *({**GOOD, "readout": {name: None}} for name in ("next_token", "generate", "hidden")),
     {**GOOD, "readout": {"choices": {"continuations": [" a", " b"]}}},
@@ -357,6 +360,12 @@ VALID = [
     {**GOOD, "controls": ["random"]},
 ]
 INVALID = [
+    *({**GOOD, "best_over": item} for item in (["layer"], ["source_layer", "source_layer"], "source_layer")),
+    *(
+        {**GOOD, "readout": "hidden", "probe": item}
+        for item in ({}, {"label": ""}, {"label": "a", "folds": 1})
+    ),
+    *({**GOOD, "methods": item} for item in ({"a": {}}, {"a": {}, "b": 3}, ["a", "b"], None)),
     {},
     [],
     {"name": "a", "title": "b"},

@@ -16,9 +16,7 @@ def compare(
         typer.Argument(metavar="RUN...", help="Run folders; the others are compared with the first."),
     ],
     *,
-    out: Annotated[
-        Path | None, typer.Option("--out", help="Write a page that shows the runs side by side.")
-    ] = None,
+    out: options.PageFile = None,
     best_over: options.BestOver = None,
     json: options.Json = False,
 ) -> None:

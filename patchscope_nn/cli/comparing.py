@@ -78,7 +78,10 @@ def _of_metric(comparison: Comparison, *, metric: str) -> Any:
 def _difference(line: Mapping[str, Any] | None) -> list[str]:
     if line is None:
         return ["", "", "", ""]
-    ps = ["" if pd.isna(line[name]) else p_text(line[name]).removeprefix("p = ") for name in _PS]
+    ps = [
+        "" if pd.isna(line[name]) else p_text(line[name]).removeprefix("p ").removeprefix("= ")
+        for name in _PS
+    ]
     return [_mean(line, sign="+"), *ps, str(line["n_pairs"])]
 
 

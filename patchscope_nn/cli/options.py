@@ -135,9 +135,12 @@ class Best(StrEnum):
     target_layer = "target_layer"
 
 
+PageFile: TypeAlias = Annotated[
+    Path | None, _option("--out", help="Write a page that shows the runs side by side, such as page.html.")
+]
 BestOver: TypeAlias = Annotated[
     list[Best] | None,
-    typer.Option("--best-over", help="Take the best over these layers first, of controls too. Repeatable."),
+    _option("--best-over", help="Take the best over these layers first, of controls too. Repeatable."),
 ]
 
 

@@ -144,7 +144,8 @@ def _score(score: str | None, info: ValidationInfo) -> str | None:
 
 def _methods_schema() -> dict[str, Any]:
     changes = {"anyOf": [{"type": "object"}, {"type": "null"}]}
-    return {"type": "object", "additionalProperties": changes}
+    single = {"minProperties": 1, "maxProperties": 1}
+    return {"type": "object", "additionalProperties": changes, "not": single}
 
 
 def _plain_methods(value: Any) -> Any:

@@ -166,7 +166,7 @@ def _columns(between: pd.DataFrame, name: Hashable) -> list[str]:
     return [
         _number(line["mean"], line["low"], line["high"], sign="+"),
         *(
-            "" if pd.isna(line[name]) else p_text(line[name]).removeprefix("p = ")
+            "" if pd.isna(line[name]) else p_text(line[name]).removeprefix("p ").removeprefix("= ")
             for name in ("p", "p_bonferroni")
         ),
         f"{int(line['n_pairs']):,}",
@@ -184,6 +184,6 @@ def _own(comparison: Comparison) -> Iterator[list[str]]:
                 visible(line["second"]),
                 visible(line["first_control"]),
                 _number(line["mean"], line["low"], line["high"], sign="+"),
-                "" if pd.isna(line["p"]) else p_text(line["p"]).removeprefix("p = "),
+                "" if pd.isna(line["p"]) else p_text(line["p"]).removeprefix("p ").removeprefix("= "),
                 f"{line['n_pairs']:,}",
             ]

@@ -17,6 +17,7 @@ from patchscope_nn.plots import (
     shorten,
     visible,
 )
+from patchscope_nn.statistics import best_over
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -45,7 +46,8 @@ def summary(table: pd.DataFrame, *, manifest: Mapping[str, Any], metrics: Sequen
     if failed:
         sentences.append(f"{_count(failed, 'cell')} failed; the table below says why.")
     if metrics:
-        sentences.append(_headline(table, metric=metrics[0]))
+        best = tuple(as_mapping(manifest.get("recipe")).get("best_over") or ())
+        sentences.append(_headline(table, metric=metrics[0], over=best))
     if not controls:
         sentences.append(
             "No control was run, so a convincing answer does not yet show that the state caused it."
@@ -122,9 +124,10 @@ def _counts(table: pd.DataFrame, *, controls: Sequence[str]) -> str:
     )
 
 
-def _headline(table: pd.DataFrame, *, metric: str) -> str:
+def _headline(table: pd.DataFrame, *, metric: str, over: Sequence[str]) -> str:
     """Where a metric is best, and what its controls give there."""
-    means = layer_means(table, metric=metric).to_dict("records")
+    cells = best_over(table, metric=metric, over=over) if over else table
+    means = layer_means(cells, metric=metric).to_dict("records")
     real = [mean for mean in means if mean["control"] == REAL]
     if not real:
         return f"No patched cell has a value of {metric}."
@@ -132,14 +135,18 @@ def _headline(table: pd.DataFrame, *, metric: str) -> str:
     best = (max if higher else min)(real, key=lambda mean: mean["mean"])
     spread = "" if math.isnan(best["low"]) else f" (95 % interval {best['low']:.3g} to {best['high']:.3g})"
     beside = ", ".join(_beside(best, means=means))
+    named = f"{metric} (each row's best over {' and '.join(over).replace('_', ' ')})" if over else metric
+    where = f"is {'highest' if higher else 'lowest'} at {_place(best)}" if _place(best) else "over all layers"
     return (
-        f"Mean {metric} is {'highest' if higher else 'lowest'} at {_place(best)}: {best['mean']:.3g}{spread}"
+        f"Mean {named} {where}: {best['mean']:.3g}{spread}"
         f"{f'; its controls there: {beside}' if beside else ''}."
     )
 
 
 def _place(mean: Mapping[Any, Any]) -> str:
     source, target = mean["source_layer"], mean["target_layer"]
+    if math.isnan(source):  # the best was taken over the source layers
+        return "" if math.isnan(target) else f"target layer {layer_name(target)}"
     beside = "" if target == source or math.isnan(target) else f" and target layer {layer_name(target)}"
     return f"source layer {layer_name(source)}{beside}"
 
@@ -147,6 +154,9 @@ def _place(mean: Mapping[Any, Any]) -> str:
 def _beside(best: Mapping[Any, Any], *, means: Sequence[Mapping[Any, Any]]) -> Iterator[str]:
     """The means of the controls at the place of the best, or of no layer."""
     for mean in means:
-        there = all(mean[side] == best[side] for side in ("source_layer", "target_layer"))
+        there = all(
+            mean[side] == best[side] or (math.isnan(mean[side]) and math.isnan(best[side]))
+            for side in ("source_layer", "target_layer")
+        )
         if mean["control"] != REAL and (there or math.isnan(mean["source_layer"])):
             yield f"{mean['control']} {mean['mean']:.3g}"
