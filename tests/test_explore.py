@@ -472,6 +472,13 @@ def test_without_its_packages_the_command_says_what_to_install(monkeypatch, caps
     assert "pip install 'patchscope-nn[explore]'" in capsys.readouterr().err
 
 
+def test_the_address_is_printed_for_people_and_for_programs(capsys):
+    cli.explorer._tell("http://127.0.0.1:1/x/", as_json=True)
+    assert json.loads(capsys.readouterr().out) == {"address": "http://127.0.0.1:1/x/"}
+    cli.explorer._tell("http://127.0.0.1:1/x/", as_json=False)
+    assert capsys.readouterr().out == "http://127.0.0.1:1/x/\n"
+
+
 def test_ctrl_c_stops_it_cleanly_while_it_answers(model):
     words = ["explore", "--model", model, "--no-browser"]
     process = subprocess.Popen(

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import sys
-from typing import Annotated
-
-import typer
 
 from patchscope_nn.cli import options, printing
 from patchscope_nn.cli.options import LogLevel
@@ -27,9 +25,8 @@ def explore(
     lens: options.Lenses = None,
     view: options.View = "",
     port: options.Port = 0,
-    no_browser: Annotated[
-        bool, typer.Option("--no-browser", help="Print the address, and open nothing.")
-    ] = False,
+    no_browser: options.NoBrowser = False,
+    json: options.Json = False,
     log_level: options.Level = LogLevel.warning,  # noqa: ARG001 (acted on by its callback)
 ) -> None:
     """Open a local page: a grid of tokens x layers, and what the model says each state is."""
@@ -57,14 +54,19 @@ def explore(
     source = source_model or model or builtin.NAME
     target = target_model or model or source
     with server.listen(port) as bound:
-        with printing.waiting("loading the model", quiet=False):
+        with printing.waiting("loading the model", quiet=json):
             answers.load(source, target)
             answers.warm_up(source, target)
         explorer = server.Explorer(answers, models=(source, target), view=view)
-        server.serve(explorer, bound, opens=not no_browser, told=_tell)
+        server.serve(explorer, bound, opens=not no_browser, told=functools.partial(_tell, as_json=json))
 
 
-def _tell(address: str) -> None:
-    printing.out(address)
+def _tell(address: str, *, as_json: bool) -> None:
+    if as_json:
+        printing.out_json({"address": address})
+    else:
+        printing.out(address)
+        printing.note(
+            "Ctrl-C stops it. The address holds a token: whoever has it can use this page's models."
+        )
     sys.stdout.flush()  # into a pipe too: whoever reads it waits for it
-    printing.note("Ctrl-C stops it. The address holds a token: whoever has it can use this page's models.")

@@ -92,6 +92,9 @@ View: TypeAlias = Annotated[
 Port: TypeAlias = Annotated[
     int, _option("--port", help="The port to serve on; 0 takes a free one.", min=0, max=65535)
 ]
+NoBrowser: TypeAlias = Annotated[
+    bool, _option("--no-browser", help="Print the page's address, and open nothing.")
+]
 MaxRows: TypeAlias = Annotated[
     int | None, _option("--max-rows", help="The most rows of a forward pass.", min=1)
 ]

@@ -191,6 +191,19 @@ def test_a_description_streams_and_can_be_cancelled(opener, slow, explorer):
     page.locator(".panel [role=status]", has_text="cancelled").wait_for()
 
 
+def test_a_state_that_is_pinned_while_it_is_asked_about_is_asked_about_once(opener, slow):
+    page = opener(waits=False)
+    page.locator(".said.patched", has_text="word word").wait_for()
+    page.get_by_role("button", name="Pin", exact=True).click()
+    page.locator("#pins [role=status]", has_text="asking").wait_for()
+    page.wait_for_timeout(200)
+    assert len(slow) == 1
+    page.locator(".panel").get_by_role("button", name="Cancel").click()  # then the pinned one asks itself
+    page.locator("#pins .said.patched", has_text="word").wait_for()
+    assert len(slow) == 2
+    page.keyboard.press("Escape")
+
+
 def test_a_grid_can_be_cancelled(opener, explorer, monkeypatch):
     page = opener()
     answer = explorer.answers.grid

@@ -12,6 +12,8 @@ const ABOUT = {
 /** What has been said, by what was asked: a state that is selected again need not be asked again. */
 const memory = new Map();
 const KEPT = 300;
+/** What is being asked, each with a promise of its end, good or bad. */
+const flights = new Map();
 
 export class Card {
   /**
@@ -77,18 +79,38 @@ export class Card {
     this.cancel();
     this.error.hidden = true;
     const body = this.asked;
-    const known = memory.get(JSON.stringify(body));
-    if (known) {
-      this.finish(known);
+    const key = JSON.stringify(body);
+    if (memory.has(key)) {
+      this.finish(memory.get(key));
       return;
     }
     const abort = (this.abort = new AbortController());
-    const started = performance.now();
     for (const [control] of KINDS) this.say(control, "", true);
     this.where.textContent = "";
     this.progress.value = 0;
     this.status.textContent = "asking…";
     this.busy(true);
+    while (flights.has(key)) {
+      await flights.get(key); // another card asks the same
+      if (this.abort !== abort) return;
+    }
+    if (memory.has(key)) {
+      this.abort = null;
+      this.finish(memory.get(key));
+      return;
+    }
+    let land;
+    flights.set(key, new Promise((resolve) => (land = resolve)));
+    try {
+      await this.fly(body, key, abort);
+    } finally {
+      flights.delete(key);
+      land();
+    }
+  }
+
+  async fly(body, key, abort) {
+    const started = performance.now();
     const rows = [];
     let first = 0;
     try {
@@ -117,7 +139,7 @@ export class Card {
     const took = (performance.now() - started) / 1000;
     const said = { rows, note: first ? `first token after ${(first / 1000).toFixed(1)} s, all after ${took.toFixed(1)} s` : `after ${took.toFixed(1)} s` };
     if (memory.size >= KEPT) memory.delete(memory.keys().next().value);
-    memory.set(JSON.stringify(body), said);
+    memory.set(key, said);
     this.finish(said);
   }
 
