@@ -124,9 +124,7 @@ def in_mode(mode: str, amount: float, clean: torch.Tensor, mapped: torch.Tensor)
     return mapped
 
 
-def in_random(
-    states: torch.Tensor, seed: int, *, matched: bool = True, alike: bool = False
-) -> torch.Tensor:
+def in_random(states: torch.Tensor, seed: int, *, matched: bool = True, alike: bool = False) -> torch.Tensor:
     """States of random direction, each with the norm of the one it stands for; or standard normal numbers.
 
     Args:

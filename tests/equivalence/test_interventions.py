@@ -31,7 +31,7 @@ readouts = pytest.mark.parametrize("readout", READOUTS)
 
 def subject(row):
     """The tokens of the subject, counted out by hand."""
-    return {"Tower": [4], "Diana": [0, 1, 2, 3, 4][: len(ids_of("Diana"))]}[row["a"]]
+    return [4] if row["a"] == "Tower" else [*range(len(ids_of("Diana")))]
 
 
 def corrupted(tiny_model, run_cells, family, rows=ROWS, **fields):
@@ -285,5 +285,5 @@ def test_a_soft_prompt_and_noise_for_a_second_model(context, soft, tiny_model, r
     ]
     clean = hand.state(ids, 2, [len(ids) - 1], changes=writes)
     state = source.state(ids_of("Diana"), 1, [len(ids_of("Diana")) - 1])
-    for (_, given), in zip((*local, *again), strict=True):
+    for ((_, given),) in zip((*local, *again), strict=True):
         hooks.assert_same(given, {"hidden": state.tolist(), "clean": clean.tolist()})

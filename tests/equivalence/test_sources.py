@@ -88,15 +88,18 @@ def check(found, scope, hand, rows, state_of, *, f=lambda state: state, mode="re
 @pytest.mark.parametrize("mean", [False, True], ids=["last", "mean"])
 @pytest.mark.parametrize("minus", [False, True], ids=["plain", "minus"])
 @pytest.mark.parametrize(
-    ("family", "readout"), [("llama", "next_token"), ("gpt2", "generate"), ("gemma3", "hidden"), ("opt", "next_token")]
+    ("family", "readout"),
+    [("llama", "next_token"), ("gpt2", "generate"), ("gemma3", "hidden"), ("opt", "next_token")],
 )
-def test_means_and_differences(family, readout, minus, mean, tiny_model, run_cells):
+def test_means_and_differences(family, readout, minus, mean, *, tiny_model, run_cells):
     source = {"position": {"start": 0}, "mean": "positions"} if mean else {}
     scope = scope_of(readout, source | ({"minus": "{b}"} if minus else {}), target={"write": "add"})
     options = {"rows": ROWS, "controls": ["unpatched"], "context": "session", "rehearsed": family == "llama"}
     found = same_in_every_way(run_cells, Optimisations.none(), scope, tiny_model(family), **options)
     hand = Hand(family)
-    check(found, scope, hand, ROWS, lambda cell, row: made(hand, row, cell, mean=mean, minus=minus), mode="add")
+    check(
+        found, scope, hand, ROWS, lambda cell, row: made(hand, row, cell, mean=mean, minus=minus), mode="add"
+    )
 
 
 def test_states_are_carried_to_the_steps_that_add_them_up(tiny_model, run_cells):
@@ -114,10 +117,10 @@ def test_two_models_and_a_mapping_of_what_is_added_up(context, remote, tiny_mode
     """f is of the sum, wherever it is computed: a mapping that is not linear tells."""
     if (context, remote) == ("nested", "local"):
         pytest.skip("two models behind a backend are always bridged")
+    read, written = Hand("llama"), Hand("gpt2")
     for source in ({"minus": "{b}"}, {"position": {"start": 0}, "mean": "positions"}):
         scope = scope_of("next_token", source, mapping=torch.tanh)
         found = run_cells(scope, tiny_model(), tiny_model("gpt2"), rows=ROWS, context=context, remote=remote)
-        read, written = Hand("llama"), Hand("gpt2")
         wanted = {"mean": "mean" in source, "minus": "minus" in source}
 
         def state(cell, row, wanted=wanted):
@@ -126,10 +129,12 @@ def test_two_models_and_a_mapping_of_what_is_added_up(context, remote, tiny_mode
         check(found, scope, written, ROWS, state, f=torch.tanh)
 
 
-@pytest.mark.parametrize(("family", "readout"), [("llama", "next_token"), ("gpt2", "generate"), ("opt", "hidden")])
+@pytest.mark.parametrize(
+    ("family", "readout"), [("llama", "next_token"), ("gpt2", "generate"), ("opt", "hidden")]
+)
 @pytest.mark.parametrize("mean", ["rows", {"rows": "kind"}], ids=["all", "by kind"])
 @pytest.mark.parametrize("minus", [False, True], ids=["plain", "minus"])
-def test_the_mean_of_rows(minus, mean, family, readout, tiny_model, run_cells):
+def test_the_mean_of_rows(minus, mean, family, readout, *, tiny_model, run_cells):
     source = {"mean": mean} | ({"minus": "{b}"} if minus else {})
     scope = scope_of(readout, source, target={"prompt": "Diana is in x ->"})
     hand, groups = Hand(family), [ROWS] if mean == "rows" else [(ROWS[0], ROWS[2]), (ROWS[1],)]
@@ -170,7 +175,9 @@ def test_rows_that_are_averaged_keep_what_they_share(tiny_model):
 def test_rows_that_are_averaged_are_written_and_read_alike(target, readout, tiny_model):
     model, rows = tiny_model(), [row | {"x": x} for row, x in zip(ROWS, ("x", "The", "x"), strict=True)]
     scope = scope_of("next_token", {"mean": "rows"}, target=target).model_copy(update={"readout": readout})
-    with pytest.raises(DataError, match=r"source\.mean: rows are averaged into one state, .* differs\. Leave"):
+    with pytest.raises(
+        DataError, match=r"source\.mean: rows are averaged into one state, .* differs\. Leave"
+    ):
         expand(scope, rows=rows, source=model, target=model)
 
 
@@ -220,9 +227,17 @@ def test_a_difference_is_compared_with_its_prompt(tiny_model, run_cells):
 
 @pytest.mark.parametrize(
     ("context", "other", "remote"),
-    [("session", None, False), ("session", None, "local"), ("nested", 1, False), ("bridged", 1, False), ("bridged", 1, "local")],
+    [
+        ("session", None, False),
+        ("session", None, "local"),
+        ("nested", 1, False),
+        ("bridged", 1, False),
+        ("bridged", 1, "local"),
+    ],
 )
-@pytest.mark.parametrize(("family", "readout"), [("llama", "next_token"), ("gpt2", "generate"), ("opt", "hidden")])
+@pytest.mark.parametrize(
+    ("family", "readout"), [("llama", "next_token"), ("gpt2", "generate"), ("opt", "hidden")]
+)
 def test_a_vector_from_a_file(readout, family, context, other, remote, *, files, tiny_model, run_cells):
     rows = [{"t": row["t"], "n": n} for row, n in zip(ROWS, (2, -1, "3"), strict=True)]
     target = None if other is None else tiny_model(family, seed=1)
@@ -235,7 +250,14 @@ def test_a_vector_from_a_file(readout, family, context, other, remote, *, files,
         options = {"rows": rows, "context": context, "remote": remote}
         found = run_cells(scope, tiny_model(family), target, **options)
         hand = Hand(family, **({} if other is None else {"seed": 1}))
-        check(found, scope, hand, rows, lambda cell, _row, numbers=numbers: VECTORS[[numbers[cell.row]]], mode="add")
+        check(
+            found,
+            scope,
+            hand,
+            rows,
+            lambda cell, _row, numbers=numbers: VECTORS[[numbers[cell.row]]],
+            mode="add",
+        )
 
 
 def test_the_controls_of_a_vector(files, tiny_model, run_cells):
@@ -271,5 +293,7 @@ def test_a_model_of_another_dtype(source, files, run_cells):
         for cell, read in found:
             state = VECTORS[:1] if source == "vector" else None
             if state is None:
-                state = made(Hand("llama"), ROWS[cell.row], cell, mean=source == "mean", minus=source == "minus")
+                state = made(
+                    Hand("llama"), ROWS[cell.row], cell, mean=source == "mean", minus=source == "minus"
+                )
             assert torch.allclose(torch.tensor(read["hidden"]), state, atol=1, rtol=0.1)

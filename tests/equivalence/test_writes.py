@@ -1,4 +1,4 @@
-"""How a state is written: modes, scales, sites, windows, several places, and at every token, against hooks."""
+"""How a state is written: modes, scales, sites, windows, many places, every token; against plain hooks."""
 
 from __future__ import annotations
 
@@ -77,9 +77,7 @@ def expected(scope, hand, cell, row, *, source=None):
                 state = state.expand(len(cell.target_positions), -1)
                 state = torch.cat([state, state[-1:].expand(len(more), -1)])
             new = functools.partial(_noted, said, formula, state, cell.scale)
-            yield hand.write(
-                written, [*cell.target_positions, *more], new, site=_residual(scope.target.site)
-            )
+            yield hand.write(written, [*cell.target_positions, *more], new, site=_residual(scope.target.site))
 
     if scope.readout.name == "hidden":
         hand.run(ids, *changes(len(ids)))
@@ -179,7 +177,9 @@ def test_a_window(readout, states, site, family, *, tiny_model, run_cells):
 
 @pytest.mark.parametrize("context", ["nested", "bridged"])
 def test_a_window_of_own_states_ends_with_either_model(context, tiny_model, run_cells):
-    scope = scope_of("next_token", source={"layer": "all"}, target={"window": 3, "states": "own", "layer": "same"})
+    scope = scope_of(
+        "next_token", source={"layer": "all"}, target={"window": 3, "states": "own", "layer": "same"}
+    )
     deep = tiny_model("gpt2", n_layers=6)
     found = run_cells(scope, tiny_model(), deep, rows=ROWS, context=context, max_rows=3)
     source, target = Hand("llama"), Hand("gpt2", n_layers=6)
@@ -299,6 +299,31 @@ def test_relevancy_is_the_probability_of_each_token_with_and_without_the_patch(f
             hooks.assert_same(given, said)
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("readout", ["next_token", "generate", "choices"])
+def test_an_ensemble_that_names_the_layer_beside_the_text_alone(readout, family, tiny_model, run_cells):
+    """Each cell is the run of its own T; `text-only` is the plain model on T with the source's text in it."""
+    scope = scope_of(
+        readout,
+        source={"layer": [0, 2]},
+        target={"prompt": None, "prompts": ["{t}", "The {source_layer} is x"], "layer": "same"},
+    )
+    options = {"rows": ROWS, "controls": ["text-only"], "context": "session"}
+    found = same_in_every_way(run_cells, Optimisations.none(), scope, tiny_model(family), **options)
+    texts = [
+        (number, text)
+        for number, row in enumerate(ROWS)
+        for text in (
+            *(row["t"], row["t"], row["t"].replace("x", row["s"])),
+            *("The 0 is x", "The 2 is x", f"The 2 is {row['s']}"),
+        )
+    ]
+    for (cell, given), (number, text) in zip(found, texts, strict=True):
+        assert (cell.row, cell.control is None) == (number, text.endswith("x") or text == ROWS[number]["t"])
+        said = expected(scope, Hand(family), cell, ROWS[number] | {"t": text})
+        hooks.assert_same(given, said)
+
+
 def weightless(model, **parts):
     """A model's description, with other parts of its architecture."""
     architecture = dataclasses.replace(model.info.architecture, **parts)
@@ -374,9 +399,13 @@ def test_what_does_not_go_together(target, parts, message, tiny_model):
     assert str(raised.value) == message
 
 
-@pytest.mark.parametrize("target", [{"corrupt": {"position": 0}}, {"soft_prompt": "f"}, {"write": {"cut": {"position": 0}}}])
+@pytest.mark.parametrize(
+    "target", [{"corrupt": {"position": 0}}, {"soft_prompt": "f"}, {"write": {"cut": {"position": 0}}}]
+)
 def test_relevancy_needs_a_prompt_as_it_is(target):
-    with pytest.raises(SpecError, match=r"relevancy compares with T as it is, .*; leave out one or the other"):
+    with pytest.raises(
+        SpecError, match=r"relevancy compares with T as it is, .*; leave out one or the other"
+    ):
         Patchscope(
             source=Source(prompt="x"),
             target=Target(prompt="y", **target),
