@@ -102,7 +102,7 @@ def test_a_plan_serves_every_cell_once(data, tiny_model):
     for cell, others in planned.copies.items():
         assert asked.deduplication
         for other in others:
-            same = {"number": 0, "row": 0, "reference": None, "control": None}
+            same = {"number": 0, "row": 0, "entry": 0, "reference": None, "control": None}
             assert replace(sweep.cells[cell], **same) == replace(sweep.cells[other], **same)
 
     prompts = [prompt for step in steps for one in step.sources for prompt in one.prompts]

@@ -109,7 +109,7 @@ def expand(
     ]
     if scope.source.mean is not None and scope.source.mean != "positions":
         rows, entries = _averaged(scope, rows, entries)
-    others = _others(entries, seed=seed) if "shuffled" in controls else None
+    others = _others(scope, entries, seed=seed) if "shuffled" in controls else None
     cells = Cells(resolver, entries, others, controls=controls, depth=target.info.n_layers, seed=seed)
     return Sweep(
         scope=scope,
@@ -201,7 +201,7 @@ def _apart_from_source(one: Entry) -> Entry:
     return replace(one, row=0, source_prompt=0, source_positions=(), weight=1.0, terms=())
 
 
-def _others(entries: Sequence[Entry], *, seed: int) -> tuple[int, ...]:
+def _others(scope: Patchscope, entries: Sequence[Entry], *, seed: int) -> tuple[int, ...]:
     """For each entry the first one of another row, with another source, whose state it is shown instead."""
     first: dict[int, int] = {}
     for number, entry in enumerate(entries):
@@ -209,13 +209,15 @@ def _others(entries: Sequence[Entry], *, seed: int) -> tuple[int, ...]:
     order = list(first)
     random.Random(seed).shuffle(order)  # noqa: S311 (a seeded choice, no secret)
     place = {row: index for index, row in enumerate(order)}
+    averaged = scope.source.mean == "positions"
     others = []
     for number, one in enumerate(entries):
         if one.text_only:
             others.append(number)
             continue
         turned = (first[order[(place[one.row] + step) % len(order)]] for step in range(1, len(order)))
-        other = next((other for other in turned if _can_stand_in(entries[other], one)), None)
+        fit = (other for other in turned if _can_stand_in(entries[other], one, averaged=averaged))
+        other = next(fit, None)
         if other is None:
             raise DataError(
                 f"controls: shuffled shows data row {one.row} the state of another row with another source "
@@ -226,7 +228,10 @@ def _others(entries: Sequence[Entry], *, seed: int) -> tuple[int, ...]:
     return tuple(others)
 
 
-def _can_stand_in(other: Entry, one: Entry) -> bool:
-    sizes = [[len(together) for together in entry.source_positions] for entry in (other, one)]
+def _can_stand_in(other: Entry, one: Entry, *, averaged: bool) -> bool:
+    """Whether it reads another source, and gives as many states; of what is averaged there is one."""
+    sizes = [
+        [1 if averaged else len(together) for together in entry.source_positions] for entry in (other, one)
+    ]
     fits = all(size == sizes[0][min(place, len(sizes[0]) - 1)] for place, size in enumerate(sizes[1]))
     return other.source_prompt != one.source_prompt and fits

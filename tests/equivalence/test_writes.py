@@ -1,7 +1,8 @@
-"""How a state is written: modes, scales, sites, windows, several places, and at every token, against hooks."""
+"""How a state is written: modes, scales, sites, windows, many places, every token; against plain hooks."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import hooks
@@ -103,10 +104,10 @@ def check(found, scope, hand, rows=ROWS, **options):
 
 
 @pytest.mark.parametrize("write", WRITES)
-@pytest.mark.parametrize(("family", "readout"), zip(FAMILIES, READOUTS, strict=True))
+@pytest.mark.parametrize(("family", "readout"), [*zip(FAMILIES, READOUTS, strict=True)])
 def test_a_write_is_its_formula(write, family, readout, tiny_model, run_cells):
     scale = [1] if write == "zero" else [1, -0.5]
-    for site in ("residual", "mlp"):
+    for site in ("residual", "mlp") if write in ("add", "zero") else ("residual",):
         scope = scope_of(readout, target={"write": WRITES[write], "scale": scale, "site": site})
         options = {"rows": ROWS, "controls": ["unpatched"], "context": "session"}
         found = same_in_every_way(run_cells, Optimisations.none(), scope, tiny_model(family), **options)
@@ -118,9 +119,7 @@ def test_a_write_is_its_formula(write, family, readout, tiny_model, run_cells):
 @readouts
 def test_a_write_is_its_formula_with_the_keys_of_earlier_blocks(write, readout, tiny_model, run_cells):
     """On segments, where what is looked at has to be there: a pass per readout and write."""
-    scope = scope_of(
-        readout, target={"write": WRITES[write], "layer": "all", "position": {"each": ["x", -1]}}
-    )
+    scope = scope_of(readout, target={"write": WRITES[write], "position": {"each": ["x", -1]}})
     found = same_in_every_way(run_cells, Optimisations.none(), scope, tiny_model(), rows=ROWS)
     check(found, scope, Hand("llama"))
 
@@ -224,7 +223,7 @@ def test_one_state_in_many_places(readout, family, tiny_model, run_cells):
         found = same_in_every_way(
             run_cells, Optimisations.none(), scope, tiny_model(family), rows=rows, context="session"
         )
-        assert {cell.target_positions for cell, _ in found} == {(0, 2, 4)}
+        assert {cell.target_positions for cell, _ in found} == {(0, 3, 6)}
         check(found, scope, Hand(family), rows)
     fused = run_cells(scope_of(readout, target={"position": {"every": "x"}}), tiny_model(family), rows=rows)
     for cell, given in fused:
@@ -300,10 +299,33 @@ def test_relevancy_is_the_probability_of_each_token_with_and_without_the_patch(f
             hooks.assert_same(given, said)
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("readout", ["next_token", "generate", "choices"])
+def test_an_ensemble_that_names_the_layer_beside_the_text_alone(readout, family, tiny_model, run_cells):
+    """Each cell is the run of its own T; `text-only` is the plain model on T with the source's text in it."""
+    scope = scope_of(
+        readout,
+        source={"layer": [0, 2]},
+        target={"prompt": None, "prompts": ["{t}", "The {source_layer} is x"], "layer": "same"},
+    )
+    options = {"rows": ROWS, "controls": ["text-only"], "context": "session"}
+    found = same_in_every_way(run_cells, Optimisations.none(), scope, tiny_model(family), **options)
+    texts = [
+        (number, text)
+        for number, row in enumerate(ROWS)
+        for text in (
+            *(row["t"], row["t"], row["t"].replace("x", row["s"])),
+            *("The 0 is x", "The 2 is x", f"The 2 is {row['s']}"),
+        )
+    ]
+    for (cell, given), (number, text) in zip(found, texts, strict=True):
+        assert (cell.row, cell.control is None) == (number, text.endswith("x") or text == ROWS[number]["t"])
+        said = expected(scope, Hand(family), cell, ROWS[number] | {"t": text})
+        hooks.assert_same(given, said)
+
+
 def weightless(model, **parts):
     """A model's description, with other parts of its architecture."""
-    import dataclasses
-
     architecture = dataclasses.replace(model.info.architecture, **parts)
     info = dataclasses.replace(model.info, architecture=architecture)
     return Model(info=info, tokenizer=model.tokenizer, traced=None)
