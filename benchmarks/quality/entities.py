@@ -1,0 +1,192 @@
+"""Section 4.3: at which layers the model describes an entity when asked with the few-shot description prompt.
+
+Besides ROUGE-L against a short description, a text is judged by key words, chosen before anything was run: it
+resolves its entity if it has one of them. The shuffled control writes another entity's state and is judged by
+the same words, so that what the prompt or the words give away counts there too.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+import patchscope_nn as ps
+from benchmarks.quality.intervals import Interval, interval, intervals
+from benchmarks.quality.models import short
+from benchmarks.quality.write import draw_curves, markdown, write_csv, write_page
+from patchscope_nn.data import DataSpec, load_rows
+from patchscope_nn.models import Model
+
+#: Entities of the builtin data of two tokens or more, and stems of words that tell what each is.
+KEYS = {
+    "Diana, Princess of Wales": "royal princess wales",
+    "Alexander the Great": "macedon greek king conquer emperor general",
+    "Muhammad Ali": "box fighter heavyweight",
+    "Albert Einstein": "physic scientist relativity",
+    "New York City": "city metropol",
+    "Will Smith": "actor rapper film",
+    "Queen Victoria": "queen monarch royal",
+    "Isaac Newton": "physic mathematic scientist",
+    "Charles Darwin": "natural biolog evolution scientist",
+    "Thomas Edison": "invent",
+    "William Shakespeare": "playwright poet dramat writer author",
+    "Pablo Picasso": "painter artist cubis",
+    "Julius Caesar": "roman general dictator emperor",
+    "Nelson Mandela": "africa president apartheid",
+    "Michael Jordan": "basketball",
+    "Taylor Swift": "singer songwriter music",
+    "South Korea": "country asia nation",
+    "Mount Everest": "mountain peak",
+    "Star Wars": "film movie fiction franchise",
+    "The Beatles": "band rock music",
+    "World War II": "war conflict",
+    "blue whale": "whale mammal marine animal",
+    "Harvard University": "university college school",
+    "Manchester United": "football soccer club",
+}
+#: Where the state is written: the layer it was read from, and a fixed early one (code layer 4).
+TARGETS = {"l* = l": "same", "l* = 4": 4}
+TOKENS = 12
+
+
+def run(model: Model, *, layers: str, count: int, work: Path, out: Path, command: str) -> None:
+    """Describe entities from each layer, beside other entities' states, and write the texts and curves."""
+    rows = [row for row in load_rows(DataSpec(builtin="entities")) if row["entity"] in KEYS]
+    rows = sorted(rows, key=lambda row: list(KEYS).index(row["entity"]))[:count]
+    tables = {name: sweep(model, rows, layers, target, work) for name, target in TARGETS.items()}
+    found, curves, sections = [], {}, []
+    for name, table in tables.items():
+        real, shuffled = (_of(table, control) for control in (None, "shuffled"))
+        read = sorted({int(layer) for layer in real["source_layer"]})
+        for metric in ("resolved", "rouge_l"):
+            for label, part in ((name, real), (f"{name}, shuffled", shuffled)):
+                spans = intervals(_grid(part, rows, metric))
+                found += [
+                    {
+                        "model": model.info.name,
+                        "target": name,
+                        "control": "shuffled" if part is shuffled else "",
+                        "metric": metric,
+                        "layer": layer,
+                        "n": len(rows),
+                        **span._asdict(),
+                    }
+                    for layer, span in zip(read, spans, strict=True)
+                ]
+                if metric == "resolved":
+                    curves[label] = (read, spans)
+        sections.append(_section(name, real, shuffled, rows, read))
+    write_csv(out / "entity-description.csv", found)
+    title = f"Entities resolved, {short(model.info.name)}, {len(rows)} entities"
+    draw_curves(out / "entity-description.svg", curves, title=title, y="share resolved (by key words)")
+    alone = _of(tables["l* = l"], "unpatched")["text"].iloc[0]
+    write_page(
+        out / "entity-description.md",
+        title=f"Entity description (section 4.3): {model.info.name}",
+        command=command,
+        parts=[
+            f"{len(rows)} entities, {model.info.dtype}, {TOKENS} tokens. The prompt alone says {alone!r}.\n",
+            "![Share resolved by layer](entity-description.svg)\n",
+            *sections,
+        ],
+    )
+
+
+def sweep(model: Model, rows: list[dict[str, Any]], layers: str, target: Any, work: Path) -> Any:
+    """The table of the recipe with one target layer; it goes on where an earlier call was stopped."""
+    changes = (
+        f"source.layer={layers}",
+        f"target.layer={target}",
+        f"readout.generate.max_new_tokens={TOKENS}",
+    )
+    found = ps.run(
+        ps.load_recipe("entity-description", sets=changes),
+        model=model,
+        data=rows,
+        controls=["unpatched", "shuffled"],
+        out=work / f"entities-{target}-{short(model.info.name)}",
+    )
+    return found.table()
+
+
+def resolves(text: str, entity: str) -> bool:
+    """Whether a text has a word that begins with one of the entity's key words."""
+    return re.search(rf"\b(?:{'|'.join(KEYS[entity].split())})", text.lower()) is not None
+
+
+def _of(table: Any, control: str | None) -> Any:
+    return table[table["control"].isna() if control is None else table["control"] == control]
+
+
+def _grid(table: Any, rows: Sequence[dict[str, Any]], metric: str) -> NDArray[np.float64]:
+    """(n_rows, n_layers) of one metric."""
+    if metric == "resolved":
+        said = zip(table["text"], table["row"], strict=True)
+        table = table.assign(resolved=[float(resolves(text, rows[row]["entity"])) for text, row in said])
+    grid = table.pivot_table(index="row", columns="source_layer", values=metric)
+    return np.asarray(grid.to_numpy(dtype=np.float64))
+
+
+def _section(
+    name: str, real: Any, shuffled: Any, rows: Sequence[dict[str, Any]], layers: Sequence[int]
+) -> str:
+    """One target layer: the best layer and any layer, for the state and its control, and every text."""
+    own, other = (_grid(part, rows, "resolved") for part in (real, shuffled))
+    rouge, other_rouge = (intervals(_grid(part, rows, "rouge_l")) for part in (real, shuffled))
+    early = [place for place, layer in enumerate(layers) if layer <= layers[-1] * 2 // 3]
+    scores = markdown(
+        ["layer", "resolved", "resolved, shuffled", "ROUGE-L", "ROUGE-L, shuffled"],
+        [
+            [layer, *parts]
+            for layer, *parts in zip(
+                layers, intervals(own), intervals(other), rouge, other_rouge, strict=True
+            )
+        ],
+    )
+    return "\n".join(
+        [
+            f"## {name}\n",
+            f"- At any layer: {_any(own)} resolved; shuffled {_any(other)}.",
+            (
+                f"- Mean over layers up to {layers[early[-1]]}: {interval(own[:, early].mean(axis=1))}; "
+                f"shuffled {interval(other[:, early].mean(axis=1))}.\n"
+            ),
+            scores,
+            "### What is said\n",
+            "Cut at the first full stop or line end; **bold** where a key word is in the whole text.\n",
+            _texts(real, rows, layers),
+            "### What is said with another entity's state\n",
+            _texts(shuffled, rows, layers),
+        ]
+    )
+
+
+def _any(grid: NDArray[np.float64]) -> Interval:
+    return interval(grid.max(axis=1))
+
+
+def _texts(table: Any, rows: Sequence[dict[str, Any]], layers: Sequence[int]) -> str:
+    said = {
+        (row, int(layer)): text
+        for row, layer, text in zip(table["row"], table["source_layer"], table["text"], strict=True)
+    }
+    return markdown(
+        ["layer", *(row["entity"] for row in rows)],
+        [
+            [
+                layer,
+                *(_shown(said[number, layer], row["entity"]) for number, row in enumerate(rows)),
+            ]
+            for layer in layers
+        ],
+    )
+
+
+def _shown(text: str, entity: str) -> str:
+    cut = re.split(r"[.\n]", text.strip().removeprefix(":").strip())[0].strip() or "(nothing)"
+    return f"**{cut}**" if resolves(text, entity) else cut

@@ -1,0 +1,77 @@
+"""Tables and figures: CSV, markdown and SVG, small enough to be committed."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.quality.intervals import Interval
+
+#: Okabe and Ito's colours, which the colour-blind can tell apart.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#000000")
+
+
+def write_csv(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Rows of the same columns, numbers with four digits."""
+    with file.open("w", encoding="utf-8", newline="") as stream:
+        writer = csv.DictWriter(stream, fieldnames=list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(
+            {name: f"{one:.4f}" if isinstance(one, float) else one for name, one in row.items()}
+            for row in rows
+        )
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A markdown table; bars in texts are escaped."""
+    lines = [header, ["---"] * len(header), *rows]
+    cells = [[str(one).replace("|", "\\|").replace("\n", " ") for one in line] for line in lines]
+    return "".join(f"| {' | '.join(line)} |\n" for line in cells)
+
+
+def write_page(file: Path, *, title: str, command: str, parts: Sequence[str]) -> None:
+    """A markdown page that says first which command wrote it."""
+    file.write_text(
+        f"# {title}\n\nWritten by `{command}`.\n\n" + "\n".join(parts).rstrip() + "\n", encoding="utf-8"
+    )
+
+
+def draw_curves(
+    file: Path, curves: Mapping[str, tuple[Sequence[int], Sequence[Interval]]], *, title: str, y: str
+) -> None:
+    """Means by layer with their intervals as bands; what the names call a control is drawn thin and broken.
+
+    Args:
+        file: The SVG file.
+        curves: For each name its layers and intervals, in the order of the legend.
+        title: The title.
+        y: What the y axis shows.
+    """
+    import matplotlib as mpl
+
+    mpl.use("svg")
+    from matplotlib import pyplot as plt
+
+    with mpl.rc_context({"svg.hashsalt": "patchscope", "svg.fonttype": "none", "font.size": 9}):
+        figure, axes = plt.subplots(figsize=(7, 4))
+        for (name, (layers, values)), colour in zip(curves.items(), COLOURS, strict=False):
+            control = "," in name
+            axes.plot(
+                layers,
+                [one.mean for one in values],
+                label=name,
+                color=colour,
+                linewidth=1 if control else 2,
+                linestyle="--" if control else "-",
+            )
+            lows, highs = [one.low for one in values], [one.high for one in values]
+            axes.fill_between(layers, lows, highs, color=colour, alpha=0.15, linewidth=0)
+        axes.set(title=title, xlabel="source layer (0-based block output)", ylabel=y)
+        axes.set_ylim(0, 1.02 if max(one.high for _, part in curves.values() for one in part) > 0.6 else None)  # noqa: PLR2004
+        axes.grid(visible=True, alpha=0.3)
+        axes.legend(frameon=False, fontsize=8)
+        figure.tight_layout()
+        figure.savefig(file, metadata={"Date": None})
+        plt.close(figure)
