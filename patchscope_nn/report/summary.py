@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from patchscope_nn.metrics import METRICS
 from patchscope_nn.plots import (
     REAL,
+    by_scale,
     is_null,
     layer_means,
     layer_name,
@@ -16,6 +17,7 @@ from patchscope_nn.plots import (
     reads_sink,
     shorten,
     visible,
+    with_probe_controls,
 )
 from patchscope_nn.statistics import best_over
 
@@ -47,8 +49,8 @@ def summary(table: pd.DataFrame, *, manifest: Mapping[str, Any], metrics: Sequen
         sentences.append(f"{_count(failed, 'cell')} failed; the table below says why.")
     if metrics:
         best = tuple(as_mapping(manifest.get("recipe")).get("best_over") or ())
-        sentences.append(_headline(table, metric=metrics[0], over=best))
-    if not controls:
+        sentences.append(_headline(with_probe_controls(table), metric=metrics[0], over=best))
+    if not controls and "probe_shuffled_accuracy" not in table.columns:
         sentences.append(
             "No control was run, so a convincing answer does not yet show that the state caused it."
         )
@@ -127,18 +129,22 @@ def _counts(table: pd.DataFrame, *, controls: Sequence[str]) -> str:
 def _headline(table: pd.DataFrame, *, metric: str, over: Sequence[str]) -> str:
     """Where a metric is best, and what its controls give there."""
     cells = best_over(table, metric=metric, over=over) if over else table
-    means = layer_means(cells, metric=metric).to_dict("records")
+    means = [
+        mean | {"scale": name}
+        for name, part in by_scale(cells).items()
+        for mean in layer_means(part, metric=metric).to_dict("records")
+    ]
     real = [mean for mean in means if mean["control"] == REAL]
     if not real:
         return f"No patched cell has a value of {metric}."
     higher = metric not in METRICS or METRICS[metric].higher_is_better
     best = (max if higher else min)(real, key=lambda mean: mean["mean"])
     spread = "" if math.isnan(best["low"]) else f" (95 % interval {best['low']:.3g} to {best['high']:.3g})"
-    beside = ", ".join(_beside(best, means=means))
+    beside = ", ".join(_beside(best, means=[mean for mean in means if mean["scale"] == best["scale"]]))
     named = f"{metric} (each row's best over {' and '.join(over).replace('_', ' ')})" if over else metric
     where = f"is {'highest' if higher else 'lowest'} at {_place(best)}" if _place(best) else "over all layers"
     return (
-        f"Mean {named} {where}: {best['mean']:.3g}{spread}"
+        f"Mean {named} {where}: {best['mean']:.3g}{spread}, n = {_count(best['n_rows'], 'data row')}"
         f"{f'; its controls there: {beside}' if beside else ''}."
     )
 
@@ -148,7 +154,8 @@ def _place(mean: Mapping[Any, Any]) -> str:
     if math.isnan(source):  # the best was taken over the source layers
         return "" if math.isnan(target) else f"target layer {layer_name(target)}"
     beside = "" if target == source or math.isnan(target) else f" and target layer {layer_name(target)}"
-    return f"source layer {layer_name(source)}{beside}"
+    scale = f" and {mean['scale']}" if mean["scale"] else ""
+    return f"source layer {layer_name(source)}{beside}{scale}"
 
 
 def _beside(best: Mapping[Any, Any], *, means: Sequence[Mapping[Any, Any]]) -> Iterator[str]:
