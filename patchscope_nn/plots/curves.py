@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 _PANEL_WIDTH = 330
+_LOG = 20  # ranks that span more than this are drawn by their logarithm
 
 
 def layer_curve(table: pd.DataFrame, *, metric: str) -> go.Figure:
@@ -63,6 +64,8 @@ def layer_curve(table: pd.DataFrame, *, metric: str) -> go.Figure:
     figure.update_yaxes(title=metric_title(metric), col=1)
     if whole["mean"].between(0, 1).all() and not metric.endswith("_nats"):
         figure.update_yaxes(range=[-0.02, 1.05])
+    if metric == "rank" and whole["mean"].max() > _LOG * whole["mean"].min():
+        figure.update_yaxes(type="log", dtick=1)
     return figure
 
 
@@ -152,7 +155,7 @@ def _pairs(parts: dict[str, pd.DataFrame], *, metric: str) -> go.Figure:
             ]
             title = ", ".join(filter(None, (panel(control), name)))
             cells = cells.assign(x=cells["source_layer"], y=cells["target_layer"], hover=hover)
-            panels.append(Panel(title, cells))
+            panels.append(Panel(title, cells, control == REAL))
     aside = "".join(f"; {control} (control): {mean:.3g}" for control, mean in across.items())
     figure = heatmaps(panels, title=f"{metric} by source and target layer{aside}", metric=metric)
     whole = pd.concat([one.cells for one in panels]) if panels else pd.DataFrame({"x": [], "y": []})

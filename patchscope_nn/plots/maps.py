@@ -22,14 +22,17 @@ _TOKEN_WIDTH = 14
 
 
 class Panel(NamedTuple):
-    """A heatmap: its title, escaped, and its cells with the columns x, y, mean and hover."""
+    """A heatmap: its title, escaped, its cells (x, y, mean and hover), and whether it is no control."""
 
     title: str
     cells: pd.DataFrame
+    real: bool
 
 
 def heatmaps(panels: Sequence[Panel], *, title: str, metric: str, height: int = 340) -> go.Figure:
     """Panels on one colour scale, two in a line; the axes are the caller's to name.
+
+    The scale spans the patched cells; a control beyond it has the colour of its end.
 
     Args:
         panels: The panels.
@@ -51,7 +54,7 @@ def heatmaps(panels: Sequence[Panel], *, title: str, metric: str, height: int = 
     style(figure, title=title, height=whole)
     figure.update_xaxes(showgrid=False)
     figure.update_yaxes(showgrid=False)
-    shown = np.concatenate([one.cells["mean"].to_numpy() for one in panels] or [np.array([])])
+    shown = np.concatenate([one.cells["mean"].to_numpy() for one in panels if one.real] or [np.array([])])
     colours = colour_axis(shown, title=metric_title(metric), side="right", thickness=12)
     return figure.update_layout(coloraxis=colours)
 
@@ -77,7 +80,7 @@ def mean_text(mean: dict[Any, Any], *what: str) -> str:
 
 def rows_with_positions(table: pd.DataFrame) -> list[Any]:
     """The data rows of which several positions were read on their own, in order."""
-    real = table[table["source_layer"].notna()]
+    real = table[table["source_layer"].notna() & table["control"].isna()]
     spots = pd.Series([tuple(as_list(place)) for place in real["source_position"]], index=real.index)
     counts = spots.groupby(real["row"], sort=False).nunique()
     return [row for row, number in counts.items() if number > 1]
@@ -107,7 +110,7 @@ def token_heatmap(table: pd.DataFrame, *, metric: str, row: Any) -> go.Figure:
             f"{panel(control)}, {escape(names[y])}, layer {layer_name(layer)}<br>{escape(metric)} {mean:.3g}"
             for layer, y, mean in zip(own["layer"], own["y"], own["mean"], strict=True)
         ]
-        panels.append(Panel(panel(control), own.assign(x=own["layer"], hover=hover)))
+        panels.append(Panel(panel(control), own.assign(x=own["layer"], hover=hover), control == REAL))
     flat = cells[cells["layer"].isna()].groupby("control")["mean"].mean()
     aside = "".join(f"; {control} (control): {mean:.3g}" for control, mean in flat.items())
     prompts = table.loc[(table["row"] == row) & table["source_layer"].notna(), "source_prompt"]

@@ -31,6 +31,13 @@ _QUESTIONS = {
     "hidden": "nothing yet: the mapped states themselves were kept",
 }
 
+_CONTROLS = {
+    "unpatched": "the target prompt as it is, into which nothing is written",
+    "random": "a random state of the same norm (of a cut: as many other tokens)",
+    "shuffled": "the state of another data row",
+    "text-only": "the target prompt with the source's text in place of its state",
+}
+
 
 def summary(table: pd.DataFrame, *, manifest: Mapping[str, Any], metrics: Sequence[str]) -> list[str]:
     """The run in plain sentences.
@@ -72,9 +79,13 @@ def facts(table: pd.DataFrame, *, manifest: Mapping[str, Any]) -> list[tuple[str
         "Seed": manifest.get("seed"),
         "Time": f"{elapsed:.3g} s" if isinstance(elapsed, int | float) else None,
         "Made": manifest.get("created"),
-        "Command": manifest.get("command"),
     }
     return [(name, shorten(value, width=300)) for name, value in given.items() if value not in (None, "")]
+
+
+def controls_said(table: pd.DataFrame) -> list[tuple[str, str]]:
+    """The controls of a table, and what each is."""
+    return [(name, _CONTROLS[name]) for name in _CONTROLS if (table["control"] == name).any()]
 
 
 def as_mapping(value: Any) -> Mapping[str, Any]:
@@ -109,11 +120,26 @@ def _opening(table: pd.DataFrame, *, manifest: Mapping[str, Any]) -> str:
     source = _distinct(table, column="source_model") or [named or "a model"]
     target = _distinct(table, column="target_model") or source
     question = next((_QUESTIONS[column] for column in _QUESTIONS if column in table.columns), "what it says")
-    prompts = _distinct(table[table["source_layer"].notna()], column="source_prompt")
+    prompts = _count(
+        len(_distinct(table[table["source_layer"].notna()], column="source_prompt")), "source prompt"
+    )
+    recipe = as_mapping(manifest.get("recipe"))
+    aimed = as_mapping(recipe.get("target"))
+    asked = f"{_list(target)} was asked {question}"
+    if recipe.get("probe"):
+        return f"A linear probe read hidden states of {_list(source)} at {_layers(table)}, from {prompts}."
+    if as_mapping(aimed.get("write")).get("cut"):
+        return (
+            f"In {prompts}, attention from one place to another was cut in blocks around {_layers(table)},"
+            f" and {asked}."
+        )
+    states = {"attention": "Outputs of attention", "mlp": "Outputs of MLPs"}.get(
+        str(as_mapping(recipe.get("source")).get("site")), "Hidden states"
+    )
+    noise = ", some of whose embeddings were made noise" if aimed.get("corrupt") else ""
     return (
-        f"Hidden states of {_list(source)} at {_layers(table)} were taken from"
-        f" {_count(len(prompts), 'source prompt')} and written into a target prompt, on which"
-        f" {_list(target)} was asked {question}."
+        f"{states} of {_list(source)} at {_layers(table)} were taken from {prompts} and written into a"
+        f" target prompt{noise}, on which {asked}."
     )
 
 
