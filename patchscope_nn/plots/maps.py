@@ -30,7 +30,9 @@ class Panel(NamedTuple):
     scaled: pd.Series | None
 
 
-def heatmaps(panels: Sequence[Panel], *, title: str, metric: str, height: int = 340) -> go.Figure:
+def heatmaps(
+    panels: Sequence[Panel], *, title: str, metric: str, height: int = 340, gap: int = 92
+) -> go.Figure:
     """Panels on one colour scale, two in a line; the axes are the caller's to name.
 
     The scale spans the patched cells; a control beyond it has the colour of its end.
@@ -40,15 +42,15 @@ def heatmaps(panels: Sequence[Panel], *, title: str, metric: str, height: int = 
         title: The figure's.
         metric: What the colours say.
         height: Of a panel, pixels.
+        gap: Between the lines of panels, pixels: a title and an axis stand there.
     """
     from plotly.subplots import make_subplots
 
     n_columns = min(len(panels), _COLUMNS) or 1
     n_lines = -(-len(panels) // n_columns) or 1
-    # Between the panels stand a title and an axis, which take the same room however many lines there are.
     whole = 110 + height * n_lines
     figure = make_subplots(
-        n_lines, n_columns, subplot_titles=[one.title for one in panels], vertical_spacing=92 / whole
+        n_lines, n_columns, subplot_titles=[one.title for one in panels], vertical_spacing=gap / whole
     )
     for index, one in enumerate(panels):
         figure.add_trace(_trace(one.cells), row=index // n_columns + 1, col=index % n_columns + 1)
@@ -124,7 +126,7 @@ def token_heatmap(table: pd.DataFrame, *, metric: str, row: Any) -> go.Figure:
         panels.append(Panel(panel(control), means.assign(hover=hover), scaled))
     prompt = shorten(real["source_prompt"].iloc[0], width=_PROMPT_WIDTH, tail=True)
     title = f"{metric} by token and layer, row {row}: {prompt}"
-    figure = heatmaps(panels, title=title, metric=metric, height=130 + 22 * len(names))
+    figure = heatmaps(panels, title=title, metric=metric, height=130 + 22 * len(names), gap=140)
     axis = (layer_axis(table) or "source_layer").replace("_", " ")
     step = -(-len(columns) // _TICKS)
     ticks = [x for x, layer in enumerate(columns) if layer <= NO_LAYER or x % step == 0]
