@@ -14,7 +14,7 @@ import torch
 
 from patchscope_nn.mappings import Pair, ResolvedMapping, apply_mapping
 from patchscope_nn.plan import Plan, State, Step
-from patchscope_nn.unpack import Work, pair_of
+from patchscope_nn.unpack import Work
 
 #: The bytes of a log-probability; they are float32 whatever the model is.
 _LOGPROB = 4
@@ -27,7 +27,7 @@ class Crossing(NamedTuple):
 
     Attributes:
         states: The source's states, or these mapped, and its distributions: tensors by number.
-        mapping: What is left to do to them there, as in a step's `mapping`.
+        mapping: What is left to do to them there, as in a step's `how`.
         renumbered: Where a state is mapped here once for each pair of layers, the number of each.
         left: The numbers of the states that stay here then.
     """
@@ -46,7 +46,8 @@ def source_half(work: Work) -> Work:
         "carried": {},
         "prefix": None,
         "keep": work["fresh"],
-        "mapping": ["identity", None],
+        "sums": [],
+        "how": {**work["how"], "mapping": ["identity", None]},
     }
 
 
@@ -58,7 +59,7 @@ def target_half(work: Work, crossing: Crossing) -> Work:
         "sources": [],
         "targets": [_renumbered(one, crossing.renumbered) for one in work["targets"]],
         "carried": {**known, **crossing.states},
-        "mapping": crossing.mapping,
+        "how": {**work["how"], "mapping": crossing.mapping},
     }
 
 
@@ -67,7 +68,7 @@ def _renumbered(one: Work, numbers: Mapping[Use, int]) -> Work:
     if not numbers:
         return one
     writes = [
-        [layer, [[numbers[number, pair], row, at, pair, *rest] for number, row, at, pair, *rest in entries]]
+        [layer, [{**entry, "state": numbers[entry["state"], tuple(entry["pair"])]} for entry in entries]]
         for layer, entries in one["writes"]
     ]
     return {**one, "writes": writes}
@@ -83,7 +84,7 @@ def in_place_of(work: Work, states: Mapping[int, torch.Tensor]) -> Crossing:
     Returns:
         What crosses.
     """
-    kind, call = work["mapping"]
+    kind, call = work["how"]["mapping"]
     if kind == "pairs":
         return _in_place_of_pairs(work, states)
     numbers = {entry[0] for one in work["sources"] for _, reads in one["reads"] for entry in reads}
@@ -92,23 +93,27 @@ def in_place_of(work: Work, states: Mapping[int, torch.Tensor]) -> Crossing:
     for number, state in hidden.items() if kind == "call" else ():
         with torch.no_grad():
             mapped[number] = apply_mapping(kind, call, state, state.new_zeros(()))
-    shared = bool(work["carried"] or work["keep"])
+    # What is added up, is mapped afterwards.
+    shared = bool(work["carried"] or work["keep"] or work["sums"])
     if maps_here(kind, call, states=size(hidden), mapped=size(mapped), shared=shared):
         return Crossing({**states, **mapped}, ["identity", None])
-    return Crossing(dict(states), work["mapping"])
+    return Crossing(dict(states), work["how"]["mapping"])
 
 
 def _in_place_of_pairs(work: Work, states: Mapping[int, torch.Tensor]) -> Crossing:
     """The same, of a mapping with weights for each pair of layers: a state may be mapped several times."""
-    maps, known = work["mapping"][1], {**work["carried"], **states}
+    maps, known = work["how"]["mapping"][1], {**work["carried"], **states}
     uses: list[Use] = sorted(
         {
-            (number, tuple(pair))
+            (entry["state"], tuple(entry["pair"]))
             for one in work["targets"]
             for _, entries in one["writes"]
-            for number, _, _, pair, *_ in entries
+            for entry in entries
+            if entry["state"] is not None
         }
     )
+    if work["sums"]:  # what is added up, is mapped afterwards
+        return Crossing(dict(states), work["how"]["mapping"])
     renumbered = {use: number for number, use in enumerate(uses, start=max(known, default=-1) + 1)}
     with torch.no_grad():
         mapped = {
@@ -120,7 +125,7 @@ def _in_place_of_pairs(work: Work, states: Mapping[int, torch.Tensor]) -> Crossi
     left = frozenset(number for number, _ in uses) - frozenset(work["keep"])
     stays = size({number: known[number] for number in left})
     if not uses or size(mapped) > stays + weights(maps):
-        return Crossing(dict(states), work["mapping"])
+        return Crossing(dict(states), work["how"]["mapping"])
     sent = {number: state for number, state in states.items() if number not in left}
     return Crossing({**sent, **mapped}, ["identity", None], renumbered, left)
 
@@ -172,10 +177,12 @@ def traffic(planned: Plan, mapping: ResolvedMapping) -> Traffic | None:
     if planned.context != "bridged":
         return None
     source, target = planned.sweep.source, planned.sweep.target
+    asked = planned.sweep.scope.source
+    made = asked.vector is not None or asked.minus is not None or asked.mean is not None
     found = Traffic(mapping=mapping.name, weights=weights(mapping.maps or mapping.call))
     for step in planned.steps():
         if mapping.kind == "pairs":
-            found = _with_pairs(found, planned, step, mapping)
+            found = _with_pairs(found, planned, step, mapping, made=made)
             continue
         fresh = [state for one in step.sources for state in one.states]
         crossing = [*step.carried, *fresh]
@@ -187,7 +194,7 @@ def traffic(planned: Plan, mapping: ResolvedMapping) -> Traffic | None:
             mapping.call,
             states=hidden * source.d_model * number,
             mapped=hidden * target.d_model * number,
-            shared=bool(step.carried or step.kept),
+            shared=bool(step.carried or step.kept) or made,
         )
         width = target.d_model if mapped_here else source.d_model
         found = replace(
@@ -204,21 +211,25 @@ def traffic(planned: Plan, mapping: ResolvedMapping) -> Traffic | None:
     return found
 
 
-def _with_pairs(found: Traffic, planned: Plan, step: Step, mapping: ResolvedMapping) -> Traffic:
+def _with_pairs(
+    found: Traffic, planned: Plan, step: Step, mapping: ResolvedMapping, *, made: bool
+) -> Traffic:
     """What crosses with one more step, of a mapping with weights for each pair of layers."""
     source, target = planned.sweep.source, planned.sweep.target
     crossing = {*step.carried, *(state for one in step.sources for state in one.states)}
     uses = {
         (State(cell.source_prompt, cell.source_positions, pair[0]), pair)
         for cell in step.cells
-        if (pair := pair_of(cell)) and cell.source_prompt is not None and cell.source_positions is not None
+        for pair in planned.sweep.pairs(cell)
+        if cell.source_prompt is not None and cell.source_positions is not None
     }
     left = {state for state, _ in uses} - set(step.kept)
     number, finals = source.bytes_per_number, sum(state.layer is None for state in crossing)
     sent = weights(mapping.within(pair for _, pair in uses))
     stays = _positions(left)
     maps_here = sum(len(state.positions) for state, _ in uses)
-    here = bool(uses) and maps_here * target.d_model * number <= stays * source.d_model * number + sent
+    mapped, raw = maps_here * target.d_model * number, stays * source.d_model * number
+    here = bool(uses) and not made and mapped <= raw + sent
     hidden = _positions(crossing) - (stays if here else 0)
     return replace(
         found,
@@ -227,7 +238,7 @@ def _with_pairs(found: Traffic, planned: Plan, step: Step, mapping: ResolvedMapp
         distributions=found.distributions + finals,
         bytes=found.bytes
         + hidden * source.d_model * number
-        + (maps_here * target.d_model * number if here else sent)
+        + (mapped if here else sent)
         + finals * source.vocab_size * _LOGPROB,
         mapped_here=found.mapped_here + here,
     )

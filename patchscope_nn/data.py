@@ -34,8 +34,8 @@ from patchscope_nn.data_files import Numbered, Rows, number_rows, read_file, rea
 from patchscope_nn.errors import DataError, did_you_mean
 from patchscope_nn.spec import Spec
 
-#: The data that ships with this package: patchscope_nn/builtin_data/NAME.jsonl.
-BUILTIN = ("contexts", "entities")
+#: The data that ships: builtin_data/NAME.jsonl. Its README.md tells where each comes from.
+BUILTIN = ("attributes", "contexts", "entities", "facts", "topics", "two-hop", "words")
 _KINDS = ("builtin", "file", "hub", "rows")
 _HUB_ONLY = ("split", "config", "revision")
 _SHOWN = 60
@@ -64,7 +64,7 @@ class DataSpec(Spec):
     """Where the data rows come from: one of `builtin`, `file`, `hub` and `rows`.
 
     Attributes:
-        builtin: The name of data that ships with this package: `contexts` or `entities`.
+        builtin: The name of data that ships with this package, for example `contexts`.
         file: A .jsonl, .json, .csv, .tsv or .parquet file; a relative path starts from the recipe's folder.
         hub: A dataset of the Hugging Face Hub, `org/name`.
         split: The split of the Hub dataset, for example `test`.

@@ -31,7 +31,7 @@ from patchscope_nn.pace import JOBS
 from patchscope_nn.plan import Context, Optimisations, Plan, plan
 from patchscope_nn.prepare import Prepared, prepare
 from patchscope_nn.recipe import Recipe
-from patchscope_nn.runs import InMemory, Manifest, Run, open_folder
+from patchscope_nn.runs import ENSEMBLE, InMemory, Manifest, Run, open_folder
 from patchscope_nn.spec import Patchscope
 from patchscope_nn.tables import Tabulator, columns_of
 
@@ -142,6 +142,12 @@ def run_prepared(
         manifest = _finished(store.manifest or manifest, session)
         finished = Run(manifest=manifest, rows=store.rows(), path=store.path)
         store.finish(finished)
+        if (
+            store.path is not None
+            and prepared.sweep.scope.target.prompts
+            and "top_ids" in manifest["columns"]
+        ):
+            finished.ensemble().to_csv(store.path / ENSEMBLE, index=False)
         if store.path is not None and importlib.util.find_spec("plotly"):
             finished.report()
     return finished

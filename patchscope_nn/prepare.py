@@ -18,9 +18,10 @@ from patchscope_nn.data import DataSpec, fingerprint, load_rows
 from patchscope_nn.errors import Problem, SpecError
 from patchscope_nn.mappings import ResolvedMapping, resolve_mapping
 from patchscope_nn.metrics import MetricUse, check_columns, check_metrics, parse_metric
-from patchscope_nn.models import Model, load
+from patchscope_nn.models import Model, load, wear
 from patchscope_nn.recipe import Recipe, find, load_recipe
 from patchscope_nn.spec import Control, Patchscope
+from patchscope_nn.vectors import check_vectors
 
 #: False: this process; `local`: the rehearsal; True: the NDIF that nnsight is configured for; or a URL.
 Where: TypeAlias = bool | str | None
@@ -38,6 +39,7 @@ class Prepared:
         mapping: f.
         metrics: What is computed of each cell.
         data_hash: Hex digest of the data rows.
+        vectors: Hex digest of the files that vectors come from; empty where there are none.
     """
 
     recipe: Mapping[str, Any]
@@ -47,12 +49,13 @@ class Prepared:
     mapping: ResolvedMapping
     metrics: tuple[MetricUse, ...]
     data_hash: str
+    vectors: str = ""
 
     @property
     def digest(self) -> str:
         """Hex digest of what decides the results: recipe, data, models, mapping; not how they are run."""
         models = [(one.name, one.revision, one.dtype) for one in (self.sweep.source, self.sweep.target)]
-        said = [self.recipe, self.data_hash, models, self.mapping.name, self.mapping.digest]
+        said = [self.recipe, self.data_hash, models, self.mapping.name, self.mapping.digest, self.vectors]
         return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
     @property
@@ -138,6 +141,7 @@ def prepare(
     return Prepared(
         recipe=asked,
         sweep=sweep,
+        vectors=check_vectors(sweep),
         source=source,
         target=target,
         mapping=resolve_mapping(
@@ -195,9 +199,11 @@ def load_models(
     other = _first(target_model, model, asked and asked.target.model, wanted)
     source_remote = remote if source_remote is None else source_remote
     source = load(wanted, dtype=dtype, device_map=device_map, weights=not on_server(source_remote))
-    if source_remote == remote and (other is wanted or other == wanted):
-        return source, source
-    return source, load(other, dtype=dtype, device_map=device_map, weights=not on_server(remote))
+    target = source
+    if source_remote != remote or not (other is wanted or other == wanted):
+        target = load(other, dtype=dtype, device_map=device_map, weights=not on_server(remote))
+    adapter = asked and asked.target.adapter
+    return source, wear(target, adapter) if adapter else target
 
 
 def on_server(remote: Where) -> bool:

@@ -3,6 +3,7 @@
     manifest.json   what ran: the recipe, its hash, models, versions, seed, timings
     cells.jsonl     one line for each finished cell, while running; kept afterwards
     cells.parquet   the table, at the end
+    ensemble.csv    what several target prompts say together, at the end, where there are several
     report.html     the report, at the end
 
 A folder belongs to one hash: another recipe never continues it. A line that a killed process left half
@@ -20,12 +21,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Self, overload
+from typing import Any, Literal, Self, overload
 
 from patchscope_nn.errors import FolderError, InputError
 from patchscope_nn.tables import frame, light_frame, write_parquet
 
 MANIFEST, LINES, TABLE, REPORT = "manifest.json", "cells.jsonl", "cells.parquet", "report.html"
+ENSEMBLE = "ensemble.csv"
 _LOCK = ".lock"
 Manifest = dict[str, Any]
 
@@ -292,6 +294,20 @@ class Run:
         from patchscope_nn.plots import text_heatmap
 
         return text_heatmap(self.table(), value=value)
+
+    def ensemble(self, how: Literal["intersect", "average"] | None = None) -> Any:
+        """What several target prompts say of each state, put together, as a pandas DataFrame.
+
+        Args:
+            how: `intersect` or `average`; None is the Patchscope's `target.combine`.
+
+        Raises:
+            InputError: The run holds no next tokens.
+        """
+        from patchscope_nn.ensembles import combine
+
+        chosen = how or self.manifest["recipe"]["target"]["combine"]
+        return combine(self.table(), how=chosen)
 
     def summary(self) -> Any:
         """The mean of each metric by layer and control, as a pandas DataFrame."""

@@ -178,7 +178,7 @@ def test_a_cell_is_the_same_however_it_is_asked_for(data, tiny_model):
     cells = list(sweep.cells)
     assert [cell.number for cell in cells] == list(range(len(sweep.cells)))
     assert [sweep.cells[number] for number in range(len(cells))] == cells
-    assert [cell for row in range(len(rows)) for cell in sweep.cells.of_row(row)] == cells
+    assert [cell for entry in range(len(sweep.entries)) for cell in sweep.cells.of_entry(entry)] == cells
     assert (sweep.cells[-1], sweep.cells[1:3]) == (cells[-1], tuple(cells[1:3]))
     read = {(cell.source_prompt, cell.source_positions) for cell in cells if cell.source_layer is not None}
     said = [sweep.cells.sources(row) for row in range(len(rows))]
@@ -231,7 +231,7 @@ def test_equal_cells_of_different_rows_start_from_the_same_number(model):
             {"source": {"position": [0, 1]}},
             PositionError,
             "source.position names 2 tokens and target.position 1; several tokens are patched one to one. "
-            "Name as many tokens on both sides.",
+            "Name as many tokens on both sides, or one source token for all.",
             id="unequal lengths",
         ),
         pytest.param(
@@ -362,7 +362,7 @@ def test_named_references_and_choices_stand_after_the_prompt(model):
     rows = [{"s": "Diana", "t": "x is", "a": " Paris"}]
     sweep = sweep_of(scope_of(readout=NextToken(reference=["{a}", "the"])), model, rows=rows)
     ids = [tiny.TOKENIZER(text, add_special_tokens=False)["input_ids"] for text in (" Paris", "the")]
-    assert sweep.resolved[0].reference_ids == (ids[0][0], ids[1][0])
+    assert sweep.entries[0].reference_ids == (ids[0][0], ids[1][0])
     sweep = sweep_of(scope_of(readout=Choices(["{a}", "the"])), model, rows=rows)
-    assert sweep.resolved[0].choices == (" Paris", "the")
-    assert [list(one) for one in sweep.resolved[0].continuations] == ids
+    assert sweep.entries[0].choices == (" Paris", "the")
+    assert [list(one) for one in sweep.entries[0].continuations] == ids

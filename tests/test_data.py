@@ -5,6 +5,7 @@ import json
 import os
 import sys
 import types
+from collections import Counter
 from pathlib import Path
 
 import pyarrow as pa
@@ -69,17 +70,71 @@ def test_parquet_keeps_types(tmp_path):
     assert len(fingerprint(rows)) == 16
 
 
-@pytest.mark.parametrize(
-    ("name", "columns", "least"),
-    [("contexts", {"context"}, 200), ("entities", {"entity", "description", "kind"}, 60)],
-)
-def test_builtin_data(name, columns, least):
+COLUMNS = {
+    "attributes": (300, ("relation", "prompt", "subject", "object", "sentence")),
+    "contexts": (200, ("context",)),
+    "entities": (60, ("entity", "description", "kind")),
+    "facts": (60, ("prompt", "subject", "answer")),
+    "topics": (40, ("text", "topic", "sentiment")),
+    "two-hop": (60, ("first", "second", "query", "bridge", "answer", "swapped_first")),
+    "words": (80, ("word", "text")),
+}
+
+
+@pytest.mark.parametrize("name", BUILTIN)
+def test_builtin_data(name):
     rows = load_rows(DataSpec(builtin=name))
+    least, columns = COLUMNS[name]
     assert len(rows) >= least
-    assert set(rows[0]) == columns
+    assert tuple(rows[0]) == columns
     assert all(
         isinstance(value, str) and value == value.strip() != "" for row in rows for value in row.values()
     )
+    assert len({tuple(row.values()) for row in rows}) == len(rows)
+
+
+def test_an_attribute_is_asked_for_and_its_subject_mentioned():
+    rows = load_rows(DataSpec(builtin="attributes"))
+    assert len({(row["relation"], row["subject"]) for row in rows}) == len(rows)
+    for row in rows:
+        assert row["prompt"].endswith(" x"), row
+        assert row["sentence"].find(row["subject"]) > 0, row
+        assert row["object"].lower() not in row["sentence"].lower(), row
+    sizes = Counter(row["relation"] for row in rows)
+    assert len(sizes) >= 10
+    assert min(sizes.values()) >= 18
+    for relation in sizes:
+        asked = {row["prompt"] for row in rows if row["relation"] == relation}
+        assert len(asked) == 1, relation
+
+
+def test_a_query_has_two_hops_and_a_swapped_one_has_another_answer():
+    rows = load_rows(DataSpec(builtin="two-hop"))
+    answers = {(row["first"], row["second"]): row["answer"] for row in rows}
+    for row in rows:
+        assert row["query"] == f"{row['second']} {row['first']}"
+        assert row["answer"] not in row["query"], row
+        assert row["bridge"] not in row["query"], row
+        assert answers[row["swapped_first"], row["second"]] != row["answer"], row
+
+
+def test_a_fact_begins_with_its_subject_and_does_not_tell_its_answer():
+    for row in load_rows(DataSpec(builtin="facts")):
+        assert row["prompt"].startswith(row["subject"]), row
+        assert row["answer"].lower() not in row["prompt"].lower().split(), row
+
+
+def test_a_text_ends_in_its_word():
+    for row in load_rows(DataSpec(builtin="words")):
+        assert row["text"].endswith(f" {row['word']}"), row
+        assert row["text"].count(row["word"]) == 1, row
+
+
+def test_topics_have_as_many_sentences_each():
+    rows = load_rows(DataSpec(builtin="topics"))
+    assert set(Counter(row["topic"] for row in rows).values()) == {5}
+    assert {row["sentiment"] for row in rows} == {"positive", "negative", "neutral"}
+    assert not [row for row in rows if row["topic"] in row["text"].lower()]
 
 
 def test_the_builtin_names_are_the_files_that_ship():
@@ -114,7 +169,7 @@ def test_inline_rows_are_copied():
             {"builtin": "contxts"},
             (
                 "DataSpec: builtin: 'contxts' is no builtin data. Did you mean 'contexts'? "
-                "Allowed: contexts, entities."
+                "Allowed: attributes, contexts, entities, facts, topics, two-hop, words."
             ),
         ),
         ({"hub": "org/name"}, "DataSpec: hub needs a split, for example {hub: org/name, split: test}"),

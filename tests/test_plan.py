@@ -264,7 +264,7 @@ def test_prompts_that_begin_alike_run_behind_one_prefix(model):
     steps = list(planned.steps())
     texts = [tiny.TOKENIZER.decode(step.prefix) for step in steps]
     assert texts == list(beginnings)
-    assert [group.rows for group in planned.groups] == [(0, 2, 4, 6), (1, 3, 5, 7)]
+    assert [group.entries for group in planned.groups] == [(0, 2, 4, 6), (1, 3, 5, 7)]
     whole = count(plan(sweep, max_rows=16, optimisations=Optimisations(prefix_sharing=False)))
     assert count(planned).target_tokens < whole.target_tokens
     alone = plan(sweep, max_rows=10**6)
@@ -322,7 +322,7 @@ def test_what_is_predicted_is_what_runs(family, readout, off, tiny_model, monkey
         readout, readout
     )
     if readout.name == "generate":  # a plan cannot know where a row will end
-        monkeypatch.setattr("patchscope_nn.unpack.eos_ids", lambda _model: ())
+        monkeypatch.setattr("patchscope_nn.unpack.asked.eos_ids", lambda _model: ())
     used = Optimisations.none() if off == "all" else replace(Optimisations(), **({off: False} if off else {}))
     rows = [
         {"s": source, "t": f"The city of{target}"} for source in TEXTS[:4] for target in ("x", " is x", "xx")

@@ -285,6 +285,9 @@ def test_dump_leaves_defaults_out_and_resolved_writes_them():
         "layer": "all",
         "site": "residual",
         "model": None,
+        "mean": None,
+        "minus": None,
+        "vector": None,
     }
     assert whole["readout"] == {"next_token": {"top_k": 5, "reference": "source", "position": -1}}
     assert resolved(Recipe(**GOOD, data={"builtin": "contexts"}))["data"] == {"builtin": "contexts"}

@@ -94,9 +94,10 @@ def test_columns_come_in_the_order_of_the_design(tiny_model):
     assert columns == [
         *("row", "control", "source_prompt", "source_position", "source_token", "source_layer"),
         *("target_prompt", "target_position", "target_token", "target_layer"),
-        *("source_model", "target_model", "mapping", "top_tokens", "top_ids", "top_probs", "entropy_nats"),
+        *("source_model", "target_model", "mapping", "scale", "sample"),
+        *("top_tokens", "top_ids", "top_probs", "entropy_nats"),
         *("reference_tokens", "reference_ids", "reference_logprobs", "reference_ranks"),
-        *("surprisal_nats", "nll_nats", "precision_at_1", "error"),
+        *("surprisal_nats", "nll_nats", "kl_nats", "source_top_ids", "precision_at_1", "error"),
     ]
 
 

@@ -183,7 +183,7 @@ def _appended(planned: Plan, step: Step, one: TargetPass) -> int:
         most = readout.max_new_tokens - 1
         return len(cells) * (sum(again + place for place in range(1, most + 1)) if again else most)
     if isinstance(readout, Choices):
-        columns = zip(*(sweep.resolved[cell.row].continuations for cell in cells), strict=True)
+        columns = zip(*(sweep.entries[cell.entry].continuations for cell in cells), strict=True)
         more = (max(map(len, column)) - 1 for column in columns)
         return len(cells) * sum(again + tokens for tokens in more if tokens)
     return 0

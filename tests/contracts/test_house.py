@@ -16,8 +16,19 @@ PACKAGE = Path(ps.__file__).parent
 #: From left to right as data flows; a module imports only what stands to its left.
 ORDER = [
     *("errors", "layers", "prompts", "positions", "spec", "metrics", "data_files", "data", "recipe"),
-    *("builtin", "models", "mappings", "resolve", "cells", "plan", "plan_text", "unpack", "bridge"),
     *(
+        "builtin",
+        "models",
+        "mappings",
+        "resolve",
+        "cells",
+        "vectors",
+        "plan",
+        "plan_text",
+        "unpack",
+    ),
+    *(
+        "bridge",
         "readouts",
         "emit",
         "travel",
@@ -27,6 +38,7 @@ ORDER = [
         "pace",
         "fleet",
         "tables",
+        "ensembles",
         "plots",
         "report",
     ),
