@@ -34,6 +34,7 @@ ORDER = [
         "travel",
         "jobs",
         "backends",
+        "fit",
         "ledger",
         "pace",
         "fleet",

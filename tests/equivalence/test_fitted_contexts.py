@@ -144,7 +144,9 @@ def test_only_the_pairs_of_a_step_travel(tiny_model, monkeypatch):
 
     def looking(self, context, work, **models):
         maps = work["how"]["mapping"][1]
-        written = {tuple(entry["pair"]) for one in work["targets"] for _, some in one["writes"] for entry in some}
+        written = {
+            tuple(entry["pair"]) for one in work["targets"] for _, some in one["writes"] for entry in some
+        }
         assert maps.keys() == written
         assert all(isinstance(one, torch.Tensor) for parts in maps.values() for one in parts.values())
         seen.append(set(maps))
