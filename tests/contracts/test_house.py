@@ -34,6 +34,7 @@ ORDER = [
         "travel",
         "jobs",
         "backends",
+        "fit",
         "ledger",
         "pace",
         "fleet",
@@ -42,7 +43,7 @@ ORDER = [
         "plots",
         "report",
     ),
-    *("runs", "fit", "prepare", "execute", "quick", "doctor", "cli", "__main__"),
+    *("runs", "prepare", "execute", "quick", "doctor", "cli", "__main__"),
 ]
 #: A method of a plan or a run may reach for how it is shown; only when it is called.
 SHOWN_LATER = {("plan", "plan_text"), ("runs", "plots"), ("runs", "report")}
