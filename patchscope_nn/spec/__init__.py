@@ -8,7 +8,8 @@ Nothing here imports torch, so a recipe can be checked in milliseconds.
 """
 
 from patchscope_nn.spec.base import Spec, problems
-from patchscope_nn.spec.mapping import NAMED_MAPPINGS, AnyMapping, dump_mapping
+from patchscope_nn.spec.fitting import FIT_KINDS, Fit, FitKind, fit_schema
+from patchscope_nn.spec.mapping import ALIGNED, NAMED_MAPPINGS, AnyMapping, dump_mapping
 from patchscope_nn.spec.readout import (
     READOUTS,
     AnyReadout,
@@ -25,6 +26,8 @@ from patchscope_nn.spec.sides import Control, Site, Source, Target, Vector
 from patchscope_nn.spec.write import Corrupt, Cut
 
 __all__ = [
+    "ALIGNED",
+    "FIT_KINDS",
     "NAMED_MAPPINGS",
     "READOUTS",
     "AnyMapping",
@@ -33,6 +36,8 @@ __all__ = [
     "Control",
     "Corrupt",
     "Cut",
+    "Fit",
+    "FitKind",
     "Generate",
     "Hidden",
     "NextToken",
@@ -45,6 +50,7 @@ __all__ = [
     "Vector",
     "dump_mapping",
     "dump_readout",
+    "fit_schema",
     "problems",
     "read_position",
 ]

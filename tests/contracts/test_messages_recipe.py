@@ -20,9 +20,9 @@ POSITIONS = (
 PROMPTS = "give a text, a list of chat messages ({role: user, content: ...}), or a list of token ids"
 READOUTS = "next_token, generate, choices, hidden"
 MAPPINGS = (
-    "Allowed: identity, target_norm, affine, function, fitted, tuned_lens, jacobian_lens. "
-    "Write {affine: weights.safetensors}, {fitted: fit.safetensors}, {function: module:name}, or give a "
-    "torch module or function in Python."
+    "Allowed: identity, target_norm, aligned, affine, function, fitted, tuned_lens, jacobian_lens, fit. "
+    "Write {affine: weights.safetensors}, {fitted: fit.safetensors}, {fit: {kind: affine}}, "
+    "{function: module:name}, or give a torch module or function in Python."
 )
 METRICS = (
     "Allowed: precision_at_1, surprisal_nats, nll_nats, kl_nats, top_k_overlap, rank, reciprocal_rank, "
