@@ -529,3 +529,13 @@ def test_a_mean_is_shown_another_of_any_length(model):
     sweep = sweep_of(scope, model, controls=["shuffled"])
     assert [cell.source_prompt for cell in sweep.cells] == [0, 1, 1, 0]
     assert [len(cell.source_positions) for cell in sweep.cells] == [3, 7, 7, 3]
+
+
+def test_a_vector_is_the_same_run_for_every_layer(model):
+    """Unless l* is l."""
+    source = {"prompt": None, "vector": "file", "layer": [0, 1, 2]}
+    for layer, runs in ((3, 1), ("same", 3)):
+        scope = scope_of(source=source, target={"layer": layer})
+        cells = sweep_of(scope, model, rows=ROWS[:1], controls=["random"]).cells
+        assert [cell.source_layer for cell in cells] == [0, 0, 1, 1, 2, 2]
+        assert len({cell.seed for cell in cells}) == 2 * runs

@@ -286,7 +286,9 @@ class Cells(Sequence[Cell]):
         compares = self._resolver.compares
         digest = self._entry_digest(entry).copy()
         compared = positions if compares else None
-        said: tuple[Any, ...] = (control, self._said_of(prompt), read, patch.layer, *patch[2:4], compared)
+        # A vector is the same one for every l.
+        layer = None if prompt is not None and prompt < 0 else patch.layer
+        said: tuple[Any, ...] = (control, self._said_of(prompt), read, layer, *patch[2:4], compared)
         if terms or patch.scale != 1 or patch.sample:
             weighted = [(self._said_of(term), *rest) for term, *rest in terms]
             said = (*said, weighted, *patch[4:])
