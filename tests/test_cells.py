@@ -458,7 +458,7 @@ def test_text_only_of_a_chat_and_of_the_source_itself(model):
     own = Patchscope(source=Source(prompt="The Tower is", position={"each": [0, 1]}, layer=0))
     sweep = sweep_of(own, model, rows=[{}], controls=["text-only"])
     bare = [cell for cell in sweep.cells if cell.control == "text-only"]
-    assert [sweep.target_prompts[cell.target_prompt].text for cell in bare] == ["The", "The Tower"]
+    assert [sweep.target_prompts[cell.target_prompt].text for cell in bare] == ["The Tower is"] * 2
 
 
 @pytest.mark.parametrize(
