@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from patchscope_nn import prompts
     from patchscope_nn.errors import InputError, PatchscopeError, RunError
     from patchscope_nn.execute import run
+    from patchscope_nn.fit import fit_mapping
     from patchscope_nn.mappings import Affine, Fitted, Provenance, Space
     from patchscope_nn.models import Model, load
     from patchscope_nn.plan import Optimisations
@@ -29,6 +30,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "errors": ("InputError", "PatchscopeError", "RunError"),
     "execute": ("run",),
+    "fit": ("fit_mapping",),
     "quick": ("explain",),
     "mappings": ("Affine", "Fitted", "Provenance", "Space"),
     "models": ("Model", "load"),
@@ -62,6 +64,7 @@ __all__ = [
     "Span",
     "Target",
     "explain",
+    "fit_mapping",
     "load",
     "load_recipe",
     "load_run",

@@ -118,7 +118,7 @@ def run(
     log_level: options.Level = LogLevel.warning,  # noqa: ARG001 (acted on by its callback)
 ) -> None:
     """Run a recipe. The same command again resumes it, and computes no finished cell twice."""
-    from patchscope_nn.execute import run_prepared
+    from patchscope_nn.execute import ready, run_prepared
     from patchscope_nn.plan import Optimisations
 
     used = Optimisations(
@@ -148,6 +148,9 @@ def run(
     folder = out or prepared.default_folder
     progress = printing.Progress(str(prepared.recipe["name"]), quiet=json)
     command = shlex.join(["patchscope", *sys.argv[1:]])
+    if prepared.fit is not None and not prepared.fit.done:
+        fitting = printing.Progress(f"fitting {prepared.fit.name}", quiet=json, unit="texts")
+        prepared = ready(prepared, command=command, progress=fitting, notice=printing.caution)
     try:
         finished = run_prepared(
             prepared,
@@ -238,7 +241,9 @@ def plan(
         remote=backend.remote,
     )
     crossing = traffic(made, prepared.mapping)
-    printing.print_plan(made, crossing=crossing, folder=prepared.default_folder, as_json=json)
+    printing.print_plan(
+        made, mapping=prepared.mapping, crossing=crossing, folder=prepared.default_folder, as_json=json
+    )
 
 
 @app.command()
@@ -345,4 +350,7 @@ def _prepare(recipe: str, *, sets: list[str] | None, quiet: bool, **given: Any) 
     with printing.waiting("loading the model", quiet=quiet):
         from patchscope_nn.prepare import prepare
 
-        return prepare(parsed, base=find(recipe).parent, **given)
+        prepared = prepare(parsed, base=find(recipe).parent, **given)
+    for said in prepared.mapping.notices:
+        printing.caution(said)
+    return prepared

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from patchscope_nn.bridge import Traffic
     from patchscope_nn.doctor import Finding
     from patchscope_nn.ledger import Job
+    from patchscope_nn.mappings import Fitted, ResolvedMapping
     from patchscope_nn.plan import Plan
     from patchscope_nn.quick import Look
     from patchscope_nn.recipe import Recipe
@@ -33,6 +34,11 @@ def out(text: str) -> None:
 def note(text: str) -> None:
     """Print something that is no result."""
     sys.stderr.write(f"{text}\n")
+
+
+def caution(text: str) -> None:
+    """Print what a researcher should know of a result."""
+    note(f"note: {text}")
 
 
 def out_json(value: Any) -> None:
@@ -68,16 +74,17 @@ class Progress:
     Args:
         what: What is being done.
         quiet: Print nothing.
+        unit: What is counted.
     """
 
-    def __init__(self, what: str, *, quiet: bool) -> None:
-        self.what, self.quiet = what, quiet
+    def __init__(self, what: str, *, quiet: bool, unit: str = "cells") -> None:
+        self.what, self.quiet, self.unit = what, quiet, unit
         self._bar: Any = None
         self._line = ""
         self._started = self._said = time.monotonic()
 
     def __call__(self, done: int, total: int) -> None:
-        """Show that `done` of `total` cells are done."""
+        """Show that `done` of `total` are done."""
         if self.quiet:
             return
         if sys.stderr.isatty():
@@ -86,7 +93,7 @@ class Progress:
         now = time.monotonic()
         if done == total or now - self._said >= _PLAIN_EVERY_S:
             self._said = now
-            note(f"{self.what}: {done} of {total} cells, {now - self._started:.0f} s")
+            note(f"{self.what}: {done} of {total} {self.unit}, {now - self._started:.0f} s")
 
     def tell(self, line: str) -> None:
         """Say what the jobs on a server do: in the bar, or elsewhere as a line of its own."""
@@ -205,10 +212,14 @@ def _summary(run: Run) -> Any:
     return table
 
 
-def print_plan(plan: Plan, *, crossing: Traffic | None, folder: Path, as_json: bool) -> None:
-    """Print a plan as a tree, or its counts; and what crosses between two models that are apart."""
+def print_plan(
+    plan: Plan, *, mapping: ResolvedMapping, crossing: Traffic | None, folder: Path, as_json: bool
+) -> None:
+    """Print a plan as a tree, or its counts; its fit, and what crosses between two models that are apart."""
     if not as_json:
         out(str(plan))
+        if mapping.about:
+            out(_fit_line(mapping))
         if crossing is not None:
             out(_crossing_line(crossing))
         out(f"folder {folder}")
@@ -221,10 +232,33 @@ def print_plan(plan: Plan, *, crossing: Traffic | None, folder: Path, as_json: b
             "folder": str(folder),
             "cells": plan.n_cells,
             **count(plan)._asdict(),
+            "mapping": {"name": mapping.name, "weights": mapping.digest, "fit": dict(mapping.about) or None},
             "crossing": None if crossing is None else asdict(crossing),
             "stages": [{"with": name, **counts._asdict()} for name, counts in stages(plan)],
         }
     )
+
+
+def _fit_line(mapping: ResolvedMapping) -> str:
+    """Which fit a run uses, and what it does on texts that were held out."""
+    about = mapping.about
+    if "held_out" not in about:
+        texts = about["texts"]
+        return (
+            f"mapping {mapping.name}: {len(mapping.maps)} pairs of layers, to be fitted before the run on "
+            f"{texts['fitted_on']['n_texts']} texts ({texts['held_out']['n_texts']} held out), and kept in "
+            f"{about['file']}"
+        )
+    line = f"mapping {mapping.name}: {about['kind']}, {len(mapping.maps)} pairs of layers"
+    numbers = [found for *_, found in about["held_out"]]
+    measured = []
+    for key, name in (("fraction_of_variance", "of the variance"), ("cosine", "cosine")):
+        values = [found[key] for found in numbers if key in found]
+        if values:
+            measured.append(f"{min(values):.2f} to {max(values):.2f} {name}")
+    if measured:
+        line += f"; on texts held out {', '.join(measured)}"
+    return line + (f"; {about['file']}" if "file" in about else "")
 
 
 def _crossing_line(crossing: Traffic) -> str:
@@ -243,6 +277,37 @@ def _crossing_line(crossing: Traffic) -> str:
     where = f"here{some}" if some else "where M* runs"
     sent = f"; its weights cross too ({weights} a step, counted)" if crossing.weights else ""
     return f"{line}; {crossing.mapping} maps them {where}{sent}"
+
+
+def print_fit(fitted: Fitted, *, file: Path, as_json: bool) -> None:
+    """Print the numbers of a fit, pair by pair, and where it is."""
+    data = fitted.about.data
+    if as_json:
+        out_json({"file": str(file), **fitted.said()})
+        return
+    settings = {tuple(one[:2]): one[2] for one in fitted.about.settings["pairs"]}
+    table = _table("l -> l*", "of variance", "cosine", "of the mean", "n", *_chosen(settings))
+    for pair in fitted.pairs:
+        found, chosen = fitted.about.held_out[pair], settings[pair]
+        source, target = ("embed" if layer < 0 else str(layer) for layer in pair)
+        table.add_row(
+            f"{source} -> {target}",
+            *(f"{found[name]:.3f}" for name in ("fraction_of_variance", "cosine", "cosine_of_mean")),
+            str(found["n"]),
+            *(f"{chosen[name]:g}" for name in _chosen(settings)),
+        )
+    one, other = data["fitted_on"], data["held_out"]
+    _print(table)
+    out(
+        f"\n{fitted.kind}, {fitted.about.source_model.name} -> {fitted.about.target_model.name}; fitted on "
+        f"{one['n_positions']} positions of {one['n_texts']} texts, measured on {other['n_positions']} of "
+        f"{other['n_texts']} that were held out\n{file}"
+    )
+
+
+def _chosen(settings: Mapping[tuple[int, int], Mapping[str, Any]]) -> list[str]:
+    """What was chosen for each pair."""
+    return [name for name in ("lambda", "alpha") if any(name in one for one in settings.values())]
 
 
 def print_recipes(recipes: Sequence[Recipe], *, as_json: bool) -> None:

@@ -28,14 +28,14 @@ def _parse_mapping(value: Any) -> Any:
             if key == "function" and item.count(":") != 1:
                 raise ValueError(f"function: {item!r} should read module:name, for example my_maps:rotate")
             return (key, item)
-    if isinstance(value, tuple) and len(value) == 2 and value[0] in _MAPPING_KEYS:  # noqa: PLR2004 (key, item)
+    if isinstance(value, tuple) and len(value) == 2 and value[0] in _MAPPING_KEYS:  # noqa: PLR2004 (a pair)
         return value
     names = [*NAMED_MAPPINGS, ALIGNED, *_MAPPING_KEYS, "fit"]
     name = next(iter(value), "") if isinstance(value, Mapping) else str(value)
     raise ValueError(
         f"{value!r} is no mapping. {did_you_mean(str(name), names)} Write {{affine: weights.safetensors}}, "
-        "{fitted: fit.safetensors}, {fit: {kind: affine}}, {function: module:name}, or give a torch module or "
-        "function in Python."
+        "{fitted: fit.safetensors}, {fit: {kind: affine}}, {function: module:name}, or give a torch module "
+        "or function in Python."
     )
 
 
