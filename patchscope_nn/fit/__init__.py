@@ -11,8 +11,9 @@ from types import ModuleType
 from typing import Any
 
 from patchscope_nn.errors import MappingError, did_you_mean
+from patchscope_nn.fit.cached import PlannedFit, plan_fit, same_model
 from patchscope_nn.fit.pairs import parse_pairs
-from patchscope_nn.fit.run import fit as fit_closed
+from patchscope_nn.fit.run import fit_mapping
 from patchscope_nn.fit.soft_prompt import FittedPrompt
 from patchscope_nn.fit.trained import TRAINED, fit_trained
 from patchscope_nn.mappings import Fitted
@@ -24,7 +25,7 @@ def fit(kind: str = "affine", **given: Any) -> Fitted | FittedPrompt:
 
     Args:
         kind: `affine`, `orthogonal`, `low_rank` or `scale`, which are closed forms; or one of `TRAINED`.
-        **given: What `fit_closed` takes, or for `TRAINED` what `fit_trained` takes. Both take `out`, the
+        **given: What `fit_mapping` takes, or for `TRAINED` what `fit_trained` takes. Both take `out`, the
             file to save to.
 
     Returns:
@@ -36,7 +37,7 @@ def fit(kind: str = "affine", **given: Any) -> Fitted | FittedPrompt:
     if kind in TRAINED:
         return fit_trained(kind, **given)
     if kind in FIT_KINDS:
-        return fit_closed(kind, **given)  # type: ignore[arg-type]  # it is one of them
+        return fit_mapping(kind, **given)  # type: ignore[arg-type]  # it is one of them
     raise MappingError(f"{kind!r} is no kind of fit.", hint=did_you_mean(kind, (*FIT_KINDS, *TRAINED)))
 
 
@@ -49,4 +50,14 @@ class _Called(ModuleType):
 
 sys.modules[__name__].__class__ = _Called
 
-__all__ = ["TRAINED", "FittedPrompt", "fit", "fit_closed", "fit_trained", "parse_pairs"]
+__all__ = [
+    "TRAINED",
+    "FittedPrompt",
+    "PlannedFit",
+    "fit",
+    "fit_mapping",
+    "fit_trained",
+    "parse_pairs",
+    "plan_fit",
+    "same_model",
+]

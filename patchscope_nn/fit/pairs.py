@@ -71,15 +71,14 @@ def _layers(selector: Any, *, n_layers: int, field: str) -> tuple[int, ...]:
 
 
 def _pair(item: Any, *, n_source: int, n_target: int) -> Pair:
-    if isinstance(item, str):
-        match = _PAIR.match(item.strip())
-        item = match.groups() if match else ()
-    if not isinstance(item, Sequence) or len(item) != 2:  # noqa: PLR2004 (l and l*)
+    match = _PAIR.match(item.strip()) if isinstance(item, str) else None
+    found = match.groups() if match else item
+    if isinstance(found, str) or not isinstance(found, Sequence) or len(found) != 2:  # noqa: PLR2004 (l, l*)
         raise LayerError(
             f"{item!r} is no pair of layers.",
             hint=f"Use {', '.join(_NAMED)}, or pairs like 3:5 or embed:0, separated by commas.",
         )
-    source, target = (_layer(one) for one in item)
+    source, target = (_layer(one) for one in found)
     return (
         resolve_layers(source, n_layers=n_source, field="pairs: l")[0],
         resolve_layers(target, n_layers=n_target, field="pairs: l*")[0],

@@ -11,12 +11,12 @@ from patchscope_nn.data import DataSpec
 from patchscope_nn.errors import DataError
 from patchscope_nn.fit.pairs import parse_pairs
 from patchscope_nn.fit.score import Scores
-from patchscope_nn.fit.solve import Solution, solve
+from patchscope_nn.fit.solve import Solution, itself, solve
 from patchscope_nn.fit.states import Pairing
 from patchscope_nn.fit.sums import Sums, size
 from patchscope_nn.fit.texts import DEFAULT_DATA, Texts, read_texts
 from patchscope_nn.mappings import Fitted, Pair, Provenance, Space
-from patchscope_nn.models import Model
+from patchscope_nn.models import load
 from patchscope_nn.spec import Fit, FitKind
 
 Progress = Callable[[int, int], None]
@@ -27,11 +27,11 @@ _MEMORY = 2 << 30
 _ENOUGH = 2
 
 
-def fit(
+def fit_mapping(
     kind: FitKind = "affine",
     *,
-    source: Model,
-    target: Model | None = None,
+    source_model: Any,
+    target_model: Any = None,
     pairs: str | Sequence[Any] = "same",
     source_layers: Any = "all",
     target_layers: Any = "all",
@@ -56,8 +56,8 @@ def fit(
 
     Args:
         kind: `affine`, `orthogonal`, `low_rank` or `scale`.
-        source: The model to map from, as `load` gives it.
-        target: The model to map to; None is the source.
+        source_model: The model to map from: what `load` takes, or gives.
+        target_model: The model to map to; None is the source.
         pairs: `same`, `last`, `cross`, or pairs like `"3:5,4:6"`, as in `parse_pairs`.
         source_layers: The l of `same`, `last` and `cross`.
         target_layers: The l* of `cross`.
@@ -80,7 +80,11 @@ def fit(
     Raises:
         InputError: Something given is wrong: data, layers, or a kind that does not fit the spaces.
     """
-    target = target or source
+    away = [
+        one not in (False, "local") for one in (remote if source_remote is None else source_remote, remote)
+    ]
+    source = load(source_model, weights=not away[0])
+    target = source if target_model is None else load(target_model, weights=not away[1])
     if isinstance(held_out, int | float):
         options = {**options, "held_out": held_out}
     asked = Fit(kind=kind, data=None if data is None else _spec(data).model_dump(mode="json"), **options)
@@ -129,13 +133,15 @@ def fit_pairs(
 ) -> Fitted:
     """Fit and measure the maps of some pairs.
 
-    Arguments as in `fit`; `pairing` reads the states, and `texts` are dealt out.
+    Arguments as in `fit_mapping`; `pairing` reads the states, and `texts` are dealt out. The map of a layer
+    of one model to itself is identity, and no number is reported of it; at least one pair is another.
     """
     source, target = pairing.source.info, pairing.target.info
+    solutions = {pair: itself() for pair in pairs if pairing.is_one(pair)}
+    pairs = [pair for pair in pairs if pair not in solutions]
     chunks = list(_chunks(pairs, source.d_model, target.d_model))
     each = len(texts.fitted) + len(texts.choosing)
     count = _Count(progress, len(chunks) * each + len(texts.held_out))
-    solutions: dict[Pair, Solution] = {}
     for chunk in chunks:
         about: dict[tuple[str, int], Any] = {}
         sums = [
@@ -143,7 +149,7 @@ def fit_pairs(
             for part, name in ((texts.fitted, "to fit on"), (texts.choosing, "to choose settings by"))
         ]
         solutions |= {pair: solve(options, sums[0], sums[1], pair) for pair in chunk}
-    scores = Scores(solutions)
+    scores = Scores({pair: solutions[pair] for pair in pairs})
     for states in pairing.stream(texts.held_out, pairs):
         if states.source:
             scores.add(states)
@@ -151,9 +157,9 @@ def fit_pairs(
     if not scores.n:
         raise _no_places("held out")
     if notice:
-        for said in _notices(options, solutions, source.d_model):
+        for said in _notices(options, scores.solutions, source.d_model):
             notice(said)
-    n = next(iter(solutions.values())).n
+    n = solutions[pairs[0]].n
     return Fitted(
         kind=options.kind,
         maps={pair: solution.parts for pair, solution in solutions.items()},

@@ -71,6 +71,11 @@ def solve(options: Fit, fitted: Sums, choosing: Sums, pair: Pair) -> Solution:
     return _solution(weight, both, settings, rank=options.rank)
 
 
+def itself() -> Solution:
+    """Identity."""
+    return Solution(parts={"scale": torch.ones(1)}, mean=torch.zeros(()), settings={}, n=0)
+
+
 def _check(options: Fit, one: Centred) -> None:
     d_in, d_out = one.xy.shape
     if options.kind in ("orthogonal", "scale") and d_in != d_out:

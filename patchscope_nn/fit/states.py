@@ -94,6 +94,10 @@ class Pairing:
         ends = [1 + places[-1][side] for side in (0, 1)]
         return _Row(read.ids[: ends[0]], other.ids[: ends[1]], tuple(places))
 
+    def is_one(self, pair: Pair) -> bool:
+        """Whether a pair is a place of one model and itself."""
+        return self.source is self.target and self.sites[0] == self.sites[1] and pair[0] == pair[1]
+
     @property
     def _one_tokenizer(self) -> bool:
         return self.source.tokenizer is self.target.tokenizer

@@ -129,7 +129,10 @@ def _distinct(data: DataSpec, *, column: str | None, limit: int | None, base: Pa
             hint="Name the column of the texts (--column).",
         )
     texts = (row[name] for row in rows)
-    found = {_key(text): text for text in texts if isinstance(text, str) and text.strip()}
+    found: dict[str, str] = {}
+    for text in texts:
+        if isinstance(text, str) and text.strip():
+            found.setdefault(_key(text), text)
     if not found:
         raise DataError(
             f"column {name!r} of {_named(data)} holds no text.", hint="Name another column (--column)."

@@ -228,7 +228,7 @@ class Resolver:
         return resolve_positions(asked, written, field="target.position")
 
     def _bare(self, row: Row, entry: Entry) -> Iterator[Entry]:
-        """For every (i, i*): T with the source's text, up to i, in the place of i*; T as it is where T = S."""
+        """For every (i, i*): T with the source's text, up to i, in place of i*; where T = S, T as it is."""
         read = self.sources.encoded[entry.source_prompt]
         own = self.scope.target.prompt is None and not self.scope.target.prompts
         for positions in entry.source_positions:

@@ -28,7 +28,7 @@ def _parse_mapping(value: Any) -> Any:
             if key == "function" and item.count(":") != 1:
                 raise ValueError(f"function: {item!r} should read module:name, for example my_maps:rotate")
             return (key, item)
-    if isinstance(value, tuple) and len(value) == 2 and value[0] in _MAPPING_KEYS:  # noqa: PLR2004 (key, item)
+    if isinstance(value, tuple) and len(value) == 2 and value[0] in _MAPPING_KEYS:  # noqa: PLR2004 (a pair)
         return value
     names = [*NAMED_MAPPINGS, ALIGNED, *_MAPPING_KEYS, "fit"]
     name = next(iter(value), "") if isinstance(value, Mapping) else str(value)
