@@ -2,8 +2,8 @@
 
     python -m benchmarks.make_directions
 
-They stand for the directions of a sparse autoencoder or for steering vectors in the recipe that explains such:
-one for each topic of the builtin data, read at one layer of the builtin model, as the library itself reads it.
+They stand for the directions of a sparse autoencoder or for steering vectors in the recipe that explains such.
+There is one for each topic of the builtin data, read at one layer of the builtin model by the library itself.
 """
 
 from __future__ import annotations
