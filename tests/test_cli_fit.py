@@ -11,7 +11,7 @@ import tiny
 import torch
 
 from patchscope_nn import cli
-from patchscope_nn.cli.fitting import data_of
+from patchscope_nn.cli.fitting import parse_data
 from patchscope_nn.mappings import Fitted
 
 WORDS = ("The", " Eiffel", " Tower", " is", " in", " the", " city", " of", " Paris", " Diana", "->")
@@ -200,7 +200,7 @@ def test_a_file_for_other_models_is_noted(patchscope, folder):
 
 
 def test_data_as_the_command_line_names_it():
-    assert data_of("builtin:contexts") == {"builtin": "contexts"}
-    assert data_of("hub:org/name:test") == {"hub": "org/name", "split": "test"}
-    assert data_of("hub:org/name") == {"hub": "org/name", "split": "train"}
-    assert data_of("a/b.jsonl") == {"file": "a/b.jsonl"}
+    assert parse_data("builtin:contexts") == {"builtin": "contexts"}
+    assert parse_data("hub:org/name:test") == {"hub": "org/name", "split": "test"}
+    assert parse_data("hub:org/name") == {"hub": "org/name", "split": "train"}
+    assert parse_data("a/b.jsonl") == {"file": "a/b.jsonl"}
