@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from patchscope_nn import prompts
     from patchscope_nn.errors import InputError, PatchscopeError, RunError
-    from patchscope_nn.execute import run
-    from patchscope_nn.mappings import Affine
+    from patchscope_nn.experiments import Experiment, run
+    from patchscope_nn.fit import fit
+    from patchscope_nn.mappings import Affine, Fitted, Provenance, Space
     from patchscope_nn.models import Model, load
     from patchscope_nn.plan import Optimisations
     from patchscope_nn.positions import Each, Span
@@ -28,9 +29,9 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "errors": ("InputError", "PatchscopeError", "RunError"),
-    "execute": ("run",),
+    "experiments": ("Experiment", "run"),
     "quick": ("explain",),
-    "mappings": ("Affine",),
+    "mappings": ("Affine", "Fitted", "Provenance", "Space"),
     "models": ("Model", "load"),
     "plan": ("Optimisations",),
     "positions": ("Each", "Span"),
@@ -44,6 +45,8 @@ __all__ = [
     "Affine",
     "Choices",
     "Each",
+    "Experiment",
+    "Fitted",
     "Generate",
     "Hidden",
     "InputError",
@@ -52,13 +55,16 @@ __all__ = [
     "Optimisations",
     "Patchscope",
     "PatchscopeError",
+    "Provenance",
     "Recipe",
     "Run",
     "RunError",
     "Source",
+    "Space",
     "Span",
     "Target",
     "explain",
+    "fit",
     "load",
     "load_recipe",
     "load_run",
@@ -68,8 +74,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "prompts":
-        return importlib.import_module("patchscope_nn.prompts")
+    if name in ("fit", "prompts"):
+        return importlib.import_module(f"patchscope_nn.{name}")
     if name not in _HOME_OF:
         raise AttributeError(f"module 'patchscope_nn' has no attribute {name!r}")
     return getattr(importlib.import_module(f"patchscope_nn.{_HOME_OF[name]}"), name)

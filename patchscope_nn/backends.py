@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -159,8 +159,24 @@ class PassTooLargeError(RunError):
         )
 
 
+class Listener(Protocol):
+    """Hears of a step while it runs, where it runs in this process. What it raises ends the run."""
+
+    def read(self, count: int) -> None:
+        """So many cells' prompts have been read."""
+
+    def decoded(self, cell: int, ids: Sequence[int]) -> None:
+        """A cell, by its number, has these tokens by now; decoded, and cut at the stop, they are its text."""
+
+
 def execute(
-    plan: Plan, *, source: Model, target: Model, mapping: ResolvedMapping, backend: Backend
+    plan: Plan,
+    *,
+    source: Model,
+    target: Model,
+    mapping: ResolvedMapping,
+    backend: Backend,
+    listener: Listener | None = None,
 ) -> Iterator[Iterator[tuple[Cell, dict[str, Any]]]]:
     """Run a plan step by step.
 
@@ -170,6 +186,7 @@ def execute(
         target: M*.
         mapping: f.
         backend: Where the contexts are opened.
+        listener: Told what is read and decoded as it happens; nothing is heard from another process.
 
     Yields:
         For each step its cells and those they run for, with raw readouts; to be taken before the next step.
@@ -180,11 +197,19 @@ def execute(
     """
     reused = plan.optimisations.memory_reuse and not backend.remote and target.info.device == "cpu"
     with memory_reused() if reused else nullcontext():
-        yield from _execute(plan, source, target, mapping, backend)
+        yield from _execute(
+            plan, source, target, mapping, backend, listener=None if backend.remote else listener
+        )
 
 
 def _execute(
-    plan: Plan, source: Model, target: Model, mapping: ResolvedMapping, backend: Backend
+    plan: Plan,
+    source: Model,
+    target: Model,
+    mapping: ResolvedMapping,
+    backend: Backend,
+    *,
+    listener: Listener | None,
 ) -> Iterator[Iterator[tuple[Cell, dict[str, Any]]]]:
     states: dict[State, torch.Tensor] = {}
     prefix: tuple[tuple[int, ...], Any] = ((), None)
@@ -199,6 +224,10 @@ def _execute(
             prefix=prefix[1] if prefix[0] == step.prefix else None,
             keeps_prefix=not backend.remote,
         )
+        if listener is not None:
+            for one, passed in zip(step.targets, work["targets"], strict=True):
+                cells = [step.cells[place] for place in one.cells]
+                passed["readout"]["heard"] = _heard(plan, cells, passed["readout"], listener)
         with _memory_watched(step):
             results = backend.run(step.context, work, source=source, target=target)
         fresh = [state for one in step.sources for state in one.states]
@@ -209,6 +238,26 @@ def _execute(
         if results["prefix"] is not None:
             prefix = step.prefix, results["prefix"]
         yield _results(plan, step, results)
+
+
+def _heard(
+    plan: Plan, cells: Sequence[Cell], readout: Work, listener: Listener
+) -> Callable[[list[int], list[int]], None]:
+    """What a pass is to call: first with nothing, then at each step with rows and their tokens."""
+    numbers = [(cell.number, *plan.copies.get(cell.number, ())) for cell in cells]
+    ends = set(readout.get("eos", ()))
+    texts: list[list[int]] = [[] for _ in cells]
+
+    def heard(rows: list[int], ids: list[int]) -> None:
+        if not rows:
+            listener.read(sum(map(len, numbers)))
+        for row, token in zip(rows, ids, strict=True):
+            if token not in ends:
+                texts[row].append(token)
+                for number in numbers[row]:
+                    listener.decoded(number, texts[row])
+
+    return heard
 
 
 def _results(plan: Plan, step: Step, results: Results) -> Iterator[tuple[Cell, dict[str, Any]]]:

@@ -13,25 +13,36 @@ import gc
 import importlib.util
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from importlib import metadata
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeGuard
 
-from patchscope_nn.backends import Backend, Bridged, Ndif, PassTooLargeError, backend_for, execute
+from patchscope_nn.backends import (
+    Backend,
+    Bridged,
+    Listener,
+    Ndif,
+    PassTooLargeError,
+    backend_for,
+    execute,
+)
 from patchscope_nn.fleet import Failed, Fleet
 from patchscope_nn.jobs import Patience
 from patchscope_nn.ledger import Ledger
+from patchscope_nn.metrics import references
 from patchscope_nn.models import ModelInfo, usable_memory
 from patchscope_nn.pace import JOBS
 from patchscope_nn.plan import Context, Optimisations, Plan, plan
 from patchscope_nn.prepare import Prepared, prepare
+from patchscope_nn.probes import PROBE_COLUMNS, probe_columns
 from patchscope_nn.recipe import Recipe
-from patchscope_nn.runs import InMemory, Manifest, Run, open_folder
+from patchscope_nn.rows import Widened
+from patchscope_nn.runs import ENSEMBLE, InMemory, Manifest, Run, open_folder
 from patchscope_nn.spec import Patchscope
 from patchscope_nn.tables import Tabulator, columns_of
 
@@ -109,11 +120,14 @@ def run_prepared(
     progress: Progress | None = None,
     notice: Callable[[str], None] | None = None,
     command: str | None = None,
+    listener: Listener | None = None,
 ) -> Run:
     """Run what `prepare` prepared.
 
-    Arguments as in `run`; `patience` with servers, `notice` of what jobs do, and `command` for the manifest.
+    Arguments as in `run`; `patience` with servers, `notice` of what jobs do, `command` for the manifest, and
+    a `listener` that hears what is read and decoded in this process, as it happens.
     """
+    prepared = ready(prepared, command=command, notice=notice)
     backend = backend_for(remote, source_remote)
     todo = functools.partial(
         plan_prepared,
@@ -129,7 +143,7 @@ def run_prepared(
     started = time.monotonic()
     with _uncollected(), InMemory() if out is None else open_folder(Path(out), manifest) as store:
         before = len(store.done)
-        fleet = _Fleeting(Ledger(store.path), jobs, patience or Patience(), notice)
+        fleet = _Fleeting(Ledger(store.path), jobs, patience or Patience(), notice, listener)
         # What is on its way is not planned again; without a server nobody would fetch it.
         live = fleet.ledger.live() if _is_away(backend) else ()
         done = store.done.union(*(job.cells for job in live if job.context != "read"))
@@ -138,13 +152,61 @@ def run_prepared(
             store.append(rows)
             if progress:
                 progress(len(store.done), len(prepared.sweep.cells))
+        found = _with_probe(prepared, store)
         session = _session(backend, cells=len(store.done) - before, elapsed_s=time.monotonic() - started)
-        manifest = _finished(store.manifest or manifest, session)
-        finished = Run(manifest=manifest, rows=store.rows(), path=store.path)
+        # What is made of the cells may have been asked for since an earlier session.
+        now = {name: manifest[name] for name in ("recipe", "references", "columns")}
+        manifest = _finished((store.manifest or manifest) | now, session)
+        finished = Run(manifest=manifest, rows=found, path=store.path)
         store.finish(finished)
+        if (
+            store.path is not None
+            and prepared.sweep.scope.target.prompts
+            and "top_ids" in manifest["columns"]
+        ):
+            finished.ensemble().to_csv(store.path / ENSEMBLE, index=False)
         if store.path is not None and importlib.util.find_spec("plotly"):
             finished.report()
     return finished
+
+
+def _with_probe(prepared: Prepared, store: InMemory) -> Sequence[Mapping[str, Any]]:
+    """The rows of the finished cells, with what the recipe's probe says of them."""
+    rows, asked = store.rows(), prepared.recipe["probe"]
+    if asked is None:
+        return rows
+    said = store.probed(asked)
+    if said is None:
+        said = probe_columns(
+            rows,
+            labels=prepared.labels or (),
+            prompts=prepared.source_prompts,
+            folds=asked["folds"],
+            seed=prepared.recipe["seed"],
+        )
+        store.keep_probed(asked, said)
+    return Widened(rows, said)
+
+
+def ready(
+    prepared: Prepared,
+    *,
+    command: str | None = None,
+    progress: Progress | None = None,
+    notice: Callable[[str], None] | None = None,
+) -> Prepared:
+    """Fit the mapping, where it is still to be fitted.
+
+    Args:
+        prepared: The run.
+        command: The command, for the fit's provenance.
+        progress: Called with (texts done, texts in all).
+        notice: Called with what a researcher should know of the fit.
+    """
+    if prepared.fit is None:
+        return prepared
+    mapping = prepared.fit.ready(command=command, progress=progress, notice=notice)
+    return replace(prepared, mapping=mapping, fit=None)
 
 
 @contextmanager
@@ -165,12 +227,13 @@ def plan_prepared(prepared: Prepared, *, memory: int | None = None, **options: A
 
 
 class _Fleeting(NamedTuple):
-    """How jobs are kept on their way."""
+    """How jobs are kept on their way, and who hears of steps in this process."""
 
     ledger: Ledger
     width: int
     patience: Patience
     notice: Callable[[str], None] | None
+    listener: Listener | None
 
 
 def _steps(
@@ -215,7 +278,12 @@ def _results(
     """The cells with their readouts, a step or a job at a time."""
     if not _is_away(backend):
         return execute(
-            planned, source=prepared.source, target=prepared.target, mapping=prepared.mapping, backend=backend
+            planned,
+            source=prepared.source,
+            target=prepared.target,
+            mapping=prepared.mapping,
+            backend=backend,
+            listener=fleet.listener,
         )
     return Fleet(
         planned,
@@ -240,6 +308,7 @@ def _manifest(prepared: Prepared, whole: Plan, backend: Backend, command: str | 
     sweep = prepared.sweep
     return {
         "recipe": prepared.recipe,
+        "references": references(prepared.metrics, sweep.rows),
         "hash": prepared.digest,
         "data_hash": prepared.data_hash,
         "command": command,
@@ -247,15 +316,25 @@ def _manifest(prepared: Prepared, whole: Plan, backend: Backend, command: str | 
         "state": "running",
         "n_rows": len(sweep.rows),
         "n_cells": len(sweep.cells),
-        "columns": columns_of(sweep.scope.readout, prepared.metrics),
+        "columns": _columns(prepared),
         "models": {"source": _model(sweep.source), "target": _model(sweep.target)},
-        "mapping": {"name": prepared.mapping.name, "weights": prepared.mapping.digest},
+        "mapping": {
+            "name": prepared.mapping.name,
+            "weights": prepared.mapping.digest,
+            **({"fit": prepared.mapping.about} if prepared.mapping.about else {}),
+            **({"notices": list(prepared.mapping.notices)} if prepared.mapping.notices else {}),
+        },
         "seed": prepared.recipe["seed"],
         "backend": backend.name,
         "plan": {"digest": whole.digest},
         "sessions": [],
         "timings": {"elapsed_s": 0.0},
     }
+
+
+def _columns(prepared: Prepared) -> list[str]:
+    *others, error = columns_of(prepared.sweep.scope.readout, prepared.metrics)
+    return [*others, *(PROBE_COLUMNS if prepared.recipe["probe"] else ()), error]
 
 
 def _finished(manifest: Manifest, session: dict[str, Any]) -> Manifest:

@@ -39,7 +39,8 @@ _TRIES = 4
 _GUILTY = 4
 #: A job that does nothing, and tells whether a server still works.
 _NOTHING: dict[str, Any] = {
-    "sources": [], "targets": [], "prefix": None, "carried": {}, "keep": [], "mapping": ["identity", None],
+    "sources": [], "targets": [], "prefix": None, "carried": {}, "sums": [], "keep": [],
+    "how": {"mapping": ["identity", None]},
     "source_paths": {}, "target_paths": {},
 }  # fmt: skip
 
@@ -82,7 +83,8 @@ class Fleet:
         done: The numbers of the cells that are finished; the caller adds to it as rows are given.
         width: How many jobs may be on their way at a time.
         patience: How long to wait for what.
-        notice: Called with a line about what the jobs do, as it changes.
+        notice: Called with a line about what the jobs do, at each look at them. What it raises ends the run,
+            and leaves its jobs where they are.
     """
 
     def __init__(
@@ -140,9 +142,9 @@ class Fleet:
                     landed = True
             if landed or before != [flight.latest for flight in self._flights]:
                 pause, moved = self.patience.poll_s, time.monotonic()
-                self._tell()
             elif time.monotonic() - moved > self.patience.give_up_s:
                 raise jobs.nothing_moves(self.host, self.patience.give_up_s)
+            self._tell()
             if not landed:
                 time.sleep(pause)
                 pause = min(pause * 1.3, 10 * self.patience.poll_s)

@@ -2,23 +2,26 @@
 
 A position is an index into that prompt's own tokens, special tokens included; -1 is the last. A text names
 the last token of its last occurrence, `first:text` the last token of its first. A span or a list patches
-several tokens together; `each` makes one cell of every position it holds.
+several tokens together, `{tokens: text}` all tokens of a text's last occurrence, and `{every: text}` the last
+token of all of them; `each` makes one cell of every position it holds. A data row fills `{column}`
+placeholders in texts.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, WithJsonSchema
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
 from patchscope_nn.errors import PositionError
-from patchscope_nn.prompts import Encoded
+from patchscope_nn.prompts import Encoded, render
 
 _FIRST = "first:"
 _ALLOWED = (
     "an index (-1 is the last), a text of the prompt, 'first:text', {start: a, end: b}, "
-    "a list of indices and texts, or {each: ...}"
+    "a list of indices and texts, {tokens: text}, {every: text}, or {each: ...}"
 )
 
 
@@ -35,6 +38,28 @@ class Span(BaseModel):
     end: int | None = None
 
 
+class Every(BaseModel):
+    """The last tokens of all occurrences of a text, patched together.
+
+    Attributes:
+        every: The text.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    every: Annotated[str, Field(min_length=1)]
+
+
+class Tokens(BaseModel):
+    """All tokens of the last occurrence of a text, patched together.
+
+    Attributes:
+        tokens: The text.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    tokens: Annotated[str, Field(min_length=1)]
+
+
 class Each(BaseModel):
     """Several positions, each a cell of its own.
 
@@ -43,13 +68,14 @@ class Each(BaseModel):
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    each: Literal["all"] | tuple[int | str | Span, ...]
+    each: Literal["all"] | tuple[int | str | Span | Every | Tokens, ...]
 
     def __init__(self, each: Any) -> None:
         super().__init__(each=each if each == "all" else tuple(_parse_one(item) for item in _listed(each)))
 
 
-PositionSelector: TypeAlias = int | str | Span | Each | tuple[int | str, ...]
+_OF_TEXT: dict[str, type[Every | Tokens]] = {"every": Every, "tokens": Tokens}
+PositionSelector: TypeAlias = int | str | Span | Every | Tokens | Each | tuple[int | str, ...]
 
 
 def _listed(value: Any) -> Any:
@@ -79,15 +105,19 @@ def parse_positions(value: Any) -> PositionSelector:
         if not len(value):
             raise ValueError(f"is an empty list; give {_ALLOWED}")
         items = tuple(_parse_one(item) for item in value)
-        if any(isinstance(item, Span) for item in items):
+        if any(isinstance(item, Span | Every | Tokens) for item in items):
             raise ValueError(f"a list holds indices and texts, not spans; give {_ALLOWED}")
         return items  # type: ignore[return-value]  # spans were refused above
     return _parse_one(value)
 
 
-def _parse_one(value: Any) -> int | str | Span:
-    if isinstance(value, Span):
+def _parse_one(value: Any) -> int | str | Span | Every | Tokens:
+    if isinstance(value, Span | Every | Tokens):
         return value
+    if isinstance(value, Mapping) and len(value) == 1:
+        name, text = next(iter(value.items()))
+        if name in _OF_TEXT and isinstance(text, str) and text:
+            return _OF_TEXT[name](**{name: text})
     if isinstance(value, int) and not isinstance(value, bool):
         return value
     if isinstance(value, str) and value.removeprefix(_FIRST):
@@ -124,8 +154,12 @@ def resolve_positions(
 
 
 def _together(
-    selector: int | str | Span | tuple[int | str, ...], prompt: Encoded, *, field: str
+    selector: int | str | Span | Every | Tokens | tuple[int | str, ...], prompt: Encoded, *, field: str
 ) -> tuple[int, ...]:
+    if isinstance(selector, Every):
+        return _every(selector.every, prompt, field=field)
+    if isinstance(selector, Tokens):
+        return _tokens(selector.tokens, prompt, field=field)
     if isinstance(selector, Span):
         end = len(prompt.ids) if selector.end is None else selector.end
         found = tuple(range(len(prompt.ids))[selector.start : end])
@@ -151,15 +185,74 @@ def _one(item: int | str, prompt: Encoded, *, field: str) -> int:
     start = prompt.text.find(text) if item.startswith(_FIRST) else prompt.text.rfind(text)
     if start < 0:
         raise _error(f"{field}={item!r} does not occur in", prompt)
+    position = _ending(prompt, start, start + len(text))
+    if position is None:
+        raise _error(f"{field}={item!r} ends with no whole token of", prompt)
+    return position
+
+
+def _every(text: str, prompt: Encoded, *, field: str) -> tuple[int, ...]:
+    starts = [match.start() for match in re.finditer(re.escape(text), prompt.text)]
+    found = dict.fromkeys(_ending(prompt, start, start + len(text)) for start in starts)
+    positions = tuple(position for position in found if position is not None)
+    if not positions:
+        raise _error(f"{field}: every {text!r} is nowhere a whole token of", prompt)
+    return positions
+
+
+def _tokens(text: str, prompt: Encoded, *, field: str) -> tuple[int, ...]:
+    start = prompt.text.rfind(text)
     end = start + len(text)
-    for position in reversed(range(count)):
+    positions = [
+        position for position, (first, last) in enumerate(prompt.spans) if first < end and start < last
+    ]
+    if start < 0 or not positions:
+        raise _error(f"{field}: {text!r} does not occur in", prompt)
+    return tuple(positions)
+
+
+def texts_of(selector: PositionSelector | None) -> list[str]:
+    """The texts a selector holds."""
+    if isinstance(selector, Each):
+        return [] if selector.each == "all" else [text for one in selector.each for text in texts_of(one)]
+    if isinstance(selector, tuple):
+        return [text for one in selector for text in texts_of(one)]
+    if isinstance(selector, Every | Tokens):
+        return [selector.every if isinstance(selector, Every) else selector.tokens]
+    return [selector] if isinstance(selector, str) else []
+
+
+def fill(selector: PositionSelector, row: Mapping[str, Any], *, field: str) -> PositionSelector:
+    """Fill the `{column}` placeholders of a selector's texts from a data row.
+
+    Raises:
+        DataError: A placeholder names a column that the row lacks.
+    """
+    if not any("{" in text or "}" in text for text in texts_of(selector)):
+        return selector
+
+    def filled(one: Any) -> Any:
+        if isinstance(one, str):
+            return str(render(one, row, field=field))
+        if isinstance(one, Every):
+            return Every(every=filled(one.every))
+        return Tokens(tokens=filled(one.tokens)) if isinstance(one, Tokens) else one
+
+    if isinstance(selector, Each):
+        return Each([filled(one) for one in selector.each])
+    return tuple(map(filled, selector)) if isinstance(selector, tuple) else filled(selector)
+
+
+def _ending(prompt: Encoded, start: int, end: int) -> int | None:
+    """The token that ends where some characters end, and is whole among them."""
+    for position in reversed(range(len(prompt.ids))):
         first, last = prompt.spans[position]
         # A token that begins with a space still spells the word after it; a token of spaces is itself.
         word = prompt.text[first:last].lstrip()
         first = last - len(word) if word else first
         if start <= first < last == end:
             return position
-    raise _error(f"{field}={item!r} ends with no whole token of", prompt)
+    return None
 
 
 def _error(problem: str, prompt: Encoded) -> PositionError:
@@ -176,30 +269,40 @@ _SPAN: dict[str, Any] = {
     "required": ["start"],
     "additionalProperties": False,
 }
+_TEXTS: list[dict[str, Any]] = [
+    {
+        "type": "object",
+        "properties": {name: {"type": "string", "minLength": 1}},
+        "required": [name],
+        "additionalProperties": False,
+    }
+    for name in _OF_TEXT
+]
+_WITHIN: list[dict[str, Any]] = [*_INDEX_OR_TEXT["anyOf"], _SPAN, *_TEXTS]
 _EACH: dict[str, Any] = {
     "type": "object",
     "properties": {
         "each": {
             "anyOf": [
                 {"const": "all"},
-                {"type": "array", "minItems": 1, "items": {"anyOf": [*_INDEX_OR_TEXT["anyOf"], _SPAN]}},
+                {
+                    "type": "array",
+                    "minItems": 1,
+                    "items": {"anyOf": [*_INDEX_OR_TEXT["anyOf"], _SPAN, *_TEXTS]},
+                },
             ]
         }
     },
     "required": ["each"],
     "additionalProperties": False,
 }
-Positions = Annotated[
-    PositionSelector,
-    BeforeValidator(parse_positions),
-    WithJsonSchema(
-        {
-            "anyOf": [
-                *_INDEX_OR_TEXT["anyOf"],
-                _SPAN,
-                _EACH,
-                {"type": "array", "items": _INDEX_OR_TEXT, "minItems": 1},
-            ]
-        }
-    ),
-]
+POSITIONS_SCHEMA: dict[str, Any] = {
+    "anyOf": [
+        *_INDEX_OR_TEXT["anyOf"],
+        _SPAN,
+        *_TEXTS,
+        _EACH,
+        {"type": "array", "items": _INDEX_OR_TEXT, "minItems": 1},
+    ]
+}
+Positions = Annotated[PositionSelector, BeforeValidator(parse_positions), WithJsonSchema(POSITIONS_SCHEMA)]

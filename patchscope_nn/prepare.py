@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -15,15 +15,23 @@ from typing import Any, TypeAlias
 from patchscope_nn import builtin
 from patchscope_nn.cells import Sweep, expand
 from patchscope_nn.data import DataSpec, fingerprint, load_rows
-from patchscope_nn.errors import Problem, SpecError
-from patchscope_nn.mappings import ResolvedMapping, resolve_mapping
+from patchscope_nn.errors import DataError, InputError, Problem, SpecError, did_you_mean
+from patchscope_nn.fit import PlannedFit, plan_fit, same_model
+from patchscope_nn.mappings import Pair, ResolvedMapping, resolve_mapping
 from patchscope_nn.metrics import MetricUse, check_columns, check_metrics, parse_metric
-from patchscope_nn.models import Model, load
+from patchscope_nn.models import Model, load, wear
+from patchscope_nn.probes import check_probe
 from patchscope_nn.recipe import Recipe, find, load_recipe
-from patchscope_nn.spec import Control, Patchscope
+from patchscope_nn.spec import ALIGNED, Control, Fit, Patchscope
+from patchscope_nn.vectors import check_vectors
 
 #: False: this process; `local`: the rehearsal; True: the NDIF that nnsight is configured for; or a URL.
 Where: TypeAlias = bool | str | None
+Loader: TypeAlias = Callable[..., Model]
+
+
+#: Fields of a recipe that decide what is made of the cells, and not what they are.
+_AFTERWARDS = ("best_over", "probe", "score")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +46,8 @@ class Prepared:
         mapping: f.
         metrics: What is computed of each cell.
         data_hash: Hex digest of the data rows.
+        vectors: Hex digest of the files that vectors come from; empty where there are none.
+        fit: How the mapping is fitted before the run, where it is.
     """
 
     recipe: Mapping[str, Any]
@@ -47,13 +57,33 @@ class Prepared:
     mapping: ResolvedMapping
     metrics: tuple[MetricUse, ...]
     data_hash: str
+    vectors: str = ""
+    fit: PlannedFit | None = None
 
     @property
     def digest(self) -> str:
-        """Hex digest of what decides the results: recipe, data, models, mapping; not how they are run."""
+        """Hex digest of what decides the results: recipe, data, models, mapping; not how they are run.
+
+        What is made of finished cells is left out, so that another probe or summary goes on with them.
+        """
         models = [(one.name, one.revision, one.dtype) for one in (self.sweep.source, self.sweep.target)]
-        said = [self.recipe, self.data_hash, models, self.mapping.name, self.mapping.digest]
+        asked = {name: value for name, value in self.recipe.items() if name not in _AFTERWARDS}
+        said = [asked, self.data_hash, models, self.mapping.name, self.mapping.digest, self.vectors]
         return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+    @property
+    def labels(self) -> list[str] | None:
+        """The class of each data row, where the recipe has a probe."""
+        asked = self.recipe["probe"]
+        return None if asked is None else [str(row[asked["label"]]) for row in self.sweep.rows]
+
+    @property
+    def source_prompts(self) -> list[str]:
+        """The source prompt of each data row."""
+        found: dict[int, str] = {}
+        for entry in self.sweep.entries:
+            found.setdefault(entry.row, self.sweep.source_text(entry.source_prompt))
+        return list(found.values())
 
     @property
     def default_folder(self) -> Path:
@@ -77,6 +107,7 @@ def prepare(
     device_map: Any = None,
     remote: Where = False,
     source_remote: Where = None,
+    loader: Loader = load,
 ) -> Prepared:
     """Load and resolve what a run needs, and write nothing.
 
@@ -96,6 +127,7 @@ def prepare(
         device_map: The same.
         remote: Where M* runs, and M; of a model that runs on a server only config and tokenizer are loaded.
         source_remote: Where M runs; None is where M* does.
+        loader: What loads a model, as `models.load` does.
 
     Returns:
         The run, prepared.
@@ -107,6 +139,11 @@ def prepare(
         base = base or find(scope).parent
         scope = load_recipe(scope)
     recipe = scope if isinstance(scope, Recipe) else None
+    if recipe and recipe.methods:
+        raise InputError(
+            f"the recipe {recipe.name} holds several methods, which are several runs.",
+            hint="Run it with ps.run(recipe), or prepare one of recipe.of_methods().",
+        )
     patchscope = scope.scope if isinstance(scope, Recipe) else scope
     uses = recipe.metrics if recipe and metrics is None else _metrics(metrics or (), patchscope)
     rows = _rows(recipe.data if recipe and data is None else data, base=base, limit=limit)
@@ -122,6 +159,7 @@ def prepare(
         device_map=device_map,
         remote=remote,
         source_remote=source_remote,
+        loader=loader,
     )
     asked = {
         "name": recipe.name if recipe else "patchscope",
@@ -133,16 +171,65 @@ def prepare(
         "metrics": [use.dump() for use in uses],
         "controls": list(chosen),
         "seed": seed,
+        "best_over": list(recipe.best_over) if recipe else [],
+        "probe": recipe.probe.model_dump() if recipe and recipe.probe else None,
+        "score": recipe.score if recipe else None,
     }
-    return Prepared(
-        recipe=asked,
-        sweep=expand(patchscope, rows=rows, controls=chosen, source=source, target=target, seed=seed),
+    sweep = expand(patchscope, rows=rows, controls=chosen, source=source, target=target, seed=seed)
+    mapping, fit = _mapping(
+        patchscope,
+        sweep.cells.pairs,
         source=source,
         target=target,
-        mapping=resolve_mapping(patchscope.mapping, source=source.info, target=target.info),
+        remote=remote,
+        source_remote=source_remote,
+        base=base,
+    )
+    # Rows that source.mean averages keep the columns they share.
+    check_columns(uses, sweep.rows)
+    prepared = Prepared(
+        recipe=asked,
+        sweep=sweep,
+        vectors=check_vectors(sweep),
+        source=source,
+        target=target,
+        mapping=mapping,
+        fit=fit,
         metrics=uses,
         data_hash=fingerprint(rows),
     )
+    if recipe and recipe.probe:
+        _check_label(recipe.probe.label, rows)
+        check_probe(prepared.labels or (), prepared.source_prompts, folds=recipe.probe.folds)
+    return prepared
+
+
+def _check_label(label: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    for number, row in enumerate(rows):
+        if label not in row:
+            raise DataError(
+                f"probe.label={label!r} is no column of data row {number}.",
+                hint=did_you_mean(label, list(row)),
+            )
+
+
+def _mapping(
+    scope: Patchscope, pairs: tuple[Pair, ...], *, source: Model, target: Model, **where: Any
+) -> tuple[ResolvedMapping, PlannedFit | None]:
+    """f, and how it is fitted where that is still to be done."""
+    asked = scope.mapping
+    if asked == ALIGNED:
+        asked = "identity" if same_model(source, target) else Fit()
+    # The input of a block is the output of the one before, and its layer is counted so.
+    sites = (one.site for one in (scope.source, scope.target))
+    read, written = ("residual" if site == "before" else site for site in sites)
+    if isinstance(asked, Fit):
+        fit = plan_fit(asked, source=source, target=target, pairs=pairs, sites=(read, written), **where)
+        if fit is not None:
+            return fit.mapping(), fit
+        asked = "identity"
+    found = resolve_mapping(asked, source=source.info, target=target.info, pairs=pairs, sites=(read, written))
+    return found, None
 
 
 def _metrics(given: Sequence[Any], scope: Patchscope) -> tuple[MetricUse, ...]:
@@ -175,6 +262,7 @@ def load_models(
     device_map: Any = None,
     remote: Where = False,
     source_remote: Where = None,
+    loader: Loader = load,
 ) -> tuple[Model, Model]:
     """M and M*, one object where they are one; what the caller names comes before what the recipe names.
 
@@ -187,10 +275,12 @@ def load_models(
     wanted = _first(source_model, model, asked and asked.source.model, common)
     other = _first(target_model, model, asked and asked.target.model, wanted)
     source_remote = remote if source_remote is None else source_remote
-    source = load(wanted, dtype=dtype, device_map=device_map, weights=not on_server(source_remote))
-    if source_remote == remote and (other is wanted or other == wanted):
-        return source, source
-    return source, load(other, dtype=dtype, device_map=device_map, weights=not on_server(remote))
+    source = loader(wanted, dtype=dtype, device_map=device_map, weights=not on_server(source_remote))
+    target = source
+    if source_remote != remote or not (other is wanted or other == wanted):
+        target = loader(other, dtype=dtype, device_map=device_map, weights=not on_server(remote))
+    adapter = asked and asked.target.adapter
+    return source, wear(target, adapter) if adapter else target
 
 
 def on_server(remote: Where) -> bool:

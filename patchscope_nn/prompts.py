@@ -24,6 +24,9 @@ DESCRIBE = (
 #: The token-identity prompt of section 4.1, as the authors' code has it; patch its last token, `?`.
 IDENTITY = "cat -> cat\n1135 -> 1135\nhello -> hello\n?"
 
+#: The placeholder of a target prompt that no column fills: it stands for l.
+PER_LAYER = "source_layer"
+
 Message: TypeAlias = tuple[str, str]
 PromptSpec: TypeAlias = str | tuple[int, ...] | tuple[Message, ...]
 
@@ -93,6 +96,24 @@ def render(prompt: PromptSpec, row: Mapping[str, Any], *, field: str) -> PromptS
     return tuple(  # type: ignore[return-value]  # ids stay ids, messages stay messages
         item if isinstance(item, int) else (item[0], _PLACEHOLDER.sub(value, item[1])) for item in prompt
     )
+
+
+class _Recorder(dict[str, str]):
+    """A data row that has every column and remembers which were asked for."""
+
+    def __contains__(self, key: object) -> bool:
+        return True
+
+    def __missing__(self, key: str) -> str:
+        self[key] = ""
+        return ""
+
+
+def placeholders(prompt: PromptSpec) -> list[str]:
+    """The names of the columns a prompt asks for."""
+    asked = _Recorder()
+    render(prompt, asked, field="prompt")
+    return list(asked)
 
 
 def literal(prompt: PromptSpec) -> PromptSpec:

@@ -87,8 +87,8 @@ def explain(
         InputError: The prompt, position, layers or models do not resolve.
     """
     source = Source(prompt=prompt, position=position, layer=layer)
-    # There is no data here, so that braces in the prompt are text.
-    source = source.model_copy(update={"prompt": prompts.literal(source.prompt)})
+    if source.prompt is not None:  # there is no data here, so that braces in the prompt are text
+        source = source.model_copy(update={"prompt": prompts.literal(source.prompt)})
     ours, theirs = load_models(remote=remote, source_remote=source_remote, **models)
     # One line is one entry of the few-shot list; what follows it is the next entry, not this one's.
     readings: tuple[tuple[str, Readout], ...] = (

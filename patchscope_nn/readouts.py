@@ -57,12 +57,18 @@ def read_next_token(
     # On a CPU what is computed of few rows at a time stays in its cache.
     size = max(1, _IN_CACHE // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
     parts = [
-        read_logits(some, top_k=top_k, wanted=ids)
-        for some, ids in zip(logits.split(size), wanted.split(size), strict=True)
+        read_logits(
+            logits[at : at + size],
+            top_k=top_k,
+            wanted=wanted[at : at + size],
+            before=None if before is None else before[own[at : at + size]],
+        )
+        for at in range(0, len(logits), size)
     ]
     found = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     if before is not None:
         found["surprisal_nats"] = -before[own, found["top_ids"][:, 0]]
+        found["source_top_ids"] = top_logits(before, found["top_ids"].shape[1])[1][own]
     if wanted.shape[1]:
         found["reference_ids"] = wanted
         found["nll_nats"] = -found["reference_logprobs"][:, 0]
@@ -72,8 +78,10 @@ def read_next_token(
     return [{name: values[row] for name, values in listed.items()} for row in range(len(logits))]
 
 
-def read_logits(logits: torch.Tensor, *, top_k: int, wanted: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The same as tensors, without what is compared: `wanted` are (batch, n_references) ids."""
+def read_logits(
+    logits: torch.Tensor, *, top_k: int, wanted: torch.Tensor, before: torch.Tensor | None = None
+) -> dict[str, torch.Tensor]:
+    """The same as tensors: `wanted` are (batch, n_references) ids, `before` (batch, vocab) log p_source."""
     scores = logits.float()
     values, ids = top_logits(scores, min(top_k, scores.shape[-1]))
     of_wanted = scores.gather(-1, wanted)
@@ -83,7 +91,13 @@ def read_logits(logits: torch.Tensor, *, top_k: int, wanted: torch.Tensor) -> di
     weights = below.exp()
     total = weights.sum(-1)
     norm = values[:, :1] + total.log()[:, None]
-    return {
+    compared = {}
+    if before is not None:
+        probs = before.exp()
+        # Tokens that the source rules out weigh nothing, even where the patched run rules them out too.
+        differs = (before - scores + norm).masked_fill_(probs == 0, 0)
+        compared["kl_nats"] = (probs * differs).sum(-1)
+    return compared | {
         "top_ids": ids,
         "top_probs": (values - norm).exp(),
         "entropy_nats": total.log() - below.mul_(weights).sum(-1) / total,
@@ -127,6 +141,9 @@ def read_generate(
     temperature: float,
     seeds: list[int],
     leaving: bool,
+    plain: Callable[..., Any],
+    prompts: list[list[int]] | None,
+    heard: Callable[[list[int], list[int]], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Decode each row until it meets an end, a stop or the limit.
 
@@ -144,9 +161,13 @@ def read_generate(
             noise, so that a row's text does not depend on its batch.
         seeds: One seed for each row.
         leaving: Whether rows that met their end leave the batch.
+        plain: The model without any patch.
+        prompts: For each row the ids of T, where it is asked how likely its tokens are; else None.
+        heard: Called at each step with the rows that go on, and the token of each; only in this process.
 
     Returns:
-        One dict for each row: `token_ids`, and `stopped`, which is `eos`, `stop` or `length`.
+        One dict for each row: `token_ids`, and `stopped`, which is `eos`, `stop` or `length`; where asked,
+        for each token `token_probs`, and `unpatched_token_probs` after T as it is.
     """
     batch = logits.shape[0]
     noises = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -155,7 +176,8 @@ def read_generate(
     alive = torch.arange(batch, device=logits.device)
     done = torch.zeros(batch, dtype=torch.bool, device=logits.device)
     latest = torch.zeros(batch, dtype=torch.long, device=logits.device)
-    chosen = []
+    likely = torch.zeros(batch, device=logits.device)
+    chosen, probs = [], []
     for step in range(max_new_tokens):
         scores = logits.float()
         if temperature > 0:
@@ -166,6 +188,12 @@ def read_generate(
         token = top_logits(scores, 1)[1][:, 0]
         latest = latest.scatter(0, alive, token)
         chosen.append(latest)
+        if prompts is not None:
+            of_token = torch.softmax(logits.float(), dim=-1).gather(-1, token[:, None])[:, 0]
+            likely = likely.scatter(0, alive, of_token)
+            probs.append(likely)
+        if heard is not None:
+            heard(alive[~done].tolist(), token[~done].tolist())
         done = done | torch.isin(token, ends)
         gone = int(done.sum())
         if step + 1 == max_new_tokens or gone == len(done):
@@ -185,16 +213,43 @@ def read_generate(
             **extra,
         )
         logits, cache = output.logits[:, -1], output.past_key_values
-    rows = []
-    for ids in torch.stack(chosen, dim=1).tolist():
-        end = next((place for place, token in enumerate(ids) if token in eos or token in stops), None)
-        if end is None:
-            rows.append({"token_ids": ids, "stopped": "length"})
-        elif ids[end] in eos:
-            rows.append({"token_ids": ids[:end], "stopped": "eos"})
-        else:
-            rows.append({"token_ids": ids[: end + 1], "stopped": "stop"})
+    rows = [read_ended(ids, eos=eos, stops=stops) for ids in torch.stack(chosen, dim=1).tolist()]
+    if prompts is not None:
+        for row, own in zip(rows, torch.stack(probs, dim=1).tolist(), strict=True):
+            row["token_probs"] = own[: len(row["token_ids"])]
+        read_unpatched(plain, rows, prompts, numbered=numbered, device=logits.device)
     return rows
+
+
+def read_ended(ids: list[int], *, eos: list[int], stops: list[int]) -> dict[str, Any]:
+    """A row's tokens up to where it met its end, and which end that was."""
+    end = next((place for place, token in enumerate(ids) if token in eos or token in stops), None)
+    if end is None:
+        return {"token_ids": ids, "stopped": "length"}
+    if ids[end] in eos:
+        return {"token_ids": ids[:end], "stopped": "eos"}
+    return {"token_ids": ids[: end + 1], "stopped": "stop"}
+
+
+def read_unpatched(
+    plain: Callable[..., Any],
+    rows: list[dict[str, Any]],
+    prompts: list[list[int]],
+    *,
+    numbered: bool,
+    device: Any,
+) -> None:
+    """Add to each row how likely its tokens are after T as it is: one forward over T and all of them."""
+    whole = [prompt + row["token_ids"] for prompt, row in zip(prompts, rows, strict=True)]
+    width = max(map(len, whole))
+    ids = torch.tensor([[0] * (width - len(one)) + one for one in whole], device=device)
+    mask = torch.tensor([[0] * (width - len(one)) + [1] * len(one) for one in whole], device=device)
+    where = {"position_ids": (mask.cumsum(-1) - 1).clamp_min(0)} if numbered else {}
+    logits = plain(input_ids=ids, attention_mask=mask, **where).logits
+    for place, row in enumerate(rows):
+        count = len(row["token_ids"])
+        said = torch.softmax(logits[place, width - count - 1 : width - 1].float(), dim=-1)
+        row["unpatched_token_probs"] = said.gather(-1, ids[place, width - count :, None])[:, 0].tolist()
 
 
 def read_choices(

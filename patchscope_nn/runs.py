@@ -2,7 +2,9 @@
 
     manifest.json   what ran: the recipe, its hash, models, versions, seed, timings
     cells.jsonl     one line for each finished cell, while running; kept afterwards
+    probe.json      what a probe says of the cells, where the recipe has one
     cells.parquet   the table, at the end
+    ensemble.csv    what several target prompts say together, at the end, where there are several
     report.html     the report, at the end
 
 A folder belongs to one hash: another recipe never continues it. A line that a killed process left half
@@ -14,91 +16,23 @@ from __future__ import annotations
 
 import json
 import os
-from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Self, overload
+from typing import Any, Literal, Self
 
 from patchscope_nn.errors import FolderError, InputError
+from patchscope_nn.recipe import PROBE_METRICS
+from patchscope_nn.rows import Lines, Widened
 from patchscope_nn.tables import frame, light_frame, write_parquet
 
 MANIFEST, LINES, TABLE, REPORT = "manifest.json", "cells.jsonl", "cells.parquet", "report.html"
+ENSEMBLE = "ensemble.csv"
+PROBE = "probe.json"
 _LOCK = ".lock"
 Manifest = dict[str, Any]
-
-
-class Lines(Sequence[Mapping[str, Any]]):
-    """The cells of a `cells.jsonl`, in the order of the sweep, read when they are asked for.
-
-    Attributes:
-        file: The file.
-        size: How many bytes its whole lines take.
-    """
-
-    def __init__(self, file: Path) -> None:
-        self.file, self.size = file, 0
-        self._numbers, self._starts = array("q"), array("q")
-        if file.exists():
-            with file.open("rb") as stream:
-                for line in stream:
-                    if not line.endswith(b"\n"):
-                        break
-                    self.add(int(line[len(_LINE) : line.index(b",")]), len(line))
-        self._order: list[int] | None = None
-
-    def add(self, number: int, length: int) -> None:
-        """Take note of the line of a cell that was appended, of so many bytes."""
-        self._numbers.append(number)
-        self._starts.append(self.size)
-        self.size += length
-        self._order = None
-
-    def numbers(self) -> Sequence[int]:
-        """The numbers of the cells, in the order of the file."""
-        return self._numbers
-
-    def _places(self) -> Sequence[int]:
-        if self._order is None:
-            self._order = sorted(range(len(self._numbers)), key=self._numbers.__getitem__)
-        return self._order
-
-    def __len__(self) -> int:
-        return len(self._numbers)
-
-    def __iter__(self) -> Iterator[Mapping[str, Any]]:
-        if not len(self):
-            return
-        with self.file.open("rb") as stream:
-            for place in self._places():
-                stream.seek(self._starts[place])
-                yield _parsed(stream.readline())
-
-    @overload
-    def __getitem__(self, place: int) -> Mapping[str, Any]: ...
-    @overload
-    def __getitem__(self, place: slice) -> list[Mapping[str, Any]]: ...
-    def __getitem__(self, place: int | slice) -> Mapping[str, Any] | list[Mapping[str, Any]]:
-        places = self._places()
-        with self.file.open("rb") as stream:
-
-            def at(one: int) -> Mapping[str, Any]:
-                stream.seek(self._starts[one])
-                return _parsed(stream.readline())
-
-            return [at(one) for one in places[place]] if isinstance(place, slice) else at(places[place])
-
-
-#: How a line begins; the number of its cell comes next.
-_LINE = b'{"cell": '
-
-
-def _parsed(line: bytes) -> Mapping[str, Any]:
-    row: dict[str, Any] = json.loads(line)
-    del row["cell"]
-    return row
 
 
 class InMemory:
@@ -131,6 +65,13 @@ class InMemory:
     def rows(self) -> Sequence[Mapping[str, Any]]:
         """The rows of the finished cells, in the order of the sweep."""
         return tuple(self._rows[number] for number in sorted(self._rows))
+
+    def probed(self, asked: Any) -> Mapping[str, Sequence[Any]] | None:  # noqa: ARG002 (a folder's business)
+        """What an earlier session's probe said of these cells."""
+        return None
+
+    def keep_probed(self, asked: Any, columns: Mapping[str, Sequence[Any]]) -> None:
+        """Nothing is kept."""
 
     def finish(self, run: Run) -> None:
         """Nothing more is to be written."""
@@ -168,6 +109,16 @@ class RunFolder(InMemory):
     def rows(self) -> Sequence[Mapping[str, Any]]:
         """The rows of the finished cells, read from the folder when they are asked for."""
         return self._lines
+
+    def probed(self, asked: Any) -> Mapping[str, Sequence[Any]] | None:
+        """What an earlier session's probe said; None where it was another, or of other cells."""
+        return _probed(self.path, asked, n_cells=len(self._lines))
+
+    def keep_probed(self, asked: Any, columns: Mapping[str, Sequence[Any]]) -> None:
+        """Write what a probe said."""
+        partial = self.path / f".{PROBE}.partial"
+        partial.write_text(json.dumps({"probe": asked, "columns": columns}) + "\n", encoding="utf-8")
+        partial.replace(self.path / PROBE)
 
     def finish(self, run: Run) -> None:
         """Write the table and the manifest of a run that is done."""
@@ -293,17 +244,52 @@ class Run:
 
         return text_heatmap(self.table(), value=value)
 
-    def summary(self) -> Any:
-        """The mean of each metric by layer and control, as a pandas DataFrame."""
-        table = light_frame(self.rows, self.manifest["columns"], metrics=self.metrics)
-        return summarise(table, self.metrics)
+    def ensemble(self, how: Literal["intersect", "average"] | None = None) -> Any:
+        """What several target prompts say of each state, put together, as a pandas DataFrame.
+
+        Args:
+            how: `intersect` or `average`; None is the Patchscope's `target.combine`.
+
+        Raises:
+            InputError: The run holds no next tokens.
+        """
+        from patchscope_nn.ensembles import combine
+
+        chosen = how or self.manifest["recipe"]["target"]["combine"]
+        return combine(self.table(), how=chosen)
+
+    def summary(self, *, by_source: bool = False) -> Any:
+        """The mean of each metric with its 95 % bootstrap interval over data rows, as a tidy DataFrame.
+
+        Where the recipe has `best_over`, the best over these layers is taken first, for controls alike.
+
+        Args:
+            by_source: Average over the target layers too.
+
+        Returns:
+            A line for each metric, control (`patched` for the real cells) and pair of layers: `metric`,
+            `control`, `source_layer`, `target_layer` (none where a control reads no layer, or where the best
+            was taken over it), `mean`, `low`, `high` (none where there is a single row), `n_rows`, `n_cells`.
+        """
+        from patchscope_nn.statistics import summarise
+
+        return summarise(self.light_table(), metrics=self.metrics, best=self.best_over, by_source=by_source)
+
+    def light_table(self) -> Any:
+        """The cells as `table` gives them, without what was read of them: places, metrics and errors."""
+        return light_frame(self.rows, self.manifest["columns"], metrics=self.metrics)
+
+    @property
+    def best_over(self) -> tuple[str, ...]:
+        """What the summary and the figures take the best over."""
+        return tuple(self.manifest["recipe"].get("best_over") or ())
 
     @property
     def metrics(self) -> list[str]:
-        """The names of this run's metrics."""
-        return [
-            use if isinstance(use, str) else next(iter(use)) for use in self.manifest["recipe"]["metrics"]
-        ]
+        """The names of this run's metrics, those of its probe last."""
+        asked = self.manifest["recipe"]
+        named = [use if isinstance(use, str) else next(iter(use)) for use in asked["metrics"]]
+        return named + (list(PROBE_METRICS) if asked.get("probe") else [])
 
     def report(self, path: str | Path | None = None) -> Path:
         """Write the HTML report.
@@ -325,25 +311,7 @@ class Run:
         if len(self.rows) <= MAX_CELLS:
             return write_report(self.table(), manifest=self.manifest, path=file)
         shown = frame(list(islice(self.rows, MAX_CELLS)), self.manifest["columns"])
-        whole = light_frame(self.rows, self.manifest["columns"], metrics=self.metrics)
-        return write_report(whole, manifest=self.manifest, path=file, shown=shown)
-
-
-def summarise(table: Any, metrics: Sequence[str]) -> Any:
-    """The mean of each metric by layer and control.
-
-    Args:
-        table: A run's table.
-        metrics: Names of metric columns.
-
-    Returns:
-        A DataFrame with columns `source_layer`, `control` (`patched` for the real cells), `n`, and one mean
-        for each metric; an unpatched run has no layer.
-    """
-    named = table.assign(control=[control or "patched" for control in table["control"]])
-    groups = named.groupby(["control", "source_layer"], dropna=False, sort=True)
-    means = groups[list(metrics)].mean().reset_index()
-    return means.assign(n=groups.size().to_numpy())[["source_layer", "control", "n", *metrics]]
+        return write_report(self.light_table(), manifest=self.manifest, path=file, shown=shown)
 
 
 def load_run(path: str | Path) -> Run:
@@ -360,4 +328,17 @@ def load_run(path: str | Path) -> Run:
     """
     folder = Path(path)
     manifest = read_manifest(folder)
-    return Run(manifest=manifest, rows=Lines(folder / LINES), path=folder)
+    lines = Lines(folder / LINES)
+    said = _probed(folder, manifest["recipe"].get("probe"), n_cells=len(lines))
+    return Run(manifest=manifest, rows=Widened(lines, said) if said else lines, path=folder)
+
+
+def _probed(folder: Path, asked: Any, *, n_cells: int) -> Mapping[str, Sequence[Any]] | None:
+    """What a folder holds of a probe; None where it is another's, or of fewer cells."""
+    file = folder / PROBE
+    if not asked or not file.exists():
+        return None
+    kept = json.loads(file.read_text(encoding="utf-8"))
+    columns: Mapping[str, Sequence[Any]] = kept["columns"]
+    fits = kept["probe"] == asked and all(len(values) == n_cells for values in columns.values())
+    return columns if fits else None

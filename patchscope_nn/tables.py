@@ -30,6 +30,8 @@ PLACES = (
     "source_model",
     "target_model",
     "mapping",
+    "scale",
+    "sample",
 )
 #: The columns each readout gives, in order.
 READINGS: dict[type[Readout], tuple[str, ...]] = {
@@ -44,19 +46,31 @@ READINGS: dict[type[Readout], tuple[str, ...]] = {
         "reference_ranks",
         "surprisal_nats",
         "nll_nats",
+        "kl_nats",
+        "source_top_ids",
     ),
-    Generate: ("text", "stopped"),
+    Generate: ("text", "stopped", "token_probs", "unpatched_token_probs"),
     Choices: ("choices", "choice_logprobs", "choice_probs", "choice"),
-    Hidden: ("hidden",),
+    Hidden: ("hidden", "clean"),
 }
 
 
 _TEXTS_KEPT = 2**15
 
 
+def readings_of(readout: Readout) -> tuple[str, ...]:
+    """The columns of a readout: those it always gives, and those it is asked for."""
+    left_out: tuple[str, ...] = ()
+    if isinstance(readout, Generate) and not readout.relevancy:
+        left_out = ("token_probs", "unpatched_token_probs")
+    if isinstance(readout, Hidden) and not readout.clean:
+        left_out = ("clean",)
+    return tuple(name for name in READINGS[type(readout)] if name not in left_out)
+
+
 def columns_of(readout: Readout, uses: Sequence[MetricUse]) -> list[str]:
     """The names of a run's columns, in order."""
-    readings = READINGS[type(readout)]
+    readings = readings_of(readout)
     metrics = [use.name for use in uses if use.name not in readings]
     return [*PLACES, *readings, *metrics, "error"]
 
@@ -97,22 +111,25 @@ class Tabulator:
 
     def _places(self, cell: Cell) -> dict[str, Any]:
         sweep, read = self.sweep, cell.source_positions
-        source = None if cell.source_prompt is None else sweep.source_prompts[cell.source_prompt]
+        number = cell.source_prompt
+        source = None if number is None or number < 0 else sweep.source_prompts[number]
         target = sweep.target_prompts[cell.target_prompt]
         return {
             "row": cell.row,
             "control": cell.control,
-            "source_prompt": None if source is None else source.text,
-            "source_position": None if read is None else list(read),
+            "source_prompt": None if number is None else sweep.source_text(number),
+            "source_position": None if read is None or source is None else list(read),
             "source_token": None if source is None or read is None else [source.tokens[at] for at in read],
-            "source_layer": cell.source_layer,
+            "source_layer": None if cell.source_layer is None else cell.source_layer + sweep.shifts[0],
             "target_prompt": target.text,
             "target_position": list(cell.target_positions),
             "target_token": [target.tokens[at] for at in cell.target_positions],
-            "target_layer": cell.target_layer,
+            "target_layer": None if cell.target_layer is None else cell.target_layer + sweep.shifts[1],
             "source_model": sweep.source.name,
             "target_model": sweep.target.name,
             "mapping": self.mapping,
+            "scale": cell.scale,
+            "sample": cell.sample,
         }
 
     def _readings(self, cell: Cell, raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -124,9 +141,12 @@ class Tabulator:
             }
             return {name: named.get(name, raw.get(name)) for name in READINGS[NextToken]}
         if isinstance(readout, Generate):
-            return _cut(self._tokenizer.decode(raw["token_ids"]), raw["stopped"], readout.stop)
+            whole = self._tokenizer.decode(raw["token_ids"])
+            text = cut(whole, readout.stop)
+            said = {"text": text, "stopped": raw["stopped"] if text == whole else "stop"}
+            return {name: said.get(name, raw.get(name)) for name in readings_of(readout)}
         if isinstance(readout, Choices):
-            choices = self.sweep.resolved[cell.row].choices
+            choices = self.sweep.entries[cell.entry].choices
             best = max(range(len(choices)), key=lambda place: raw["choice_logprobs"][place])
             return {"choices": list(choices), **raw, "choice": choices[best]}
         return dict(raw)
@@ -135,10 +155,9 @@ class Tabulator:
         return None if ids is None else [self._text(one) for one in ids]
 
 
-def _cut(text: str, stopped: str, stop: str | None) -> dict[str, str]:
-    """The text up to its stop string, wherever the tokens' borders fall."""
-    place = text.find(stop) if stop else -1
-    return {"text": text, "stopped": stopped} if place < 0 else {"text": text[:place], "stopped": "stop"}
+def cut(text: str, stop: str | None) -> str:
+    """A generated text up to its stop string, wherever the tokens' borders fall."""
+    return text.partition(stop)[0] if stop else text
 
 
 def frame(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Any:
@@ -171,16 +190,20 @@ def light_frame(rows: Iterable[Mapping[str, Any]], names: Sequence[str], *, metr
 
 
 _LISTS = {
-    **dict.fromkeys(("source_position", "target_position", "top_ids", "reference_ids"), "int64"),
+    **dict.fromkeys(
+        ("source_position", "target_position", "top_ids", "reference_ids", "source_top_ids"), "int64"
+    ),
     **dict.fromkeys(("source_token", "target_token", "top_tokens", "reference_tokens", "choices"), "string"),
     **dict.fromkeys(("top_probs", "reference_logprobs", "choice_logprobs", "choice_probs"), "double"),
+    **dict.fromkeys(("token_probs", "unpatched_token_probs"), "double"),
     "reference_ranks": "int64",
 }
 _TEXTS = (
     *("control", "source_prompt", "target_prompt", "source_model", "target_model", "mapping"),
     *("text", "stopped", "choice", "error"),
+    "probe_choice",
 )
-_INTEGERS = ("row", "source_layer", "target_layer")
+_INTEGERS = ("row", "source_layer", "target_layer", "sample")
 
 
 def arrow_schema(names: Sequence[str]) -> Any:
@@ -190,7 +213,7 @@ def arrow_schema(names: Sequence[str]) -> Any:
     def kind(name: str) -> Any:
         if name in _LISTS:
             return pa.list_(pa.type_for_alias(_LISTS[name]))
-        if name == "hidden":
+        if name in ("hidden", "clean"):
             return pa.list_(pa.list_(pa.float32()))
         if name in _TEXTS:
             return pa.string()

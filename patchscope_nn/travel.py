@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import FunctionType, ModuleType
 from typing import Any
 
@@ -17,13 +17,13 @@ from patchscope_nn.errors import MappingError
 _ON_SERVERS = frozenset({"torch", "numpy", "nnsight", "cloudpickle", "transformers", "patchscope_nn"})
 
 
-def check_travels(call: Callable[..., Any] | None) -> None:
-    """Refuse a mapping that would not run on a server, before anything is sent.
+def check_travels(call: Callable[..., Any] | Mapping[Any, Any] | None) -> None:
+    """Refuse a mapping that would not run on a server, before anything is sent. Bare tensors always do.
 
     Raises:
         MappingError: It needs a module that is not sent with it, or another model.
     """
-    if call is None:
+    if call is None or isinstance(call, Mapping):
         return
     import nnsight
     from nnsight.intervention.envoy import Envoy

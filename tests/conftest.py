@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import os
 
 # Before transformers is imported, which reads it then.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+if importlib.util.find_spec("anyio"):
+    # Before nnsight, whose `.save` on every object breaks it; the explorer's server and its tests need it.
+    import anyio._backends._asyncio  # noqa: F401
 import pytest
 import tiny
 import torch
@@ -52,7 +56,9 @@ def run_cells():
         sweep = expand(scope, rows=rows, controls=controls, source=model, target=target, seed=seed)
         backend = backend_for(remote)
         planned = plan(sweep, remote=backend.remote, **options)
-        mapping = resolve_mapping(scope.mapping, source=model.info, target=target.info)
+        mapping = resolve_mapping(
+            scope.mapping, source=model.info, target=target.info, pairs=sweep.cells.pairs
+        )
         steps = execute(planned, source=model, target=target, mapping=mapping, backend=backend)
         ran = [(cell, readout) for step in steps for cell, readout in step]
         assert len({cell.number for cell, _ in ran}) == len(ran) == planned.n_cells

@@ -106,6 +106,8 @@ def next_token(logits, *, top_k, reference_ids=(), source_logits=None, from_sour
     if source_logits is not None:
         source = torch.log_softmax(source_logits, -1)
         found["surprisal_nats"] = -source[top[0]].item()
+        found["kl_nats"] = (source.exp() * (source - logprobs)).sum().item()
+        found["source_top_ids"] = torch.sort(source, descending=True).indices[:top_k].tolist()
         if from_source:
             reference_ids = (source.argmax().item(),)
     if reference_ids:

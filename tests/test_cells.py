@@ -178,7 +178,7 @@ def test_a_cell_is_the_same_however_it_is_asked_for(data, tiny_model):
     cells = list(sweep.cells)
     assert [cell.number for cell in cells] == list(range(len(sweep.cells)))
     assert [sweep.cells[number] for number in range(len(cells))] == cells
-    assert [cell for row in range(len(rows)) for cell in sweep.cells.of_row(row)] == cells
+    assert [cell for entry in range(len(sweep.entries)) for cell in sweep.cells.of_entry(entry)] == cells
     assert (sweep.cells[-1], sweep.cells[1:3]) == (cells[-1], tuple(cells[1:3]))
     read = {(cell.source_prompt, cell.source_positions) for cell in cells if cell.source_layer is not None}
     said = [sweep.cells.sources(row) for row in range(len(rows))]
@@ -231,7 +231,7 @@ def test_equal_cells_of_different_rows_start_from_the_same_number(model):
             {"source": {"position": [0, 1]}},
             PositionError,
             "source.position names 2 tokens and target.position 1; several tokens are patched one to one. "
-            "Name as many tokens on both sides.",
+            "Name as many tokens on both sides, or one source token for all.",
             id="unequal lengths",
         ),
         pytest.param(
@@ -362,7 +362,208 @@ def test_named_references_and_choices_stand_after_the_prompt(model):
     rows = [{"s": "Diana", "t": "x is", "a": " Paris"}]
     sweep = sweep_of(scope_of(readout=NextToken(reference=["{a}", "the"])), model, rows=rows)
     ids = [tiny.TOKENIZER(text, add_special_tokens=False)["input_ids"] for text in (" Paris", "the")]
-    assert sweep.resolved[0].reference_ids == (ids[0][0], ids[1][0])
+    assert sweep.entries[0].reference_ids == (ids[0][0], ids[1][0])
     sweep = sweep_of(scope_of(readout=Choices(["{a}", "the"])), model, rows=rows)
-    assert sweep.resolved[0].choices == (" Paris", "the")
-    assert [list(one) for one in sweep.resolved[0].continuations] == ids
+    assert sweep.entries[0].choices == (" Paris", "the")
+    assert [list(one) for one in sweep.entries[0].continuations] == ids
+
+
+def test_an_ensemble_has_cells_for_each_prompt(model):
+    scope = scope_of(
+        source={"layer": 1}, target={"prompt": None, "prompts": ["x of {t}", "the city x"], "position": "x"}
+    )
+    sweep = sweep_of(scope, model, controls=["unpatched", "random"])
+    said = [
+        (cell.row, cell.control, sweep.target_prompts[cell.target_prompt].text, cell.target_layer)
+        for cell in sweep.cells
+    ]
+    assert said == [
+        (row, control, text, None if control == "unpatched" else 1)
+        for row in (0, 1)
+        for text in (f"x of {ROWS[row]['t']}", "the city x")
+        for control in ("unpatched", None, "random")
+    ]
+    assert [entry.row for entry in sweep.entries] == [0, 0, 1, 1]
+    assert len({cell.seed for cell in sweep.cells}) == 11  # the same T as it is, of both rows
+
+
+def test_a_target_prompt_may_say_the_layer(model):
+    scope = scope_of(
+        source={"layer": ["embed", 1, -1]}, target={"prompt": "Layer {source_layer}: x", "layer": [0, 2]}
+    )
+    sweep = sweep_of(scope, model, rows=ROWS[:1])
+    assert [
+        (cell.source_layer, sweep.target_prompts[cell.target_prompt].text, cell.target_layer)
+        for cell in sweep.cells
+    ] == [(layer, f"Layer {layer}: x", target) for layer in (-1, 1, 3) for target in (0, 2)]
+    scope = scope_of(
+        source={"layer": [0, 2], "site": "before"}, target={"prompt": "{source_layer} x", "layer": "same"}
+    )
+    sweep = sweep_of(scope, model, rows=ROWS[:1])
+    assert [one.text for one in sweep.target_prompts] == ["0 x", "2 x"]
+
+
+def test_scales_and_samples_are_crossed_with_layers(model):
+    scope = scope_of(
+        source={"layer": [0, 1]},
+        target={"layer": 2, "scale": [1, 2.5], "corrupt": {"position": 0, "samples": 2}},
+    )
+    cells = sweep_of(scope, model, rows=ROWS[:1], controls=["unpatched", "random"]).cells
+    assert [(cell.control, cell.source_layer, cell.scale, cell.sample) for cell in cells] == [
+        *(("unpatched", None, 1.0, sample) for sample in (0, 1)),
+        *(
+            (control, layer, scale, sample)
+            for layer in (0, 1)
+            for scale in (1.0, 2.5)
+            for sample in (0, 1)
+            for control in (None, "random")
+        ),
+    ]
+    assert len({cell.seed for cell in cells}) == len(cells)
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "texts"),
+    [
+        pytest.param({}, {}, ["The Tower is is in", "The city of Diana in Paris"], id="the whole source"),
+        pytest.param(
+            {"position": 1}, {}, ["The Tower is in", "The city of Di"], id="the source up to its position"
+        ),
+        pytest.param(
+            {"position": "first:i"}, {"prompt": "of x in x", "position": {"every": "x"}}, None, id="k"
+        ),
+        pytest.param({}, {"prompt": "of the city", "position": " the"}, None, id="a space stays"),
+    ],
+)
+def test_text_only_puts_the_text_in_the_place_of_the_state(source, target, texts, model):
+    if texts is None:
+        scope = scope_of(source={"layer": [0, 2], "prompt": "Diana"}, target={"layer": [1, 2]} | target)
+        wanted = {"of x in x": "of Diana", "of the city": "of Diana city"}[scope.target.prompt]
+        texts = [wanted, wanted]
+    else:
+        scope = scope_of(source={"layer": [0, 2]} | source, target={"layer": [1, 2]} | target)
+    sweep = sweep_of(scope, model, controls=["text-only", "random"])
+    bare = [cell for cell in sweep.cells if cell.control == "text-only"]
+    assert [sweep.target_prompts[cell.target_prompt].text for cell in bare] == texts
+    for cell in bare:
+        assert (cell.source_prompt, cell.source_layer, cell.target_layer, cell.terms) == (None,) * 3 + ((),)
+    assert [cell.control for cell in sweep.cells] == ([None, "random"] * 4 + ["text-only"]) * 2
+
+
+def test_text_only_of_a_chat_and_of_the_source_itself(model):
+    chat = [("user", "What is x?")]
+    scope = scope_of(source={"prompt": "Diana", "layer": 0}, target={"prompt": chat, "layer": 0})
+    sweep = sweep_of(scope, model, rows=[{}], controls=["text-only"])
+    assert "What is Diana?" in sweep.target_prompts[sweep.cells[-1].target_prompt].text
+    own = Patchscope(source=Source(prompt="The Tower is", position={"each": [0, 1]}, layer=0))
+    sweep = sweep_of(own, model, rows=[{}], controls=["text-only"])
+    bare = [cell for cell in sweep.cells if cell.control == "text-only"]
+    assert [sweep.target_prompts[cell.target_prompt].text for cell in bare] == ["The Tower is"] * 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        pytest.param(
+            {"source": {"prompt": None, "vector": "file"}},
+            "controls: text-only puts the source's text in the place of its state, and there is no one text. "
+            "Leave text-only out where the source is a vector or the mean of rows.",
+            id="a vector",
+        ),
+        pytest.param(
+            {"source": {"mean": "rows"}, "target": {"prompt": "x"}},
+            "controls: text-only puts the source's text in the place of its state, and there is no one text. "
+            "Leave text-only out where the source is a vector or the mean of rows.",
+            id="the mean of rows",
+        ),
+        pytest.param(
+            {"readout": NextToken(position=2)},
+            "controls: text-only makes target prompts of other lengths, in which "
+            "readout.next_token.position=2 is another token. Count it from the end: -1 is the last token.",
+            id="read at a place from the left",
+        ),
+    ],
+)
+def test_text_only_needs_a_text(options, message, model):
+    with pytest.raises(InputError) as raised:
+        sweep_of(scope_of(**options), model, controls=["text-only"])
+    assert str(raised.value) == message
+
+
+def test_random_cuts_other_tokens(model):
+    scope = scope_of(
+        target={
+            "prompt": "The city of Paris is x",
+            "position": "x",
+            "layer": [0, 1],
+            "write": {"cut": {"position": [0, "city"]}},
+        },
+        readout=NextToken(),
+    )
+    cells = sweep_of(scope, model, rows=ROWS[:1], controls=["unpatched", "random"]).cells
+    assert [(cell.control, cell.target_layer) for cell in cells] == [
+        ("unpatched", None),
+        *((control, layer) for layer in (0, 1) for control in (None, "random")),
+    ]
+    last = cells[1].target_positions[0]
+    assert [cell.unseen for cell in cells if cell.control is None] == [(0, 1)] * 2
+    for cell in cells:
+        if cell.control == "random":
+            assert len(cell.unseen) == 2
+            assert set(cell.unseen) <= set(range(2, last))
+    assert cells[0].unseen == ()
+
+
+def test_what_writes_no_state_is_where_it_writes(model):
+    """l is then l*, and there is no source to speak of."""
+    scope = scope_of(source={"layer": "all"}, target={"layer": [1, 3], "write": "zero"})
+    sweep = sweep_of(scope, model, rows=ROWS[:1])
+    assert [(cell.source_prompt, cell.source_layer, cell.target_layer) for cell in sweep.cells] == [
+        (None, 1, 1),
+        (None, 3, 3),
+    ]
+
+
+def test_a_mean_is_shown_another_of_any_length(model):
+    scope = scope_of(source={"position": {"start": 0}, "mean": "positions", "layer": 0})
+    sweep = sweep_of(scope, model, controls=["shuffled"])
+    assert [cell.source_prompt for cell in sweep.cells] == [0, 1, 1, 0]
+    assert [len(cell.source_positions) for cell in sweep.cells] == [3, 7, 7, 3]
+
+
+def test_a_vector_is_the_same_run_for_every_layer(model):
+    """Unless l* is l."""
+    source = {"prompt": None, "vector": "file", "layer": [0, 1, 2]}
+    for layer, runs in ((3, 1), ("same", 3)):
+        scope = scope_of(source=source, target={"layer": layer})
+        cells = sweep_of(scope, model, rows=ROWS[:1], controls=["random"]).cells
+        assert [cell.source_layer for cell in cells] == [0, 0, 1, 1, 2, 2]
+        assert len({cell.seed for cell in cells}) == 2 * runs
+
+
+def test_text_only_is_read_inside_its_prompt(model):
+    scope = scope_of(
+        source={"prompt": "The"},
+        target={"prompt": "x is in", "position": {"start": 0}},
+        readout=NextToken(position=-1),
+    )
+    assert sweep_of(scope, model, controls=["text-only"])
+    far = scope_of(
+        source={"prompt": "The"},
+        target={"prompt": "Diana x", "position": {"tokens": "Diana"}},
+        readout=NextToken(position=-7),
+    )
+    with pytest.raises(PositionError, match=r"position=-7 is outside the 3-token target prompt"):
+        sweep_of(far, model, controls=["text-only"])
+
+
+def test_groups_that_begin_alike_are_shown_each_other(model):
+    """What is averaged is another, where any row of it is."""
+    rows = [
+        {"s": text, "k": kind, "t": "x"}
+        for text, kind in (("Diana", "a"), ("Paris", "a"), ("Diana", "b"), ("The", "b"))
+    ]
+    scope = scope_of(source={"mean": {"rows": "k"}, "layer": 0})
+    sweep = sweep_of(scope, model, rows=rows, controls=["shuffled"])
+    read = [[term[0] for term in cell.terms] for cell in sweep.cells]
+    assert read == [[0, 1], [0, 2], [0, 2], [0, 1]]

@@ -214,7 +214,8 @@ def test_options_can_be_set_by_the_environment(patchscope, monkeypatch):
     assert counts["source_rows"] == 2
 
 
-COMMANDS = typer.main.get_command(cli.app).commands
+COMMANDS = dict(typer.main.get_command(cli.app).commands)
+COMMANDS |= {f"fit {kind}": command for kind, command in COMMANDS.pop("fit").commands.items()}
 
 
 @pytest.mark.parametrize(

@@ -2,27 +2,92 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rouge_score import rouge_scorer
+from scipy.special import logsumexp
 
-from patchscope_nn.metrics import METRICS, MetricUse, check_metrics, compute_metrics, parse_metric, rouge_l_f1
-from patchscope_nn.spec import Choices, Generate, NextToken
+from patchscope_nn.metrics import (
+    METRICS,
+    MetricUse,
+    check_metrics,
+    compute_metrics,
+    parse_metric,
+    rouge_1_f1,
+    rouge_l_f1,
+)
+from patchscope_nn.spec import Choices, Generate, Hidden, NextToken
 
-SCORER = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=False)
+SCORER = rouge_scorer.RougeScorer(["rougeL", "rouge1"], use_stemmer=False)
 WORDS = st.lists(
     st.sampled_from(["a", "British", "royal", "family,", "the", "it's", "1984", "é"]), max_size=12
 )
 
 
 @given(WORDS.map(" ".join), WORDS.map(" ".join))
-def test_rouge_l_is_that_of_rouge_score(text, reference):
-    expected = SCORER.score(reference, text)["rougeL"].fmeasure
-    assert rouge_l_f1(text, reference) == pytest.approx(expected, abs=1e-12)
+def test_rouge_is_that_of_rouge_score(text, reference):
+    expected = SCORER.score(reference, text)
+    assert rouge_l_f1(text, reference) == pytest.approx(expected["rougeL"].fmeasure, abs=1e-12)
+    assert rouge_1_f1(text, reference) == pytest.approx(expected["rouge1"].fmeasure, abs=1e-12)
 
 
-NEXT = {"top_ids": [5, 7], "reference_ids": [7], "surprisal_nats": 1.5, "nll_nats": 2.5}
+STATES = st.integers(1, 3).flatmap(
+    lambda count: st.lists(
+        st.lists(st.floats(-5, 5).map(lambda value: round(value, 2)), min_size=4, max_size=4),
+        min_size=2 * count,
+        max_size=2 * count,
+    )
+)
+
+
+@given(STATES)
+def test_cosine_and_fraction_of_variance_are_those_of_numpy(states):
+    written, clean = states[::2], states[1::2]
+    one, other = np.array(written), np.array(clean)
+    found = compute_metrics(
+        [MetricUse("cosine"), MetricUse("fraction_of_variance")], {"hidden": written, "clean": clean}, {}
+    )
+    norms = np.linalg.norm(one, axis=1) * np.linalg.norm(other, axis=1)
+    if (norms == 0).any():
+        assert found["cosine"] is None
+    else:
+        assert found["cosine"] == pytest.approx(((one * other).sum(axis=1) / norms).mean())
+    if (np.ptp(other, axis=1) > 0).all():
+        expected = (1 - ((one - other) ** 2).mean(axis=1) / other.var(axis=1)).mean()
+        assert found["fraction_of_variance"] == pytest.approx(expected)
+
+
+def test_a_state_replaced_by_itself_is_all_of_itself():
+    columns = {"hidden": [[1.0, 2.0, 4.0]], "clean": [[1.0, 2.0, 4.0]]}
+    found = compute_metrics([MetricUse("cosine"), MetricUse("fraction_of_variance")], columns, {})
+    assert found == {"cosine": pytest.approx(1.0), "fraction_of_variance": 1.0}
+
+
+@given(st.lists(st.floats(-40, 0), min_size=2, max_size=6), st.integers(0, 5))
+def test_log_odds_are_those_of_the_probabilities(logprobs, place):
+    place %= len(logprobs)
+    columns = {"choices": [f" {number}" for number in range(len(logprobs))], "choice_logprobs": logprobs}
+    use = MetricUse("choice_log_odds", (("answer", "answer"),))
+    others = [one for number, one in enumerate(logprobs) if number != place]
+    found = compute_metrics([use], columns, {"answer": place})["choice_log_odds"]
+    assert found == pytest.approx(logprobs[place] - logsumexp(others), abs=1e-9)
+    assert compute_metrics([use], columns, {"answer": "none of them"}) == {"choice_log_odds": None}
+
+
+NEXT = {
+    "top_ids": [5, 7],
+    "reference_ids": [7],
+    "reference_ranks": [4],
+    "source_top_ids": [7, 8],
+    "surprisal_nats": 1.5,
+    "nll_nats": 2.5,
+    "kl_nats": 0.5,
+}
+PROBS = {"token_probs": [0.5, 0.75], "unpatched_token_probs": [0.25, 1.0]}
 
 
 @pytest.mark.parametrize(
@@ -33,6 +98,29 @@ NEXT = {"top_ids": [5, 7], "reference_ids": [7], "surprisal_nats": 1.5, "nll_nat
         ("precision_at_1", {"top_ids": [5]}, {}, None),
         ("surprisal_nats", NEXT, {}, 1.5),
         ("nll_nats", NEXT, {}, 2.5),
+        ("kl_nats", NEXT, {}, 0.5),
+        ("kl_nats", {"top_ids": [5]}, {}, None),
+        ("rank", NEXT, {}, 4.0),
+        ("rank", {"top_ids": [5]}, {}, None),
+        ("reciprocal_rank", NEXT, {}, 0.25),
+        ("reciprocal_rank", {"top_ids": [5]}, {}, None),
+        ("top_k_overlap", NEXT, {}, 0.5),
+        ("top_k_overlap", NEXT | {"source_top_ids": [7, 5]}, {}, 1.0),
+        ("top_k_overlap", {"top_ids": [5]}, {}, None),
+        ("relevancy", PROBS, {}, 0.25),
+        ("relevancy", {"token_probs": [], "unpatched_token_probs": []}, {}, None),
+        ("cosine", {"hidden": [[1.0, 0.0], [0.0, 2.0]], "clean": [[3.0, 0.0], [1.0, 0.0]]}, {}, 0.5),
+        ("cosine", {"hidden": [[1.0, 0.0]], "clean": [[0.0, 0.0]]}, {}, None),
+        ("fraction_of_variance", {"hidden": [[0.0, 0.0]], "clean": [[1.0, -1.0]]}, {}, 0.0),
+        ("fraction_of_variance", {"hidden": [[1.0, 0.0]]}, {}, None),
+        ("rouge_1", {"text": "actor American"}, {"answer": "American actor"}, 1.0),
+        (
+            "choice_log_odds",
+            {"choices": [" a", " b"], "choice_logprobs": [math.log(0.5), math.log(0.25)]},
+            {"answer": "a"},
+            pytest.approx(math.log(2)),
+        ),
+        ("contains", {"text": "naïve_Zoë's"}, {"answer": "Zoë"}, 1.0),
         ("contains", {"text": ": New  York-City."}, {"answer": "new york city"}, 1.0),
         ("contains", {"text": ": York"}, {"answer": "New York"}, 0.0),
         ("choice_accuracy", {"choice": " Paris"}, {"answer": "Paris"}, 1.0),
@@ -77,6 +165,12 @@ def test_a_metric_dumps_as_it_is_written():
             NextToken(),
             ["nll_nats needs readout.next_token.reference, for example reference: source"],
         ),
+        ("kl_nats", NextToken(reference=" a"), []),
+        ("kl_nats", NextToken(reference="source"), []),
+        ("cosine", Hidden(), ["cosine needs readout.hidden.clean: true"]),
+        ("cosine", Hidden(clean=True), []),
+        ("relevancy", Generate(), ["relevancy needs readout.generate.relevancy: true"]),
+        ("relevancy", Generate(relevancy=True), []),
         ("nll_nats", Generate(), ["nll_nats reads next_token, and the readout is generate"]),
         ("rouge_l", Choices(["a", "b"]), ["rouge_l reads generate, and the readout is choices"]),
     ],

@@ -13,6 +13,7 @@ from tables import NASTY, make_table
 
 from patchscope_nn.errors import InputError
 from patchscope_nn.plots import (
+    comparison_curve,
     figures,
     layer_curve,
     layer_means,
@@ -24,6 +25,7 @@ from patchscope_nn.plots import (
     text_width,
     visible,
 )
+from patchscope_nn.statistics import best_over
 
 
 def names(figure: Any) -> set[str]:
@@ -59,12 +61,62 @@ def test_band_holds_the_mean_is_seeded_and_draws_rows() -> None:
     assert (means["mean"] <= means["high"]).all()
     pd.testing.assert_frame_equal(means, layer_means(table, metric="rouge_l"))
     doubled = pd.concat([table, table])  # the same rows twice are no new evidence
-    pd.testing.assert_frame_equal(means, layer_means(doubled, metric="rouge_l"))
+    twice = layer_means(doubled, metric="rouge_l").drop(columns="n_cells")
+    pd.testing.assert_frame_equal(means.drop(columns="n_cells"), twice)
 
 
 def test_one_row_has_no_band() -> None:
     table = make_table(n_rows=1)
     assert "95 % interval" not in names(layer_curve(table, metric="precision_at_1"))
+
+
+def test_the_best_over_target_layers_is_a_curve_with_its_controls() -> None:
+    table = make_table(n_rows=6, layers=range(4), target_layers=range(5))
+    (title, figure), *_ = figures(table, metrics=["precision_at_1"], best=["target_layer"])
+    assert title.endswith("best over target layer")
+    best = best_over(table, metric="precision_at_1", over=["target_layer"])
+    for name, chosen in (
+        ("patched", best["control"].isna()),
+        ("random (control)", best["control"] == "random"),
+    ):
+        curve = next(trace for trace in figure.data if trace.name == name)
+        expected = best[chosen].groupby("source_layer")["precision_at_1"].mean()
+        np.testing.assert_allclose(curve.y, expected.to_numpy())
+    (_, by_target), *_ = figures(table, metrics=["precision_at_1"], best=["source_layer"])
+    assert by_target.layout.xaxis.title.text == "target layer"
+    assert len(next(trace for trace in by_target.data if trace.name == "patched").y) == 5
+
+
+def test_the_best_over_all_layers_is_a_point_for_each_kind() -> None:
+    table = make_table(n_rows=6, layers=range(4), target_layers=range(5))
+    over = ["source_layer", "target_layer"]
+    (_, figure), *_ = figures(table, metrics=["precision_at_1"], best=over)
+    best = best_over(table, metric="precision_at_1", over=over)
+    assert names(figure) == {"patched", "random (control)", "unpatched (control)"}
+    random = next(trace for trace in figure.data if trace.name == "random (control)")
+    assert random.y[0] == pytest.approx(best[best["control"] == "random"]["precision_at_1"].mean())
+    assert random.error_y.array[0] >= 0
+
+
+def test_runs_are_compared_in_one_figure() -> None:
+    tables = {
+        name: make_table(n_rows=6, layers=range(4), seed=seed) for seed, name in enumerate(("a", "<b>"))
+    }
+    means = [
+        layer_means(table, metric="precision_at_1").assign(run=name, metric="precision_at_1")
+        for name, table in tables.items()
+    ]
+    figure = comparison_curve(pd.concat(means), metric="precision_at_1", names=list(tables))
+    lines = {trace.name: trace for trace in figure.data if trace.name}
+    assert set(lines) == {
+        *("a", "a: random (control)", "a: unpatched (control)"),
+        *("&lt;b&gt;", "&lt;b&gt;: random (control)", "&lt;b&gt;: unpatched (control)"),
+    }
+    real = tables["<b>"][tables["<b>"]["control"].isna()]
+    np.testing.assert_allclose(lines["&lt;b&gt;"].y, real.groupby("source_layer")["precision_at_1"].mean())
+    assert [name for name, line in lines.items() if line.line.dash == "solid"] == ["a", "&lt;b&gt;"]
+    assert len({line.line.color for line in lines.values()}) == 2
+    assert len(lines["a: unpatched (control)"].x) == 4
 
 
 def test_layer_pairs_become_a_heatmap_with_controls() -> None:

@@ -7,8 +7,17 @@ import re
 import pytest
 import tiny
 
-from patchscope_nn.errors import InputError, PositionError
-from patchscope_nn.positions import Each, Span, parse_positions, resolve_positions
+from patchscope_nn.errors import DataError, InputError, PositionError
+from patchscope_nn.positions import (
+    Each,
+    Every,
+    Span,
+    Tokens,
+    fill,
+    parse_positions,
+    resolve_positions,
+    texts_of,
+)
 from patchscope_nn.prompts import encode
 
 TEXT = "The Eiffel Tower is in the Eiffel city"
@@ -58,6 +67,17 @@ def test_the_prompt_has_the_tokens_these_tests_count_on():
         pytest.param({"each": "all"}, [(place,) for place in range(12)], id="each token"),
         pytest.param(Each(range(2)), [(0,), (1,)], id="each of a range"),
         pytest.param({"each": [-1, 11, "city"]}, [(11,)], id="each names a token once"),
+        pytest.param({"tokens": "Eiffel"}, [(8, 9, 10)], id="all tokens of the last occurrence"),
+        pytest.param({"tokens": " Eiffel city"}, [(8, 9, 10, 11)], id="all tokens of two words"),
+        pytest.param({"tokens": "fel"}, [(9, 10)], id="all tokens a text has a part in"),
+        pytest.param(Tokens(tokens="The"), [(0,)], id="tokens object"),
+        pytest.param({"every": "Eiffel"}, [(3, 10)], id="every occurrence, last tokens"),
+        pytest.param({"every": "el"}, [(3, 10)], id="every occurrence of a token"),
+        pytest.param({"every": "E"}, [(1, 8)], id="every token that spells it"),
+        pytest.param(Every(every="Tower"), [(4,)], id="every object"),
+        pytest.param(
+            {"each": [{"tokens": "Eiffel"}, {"every": "Eiffel"}]}, [(8, 9, 10), (3, 10)], id="each of them"
+        ),
     ],
 )
 def test_selectors_name_tokens(value, expected):
@@ -136,6 +156,10 @@ def test_token_ids_are_checked():
         pytest.param({"start": 5, "end": 2}, "source.position=[5, 2) is no span inside", id="span backwards"),
         pytest.param([0, -12], "source.position=[0, -12] names the same token twice in", id="twice"),
         pytest.param({"each": [0, 40]}, "source.position=40 is outside", id="one of each"),
+        pytest.param({"tokens": "Rome"}, "source.position: 'Rome' does not occur in", id="no tokens"),
+        pytest.param(
+            {"every": "ow"}, "source.position: every 'ow' is nowhere a whole token of", id="every, inside"
+        ),
     ],
 )
 def test_messages_list_the_numbered_tokens(value, problem):
@@ -153,6 +177,10 @@ def test_messages_list_the_numbered_tokens(value, problem):
         ("first:", "'first:' is no position"),
         ([], "is an empty list"),
         ([{"start": 1}], "a list holds indices and texts, not spans"),
+        ([{"every": "x"}], "a list holds indices and texts, not spans"),
+        ({"every": ""}, "{'every': ''} is no position"),
+        ({"tokens": 3}, "{'tokens': 3} is no position"),
+        ({"each": [{"each": [0]}]}, "{'each': [0]} is no position"),
         ({"start": 1, "stop": 2}, "is no position"),
         ({"start": "The"}, "is no position"),
         ({"each": []}, "is neither 'all' nor a list of positions"),
@@ -163,3 +191,35 @@ def test_messages_list_the_numbered_tokens(value, problem):
 def test_what_is_no_selector(value, problem):
     with pytest.raises(ValueError, match=re.escape(problem)):
         parse_positions(value)
+
+
+@pytest.mark.parametrize(
+    ("value", "filled"),
+    [
+        ("{a}", "Tower"),
+        ("first:the {a}", "first:the Tower"),
+        (["{a}", 0], ("Tower", 0)),
+        ({"tokens": "{a}"}, Tokens(tokens="Tower")),
+        ({"every": "{a}"}, Every(every="Tower")),
+        ({"each": ["{a}", {"every": "{a}"}, 3]}, Each(["Tower", Every(every="Tower"), 3])),
+        ("{{a}}", "{a}"),
+        ("x", "x"),
+        (-1, -1),
+        ({"start": 1}, Span(start=1)),
+        ({"each": "all"}, Each("all")),
+    ],
+)
+def test_a_data_row_fills_the_texts(value, filled):
+    assert fill(parse_positions(value), {"a": "Tower"}, field="source.position") == filled
+
+
+def test_a_text_asks_for_a_column_the_data_lacks():
+    with pytest.raises(DataError, match=r"^source\.position asks for the column 'b', .* Allowed: a\."):
+        fill(parse_positions({"each": ["{b}"]}), {"a": "Tower"}, field="source.position")
+
+
+def test_the_texts_of_a_selector():
+    selector = parse_positions({"each": ["first:x", 3, {"every": "y"}, {"tokens": "z"}, {"start": 0}]})
+    assert texts_of(selector) == ["first:x", "y", "z"]
+    assert texts_of(parse_positions(["a", 1])) == ["a"]
+    assert texts_of(None) == texts_of(Each("all")) == texts_of(0) == []

@@ -285,6 +285,9 @@ def test_dump_leaves_defaults_out_and_resolved_writes_them():
         "layer": "all",
         "site": "residual",
         "model": None,
+        "mean": None,
+        "minus": None,
+        "vector": None,
     }
     assert whole["readout"] == {"next_token": {"top_k": 5, "reference": "source", "position": -1}}
     assert resolved(Recipe(**GOOD, data={"builtin": "contexts"}))["data"] == {"builtin": "contexts"}
@@ -317,6 +320,9 @@ def test_the_schema_documents_every_field():
 
 
 VALID = [
+    {**GOOD, "best_over": ["target_layer"]},
+    {**GOOD, "readout": "hidden", "probe": {"label": "word", "folds": 5}, "score": "probe_accuracy"},
+    {**GOOD, "methods": {"a": None, "b": {"target": {"layer": -1}}, "c": {"target.layer": 2}}},
     *({**GOOD, "readout": name} for name in ("next_token", "generate", "hidden")),
     *({**GOOD, "readout": {name: None}} for name in ("next_token", "generate", "hidden")),
     {**GOOD, "readout": {"choices": {"continuations": [" a", " b"]}}},
@@ -324,7 +330,10 @@ VALID = [
         {**GOOD, "readout": {"next_token": {"reference": item}}}
         for item in ("source", " Paris", [" a"], None)
     ),
-    *({**GOOD, "mapping": item} for item in ("target_norm", {"affine": "w"}, {"function": "a:b"})),
+    *(
+        {**GOOD, "mapping": item}
+        for item in ("target_norm", {"affine": "w"}, {"fitted": "w"}, {"function": "a:b"})
+    ),
     *({**GOOD, "source": {"prompt": "x", "layer": item}} for item in (3, "all", "1:5", [0, "embed", "::2"])),
     *(
         {**GOOD, "source": {"prompt": "x", "position": item}}
@@ -351,6 +360,12 @@ VALID = [
     {**GOOD, "controls": ["random"]},
 ]
 INVALID = [
+    *({**GOOD, "best_over": item} for item in (["layer"], ["source_layer", "source_layer"], "source_layer")),
+    *(
+        {**GOOD, "readout": "hidden", "probe": item}
+        for item in ({}, {"label": ""}, {"label": "a", "folds": 1})
+    ),
+    *({**GOOD, "methods": item} for item in ({"a": {}}, {"a": {}, "b": 3}, ["a", "b"], None)),
     {},
     [],
     {"name": "a", "title": "b"},
@@ -369,7 +384,18 @@ INVALID = [
     *({**GOOD, "target": item} for item in ({"layer": "sme"}, {"site": "heads"}, None)),
     *(
         {**GOOD, "mapping": item}
-        for item in ("identty", {"affine": 5}, {"affine": "w", "function": "a:b"}, None)
+        for item in (
+            "identty",
+            {"affine": 5},
+            {"fitted": 5},
+            {"affine": "w", "function": "a:b"},
+            {"fit": 3},
+            {"fit": {"kind": "afine"}},
+            {"fit": {"limt": 3}},
+            {"fit": {"lambdas": []}},
+            {"fit": {"data": {"builtin": "no such"}}},
+            None,
+        )
     ),
     *(
         {**GOOD, "readout": item}

@@ -14,6 +14,8 @@ from tables import NASTY, make_table
 
 from patchscope_nn.report import page as report_page
 from patchscope_nn.report import write_report
+from patchscope_nn.report.summary import summary as sentences_of
+from patchscope_nn.statistics import best_over
 
 MANIFEST: dict[str, Any] = {
     "recipe": {
@@ -52,6 +54,34 @@ def text(page: str, tag: str) -> str:
     found = re.search(rf"<{tag}[^>]*>(.*?)</{tag.partition(' ')[0]}>", page, flags=re.DOTALL)
     assert found
     return html.unescape(found[1])
+
+
+@pytest.mark.parametrize(
+    ("over", "said"),
+    [
+        (["target_layer"], "(each row's best over target layer) is highest at source layer"),
+        (["source_layer"], "(each row's best over source layer) is highest at target layer"),
+        (
+            ["source_layer", "target_layer"],
+            "(each row's best over source layer and target layer) over all layers:",
+        ),
+    ],
+)
+def test_the_summary_of_a_best_has_the_controls_best(over: list[str], said: str) -> None:
+    table = make_table(n_rows=6, layers=range(3), target_layers=range(4), controls=("unpatched", "random"))
+    manifest = {"recipe": {"best_over": over}}
+    (sentence,) = [
+        one
+        for one in sentences_of(table, manifest=manifest, metrics=["precision_at_1"])
+        if one.startswith("Mean ")
+    ]
+    assert sentence.startswith(f"Mean precision_at_1 {said}")
+    best = best_over(table, metric="precision_at_1", over=over)
+    left = [name for name in ("source_layer", "target_layer") if name not in over]
+    controls = best[best["control"] == "random"]
+    means = controls.groupby(left)["precision_at_1"].mean() if left else [controls["precision_at_1"].mean()]
+    assert any(f"random {mean:.3g}" in sentence for mean in means)
+    assert "unpatched" in sentence
 
 
 def test_summary_names_the_best_layer_and_its_controls(tmp_path: Path) -> None:
@@ -120,7 +150,7 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
     table["source_token"] = [[NASTY] for _ in range(len(table))]
     recipe = {"name": NASTY, "title": NASTY, "metrics": ["rouge_l"]}
     page = write(table, tmp_path, manifest={"recipe": recipe, "command": NASTY, "versions": {NASTY: NASTY}})
-    ours = page.replace(str(report_page._plotly_js()), "")
+    ours = page.replace(str(report_page.plotly_js()), "")
     assert "alert(1)" in ours  # it is there, as text
     assert "<script>alert" not in ours
     assert "<!--" not in ours
@@ -132,7 +162,7 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
 
 def test_markup_is_complete_and_asks_for_nothing(tmp_path: Path) -> None:
     page = write(make_table(n_rows=2), tmp_path)
-    ours = page.replace(str(report_page._plotly_js()), "")
+    ours = page.replace(str(report_page.plotly_js()), "")
     assert page.startswith("<!doctype html>\n<html lang=")
     assert '<meta charset="utf-8">' in ours
     assert '<link rel="icon" href="data:,">' in ours

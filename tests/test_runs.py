@@ -94,9 +94,10 @@ def test_columns_come_in_the_order_of_the_design(tiny_model):
     assert columns == [
         *("row", "control", "source_prompt", "source_position", "source_token", "source_layer"),
         *("target_prompt", "target_position", "target_token", "target_layer"),
-        *("source_model", "target_model", "mapping", "top_tokens", "top_ids", "top_probs", "entropy_nats"),
+        *("source_model", "target_model", "mapping", "scale", "sample"),
+        *("top_tokens", "top_ids", "top_probs", "entropy_nats"),
         *("reference_tokens", "reference_ids", "reference_logprobs", "reference_ranks"),
-        *("surprisal_nats", "nll_nats", "precision_at_1", "error"),
+        *("surprisal_nats", "nll_nats", "kl_nats", "source_top_ids", "precision_at_1", "error"),
     ]
 
 
@@ -338,14 +339,36 @@ def test_memory_is_flat_as_a_run_grows(tmp_path):
     assert large - small < 200e6
 
 
-def test_summary_is_the_mean_by_layer_and_control(tiny_model):
+def test_summary_is_the_mean_with_its_interval_by_layers_and_control(tiny_model):
     run = ps.run(scope(), **asked(tiny_model()))
     table, summary = run.table(), run.summary()
     at = table[(table.source_layer == 2) & table.control.isna()]
-    line = summary[(summary.source_layer == 2) & (summary.control == "patched")].iloc[0]
-    assert line["n"] == len(at) == len(ROWS)
-    assert line["precision_at_1"] == pytest.approx(at["precision_at_1"].astype(float).mean())
+    assert list(summary) == [
+        *("metric", "control", "source_layer", "target_layer", "mean", "low", "high", "n_rows", "n_cells")
+    ]
+    assert len(summary) == 2 * (3 * tiny.N_LAYERS + 1)
     assert set(summary.control) == {"patched", "unpatched", "random", "shuffled"}
+    assert summary[summary.control == "unpatched"].source_layer.isna().all()
+    for metric in ("precision_at_1", "nll_nats"):
+        chosen = (summary.metric == metric) & (summary.source_layer == 2) & (summary.control == "patched")
+        (line,) = summary[chosen].to_dict("records")
+        assert line["n_rows"] == line["n_cells"] == len(at) == len(ROWS)
+        assert line["target_layer"] == 2
+        assert line["mean"] == pytest.approx(at[metric].astype(float).mean())
+        assert line["low"] <= line["mean"] <= line["high"]
+
+
+def test_summary_by_source_averages_over_target_layers(tiny_model):
+    run = ps.run(
+        scope(target=ps.Target(prompt="The city -> ", layer="all")),
+        **asked(tiny_model(), controls=["unpatched"], metrics=["nll_nats"]),
+    )
+    table, summary = run.table(), run.summary(by_source=True)
+    assert len(run.summary()) == tiny.N_LAYERS**2 + 1
+    assert len(summary) == tiny.N_LAYERS + 1
+    (line,) = summary[summary.source_layer == 1].to_dict("records")
+    assert line["n_cells"] == len(ROWS) * tiny.N_LAYERS
+    assert line["mean"] == pytest.approx(table[table.source_layer == 1]["nll_nats"].mean())
 
 
 def test_progress_counts_up_to_all(tiny_model):

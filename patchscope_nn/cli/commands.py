@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,6 +12,7 @@ import typer
 
 from patchscope_nn import __version__
 from patchscope_nn.cli import options, printing
+from patchscope_nn.cli.fitting_closed import fit
 from patchscope_nn.cli.options import Context, LogLevel
 from patchscope_nn.pace import JOBS
 
@@ -21,6 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+app.add_typer(fit, name="fit")
 _INTERRUPTED = 130
 
 
@@ -118,7 +121,7 @@ def run(
     log_level: options.Level = LogLevel.warning,  # noqa: ARG001 (acted on by its callback)
 ) -> None:
     """Run a recipe. The same command again resumes it, and computes no finished cell twice."""
-    from patchscope_nn.execute import run_prepared
+    from patchscope_nn.experiments import Experiment, run_prepared
     from patchscope_nn.plan import Optimisations
 
     used = Optimisations(
@@ -148,6 +151,7 @@ def run(
     folder = out or prepared.default_folder
     progress = printing.Progress(str(prepared.recipe["name"]), quiet=json)
     command = shlex.join(["patchscope", *sys.argv[1:]])
+    prepared = _fitted(prepared, command=command, quiet=json)
     try:
         finished = run_prepared(
             prepared,
@@ -165,9 +169,15 @@ def run(
         )
     except KeyboardInterrupt:
         printing.note(f"\nInterrupted. What is done is kept in {folder}; go on with:\n  {command}")
-        _leave_or_cancel(folder)
+        for place in _run_folders(prepared, folder):
+            _leave_or_cancel(place)
         raise typer.Exit(_INTERRUPTED) from None
-    printing.print_run(finished, as_json=json)
+    if isinstance(finished, Experiment):
+        from patchscope_nn.cli.comparing import print_experiment
+
+        print_experiment(finished, as_json=json)
+    else:
+        printing.print_run(finished, as_json=json)
 
 
 @app.command()
@@ -202,6 +212,7 @@ def plan(
     from patchscope_nn.backends import backend_for
     from patchscope_nn.bridge import traffic
     from patchscope_nn.execute import plan_prepared
+    from patchscope_nn.experiments import PreparedMethods
     from patchscope_nn.plan import Optimisations
 
     used = Optimisations(
@@ -229,16 +240,25 @@ def plan(
         remote=options.remote_value(remote),
         source_remote=options.source_remote_value(source_remote),
     )
-    made = plan_prepared(
-        prepared,
-        context=context.value,
-        max_rows=max_rows,
-        memory=options.memory_value(memory),
-        optimisations=used,
-        remote=backend.remote,
-    )
-    crossing = traffic(made, prepared.mapping)
-    printing.print_plan(made, crossing=crossing, folder=prepared.default_folder, as_json=json)
+    methods = prepared.methods if isinstance(prepared, PreparedMethods) else {"": prepared}
+    shown = []
+    for (name, one), folder in zip(
+        methods.items(), _run_folders(prepared, prepared.default_folder), strict=True
+    ):
+        made = plan_prepared(
+            one,
+            context=context.value,
+            max_rows=max_rows,
+            memory=options.memory_value(memory),
+            optimisations=used,
+            remote=backend.remote,
+        )
+        shown.append(
+            printing.Planned(
+                name=name, plan=made, crossing=traffic(made, one.mapping), mapping=one.mapping, folder=folder
+            )
+        )
+    printing.print_plans(shown, as_json=json)
 
 
 @app.command()
@@ -337,12 +357,43 @@ def _wants_cancel(live: int) -> bool:
             return True
 
 
+def _run_folders(prepared: Any, folder: Path) -> list[Path]:
+    """The folder of the run, or of each method's."""
+    from patchscope_nn.experiments import PreparedMethods
+    from patchscope_nn.recipe import slug
+
+    return (
+        [folder / slug(name) for name in prepared.methods]
+        if isinstance(prepared, PreparedMethods)
+        else [folder]
+    )
+
+
+def _fitted(prepared: Any, *, command: str, quiet: bool) -> Any:
+    """What was prepared, with its mappings fitted, where they are still to be."""
+    from patchscope_nn.execute import ready
+    from patchscope_nn.experiments import PreparedMethods
+
+    if isinstance(prepared, PreparedMethods):
+        methods = {name: _fitted(one, command=command, quiet=quiet) for name, one in prepared.methods.items()}
+        return replace(prepared, methods=methods)
+    if prepared.fit is None or prepared.fit.done:
+        return prepared
+    progress = printing.Progress(f"fitting {prepared.fit.name}", quiet=quiet, unit="texts")
+    return ready(prepared, command=command, progress=progress, notice=printing.caution)
+
+
 def _prepare(recipe: str, *, sets: list[str] | None, quiet: bool, **given: Any) -> Any:
     """Read a recipe, and prepare it with the given arguments of `prepare`."""
     from patchscope_nn.recipe import find, load_recipe
 
     parsed = load_recipe(recipe, sets=sets or ())
     with printing.waiting("loading the model", quiet=quiet):
-        from patchscope_nn.prepare import prepare
+        from patchscope_nn.experiments import PreparedMethods, prepare
 
-        return prepare(parsed, base=find(recipe).parent, **given)
+        prepared = prepare(parsed, base=find(recipe).parent, **given)
+    ones = prepared.methods.values() if isinstance(prepared, PreparedMethods) else (prepared,)
+    for one in ones:
+        for said in one.mapping.notices:
+            printing.caution(said)
+    return prepared

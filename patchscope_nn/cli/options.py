@@ -82,6 +82,19 @@ Json: TypeAlias = Annotated[bool, _option("--json", help="Print JSON instead of 
 Level: TypeAlias = Annotated[
     LogLevel, _option("--log-level", help="How much to log.", callback=_set_log_level)
 ]
+Lenses: TypeAlias = Annotated[
+    list[str] | None,
+    _option("--lens", help="One more next_token recipe to read the grid with. Repeatable.", metavar="RECIPE"),
+]
+View: TypeAlias = Annotated[
+    str, _option("--view", help="The view to begin with, as the page's `Copy command` gives it.")
+]
+Port: TypeAlias = Annotated[
+    int, _option("--port", help="The port to serve on; 0 takes a free one.", min=0, max=65535)
+]
+NoBrowser: TypeAlias = Annotated[
+    bool, _option("--no-browser", help="Print the page's address, and open nothing.")
+]
 MaxRows: TypeAlias = Annotated[
     int | None, _option("--max-rows", help="The most rows of a forward pass.", min=1)
 ]
@@ -118,6 +131,22 @@ MemoryReuse: TypeAlias = Annotated[
 ]
 
 
+class Best(StrEnum):
+    """What the best can be taken over."""
+
+    source_layer = "source_layer"
+    target_layer = "target_layer"
+
+
+PageFile: TypeAlias = Annotated[
+    Path | None, _option("--out", help="Write a page that shows the runs side by side, such as page.html.")
+]
+BestOver: TypeAlias = Annotated[
+    list[Best] | None,
+    _option("--best-over", help="Take the best over these layers first, of controls too. Repeatable."),
+]
+
+
 class Context(StrEnum):
     """How source and target share an nnsight context."""
 
@@ -131,6 +160,39 @@ class Context(StrEnum):
 ContextName: TypeAlias = Annotated[
     Context, _option("--context", help="How source and target share an nnsight context.")
 ]
+
+
+# What `fit` takes.
+FitFile: TypeAlias = Annotated[Path, _option("--out", help="The safetensors file to write.")]
+Texts: TypeAlias = Annotated[
+    str | None,
+    _option(
+        "--data", help="Texts: builtin:NAME, a file, or hub:ORG/NAME:SPLIT; texts that ship unless given."
+    ),
+]
+Column: TypeAlias = Annotated[str | None, _option("--column", help="The column that holds the texts.")]
+HeldOut: TypeAlias = Annotated[
+    str, _option("--held-out", help="The share of the texts to measure on, or data, as --data.")
+]
+Pairs: TypeAlias = Annotated[
+    str,
+    _option(
+        "--pairs", help="same (l to l), last (l to the last block), cross, or l:l*, for example 3:5,4:6."
+    ),
+]
+SourceLayers: TypeAlias = Annotated[
+    str, _option("--source-layers", help="The l of same, last and cross, as --layer.")
+]
+TargetLayers: TypeAlias = Annotated[str, _option("--target-layers", help="The l* of cross, as --layer.")]
+TextLimit: TypeAlias = Annotated[int | None, _option("--limit", help="The most texts.", min=3)]
+Positions: TypeAlias = Annotated[
+    int, _option("--positions", help="How many positions of a text, at random; 0 is all.", min=0)
+]
+MaxTokens: TypeAlias = Annotated[
+    int, _option("--max-tokens", help="How many tokens of a text are read.", min=2)
+]
+Rank: TypeAlias = Annotated[int | None, _option("--rank", help="The rank of low_rank.", min=1)]
+Seed: TypeAlias = Annotated[int, _option("--seed", help="Of the choice of texts and positions.", min=0)]
 
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}

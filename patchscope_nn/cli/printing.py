@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from patchscope_nn.errors import PatchscopeError, Problem, SpecError
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from patchscope_nn.bridge import Traffic
     from patchscope_nn.doctor import Finding
     from patchscope_nn.ledger import Job
+    from patchscope_nn.mappings import ResolvedMapping
     from patchscope_nn.plan import Plan
     from patchscope_nn.quick import Look
     from patchscope_nn.recipe import Recipe
@@ -33,6 +34,11 @@ def out(text: str) -> None:
 def note(text: str) -> None:
     """Print something that is no result."""
     sys.stderr.write(f"{text}\n")
+
+
+def caution(text: str) -> None:
+    """Print what a researcher should know of a result."""
+    note(f"note: {text}")
 
 
 def out_json(value: Any) -> None:
@@ -68,16 +74,17 @@ class Progress:
     Args:
         what: What is being done.
         quiet: Print nothing.
+        unit: What is counted.
     """
 
-    def __init__(self, what: str, *, quiet: bool) -> None:
-        self.what, self.quiet = what, quiet
+    def __init__(self, what: str, *, quiet: bool, unit: str = "cells") -> None:
+        self.what, self.quiet, self.unit = what, quiet, unit
         self._bar: Any = None
         self._line = ""
         self._started = self._said = time.monotonic()
 
     def __call__(self, done: int, total: int) -> None:
-        """Show that `done` of `total` cells are done."""
+        """Show that `done` of `total` are done."""
         if self.quiet:
             return
         if sys.stderr.isatty():
@@ -86,7 +93,7 @@ class Progress:
         now = time.monotonic()
         if done == total or now - self._said >= _PLAIN_EVERY_S:
             self._said = now
-            note(f"{self.what}: {done} of {total} cells, {now - self._started:.0f} s")
+            note(f"{self.what}: {done} of {total} {self.unit}, {now - self._started:.0f} s")
 
     def tell(self, line: str) -> None:
         """Say what the jobs on a server do: in the bar, or elsewhere as a line of its own."""
@@ -187,44 +194,98 @@ def print_run(run: Run, *, as_json: bool) -> None:
 def _summary(run: Run) -> Any:
     """Layers down; the first metric beside its controls, the others alone (the report has all of them).
 
-    The unpatched control, which has no layer, stands in every line.
+    A control that has no layer, such as `unpatched`, stands in every line.
     """
-    found = json.loads(run.summary().to_json(orient="records"))
+    found = json.loads(run.summary(by_source=True).to_json(orient="records"))
+    axis = "target_layer" if "source_layer" in run.best_over else "source_layer"
     controls = list(dict.fromkeys(["patched", *(one["control"] for one in found)]))
     columns = [(run.metrics[0], control) for control in controls]
     columns += [(metric, "patched") for metric in run.metrics[1:]]
-    means = {(one["source_layer"], one["control"]): one for one in found}
+    means = {(one[axis], one["metric"], one["control"]): one for one in found}
     headers = [f"{metric if control == 'patched' else ''}\n{control}" for metric, control in columns]
-    title = f"{run.manifest['recipe']['title']}\nmean over data rows, by source layer\n"
-    table = _table("\nlayer", *headers, title=title)
-    for layer in sorted({layer for layer, _ in means if layer is not None}):
-        line = {one: means.get((layer, one)) or means.get((None, one)) or {} for one in controls}
-        values = [line[control].get(metric) for metric, control in columns]
-        name = "embed" if layer < 0 else str(layer)
-        table.add_row(name, *("" if value is None else f"{value:.2f}" for value in values))
+    best = f", best over {' and '.join(run.best_over).replace('_', ' ')}" if run.best_over else ""
+    n_rows = max((one["n_rows"] for one in found), default=0)
+    over = f"mean over {n_rows} data rows with 95 % intervals{best}, by {axis.replace('_', ' ')}"
+    table = _table("\nlayer", *headers, title=f"{run.manifest['recipe']['title']}\n{over}\n")
+    layers = sorted({layer for layer, _, control in means if layer is not None})
+    for layer in layers or [None]:
+        line = [means.get((layer, *column)) or means.get((None, *column)) for column in columns]
+        name = {None: "all", -1: "embed"}.get(layer, str(layer))
+        table.add_row(name, *map(_mean, line))
     return table
 
 
-def print_plan(plan: Plan, *, crossing: Traffic | None, folder: Path, as_json: bool) -> None:
-    """Print a plan as a tree, or its counts; and what crosses between two models that are apart."""
-    if not as_json:
-        out(str(plan))
-        if crossing is not None:
-            out(_crossing_line(crossing))
-        out(f"folder {folder}")
+def _mean(found: Mapping[str, Any] | None) -> str:
+    """A mean, with its interval where it is of the real cells."""
+    if found is None:
+        return ""
+    low, high = found["low"], found["high"]
+    bare = low is None or found["control"] != "patched"
+    return f"{found['mean']:.2f}" + ("" if bare else f" [{low:.2f}, {high:.2f}]")
+
+
+class Planned(NamedTuple):
+    """A plan, of a recipe or of one of its methods: its name (empty for a recipe), and what belongs to it."""
+
+    name: str
+    plan: Plan
+    mapping: ResolvedMapping
+    crossing: Traffic | None
+    folder: Path
+
+
+def print_plans(planned: Sequence[Planned], *, as_json: bool) -> None:
+    """Print plans as trees, or their counts; their fits, and what crosses between two models."""
+    if as_json:
+        counts = {one.name: _plan_counts(one) for one in planned}
+        out_json(counts.get("", {"methods": counts}))
         return
+    for number, one in enumerate(planned):
+        if one.name:
+            out(f"{'' if number == 0 else chr(10)}method: {one.name}")
+        out(str(one.plan))
+        if one.mapping.about:
+            out(_fit_line(one.mapping))
+        if one.crossing is not None:
+            out(_crossing_line(one.crossing))
+        out(f"folder {one.folder}")
+
+
+def _plan_counts(planned: Planned) -> dict[str, Any]:
     from patchscope_nn.plan import count, stages
 
-    out_json(
-        {
-            "digest": plan.digest,
-            "folder": str(folder),
-            "cells": plan.n_cells,
-            **count(plan)._asdict(),
-            "crossing": None if crossing is None else asdict(crossing),
-            "stages": [{"with": name, **counts._asdict()} for name, counts in stages(plan)],
-        }
-    )
+    plan, mapping, crossing = planned.plan, planned.mapping, planned.crossing
+    return {
+        "digest": plan.digest,
+        "folder": str(planned.folder),
+        "cells": plan.n_cells,
+        **count(plan)._asdict(),
+        "mapping": {"name": mapping.name, "weights": mapping.digest, "fit": dict(mapping.about) or None},
+        "crossing": None if crossing is None else asdict(crossing),
+        "stages": [{"with": name, **counts._asdict()} for name, counts in stages(plan)],
+    }
+
+
+def _fit_line(mapping: ResolvedMapping) -> str:
+    """Which fit a run uses, and what it does on texts that were held out."""
+    about = mapping.about
+    if "held_out" not in about:
+        texts = about["texts"]
+        return (
+            f"mapping {mapping.name}: {len(mapping.maps)} pairs of layers, to be fitted before the run on "
+            f"{texts['fitted_on']['n_texts']} texts ({texts['held_out']['n_texts']} held out), and kept in "
+            f"{about['file']}"
+        )
+    line = f"mapping {mapping.name}: {about['kind']}, {len(mapping.maps)} pairs of layers"
+    numbers = [found for *_, found in about["held_out"]]
+    measured = []
+    for key, name in (("fraction_of_variance", "of the variance"), ("cosine", "cosine")):
+        values = [found[key] for found in numbers if key in found]
+        if values:
+            measured.append(f"{min(values):.2f} to {max(values):.2f} {name}")
+    if measured:
+        line += f"; on texts held out {', '.join(measured)}"
+    return line + (f"; {about['file']}" if "file" in about else "")
 
 
 def _crossing_line(crossing: Traffic) -> str:

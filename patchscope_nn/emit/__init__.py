@@ -21,6 +21,7 @@ import torch
 
 from patchscope_nn.emit.batch import fused, in_source, in_target
 from patchscope_nn.emit.packed import in_packed, in_prefix
+from patchscope_nn.emit.states import in_sums
 from patchscope_nn.plan import Context
 from patchscope_nn.unpack import Work
 
@@ -84,11 +85,12 @@ def _in_session(source: Any, target: Any, work: Work) -> Results:
     states = dict(work["carried"])
     for one in work["sources"]:
         states.update(in_source(source, one, work["source_paths"]))
+    states.update(in_sums(states, work["sums"]))
     prefix = in_prefix(target, work["prefix"], work["target_paths"]) if work["prefix"] else None
     passes = [
-        in_target(target, one, states, work["target_paths"], work["mapping"])
+        in_target(target, one, states, work["target_paths"], work["how"])
         if one["layout"] is None
-        else in_packed(target, one, states, work["target_paths"], work["mapping"], prefix=prefix)
+        else in_packed(target, one, states, work["target_paths"], work["how"], prefix=prefix)
         for one in work["targets"]
     ]
     kept = {number: states[number].clone() for number in work["keep"]}

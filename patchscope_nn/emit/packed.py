@@ -35,7 +35,7 @@ def in_packed(
     one: Work,
     states: dict[int, torch.Tensor],
     paths: dict[str, str],
-    mapping: list[Any],
+    how: Work,
     *,
     prefix: Any,
 ) -> list[dict[str, Any]]:
@@ -54,7 +54,7 @@ def in_packed(
             if layer == 0:
                 hidden = args[0][:, : packed["entering"]].clone()
                 if -1 in writes:
-                    written.update(in_write(hidden, writes[-1], states, mapping))
+                    written.update(in_write(hidden, writes[-1], states, how))
             if hidden.shape[1]:
                 given = dict(zip(packed["names"], args, strict=False)) | kwargs
                 given = _in_narrowed(given, hidden, packed["n_tokens"])
@@ -66,11 +66,13 @@ def in_packed(
                 hidden = output[0] if packed["tuples"] else output
             hidden = _in_joined(hidden, packed["bases"].get(layer))
             if layer in writes:
-                written.update(in_write(hidden, writes[layer], states, mapping))
+                found = in_write(hidden, writes[layer], states, how)
+                # Of a window the first write is told of.
+                written.update({cell: part for cell, part in found.items() if cell not in written})
             after = hidden if layer + 1 == packed["depth"] else args[0]
             blocks[layer].skip((after, None) if packed["tuples"] else after)
         if one["readout"]["name"] == "hidden":
-            rows = in_hidden(one["cells"], written)
+            rows = in_hidden(one["cells"], written, clean=one["readout"]["clean"])
             tracer.stop()
         else:
             logits = model.output.logits[0]

@@ -61,35 +61,143 @@ def in_finals(logits: torch.Tensor, finals: list[Any]) -> dict[int, torch.Tensor
     return {number: one for (number, *_), one in zip(finals, logprobs, strict=True)}
 
 
+def in_sums(states: dict[int, torch.Tensor], sums: list[Any]) -> dict[int, torch.Tensor]:
+    """States that are made of others: weighted sums, and means over their positions."""
+    made = {}
+    for number, parts, mean in sums:
+        terms = [states[one].mean(0, keepdim=True) if mean else states[one] for one, _ in parts]
+        total = terms[0] * parts[0][1]
+        for term, (_, weight) in zip(terms[1:], parts[1:], strict=True):
+            total = total + term.to(total) * weight
+        made[number] = total
+    return made
+
+
 def in_write(
-    value: torch.Tensor, writes: list[Any], states: dict[int, torch.Tensor], mapping: list[Any]
-) -> dict[int, list[list[float]]]:
-    """Write the mapped states of one layer, all rows at once; give what was written, by cell."""
-    rows = [row for _, row, positions, *_ in writes for _ in positions]
-    places = [at for _, _, positions, *_ in writes for at in positions]
-    incoming = torch.cat([states[number].to(value.device) for number, *_ in writes])
-    mapped = apply_mapping(mapping[0], mapping[1], incoming, value[rows, places])
-    parts = list(mapped.split([len(positions) for _, _, positions, *_ in writes]))
-    for place, (*_, seed, _) in enumerate(writes):
-        if seed is not None:
-            parts[place] = in_random(parts[place], seed)
-    value[rows, places] = torch.cat(parts)
-    return {cell: part for (*_, cell), part in zip(writes, parts, strict=True)}
+    value: torch.Tensor, writes: list[Any], states: dict[int, torch.Tensor], how: Work
+) -> dict[int, list[torch.Tensor]]:
+    """Write the mapped states of one layer, all rows at once; give, by cell, what stands there and stood."""
+    rows = [one["row"] for one in writes for _ in one["positions"]]
+    places = [at for one in writes for at in one["positions"]]
+    counts = [len(one["positions"]) for one in writes]
+    clean = value[rows, places]
+    mapped = clean
+    if how["mode"] not in ("zero", "noise"):
+        # One state is written at all positions; several are, one to one.
+        incoming = [states[one["state"]].expand(len(one["positions"]), -1) for one in writes]
+        together = torch.cat([one.to(value.device) for one in incoming])
+        pairs = [one["pair"] for one in writes for _ in one["positions"]]
+        mapped = apply_mapping(how["mapping"][0], how["mapping"][1], together, clean, pairs)
+    parts, there = list(mapped.split(counts)), clean.split(counts)
+    for place, one in enumerate(writes):
+        if one["seed"] is not None:
+            noise = how["mode"] == "noise"
+            alike = not noise and len(states[one["state"]]) == 1
+            parts[place] = in_random(parts[place], one["seed"], matched=not noise, alike=alike)
+        if how["mode"] == "add_matched":
+            norms = [part.norm(dim=-1, keepdim=True) for part in (there[place], parts[place])]
+            parts[place] = parts[place] * (norms[0] / norms[1])
+        if one["scale"] != 1:
+            parts[place] = parts[place] * one["scale"]
+    written = in_mode(how["mode"], how["amount"], clean, torch.cat(parts))
+    value[rows, places] = written
+    both = zip(written.split(counts), there, strict=True)
+    return {one["cell"]: list(two) for one, two in zip(writes, both, strict=True)}
 
 
-def in_random(states: torch.Tensor, seed: int) -> torch.Tensor:
-    """States of random direction, each with the norm of the one it stands for."""
-    noise = torch.randn(states.shape, generator=torch.Generator().manual_seed(seed)).to(states)
+def in_mode(mode: str, amount: float, clean: torch.Tensor, mapped: torch.Tensor) -> torch.Tensor:
+    """What stands there after the write.
+
+    Args:
+        mode: The name of the write.
+        amount: Its number.
+        clean: (n, d_model) what stood there.
+        mapped: (n, d_model) f(h), matched and scaled; for `noise` numbers of mean 0 and variance 1.
+    """
+    if mode in ("add", "add_matched"):
+        return clean + mapped
+    if mode == "blend":
+        return amount * mapped + (1 - amount) * clean
+    if mode == "zero":
+        return torch.zeros_like(clean)
+    if mode == "noise":
+        return clean + amount * clean.std(dim=-1, keepdim=True) * mapped
+    return mapped
+
+
+def in_random(states: torch.Tensor, seed: int, *, matched: bool = True, alike: bool = False) -> torch.Tensor:
+    """States of random direction, each with the norm of the one it stands for; or standard normal numbers.
+
+    Args:
+        states: (n, d_model) what they stand for.
+        seed: What they start from.
+        matched: Whether they have the norms of the states.
+        alike: Whether all have one direction, as one state has that is written at several positions.
+    """
+    count = 1 if alike else len(states)
+    noise = torch.randn(count, states.shape[1], generator=torch.Generator().manual_seed(seed)).to(states)
+    noise = noise.expand_as(states)
+    if not matched:
+        return noise
     return noise * (states.norm(dim=-1, keepdim=True) / noise.norm(dim=-1, keepdim=True))
 
 
-def in_hidden(cells: int, written: dict[int, torch.Tensor]) -> list[dict[str, Any]]:
-    """What was written for each cell of a pass; an unpatched one has nothing."""
-    return [{"hidden": written[cell].float().tolist() if cell in written else None} for cell in range(cells)]
+def in_hidden(cells: int, written: dict[int, Any], *, clean: bool) -> list[dict[str, Any]]:
+    """What was written for each cell of a pass, and what stood there; an unpatched one has nothing."""
+    names = ["hidden", "clean"][: 1 + clean]
+    return [
+        {
+            name: written[cell][place].float().tolist() if cell in written else None
+            for place, name in enumerate(names)
+        }
+        for cell in range(cells)
+    ]
+
+
+def in_embedded(value: torch.Tensor, embedded: list[Any], states: dict[int, torch.Tensor]) -> None:
+    """Put learned embeddings at the beginning of rows, and noise on others."""
+    for one in embedded:
+        row, start = one["row"], one["start"]
+        if one["soft"] is not None:
+            soft = states[one["soft"]].to(value)
+            value[row, start : start + len(soft)] = soft
+        if one["noise"]:
+            places = one["positions"]
+            noise = in_random(value[row, places], one["seed"], matched=False)
+            # Where T is read again, what was decoded stands behind it.
+            own = value[row, start : one["end"]]
+            value[row, places] = value[row, places] + one["noise"] * own.std() * noise
+
+
+def in_cut(block: Any, cuts: list[Any], one: Work, layer: int) -> None:
+    """Give a block an attention mask without the edges that are cut."""
+    args, kwargs = block.inputs
+    given = dict(zip(one["names"], args, strict=False)) | kwargs
+    hidden, window = given.pop(one["names"][0]), one["windows"][layer]
+    real = one["inputs"]["attention_mask"].to(hidden.device).bool()
+    batch, width = real.shape
+    allowed = torch.ones(width, width, dtype=torch.bool, device=hidden.device).tril()
+    if window is not None:
+        allowed = allowed & torch.ones_like(allowed).triu(1 - window)
+    allowed = allowed[None] & real[:, None, :]
+    # A padding token sees itself: a softmax over nothing would be no number.
+    allowed = allowed | torch.eye(width, dtype=torch.bool, device=hidden.device)[None]
+    for row, tokens, unseen in cuts:
+        for token in tokens:
+            allowed[row, token, [at for at in unseen if at != token]] = False
+    mask = torch.zeros(batch, 1, width, width, dtype=hidden.dtype, device=hidden.device)
+    given["attention_mask"] = mask.masked_fill(~allowed[:, None], torch.finfo(hidden.dtype).min)
+    block.inputs = ((hidden,), given)
 
 
 def in_readout(
-    model: Any, readout: Work, logits: torch.Tensor, cache: Any, states: dict[int, torch.Tensor]
+    model: Any,
+    readout: Work,
+    logits: torch.Tensor,
+    cache: Any,
+    states: dict[int, torch.Tensor],
+    *,
+    plain: Any = None,
 ) -> list[dict[str, Any]]:
     """Call the readout a pass asks for. The prompt has been read: nothing from here on is patched.
 
@@ -99,10 +207,14 @@ def in_readout(
         logits: (n_cells, vocab) at the positions that are read.
         cache: Keys and values, a row for each cell; only for readouts that decode.
         states: What source passes read, for the reference distributions.
+        plain: M* without any patch, as a function, where `model` is not that.
 
     Returns:
         One dict for each cell.
     """
+    heard = readout.get("heard")
+    if heard is not None:
+        heard([], [])
     if readout["name"] == "next_token":
         return read_next_token(
             logits,
@@ -135,4 +247,7 @@ def in_readout(
         temperature=readout["temperature"],
         seeds=readout["seeds"],
         leaving=readout["leaving"],
+        plain=plain or model,
+        prompts=readout["prompts"],
+        heard=heard,
     )

@@ -5,6 +5,7 @@ Parts are found through transformers' own interfaces (`get_decoder`, `get_input_
 `architecture.py`. Everything else in the package addresses a part by its path, a plain string.
 """
 
+from patchscope_nn.models.adapter import wear
 from patchscope_nn.models.architecture import find_architecture
 from patchscope_nn.models.info import ELSEWHERE, Architecture, Model, ModelInfo, Sizes, same_vocabulary
 from patchscope_nn.models.loading import load
@@ -21,4 +22,5 @@ __all__ = [
     "memory_reused",
     "same_vocabulary",
     "usable_memory",
+    "wear",
 ]

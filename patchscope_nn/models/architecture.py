@@ -64,7 +64,7 @@ def find_architecture(module: Any, *, n_layers: int, name: str) -> Architecture:
         unembed=paths[id(unembed)],
         arguments=tuple(inspect.signature(module.forward).parameters),
         block_arguments=block_arguments,
-        windows=windows or (None,) * n_layers,
+        windows=windows or (),
         packs=windows is not None and _packs(module, block_arguments) and given is not None,
         gives_tuples=given is tuple,
         attends=attends,
@@ -151,6 +151,62 @@ def is_weightless(module: Any) -> bool:
     """Whether a model is only its structure: every weight on the meta device, and none offloaded."""
     offloaded = any(hasattr(part, "_hf_hook") for part in module.modules())
     return not offloaded and all(weight.device.type == "meta" for weight in module.parameters())
+
+
+def unembed(module: Any, architecture: Architecture, states: Any) -> Any:
+    """The logits a model makes of the output of its last block: its final norm and its unembedding.
+
+    Args:
+        module: The transformers model.
+        architecture: The paths of its parts.
+        states: (..., d_model) hidden states.
+
+    Returns:
+        (..., vocab_size) logits, scaled and capped as the model's own forward does it.
+    """
+    if architecture.final_norm is not None:
+        states = module.get_submodule(architecture.final_norm)(states)
+    logits = module.get_submodule(architecture.unembed)(states)
+    config = module.config.get_text_config()
+    # Cohere multiplies, Granite divides, Gemma 2 caps.
+    logits = logits * (getattr(config, "logit_scale", None) or 1.0)
+    logits = logits / (getattr(config, "logits_scaling", None) or 1.0)
+    cap = getattr(config, "final_logit_softcapping", None)
+    return logits if cap is None else cap * (logits / cap).tanh()
+
+
+def check_unembed(module: Any, architecture: Architecture, *, name: str) -> None:
+    """Make sure, on three tokens, that `unembed` of the last block's output gives the model's own logits.
+
+    Args:
+        module: The transformers model, with its weights.
+        architecture: The paths of its parts.
+        name: Its name, for messages.
+
+    Raises:
+        ModelError: It does more, or other, between its last block and its logits.
+    """
+    import torch
+
+    found: list[Any] = []
+    last = module.get_submodule(architecture.blocks)[-1]
+    handle = last.register_forward_hook(lambda _module, _given, output: found.append(output))
+    try:
+        with torch.no_grad():
+            ids = torch.tensor([[1, 2, 3]], device=input_device(module))
+            logits = module(input_ids=ids, use_cache=False).logits
+            states = found[0][0] if isinstance(found[0], tuple) else found[0]
+            with suppress(RuntimeError):  # shapes that do not fit
+                ours = unembed(module, architecture, states)
+                if ours.shape == logits.shape and torch.allclose(ours, logits, rtol=1e-2, atol=1e-2):
+                    return
+    finally:
+        handle.remove()
+    raise ModelError(
+        f"{name!r} ({type(module).__name__}) makes its logits of its last block's output in a way that is "
+        f"not known here: {architecture.final_norm or 'no norm'}, then {architecture.unembed}, gives others.",
+        hint="Please report the architecture; patchscope_nn/models/architecture.py is where it belongs.",
+    )
 
 
 def measure(module: Any, *, block: Any) -> Sizes:

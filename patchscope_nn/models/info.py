@@ -22,7 +22,8 @@ class Architecture:
         unembed: The linear map to the vocabulary.
         arguments: The names the model's forward takes.
         block_arguments: The names a block's forward takes, in order.
-        windows: For each block how many tokens back its attention sees; None for all.
+        windows: For each block how many tokens back its attention sees; None for all. Empty where what blocks
+            see is neither all nor a window.
         packs: Whether blocks can be run one by one on segments of a sequence (see `layout.py`).
         gives_tuples: Whether a block gives a tuple that starts with its states, and not the bare states.
         attends: Whether blocks call PyTorch's `scaled_dot_product_attention`.

@@ -10,6 +10,7 @@ from patchscope_nn.plan.count import Counts, count, count_step, stages
 from patchscope_nn.plan.layout import Layout, Segment
 from patchscope_nn.plan.pack import shares_attention
 from patchscope_nn.plan.passes import Context, Optimisations, SourcePass, State, Step, TargetPass
+from patchscope_nn.plan.sources import terms_of
 
 __all__ = [
     "MAX_ROWS",
@@ -30,4 +31,5 @@ __all__ = [
     "plan",
     "shares_attention",
     "stages",
+    "terms_of",
 ]

@@ -23,10 +23,11 @@ from typing import Literal
 from patchscope_nn.cells import Cell, Sweep
 from patchscope_nn.errors import InputError
 from patchscope_nn.plan.budget import MAX_ROWS, MEMORY, Budget
-from patchscope_nn.plan.order import Group, group_rows
+from patchscope_nn.plan.order import Group, group_entries
 from patchscope_nn.plan.pack import Packer
 from patchscope_nn.plan.passes import Context, Optimisations, Step
 from patchscope_nn.plan.sources import Reader
+from patchscope_nn.spec import Generate
 
 #: A step is what is lost together. Decoding makes its passes long; else more cells sort into better passes.
 _PASSES_PER_STEP, _DECODING_PASSES_PER_STEP = 8, 1
@@ -46,7 +47,7 @@ class Plan:
         n_cells: How many cells it serves.
         kinds: How many of them are of each kind: None for the real cells, else the control.
         copies: For a cell that runs for others too, these others' numbers.
-        groups: The data rows, in the order in which they run.
+        groups: The entries of the data rows, in the order in which they run.
         done: The numbers of cells that were finished before.
         independent: Whether no step uses what another read, so that they can run in any order, and again.
     """
@@ -75,11 +76,11 @@ class Plan:
             self.sweep,
             self.budget,
             self.optimisations,
-            rows=[*self._rows()],
+            entries=[*self._entries()],
             carries=not self.independent,
         )
         for group, cells, place in self._windows():
-            reads = reader.read(cells, next_row=place)
+            reads = reader.read(cells, next_entry=place)
             targets = packer.passes(cells, group.prefix)
             prefix = group.prefix if any(one.layout and one.layout.prefix for one in targets) else ()
             yield Step(
@@ -93,19 +94,19 @@ class Plan:
                 prefix=prefix,
             )
 
-    def _rows(self) -> Iterator[int]:
+    def _entries(self) -> Iterator[int]:
         for group in self.groups:
-            yield from group.rows
+            yield from group.entries
 
     def _windows(self) -> Iterator[tuple[Group, tuple[Cell, ...], int]]:
-        """Transformation 3: the cells of a step, and from which place of the order on rows are yet to run."""
+        """Transformation 3: the cells of a step, and the place in the order of what is yet to run."""
         decodes = self.sweep.scope.readout.decodes
         most = self.budget.max_rows * (_DECODING_PASSES_PER_STEP if decodes else _PASSES_PER_STEP)
         place = 0
         for group in self.groups:
             window: list[Cell] = []
-            for row in group.rows:
-                for cell in self.sweep.cells.of_row(row):
+            for entry in group.entries:
+                for cell in self.sweep.cells.of_entry(entry):
                     if cell.number in self._skipped:
                         continue
                     if len(window) == most:
@@ -215,7 +216,7 @@ class _Survey:
 
 
 def _survey(sweep: Sweep, done: Collection[int], optimisations: Optimisations) -> _Survey:
-    """Transformation 1, and a count; `running` counts the cells of each row that run."""
+    """Transformation 1, and a count; `running` counts the cells of each entry that run."""
     done = frozenset(done)
     skipped = set(done)
     digest = hashlib.sha256(repr((sweep.source.name, sweep.target.name)).encode())
@@ -230,7 +231,7 @@ def _survey(sweep: Sweep, done: Collection[int], optimisations: Optimisations) -
         kinds[cell.control] += 1
         at = first.setdefault(cell.seed, cell.number) if optimisations.deduplication else cell.number
         if at == cell.number:
-            running[cell.row] += 1
+            running[cell.entry] += 1
         else:
             copies[at] = (*copies.get(at, ()), cell.number)
             skipped.add(cell.number)
@@ -248,7 +249,7 @@ def _groups(sweep: Sweep, found: _Survey, budget: Budget, optimisations: Optimis
     """Transformation 2."""
     if not optimisations.prefix_sharing:
         return (Group(tuple(found.running), ()),) if found.running else ()
-    return tuple(group_rows(sweep, tuple(found.running), cells_of=found.running, enough=budget.max_rows))
+    return tuple(group_entries(sweep, tuple(found.running), cells_of=found.running, enough=budget.max_rows))
 
 
 def _fuse(planned: Plan, *, forced: bool) -> Step | None:
@@ -257,6 +258,13 @@ def _fuse(planned: Plan, *, forced: bool) -> Step | None:
     steps = [*planned.steps()]
     cells = [cell for step in steps for cell in step.cells]
     read = {cell.source_layer for cell in cells}
+    if not _fuses(sweep):
+        if forced:
+            raise InputError(
+                "context='fused' takes one state of a prompt and writes it once; this Patchscope does more.",
+                hint="Use context='session' (or 'auto').",
+            )
+        return None
     unfit = next((cell for cell in cells if not _in_order(sweep, cell, read)), None)
     if unfit is None and len(steps) == 1 and planned.optimisations.source_sharing:
         packer = Packer(sweep, planned.budget, planned.optimisations)
@@ -277,10 +285,21 @@ def _fuse(planned: Plan, *, forced: bool) -> Step | None:
     )
 
 
+def _fuses(sweep: Sweep) -> bool:
+    """Whether source and target may share a forward: what is written is one state, once."""
+    source, target = sweep.scope.source, sweep.scope.target
+    made = source.vector or source.minus or source.mean or not target.needs_state
+    relevancy = isinstance(sweep.scope.readout, Generate) and sweep.scope.readout.relevancy
+    return not (made or relevancy or target.alters or target.window > 1)
+
+
 def _in_order(sweep: Sweep, cell: Cell, read: Collection[int | None]) -> bool:
     """Whether a forward that reads these layers, for all its cells, can still write where this cell asks."""
     if cell.source_layer is None or cell.target_layer is None:
         return True
-    if sweep.scope.source.site != sweep.scope.target.site and cell.target_layer in read:
+    sites = {
+        "residual" if one == "before" else one for one in (sweep.scope.source.site, sweep.scope.target.site)
+    }
+    if len(sites) > 1 and cell.target_layer in read:
         return False
     return cell.source_layer <= cell.target_layer

@@ -98,10 +98,13 @@ def needs_clean(sweep: Sweep, cell: Cell) -> bool:
     """Whether a branch needs the clean states of its own tokens: to stand in for them below l*.
 
     Their keys and values, where decoding goes on from them; the states themselves, where not every token of
-    the branch is written, or the mapping looks at what it replaces.
+    the branch is written, or what is replaced is looked at: by the mapping, the write or the readout.
     """
+    scope = sweep.scope
     written = len(cell.target_positions) == needed_end(sweep, cell) - branches_at(cell)
-    return sweep.scope.readout.decodes or not written or sweep.scope.mapping == "target_norm"
+    looks = scope.mapping == "target_norm" or scope.target.mode != "replace"
+    looks = looks or (isinstance(scope.readout, Hidden) and scope.readout.clean)
+    return scope.readout.decodes or not written or looks
 
 
 def lay_out(sweep: Sweep, cells: Sequence[Cell], *, prefix: int, late_entry: bool) -> Layout:

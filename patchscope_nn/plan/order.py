@@ -1,7 +1,7 @@
-"""In which order data rows run: those together whose target prompts begin alike, so that this is run once.
+"""In which order entries run: those together whose target prompts begin alike, so that this is run once.
 
 A group's cells are planned together, and hold one prefix in memory. Small groups would make small passes,
-so rows that few others are like go into one last group, with what its prompts have in common, if anything.
+so entries that few others are like go into one last group, with what its prompts have in common, if anything.
 """
 
 from __future__ import annotations
@@ -17,39 +17,39 @@ _SHORTEST = 2
 
 
 class Group(NamedTuple):
-    """Data rows that run together.
+    """Entries that run together.
 
     Attributes:
-        rows: The rows, in the order in which they run.
+        entries: The entries, in the order in which they run.
         prefix: The tokens that all their target prompts begin with, before any is patched or read.
     """
 
-    rows: tuple[int, ...]
+    entries: tuple[int, ...]
     prefix: tuple[int, ...]
 
 
-def group_rows(
-    sweep: Sweep, rows: Collection[int], *, cells_of: Mapping[int, int], enough: int
+def group_entries(
+    sweep: Sweep, entries: Collection[int], *, cells_of: Mapping[int, int], enough: int
 ) -> list[Group]:
-    """Group data rows by how their target prompts begin.
+    """Group entries by how their target prompts begin.
 
     Args:
         sweep: The sweep.
-        rows: The rows that are to run, in order.
+        entries: The entries that are to run, in order.
         cells_of: For each of them how many cells it has.
         enough: How many cells make a group worth while.
 
     Returns:
-        The groups, each row in one of them; rows of one target prompt are neighbours.
+        The groups, each entry in one of them; those of one target prompt are neighbours.
     """
     of_prompt: dict[int, list[int]] = {}
-    for row in rows:
-        of_prompt.setdefault(sweep.resolved[row].target_prompt, []).append(row)
-    beginnings = _beginnings(sweep, rows)
+    for entry in entries:
+        of_prompt.setdefault(sweep.entries[entry].target_prompt, []).append(entry)
+    beginnings = _beginnings(sweep, entries)
     found, rest = [], []
     for prompts, prefix in _alike(beginnings):
-        together = [row for prompt in sorted(prompts) for row in of_prompt[prompt]]
-        if sum(cells_of[row] for row in together) >= enough:
+        together = [entry for prompt in sorted(prompts) for entry in of_prompt[prompt]]
+        if sum(cells_of[entry] for entry in together) >= enough:
             found.append(Group(tuple(together), prefix))
         else:
             rest += prompts
@@ -59,8 +59,8 @@ def group_rows(
         for prompt in rest:
             prefix = _common(prefix, beginnings[prompt])
         prefix = prefix if len(prefix) >= _SHORTEST else ()
-        found.append(Group(tuple(row for prompt in rest for row in of_prompt[prompt]), prefix))
-    return sorted(found, key=lambda group: min(group.rows))
+        found.append(Group(tuple(entry for prompt in rest for entry in of_prompt[prompt]), prefix))
+    return sorted(found, key=lambda group: min(group.entries))
 
 
 def _alike(beginnings: Mapping[int, tuple[int, ...]]) -> Iterator[tuple[list[int], tuple[int, ...]]]:
@@ -79,11 +79,11 @@ def _alike(beginnings: Mapping[int, tuple[int, ...]]) -> Iterator[tuple[list[int
         yield prompts, prefix
 
 
-def _beginnings(sweep: Sweep, rows: Collection[int]) -> dict[int, tuple[int, ...]]:
-    """For each target prompt the tokens that come before everything its rows patch or read."""
+def _beginnings(sweep: Sweep, entries: Collection[int]) -> dict[int, tuple[int, ...]]:
+    """For each target prompt the tokens that come before everything its entries patch or read."""
     ends: dict[int, int] = {}
-    for row in rows:
-        one = sweep.resolved[row]
+    for entry in entries:
+        one = sweep.entries[entry]
         whole = len(sweep.target_prompts[one.target_prompt].ids)
         written = one.target_positions or one.source_positions
         end = min(read_position(sweep.scope.readout, whole), *(min(together) for together in written))

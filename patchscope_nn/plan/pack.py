@@ -24,7 +24,9 @@ FEW_OWN = 8
 def packs(sweep: Sweep, optimisations: Optimisations) -> bool:
     """Whether the cells of a sweep go as segments of one sequence."""
     wanted = optimisations.prefix_sharing or optimisations.late_entry
-    return wanted and sweep.target.architecture.packs and sweep.scope.target.site == "residual"
+    target = sweep.scope.target
+    possible = target.site in ("residual", "before") and not target.alters
+    return wanted and possible and sweep.target.architecture.packs
 
 
 def shares_attention(
@@ -165,7 +167,7 @@ def appended(sweep: Sweep, cell: Cell) -> int:
     if isinstance(readout, Generate):
         return readout.max_new_tokens
     if isinstance(readout, Choices):
-        return max(len(ids) for ids in sweep.resolved[cell.row].continuations)
+        return max(len(ids) for ids in sweep.entries[cell.entry].continuations)
     return 0
 
 

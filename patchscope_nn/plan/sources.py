@@ -1,7 +1,7 @@
 """Source sharing: which source prompts a step runs, and what it reads of them. Transformation 4 of a plan.
 
 A prompt is run in the first step that needs it, once, for every state that a cell of this or any later step
-reads of it. What later steps need is kept until the last data row that reads the prompt has run.
+reads of it. What later steps need is kept until the last entry that reads the prompt has run.
 """
 
 from __future__ import annotations
@@ -9,18 +9,27 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from patchscope_nn.cells import Cell, Sweep
+from patchscope_nn.cells import Cell, Sweep, Weighted
 from patchscope_nn.plan.budget import Budget, Costs
 from patchscope_nn.plan.passes import Optimisations, SourcePass, State
 
 
-def states_of(cell: Cell) -> Iterator[State]:
+def states_of(sweep: Sweep, cell: Cell) -> Iterator[State]:
     """What a cell needs of source passes."""
-    if cell.source_prompt is not None and cell.source_positions is not None:
-        yield State(cell.source_prompt, cell.source_positions, cell.source_layer)
+    for layer, _ in sweep.writes(cell):
+        for prompt, positions, _ in terms_of(cell):
+            if prompt >= 0:
+                yield State(prompt, positions, layer)
     if cell.reference is not None:
         prompt, position = cell.reference
         yield State(prompt, (position,), None)
+
+
+def terms_of(cell: Cell) -> tuple[Weighted, ...]:
+    """What is added up to the state a cell writes: nothing, one state, or several."""
+    if cell.source_prompt is None or cell.source_positions is None:
+        return ()
+    return cell.terms or ((cell.source_prompt, cell.source_positions, 1.0),)
 
 
 class Reads(NamedTuple):
@@ -46,7 +55,7 @@ class Reader:
         sweep: The sweep.
         budget: What a pass may hold.
         optimisations: What it may do to run less.
-        rows: The data rows, in the order in which they run.
+        entries: The entries, in the order in which they run.
         carries: Whether a step may use states that an earlier one read.
     """
 
@@ -56,7 +65,7 @@ class Reader:
         budget: Budget,
         optimisations: Optimisations,
         *,
-        rows: Sequence[int],
+        entries: Sequence[int],
         carries: bool = True,
     ) -> None:
         self.sweep, self.budget = sweep, budget
@@ -65,22 +74,22 @@ class Reader:
         self._held: dict[State, None] = {}
         self._last: dict[int, int] = {}
         self._readers: dict[int, list[int]] = {}
-        for place, row in enumerate(rows):
-            for prompt, _ in sweep.cells.sources(row):
+        for place, entry in enumerate(entries):
+            for prompt, _ in sweep.cells.sources(entry):
                 self._last[prompt] = place if carries else -1
-                self._readers.setdefault(prompt, []).append(row)
+                self._readers.setdefault(prompt, []).append(entry)
 
-    def read(self, cells: Sequence[Cell], *, next_row: int) -> Reads:
+    def read(self, cells: Sequence[Cell], *, next_entry: int) -> Reads:
         """Plan the source passes of a step.
 
         Args:
             cells: The step's cells.
-            next_row: The first place in the order of rows that has cells in later steps.
+            next_entry: The first place in the order of entries that has cells in later steps.
 
         Returns:
             The passes, and the states that come and go.
         """
-        needed = dict.fromkeys(state for cell in cells for state in states_of(cell))
+        needed = dict.fromkeys(state for cell in cells for state in states_of(self.sweep, cell))
         if not self.sharing:
             return Reads(tuple(SourcePass((state.prompt,), (state,), whole=True) for state in needed))
         carried = tuple(state for state in needed if state in self._held)
@@ -89,12 +98,14 @@ class Reader:
         for state in missing:
             fresh.setdefault(state.prompt, {})[state] = None
         for prompt, states in fresh.items():
-            if self._last[prompt] >= next_row:
+            if self._last[prompt] >= next_entry:
                 states.update(dict.fromkeys(self._all(prompt)))
         passes = tuple(self._batches(fresh))
-        kept = tuple(state for one in passes for state in one.states if self._last[state.prompt] >= next_row)
+        kept = tuple(
+            state for one in passes for state in one.states if self._last[state.prompt] >= next_entry
+        )
         self._held |= dict.fromkeys(kept)
-        dropped = tuple(state for state in self._held if self._last[state.prompt] < next_row)
+        dropped = tuple(state for state in self._held if self._last[state.prompt] < next_entry)
         for state in dropped:
             del self._held[state]
         return Reads(passes, carried, kept, dropped)
@@ -102,12 +113,12 @@ class Reader:
     def _all(self, prompt: int) -> Iterator[State]:
         """Every state that any cell reads of a prompt."""
         cells = self.sweep.cells
-        for row in dict.fromkeys(self._readers[prompt]):
-            for read, places in cells.sources(row):
+        for entry in dict.fromkeys(self._readers[prompt]):
+            for read, places in cells.sources(entry):
                 if read == prompt:
                     for positions in places:
                         yield from (State(prompt, positions, layer) for layer in cells.layers)
-                        if cells.compares and prompt == self.sweep.resolved[row].source_prompt:
+                        if cells.compares and prompt == self.sweep.entries[entry].source_prompt:
                             yield State(prompt, positions[-1:], None)
 
     def _batches(self, fresh: dict[int, dict[State, None]]) -> Iterator[SourcePass]:

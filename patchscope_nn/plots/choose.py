@@ -3,22 +3,33 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from patchscope_nn.plots.comparison import comparison_curve
 from patchscope_nn.plots.curves import layer_curve
 from patchscope_nn.plots.grid import text_heatmap
+from patchscope_nn.plots.maps import rows_with_positions, token_heatmap
 from patchscope_nn.plots.said import SAID
-from patchscope_nn.plots.table import metric_columns
+from patchscope_nn.plots.table import metric_columns, with_probe_controls
+from patchscope_nn.statistics import best_over, layer_means
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 
+#: The data rows whose tokens are drawn on their own.
+_ROWS = 3
+
+
 def figures(
-    table: pd.DataFrame, *, metrics: Iterable[Any] = (), whole: pd.DataFrame | None = None
+    table: pd.DataFrame,
+    *,
+    metrics: Iterable[Any] = (),
+    whole: pd.DataFrame | None = None,
+    best: Sequence[str] = (),
 ) -> list[tuple[str, go.Figure]]:
     """The figures that fit this table: a curve or heatmap for each metric, then what each state says.
 
@@ -26,6 +37,7 @@ def figures(
         table: The tidy table.
         metrics: A recipe's `metrics`; metric columns that it does not name are drawn after these.
         whole: The table of all cells, for the metrics' figures, where `table` holds only some.
+        best: What the best is taken over before a metric is drawn, as in `statistics.best_over`.
 
     Returns:
         Pairs of a plain-text title and a figure; empty when no cell has a result.
@@ -33,10 +45,29 @@ def figures(
     Raises:
         InputError: Plotly is not installed.
     """
-    names = metric_columns(table, declared=metrics)
-    drawn = [layer_curve(table if whole is None else whole, metric=name) for name in names]
+    every = with_probe_controls(table if whole is None else whole)
+    names = [name for name in metric_columns(table, declared=metrics) if name in every.columns]
+    drawn = [_of_metric(every, metric=name, best=best) for name in names]
+    drawn += [
+        token_heatmap(table, metric=names[0], row=row) for row in rows_with_positions(table)[:_ROWS] if names
+    ]
     said = [column for column in SAID if column in table.columns]
     if said and table[said].notna().any(axis=None):
         value = None if {"top_probs", "choice_probs"} & set(table.columns) else next(iter(names), None)
         drawn.append(text_heatmap(table, value=value))
     return [(html.unescape(figure.layout.title.text), figure) for figure in drawn]
+
+
+def _of_metric(table: pd.DataFrame, *, metric: str, best: Sequence[str]) -> go.Figure:
+    if not best:
+        return layer_curve(table, metric=metric)
+    cells = best_over(table, metric=metric, over=best)
+    over = " and ".join(best).replace("_", " ")
+    if cells[["source_layer", "target_layer"]].notna().any(axis=None):
+        figure = layer_curve(cells, metric=metric)
+        title = f"{figure.layout.title.text}, best over {over}"
+    else:
+        means = layer_means(cells, metric=metric).assign(run="", metric=metric)
+        figure = comparison_curve(means, metric=metric, names=[""])
+        title = f"{metric}, best over {over}, mean over data rows"
+    return figure.update_layout(title_text=title)

@@ -10,8 +10,9 @@ import numpy as np
 import pandas as pd
 
 from patchscope_nn.errors import InputError
-from patchscope_nn.plots.table import as_list, is_null, layer_name, metric_columns, numbers, reads_sink
+from patchscope_nn.plots.table import as_list, layer_name, metric_columns, reads_sink
 from patchscope_nn.plots.text import shorten, token, wrap
+from patchscope_nn.statistics import is_null, numbers
 
 #: The columns that say something in words, and what a figure calls them.
 SAID = {"top_tokens": "top next token", "text": "generated text", "choice": "chosen option"}

@@ -8,18 +8,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from patchscope_nn import statistics
 from patchscope_nn.errors import InputError
+from patchscope_nn.statistics import REAL, is_null, numbers
 from patchscope_nn.tables import PLACES, READINGS
 
-REAL = "patched"  # what a figure calls the cells that are no control
 NO_LAYER = -2.0  # where a control that reads no layer stands: left of "embed"
+#: The same, of each such control.
+FLAT_LAYERS = {"unpatched": NO_LAYER, "text-only": -3.0}
 _NO_METRICS = {*PLACES, *(name for names in READINGS.values() for name in names), "error"}
-_DRAWS, _SEED = 1000, 0
-
-
-def is_null(value: object) -> bool:
-    """Whether a value stands for nothing: None, NaN or pandas' NA."""
-    return value is None or value is pd.NA or (isinstance(value, float) and bool(np.isnan(value)))
 
 
 def as_list(value: Any) -> list[Any]:
@@ -31,33 +28,54 @@ def as_list(value: Any) -> list[Any]:
     return [] if is_null(value) else [value]
 
 
-def numbers(column: pd.Series) -> np.ndarray:
-    """A column as floats, NaN where it holds no number."""
-    if pd.api.types.is_numeric_dtype(column):
-        return np.asarray(column.to_numpy(dtype=float, na_value=np.nan))
-    counted = (int, float, np.number, np.bool_)
-    return np.array([float(value) if isinstance(value, counted) else np.nan for value in column], dtype=float)
-
-
 def layer_name(layer: float) -> str:
-    """A block's number as text; -1 is "embed", and none at all (NaN or `NO_LAYER`) is "unpatched"."""
-    if np.isnan(layer) or layer == NO_LAYER:
+    """A block's number as text; -1 is "embed", none (NaN) "unpatched", `FLAT_LAYERS` their controls."""
+    if np.isnan(layer):
         return "unpatched"
+    if layer <= NO_LAYER:
+        return next(name for name, place in FLAT_LAYERS.items() if place == layer)
     return "embed" if layer == -1 else str(int(layer))
 
 
 def layer_axis(table: pd.DataFrame) -> str | None:
     """The column that tells layers apart; None when several target layers cross several source layers."""
     source, target = pd.Series(numbers(table["source_layer"])), pd.Series(numbers(table["target_layer"]))
+    if source.isna().all() and target.notna().any():  # the best over the source layers
+        return "target_layer"
     target = target[source.notna()]
     if source.nunique() == 1 < target.nunique():
         return "target_layer"
     return None if target.groupby(source).nunique().gt(1).any() else "source_layer"
 
 
+def by_scale(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """The cells of each scale, by its name; all under "" where there is one. Unpatched cells are of each."""
+    if "scale" not in table.columns:
+        return {"": table}
+    layered = table["source_layer"].notna()
+    scales = sorted(table.loc[layered, "scale"].dropna().unique())
+    if len(scales) <= 1:
+        return {"": table}
+    return {f"scale {scale:g}": table[~layered | (table["scale"] == scale)] for scale in scales}
+
+
+def with_probe_controls(table: pd.DataFrame) -> pd.DataFrame:
+    """A table whose probe's controls are controls of `probe_accuracy`, as those of a Patchscope are."""
+    columns = {
+        "probe_majority_accuracy": "commonest class",
+        "probe_shuffled_accuracy": "shuffled labels",
+    }
+    parts = [
+        table.assign(control=control, probe_accuracy=table[name])
+        for name, control in columns.items()
+        if name in table.columns
+    ]
+    return pd.concat([table, *parts], ignore_index=True).drop(columns=list(columns)) if parts else table
+
+
 def reads_sink(cell: Any) -> bool:
     """Whether a cell (a mapping by column) reads or writes position 0, the attention sink."""
-    if cell.get("control") == "unpatched":
+    if cell.get("control") in FLAT_LAYERS:
         return False
     return 0 in as_list(cell.get("source_position")) or 0 in as_list(cell.get("target_position"))
 
@@ -90,7 +108,7 @@ def layer_means(table: pd.DataFrame, *, metric: str) -> pd.DataFrame:
 
     Returns:
         Columns control ("patched" for the real cells), source_layer, target_layer (both NaN for a
-        control that reads no layer), mean, low, high (NaN when there is a single row), n_rows.
+        control that reads no layer), mean, low, high (NaN when there is a single row), n_rows, n_cells.
 
     Raises:
         InputError: The table has no such column, or no value in it.
@@ -98,38 +116,10 @@ def layer_means(table: pd.DataFrame, *, metric: str) -> pd.DataFrame:
     if metric not in table.columns:
         known = ", ".join(metric_columns(table)) or "none; this table has no metric"
         raise InputError(f"metric={metric!r} is not a column of this table.", hint=f"Use one of: {known}.")
-    layer = numbers(table["source_layer"])
-    values = {
-        "row": table["row"].to_numpy(),
-        "control": [REAL if is_null(control) else str(control) for control in table["control"]],
-        "source_layer": layer,
-        "target_layer": np.where(np.isnan(layer), np.nan, numbers(table["target_layer"])),
-        "value": numbers(table[metric]),
-    }
-    cells = pd.DataFrame(values)
-    cells = cells[np.isfinite(cells["value"])]
-    if cells.empty:
+    means = statistics.layer_means(table, metric=metric)
+    if means.empty:
         raise InputError(f"metric={metric!r} has no value in any cell.", hint="See the column 'error'.")
-    groups = cells.groupby(["control", "source_layer", "target_layer"], dropna=False, sort=True)
-    means = groups["value"].mean().rename("mean").reset_index()
-    return means.assign(**_bootstrap(cells["row"], value=cells["value"], group=groups.ngroup()))
-
-
-def _bootstrap(row: pd.Series, *, value: pd.Series, group: pd.Series) -> dict[str, np.ndarray]:
-    """For each group: 2.5 and 97.5 percentiles of its mean over draws of data rows; its number of rows."""
-    code, names = pd.factorize(row)
-    shape = (len(names), int(group.max()) + 1)
-    sums, counts = np.zeros(shape), np.zeros(shape)
-    np.add.at(sums, (code, group), value)
-    np.add.at(counts, (code, group), 1.0)
-    generator = np.random.default_rng(_SEED)
-    draws = generator.multinomial(len(names), np.full(len(names), 1 / len(names)), size=_DRAWS).astype(float)
-    totals = draws @ counts
-    means = np.divide(draws @ sums, totals, out=np.full_like(totals, np.nan), where=totals > 0)
-    n_rows = (counts > 0).sum(axis=0)
-    # One row says nothing about its spread.
-    low, high = np.where(n_rows > 1, np.nanquantile(means, [0.025, 0.975], axis=0), np.nan)
-    return {"low": low, "high": high, "n_rows": n_rows}
+    return means
 
 
 def controls_of(means: pd.DataFrame) -> list[str]:

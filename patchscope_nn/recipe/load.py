@@ -14,6 +14,7 @@ from patchscope_nn.errors import InputError, Problem, SpecError, did_you_mean
 from patchscope_nn.recipe.changes import Change, apply_changes, parse_changes
 from patchscope_nn.recipe.columns import missing_columns
 from patchscope_nn.recipe.document import Document, read_yaml
+from patchscope_nn.recipe.methods import variants
 from patchscope_nn.recipe.model import Recipe
 from patchscope_nn.spec import problems
 
@@ -105,9 +106,22 @@ def lint(path: str | Path) -> list[Problem]:
         file = find(path)
         recipe, found, document = _load(file)
         if recipe is not None:
-            found = _ordered(_lined(missing_columns(recipe, base=file.parent), document))
+            found = _ordered(_lined(_missing(recipe, base=file.parent), document))
     except InputError as error:
         return [Problem(field="", message=str(error))]
+    return found
+
+
+def _missing(recipe: Recipe, *, base: Path) -> list[Problem]:
+    """The columns that a recipe asks for and its data lacks; of methods those that the recipe has not."""
+    found = missing_columns(recipe, base=base)
+    known = {(problem.field, problem.message) for problem in found}
+    for name, variant in recipe.of_methods().items():
+        found += [
+            replace(problem, field=f"methods.{name}.{problem.field}")
+            for problem in missing_columns(variant, base=base)
+            if (problem.field, problem.message) not in known
+        ]
     return found
 
 
@@ -130,9 +144,13 @@ def _load(path: Path, *, sets: Sequence[str] = (), overrides: Mapping[str, Any] 
     raw, unmade = apply_changes(document.value, changes)
     recipe = None
     try:
-        recipe = Recipe.model_validate(raw)
+        recipe = Recipe.model_validate({name: value for name, value in raw.items() if name != "methods"})
     except ValidationError as error:
         found += [_place(problem, document, changes, raw) for problem in problems(error, Recipe)]
+    if recipe is not None and raw.get("methods", {}) != {}:
+        of_methods = variants(Recipe, raw, raw["methods"])[1]
+        found += [_place(problem, document, changes, raw) for problem in of_methods]
+        recipe = None if of_methods else Recipe.model_validate(raw)
     found = _ordered([*found, *wrong, *unmade])
     return _Loaded(None if found else recipe, found, document)
 

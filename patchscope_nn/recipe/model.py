@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -13,11 +14,25 @@ from pydantic import (
     PlainValidator,
     ValidationInfo,
     WithJsonSchema,
+    model_validator,
 )
 
 from patchscope_nn.data import DataSpec
+from patchscope_nn.errors import SpecError, did_you_mean
 from patchscope_nn.metrics import METRICS, MetricUse, check_metrics, parse_metric
-from patchscope_nn.spec import AnyMapping, AnyReadout, Control, NextToken, Patchscope, Source, Spec, Target
+from patchscope_nn.recipe.methods import variants
+from patchscope_nn.spec import (
+    AnyMapping,
+    AnyReadout,
+    Control,
+    Fit,
+    Hidden,
+    NextToken,
+    Patchscope,
+    Source,
+    Spec,
+    Target,
+)
 
 _SLUG = re.compile(r"[a-z0-9]+(?:-[a-z0-9]+)*")
 
@@ -79,6 +94,75 @@ AnyMetric = Annotated[
 ]
 
 
+class Probe(Spec):
+    """A linear probe on the states of a run whose readout is `hidden` (the baseline of section 4.2).
+
+    Adds to the table `probe_choice`, `probe_accuracy`, `probe_majority_accuracy` (of the commonest class) and
+    `probe_shuffled_accuracy` (of a probe that was trained on shuffled labels).
+
+    Attributes:
+        label: The data column that holds the class.
+        folds: How many folds; each cell is predicted by the one that did not see its source prompt.
+    """
+
+    label: Annotated[str, Field(min_length=1)]
+    folds: Annotated[int, Field(ge=2)] = 3
+
+
+#: The metric columns that a probe adds; before them stands `probe_choice`.
+PROBE_METRICS = ("probe_accuracy", "probe_majority_accuracy", "probe_shuffled_accuracy")
+
+
+def _probe(probe: Probe | None, info: ValidationInfo) -> Probe | None:
+    """A probe is on h itself: T = S, i* = i, l* = l and f the identity."""
+    given = info.data
+    if probe is None or not {"readout", "source", "target", "mapping"} <= set(given):
+        return probe
+    if not isinstance(given["readout"], Hidden):
+        raise ValueError(  # noqa: TRY004 (pydantic's own protocol)
+            f"reads hidden states, and the readout is {given['readout'].name}; write readout: hidden"
+        )
+    target = given["target"]
+    moved = [name for name in ("prompt", "position", "model") if getattr(target, name) is not None]
+    moved += ["layer"] if target.layer != "same" else []
+    moved += ["site"] if target.site != given["source"].site else []
+    if moved or given["mapping"] != "identity":
+        raise ValueError(
+            f"is trained on the source's own states; leave out {', '.join(f'target.{one}' for one in moved)}"
+            if moved
+            else "is trained on the source's own states; leave out mapping"
+        )
+    return probe
+
+
+def _score(score: str | None, info: ValidationInfo) -> str | None:
+    names = [use.name for use in info.data.get("metrics", ())]
+    names += PROBE_METRICS if info.data.get("probe") else ()
+    if score is not None and "metrics" in info.data and score not in names:
+        raise ValueError(f"{score!r} is no metric of this recipe. {did_you_mean(score, names)}")
+    return score
+
+
+def _methods_schema() -> dict[str, Any]:
+    changes = {"anyOf": [{"type": "object"}, {"type": "null"}]}
+    single = {"minProperties": 1, "maxProperties": 1}
+    return {"type": "object", "additionalProperties": changes, "not": single}
+
+
+def _plain_methods(value: Any) -> Any:
+    return {name: changes or {} for name, changes in value.items()} if isinstance(value, Mapping) else value
+
+
+def _data_of_fit(mapping: Any) -> Any:
+    if isinstance(mapping, Fit) and mapping.data is not None:
+        try:
+            DataSpec(**mapping.data)
+        except SpecError as error:
+            said = (f"fit.data{f'.{one.field}' * bool(one.field)}: {one.message}" for one in error.problems)
+            raise ValueError("; ".join(said)) from None
+    return mapping
+
+
 class Recipe(Spec):
     """A Patchscope, its data, metrics and controls: what `patchscope run` runs.
 
@@ -91,12 +175,21 @@ class Recipe(Spec):
         data: Where the rows come from that fill `{column}` placeholders; without it there is one row.
         source: Where the hidden state is taken.
         target: Where it is written.
-        mapping: f: `identity`, `target_norm`, `{affine: file.safetensors}` or `{function: module:name}`.
+        mapping: f: `identity`, `target_norm`, `aligned` (identity within one model, a fit between two),
+            `{affine: file.safetensors}`, `{fitted: file.safetensors}`, `{fit: {kind: affine, data: ...}}`, a
+            published lens (`{tuned_lens: folder}` or `{jacobian_lens: file.pt}`), or
+            `{function: module:name}`.
         readout: What is read from the patched run: `next_token`, `generate`, `choices` or `hidden`.
         metrics: One number each for every cell, from what was read and the data row.
         controls: What else is run to compare with: `unpatched` (T as it is), `random` (a random state of the
             same norm), `shuffled` (another row's state).
         seed: What random states, the choice of other rows and sampling start from.
+        best_over: What the summary and the figures take the best over, for the controls too:
+            `source_layer`, `target_layer` or both.
+        probe: A linear probe on the states; only with the readout `hidden` and without a target.
+        score: The metric that stands for this recipe beside others that have none of its metrics.
+        methods: Methods to compare, by name, each with its changes to this recipe, nested or dotted:
+            `{token identity: {}, logit lens: {target: {prompt: null, layer: -1}}}`. Each is a run of its own.
     """
 
     name: Annotated[
@@ -108,12 +201,33 @@ class Recipe(Spec):
     data: DataSpec | None = None
     source: Source
     target: Target = Target()
-    mapping: AnyMapping = "identity"
+    mapping: Annotated[AnyMapping, AfterValidator(_data_of_fit)] = "identity"
     readout: AnyReadout = NextToken()
     # After the readout, which they are checked against.
     metrics: Annotated[tuple[AnyMetric, ...], BeforeValidator(_listed), AfterValidator(_once)] = ()
     controls: Annotated[tuple[Control, ...], BeforeValidator(_listed), AfterValidator(_once)] = ()
     seed: Annotated[int, Field(ge=0)] = 0
+    best_over: Annotated[
+        tuple[Literal["source_layer", "target_layer"], ...], BeforeValidator(_listed), AfterValidator(_once)
+    ] = ()
+    probe: Annotated[Probe | None, AfterValidator(_probe)] = None
+    # After the metrics and the probe.
+    score: Annotated[str | None, AfterValidator(_score)] = None
+    methods: Annotated[
+        dict[str, dict[str, Any]], BeforeValidator(_plain_methods), WithJsonSchema(_methods_schema())
+    ] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _methods_fit(self) -> Self:
+        if self.methods:
+            _, wrong = variants(type(self), _raw(self), self.methods)
+            if wrong:
+                raise ValueError("; ".join(map(str, wrong)))
+        return self
+
+    def of_methods(self) -> dict[str, Recipe]:
+        """The recipe of each method, by its name; empty where there are no methods."""
+        return variants(type(self), _raw(self), self.methods)[0] if self.methods else {}
 
     @property
     def scope(self) -> Patchscope:
@@ -128,6 +242,13 @@ def dump(recipe: Recipe) -> dict[str, Any]:
         fields = recipe.readout.model_dump(mode="json", exclude_defaults=True)
         plain["readout"] = {recipe.readout.name: fields} if fields else recipe.readout.name
     return plain
+
+
+def _raw(recipe: Recipe) -> dict[str, Any]:
+    """What methods make their changes to: the recipe without them, with a mapping of Python's as it is."""
+    plain = dump(recipe)
+    plain.pop("methods", None)
+    return plain | ({"mapping": recipe.mapping} if callable(recipe.mapping) else {})
 
 
 def resolved(recipe: Recipe) -> dict[str, Any]:

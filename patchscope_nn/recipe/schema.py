@@ -9,8 +9,8 @@ from typing import Any
 from pydantic import BaseModel
 
 from patchscope_nn.data import DataSpec
-from patchscope_nn.recipe.model import Recipe
-from patchscope_nn.spec import READOUTS, Source, Target
+from patchscope_nn.recipe.model import Probe, Recipe
+from patchscope_nn.spec import READOUTS, Corrupt, Fit, Source, Target, Vector
 
 _DIALECT = "https://json-schema.org/draft/2020-12/schema"
 _ENTRY = re.compile(r"^    (\w+): (.*(?:\n {8}.*)*)", re.MULTILINE)
@@ -27,10 +27,15 @@ def json_schema() -> dict[str, Any]:
     """
     schema = Recipe.model_json_schema(mode="validation")
     _document(schema, Recipe)
-    for model in (DataSpec, Source, Target, *READOUTS.values()):
+    for model in (DataSpec, Source, Target, Vector, Corrupt, Probe, *READOUTS.values()):
         _document(schema["$defs"][model.__name__], model)
     _accept_one_text(schema["$defs"]["NextToken"]["properties"]["reference"])
-    for name in ("metrics", "controls"):
+    source, target = schema["$defs"]["Source"], schema["$defs"]["Target"]
+    source["properties"]["vector"] = _or_its_file(source["properties"]["vector"])
+    source["oneOf"] = [_given(name) for name in ("prompt", "vector")]
+    target["not"] = {"allOf": [_given("prompt"), _given("prompts", {"minItems": 1})]}
+    _document_fit(schema["properties"]["mapping"])
+    for name in ("metrics", "controls", "best_over"):
         schema["properties"][name]["uniqueItems"] = True
     schema["properties"]["readout"] = {
         "title": "Readout",
@@ -41,6 +46,15 @@ def json_schema() -> dict[str, Any]:
     # A default that is a whole object reads as noise; its own fields carry theirs.
     del schema["properties"]["target"]["default"]
     return {"$schema": _DIALECT, **schema, "title": "Patchscopes recipe"}
+
+
+def _document_fit(mapping: dict[str, Any]) -> None:
+    """The fields of `{fit: ...}`; its data is what a recipe's data is."""
+    form = next(one for one in mapping["anyOf"] if "fit" in one.get("properties", {}))
+    fields = form["properties"]["fit"]["anyOf"][1]
+    _document(fields, Fit)
+    data = fields["properties"]["data"]
+    fields["properties"]["data"] = data | {"anyOf": [{"$ref": "#/$defs/DataSpec"}, {"type": "null"}]}
 
 
 def _readouts() -> list[dict[str, Any]]:
@@ -65,6 +79,16 @@ def _readouts() -> list[dict[str, Any]]:
 
 def _required(model: type[BaseModel]) -> bool:
     return any(field.is_required() for field in model.model_fields.values())
+
+
+def _given(name: str, form: dict[str, Any] | None = None) -> dict[str, Any]:
+    """A field that is there and is something."""
+    return {"required": [name], "properties": {name: form or {"not": {"type": "null"}}}}
+
+
+def _or_its_file(vector: dict[str, Any]) -> dict[str, Any]:
+    """A vector's file stands for the vector."""
+    return vector | {"anyOf": [{"type": "string", "minLength": 1}, *vector["anyOf"]]}
 
 
 def _accept_one_text(schema: dict[str, Any]) -> None:

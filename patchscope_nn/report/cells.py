@@ -76,12 +76,17 @@ def _columns(records: Sequence[Cell], *, metrics: Sequence[str]) -> Iterator[Col
         values = [_number(record.get(name)) for record in records]
         return _column(label or name, values, kind=kind, detail=detail)
 
+    if "run" in names:
+        yield texts("run", detail=False)
     yield counts("row")
     yield texts("control", detail=False)
     yield texts("source_prompt", detail=False)
     yield _column("token read", [_quoted(record, side="source") for record in records])
     yield counts("source_layer", label="source layer", kind="layer")
     yield counts("target_layer", label="target layer", kind="layer")
+    for name in ("scale", "sample"):
+        if len({record.get(name) for record in records}) > 1:
+            yield counts(name)
     yield _column("answer", list(map(_answer, records)))
     yield from (counts(name) for name in metrics)
     yield _column("note", list(map(_note, records)))

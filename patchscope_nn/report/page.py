@@ -13,14 +13,16 @@ import yaml
 from markupsafe import Markup
 
 from patchscope_nn.plots import figures, metric_columns, visible
+from patchscope_nn.report.cards import cards
 from patchscope_nn.report.cells import cells_json, script_json
-from patchscope_nn.report.summary import as_mapping, facts, summary
+from patchscope_nn.report.summary import as_mapping, controls_said, facts, summary
 
 if TYPE_CHECKING:
     import pandas as pd
 
 #: The most cells of which a page says everything; its figures of metrics are of all.
 MAX_CELLS = 12_000
+_ELSEWHERE = ("recipe", "references")  # what the page shows in other places
 _TEMPLATES = Path(__file__).parents[1] / "templates"
 
 
@@ -42,6 +44,11 @@ def write_report(
         InputError: Plotly is not installed.
     """
     page = _page(table, table.iloc[:MAX_CELLS] if shown is None else shown, manifest=manifest)
+    return write_whole(page, path)
+
+
+def write_whole(page: str, path: Path) -> Path:
+    """Write a page; a reader of `path` sees the old file or the whole new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -57,23 +64,28 @@ def _page(table: pd.DataFrame, shown: pd.DataFrame, *, manifest: Mapping[str, An
     recipe = as_mapping(manifest.get("recipe"))
     declared = recipe.get("metrics") or ()
     metrics = metric_columns(table, declared=declared)
-    drawn = figures(shown, metrics=declared, whole=table)
-    return _template().render(
+    best = tuple(recipe.get("best_over") or ())
+    drawn = figures(shown, metrics=declared, whole=table, best=best)
+    return template("report.html.jinja").render(
         title=visible(recipe.get("title") or recipe.get("name") or "Patchscopes report"),
         summary=summary(table, manifest=manifest, metrics=metrics),
         facts=facts(table, manifest=manifest),
         titles=[title for title, _ in drawn],
-        plotly=_plotly_js() if drawn else "",
+        plotly=plotly_js() if drawn else "",
+        cards=cards(shown, references=manifest.get("references") or (), metric=next(iter(metrics), None)),
+        controls=controls_said(table),
+        command=visible(manifest.get("command") or ""),
         figures=script_json([json.loads(figure.to_json()) for _, figure in drawn]),
         cells=cells_json(shown, metrics=metrics),
         n_cells=len(table),
         max_cells=MAX_CELLS,
         recipe=_yaml(recipe),
-        manifest=_yaml({key: value for key, value in manifest.items() if key != "recipe"}),
+        manifest=_yaml({key: value for key, value in manifest.items() if key not in _ELSEWHERE}),
     )
 
 
-def _template() -> jinja2.Template:
+def template(name: str) -> jinja2.Template:
+    """One of the page templates, which escape what is put into them."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_TEMPLATES),
         autoescape=True,
@@ -81,10 +93,11 @@ def _template() -> jinja2.Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("report.html.jinja")
+    return environment.get_template(name)
 
 
-def _plotly_js() -> Markup:
+def plotly_js() -> Markup:
+    """Plotly's own source, for a page that loads nothing."""
     from plotly.offline import get_plotlyjs
 
     return Markup(get_plotlyjs())  # noqa: S704 - plotly's own source, which nothing of the run reaches

@@ -16,21 +16,48 @@ PACKAGE = Path(ps.__file__).parent
 #: From left to right as data flows; a module imports only what stands to its left.
 ORDER = [
     *("errors", "layers", "prompts", "positions", "spec", "metrics", "data_files", "data", "recipe"),
-    *("builtin", "models", "mappings", "resolve", "cells", "plan", "plan_text", "unpack", "bridge"),
     *(
+        "builtin",
+        "models",
+        "mappings",
+        "resolve",
+        "cells",
+        "vectors",
+        "plan",
+        "plan_text",
+        "unpack",
+    ),
+    *(
+        "bridge",
         "readouts",
         "emit",
         "travel",
         "jobs",
         "backends",
+        "fit",
         "ledger",
         "pace",
         "fleet",
         "tables",
+        "statistics",
+        "comparison",
+        "probes",
+        "ensembles",
         "plots",
         "report",
     ),
-    *("runs", "prepare", "execute", "quick", "doctor", "cli", "__main__"),
+    *(
+        "rows",
+        "runs",
+        "prepare",
+        "execute",
+        "experiments",
+        "quick",
+        "doctor",
+        "explore",
+        "cli",
+        "__main__",
+    ),
 ]
 #: A method of a plan or a run may reach for how it is shown; only when it is called.
 SHOWN_LATER = {("plan", "plan_text"), ("runs", "plots"), ("runs", "report")}
@@ -116,7 +143,7 @@ TRAVELS = {
     "emit/batch": INSIDE,
     "emit/packed": INSIDE,
     "readouts": ("",),
-    "mappings": ("apply_mapping",),
+    "mappings/apply": ("",),
 }
 #: What they may name besides each other. transformers, and so its cache, is on every server.
 ALLOWED = {"Any", "torch", "nnsight", "copy", "SimpleNamespace", "DynamicCache", "TorchFunctionMode"}

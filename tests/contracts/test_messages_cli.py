@@ -42,7 +42,7 @@ BAD = {
         ["--set", "source.layers=3"],
         (
             "tiny.yaml: source.layers: is no field here. Did you mean 'layer'? "
-            "Allowed: prompt, position, layer, site, model. (from --set source.layers=3)"
+            "Allowed: prompt, position, layer, site, model, mean, minus, vector. (from --set source.layers=3)"
         ),
         "",
     ),

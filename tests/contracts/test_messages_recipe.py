@@ -4,23 +4,31 @@ import textwrap
 
 import pytest
 
+from patchscope_nn.data import BUILTIN
 from patchscope_nn.errors import InputError, SpecError
 from patchscope_nn.recipe import lint, load_recipe
 
 GOOD = "name: a\ntitle: b\nsource: {prompt: x}\n"
-TOP = "Allowed: name, title, paper, model, data, source, target, mapping, readout, metrics, controls, seed."
+TOP = (
+    "Allowed: name, title, paper, model, data, source, target, mapping, readout, metrics, controls, seed, "
+    "best_over, probe, score, methods."
+)
 LAYERS = "give an int (negative counts from the end), a list, 'start:stop[:step]', 'all' or 'embed'"
 POSITIONS = (
     "give an index (-1 is the last), a text of the prompt, 'first:text', {start: a, end: b}, "
-    "a list of indices and texts, or {each: ...}"
+    "a list of indices and texts, {tokens: text}, {every: text}, or {each: ...}"
 )
 PROMPTS = "give a text, a list of chat messages ({role: user, content: ...}), or a list of token ids"
 READOUTS = "next_token, generate, choices, hidden"
 MAPPINGS = (
-    "Allowed: identity, target_norm, affine, function. Write {affine: weights.safetensors}, "
+    "Allowed: identity, target_norm, aligned, affine, function, fitted, tuned_lens, jacobian_lens, fit. "
+    "Write {affine: weights.safetensors}, {fitted: fit.safetensors}, {fit: {kind: affine}}, "
     "{function: module:name}, or give a torch module or function in Python."
 )
-METRICS = "Allowed: precision_at_1, surprisal_nats, nll_nats, rouge_l, contains, choice_accuracy."
+METRICS = (
+    "Allowed: precision_at_1, surprisal_nats, nll_nats, kl_nats, top_k_overlap, rank, reciprocal_rank, "
+    "rouge_l, rouge_1, contains, relevancy, choice_accuracy, choice_log_odds, cosine, fraction_of_variance."
+)
 BEGIN = "a recipe is a mapping that begins with name, title and source"
 
 #: YAML below GOOD's three lines -> its problems.
@@ -36,7 +44,7 @@ FIELDS = {
     "target:\n  site: residul": [
         (
             "line 5: target.site: 'residul' is not allowed here. "
-            "Did you mean 'residual'? Allowed: residual, attention, mlp."
+            "Did you mean 'residual'? Allowed: residual, before, attention, mlp."
         )
     ],
     "target: {position: [], layer: lst}": [
@@ -47,6 +55,19 @@ FIELDS = {
         (
             f"line 4: target.prompt: {{'entity': None}} is no prompt; {PROMPTS}. "
             'Quote a text that begins with a brace: "{column}"'
+        )
+    ],
+    "mapping: {fit: {kind: afine, limt: 3}}": [
+        (
+            "line 4: mapping: fit.kind: 'afine' is not allowed here. Did you mean 'affine'? Allowed: affine, "
+            "orthogonal, low_rank, scale.; fit.limt: is no field here. Did you mean 'limit'? Allowed: kind, "
+            "data, column, held_out, limit, positions, max_tokens, rank, lambdas, seed."
+        )
+    ],
+    "mapping: {fit: {data: {builtin: context}}}": [
+        (
+            "line 4: mapping: fit.data.builtin: 'context' is no builtin data. Did you mean 'contexts'? "
+            f"Allowed: {', '.join(BUILTIN)}."
         )
     ],
     "mapping: identty": [f"line 4: mapping: 'identty' is no mapping. Did you mean 'identity'? {MAPPINGS}"],
@@ -65,7 +86,7 @@ FIELDS = {
     "readout:\n  generate:\n    max-new-tokens: 3\n    stop: 5": [
         (
             "line 6: readout.generate.max-new-tokens: is no field here. Did you mean 'max_new_tokens'? "
-            "Allowed: max_new_tokens, stop, temperature, seed."
+            "Allowed: max_new_tokens, stop, temperature, seed, relevancy."
         ),
         "line 7: readout.generate.stop: input should be a valid string; given 5",
     ],
@@ -90,7 +111,7 @@ FIELDS = {
     "controls: [unpatched, randm]": [
         (
             "line 4: controls.1: 'randm' is not allowed here. "
-            "Did you mean 'random'? Allowed: unpatched, random, shuffled."
+            "Did you mean 'random'? Allowed: unpatched, random, shuffled, text-only."
         )
     ],
     "controls: [random, random]": [
@@ -132,8 +153,10 @@ FILES = {
         "line 2: title: is required and was not given",
         "line 2: source: is required and was not given",
     ],
+    "name: a\ntitle: b\nsource:\n  layer: 1\n": [
+        "line 3: source: should have a prompt, or else a vector from a file",
+    ],
     "name: a\ntitle: b\nsource:\n  layer: 1:x\n": [
-        "line 3: source.prompt: is required and was not given",
         f"line 4: source.layer: '1:x' is no layer; {LAYERS}",
     ],
     "name: a\nsource: {prompt: {{x}}}\n": [
@@ -228,17 +251,17 @@ def test_all_problems_come_at_once_in_the_order_of_the_file(tmp_path):
         f"line 3: titel: is no field here. Did you mean 'title'? {TOP}",
         (
             "line 6: source.posn: is no field here. "
-            "Did you mean 'position'? Allowed: prompt, position, layer, site, model."
+            "Did you mean 'position'? Allowed: prompt, position, layer, site, model, mean, minus, vector."
         ),
         (
             "line 8: source.site: 'mpl' is not allowed here. "
-            "Did you mean 'mlp'? Allowed: residual, attention, mlp."
+            "Did you mean 'mlp'? Allowed: residual, before, attention, mlp."
         ),
         "line 10: readout.generate.max_new_tokens: input should be a valid integer; given '5'",
         f"line 11: metrics.0: 'contins' is no metric. Did you mean 'contains'? {METRICS}",
         (
             "line 12: controls.1: 'shufled' is not allowed here. "
-            "Did you mean 'shuffled'? Allowed: unpatched, random, shuffled."
+            "Did you mean 'shuffled'? Allowed: unpatched, random, shuffled, text-only."
         ),
         "line 13: name: is given twice, first on line 2; keep one",
     ]
@@ -251,7 +274,7 @@ SETS = {
     "source.layr=2": [
         (
             "source.layr: is no field here. Did you mean 'layer'? "
-            "Allowed: prompt, position, layer, site, model. (from --set source.layr=2)"
+            "Allowed: prompt, position, layer, site, model, mean, minus, vector. (from --set source.layr=2)"
         )
     ],
     "source.layer=zz": [f"source.layer: 'zz' is no layer; {LAYERS} (from --set source.layer=zz)"],
@@ -270,7 +293,7 @@ SETS = {
     "readout.generate.stp=2": [
         (
             "readout.generate.stp: is no field here. Did you mean 'stop'? "
-            "Allowed: max_new_tokens, stop, temperature, seed. (from --set readout.generate.stp=2)"
+            "Allowed: max_new_tokens, stop, temperature, seed, relevancy. (from --set readout.generate.stp=2)"
         )
     ],
     "metrics.0.contains.reference=e": [

@@ -1,19 +1,28 @@
-"""Metrics: one number for a cell, from what its readout gave and its data row. Pure; no torch.
-
-A metric is named in a recipe by its name, or as `{name: {parameter: value}}`.
-"""
+"""The registry: what each metric needs, which way is better, and whether it fits a readout and its data."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from patchscope_nn.errors import DataError, did_you_mean
-from patchscope_nn.spec import Choices, Generate, NextToken, Readout
-
-Columns = Mapping[str, Any]
+from patchscope_nn.metrics.values import (
+    Columns,
+    choice_accuracy,
+    choice_log_odds,
+    contains,
+    cosine,
+    fraction_of_variance,
+    precision_at_1,
+    rank,
+    reciprocal_rank,
+    relevancy,
+    rouge_1,
+    rouge_l,
+    top_k_overlap,
+)
+from patchscope_nn.spec import Choices, Generate, Hidden, NextToken, Readout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +36,7 @@ class Metric:
         compute: From the readout's columns, the data row and the parameters, to the number.
         parameters: The parameters it needs, each the name of a data column.
         reference: Whether it needs the readout's reference.
+        option: A field of the readout that has to be true.
         higher_is_better: Which way is better.
     """
 
@@ -36,6 +46,7 @@ class Metric:
     compute: Callable[..., float | None]
     parameters: tuple[str, ...] = ()
     reference: bool = False
+    option: str | None = None
     higher_is_better: bool = True
 
 
@@ -48,64 +59,6 @@ class MetricUse(NamedTuple):
     def dump(self) -> Any:
         """The form YAML holds: the name, or `{name: parameters}`."""
         return {self.name: dict(self.parameters)} if self.parameters else self.name
-
-
-def precision_at_1(columns: Columns, _row: Mapping[str, Any]) -> float | None:
-    """1 where the patched run's top token is the reference token, else 0 (section 4.1)."""
-    reference = columns.get("reference_ids")
-    return None if not reference else float(columns["top_ids"][0] == reference[0])
-
-
-def rouge_l(columns: Columns, row: Mapping[str, Any], *, reference: str) -> float:
-    """ROUGE-L F1 of the generated text against a data column (section 4.3; Lin 2004), without stemming."""
-    return rouge_l_f1(columns["text"], str(row[reference]))
-
-
-def contains(columns: Columns, row: Mapping[str, Any], *, reference: str) -> float:
-    """1 where the text holds a data column's, both lower-cased and without spaces and marks, else 0."""
-    return float(_letters(str(row[reference])) in _letters(columns["text"]))
-
-
-def choice_accuracy(columns: Columns, row: Mapping[str, Any], *, answer: str) -> float:
-    """1 where the most likely choice is a data column's, spaces around it left out, else 0."""
-    return float(columns["choice"].strip() == str(row[answer]).strip())
-
-
-def rouge_l_f1(text: str, reference: str) -> float:
-    """ROUGE-L F1 of two texts: the longest common subsequence of their words (Lin 2004, section 3).
-
-    Args:
-        text: The text.
-        reference: The reference.
-
-    Returns:
-        A number in 0..1; 0 where either has no word.
-    """
-    ours, theirs = _words(text), _words(reference)
-    common = _longest_common_subsequence(ours, theirs)
-    if not common:
-        return 0.0
-    precision, recall = common / len(ours), common / len(theirs)
-    return 2 * precision * recall / (precision + recall)
-
-
-def _words(text: str) -> list[str]:
-    return re.findall(r"[a-z0-9]+", text.lower())
-
-
-def _letters(text: str) -> str:
-    return re.sub(r"[\W_]+", "", text.lower())
-
-
-def _longest_common_subsequence(ours: Sequence[str], theirs: Sequence[str]) -> int:
-    lengths = [0] * (len(theirs) + 1)
-    for word in ours:
-        before = lengths[:]
-        for place, other in enumerate(theirs, start=1):
-            lengths[place] = (
-                before[place - 1] + 1 if word == other else max(before[place], lengths[place - 1])
-            )
-    return lengths[-1]
 
 
 METRICS: dict[str, Metric] = {
@@ -134,7 +87,38 @@ METRICS: dict[str, Metric] = {
             reference=True,
             higher_is_better=False,
         ),
+        Metric(
+            name="kl_nats",
+            title="KL (nats): KL(source || patched)",
+            readout=NextToken,
+            compute=lambda columns, _row: columns.get("kl_nats"),
+            reference=True,
+            higher_is_better=False,
+        ),
+        Metric(
+            name="top_k_overlap",
+            title="Top-k overlap with the source's own",
+            readout=NextToken,
+            compute=top_k_overlap,
+            reference=True,
+        ),
+        Metric(
+            name="rank",
+            title="Rank of the reference token",
+            readout=NextToken,
+            compute=rank,
+            reference=True,
+            higher_is_better=False,
+        ),
+        Metric(
+            name="reciprocal_rank",
+            title="Reciprocal rank of the reference token",
+            readout=NextToken,
+            compute=reciprocal_rank,
+            reference=True,
+        ),
         Metric(name="rouge_l", title="ROUGE-L", readout=Generate, compute=rouge_l, parameters=("reference",)),
+        Metric(name="rouge_1", title="ROUGE-1", readout=Generate, compute=rouge_1, parameters=("reference",)),
         Metric(
             name="contains",
             title="Contains the reference",
@@ -143,11 +127,39 @@ METRICS: dict[str, Metric] = {
             parameters=("reference",),
         ),
         Metric(
+            name="relevancy",
+            title="Relevancy: mean |p_patched - p_unpatched| of the text's tokens",
+            readout=Generate,
+            compute=relevancy,
+            option="relevancy",
+        ),
+        Metric(
             name="choice_accuracy",
             title="Accuracy",
             readout=Choices,
             compute=choice_accuracy,
             parameters=("answer",),
+        ),
+        Metric(
+            name="choice_log_odds",
+            title="Log-odds of the answer (nats)",
+            readout=Choices,
+            compute=choice_log_odds,
+            parameters=("answer",),
+        ),
+        Metric(
+            name="cosine",
+            title="Cosine with the state it replaced",
+            readout=Hidden,
+            compute=cosine,
+            option="clean",
+        ),
+        Metric(
+            name="fraction_of_variance",
+            title="Fraction of the replaced state's variance",
+            readout=Hidden,
+            compute=fraction_of_variance,
+            option="clean",
         ),
     )
 }
@@ -191,6 +203,8 @@ def check_metrics(uses: Sequence[MetricUse], readout: Readout) -> list[str]:
             found.append(f"{use.name} reads {metric.readout.name}, and the readout is {readout.name}")
         elif metric.reference and isinstance(readout, NextToken) and readout.reference is None:
             found.append(f"{use.name} needs readout.next_token.reference, for example reference: source")
+        elif metric.option is not None and not getattr(readout, metric.option):
+            found.append(f"{use.name} needs readout.{readout.name}.{metric.option}: true")
     return found
 
 
@@ -224,3 +238,21 @@ def compute_metrics(
         One number, or None, for each.
     """
     return {use.name: METRICS[use.name].compute(columns, row, **dict(use.parameters)) for use in uses}
+
+
+#: Of how many data rows a manifest says what their metrics compare with, and the longest text.
+_ROWS, _LIMIT = 24, 1000
+
+
+def references(uses: Sequence[MetricUse], rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """What metrics compare with, of the first data rows: what a report shows beside what was said.
+
+    Args:
+        uses: The metrics.
+        rows: The data rows.
+
+    Returns:
+        For each of the first rows the columns that are parameters of a metric; empty where there are none.
+    """
+    columns = dict.fromkeys(column for use in uses for _, column in use.parameters)
+    return [{name: str(row[name])[:_LIMIT] for name in columns} for row in rows[:_ROWS]] if columns else []

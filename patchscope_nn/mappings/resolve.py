@@ -1,15 +1,11 @@
-"""Mappings f: from the source model's hidden space to the target's.
-
-A mapping is resolved, before any context opens, to a `ResolvedMapping`: a kind and tensors, which is all
-that travels into one. `apply_mapping` is the one function that runs there.
-"""
+"""From what a Patchscope names as its mapping to what can travel: loaded, and checked against both models."""
 
 from __future__ import annotations
 
 import hashlib
 import importlib
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import CodeType
 from typing import Any
@@ -17,64 +13,13 @@ from typing import Any
 import torch
 
 from patchscope_nn.errors import MappingError
+from patchscope_nn.mappings.affine import Affine
+from patchscope_nn.mappings.apply import Pair, Parts
+from patchscope_nn.mappings.fitted import Fitted, listed
+from patchscope_nn.mappings.provenance import Space
+from patchscope_nn.mappings.published import PUBLISHED, load_published
 from patchscope_nn.models import ModelInfo
 from patchscope_nn.spec import NAMED_MAPPINGS, dump_mapping
-
-
-class Affine(torch.nn.Module):
-    """f(h) = W h + b, with weights that are given.
-
-    Args:
-        weight: W, (d_model of the target, d_model of the source).
-        bias: b, (d_model of the target,); None for zero.
-
-    Raises:
-        MappingError: The shapes do not fit each other.
-    """
-
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
-        super().__init__()
-        if weight.ndim != 2 or (bias is not None and bias.shape != weight.shape[:1]):  # noqa: PLR2004 (a matrix)
-            raise MappingError(
-                f"an affine mapping has a weight of shape (d_out, d_in) and a bias of shape (d_out,); given "
-                f"{tuple(weight.shape)} and {None if bias is None else tuple(bias.shape)}."
-            )
-        self.register_buffer("weight", weight.detach().clone())
-        self.register_buffer("bias", None if bias is None else bias.detach().clone())
-
-    def forward(self, states: torch.Tensor) -> torch.Tensor:
-        """Map states.
-
-        Args:
-            states: (..., d_in).
-
-        Returns:
-            (..., d_out).
-        """
-        return torch.nn.functional.linear(states, self.weight, self.bias)
-
-    @classmethod
-    def load(cls, file: str | Path) -> Affine:
-        """Read `weight` and, where there is one, `bias` from a safetensors file.
-
-        Raises:
-            MappingError: The file cannot be read or holds no `weight`.
-        """
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            tensors = load_file(file)
-        except (OSError, SafetensorError) as error:
-            raise MappingError(
-                f"mapping.affine={str(file)!r} cannot be read: {error}.", hint="Give a safetensors file."
-            ) from error
-        if "weight" not in tensors or set(tensors) - {"weight", "bias"}:
-            raise MappingError(
-                f"mapping.affine={str(file)!r} holds {sorted(tensors)}; it should hold 'weight' "
-                "(d_out, d_in) and may hold 'bias' (d_out,)."
-            )
-        return cls(tensors["weight"], tensors.get("bias"))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -83,30 +28,50 @@ class ResolvedMapping:
 
     Attributes:
         name: How tables and manifests call it.
-        kind: `identity`, `target_norm` or `call`.
+        kind: `identity`, `target_norm`, `call` or `pairs`.
         call: For `call`, a function from (..., d_model) to (..., d_model of the target).
+        maps: For `pairs`, the tensors of each (l, l*).
         digest: Hex digest of its weights; empty where it has none.
+        about: For `pairs`, what is known of the fit, as JSON holds it, for these pairs.
+        notices: What its user should know.
     """
 
     name: str
     kind: str
     call: Callable[[torch.Tensor], torch.Tensor] | None = field(default=None, repr=False)
+    maps: Mapping[Pair, Parts] = field(default_factory=dict, repr=False)
     digest: str = ""
+    about: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    notices: tuple[str, ...] = ()
+
+    def within(self, pairs: Iterable[Pair]) -> Any:
+        """What of it a context needs that maps states of these pairs: a function, tensors or nothing."""
+        return {pair: self.maps[pair] for pair in sorted(set(pairs))} if self.kind == "pairs" else self.call
 
 
-def resolve_mapping(mapping: Any, *, source: ModelInfo, target: ModelInfo) -> ResolvedMapping:
+def resolve_mapping(
+    mapping: Any,
+    *,
+    source: ModelInfo,
+    target: ModelInfo,
+    pairs: Sequence[Pair] = (),
+    sites: tuple[str, str] = ("residual", "residual"),
+) -> ResolvedMapping:
     """Load a mapping and check, on one state of zeros and one of ones, that it fits between two models.
 
     Args:
         mapping: The `mapping` of a Patchscope.
         source: The model whose states it takes.
         target: The model whose hidden space it maps to.
+        pairs: Every (l, l*) it will be asked for; a fitted mapping needs a map for each.
+        sites: What of a block is read, and what is written.
 
     Returns:
         The mapping, resolved.
 
     Raises:
-        MappingError: It cannot be loaded, or does not take (n, d_model) to (n, d_model of the target).
+        MappingError: It cannot be loaded, does not take (n, d_model) to (n, d_model of the target), or has
+            no map for one of the pairs.
     """
     if mapping in NAMED_MAPPINGS:
         if source.d_model != target.d_model:
@@ -116,9 +81,70 @@ def resolve_mapping(mapping: Any, *, source: ModelInfo, target: ModelInfo) -> Re
                 hint="Give an affine mapping: {affine: weights.safetensors}.",
             )
         return ResolvedMapping(name=mapping, kind=mapping)
+    if isinstance(mapping, Fitted):
+        return _resolve_fitted(mapping, "fitted", source=source, target=target, pairs=pairs, sites=sites)
+    if isinstance(mapping, tuple) and mapping[0] == "fitted":
+        fitted = Fitted.load(mapping[1], pairs=pairs or None)
+        name = f"fitted:{Path(mapping[1]).name}"
+        found = _resolve_fitted(fitted, name, source=source, target=target, pairs=pairs, sites=sites)
+        with Path(mapping[1]).open("rb") as opened:
+            digest = hashlib.file_digest(opened, "sha256").hexdigest()
+        return replace(found, about={"file": str(mapping[1]), "sha256": digest, **found.about})
+    if isinstance(mapping, tuple) and mapping[0] in PUBLISHED:
+        kind, place = mapping
+        lens = load_published(kind, place, info=source)
+        name = f"{kind}:{Path(place).name}"
+        return _resolve_fitted(lens, name, source=source, target=target, pairs=pairs, sites=sites)
     call, name = _load(mapping)
     _check_shape(call, name, source=source, target=target)
     return ResolvedMapping(name=name, kind="call", call=call, digest=_digest(call))
+
+
+def _resolve_fitted(
+    fitted: Fitted,
+    name: str,
+    *,
+    source: ModelInfo,
+    target: ModelInfo,
+    pairs: Sequence[Pair],
+    sites: tuple[str, str],
+) -> ResolvedMapping:
+    """Check a fitted mapping against the models and layers of a sweep, and keep the maps it needs."""
+    notices = []
+    sides = (("source", fitted.about.source_model, source), ("target", fitted.about.target_model, target))
+    for (side, fit, info), site in zip(sides, sites, strict=True):
+        if fit.d_model != info.d_model or fit.site != site:
+            raise MappingError(
+                f"mapping {name} was fitted for the {side} {fit}, site {fit.site}; this run's is "
+                f"{Space.of(info)}, site {site}.",
+                hint="Fit one for these models: patchscope fit.",
+            )
+        if (fit.name, fit.revision) != (info.name, info.revision):
+            notices.append(
+                f"mapping {name} was fitted for the {side} {fit}; this run's is {Space.of(info)}. Unless "
+                "these have the same weights, it maps states of a kind it was not fitted on."
+            )
+    wanted = tuple(dict.fromkeys(pairs)) or fitted.pairs
+    if missing := sorted(set(wanted) - set(fitted.pairs)):
+        raise MappingError(f"mapping {name} has no map for {listed(missing)}.", hint=fitted.listed)
+    maps = fitted.chosen(wanted)
+    said = {
+        **fitted.said(),
+        "pairs": [list(pair) for pair in wanted],
+        "held_out": [one for one in fitted.about.dump()["held_out"] if tuple(one[:2]) in maps],
+    }
+    digest = hashlib.sha256()
+    for pair in sorted(maps):
+        for part, tensor in maps[pair].items():
+            digest.update(f"{part}{pair}".encode() + _said(tensor))
+    return ResolvedMapping(
+        name=name,
+        kind="pairs",
+        maps=maps,
+        digest=digest.hexdigest()[:16],
+        about=said,
+        notices=tuple(notices),
+    )
 
 
 def _load(mapping: Any) -> tuple[Callable[[torch.Tensor], torch.Tensor], str]:
@@ -185,28 +211,3 @@ def _said(part: Any) -> bytes:
     if isinstance(part, CodeType):
         return part.co_code + repr(part.co_names).encode() + b"".join(map(_said, part.co_consts))
     return repr(part).encode() if isinstance(part, int | float | str | bytes | None) else b""
-
-
-def apply_mapping(
-    kind: str, call: Callable[[torch.Tensor], torch.Tensor] | None, states: torch.Tensor, clean: torch.Tensor
-) -> torch.Tensor:
-    """Map states, inside a context.
-
-    Args:
-        kind: The kind of a `ResolvedMapping`.
-        call: Its function.
-        states: (n, d_model) states of the source.
-        clean: (n, d_model of the target) the states they will replace.
-
-    Returns:
-        (n, d_model of the target), in the dtype and on the device of `clean`.
-    """
-    if kind == "call" and call is not None:
-        if isinstance(call, torch.nn.Module):
-            for tensor in [*call.parameters(), *call.buffers()][:1]:
-                states = states.to(tensor)
-        return call(states).to(clean)
-    states = states.to(clean)
-    if kind == "target_norm":
-        return states * (clean.norm(dim=-1, keepdim=True) / states.norm(dim=-1, keepdim=True))
-    return states

@@ -1,0 +1,105 @@
+"""Printing of comparisons: a table for each metric, or JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from patchscope_nn.cli.printing import _print, _table, out_json
+from patchscope_nn.report.comparison import p_text
+from patchscope_nn.statistics import REAL
+
+if TYPE_CHECKING:
+    from patchscope_nn.comparison import Comparison
+    from patchscope_nn.experiments import Experiment
+
+
+def print_experiment(experiment: Experiment, *, as_json: bool) -> None:
+    """Print what comparing a recipe's methods found, and where it is."""
+    folder = experiment.path
+    page = folder / "comparison.html" if folder else None
+    shown = str(page) if page and page.exists() else None
+    comparison = experiment.compare()
+    if as_json:
+        runs = {
+            name: {"folder": str(run.path), "hash": run.manifest["hash"], "cells": len(run.rows)}
+            for name, run in experiment.items()
+        }
+        out_json({"folder": str(folder), "page": shown, "methods": runs, "comparison": comparison.records()})
+        return
+    print_comparison(comparison, title=experiment.title)
+    _print(
+        "",
+        f"{sum(len(run.rows) for run in experiment.values())} cells of {len(experiment)} methods in {folder}",
+        f"page: {shown}" if shown else "no page: pip install 'patchscope-nn[report]'",
+    )
+
+
+def print_comparison(comparison: Comparison, *, title: str) -> None:
+    """Print a table for each metric: every run's mean, its controls', and its difference to the first."""
+    over = dict.fromkeys(one for name in comparison.names for one in comparison.best[name])
+    best = f"best over {' and '.join(over).replace('_', ' ')}, " if over else ""
+    _print(
+        title,
+        f"{best}mean over all cells, with 95 % intervals over data rows;",
+        f"differences are to {comparison.names[0]}; p by sign flips of rows, and corrected t over layers",
+    )
+    for metric in comparison.metrics:
+        _print("", _of_metric(comparison, metric=metric))
+    told = [line for line in comparison.between().to_dict("records") if line["first_control"] == REAL]
+    for line in told:
+        if line["first_unpaired"] or line["second_unpaired"]:
+            _print(
+                f"{line['metric']}: {line['first_unpaired']} cells of {line['first']} and"
+                f" {line['second_unpaired']} of {line['second']} have no partner"
+            )
+
+
+def _of_metric(comparison: Comparison, *, metric: str) -> Any:
+    means = comparison.means[comparison.means["metric"] == metric]
+    controls = sorted(set(means["control"]) - {REAL})
+    between = comparison.between()
+    between = between[(between["metric"] == metric) & (between["first_control"] == REAL)]
+    differences = {line["second"]: line for line in between.to_dict("records")}
+    table = _table(metric, "mean", *controls, "difference", "p", "layers", "pairs")
+    for column in table.columns[1:]:
+        column.no_wrap = True
+    for name in dict.fromkeys(means["run"]):
+        own = means[means["run"] == name].set_index("control").to_dict("index")
+        line = differences.get(name)
+        plain = [f"{own[control]['mean']:.2f}" if control in own else "" for control in controls]
+        table.add_row(name, _mean(own.get(REAL)), *plain, *_difference(line))
+    return table
+
+
+def _difference(line: Mapping[str, Any] | None) -> list[str]:
+    if line is None:
+        return ["", "", "", ""]
+    ps = [
+        "" if pd.isna(line[name]) else p_text(line[name]).removeprefix("p ").removeprefix("= ")
+        for name in _PS
+    ]
+    return [_mean(line, sign="+"), *ps, str(line["n_pairs"])]
+
+
+_PS = ("p", "p_bonferroni")
+
+
+def _mean(found: Mapping[str, Any] | None, *, sign: str = "") -> str:
+    if found is None or pd.isna(found["mean"]):
+        return ""
+    low, high = found["low"], found["high"]
+    return f"{found['mean']:{sign}.2f}" + ("" if pd.isna(low) else f" [{low:{sign}.2f}, {high:{sign}.2f}]")
+
+
+def print_compared(comparison: Comparison, *, page: Path | None, as_json: bool) -> None:
+    """Print a comparison of runs, and where its page is."""
+    if as_json:
+        out_json({"page": None if page is None else str(page), **comparison.records()})
+        return
+    print_comparison(comparison, title=f"{', '.join(comparison.names[1:])} beside {comparison.names[0]}")
+    if page is not None:
+        _print("", f"page: {page}")

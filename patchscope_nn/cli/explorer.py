@@ -1,0 +1,72 @@
+"""`patchscope explore`: the page on which a prompt is asked."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import sys
+
+from patchscope_nn.cli import options, printing
+from patchscope_nn.cli.options import LogLevel
+from patchscope_nn.errors import InputError
+
+_NEEDED = ("starlette", "uvicorn")
+
+
+def explore(
+    *,
+    model: options.Model = None,
+    source_model: options.SourceModel = None,
+    target_model: options.TargetModel = None,
+    dtype: options.Dtype = "auto",
+    device_map: options.DeviceMap = None,
+    remote: options.Remote = None,
+    source_remote: options.SourceRemote = None,
+    lens: options.Lenses = None,
+    view: options.View = "",
+    port: options.Port = 0,
+    no_browser: options.NoBrowser = False,
+    json: options.Json = False,
+    log_level: options.Level = LogLevel.warning,  # noqa: ARG001 (acted on by its callback)
+) -> None:
+    """Open a local page: a grid of tokens x layers, and what the model says each state is."""
+    if not all(map(importlib.util.find_spec, _NEEDED)):
+        raise InputError(
+            f"The explorer needs {' and '.join(_NEEDED)}, which are not installed.",
+            hint="pip install 'patchscope-nn[explore]'",
+        )
+    # Before anything that imports nnsight; see there.
+    from patchscope_nn.explore import server  # isort: skip
+    from patchscope_nn import builtin
+    from patchscope_nn.explore.answers import Answers
+    from patchscope_nn.explore.copies import Options
+    from patchscope_nn.explore.lenses import lenses
+
+    answers = Answers(
+        lenses(lens or ()),
+        Options(
+            remote=options.remote_value(remote),
+            source_remote=options.source_remote_value(source_remote),
+            dtype=dtype,
+            device_map=device_map,
+        ),
+    )
+    source = source_model or model or builtin.NAME
+    target = target_model or model or source
+    with server.listen(port) as bound:
+        with printing.waiting("loading the model", quiet=json):
+            answers.load(source, target)
+            answers.warm_up(source, target)
+        explorer = server.Explorer(answers, models=(source, target), view=view)
+        server.serve(explorer, bound, opens=not no_browser, told=functools.partial(_tell, as_json=json))
+
+
+def _tell(address: str, *, as_json: bool) -> None:
+    if as_json:
+        printing.out_json({"address": address})
+    else:
+        printing.out(address)
+        printing.note(
+            "Ctrl-C stops it. The address holds a token: whoever has it can use this page's models."
+        )
+    sys.stdout.flush()  # into a pipe too: whoever reads it waits for it

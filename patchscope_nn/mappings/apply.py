@@ -1,0 +1,88 @@
+"""What a mapping does to states, inside a context: these functions travel, with tensors, to where M* runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+import torch
+
+#: (l, l*): the layer that is read and the layer that is written; -1 is the input of block 0.
+Pair: TypeAlias = tuple[int, int]
+#: The tensors of one pair's map, by what they are: `weight`, `up`, `down`, `scale`, `bias`.
+Parts: TypeAlias = Mapping[str, torch.Tensor]
+
+
+def apply_mapping(
+    kind: str,
+    call: Any,
+    states: torch.Tensor,
+    clean: torch.Tensor,
+    pairs: Sequence[Sequence[int]] = (),
+) -> torch.Tensor:
+    """Map states, inside a context.
+
+    Args:
+        kind: The kind of a `ResolvedMapping`.
+        call: Its function; for `pairs` the maps.
+        states: (n, d_model) states of the source.
+        clean: (n, d_model of the target) the states they will replace.
+        pairs: (n,) the (l, l*) of each state; only `pairs` looks at it.
+
+    Returns:
+        (n, d_model of the target), in the dtype and on the device of `clean`.
+    """
+    if kind == "pairs":
+        return map_pairs(call, states, pairs).to(clean)
+    if kind == "call":
+        if isinstance(call, torch.nn.Module):
+            for tensor in [*call.parameters(), *call.buffers()][:1]:
+                states = states.to(tensor)
+        return call(states).to(clean)
+    states = states.to(clean)
+    if kind == "target_norm":
+        return states * (clean.norm(dim=-1, keepdim=True) / states.norm(dim=-1, keepdim=True))
+    return states
+
+
+def map_pairs(
+    maps: Mapping[Pair, Parts], states: torch.Tensor, pairs: Sequence[Sequence[int]]
+) -> torch.Tensor:
+    """Map each state by the map of its own (l, l*), the states of one pair together.
+
+    Args:
+        maps: The maps.
+        states: (n, d_in).
+        pairs: (n,) the (l, l*) of each.
+
+    Returns:
+        (n, d_out), in the dtype and on the device of the maps.
+    """
+    groups: dict[Pair, list[int]] = {}
+    for place, (layer, target_layer) in enumerate(pairs):
+        groups.setdefault((layer, target_layer), []).append(place)
+    mapped = torch.cat([map_parts(maps[pair], states[places]) for pair, places in groups.items()])
+    ordered = torch.empty_like(mapped)
+    ordered[[place for places in groups.values() for place in places]] = mapped
+    return ordered
+
+
+def map_parts(parts: Parts, states: torch.Tensor) -> torch.Tensor:
+    """f(h) = (weight h | up (down h) | scale h) + bias, of one pair.
+
+    Args:
+        parts: Its tensors.
+        states: (..., d_in).
+
+    Returns:
+        (..., d_out), in the dtype and on the device of the tensors.
+    """
+    for tensor in [*parts.values()][:1]:
+        states = states.to(tensor)
+    if "weight" in parts:
+        mapped = states @ parts["weight"].T
+    elif "up" in parts:
+        mapped = states @ parts["down"].T @ parts["up"].T
+    else:
+        mapped = states * parts["scale"]
+    return mapped + parts["bias"] if "bias" in parts else mapped

@@ -1,0 +1,98 @@
+"""Where a fitted mapping comes from: models, data, settings, and how well it does on texts held out."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from importlib import metadata
+from typing import Any
+
+from patchscope_nn.mappings.apply import Pair
+from patchscope_nn.models import ModelInfo
+
+_PACKAGES = ("patchscope-nn", "nnsight", "torch", "transformers", "tokenizers", "safetensors")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Space:
+    """The hidden space on one side of a mapping.
+
+    Attributes:
+        name: The model's id, folder or `builtin:` name.
+        revision: The commit of a Hub model, where known.
+        dtype: The dtype its states were read in.
+        d_model: The size of a state.
+        site: What of a block: `residual`, `attention` or `mlp`.
+    """
+
+    name: str
+    d_model: int
+    revision: str | None = None
+    dtype: str = "float32"
+    site: str = "residual"
+
+    @classmethod
+    def of(cls, info: ModelInfo, *, site: str = "residual") -> Space:
+        """The space of a model that is loaded."""
+        return cls(name=info.name, revision=info.revision, dtype=info.dtype, d_model=info.d_model, site=site)
+
+    def __str__(self) -> str:
+        revision = f" at {self.revision}" if self.revision else ""
+        return f"{self.name}{revision} (d_model {self.d_model})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provenance:
+    """What a fitted mapping must carry to be trusted later.
+
+    Attributes:
+        source_model: The space it maps from.
+        target_model: The space it maps to.
+        data: What it was fitted on: a description, fingerprints, and the numbers of texts and positions, for
+            the fit and for what was held out.
+        settings: What decided the fit besides: lambda, rank, steps, ...
+        held_out: For each pair what was measured on texts held out: `fraction_of_variance`, `cosine`, `n`
+            (positions), ...; empty where nothing was measured.
+        seed: What the choice of positions and texts started from.
+        command: The command that made it.
+        created: When, ISO 8601.
+        versions: Of the packages that made it.
+    """
+
+    source_model: Space
+    target_model: Space
+    data: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    held_out: Mapping[Pair, Mapping[str, float]] = field(default_factory=dict)
+    seed: int | None = None
+    command: str | None = None
+    created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    versions: Mapping[str, str] = field(
+        default_factory=lambda: {
+            "python": platform.python_version(),
+            **{name: metadata.version(name) for name in _PACKAGES},
+        }
+    )
+
+    def dump(self) -> dict[str, Any]:
+        """As JSON holds it; `parse` reads it back."""
+        held_out = [[*pair, dict(numbers)] for pair, numbers in sorted(self.held_out.items())]
+        return {**asdict(self), "held_out": held_out}
+
+    @classmethod
+    def parse(cls, plain: Mapping[str, Any]) -> Provenance:
+        """Read what `dump` gave.
+
+        Raises:
+            KeyError, TypeError, ValueError: It is something else.
+        """
+        return cls(
+            **{
+                **plain,
+                "source_model": Space(**plain["source_model"]),
+                "target_model": Space(**plain["target_model"]),
+                "held_out": {(source, target): found for source, target, found in plain["held_out"]},
+            }
+        )

@@ -1,0 +1,56 @@
+"""The object: a Patchscope, as frozen data with the same field names in Python and in YAML.
+
+A Patchscope takes the hidden state at (source prompt S, position i, layer l, model M), maps it by f, and
+writes it at (target prompt T, position i*, layer l*, model M*); the readout is what M* then says
+(Ghandeharioun et al. 2024, arXiv 2401.06102, section 3.1).
+
+Nothing here imports torch, so a recipe can be checked in milliseconds.
+"""
+
+from patchscope_nn.spec.base import Spec, problems
+from patchscope_nn.spec.fitting import FIT_KINDS, Fit, FitKind, fit_schema
+from patchscope_nn.spec.mapping import ALIGNED, NAMED_MAPPINGS, AnyMapping, dump_mapping
+from patchscope_nn.spec.readout import (
+    READOUTS,
+    AnyReadout,
+    Choices,
+    Generate,
+    Hidden,
+    NextToken,
+    Readout,
+    dump_readout,
+    read_position,
+)
+from patchscope_nn.spec.scope import Patchscope
+from patchscope_nn.spec.sides import Control, Site, Source, Target, Vector
+from patchscope_nn.spec.write import Corrupt, Cut
+
+__all__ = [
+    "ALIGNED",
+    "FIT_KINDS",
+    "NAMED_MAPPINGS",
+    "READOUTS",
+    "AnyMapping",
+    "AnyReadout",
+    "Choices",
+    "Control",
+    "Corrupt",
+    "Cut",
+    "Fit",
+    "FitKind",
+    "Generate",
+    "Hidden",
+    "NextToken",
+    "Patchscope",
+    "Readout",
+    "Site",
+    "Source",
+    "Spec",
+    "Target",
+    "Vector",
+    "dump_mapping",
+    "dump_readout",
+    "fit_schema",
+    "problems",
+    "read_position",
+]

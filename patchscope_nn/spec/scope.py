@@ -1,0 +1,47 @@
+"""The Patchscope itself."""
+
+from __future__ import annotations
+
+from pydantic import model_validator
+
+from patchscope_nn.spec.base import Spec
+from patchscope_nn.spec.mapping import AnyMapping
+from patchscope_nn.spec.readout import AnyReadout, Generate, NextToken
+from patchscope_nn.spec.sides import Source, Target
+
+
+class Patchscope(Spec):
+    """A Patchscope: (S, i, l, M) --f--> (T, i*, l*, M*), and what is read from the patched run.
+
+    Attributes:
+        source: Where the hidden state is taken.
+        target: Where it is written.
+        mapping: f: `identity`, `target_norm` (scaled to the norm of the state it replaces),
+            `{affine: file.safetensors}`, `{fitted: file.safetensors}`, `{fit: {kind: affine, ...}}` (fitted
+            before the run), `aligned` (identity within one model, between two `{fit: affine}`), a published
+            lens as `{tuned_lens: folder}` or `{jacobian_lens: file.pt}`, `{function: module:name}`, or in
+            Python an `Affine`, a `Fitted`, a torch module or a function from (..., d_model) to (..., d_model
+            of the target).
+        readout: What is read from the patched run.
+    """
+
+    source: Source
+    target: Target = Target()
+    mapping: AnyMapping = "identity"
+    readout: AnyReadout = NextToken()
+
+    @model_validator(mode="after")
+    def _together(self) -> Patchscope:
+        source, target = self.source, self.target
+        bare = target.prompt is None and not target.prompts
+        if bare and source.prompt is None:
+            raise ValueError("a vector has no prompt of its own; give target.prompt")
+        if bare and source.mean is not None and source.mean != "positions":
+            raise ValueError("the mean of several rows has no prompt of its own; give target.prompt")
+        relevancy = isinstance(self.readout, Generate) and self.readout.relevancy
+        if relevancy and (target.corrupt or target.soft_prompt or target.cut):
+            raise ValueError(
+                "readout.generate.relevancy compares with T as it is, which target.corrupt, "
+                "target.soft_prompt and target.write: cut change; leave out one or the other"
+            )
+        return self

@@ -1,0 +1,131 @@
+"""How a mapped state is written, and what else is done to T: the modes of `Target`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import BeforeValidator, Field, PlainSerializer, WithJsonSchema
+
+from patchscope_nn.errors import did_you_mean
+from patchscope_nn.positions import POSITIONS_SCHEMA, Positions
+from patchscope_nn.spec.base import NAMED, Spec
+
+
+class Cut(Spec):
+    """Attention edges that are cut: the token at i* does not see these tokens in the blocks from l* on.
+
+    Attributes:
+        position: The tokens that are not seen, as in `Target.position`.
+    """
+
+    position: Positions
+
+
+class Corrupt(Spec):
+    """Noise on the embeddings of T in every run, before anything is written (Meng et al. 2022, section 2.1).
+
+    Attributes:
+        position: The tokens whose embeddings are disturbed.
+        noise: The standard deviation of the noise, in those of all numbers in T's own embeddings.
+        samples: How many draws of noise; each makes a cell.
+    """
+
+    position: Positions
+    noise: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 3.0
+    samples: Annotated[int, Field(ge=1)] = 1
+
+
+#: The writes with a name; the others are `{blend: alpha}`, `{noise: sigma}` and `{cut: {position: ...}}`.
+NAMED_WRITES = ("replace", "add", "add_matched", "zero")
+AnyWrite: TypeAlias = str | tuple[Literal["blend", "noise"], float] | tuple[Literal["cut"], Cut]
+Scale: TypeAlias = Annotated[float, Field(allow_inf_nan=False)]
+
+
+def _write(value: Any) -> Any:
+    if value in NAMED_WRITES or isinstance(value, tuple):
+        return value
+    names = [*NAMED_WRITES, "blend", "noise", "cut"]
+    if isinstance(value, Mapping) and len(value) == 1:
+        name, item = next(iter(value.items()))
+        number = isinstance(item, int | float) and not isinstance(item, bool)
+        if name in ("blend", "noise") and number and item >= 0 and (name == "noise" or item <= 1):
+            return (name, float(item))
+        if name in ("blend", "noise"):
+            raise ValueError(
+                f"{name}: {item!r} should be a number {'in 0..1' if name == 'blend' else 'from 0 on'}"
+            )
+        if name == "cut" and isinstance(item, Mapping) and set(item) == {"position"}:
+            return ("cut", Cut(position=item["position"]))
+    name = next(iter(value), "") if isinstance(value, Mapping) else str(value)
+    raise ValueError(
+        f"{value!r} is no write. {did_you_mean(str(name), names)} Give {', '.join(NAMED_WRITES)}, "
+        "{blend: 0.5}, {noise: 3} or {cut: {position: ...}}."
+    )
+
+
+def _dump_write(value: Any) -> Any:
+    if isinstance(value, str):
+        return value
+    name, item = value
+    return {name: item.model_dump(mode="json") if isinstance(item, Cut) else item}
+
+
+_NUMBER = {"type": "number", "minimum": 0}
+#: A write as a document gives it.
+Write = Annotated[
+    AnyWrite,
+    BeforeValidator(_write),
+    PlainSerializer(_dump_write),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"enum": list(NAMED_WRITES)},
+                *(
+                    {
+                        "type": "object",
+                        "properties": {name: form},
+                        "required": [name],
+                        "additionalProperties": False,
+                    }
+                    for name, form in (
+                        ("blend", _NUMBER | {"maximum": 1}),
+                        ("noise", _NUMBER),
+                        (
+                            "cut",
+                            {
+                                "type": "object",
+                                "properties": {"position": POSITIONS_SCHEMA},
+                                "required": ["position"],
+                                "additionalProperties": False,
+                            },
+                        ),
+                    )
+                ),
+            ]
+        }
+    ),
+]
+NAMED["cut"] = Cut
+
+
+def numbers(value: Any) -> Any:
+    """One number stands for a list of one."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return (float(value),)
+    if isinstance(value, list | tuple):
+        return tuple(
+            float(one) if isinstance(one, int) and not isinstance(one, bool) else one for one in value
+        )
+    return value
+
+
+#: What f(h) is multiplied with: one number or several.
+Scales = Annotated[
+    tuple[Scale, ...],
+    Field(min_length=1),
+    BeforeValidator(numbers),
+    WithJsonSchema(
+        {"anyOf": [{"type": "number"}, {"type": "array", "items": {"type": "number"}, "minItems": 1}]}
+    ),
+]

@@ -1,0 +1,158 @@
+"""Fitted mappings in every context: each state by the map of its own (l, l*), as plain hooks do it."""
+
+from __future__ import annotations
+
+import fits
+import hooks
+import pytest
+import tiny
+import torch
+
+from patchscope_nn import backends
+from patchscope_nn.bridge import in_place_of, size, target_half, traffic, weights
+from patchscope_nn.execute import plan_prepared, run_prepared
+from patchscope_nn.plan import Optimisations
+from patchscope_nn.prepare import prepare
+from patchscope_nn.spec import Generate, Hidden, NextToken, Patchscope, Source, Target
+
+ROWS = ({"s": "The Eiffel Tower is in", "t": "Diana is in Paris x ->"}, {"s": "Diana is", "t": "x is"})
+LAYERS = [-1, 0, 2]
+PAIRS = [(layer, target) for layer in LAYERS for target in (-1, 2, 3)]
+READOUTS = {
+    "next_token": NextToken(reference="source"),
+    "generate": Generate(max_new_tokens=4),
+    "hidden": Hidden(),
+}
+CONTROLS = ["unpatched", "random", "shuffled"]
+OPTIMISATIONS = [name for name in Optimisations.__dataclass_fields__]  # noqa: C416 (a dict's keys, as a list)
+readouts = pytest.mark.parametrize("readout", READOUTS)
+
+
+def scope_of(readout, fitted, *, layers=("embed", 0, 2), targets=("embed", 2, 3)):
+    return Patchscope(
+        source=Source(prompt="{s}", position=[0, -1], layer=list(layers)),
+        target=Target(prompt="{t}", position=[0, -1], layer=list(targets)),
+        mapping=fitted,
+        readout=READOUTS[readout],
+    )
+
+
+def check(found, scope, fitted, source, target=None):
+    """Every cell that is no control with random numbers is what the reference says."""
+    for cell, given in found:
+        if cell.control not in (None, "unpatched"):
+            continue
+        pair = (cell.source_layer, cell.target_layer)
+        f = hooks.identity if cell.control else fits.formula(fitted, pair)
+        reference = hooks.Pair(scope, source, target, tokenizer=tiny.TOKENIZER, f=f, eos=[tiny.EOS_ID])
+        hooks.assert_same(given, reference.expected(cell, ROWS[cell.row]))
+
+
+@readouts
+@pytest.mark.parametrize("form", ["weight", "up", "scale"])
+@pytest.mark.parametrize("remote", [False, "local"])
+@pytest.mark.parametrize("context", ["session", "fused", "nested", "bridged"])
+def test_every_context_is_plain_hooks(  # noqa: PLR0917 (fixtures)
+    context, remote, form, readout, tiny_model, run_cells
+):
+    if remote and context == "nested":
+        pytest.skip("a request names one model")
+    fitted = fits.random_fit(PAIRS, form=form)
+    options = {"layers": ["embed", 0], "targets": [2, 3]} if context == "fused" else {}
+    scope = scope_of(readout, fitted, **options)
+    target = tiny_model(seed=1) if context in ("nested", "bridged") else None
+    found = run_cells(
+        scope, tiny_model(), target, rows=ROWS, controls=CONTROLS, context=context, remote=remote
+    )
+    other = tiny.reference("llama", seed=1) if target else None
+    check(found, scope, fitted, tiny.reference("llama"), other)
+
+
+@readouts
+@pytest.mark.parametrize("family", ["gpt2", "gemma3", "opt"])
+def test_other_architectures(family, readout, tiny_model, run_cells):
+    name = tiny_model(family).info.name
+    fitted = fits.random_fit(PAIRS, source=fits.space(32, name), target=fits.space(32, name))
+    scope = scope_of(readout, fitted)
+    check(run_cells(scope, tiny_model(family), rows=ROWS), scope, fitted, tiny.reference(family))
+
+
+@readouts
+@pytest.mark.parametrize("off", [*OPTIMISATIONS, "all"])
+def test_every_optimisation_off_is_the_same(off, readout, tiny_model, run_cells):
+    fitted = fits.random_fit(PAIRS)
+    scope = scope_of(readout, fitted)
+    names = OPTIMISATIONS if off == "all" else [off]
+    options = {"rows": ROWS, "controls": CONTROLS}
+    every = run_cells(scope, tiny_model(), **options)
+    slower = run_cells(
+        scope, tiny_model(), optimisations=Optimisations(**dict.fromkeys(names, False)), **options
+    )
+    for (cell, given), (other, expected) in zip(slower, every, strict=True):
+        assert cell == other
+        hooks.assert_same(given, expected)
+
+
+@pytest.mark.parametrize("remote", [False, "local"])
+@pytest.mark.parametrize("max_rows", [1, 3, None])
+@pytest.mark.parametrize("widths", [(32, 48), (48, 32), (32, 32)])
+@pytest.mark.parametrize("form", ["weight", "up", "scale"])
+def test_between_two_models_the_maps_run_where_fewer_bytes_cross(  # noqa: PLR0917 (fixtures)
+    form, widths, max_rows, remote, tiny_model, monkeypatch
+):
+    if form == "scale" and widths[0] != widths[1]:
+        pytest.skip("a scale maps between spaces of one size")
+    sides = [fits.space(width) for width in widths]
+    source, target = (tiny_model(seed=seed, d_model=width) for seed, width in enumerate(widths))
+    fitted = fits.random_fit(PAIRS, source=sides[0], target=sides[1], form=form, bias=form != "scale")
+    scope = scope_of("next_token", fitted)
+    prepared = prepare(
+        scope, source_model=source, target_model=target, data=list(ROWS), controls=["shuffled"]
+    )
+    options = {"context": "bridged", "max_rows": max_rows}
+    planned = plan_prepared(prepared, remote=remote == "local", **options)
+    crossed = []
+
+    def crossing(work, states):
+        found = in_place_of(work, states)
+        half = target_half(work, found)
+        crossed.append((size(half["carried"]), weights(found.mapping[1]), found.mapping[0]))
+        return found
+
+    monkeypatch.setattr(backends, "in_place_of", crossing)
+    bridged = run_prepared(prepared, remote=remote, **options)
+    said = traffic(planned, prepared.mapping)
+    assert said.steps == len(crossed)
+    assert said.bytes == sum(states + more for states, more, _ in crossed)
+    assert said.mapped_here == sum(kind == "identity" for *_, kind in crossed)
+    if form == "weight":
+        assert said.mapped_here == said.steps  # a weight is more bytes than these few states
+    if form == "scale":
+        assert said.mapped_here < said.steps or max_rows == 1
+    nested = run_prepared(prepared, context="nested")
+    for one, other in zip(bridged.rows, nested.rows, strict=True):
+        assert one["top_ids"] == other["top_ids"]
+        assert one["surprisal_nats"] == pytest.approx(other["surprisal_nats"], abs=1e-4)
+
+
+def test_only_the_pairs_of_a_step_travel(tiny_model, monkeypatch):
+    fitted = fits.random_fit(PAIRS)
+    scope = scope_of("next_token", fitted, layers=[0], targets=[2, 3])
+    prepared = prepare(scope, model=tiny_model(), data=list(ROWS))
+    seen = []
+    run = backends.Rehearsal.run
+
+    def looking(self, context, work, **models):
+        maps = work["how"]["mapping"][1]
+        written = {
+            tuple(entry["pair"]) for one in work["targets"] for _, some in one["writes"] for entry in some
+        }
+        assert maps.keys() == written
+        assert all(isinstance(one, torch.Tensor) for parts in maps.values() for one in parts.values())
+        seen.append(set(maps))
+        return run(self, context, work, **models)
+
+    monkeypatch.setattr(backends.Rehearsal, "run", looking)
+    run_prepared(prepared, remote="local", max_rows=1)
+    assert set().union(*seen) == {(0, 2), (0, 3)}
+    assert len(seen) > 1
