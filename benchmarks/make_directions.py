@@ -2,7 +2,7 @@
 
     python -m benchmarks.make_directions
 
-They stand for the directions of a sparse autoencoder or for steering vectors in the recipe that explains such.
+In the recipe that explains directions they stand for those of a sparse autoencoder, or for steering vectors.
 There is one for each topic of the builtin data, read at one layer of the builtin model by the library itself.
 """
 

@@ -34,6 +34,7 @@ from patchscope_nn.backends import (
 from patchscope_nn.fleet import Failed, Fleet
 from patchscope_nn.jobs import Patience
 from patchscope_nn.ledger import Ledger
+from patchscope_nn.metrics import references
 from patchscope_nn.models import ModelInfo, usable_memory
 from patchscope_nn.pace import JOBS
 from patchscope_nn.plan import Context, Optimisations, Plan, plan
@@ -154,7 +155,7 @@ def run_prepared(
         found = _with_probe(prepared, store)
         session = _session(backend, cells=len(store.done) - before, elapsed_s=time.monotonic() - started)
         # What is made of the cells may have been asked for since an earlier session.
-        now = {name: manifest[name] for name in ("recipe", "columns")}
+        now = {name: manifest[name] for name in ("recipe", "references", "columns")}
         manifest = _finished((store.manifest or manifest) | now, session)
         finished = Run(manifest=manifest, rows=found, path=store.path)
         store.finish(finished)
@@ -307,6 +308,7 @@ def _manifest(prepared: Prepared, whole: Plan, backend: Backend, command: str | 
     sweep = prepared.sweep
     return {
         "recipe": prepared.recipe,
+        "references": references(prepared.metrics, sweep.rows),
         "hash": prepared.digest,
         "data_hash": prepared.data_hash,
         "command": command,

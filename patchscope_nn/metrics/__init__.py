@@ -16,6 +16,7 @@ from patchscope_nn.metrics.registry import (
     check_metrics,
     compute_metrics,
     parse_metric,
+    references,
 )
 from patchscope_nn.metrics.values import Columns, rouge_1_f1, rouge_l_f1
 
@@ -28,6 +29,7 @@ __all__ = [
     "check_metrics",
     "compute_metrics",
     "parse_metric",
+    "references",
     "rouge_1_f1",
     "rouge_l_f1",
 ]

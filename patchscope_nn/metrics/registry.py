@@ -238,3 +238,21 @@ def compute_metrics(
         One number, or None, for each.
     """
     return {use.name: METRICS[use.name].compute(columns, row, **dict(use.parameters)) for use in uses}
+
+
+#: Of how many data rows a manifest says what their metrics compare with, and the longest text.
+_ROWS, _LIMIT = 24, 1000
+
+
+def references(uses: Sequence[MetricUse], rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """What metrics compare with, of the first data rows: what a report shows beside what was said.
+
+    Args:
+        uses: The metrics.
+        rows: The data rows.
+
+    Returns:
+        For each of the first rows the columns that are parameters of a metric; empty where there are none.
+    """
+    columns = dict.fromkeys(column for use in uses for _, column in use.parameters)
+    return [{name: str(row[name])[:_LIMIT] for name in columns} for row in rows[:_ROWS]] if columns else []

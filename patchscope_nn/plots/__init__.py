@@ -6,6 +6,7 @@ Every function takes the tidy table of DESIGN section 4 (one row per cell) and l
     table.py    reading the table: its metrics, their means by layer
     style.py    what all figures share
     comparison.py  a metric of several runs
+    maps.py     a metric by token and layer, and what heatmaps share
     curves.py   a metric by layer, or by pairs of layers
     said.py     what one cell says
     lines.py    which cells stand together in a line of a text heatmap
@@ -19,14 +20,24 @@ from patchscope_nn.plots.choose import figures
 from patchscope_nn.plots.comparison import comparison_curve
 from patchscope_nn.plots.curves import layer_curve, layer_pair_heatmap
 from patchscope_nn.plots.grid import text_heatmap
+from patchscope_nn.plots.maps import rows_with_positions, token_heatmap
 from patchscope_nn.plots.said import odds
-from patchscope_nn.plots.table import as_list, layer_means, layer_name, metric_columns, reads_sink
+from patchscope_nn.plots.table import (
+    as_list,
+    by_scale,
+    layer_means,
+    layer_name,
+    metric_columns,
+    reads_sink,
+    with_probe_controls,
+)
 from patchscope_nn.plots.text import shorten, text_width, token, visible
 from patchscope_nn.statistics import REAL, is_null, numbers
 
 __all__ = [
     "REAL",
     "as_list",
+    "by_scale",
     "comparison_curve",
     "figures",
     "is_null",
@@ -38,9 +49,12 @@ __all__ = [
     "numbers",
     "odds",
     "reads_sink",
+    "rows_with_positions",
     "shorten",
     "text_heatmap",
     "text_width",
     "token",
+    "token_heatmap",
     "visible",
+    "with_probe_controls",
 ]

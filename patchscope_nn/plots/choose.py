@@ -11,12 +11,17 @@ import pandas as pd
 from patchscope_nn.plots.comparison import comparison_curve
 from patchscope_nn.plots.curves import layer_curve
 from patchscope_nn.plots.grid import text_heatmap
+from patchscope_nn.plots.maps import rows_with_positions, token_heatmap
 from patchscope_nn.plots.said import SAID
-from patchscope_nn.plots.table import metric_columns
+from patchscope_nn.plots.table import metric_columns, with_probe_controls
 from patchscope_nn.statistics import best_over, layer_means
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
+
+
+#: The data rows whose tokens are drawn on their own.
+_ROWS = 3
 
 
 def figures(
@@ -40,8 +45,12 @@ def figures(
     Raises:
         InputError: Plotly is not installed.
     """
-    names = metric_columns(table, declared=metrics)
-    drawn = [_of_metric(table if whole is None else whole, metric=name, best=best) for name in names]
+    every = with_probe_controls(table if whole is None else whole)
+    names = [name for name in metric_columns(table, declared=metrics) if name in every.columns]
+    drawn = [_of_metric(every, metric=name, best=best) for name in names]
+    drawn += [
+        token_heatmap(table, metric=names[0], row=row) for row in rows_with_positions(table)[:_ROWS] if names
+    ]
     said = [column for column in SAID if column in table.columns]
     if said and table[said].notna().any(axis=None):
         value = None if {"top_probs", "choice_probs"} & set(table.columns) else next(iter(names), None)

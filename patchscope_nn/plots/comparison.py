@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from patchscope_nn.plots.style import layer_ticks, metric_title, plotly, style
+from patchscope_nn.plots.style import (
+    COLOURS,
+    LINES,
+    OTHER_LINE,
+    faint,
+    layer_ticks,
+    metric_title,
+    panel,
+    plotly,
+    style,
+)
 from patchscope_nn.plots.table import controls_of, layer_name
 from patchscope_nn.plots.text import escape
 from patchscope_nn.statistics import REAL
@@ -15,11 +25,7 @@ from patchscope_nn.statistics import REAL
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-#: Okabe and Ito's colours, those that can be seen on white and on near-black.
-COLOURS = ("#2b8cc4", "#e69f00", "#cc79a7", "#009e73", "#d55e00", "#8a8f98")
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x")
-_DASHES = {REAL: "solid", "random": "dash", "shuffled": "dot", "unpatched": "dashdot"}
-_OTHER_DASH = "longdash"
 
 
 def comparison_curve(layers: pd.DataFrame, *, metric: str, names: Sequence[str]) -> go.Figure:
@@ -74,7 +80,7 @@ def _curves(
                 x=[*banded[axis], *banded[axis][::-1]],
                 y=[*banded["high"], *banded["low"][::-1]],
                 fill="toself",
-                fillcolor=_faint(colour),
+                fillcolor=faint(colour, opacity=0.16),
                 line={"width": 0},
                 hoverinfo="skip",
                 showlegend=False,
@@ -87,7 +93,7 @@ def _curves(
             mode="lines+markers" if control == REAL else "lines",
             line={
                 "color": colour,
-                "dash": _DASHES.get(control, _OTHER_DASH),
+                "dash": LINES.get(control, OTHER_LINE)[1],
                 "width": 2.5 if control == REAL else 1.5,
             },
             marker={"size": 7, "symbol": symbol},
@@ -106,12 +112,12 @@ def _points(means: pd.DataFrame, *, metric: str, names: Sequence[str]) -> Iterat
         yield plotly().Scatter(
             x=[place + shift for place in where],
             y=own["mean"].tolist(),
-            name="patched" if control == REAL else escape(f"{control} (control)"),
+            name=panel(control),
             mode="markers",
             marker={
                 "size": 11,
                 "symbol": _SYMBOLS[number % len(_SYMBOLS)] + ("" if control == REAL else "-open"),
-                "color": COLOURS[number % len(COLOURS)],
+                "color": LINES.get(control, OTHER_LINE)[0],
             },
             error_y={
                 "type": "data",
@@ -139,8 +145,3 @@ def _hovers(means: pd.DataFrame, *, control: str, metric: str, at: Sequence[str]
 
 def _plain(run: Any, control: str) -> str:
     return str(run) if control == REAL else f"{run}, {control}"
-
-
-def _faint(colour: str) -> str:
-    red, green, blue = (int(colour[start : start + 2], 16) for start in (1, 3, 5))
-    return f"rgba({red},{green},{blue},0.16)"

@@ -1,24 +1,31 @@
-"""A metric by layer with its controls: a curve, or a heatmap where source and target layers are crossed."""
+"""A metric by layer with its controls, as a curve: a panel for each scale that the states were written at."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
 import pandas as pd
 
-from patchscope_nn.plots.style import colour_axis, layer_ticks, metric_title, plotly, style
-from patchscope_nn.plots.table import controls_of, layer_axis, layer_means, layer_name
-from patchscope_nn.plots.text import escape
+from patchscope_nn.plots.maps import Panel, heatmaps, mean_text, rows_with_positions
+from patchscope_nn.plots.style import (
+    LINES,
+    OTHER_LINE,
+    faint,
+    layer_ticks,
+    metric_title,
+    panel,
+    plotly,
+    style,
+)
+from patchscope_nn.plots.table import by_scale, controls_of, layer_axis, layer_means, layer_name
 from patchscope_nn.statistics import REAL
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-_LINES = {REAL: ("#2b8cc4", "solid"), "random": ("#e69f00", "dash"), "shuffled": ("#cc79a7", "dot")}
-_OTHER_LINES = ("#8a8f98", "dashdot")
-_BAND = "rgba(43,140,196,0.22)"
+_PANEL_WIDTH = 330
+_LOG = 20  # ranks that span more than this are drawn by their logarithm
 
 
 def layer_curve(table: pd.DataFrame, *, metric: str) -> go.Figure:
@@ -26,6 +33,7 @@ def layer_curve(table: pd.DataFrame, *, metric: str) -> go.Figure:
 
     A control that reads no layer (`unpatched`) is a horizontal line. A single source layer written at
     several target layers is drawn by target layer; several of both are drawn by `layer_pair_heatmap`.
+    Several scales are panels beside one another, on one axis.
 
     Args:
         table: The tidy table.
@@ -34,68 +42,82 @@ def layer_curve(table: pd.DataFrame, *, metric: str) -> go.Figure:
     Raises:
         InputError: The table has no such metric, or plotly is not installed.
     """
-    figure = plotly().Figure()
-    means = layer_means(table, metric=metric)
-    axis = layer_axis(means)
+    plotly()
+    means = {name: layer_means(part, metric=metric) for name, part in by_scale(table).items()}
+    whole = pd.concat(means.values())
+    axis = layer_axis(whole)
     if axis is None:
         return _pairs(means, metric=metric)
-    layers = sorted(means[axis].dropna().unique()) or [0.0]
+    from plotly.subplots import make_subplots
+
+    figure = make_subplots(1, len(means), subplot_titles=list(means), shared_yaxes=True)
+    layers = sorted(whole[axis].dropna().unique()) or [0.0]
+    for number, part in enumerate(means.values(), start=1):
+        for trace in _curves(part, axis=axis, metric=metric, layers=layers):
+            figure.add_trace(trace.update(showlegend=number == 1), row=1, col=number)
+    place = axis.replace("_", " ")
+    legend = {"orientation": "h", "y": 1.02 if len(means) == 1 else 1.12, "yanchor": "bottom", "x": 0}
+    title = f"{metric} by {place}{' and scale' if len(means) > 1 else ''}, mean over {_averaged(table)}"
+    width = {"width": 90 + _PANEL_WIDTH * len(means)} if len(means) > 1 else {}
+    style(figure, title=title, height=400, hovermode="x", legend=legend, **width)
+    figure.update_xaxes(title=place, range=[layers[0] - 0.5, layers[-1] + 0.5], **layer_ticks(layers))
+    figure.update_yaxes(title=metric_title(metric), col=1)
+    if whole["mean"].between(0, 1).all() and not metric.endswith("_nats"):
+        figure.update_yaxes(range=[-0.02, 1.05])
+    if metric == "rank" and whole["mean"].max() > _LOG * whole["mean"].min():
+        figure.update_yaxes(type="log", dtick=1)
+    return figure
+
+
+def _averaged(table: pd.DataFrame) -> str:
+    """What a mean by layer is over, in words."""
+    real = table[table["source_layer"].notna()]
+    over = ["data rows"]
+    if "source_position" in real.columns and rows_with_positions(real):
+        over.append("positions")
+    if "sample" in real.columns and len(real["sample"].unique()) > 1:
+        over.append("samples of the noise")
+    return " and ".join([", ".join(over[:-1]), over[-1]]) if len(over) > 1 else over[0]
+
+
+def _curves(means: pd.DataFrame, *, axis: str, metric: str, layers: list[float]) -> Iterator[go.Scatter]:
     for control in controls_of(means):
         own = means[means["control"] == control].sort_values(axis)
         if own[axis].isna().all():
             own = own.loc[own.index.repeat(len(layers))].assign(**{axis: layers})
-        figure.add_traces(list(_curve(own, axis=axis, control=control, metric=metric)))
-    place = axis.replace("_", " ")
-    legend = {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0}
-    title = f"{metric} by {place}, mean over data rows"
-    style(figure, title=title, height=400, hovermode="x", legend=legend)
-    figure.update_xaxes(title=place, range=[layers[0] - 0.5, layers[-1] + 0.5], **layer_ticks(layers))
-    figure.update_yaxes(title=metric_title(metric))
-    if means["mean"].between(0, 1).all() and not metric.endswith("_nats"):
-        figure.update_yaxes(range=[-0.02, 1.05])
-    return figure
+        yield from _curve(own, axis=axis, control=control, metric=metric)
 
 
 def _curve(means: pd.DataFrame, *, axis: str, control: str, metric: str) -> Iterator[go.Scatter]:
     """One line, and for the real cells the band under it."""
     graph = plotly()
+    colour, dash = LINES.get(control, OTHER_LINE)
     banded = means[means["low"].notna()]
     if control == REAL and not banded.empty:
         yield graph.Scatter(
             x=[*banded[axis], *banded[axis][::-1]],
             y=[*banded["high"], *banded["low"][::-1]],
             fill="toself",
-            fillcolor=_BAND,
+            fillcolor=faint(colour, opacity=0.22),
             line={"width": 0},
+            mode="lines",
             hoverinfo="skip",
             name="95 % interval",
         )
-    colour, dash = _LINES.get(control, _OTHER_LINES)
     hover = [
-        _hover(mean, f"{control}, layer {layer_name(mean[axis])}: {metric}")
+        mean_text(mean, f"{control}, layer {layer_name(mean[axis])}: {metric}")
         for mean in means.to_dict("records")
     ]
     yield graph.Scatter(
         x=means[axis].tolist(),
         y=means["mean"].tolist(),
-        name=_panel(control),
+        name=panel(control),
         mode="lines+markers" if control == REAL or len(means) == 1 else "lines",
         line={"color": colour, "dash": dash, "width": 2.5 if control == REAL else 2},
         marker={"size": 6},
         text=hover,
         hovertemplate="%{text}<extra></extra>",
     )
-
-
-def _panel(control: str) -> str:
-    """What a figure calls a control, escaped."""
-    return control if control == REAL else escape(f"{control} (control)")
-
-
-def _hover(mean: dict[Any, Any], *what: str) -> str:
-    """A mean with its interval, after lines that say what it is of."""
-    spread = "" if np.isnan(mean["low"]) else f" [{mean['low']:.3g}, {mean['high']:.3g}]"
-    return f"{'<br>'.join(map(escape, what))} {mean['mean']:.3g}{spread}, {mean['n_rows']} rows"
 
 
 def layer_pair_heatmap(table: pd.DataFrame, *, metric: str) -> go.Figure:
@@ -109,46 +131,34 @@ def layer_pair_heatmap(table: pd.DataFrame, *, metric: str) -> go.Figure:
         InputError: The table has no such metric, or plotly is not installed.
     """
     plotly()  # its absence is said before anything is computed
-    return _pairs(layer_means(table, metric=metric), metric=metric)
+    parts = by_scale(table)
+    return _pairs({name: layer_means(part, metric=metric) for name, part in parts.items()}, metric=metric)
 
 
-def _pairs(means: pd.DataFrame, *, metric: str) -> go.Figure:
-    from plotly.subplots import make_subplots
-
-    layered = means[means["source_layer"].notna()]
-    across = means[means["source_layer"].isna()]
-    controls = controls_of(layered)
-    n_columns = min(len(controls), 2) or 1
-    n_lines = -(-len(controls) // n_columns) or 1
-    figure = make_subplots(n_lines, n_columns, subplot_titles=list(map(_panel, controls)))
-    for index, control in enumerate(controls):
-        trace = _pair_trace(layered[layered["control"] == control], metric=metric)
-        figure.add_trace(trace, row=index // n_columns + 1, col=index % n_columns + 1)
-    aside = "".join(f"; {row.control} (control): {row.mean:.3g}" for row in across.itertuples())
-    style(figure, title=f"{metric} by source and target layer{aside}", height=110 + 340 * n_lines)
-    for update, which in ((figure.update_xaxes, "source_layer"), (figure.update_yaxes, "target_layer")):
-        update(title=which.replace("_", " "), showgrid=False, **layer_ticks(sorted(layered[which].unique())))
-    shown = layered["mean"].to_numpy()
-    colours = colour_axis(shown, title=metric_title(metric), side="right", thickness=12)
-    return figure.update_layout(coloraxis=colours)
-
-
-def _pair_trace(means: pd.DataFrame, *, metric: str) -> go.Heatmap:
-    """The panel of one control."""
-    hover = []
-    for mean in means.to_dict("records"):
-        source, target = layer_name(mean["source_layer"]), layer_name(mean["target_layer"])
-        place = f"source layer {source}, target layer {target}"
-        hover.append(_hover(mean, mean["control"], place, metric))
-    pairs = means.assign(hover=hover).pivot_table(
-        values=["mean", "hover"], index="target_layer", columns="source_layer", aggfunc="first"
-    )
-    return plotly().Heatmap(
-        x=pairs["mean"].columns.tolist(),
-        y=pairs.index.tolist(),
-        z=pairs["mean"].to_numpy(),
-        text=pairs["hover"].fillna("").to_numpy(),
-        hovertemplate="%{text}<extra></extra>",
-        hoverongaps=False,
-        coloraxis="coloraxis",
-    )
+def _pairs(parts: dict[str, pd.DataFrame], *, metric: str) -> go.Figure:
+    panels: list[Panel] = []
+    across: dict[str, float] = {}
+    for name, means in parts.items():
+        layered = means[means["source_layer"].notna()]
+        across |= means[means["source_layer"].isna()].set_index("control")["mean"].to_dict()
+        for control in controls_of(layered):
+            cells = layered[layered["control"] == control]
+            hover = [
+                mean_text(
+                    mean,
+                    ", ".join(filter(None, (mean["control"], name))),
+                    f"source layer {layer_name(mean['source_layer'])},"
+                    f" target layer {layer_name(mean['target_layer'])}",
+                    metric,
+                )
+                for mean in cells.to_dict("records")
+            ]
+            title = ", ".join(filter(None, (panel(control), name)))
+            cells = cells.assign(x=cells["source_layer"], y=cells["target_layer"], hover=hover)
+            panels.append(Panel(title, cells, control == REAL))
+    aside = "".join(f"; {control} (control): {mean:.3g}" for control, mean in across.items())
+    figure = heatmaps(panels, title=f"{metric} by source and target layer{aside}", metric=metric)
+    whole = pd.concat([one.cells for one in panels]) if panels else pd.DataFrame({"x": [], "y": []})
+    figure.update_xaxes(title="source layer", **layer_ticks(sorted(whole["x"].unique())))
+    figure.update_yaxes(title="target layer", **layer_ticks(sorted(whole["y"].unique())))
+    return figure

@@ -35,8 +35,9 @@ class _Spot(NamedTuple):
 def text_heatmap(table: pd.DataFrame, *, value: str | None = None) -> go.Figure:
     """What each cell says: data rows (or tokens of one prompt) down, layers across, shaded by a number.
 
-    The unpatched control is a line on top where it is the same for all rows, and else a column on the
-    left; the other controls are lines at the bottom when there is room for them. Cells that failed are
+    A control that reads no layer (unpatched, text-only) is a line on top where it is the same for all rows,
+    and else a column on the left; the other controls are lines at the bottom when there is room for them.
+    Each scale has its line; of several samples of the noise the first is shown. Cells that failed are
     crosses. At most 40 rows are drawn, and the title says when there are more.
 
     Args:
@@ -58,7 +59,9 @@ def text_heatmap(table: pd.DataFrame, *, value: str | None = None) -> go.Figure:
     figure = graph.Figure(list(_traces(spots, cells=cells, shape=(len(lines), len(columns)))))
     shaded = f", shaded by {cells.scale}" if cells.scale else ""
     cut = f" (first {MAX_ROWS} of {n_rows} rows)" if n_rows > MAX_ROWS else ""
-    title = f"{SAID[cells.said].capitalize()} for each state{shaded}{cut}"
+    n_samples = table["sample"].nunique() if "sample" in table.columns else 1
+    sample = f", the first of {n_samples} samples" if n_samples > 1 else ""
+    title = f"{SAID[cells.said].capitalize()} for each state{shaded}{sample}{cut}"
     cell_width = max([34, *(8 + 7 * text_width(cells.label(spot.cell)) for spot in spots)])
     style(figure, title=title, height=160 + 25 * len(lines), width=230 + cell_width * len(columns))
     if cells.scale:

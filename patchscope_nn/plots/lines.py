@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import pandas as pd
 
 from patchscope_nn.plots.said import LABEL_WIDTH, Cells
-from patchscope_nn.plots.table import NO_LAYER, as_list, layer_axis, layer_name
+from patchscope_nn.plots.table import FLAT_LAYERS, NO_LAYER, as_list, layer_axis, layer_name
 from patchscope_nn.plots.text import shorten
 from patchscope_nn.statistics import REAL, is_null, numbers
 
@@ -37,36 +37,45 @@ class _Place(NamedTuple):
     source_positions: tuple[int, ...]
     target_positions: tuple[int, ...]
     target_layer: Any
+    scale: Any
 
 
 class _Arranged(NamedTuple):
-    """Indices of cells: of each (control, place) by layer, and the unpatched one of each (row, target)."""
+    """Indices of cells: of each (control, place) by layer; of each control that reads no layer by row.
+
+    A row may have several of the latter, for its target prompts or its positions, in order.
+    """
 
     places: dict[tuple[str, _Place], dict[float, int]]
-    unpatched: dict[tuple[Any, str], int]
+    flat: dict[str, dict[Any, list[int]]]
 
 
 def text_lines(table: pd.DataFrame, *, cells: Cells) -> tuple[list[Line], int]:
     """The lines from the top down, and how many rows there are in all; at most `MAX_ROWS` are kept.
 
-    Unpatched cells that all look the same share one line on top; else each is a cell of its row's line.
+    Cells of a control that reads no layer share one line on top where they all look the same; else each
+    stands on the left of its row's line.
 
     Args:
         table: The tidy table.
         cells: The same, as it is shown.
     """
-    places, unpatched = _arrange(table, cells=cells)
+    places, flat = _arrange(table, cells=cells)
     real = [place for control, place in places if control == REAL]
     kept = {place: places[REAL, place] for place in real[:MAX_ROWS]}
     names = _names(cells, first={place: next(iter(found.values())) for place, found in kept.items()})
-    if cells.alike(list(unpatched.values())) or not kept:
-        columns = {layer for found in kept.values() for layer in found} or {NO_LAYER}
-        top = [Line("unpatched", dict.fromkeys(columns, index)) for index in list(unpatched.values())[:1]]
-    else:
-        top = []
+    columns = {layer for found in kept.values() for layer in found}
+    top = []
+    for control, rows in flat.items():
+        indices = [index for found in rows.values() for index in found]
+        if cells.alike(indices) or not kept:
+            spots = columns or {NO_LAYER}
+            top.append(Line(control, dict.fromkeys(spots, indices[0])))
+            continue
         for place, found in kept.items():
-            if place[:2] in unpatched:
-                found[NO_LAYER] = unpatched[place[:2]]
+            if place.row in rows:
+                beside = _closest(place, [(index, cells.records[index]) for index in rows[place.row]])
+                found[FLAT_LAYERS.get(control, NO_LAYER)] = beside
     lines = top + [Line(names[place], found) for place, found in kept.items()]
     controls = [
         Line(f"{control}: {names[place]}", found)
@@ -77,24 +86,36 @@ def text_lines(table: pd.DataFrame, *, cells: Cells) -> tuple[list[Line], int]:
     return lines + controls if fits else lines, len(real)
 
 
+def _closest(place: _Place, found: Sequence[tuple[int, Mapping[Any, Any]]]) -> int:
+    """Of a row's cells that read no layer, that of this target prompt or source position, or the first."""
+    for index, cell in found:
+        if cell["target_prompt"] == place.target_prompt:
+            return index
+    for index, cell in found:
+        if tuple(as_list(cell["source_position"])) == place.source_positions:
+            return index
+    return found[0][0]
+
+
 def _arrange(table: pd.DataFrame, *, cells: Cells) -> _Arranged:
     axis = layer_axis(table)
     layers = numbers(table[axis or "source_layer"])
     found = _Arranged({}, {})
     for index, cell in enumerate(cells.records):
-        row, prompt = cell["row"], cell["target_prompt"]
+        control = REAL if is_null(cell["control"]) else str(cell["control"])
         if is_null(cell["source_layer"]):
-            found.unpatched.setdefault((row, prompt), index)
+            found.flat.setdefault(control, {}).setdefault(cell["row"], []).append(index)
             continue
         place = _Place(
-            row=row,
-            target_prompt=prompt,
+            row=cell["row"],
+            target_prompt=cell["target_prompt"],
             source_positions=tuple(as_list(cell["source_position"])),
             target_positions=tuple(as_list(cell["target_position"])),
             target_layer=None if axis else cell["target_layer"],
+            scale=cell.get("scale"),
         )
-        control = REAL if is_null(cell["control"]) else cell["control"]
-        found.places.setdefault((control, place), {})[layers[index]] = index
+        # Of several samples of the noise the first is shown.
+        found.places.setdefault((control, place), {}).setdefault(layers[index], index)
     return found
 
 
@@ -108,6 +129,7 @@ def _names(cells: Cells, *, first: Mapping[_Place, int]) -> dict[_Place, str]:
     n_rows = len({place.row for place in first})
     many_positions = len({(place.row, place.source_positions) for place in first}) > n_rows
     many_targets = len({(place.row, place.target_prompt) for place in first}) > n_rows
+    many_scales = len({place.scale for place in first}) > 1
     many_layers = len({place.target_layer for place in first}) > 1
     prompts = _prompts({index: cells.records[index]["source_prompt"] for index in first.values()})
     names = {}
@@ -121,6 +143,8 @@ def _names(cells: Cells, *, first: Mapping[_Place, int]) -> dict[_Place, str]:
             parts.append(f"→ {shorten(place.target_prompt, width=_PROMPT_WIDTH, tail=True)}")
         if many_layers:
             parts.append(f"→ {layer_name(place.target_layer)}")
+        if many_scales:
+            parts.append(f"x {place.scale:g}")
         names[place] = " ".join(parts)
     return names
 

@@ -11,10 +11,25 @@ from patchscope_nn.errors import InputError
 from patchscope_nn.metrics import METRICS
 from patchscope_nn.plots.table import layer_name
 from patchscope_nn.plots.text import escape, wrap
+from patchscope_nn.statistics import REAL
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
+#: Okabe and Ito's colours, those that can be seen on white and on near-black.
+COLOURS = ("#2b8cc4", "#e69f00", "#cc79a7", "#009e73", "#d55e00", "#8a8f98")
+#: The colour and dash of each kind of cell, the same in all figures.
+LINES = {
+    REAL: ("#2b8cc4", "solid"),
+    "unpatched": ("#8a8f98", "dashdot"),
+    "random": ("#e69f00", "dash"),
+    "shuffled": ("#cc79a7", "dot"),
+    "text-only": ("#009e73", "longdash"),
+    # Those of a linear probe.
+    "commonest class": ("#8a8f98", "dashdot"),
+    "shuffled labels": ("#cc79a7", "dot"),
+}
+OTHER_LINE = ("#d55e00", "longdashdot")
 _INK = "#7a7f87"  # one grey that can be read on white and on near-black
 _AXIS = {"gridcolor": "rgba(128,128,128,0.22)", "zeroline": False, "automargin": True}
 _LAYOUT = {
@@ -59,6 +74,17 @@ def style(figure: go.Figure, *, title: str, **layout: Any) -> None:
     figure.update_layout(title=heading, **_LAYOUT, **layout)
     figure.update_xaxes(**_AXIS)
     figure.update_yaxes(**_AXIS)
+
+
+def faint(colour: str, *, opacity: float) -> str:
+    """A colour `#rrggbb` that what lies under it shows through."""
+    red, green, blue = (int(colour[start : start + 2], 16) for start in (1, 3, 5))
+    return f"rgba({red},{green},{blue},{opacity})"
+
+
+def panel(control: str) -> str:
+    """What a figure calls a kind of cells, escaped."""
+    return control if control == REAL else escape(f"{control} (control)")
 
 
 def metric_title(metric: str) -> str:

@@ -14,6 +14,8 @@ from patchscope_nn.statistics import REAL, is_null, numbers
 from patchscope_nn.tables import PLACES, READINGS
 
 NO_LAYER = -2.0  # where a control that reads no layer stands: left of "embed"
+#: The same, of each such control.
+FLAT_LAYERS = {"unpatched": NO_LAYER, "text-only": -3.0}
 _NO_METRICS = {*PLACES, *(name for names in READINGS.values() for name in names), "error"}
 
 
@@ -27,9 +29,11 @@ def as_list(value: Any) -> list[Any]:
 
 
 def layer_name(layer: float) -> str:
-    """A block's number as text; -1 is "embed", and none at all (NaN or `NO_LAYER`) is "unpatched"."""
-    if np.isnan(layer) or layer == NO_LAYER:
+    """A block's number as text; -1 is "embed", none (NaN) "unpatched", `FLAT_LAYERS` their controls."""
+    if np.isnan(layer):
         return "unpatched"
+    if layer <= NO_LAYER:
+        return next(name for name, place in FLAT_LAYERS.items() if place == layer)
     return "embed" if layer == -1 else str(int(layer))
 
 
@@ -44,9 +48,34 @@ def layer_axis(table: pd.DataFrame) -> str | None:
     return None if target.groupby(source).nunique().gt(1).any() else "source_layer"
 
 
+def by_scale(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """The cells of each scale, by its name; all under "" where there is one. Unpatched cells are of each."""
+    if "scale" not in table.columns:
+        return {"": table}
+    layered = table["source_layer"].notna()
+    scales = sorted(table.loc[layered, "scale"].dropna().unique())
+    if len(scales) <= 1:
+        return {"": table}
+    return {f"scale {scale:g}": table[~layered | (table["scale"] == scale)] for scale in scales}
+
+
+def with_probe_controls(table: pd.DataFrame) -> pd.DataFrame:
+    """A table whose probe's controls are controls of `probe_accuracy`, as those of a Patchscope are."""
+    columns = {
+        "probe_majority_accuracy": "commonest class",
+        "probe_shuffled_accuracy": "shuffled labels",
+    }
+    parts = [
+        table.assign(control=control, probe_accuracy=table[name])
+        for name, control in columns.items()
+        if name in table.columns
+    ]
+    return pd.concat([table, *parts], ignore_index=True).drop(columns=list(columns)) if parts else table
+
+
 def reads_sink(cell: Any) -> bool:
     """Whether a cell (a mapping by column) reads or writes position 0, the attention sink."""
-    if cell.get("control") == "unpatched":
+    if cell.get("control") in FLAT_LAYERS:
         return False
     return 0 in as_list(cell.get("source_position")) or 0 in as_list(cell.get("target_position"))
 

@@ -4,6 +4,7 @@ Nothing in it asks the network for anything. Model output is data here: it reach
 JSON and is put there with `textContent`, never as markup.
 
     summary.py    the run in sentences, and short facts
+    cards.py      generated texts beside their references and controls
     cells.py      the cells, as JSON for the page's own table
     page.py       the page, from these and templates/report.html.jinja
     comparison.py the page of several runs, from templates/comparison.html.jinja

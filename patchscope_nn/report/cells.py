@@ -84,6 +84,9 @@ def _columns(records: Sequence[Cell], *, metrics: Sequence[str]) -> Iterator[Col
     yield _column("token read", [_quoted(record, side="source") for record in records])
     yield counts("source_layer", label="source layer", kind="layer")
     yield counts("target_layer", label="target layer", kind="layer")
+    for name in ("scale", "sample"):
+        if len({record.get(name) for record in records}) > 1:
+            yield counts(name)
     yield _column("answer", list(map(_answer, records)))
     yield from (counts(name) for name in metrics)
     yield _column("note", list(map(_note, records)))

@@ -15,7 +15,7 @@ from patchscope_nn.plots import metric_columns, visible
 from patchscope_nn.plots.comparison import comparison_curve
 from patchscope_nn.report.cells import cells_json, script_json
 from patchscope_nn.report.page import MAX_CELLS, plotly_js, template, write_whole
-from patchscope_nn.report.summary import as_mapping
+from patchscope_nn.report.summary import as_mapping, controls_said
 from patchscope_nn.statistics import REAL, is_null
 
 if TYPE_CHECKING:
@@ -75,6 +75,9 @@ def write_comparison(comparison: Comparison, sides: Sequence[Side], *, path: Pat
         tables=[_table(comparison, metric=one) for one in comparison.metrics],
         own=list(_own(comparison)),
         first=visible(names[0]),
+        cards=[],
+        controls=controls_said(cells),
+        command="",
         recipe=visible(json.dumps(recipes, indent=2, ensure_ascii=False, default=str), keep="\n"),
         manifest="",
     )

@@ -13,14 +13,16 @@ import yaml
 from markupsafe import Markup
 
 from patchscope_nn.plots import figures, metric_columns, visible
+from patchscope_nn.report.cards import cards
 from patchscope_nn.report.cells import cells_json, script_json
-from patchscope_nn.report.summary import as_mapping, facts, summary
+from patchscope_nn.report.summary import as_mapping, controls_said, facts, summary
 
 if TYPE_CHECKING:
     import pandas as pd
 
 #: The most cells of which a page says everything; its figures of metrics are of all.
 MAX_CELLS = 12_000
+_ELSEWHERE = ("recipe", "references")  # what the page shows in other places
 _TEMPLATES = Path(__file__).parents[1] / "templates"
 
 
@@ -70,12 +72,15 @@ def _page(table: pd.DataFrame, shown: pd.DataFrame, *, manifest: Mapping[str, An
         facts=facts(table, manifest=manifest),
         titles=[title for title, _ in drawn],
         plotly=plotly_js() if drawn else "",
+        cards=cards(shown, references=manifest.get("references") or (), metric=next(iter(metrics), None)),
+        controls=controls_said(table),
+        command=visible(manifest.get("command") or ""),
         figures=script_json([json.loads(figure.to_json()) for _, figure in drawn]),
         cells=cells_json(shown, metrics=metrics),
         n_cells=len(table),
         max_cells=MAX_CELLS,
         recipe=_yaml(recipe),
-        manifest=_yaml({key: value for key, value in manifest.items() if key != "recipe"}),
+        manifest=_yaml({key: value for key, value in manifest.items() if key not in _ELSEWHERE}),
     )
 
 

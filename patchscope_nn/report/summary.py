@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from patchscope_nn.metrics import METRICS
 from patchscope_nn.plots import (
     REAL,
+    by_scale,
     is_null,
     layer_means,
     layer_name,
@@ -16,6 +17,7 @@ from patchscope_nn.plots import (
     reads_sink,
     shorten,
     visible,
+    with_probe_controls,
 )
 from patchscope_nn.statistics import best_over
 
@@ -27,6 +29,13 @@ _QUESTIONS = {
     "text": "to go on writing",
     "choice": "to choose one of the given answers",
     "hidden": "nothing yet: the mapped states themselves were kept",
+}
+
+_CONTROLS = {
+    "unpatched": "the target prompt as it is, into which nothing is written",
+    "random": "a random state of the same norm (of a cut: as many other tokens)",
+    "shuffled": "the state of another data row",
+    "text-only": "the target prompt with the source's text in place of its state",
 }
 
 
@@ -47,8 +56,8 @@ def summary(table: pd.DataFrame, *, manifest: Mapping[str, Any], metrics: Sequen
         sentences.append(f"{_count(failed, 'cell')} failed; the table below says why.")
     if metrics:
         best = tuple(as_mapping(manifest.get("recipe")).get("best_over") or ())
-        sentences.append(_headline(table, metric=metrics[0], over=best))
-    if not controls:
+        sentences.append(_headline(with_probe_controls(table), metric=metrics[0], over=best))
+    if not controls and "probe_shuffled_accuracy" not in table.columns:
         sentences.append(
             "No control was run, so a convincing answer does not yet show that the state caused it."
         )
@@ -70,9 +79,13 @@ def facts(table: pd.DataFrame, *, manifest: Mapping[str, Any]) -> list[tuple[str
         "Seed": manifest.get("seed"),
         "Time": f"{elapsed:.3g} s" if isinstance(elapsed, int | float) else None,
         "Made": manifest.get("created"),
-        "Command": manifest.get("command"),
     }
     return [(name, shorten(value, width=300)) for name, value in given.items() if value not in (None, "")]
+
+
+def controls_said(table: pd.DataFrame) -> list[tuple[str, str]]:
+    """The controls of a table, and what each is."""
+    return [(name, _CONTROLS[name]) for name in _CONTROLS if (table["control"] == name).any()]
 
 
 def as_mapping(value: Any) -> Mapping[str, Any]:
@@ -107,11 +120,26 @@ def _opening(table: pd.DataFrame, *, manifest: Mapping[str, Any]) -> str:
     source = _distinct(table, column="source_model") or [named or "a model"]
     target = _distinct(table, column="target_model") or source
     question = next((_QUESTIONS[column] for column in _QUESTIONS if column in table.columns), "what it says")
-    prompts = _distinct(table[table["source_layer"].notna()], column="source_prompt")
+    prompts = _count(
+        len(_distinct(table[table["source_layer"].notna()], column="source_prompt")), "source prompt"
+    )
+    recipe = as_mapping(manifest.get("recipe"))
+    aimed = as_mapping(recipe.get("target"))
+    asked = f"{_list(target)} was asked {question}"
+    if recipe.get("probe"):
+        return f"A linear probe read hidden states of {_list(source)} at {_layers(table)}, from {prompts}."
+    if as_mapping(aimed.get("write")).get("cut"):
+        return (
+            f"In {prompts}, attention from one place to another was cut in blocks around {_layers(table)},"
+            f" and {asked}."
+        )
+    states = {"attention": "Outputs of attention", "mlp": "Outputs of MLPs"}.get(
+        str(as_mapping(recipe.get("source")).get("site")), "Hidden states"
+    )
+    noise = ", some of whose embeddings were made noise" if aimed.get("corrupt") else ""
     return (
-        f"Hidden states of {_list(source)} at {_layers(table)} were taken from"
-        f" {_count(len(prompts), 'source prompt')} and written into a target prompt, on which"
-        f" {_list(target)} was asked {question}."
+        f"{states} of {_list(source)} at {_layers(table)} were taken from {prompts} and written into a"
+        f" target prompt{noise}, on which {asked}."
     )
 
 
@@ -127,18 +155,22 @@ def _counts(table: pd.DataFrame, *, controls: Sequence[str]) -> str:
 def _headline(table: pd.DataFrame, *, metric: str, over: Sequence[str]) -> str:
     """Where a metric is best, and what its controls give there."""
     cells = best_over(table, metric=metric, over=over) if over else table
-    means = layer_means(cells, metric=metric).to_dict("records")
+    means = [
+        mean | {"scale": name}
+        for name, part in by_scale(cells).items()
+        for mean in layer_means(part, metric=metric).to_dict("records")
+    ]
     real = [mean for mean in means if mean["control"] == REAL]
     if not real:
         return f"No patched cell has a value of {metric}."
     higher = metric not in METRICS or METRICS[metric].higher_is_better
     best = (max if higher else min)(real, key=lambda mean: mean["mean"])
     spread = "" if math.isnan(best["low"]) else f" (95 % interval {best['low']:.3g} to {best['high']:.3g})"
-    beside = ", ".join(_beside(best, means=means))
+    beside = ", ".join(_beside(best, means=[mean for mean in means if mean["scale"] == best["scale"]]))
     named = f"{metric} (each row's best over {' and '.join(over).replace('_', ' ')})" if over else metric
     where = f"is {'highest' if higher else 'lowest'} at {_place(best)}" if _place(best) else "over all layers"
     return (
-        f"Mean {named} {where}: {best['mean']:.3g}{spread}"
+        f"Mean {named} {where}: {best['mean']:.3g}{spread}, n = {_count(best['n_rows'], 'data row')}"
         f"{f'; its controls there: {beside}' if beside else ''}."
     )
 
@@ -148,7 +180,8 @@ def _place(mean: Mapping[Any, Any]) -> str:
     if math.isnan(source):  # the best was taken over the source layers
         return "" if math.isnan(target) else f"target layer {layer_name(target)}"
     beside = "" if target == source or math.isnan(target) else f" and target layer {layer_name(target)}"
-    return f"source layer {layer_name(source)}{beside}"
+    scale = f" and {mean['scale']}" if mean["scale"] else ""
+    return f"source layer {layer_name(source)}{beside}{scale}"
 
 
 def _beside(best: Mapping[Any, Any], *, means: Sequence[Mapping[Any, Any]]) -> Iterator[str]:
