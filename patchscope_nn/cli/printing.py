@@ -363,28 +363,5 @@ def print_report(pages: Sequence[Path], *, figures: Sequence[Path], as_json: boo
         written = {"figures": list(map(str, figures))} if figures else {}
         out_json({"report": first, **methods, **written})
     else:
-<<<<<<< HEAD
-        out(str(file))
-=======
         for file in (*pages, *figures):
             out(str(file))
-
-
-def print_fit(said: dict[str, Any], file: Path, *, as_json: bool) -> None:
-    """Print what a fit does on what was held out, and where it is."""
-    if as_json:
-        out_json({"file": str(file), **said})
-        return
-    rows = [(*pair, numbers) for *pair, numbers in said["held_out"]]
-    names = list(dict.fromkeys(name for *_, numbers in rows for name in numbers))
-    table = _table("l", "l*", *names, title=f"{said['kind']}, on what was held out")
-    for source, target, numbers in rows:
-        layers = ("embed" if layer < 0 else str(layer) for layer in (source, target))
-        table.add_row(*layers, *(_number(numbers.get(name)) for name in names))
-    _print(table)
-    out(str(file))
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.4g}"
->>>>>>> report6
