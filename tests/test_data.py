@@ -76,7 +76,7 @@ COLUMNS = {
     "entities": (60, ("entity", "description", "kind")),
     "facts": (60, ("prompt", "subject", "answer")),
     "topics": (40, ("text", "topic", "sentiment")),
-    "two-hop": (60, ("first", "second", "query", "bridge", "answer", "swapped_first")),
+    "two-hop": (60, ("first", "second", "query", "bridge", "answer", "swapped_first", "builtin_model")),
     "words": (80, ("word", "text")),
 }
 
