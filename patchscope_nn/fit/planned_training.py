@@ -127,7 +127,11 @@ class PlannedTraining(Planned):
         else:
             own = {"layers": ["embed" if layer == EMBED else layer for layer in layers]}
         if kind in ("jacobian_lens", "lre"):
-            return own | {name: one for name, one in given.items() if name != "column"} | {"seed": self.options.seed}
+            return (
+                own
+                | {name: one for name, one in given.items() if name != "column"}
+                | {"seed": self.options.seed}
+            )
         training = training_of(self.options)
         others = given.keys() - Training.model_fields.keys() - {"column"}
         return own | {name: given[name] for name in others} | {"training": training}
