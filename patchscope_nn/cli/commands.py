@@ -387,7 +387,7 @@ def _fitted(prepared: Any, *, command: str, quiet: bool) -> Any:
         return replace(prepared, methods=methods)
     if prepared.fit is None or prepared.fit.done:
         return prepared
-    progress = printing.Progress(f"fitting {prepared.fit.name}", quiet=quiet, unit="texts")
+    progress = printing.Progress(prepared.fit.doing, quiet=quiet, unit=prepared.fit.unit)
     return ready(prepared, command=command, progress=progress, notice=printing.caution)
 
 
