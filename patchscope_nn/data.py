@@ -5,6 +5,7 @@
     {hub: org/name, split: test}             the Hugging Face Hub; needs patchscope-nn[hub]
     {rows: [{entity: Paris}]}                written into the recipe
 
+and of any of them only some rows, those that have one of some values: `where: {kind: [city, person]}`.
 Whatever the form, the rows are a table: every row has the same columns.
 """
 
@@ -35,10 +36,12 @@ from patchscope_nn.errors import DataError, did_you_mean
 from patchscope_nn.spec import Spec
 
 #: The data that ships: builtin_data/NAME.jsonl. Its README.md tells where each comes from.
-BUILTIN = ("attributes", "contexts", "entities", "facts", "topics", "two-hop", "words")
+BUILTIN = ("attributes", "contexts", "directions", "entities", "facts", "topics", "two-hop", "words")
 _KINDS = ("builtin", "file", "hub", "rows")
 _HUB_ONLY = ("split", "config", "revision")
 _SHOWN = 60
+#: How many values of a column a message names.
+_MOST = 20
 
 
 def _known(name: str) -> str:
@@ -71,6 +74,8 @@ class DataSpec(Spec):
         config: The configuration of the Hub dataset, where it has several.
         revision: The commit, tag or branch of the Hub dataset.
         rows: The rows themselves, each a mapping of column names to values.
+        where: Which rows to take: for each column named a value, or a list of values one of which it has,
+            compared as texts.
     """
 
     model_config = ConfigDict(
@@ -87,6 +92,8 @@ class DataSpec(Spec):
     config: _Text | None = None
     revision: _Text | None = None
     rows: Annotated[tuple[dict[str, Any], ...], Field(min_length=1), BeforeValidator(_listed)] | None = None
+
+    where: dict[str, Any] | None = None
 
     @property
     def kind(self) -> str:
@@ -119,13 +126,14 @@ def load_rows(data: DataSpec, *, base: Path | None = None, limit: int | None = N
     Args:
         data: Where they come from.
         base: The folder a relative file path starts from; None is the working directory.
-        limit: The most rows to read; None reads all. Hub data is streamed when it is given.
+        limit: The most rows to take; None takes all. Hub data is streamed when it is given.
 
     Returns:
         (n_rows,) mappings of column names to values, n_rows >= 1, all with the same columns.
 
     Raises:
-        DataError: The data cannot be found or read, is no table, or is empty; or the limit is below 1.
+        DataError: The data cannot be found or read, is no table, or is empty; `where` names no column of it
+            or leaves no row; or the limit is below 1.
     """
     if limit is not None and limit < 1:
         raise DataError(f"limit={limit} leaves no row.", hint="Give 1 or more, or leave it out to read all.")
@@ -133,7 +141,8 @@ def load_rows(data: DataSpec, *, base: Path | None = None, limit: int | None = N
     if data.kind != "rows":
         name += f"={getattr(data, data.kind)!r}"
     with closing(_numbered(data, name=name, base=base, limit=limit)) as numbered:
-        return _table(itertools.islice(numbered, limit), name=name)
+        kept = _kept(numbered, data.where, name=name) if data.where else numbered
+        return _table(itertools.islice(kept, limit), name=name)
 
 
 def fingerprint(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -166,6 +175,33 @@ def _table(numbered: Iterable[Numbered], *, name: str) -> list[dict[str, Any]]:
     if not table:
         raise DataError(f"{name} holds no row.", hint="Give data with at least one row.")
     return table
+
+
+def _kept(numbered: Rows, where: Mapping[str, Any], *, name: str) -> Rows:
+    """The rows whose columns have the values asked for; what is no row is kept, and refused later."""
+    wanted = {
+        column: [str(value) for value in (asked if isinstance(asked, list | tuple) else [asked])]
+        for column, asked in where.items()
+    }
+    seen: dict[str, set[str]] = {column: set() for column in wanted}
+    kept = False
+    for one in numbered:
+        if isinstance(one.row, Mapping):
+            missing = [column for column in wanted if column not in one.row]
+            if missing:
+                raise DataError(
+                    f"{name}, {one.where}: data.where.{missing[0]} is no column.",
+                    hint=did_you_mean(missing[0], [str(column) for column in one.row]),
+                )
+            for column in wanted:
+                seen[column].add(str(one.row[column]))
+            if any(str(one.row[column]) not in values for column, values in wanted.items()):
+                continue
+        kept = True
+        yield one
+    if not kept:
+        values = "; ".join(f"{column}: {', '.join(sorted(found)[:_MOST])}" for column, found in seen.items())
+        raise DataError(f"{name}: data.where={dict(where)!r} leaves no row.", hint=f"There are {values}.")
 
 
 def _numbered(data: DataSpec, *, name: str, base: Path | None, limit: int | None) -> Rows:

@@ -15,7 +15,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from importlib import metadata
 from itertools import islice
@@ -127,6 +127,7 @@ def run_prepared(
     Arguments as in `run`; `patience` with servers, `notice` of what jobs do, `command` for the manifest, and
     a `listener` that hears what is read and decoded in this process, as it happens.
     """
+    prepared = ready(prepared, command=command, notice=notice)
     backend = backend_for(remote, source_remote)
     todo = functools.partial(
         plan_prepared,
@@ -185,6 +186,27 @@ def _with_probe(prepared: Prepared, store: InMemory) -> Sequence[Mapping[str, An
         )
         store.keep_probed(asked, said)
     return Widened(rows, said)
+
+
+def ready(
+    prepared: Prepared,
+    *,
+    command: str | None = None,
+    progress: Progress | None = None,
+    notice: Callable[[str], None] | None = None,
+) -> Prepared:
+    """Fit or train the mapping, where that is still to be done.
+
+    Args:
+        prepared: The run.
+        command: The command, for the fit's provenance.
+        progress: Called with (done, in all), of what `prepared.fit.unit` says.
+        notice: Called with what a researcher should know of the fit.
+    """
+    if prepared.fit is None:
+        return prepared
+    mapping = prepared.fit.ready(command=command, progress=progress, notice=notice)
+    return replace(prepared, mapping=mapping, fit=None)
 
 
 @contextmanager
@@ -300,6 +322,7 @@ def _manifest(prepared: Prepared, whole: Plan, backend: Backend, command: str | 
             "name": prepared.mapping.name,
             "weights": prepared.mapping.digest,
             **({"fit": prepared.mapping.about} if prepared.mapping.about else {}),
+            **({"notices": list(prepared.mapping.notices)} if prepared.mapping.notices else {}),
         },
         "seed": prepared.recipe["seed"],
         "backend": backend.name,

@@ -39,7 +39,8 @@ _TRIES = 4
 _GUILTY = 4
 #: A job that does nothing, and tells whether a server still works.
 _NOTHING: dict[str, Any] = {
-    "sources": [], "targets": [], "prefix": None, "carried": {}, "keep": [], "mapping": ["identity", None],
+    "sources": [], "targets": [], "prefix": None, "carried": {}, "sums": [], "keep": [],
+    "how": {"mapping": ["identity", None]},
     "source_paths": {}, "target_paths": {},
 }  # fmt: skip
 

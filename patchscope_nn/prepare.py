@@ -16,12 +16,13 @@ from patchscope_nn import builtin
 from patchscope_nn.cells import Sweep, expand
 from patchscope_nn.data import DataSpec, fingerprint, load_rows
 from patchscope_nn.errors import DataError, InputError, Problem, SpecError, did_you_mean
-from patchscope_nn.mappings import ResolvedMapping, resolve_mapping
+from patchscope_nn.fit import Planned, plan_fit, plan_training, same_model
+from patchscope_nn.mappings import Pair, ResolvedMapping, resolve_mapping
 from patchscope_nn.metrics import MetricUse, check_columns, check_metrics, parse_metric
 from patchscope_nn.models import Model, load, wear
 from patchscope_nn.probes import check_probe
 from patchscope_nn.recipe import Recipe, find, load_recipe
-from patchscope_nn.spec import Control, Patchscope
+from patchscope_nn.spec import ALIGNED, Control, Fit, Patchscope, Train
 from patchscope_nn.vectors import check_vectors
 
 #: False: this process; `local`: the rehearsal; True: the NDIF that nnsight is configured for; or a URL.
@@ -46,6 +47,7 @@ class Prepared:
         metrics: What is computed of each cell.
         data_hash: Hex digest of the data rows.
         vectors: Hex digest of the files that vectors come from; empty where there are none.
+        fit: How the mapping is fitted or trained before the run, where it is.
     """
 
     recipe: Mapping[str, Any]
@@ -56,6 +58,7 @@ class Prepared:
     metrics: tuple[MetricUse, ...]
     data_hash: str
     vectors: str = ""
+    fit: Planned | None = None
 
     @property
     def digest(self) -> str:
@@ -173,6 +176,15 @@ def prepare(
         "score": recipe.score if recipe else None,
     }
     sweep = expand(patchscope, rows=rows, controls=chosen, source=source, target=target, seed=seed)
+    mapping, fit = _mapping(
+        patchscope,
+        sweep.cells.pairs,
+        source=source,
+        target=target,
+        remote=remote,
+        source_remote=source_remote,
+        base=base,
+    )
     # Rows that source.mean averages keep the columns they share.
     check_columns(uses, sweep.rows)
     prepared = Prepared(
@@ -181,13 +193,8 @@ def prepare(
         vectors=check_vectors(sweep),
         source=source,
         target=target,
-        mapping=resolve_mapping(
-            patchscope.mapping,
-            source=source.info,
-            target=target.info,
-            pairs=sweep.cells.pairs,
-            sites=(patchscope.source.site, patchscope.target.site),
-        ),
+        mapping=mapping,
+        fit=fit,
         metrics=uses,
         data_hash=fingerprint(rows),
     )
@@ -204,6 +211,37 @@ def _check_label(label: str, rows: Sequence[Mapping[str, Any]]) -> None:
                 f"probe.label={label!r} is no column of data row {number}.",
                 hint=did_you_mean(label, list(row)),
             )
+
+
+def _mapping(
+    scope: Patchscope,
+    pairs: tuple[Pair, ...],
+    *,
+    source: Model,
+    target: Model,
+    base: Path | None,
+    **where: Any,
+) -> tuple[ResolvedMapping, Planned | None]:
+    """f, and how it is fitted where that is still to be done."""
+    asked = scope.mapping
+    if asked == ALIGNED:
+        asked = "identity" if same_model(source, target) else Fit()
+    # The input of a block is the output of the one before, and its layer is counted so.
+    sites = (one.site for one in (scope.source, scope.target))
+    read, written = ("residual" if site == "before" else site for site in sites)
+    if isinstance(asked, Fit | Train):
+        places: dict[str, Any] = {"source": source, "target": target, "pairs": pairs}
+        places |= {"sites": (read, written), "base": base}
+        fit: Planned | None
+        if isinstance(asked, Fit):
+            fit = plan_fit(asked, **places, **where)
+        else:
+            fit = plan_training(asked, scope=scope, **places)
+        if fit is not None:
+            return fit.mapping(), fit
+        asked = "identity"
+    found = resolve_mapping(asked, source=source.info, target=target.info, pairs=pairs, sites=(read, written))
+    return found, None
 
 
 def _metrics(given: Sequence[Any], scope: Patchscope) -> tuple[MetricUse, ...]:

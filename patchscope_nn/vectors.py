@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
     from patchscope_nn.cells import Sweep
 
+_BUILTIN = Path(__file__).parent / "builtin_data"
+
 
 def load_vector(at: VectorAt) -> torch.Tensor:
     """Read one vector, (1, d_model).
@@ -77,7 +79,7 @@ def check_vectors(sweep: Sweep) -> str:
                 f"{shortest} tokens.",
                 hint="Give a target prompt with a token for each of them.",
             )
-    contents = [hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in files]
+    contents = [hashlib.sha256(_place(file).read_bytes()).hexdigest() for file in files]
     return hashlib.sha256(repr(contents).encode()).hexdigest()[:16] if contents else ""
 
 
@@ -89,11 +91,18 @@ def _fits(tensor: torch.Tensor, width: int, model: str, said: str) -> None:
         )
 
 
+def _place(file: str) -> Path:
+    """A file; `builtin:NAME` is one that ships."""
+    kind, _, name = file.partition(":")
+    return _BUILTIN / f"{name}.safetensors" if kind == "builtin" else Path(file)
+
+
 def _tensor(file: str, key: str | None, field: str) -> torch.Tensor:
     from safetensors import SafetensorError
 
     try:
-        return _read(file, key, Path(file).stat().st_mtime_ns)
+        place = _place(file)
+        return _read(str(place), key, place.stat().st_mtime_ns)
     except OSError as error:
         raise MappingError(
             f"{field}: {file} cannot be read: {error.strerror or error}.",

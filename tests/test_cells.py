@@ -458,7 +458,7 @@ def test_text_only_of_a_chat_and_of_the_source_itself(model):
     own = Patchscope(source=Source(prompt="The Tower is", position={"each": [0, 1]}, layer=0))
     sweep = sweep_of(own, model, rows=[{}], controls=["text-only"])
     bare = [cell for cell in sweep.cells if cell.control == "text-only"]
-    assert [sweep.target_prompts[cell.target_prompt].text for cell in bare] == ["The", "The Tower"]
+    assert [sweep.target_prompts[cell.target_prompt].text for cell in bare] == ["The Tower is"] * 2
 
 
 @pytest.mark.parametrize(
@@ -529,3 +529,41 @@ def test_a_mean_is_shown_another_of_any_length(model):
     sweep = sweep_of(scope, model, controls=["shuffled"])
     assert [cell.source_prompt for cell in sweep.cells] == [0, 1, 1, 0]
     assert [len(cell.source_positions) for cell in sweep.cells] == [3, 7, 7, 3]
+
+
+def test_a_vector_is_the_same_run_for_every_layer(model):
+    """Unless l* is l."""
+    source = {"prompt": None, "vector": "file", "layer": [0, 1, 2]}
+    for layer, runs in ((3, 1), ("same", 3)):
+        scope = scope_of(source=source, target={"layer": layer})
+        cells = sweep_of(scope, model, rows=ROWS[:1], controls=["random"]).cells
+        assert [cell.source_layer for cell in cells] == [0, 0, 1, 1, 2, 2]
+        assert len({cell.seed for cell in cells}) == 2 * runs
+
+
+def test_text_only_is_read_inside_its_prompt(model):
+    scope = scope_of(
+        source={"prompt": "The"},
+        target={"prompt": "x is in", "position": {"start": 0}},
+        readout=NextToken(position=-1),
+    )
+    assert sweep_of(scope, model, controls=["text-only"])
+    far = scope_of(
+        source={"prompt": "The"},
+        target={"prompt": "Diana x", "position": {"tokens": "Diana"}},
+        readout=NextToken(position=-7),
+    )
+    with pytest.raises(PositionError, match=r"position=-7 is outside the 3-token target prompt"):
+        sweep_of(far, model, controls=["text-only"])
+
+
+def test_groups_that_begin_alike_are_shown_each_other(model):
+    """What is averaged is another, where any row of it is."""
+    rows = [
+        {"s": text, "k": kind, "t": "x"}
+        for text, kind in (("Diana", "a"), ("Paris", "a"), ("Diana", "b"), ("The", "b"))
+    ]
+    scope = scope_of(source={"mean": {"rows": "k"}, "layer": 0})
+    sweep = sweep_of(scope, model, rows=rows, controls=["shuffled"])
+    read = [[term[0] for term in cell.terms] for cell in sweep.cells]
+    assert read == [[0, 1], [0, 2], [0, 2], [0, 1]]

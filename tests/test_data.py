@@ -72,11 +72,11 @@ def test_parquet_keeps_types(tmp_path):
 
 COLUMNS = {
     "attributes": (300, ("relation", "prompt", "subject", "object", "sentence")),
-    "contexts": (200, ("context",)),
+    "contexts": (200, ("context", "continuation")),
     "entities": (60, ("entity", "description", "kind")),
     "facts": (60, ("prompt", "subject", "answer")),
     "topics": (40, ("text", "topic", "sentiment")),
-    "two-hop": (60, ("first", "second", "query", "bridge", "answer", "swapped_first")),
+    "two-hop": (60, ("first", "second", "query", "bridge", "answer", "swapped_first", "builtin_model")),
     "words": (80, ("word", "text")),
 }
 
@@ -142,6 +142,39 @@ def test_the_builtin_names_are_the_files_that_ship():
     assert sorted(BUILTIN) == sorted(path.stem for path in folder.glob("*.jsonl"))
 
 
+@pytest.mark.parametrize(
+    ("where", "expected"),
+    [
+        ({"a": 1}, [0, 1]),
+        ({"a": [1, "2"]}, [0, 1, 2]),
+        ({"a": "1", "b": "y"}, [1]),
+    ],
+)
+def test_where_takes_the_rows_that_have_a_value(where, expected, tmp_path):
+    rows = [{"a": 1, "b": "x"}, {"a": 1, "b": "y"}, {"a": 2, "b": "x"}, {"a": 3, "b": "x"}]
+    assert load_rows(DataSpec(rows=tuple(rows), where=where)) == [rows[one] for one in expected]
+    assert load_rows(DataSpec(rows=tuple(rows), where=where), limit=1) == [rows[expected[0]]]
+    (tmp_path / "rows.csv").write_text("a,b\n1,x\n1,y\n2,x\n3,x\n")
+    assert len(load_rows(DataSpec(file=tmp_path / "rows.csv", where=where))) == len(expected)
+
+
+def test_where_says_what_there_is():
+    rows = ({"kind": "person"}, {"kind": "place"})
+    with pytest.raises(DataError, match=r"data\.where=\{'kind': 'film'\} leaves no row") as caught:
+        load_rows(DataSpec(rows=rows, where={"kind": "film"}))
+    assert caught.value.hint == "There are kind: person, place."
+    with pytest.raises(DataError, match=r"row 1: data\.where\.kid is no column") as caught:
+        load_rows(DataSpec(rows=rows, where={"kid": "film"}))
+    assert "Did you mean 'kind'?" in caught.value.hint
+
+
+def test_any_beginning_of_the_attributes_has_all_relations():
+    rows = load_rows(DataSpec(builtin="attributes"), limit=26)
+    assert set(Counter(row["relation"] for row in rows).values()) == {2}
+    phases = DataSpec(builtin="attributes", where={"relation": "substance_phase"})
+    assert set(Counter(row["object"] for row in load_rows(phases, limit=6)).values()) == {2}
+
+
 def test_inline_rows_are_copied():
     data = DataSpec(rows=[{"a": 1}])
     load_rows(data)[0]["a"] = 2
@@ -186,7 +219,7 @@ def test_inline_rows_are_copied():
             {"fille": "x.csv"},
             (
                 "DataSpec: fille: is no field here. Did you mean 'file'? "
-                "Allowed: builtin, file, hub, split, config, revision, rows."
+                "Allowed: builtin, file, hub, split, config, revision, rows, where."
             ),
         ),
     ],

@@ -6,13 +6,13 @@ import hooks
 import pytest
 import tiny
 import torch
-from safetensors.torch import load_file, save_file
 
 from patchscope_nn.errors import DataError, InputError, LayerError, MappingError
-from patchscope_nn.fit.soft_prompt import fit_soft_prompt, load_soft_prompt
+from patchscope_nn.fit.soft_prompt import fit_soft_prompt
 from patchscope_nn.fit.through_text import KINDS, fit_through_text
 from patchscope_nn.fit.training import Training
-from patchscope_nn.spec import Source, Target
+from patchscope_nn.spec import NextToken, Patchscope, Source, Target
+from patchscope_nn.vectors import load_soft_prompt
 
 LETTERS = "abcdefghijklmnop"
 ROWS = [
@@ -122,7 +122,8 @@ def test_a_map_between_two_models(tiny_model):
         ({"text": "{siad}"}, DataError, "text asks for the column 'siad'"),
         ({"source": Source(prompt="{wrod}")}, DataError, "source.prompt asks for the column 'wrod'"),
         ({"source": Source(prompt="{word}", layer=4)}, LayerError, "source.layer=4 is outside"),
-        ({"source": Source(prompt="{word}", site="mlp")}, MappingError, "source.site=mlp"),
+        ({"source": Source(prompt="{word}", site="mlp")}, MappingError, "source.site='mlp'"),
+        ({"target": Target(prompt="x", write="add")}, MappingError, "target.write='add'"),
         ({"target": Target()}, InputError, "target.prompt was not given"),
         ({"target": Target(prompt="x", layer=7)}, LayerError, "target.layer=7 is outside"),
         ({"source": Source(prompt="The {word}", position=[0, 1])}, InputError, r"name \[\(2, 1\)\] tokens"),
@@ -147,7 +148,7 @@ def test_a_soft_prompt_scores_as_plain_hooks_do(family, tiny_model, tmp_path):
         tiny_model(family), TEXTS, layer=1, tokens=3, offsets=(0, 2), training=quick(0.05, held_out=0.1)
     )
     found.save(tmp_path / "soft.safetensors")
-    prompt = load_soft_prompt(tmp_path / "soft.safetensors")
+    prompt = load_soft_prompt(str(tmp_path / "soft.safetensors"))
     assert prompt.shape == (3, tiny.D_MODEL)
     scores = {score.offset: score for score in found.held_out}
     lost = {0: [], 2: []}
@@ -228,10 +229,17 @@ def test_what_cannot_be_learned_says_why(given, error, message, tiny_model):
         fit_soft_prompt(tiny_model(), TEXTS, **{"layer": 1} | given)
 
 
-def test_what_is_no_soft_prompt_says_so(tmp_path):
-    save_file({"weight": torch.zeros(2, 2)}, tmp_path / "w.safetensors")
-    with pytest.raises(MappingError, match="it should hold 'soft_prompt'"):
-        load_soft_prompt(tmp_path / "w.safetensors")
-    with pytest.raises(MappingError, match="cannot be read"):
-        load_soft_prompt(tmp_path / "none.safetensors")
-    assert "weight" in load_file(tmp_path / "w.safetensors")
+def test_the_compiler_takes_a_soft_prompt(tiny_model, run_cells, tmp_path):
+    """Through `target: {soft_prompt: FILE}`, with T any three tokens, the model says what plain hooks say."""
+    model, ids = tiny_model(), tiny.TOKENIZER(TEXTS[0])["input_ids"]
+    found = fit_soft_prompt(model, TEXTS, layer=1, tokens=3, training=quick(0.05, steps=10))
+    file = found.save(tmp_path / "soft.safetensors")
+    scope = Patchscope(
+        source=Source(prompt=ids, position=4, layer=1),
+        target=Target(prompt=[7, 7, 7], soft_prompt=str(file)),
+        readout=NextToken(top_k=3),
+    )
+    ((_, said),) = run_cells(scope, model)
+    expected = soft_by_hand("llama", found.soft_prompt, ids, 4)[2].exp().topk(3)
+    assert said["top_ids"] == expected.indices.tolist()
+    assert said["top_probs"] == pytest.approx(expected.values.tolist(), abs=1e-5)

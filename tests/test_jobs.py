@@ -16,6 +16,7 @@ from patchscope_nn.bridge import Traffic, in_place_of, size, traffic, weights
 from patchscope_nn.cli import commands, printing
 from patchscope_nn.errors import InputError, JobError, MappingError, ModelError, ServerError
 from patchscope_nn.execute import plan_prepared, run_prepared
+from patchscope_nn.fleet import _NOTHING
 from patchscope_nn.jobs import Seen, failure, host_of
 from patchscope_nn.ledger import Job, Ledger
 from patchscope_nn.pace import Pace
@@ -94,9 +95,16 @@ def test_what_a_server_says_becomes_an_error(said, kind, text):
     assert text in str(found)
 
 
+def test_the_job_that_asks_after_a_server_is_one_that_runs(tiny_model):
+    model = tiny_model()
+    found = backends.backend_for("local").run("session", _NOTHING, source=model, target=model)
+    assert found == {"passes": [], "kept": {}, "prefix": None}
+
+
 def work_of(mapping):
     read = {"reads": [[0, [[0, 0, [1]]]]]}
-    return {"mapping": ["call", mapping], "carried": {}, "keep": [], "sources": [read]}
+    how = {"mapping": ["call", mapping]}
+    return {"how": how, "carried": {}, "sums": [], "keep": [], "sources": [read]}
 
 
 @pytest.mark.parametrize(("widths", "here"), [((8, 16), True), ((16, 8), True)])

@@ -342,6 +342,54 @@ def test_what_is_predicted_is_what_runs(family, readout, off, tiny_model, monkey
     assert found["tokens"] == counts.source_tokens + counts.target_tokens + counts.readout_tokens
 
 
+@pytest.mark.parametrize("off", [None, "all"])
+@pytest.mark.parametrize(
+    ("target", "readout"),
+    [
+        ({"window": 2}, Hidden()),
+        ({"window": 2, "states": "own", "layer": "same"}, NextToken(reference="source")),
+        ({"write": "zero"}, Choices([" the city", " is"])),
+        ({"corrupt": {"position": 0, "samples": 2}}, NextToken()),
+        ({"every_step": True}, Choices([" the city", " is"])),
+        ({}, Generate(max_new_tokens=3, relevancy=True)),
+    ],
+    ids=["window", "own states", "zero", "corrupt", "every step", "relevancy"],
+)
+def test_what_is_predicted_of_other_writes_is_what_runs(target, readout, off, tiny_model, monkeypatch):
+    model = tiny_model("llama", copy=1)
+    monkeypatch.setattr("patchscope_nn.unpack.asked.eos_ids", lambda _model: ())
+    used = Optimisations.none() if off else Optimisations()
+    scope = scope_of(position={"each": [0, -1]}, layer=[0, 1], target_layer=[0, 2], readout=readout)
+    scope = Patchscope(
+        source=scope.source, target=Target(**dict(scope.target) | target), readout=scope.readout
+    )
+    rows = [{"s": source, "t": f"The city of{text}"} for source in TEXTS[:2] for text in ("x", " is x")]
+    sweep = sweep_of(model, scope, rows=rows, controls=["unpatched"])
+    planned = plan(sweep, context="session", max_rows=10, optimisations=used)
+    mapping = resolve_mapping("identity", source=model.info, target=model.info)
+    with counted(model) as found:
+        steps = execute(
+            planned, source=model, target=model, mapping=mapping, backend=backend_for(remote=False)
+        )
+        assert sum(1 for step in steps for _ in step) == len(sweep.cells)
+    counts = count(planned)
+    assert found["blocks"] == counts.source_blocks + counts.target_blocks + counts.readout_blocks
+    assert found["tokens"] == counts.source_tokens + counts.target_tokens + counts.readout_tokens
+
+
+@pytest.mark.parametrize(
+    ("target", "said"),
+    [
+        ({"corrupt": {"position": 0}}, "target.corrupt is done to whole prompts"),
+        ({"write": {"cut": {"position": 0}}}, "target.write: cut is done to whole prompts"),
+        ({"every_step": True}, "target.every_step is done to whole prompts"),
+    ],
+)
+def test_a_plan_says_why_rows_are_whole(target, said, model):
+    scope = Patchscope(source=Source(prompt="The Tower is"), target=target, readout=Generate())
+    assert f"note: {said}, so that every cell is a row" in str(plan(sweep_of(model, scope)))
+
+
 def test_the_digest_is_of_what_will_run(model):
     base = plan(sweep_of(model), max_rows=3)
     assert base.digest == plan(sweep_of(model), max_rows=3).digest

@@ -114,11 +114,31 @@ def test_key_words_are_those_of_entities_that_ship():
         (": Pandora's box", "Muhammad Ali", True),
         (": American toolbox maker", "Muhammad Ali", False),
         (": Ancient Greek philosopher", "Alexander the Great", True),
+        (": United Kingdom, United States: Country", "Alexander the Great", False),
+        (": Arab country, Mike Tyson: American boxer", "Muhammad Ali", False),
         ("", "Albert Einstein", False),
     ],
 )
 def test_a_text_resolves_its_entity_by_a_word_that_begins_so(text, entity, resolved):
     assert entities.resolves(text, entity) is resolved
+
+
+@pytest.mark.parametrize(
+    ("text", "description"),
+    [
+        (": American boxer, Barack Obama: American politician", "American boxer"),
+        (
+            ": English playwright, actor, and poet, United States: Country",
+            "English playwright, actor, and poet",
+        ),
+        (": City in the U.S. state of New York. Paris: x", "City in the U.S"),
+        ("iaomi, Google: American", "iaomi"),
+        ("Albert Einstein: German physicist", ""),
+        (" a\nb", "a"),
+    ],
+)
+def test_a_description_ends_where_another_item_begins(text, description):
+    assert entities.description(text) == description
 
 
 def test_a_table_keeps_its_cells():

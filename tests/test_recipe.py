@@ -384,7 +384,18 @@ INVALID = [
     *({**GOOD, "target": item} for item in ({"layer": "sme"}, {"site": "heads"}, None)),
     *(
         {**GOOD, "mapping": item}
-        for item in ("identty", {"affine": 5}, {"fitted": 5}, {"affine": "w", "function": "a:b"}, None)
+        for item in (
+            "identty",
+            {"affine": 5},
+            {"fitted": 5},
+            {"affine": "w", "function": "a:b"},
+            {"fit": 3},
+            {"fit": {"kind": "afine"}},
+            {"fit": {"limt": 3}},
+            {"fit": {"lambdas": []}},
+            {"fit": {"data": {"builtin": "no such"}}},
+            None,
+        )
     ),
     *(
         {**GOOD, "readout": item}

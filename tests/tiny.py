@@ -31,13 +31,13 @@ _CHAT = (
 )
 
 
-def make_tokenizer(*, bos: bool = False):
-    """A byte-level BPE tokenizer; with `bos` it puts <bos> before every text."""
+def make_tokenizer(*, bos: bool = False, pieces=PIECES):
+    """A byte-level BPE tokenizer that knows some pieces; with `bos` it puts <bos> before every text."""
     level = pre_tokenizers.ByteLevel(add_prefix_space=False)
     symbols = ["".join(piece for piece, _ in level.pre_tokenize_str(letter)) for letter in _CHARACTERS]
     vocabulary = dict.fromkeys([BOS, EOS, PAD, START, END, *symbols])
     merges = {}
-    for piece in PIECES:
+    for piece in pieces:
         letters = "".join(part for part, _ in level.pre_tokenize_str(piece))
         for end in range(1, len(letters)):
             merges[letters[:end], letters[end]] = None
@@ -113,11 +113,13 @@ FAMILIES = {
 }
 
 
-def make_module(family: str, *, seed: int = 0, d_model: int = D_MODEL, n_layers: int = N_LAYERS):
+def make_module(
+    family: str, *, seed: int = 0, d_model: int = D_MODEL, n_layers: int = N_LAYERS, vocab_size=None
+):
     """A random transformers model; the same arguments give the same weights."""
     kind = FAMILIES[family]
     common = {
-        "vocab_size": VOCAB_SIZE,
+        "vocab_size": vocab_size or VOCAB_SIZE,
         "hidden_size": d_model,
         "num_hidden_layers": n_layers,
         "num_attention_heads": 4,

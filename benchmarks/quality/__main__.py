@@ -9,9 +9,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import argparse
+import json
 from pathlib import Path
 
-from benchmarks.quality import entities, next_token
+from benchmarks.quality import cross_model, entities, next_token
 from benchmarks.quality.models import load_named, short
 from patchscope_nn.builtin import NAME
 
@@ -21,37 +22,60 @@ RESULTS = Path(__file__).parent / "results"
 def main() -> None:
     """Run one experiment; the same command goes on with one that was stopped."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=main.__doc__)
-    parser.add_argument("experiment", choices=("next-token", "entity-description"))
+    parser.add_argument("experiment", choices=("next-token", "entity-description", "cross-model"))
     parser.add_argument("--model", default=NAME, help="NAME=FOLDER, or a name: the name goes into results")
+    parser.add_argument("--target-model", help="M*, in the same form (cross-model)")
     parser.add_argument("--dtype", default="auto", help="as of `patchscope run`")
-    parser.add_argument("--texts", type=Path, help="a WikiText file (next-token)")
+    parser.add_argument("--texts", type=Path, help="a WikiText file that contexts are taken from")
+    parser.add_argument("--fit-on", type=Path, help="another one, whose passages maps are fitted on")
+    parser.add_argument("--fitted", type=int, default=200, help="how many of its passages")
     parser.add_argument("--rows", type=int, default=200, help="the most contexts or entities")
-    parser.add_argument("--layer", default="all", help="source layers (entity-description)")
+    parser.add_argument("--layer", default="all", help="source layers; a list for cross-model")
+    parser.add_argument("--target-layer", help="target layers, a list (cross-model)")
     parser.add_argument("--work", type=Path, default=Path("runs/quality"), help="where runs are kept")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     model = load_named(args.model, dtype=args.dtype)
     out = args.out / short(model.info.name)
     out.mkdir(parents=True, exist_ok=True)
-    shared = {"work": args.work, "out": out, "command": _command(args)}
-    if args.experiment == "next-token":
-        if args.texts is None:
-            parser.error("next-token needs --texts, a WikiText file")
-        next_token.run(model, texts=args.texts, count=args.rows, **shared)
+    shared = {"count": args.rows, "work": args.work, "out": out, "command": _command(args)}
+    if args.experiment == "entity-description":
+        entities.run(model, layers=args.layer, **shared)
+    elif args.texts is None:
+        parser.error(f"{args.experiment} needs --texts, a WikiText file")
+    elif args.experiment == "next-token":
+        next_token.run(model, texts=args.texts, **shared)
+    elif None in (args.target_model, args.fit_on, args.target_layer) or args.layer == "all":
+        parser.error("cross-model needs --target-model, --fit-on, and lists as --layer and --target-layer")
     else:
-        entities.run(model, layers=args.layer, count=args.rows, **shared)
+        cross_model.run(
+            model,
+            load_named(args.target_model, dtype=args.dtype),
+            fit_on=args.fit_on,
+            texts=args.texts,
+            layers=json.loads(args.layer),
+            target_layers=json.loads(args.target_layer),
+            fitted=args.fitted,
+            **shared,
+        )
     print(out)
 
 
 def _command(args: argparse.Namespace) -> str:
-    """The command without folders of this machine."""
-    name, equals, _ = args.model.partition("=")
-    texts = f" --texts {args.texts.parent.name}/{args.texts.name}" if args.texts else ""
-    layer = f" --layer '{args.layer}'" if args.layer != "all" else ""
-    dtype = f" --dtype {args.dtype}" if args.dtype != "auto" else ""
-    model = f"{name}=FOLDER" if equals else name
-    options = f"{dtype}{texts}{layer} --rows {args.rows}"
-    return f"python -m benchmarks.quality {args.experiment} --model {model}{options}"
+    """The command without folders of this machine: what was given and is not the default."""
+    parts = ["python -m benchmarks.quality", args.experiment]
+    for option in ("model", "target_model"):
+        if given := getattr(args, option):
+            name, equals, _ = given.partition("=")
+            parts.append(f"--{option.replace('_', '-')} {name}{'=FOLDER' if equals else ''}")
+    parts += [f"--dtype {args.dtype}"] if args.dtype != "auto" else []
+    for option in ("texts", "fit_on"):
+        if file := getattr(args, option):
+            parts.append(f"--{option.replace('_', '-')} {file.parent.name}/{file.name}")
+    parts += [f"--fitted {args.fitted}"] if args.fit_on else []
+    parts += [f"--layer '{args.layer}'"] if args.layer != "all" else []
+    parts += [f"--target-layer '{args.target_layer}'"] if args.target_layer else []
+    return " ".join([*parts, f"--rows {args.rows}"])
 
 
 if __name__ == "__main__":

@@ -225,8 +225,9 @@ class Cells(Sequence[Cell]):
         for positions, written in self._places(one):
             if not single and not one.text_only:
                 _check_positions(positions, written)
-            if isinstance(self._resolver.scope.readout, NextToken) and not one.text_only:
-                _check_readout(self._resolver.scope.readout, written, count)
+            if isinstance(self._resolver.scope.readout, NextToken):
+                # Where T holds the source's text nothing is written that could come too late.
+                _check_readout(self._resolver.scope.readout, (0,) if one.text_only else written, count)
 
     def _cell(self, entry: int, index: int) -> Cell:
         one = self._entries[entry]
@@ -286,7 +287,9 @@ class Cells(Sequence[Cell]):
         compares = self._resolver.compares
         digest = self._entry_digest(entry).copy()
         compared = positions if compares else None
-        said: tuple[Any, ...] = (control, self._said_of(prompt), read, patch.layer, *patch[2:4], compared)
+        # A vector is the same one for every l.
+        layer = None if prompt is not None and prompt < 0 else patch.layer
+        said: tuple[Any, ...] = (control, self._said_of(prompt), read, layer, *patch[2:4], compared)
         if terms or patch.scale != 1 or patch.sample:
             weighted = [(self._said_of(term), *rest) for term, *rest in terms]
             said = (*said, weighted, *patch[4:])

@@ -234,4 +234,5 @@ def _can_stand_in(other: Entry, one: Entry, *, averaged: bool) -> bool:
         [1 if averaged else len(together) for together in entry.source_positions] for entry in (other, one)
     ]
     fits = all(size == sizes[0][min(place, len(sizes[0]) - 1)] for place, size in enumerate(sizes[1]))
-    return other.source_prompt != one.source_prompt and fits
+    another = (other.source_prompt, other.terms) != (one.source_prompt, one.terms)
+    return another and fits

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from typing import NoReturn
 
+from patchscope_nn.cli import fitting
 from patchscope_nn.cli.commands import app
 from patchscope_nn.cli.compare import compare
 from patchscope_nn.cli.explorer import explore
@@ -34,4 +35,4 @@ def _end(error: PatchscopeError) -> NoReturn:
     sys.exit(2 if isinstance(error, InputError) else 1)
 
 
-__all__ = ["app", "main"]
+__all__ = ["app", "fitting", "main"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +12,7 @@ import typer
 
 from patchscope_nn import __version__
 from patchscope_nn.cli import options, printing
-from patchscope_nn.cli.fitting import fit
+from patchscope_nn.cli.fitting_closed import fit
 from patchscope_nn.cli.options import Context, LogLevel
 from patchscope_nn.pace import JOBS
 
@@ -150,6 +151,7 @@ def run(
     folder = out or prepared.default_folder
     progress = printing.Progress(str(prepared.recipe["name"]), quiet=json)
     command = shlex.join(["patchscope", *sys.argv[1:]])
+    prepared = _fitted(prepared, command=command, quiet=json)
     try:
         finished = run_prepared(
             prepared,
@@ -252,7 +254,9 @@ def plan(
             remote=backend.remote,
         )
         shown.append(
-            printing.Planned(name=name, plan=made, crossing=traffic(made, one.mapping), folder=folder)
+            printing.Planned(
+                name=name, plan=made, crossing=traffic(made, one.mapping), mapping=one.mapping, folder=folder
+            )
         )
     printing.print_plans(shown, as_json=json)
 
@@ -373,12 +377,31 @@ def _run_folders(prepared: Any, folder: Path) -> list[Path]:
     )
 
 
+def _fitted(prepared: Any, *, command: str, quiet: bool) -> Any:
+    """What was prepared, with its mappings fitted, where they are still to be."""
+    from patchscope_nn.execute import ready
+    from patchscope_nn.experiments import PreparedMethods
+
+    if isinstance(prepared, PreparedMethods):
+        methods = {name: _fitted(one, command=command, quiet=quiet) for name, one in prepared.methods.items()}
+        return replace(prepared, methods=methods)
+    if prepared.fit is None or prepared.fit.done:
+        return prepared
+    progress = printing.Progress(prepared.fit.doing, quiet=quiet, unit=prepared.fit.unit)
+    return ready(prepared, command=command, progress=progress, notice=printing.caution)
+
+
 def _prepare(recipe: str, *, sets: list[str] | None, quiet: bool, **given: Any) -> Any:
     """Read a recipe, and prepare it with the given arguments of `prepare`."""
     from patchscope_nn.recipe import find, load_recipe
 
     parsed = load_recipe(recipe, sets=sets or ())
     with printing.waiting("loading the model", quiet=quiet):
-        from patchscope_nn.experiments import prepare
+        from patchscope_nn.experiments import PreparedMethods, prepare
 
-        return prepare(parsed, base=find(recipe).parent, **given)
+        prepared = prepare(parsed, base=find(recipe).parent, **given)
+    ones = prepared.methods.values() if isinstance(prepared, PreparedMethods) else (prepared,)
+    for one in ones:
+        for said in one.mapping.notices:
+            printing.caution(said)
+    return prepared

@@ -9,7 +9,7 @@ from typing import Annotated, Any, TypeAlias
 
 import typer
 
-from patchscope_nn.cli import options, printing
+from patchscope_nn.cli import fit_printing, options, printing
 from patchscope_nn.cli.options import LogLevel
 from patchscope_nn.cli.options import _option as option
 from patchscope_nn.errors import InputError
@@ -314,7 +314,7 @@ def _fit(kind: str, *, data: str, out: Path, json: bool, **given: Any) -> None:
     progress = printing.Progress(f"fitting {kind}", quiet=json, unit="steps")
     command = shlex.join(["patchscope", *sys.argv[1:]])
     found = fit_trained(kind, data=parse_data(data), command=command, progress=progress, **given)
-    printing.print_fit(found.said(), found.save(out), as_json=json)
+    fit_printing.print_fit(found.said(), found.save(out), as_json=json)
 
 
 def _model(name: str | None, dtype: str, device_map: str | None) -> Any:

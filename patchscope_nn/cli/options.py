@@ -166,6 +166,39 @@ ContextName: TypeAlias = Annotated[
 ]
 
 
+# What `fit` takes.
+FitFile: TypeAlias = Annotated[Path, _option("--out", help="The safetensors file to write.")]
+Texts: TypeAlias = Annotated[
+    str | None,
+    _option(
+        "--data", help="Texts: builtin:NAME, a file, or hub:ORG/NAME:SPLIT; texts that ship unless given."
+    ),
+]
+Column: TypeAlias = Annotated[str | None, _option("--column", help="The column that holds the texts.")]
+HeldOut: TypeAlias = Annotated[
+    str, _option("--held-out", help="The share of the texts to measure on, or data, as --data.")
+]
+Pairs: TypeAlias = Annotated[
+    str,
+    _option(
+        "--pairs", help="same (l to l), last (l to the last block), cross, or l:l*, for example 3:5,4:6."
+    ),
+]
+SourceLayers: TypeAlias = Annotated[
+    str, _option("--source-layers", help="The l of same, last and cross, as --layer.")
+]
+TargetLayers: TypeAlias = Annotated[str, _option("--target-layers", help="The l* of cross, as --layer.")]
+TextLimit: TypeAlias = Annotated[int | None, _option("--limit", help="The most texts.", min=3)]
+Positions: TypeAlias = Annotated[
+    int, _option("--positions", help="How many positions of a text, at random; 0 is all.", min=0)
+]
+MaxTokens: TypeAlias = Annotated[
+    int, _option("--max-tokens", help="How many tokens of a text are read.", min=2)
+]
+Rank: TypeAlias = Annotated[int | None, _option("--rank", help="The rank of low_rank.", min=1)]
+Seed: TypeAlias = Annotated[int, _option("--seed", help="Of the choice of texts and positions.", min=0)]
+
+
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
 

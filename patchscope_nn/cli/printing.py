@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from patchscope_nn.bridge import Traffic
     from patchscope_nn.doctor import Finding
     from patchscope_nn.ledger import Job
+    from patchscope_nn.mappings import ResolvedMapping
     from patchscope_nn.plan import Plan
     from patchscope_nn.quick import Look
     from patchscope_nn.recipe import Recipe
@@ -33,6 +34,11 @@ def out(text: str) -> None:
 def note(text: str) -> None:
     """Print something that is no result."""
     sys.stderr.write(f"{text}\n")
+
+
+def caution(text: str) -> None:
+    """Print what a researcher should know of a result."""
+    note(f"note: {text}")
 
 
 def out_json(value: Any) -> None:
@@ -78,7 +84,7 @@ class Progress:
         self._started = self._said = time.monotonic()
 
     def __call__(self, done: int, total: int) -> None:
-        """Show that `done` of `total` cells are done."""
+        """Show that `done` of `total` are done."""
         if self.quiet:
             return
         if sys.stderr.isatty():
@@ -223,12 +229,13 @@ class Planned(NamedTuple):
 
     name: str
     plan: Plan
+    mapping: ResolvedMapping
     crossing: Traffic | None
     folder: Path
 
 
 def print_plans(planned: Sequence[Planned], *, as_json: bool) -> None:
-    """Print plans as trees, or their counts; and what crosses between two models that are apart."""
+    """Print plans as trees, or their counts; their fits, and what crosses between two models."""
     if as_json:
         counts = {one.name: _plan_counts(one) for one in planned}
         out_json(counts.get("", {"methods": counts}))
@@ -237,6 +244,8 @@ def print_plans(planned: Sequence[Planned], *, as_json: bool) -> None:
         if one.name:
             out(f"{'' if number == 0 else chr(10)}method: {one.name}")
         out(str(one.plan))
+        if one.mapping.about:
+            out(_fit_line(one.mapping))
         if one.crossing is not None:
             out(_crossing_line(one.crossing))
         out(f"folder {one.folder}")
@@ -245,15 +254,55 @@ def print_plans(planned: Sequence[Planned], *, as_json: bool) -> None:
 def _plan_counts(planned: Planned) -> dict[str, Any]:
     from patchscope_nn.plan import count, stages
 
-    plan, crossing = planned.plan, planned.crossing
+    plan, mapping, crossing = planned.plan, planned.mapping, planned.crossing
     return {
         "digest": plan.digest,
         "folder": str(planned.folder),
         "cells": plan.n_cells,
         **count(plan)._asdict(),
+        "mapping": {"name": mapping.name, "weights": mapping.digest, "fit": dict(mapping.about) or None},
         "crossing": None if crossing is None else asdict(crossing),
         "stages": [{"with": name, **counts._asdict()} for name, counts in stages(plan)],
     }
+
+
+def _fit_line(mapping: ResolvedMapping) -> str:
+    """Which fit a run uses, and what it does on texts or rows that were held out."""
+    about = mapping.about
+    start = f"mapping {mapping.name}: "
+    some = f"{len(mapping.maps)} pairs of layers"
+    if "held_out" not in about:
+        if "texts" in about:
+            texts = about["texts"]
+            n_texts, n_held = (texts[part]["n_texts"] for part in ("fitted_on", "held_out"))
+            what = f"to be fitted before the run on {n_texts} texts ({n_held} held out)"
+        else:
+            what = f"to be trained before the run on {about['data']['n_rows']} rows, some of them held out"
+        return f"{start}{some}, {what}, and kept in {about['file']}"
+    line = f"{start}{about['kind']}, {some}"
+    numbers = [found for *_, found in about["held_out"]]
+    measured = []
+    for key, name in _MEASURED.items():
+        values = [found[key] for found in numbers if key in found]
+        if values:
+            measured.append(f"{min(values):.2f} to {max(values):.2f} {name}")
+    if measured:
+        what = "rows" if "n_rows" in about.get("data", ()) else "texts"
+        line += f"; on {what} held out {', '.join(measured)}"
+    return line + (f"; {about['file']}" if "file" in about else "")
+
+
+#: What a plan tells of a fit's numbers, and in which words.
+_MEASURED = {
+    "fraction_of_variance": "of the variance",
+    "cosine": "cosine",
+    "faithfulness": "faithfulness",
+    "kl_nats": "nats KL",
+    "logit_lens_kl_nats": "nats KL of the logit lens",
+    "nll_nats": "nats a token",
+    "untrained_nll_nats": "untrained",
+    "shuffled_nll_nats": "with other rows' states",
+}
 
 
 def _crossing_line(crossing: Traffic) -> str:
@@ -333,22 +382,3 @@ def print_report(pages: Sequence[Path], *, figures: Sequence[Path], as_json: boo
     else:
         for file in (*pages, *figures):
             out(str(file))
-
-
-def print_fit(said: dict[str, Any], file: Path, *, as_json: bool) -> None:
-    """Print what a fit does on what was held out, and where it is."""
-    if as_json:
-        out_json({"file": str(file), **said})
-        return
-    rows = [(*pair, numbers) for *pair, numbers in said["held_out"]]
-    names = list(dict.fromkeys(name for *_, numbers in rows for name in numbers))
-    table = _table("l", "l*", *names, title=f"{said['kind']}, on what was held out")
-    for source, target, numbers in rows:
-        layers = ("embed" if layer < 0 else str(layer) for layer in (source, target))
-        table.add_row(*layers, *(_number(numbers.get(name)) for name in names))
-    _print(table)
-    out(str(file))
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.4g}"

@@ -1,47 +1,68 @@
-"""Fitting mappings and prompts, and saving them with where they come from: `ps.fit(kind, ...)`."""
+"""Fitting mappings and prompts, and saving them with where they come from: `ps.fit(kind, ...)`.
+
+Closed forms, on states that two models or two layers have of the same texts, start from `run.py`; what is
+trained or differentiated through a frozen model from `trained.py`.
+"""
 
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from patchscope_nn.fit.soft_prompt import FittedPrompt
-    from patchscope_nn.mappings import Fitted
+from patchscope_nn.errors import MappingError, did_you_mean
+from patchscope_nn.fit.cached import PlannedFit, plan_fit
+from patchscope_nn.fit.pairs import parse_pairs
+from patchscope_nn.fit.planned import Planned, same_model
+from patchscope_nn.fit.planned_training import PlannedTraining, plan_training
+from patchscope_nn.fit.run import fit_mapping
+from patchscope_nn.fit.soft_prompt import FittedPrompt
+from patchscope_nn.fit.trained import TRAINED, fit_trained
+from patchscope_nn.mappings import Fitted
+from patchscope_nn.spec.fitting import FIT_KINDS
 
 
-def fit(kind: str, *, out: str | Path | None = None, **given: Any) -> Fitted | FittedPrompt:
-    """Fit a mapping or a prompt, and score it on what was held out.
+def fit(kind: str = "affine", **given: Any) -> Fitted | FittedPrompt:
+    """Fit a mapping or a prompt, and measure it on what was held out.
 
     Args:
-        kind: `tuned_lens`, `jacobian_lens`, `lre`, `trained_scale`, `trained_scalar_affine`,
-            `trained_low_rank`, `trained_affine` or `soft_prompt`.
-        out: The safetensors file to write; None writes none.
-        **given: `model`, `data` and the rest of `fit_trained`, and the options of the kind.
+        kind: `affine`, `orthogonal`, `low_rank` or `scale`, which are closed forms; or one of `TRAINED`.
+        **given: What `fit_mapping` takes, or for `TRAINED` what `fit_trained` takes. Both take `out`, the
+            file to save to.
 
     Returns:
-        A `Fitted`, which a Patchscope takes as its `mapping`; or for `soft_prompt` a `FittedPrompt`.
+        A `Fitted`, which a Patchscope takes as its `mapping`; for `soft_prompt` a `FittedPrompt`.
 
     Raises:
         InputError: Something given does not resolve, or does not fit the data.
     """
-    from patchscope_nn.fit.trained import fit_trained
-
-    found = fit_trained(kind, **given)
-    if out is not None:
-        found.save(out)
-    return found
+    if kind in TRAINED:
+        return fit_trained(kind, **given)
+    if kind in FIT_KINDS:
+        return fit_mapping(kind, **given)  # type: ignore[arg-type]  # it is one of them
+    raise MappingError(f"{kind!r} is no kind of fit.", hint=did_you_mean(kind, (*FIT_KINDS, *TRAINED)))
 
 
 class _Called(ModuleType):
-    """A package that can be called: Python names it `ps.fit` once it is imported, and `ps.fit(...)` fits."""
+    """A package that can be called: once it is imported, Python gives its parent the name `fit` for it."""
 
-    def __call__(self, kind: str, **given: Any) -> Fitted | FittedPrompt:
+    def __call__(self, kind: str = "affine", **given: Any) -> Fitted | FittedPrompt:
         return fit(kind, **given)
 
 
 sys.modules[__name__].__class__ = _Called
 
-__all__ = ["fit"]
+__all__ = [
+    "TRAINED",
+    "FittedPrompt",
+    "Planned",
+    "PlannedFit",
+    "PlannedTraining",
+    "fit",
+    "fit_mapping",
+    "fit_trained",
+    "parse_pairs",
+    "plan_fit",
+    "plan_training",
+    "same_model",
+]

@@ -55,12 +55,11 @@ def make_examples(
     Raises:
         InputError: A prompt, a position or the text does not resolve, or T is not given.
     """
-    if source.prompt is None:
-        raise InputError("source.prompt was not given.", hint="A map is fitted on states of prompts.")
-    if target.prompt is None:
+    if source.prompt is None or target.prompt is None:
+        side = "source" if source.prompt is None else "target"
         raise InputError(
-            "target.prompt was not given, and the text has to follow a prompt T.",
-            hint="Give one with a placeholder token, for example the few-shot prompt prompts.DESCRIBE.",
+            f"{side}.prompt was not given; states come from a prompt S, and the text follows a prompt T.",
+            hint="Give T a placeholder token, as the few-shot prompt prompts.DESCRIBE has one.",
         )
     found = []
     for row in rows:

@@ -20,7 +20,7 @@ class Outcome:
 
     Attributes:
         kind: What was fitted, for example `tuned_lens`.
-        maps: For each (l, l*), `weight` (d_out, d_in) or `scale` (), and where there is one `bias` (d_out,).
+        maps: For each (l, l*), `weight` (d_out, d_in) or `scale` (1,), and it may have `bias` (d_out,).
         held_out: One entry for each (l, l*): numbers on data that was not fitted on.
         provenance: The settings and the counts of the data, as JSON holds them.
     """

@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from patchscope_nn.errors import DataError, LayerError, MappingError
 from patchscope_nn.fit.frozen import Frozen, Write, choose_layers, frozen
@@ -310,30 +309,3 @@ class _Course:
             )
             for index, offset in enumerate(self.offsets)
         )
-
-
-def load_soft_prompt(file: str | Path) -> torch.Tensor:
-    """Read a soft prompt from its file.
-
-    Args:
-        file: A safetensors file that holds `soft_prompt`.
-
-    Returns:
-        (k, d_model).
-
-    Raises:
-        MappingError: The file cannot be read, or holds something else.
-    """
-    try:
-        tensors = load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise MappingError(
-            f"soft_prompt={str(file)!r} cannot be read: {error}.", hint="Give a safetensors file."
-        ) from error
-    if set(tensors) != {"soft_prompt"} or tensors["soft_prompt"].ndim != 2:  # noqa: PLR2004 (a matrix)
-        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        raise MappingError(
-            f"soft_prompt={str(file)!r} holds {shapes}; it should hold 'soft_prompt' (k, d_model).",
-            hint="Make one: patchscope fit soft_prompt.",
-        )
-    return tensors["soft_prompt"]

@@ -110,6 +110,8 @@ KINDS: dict[str, tuple[Any, float]] = {
 }
 
 
+#: What of a source and of a target a map is trained with.
+_USED = ("prompt", "position", "layer")
 #: The rank of U V where none is given.
 _RANK = 8
 
@@ -223,17 +225,21 @@ def fit_through_text(
 
 
 def find_pairs(model: Model, to: Model, *, source: Source, target: Target) -> list[tuple[int, int]]:
-    """The (l, l*) of a source and a target, which are read and written at the blocks' outputs.
+    """The (l, l*) of a source and a target, which name a prompt, a position and layers, and nothing else.
 
     Raises:
         LayerError: A layer lies outside its model.
-        MappingError: The site is another.
+        MappingError: Something else of the source or the target is set.
     """
-    if (source.site, target.site) != ("residual", "residual"):
-        raise MappingError(
-            f"source.site={source.site} and target.site={target.site}; a map is trained at residual alone.",
-            hint="Leave the sites out.",
-        )
+    for name, side in (("source", source), ("target", target)):
+        for field, about in type(side).model_fields.items():
+            given = getattr(side, field)
+            if field not in _USED and given != about.default:
+                raise MappingError(
+                    f"{name}.{field}={given!r}: a map is trained with states of a prompt, at the blocks' "
+                    "outputs, which replace others while T is read.",
+                    hint=f"Leave it out; what is used is {', '.join(_USED)}.",
+                )
     layers = resolve_layers(source.layer, n_layers=model.info.n_layers, field="source.layer")
     if target.layer == "same":
         beyond = [layer for layer in layers if layer >= to.info.n_layers]

@@ -42,6 +42,7 @@ def fit_trained(
     target_model: Any = None,
     limit: int | None = None,
     base: Path | None = None,
+    out: str | Path | None = None,
     command: str | None = None,
     progress: Progress | None = None,
     **options: Any,
@@ -56,6 +57,7 @@ def fit_trained(
         target_model: M*, for the kinds that read a target prompt; None is M.
         limit: The most rows to read.
         base: The folder a relative file path starts from.
+        out: A safetensors file to save to.
         command: The command line, for the provenance.
         progress: Called with (steps done, steps in all).
         **options: Those of the kind: see `fit_tuned_lens`, `fit_jacobian_lens`, `fit_lre`,
@@ -82,9 +84,14 @@ def fit_trained(
         found = fit_lre(source, rows, **options)
     else:
         found = fit_through_text(source, rows, kind=kind, target_model=target, **options)
+    made: Fitted | FittedPrompt
     if isinstance(found, FittedPrompt):
-        return replace(found, about=replace(found.about, data=about, command=command))
-    return as_fitted(found, source=source, target=target, data=about, command=command)
+        made = replace(found, about=replace(found.about, data=about, command=command))
+    else:
+        made = as_fitted(found, source=source, target=target, data=about, command=command)
+    if out is not None:
+        made.save(out)
+    return made
 
 
 def as_fitted(

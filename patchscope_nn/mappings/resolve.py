@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import CodeType
 from typing import Any
@@ -86,7 +86,10 @@ def resolve_mapping(
     if isinstance(mapping, tuple) and mapping[0] == "fitted":
         fitted = Fitted.load(mapping[1], pairs=pairs or None)
         name = f"fitted:{Path(mapping[1]).name}"
-        return _resolve_fitted(fitted, name, source=source, target=target, pairs=pairs, sites=sites)
+        found = _resolve_fitted(fitted, name, source=source, target=target, pairs=pairs, sites=sites)
+        with Path(mapping[1]).open("rb") as opened:
+            digest = hashlib.file_digest(opened, "sha256").hexdigest()
+        return replace(found, about={"file": str(mapping[1]), "sha256": digest, **found.about})
     if isinstance(mapping, tuple) and mapping[0] in PUBLISHED:
         kind, place = mapping
         lens = load_published(kind, place, info=source)

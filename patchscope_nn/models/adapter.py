@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 from patchscope_nn.errors import ModelError
 from patchscope_nn.models.info import ELSEWHERE, Model
@@ -35,7 +36,9 @@ def wear(model: Model, adapter: str) -> Model:
             "target.adapter needs peft, which is not installed.", hint="pip install 'patchscope-nn[oracle]'"
         ) from error
     try:
-        worn = PeftModel.from_pretrained(copy.deepcopy(model.module), adapter).merge_and_unload()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # peft's, of names in transformers
+            worn = PeftModel.from_pretrained(copy.deepcopy(model.module), adapter).merge_and_unload()
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelError(

@@ -151,7 +151,7 @@ def _target(planned: Plan, step: Step, one: TargetPass) -> Counts:
         blocks = sum(layout.running(layer - 1) for layer in range(layout.depth))
     read = rows if lean else tokens
     if isinstance(sweep.scope.readout, Hidden):  # it stops where the last state is written
-        layers = [layer for place in one.cells if (layer := step.cells[place].target_layer) is not None]
+        layers = [layer for place in one.cells for _, layer in sweep.writes(step.cells[place])]
         read, tokens = 0, tokens if layers else 0
         blocks = tokens * (1 + max(layers, default=-1)) if layout is None else blocks
     more = _appended(planned, step, one)
@@ -181,7 +181,9 @@ def _appended(planned: Plan, step: Step, one: TargetPass) -> int:
     again = 0 if sweep.target.architecture.caches else target_width(planned, step, one)
     if isinstance(readout, Generate):  # the last token that is decoded is not read
         most = readout.max_new_tokens - 1
-        return len(cells) * (sum(again + place for place in range(1, most + 1)) if again else most)
+        # How likely the tokens are without the patch takes one more forward over all of them.
+        plain = target_width(planned, step, one) + most + 1 if readout.relevancy else 0
+        return len(cells) * (plain + (sum(again + place for place in range(1, most + 1)) if again else most))
     if isinstance(readout, Choices):
         columns = zip(*(sweep.entries[cell.entry].continuations for cell in cells), strict=True)
         more = (max(map(len, column)) - 1 for column in columns)

@@ -136,8 +136,17 @@ def _why_padded(planned: Plan) -> str:
     sweep, used = planned.sweep, planned.optimisations
     if not (used.prefix_sharing or used.late_entry):
         return "prefix sharing and late entry are off"
-    if sweep.scope.target.site != "residual":
-        return f"target.site={sweep.scope.target.site!r} is written inside a block"
+    target = sweep.scope.target
+    if target.site not in ("residual", "before"):
+        return f"target.site={target.site!r} is written inside a block"
+    if target.alters:
+        asked = {
+            "corrupt": target.corrupt,
+            "soft_prompt": target.soft_prompt,
+            "write: cut": target.cut,
+            "every_step": target.every_step,
+        }
+        return f"target.{next(name for name, given in asked.items() if given)} is done to whole prompts"
     return f"the blocks of {sweep.target.family} cannot be run on segments of a sequence"
 
 

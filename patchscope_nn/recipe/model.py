@@ -18,19 +18,21 @@ from pydantic import (
 )
 
 from patchscope_nn.data import DataSpec
-from patchscope_nn.errors import did_you_mean
+from patchscope_nn.errors import SpecError, did_you_mean
 from patchscope_nn.metrics import METRICS, MetricUse, check_metrics, parse_metric
 from patchscope_nn.recipe.methods import variants
 from patchscope_nn.spec import (
     AnyMapping,
     AnyReadout,
     Control,
+    Fit,
     Hidden,
     NextToken,
     Patchscope,
     Source,
     Spec,
     Target,
+    Train,
 )
 
 _SLUG = re.compile(r"[a-z0-9]+(?:-[a-z0-9]+)*")
@@ -152,6 +154,19 @@ def _plain_methods(value: Any) -> Any:
     return {name: changes or {} for name, changes in value.items()} if isinstance(value, Mapping) else value
 
 
+def _data_of_fit(mapping: Any) -> Any:
+    if isinstance(mapping, Fit | Train) and mapping.data is not None:
+        word = "fit" if isinstance(mapping, Fit) else "train"
+        try:
+            DataSpec(**mapping.data)
+        except SpecError as error:
+            said = (
+                f"{word}.data{f'.{one.field}' * bool(one.field)}: {one.message}" for one in error.problems
+            )
+            raise ValueError("; ".join(said)) from None
+    return mapping
+
+
 class Recipe(Spec):
     """A Patchscope, its data, metrics and controls: what `patchscope run` runs.
 
@@ -164,9 +179,10 @@ class Recipe(Spec):
         data: Where the rows come from that fill `{column}` placeholders; without it there is one row.
         source: Where the hidden state is taken.
         target: Where it is written.
-        mapping: f: `identity`, `target_norm`, `{affine: file.safetensors}`, `{fitted: file.safetensors}`, a
-            published lens (`{tuned_lens: folder}` or `{jacobian_lens: file.pt}`), or
-            `{function: module:name}`.
+        mapping: f: `identity`, `target_norm`, `aligned` (identity within one model, a fit between two),
+            `{affine: file.safetensors}`, `{fitted: file.safetensors}`, `{fit: {kind: affine, data: ...}}`,
+            `{train: {kind: tuned_lens, ...}}`, a published lens (`{tuned_lens: folder}` or
+            `{jacobian_lens: file.pt}`), or `{function: module:name}`.
         readout: What is read from the patched run: `next_token`, `generate`, `choices` or `hidden`.
         metrics: One number each for every cell, from what was read and the data row.
         controls: What else is run to compare with: `unpatched` (T as it is), `random` (a random state of the
@@ -189,7 +205,7 @@ class Recipe(Spec):
     data: DataSpec | None = None
     source: Source
     target: Target = Target()
-    mapping: AnyMapping = "identity"
+    mapping: Annotated[AnyMapping, AfterValidator(_data_of_fit)] = "identity"
     readout: AnyReadout = NextToken()
     # After the readout, which they are checked against.
     metrics: Annotated[tuple[AnyMetric, ...], BeforeValidator(_listed), AfterValidator(_once)] = ()

@@ -10,7 +10,7 @@ from pydantic import BaseModel
 
 from patchscope_nn.data import DataSpec
 from patchscope_nn.recipe.model import Probe, Recipe
-from patchscope_nn.spec import READOUTS, Corrupt, Source, Target, Vector
+from patchscope_nn.spec import READOUTS, Corrupt, Fit, Source, Target, Train, Vector
 
 _DIALECT = "https://json-schema.org/draft/2020-12/schema"
 _ENTRY = re.compile(r"^    (\w+): (.*(?:\n {8}.*)*)", re.MULTILINE)
@@ -34,6 +34,7 @@ def json_schema() -> dict[str, Any]:
     source["properties"]["vector"] = _or_its_file(source["properties"]["vector"])
     source["oneOf"] = [_given(name) for name in ("prompt", "vector")]
     target["not"] = {"allOf": [_given("prompt"), _given("prompts", {"minItems": 1})]}
+    _document_fit(schema["properties"]["mapping"])
     for name in ("metrics", "controls", "best_over"):
         schema["properties"][name]["uniqueItems"] = True
     schema["properties"]["readout"] = {
@@ -45,6 +46,16 @@ def json_schema() -> dict[str, Any]:
     # A default that is a whole object reads as noise; its own fields carry theirs.
     del schema["properties"]["target"]["default"]
     return {"$schema": _DIALECT, **schema, "title": "Patchscopes recipe"}
+
+
+def _document_fit(mapping: dict[str, Any]) -> None:
+    """The fields of `{fit: ...}` and `{train: ...}`; their data is what a recipe's data is."""
+    for word, model in (("fit", Fit), ("train", Train)):
+        form = next(one for one in mapping["anyOf"] if word in one.get("properties", {}))
+        fields = form["properties"][word]["anyOf"][1]
+        _document(fields, model)
+        data = fields["properties"]["data"]
+        fields["properties"]["data"] = data | {"anyOf": [{"$ref": "#/$defs/DataSpec"}, {"type": "null"}]}
 
 
 def _readouts() -> list[dict[str, Any]]:

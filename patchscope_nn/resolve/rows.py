@@ -228,22 +228,21 @@ class Resolver:
         return resolve_positions(asked, written, field="target.position")
 
     def _bare(self, row: Row, entry: Entry) -> Iterator[Entry]:
-        """For every (i, i*): T with the source's text, up to i, in the place of i*."""
+        """For every (i, i*): T with the source's text, up to i, in place of i*; where T = S, T as it is."""
         read = self.sources.encoded[entry.source_prompt]
         own = self.scope.target.prompt is None and not self.scope.target.prompts
         for positions in entry.source_positions:
             for written in entry.target_positions or (positions,):
-                if own:
-                    whole = self.targets.encoded[entry.target_prompt].ids
-                    prompt = self.targets.number(whole[: max(written) + 1])
-                else:
+                prompt, last = entry.target_prompt, written
+                if not own:
                     text = read.text[: read.spans[positions[-1]][1]]
-                    prompt = self.targets.spliced(entry.target_prompt, written, text)
+                    prompt = self.targets.spliced(prompt, written, text)
+                    last = (len(self.targets.encoded[prompt].ids) - 1,)
                 yield replace(
                     self._entry(row, entry.row, prompt, bare=True),
                     source_prompt=entry.source_prompt,
                     source_positions=(positions,),
-                    target_positions=((len(self.targets.encoded[prompt].ids) - 1,),),
+                    target_positions=(last,),
                     text_only=True,
                 )
 

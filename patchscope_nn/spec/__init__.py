@@ -8,7 +8,8 @@ Nothing here imports torch, so a recipe can be checked in milliseconds.
 """
 
 from patchscope_nn.spec.base import Spec, problems
-from patchscope_nn.spec.mapping import NAMED_MAPPINGS, AnyMapping, dump_mapping
+from patchscope_nn.spec.fitting import FIT_KINDS, Fit, FitKind, fit_schema
+from patchscope_nn.spec.mapping import ALIGNED, NAMED_MAPPINGS, AnyMapping, dump_mapping
 from patchscope_nn.spec.readout import (
     READOUTS,
     AnyReadout,
@@ -22,17 +23,24 @@ from patchscope_nn.spec.readout import (
 )
 from patchscope_nn.spec.scope import Patchscope
 from patchscope_nn.spec.sides import Control, Site, Source, Target, Vector
+from patchscope_nn.spec.training import LENS_KINDS, TRAIN_KINDS, Train, train_schema
 from patchscope_nn.spec.write import Corrupt, Cut
 
 __all__ = [
+    "ALIGNED",
+    "FIT_KINDS",
+    "LENS_KINDS",
     "NAMED_MAPPINGS",
     "READOUTS",
+    "TRAIN_KINDS",
     "AnyMapping",
     "AnyReadout",
     "Choices",
     "Control",
     "Corrupt",
     "Cut",
+    "Fit",
+    "FitKind",
     "Generate",
     "Hidden",
     "NextToken",
@@ -42,9 +50,12 @@ __all__ = [
     "Source",
     "Spec",
     "Target",
+    "Train",
     "Vector",
     "dump_mapping",
     "dump_readout",
+    "fit_schema",
     "problems",
     "read_position",
+    "train_schema",
 ]

@@ -17,10 +17,11 @@ class Patchscope(Spec):
         source: Where the hidden state is taken.
         target: Where it is written.
         mapping: f: `identity`, `target_norm` (scaled to the norm of the state it replaces),
-            `{affine: file.safetensors}`, `{fitted: file.safetensors}`, a published lens as
-            `{tuned_lens: folder}` or `{jacobian_lens: file.pt}`, `{function: module:name}`, or in Python an
-            `Affine`, a `Fitted`, a torch module or a function from (..., d_model) to (..., d_model of the
-            target).
+            `{affine: file.safetensors}`, `{fitted: file.safetensors}`, `{fit: {kind: affine, ...}}` (fitted
+            before the run), `aligned` (identity within one model, between two `{fit: affine}`), a published
+            lens as `{tuned_lens: folder}` or `{jacobian_lens: file.pt}`, `{function: module:name}`, or in
+            Python an `Affine`, a `Fitted`, a torch module or a function from (..., d_model) to (..., d_model
+            of the target).
         readout: What is read from the patched run.
     """
 

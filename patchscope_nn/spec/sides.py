@@ -60,7 +60,7 @@ class Vector(Spec):
     """A vector that stands in a file, and comes from no prompt: a steering vector, an SAE's direction.
 
     Attributes:
-        file: A safetensors file.
+        file: A safetensors file, or `builtin:directions`.
         key: The tensor in it, (d_model,) or (n, d_model); None where the file holds one tensor.
         index: The row of a matrix; `{column}` placeholders are filled by the data.
     """

@@ -67,8 +67,8 @@ def unpack(
             "mode": scope.target.mode,
             "amount": scope.target.amount,
         },
-        "source_paths": _paths(source.info, scope.source.site),
-        "target_paths": _paths(target.info, scope.target.site),
+        "source_paths": paths_of(source.info, scope.source.site),
+        "target_paths": paths_of(target.info, scope.target.site),
     }
 
 
@@ -86,7 +86,7 @@ def _fused_width(plan: Plan, step: Step) -> int:
     return max(len(prompt.ids) for prompt in (*sources, *targets))
 
 
-def _paths(info: ModelInfo, site: str) -> dict[str, str]:
+def paths_of(info: ModelInfo, site: str) -> dict[str, str]:
     """Where a site is, as text: the list of blocks, and the part inside one (empty for its output).
 
     The input of a block is the output of the one below, by whose number it goes here.

@@ -34,6 +34,7 @@ ORDER = [
         "travel",
         "jobs",
         "backends",
+        "fit",
         "ledger",
         "pace",
         "fleet",
@@ -48,7 +49,6 @@ ORDER = [
     *(
         "rows",
         "runs",
-        "fit",
         "prepare",
         "execute",
         "experiments",

@@ -4,6 +4,7 @@ import textwrap
 
 import pytest
 
+from patchscope_nn.data import BUILTIN
 from patchscope_nn.errors import InputError, SpecError
 from patchscope_nn.recipe import lint, load_recipe
 
@@ -20,9 +21,9 @@ POSITIONS = (
 PROMPTS = "give a text, a list of chat messages ({role: user, content: ...}), or a list of token ids"
 READOUTS = "next_token, generate, choices, hidden"
 MAPPINGS = (
-    "Allowed: identity, target_norm, affine, function, fitted, tuned_lens, jacobian_lens. "
-    "Write {affine: weights.safetensors}, {fitted: fit.safetensors}, {function: module:name}, or give a "
-    "torch module or function in Python."
+    "Allowed: identity, target_norm, aligned, affine, function, fitted, tuned_lens, jacobian_lens, fit. "
+    "Write {affine: weights.safetensors}, {fitted: fit.safetensors}, {fit: {kind: affine}}, "
+    "{function: module:name}, or give a torch module or function in Python."
 )
 METRICS = (
     "Allowed: precision_at_1, surprisal_nats, nll_nats, kl_nats, top_k_overlap, rank, reciprocal_rank, "
@@ -54,6 +55,19 @@ FIELDS = {
         (
             f"line 4: target.prompt: {{'entity': None}} is no prompt; {PROMPTS}. "
             'Quote a text that begins with a brace: "{column}"'
+        )
+    ],
+    "mapping: {fit: {kind: afine, limt: 3}}": [
+        (
+            "line 4: mapping: fit.kind: 'afine' is not allowed here. Did you mean 'affine'? Allowed: affine, "
+            "orthogonal, low_rank, scale.; fit.limt: is no field here. Did you mean 'limit'? Allowed: kind, "
+            "data, column, held_out, limit, positions, max_tokens, rank, lambdas, seed."
+        )
+    ],
+    "mapping: {fit: {data: {builtin: context}}}": [
+        (
+            "line 4: mapping: fit.data.builtin: 'context' is no builtin data. Did you mean 'contexts'? "
+            f"Allowed: {', '.join(BUILTIN)}."
         )
     ],
     "mapping: identty": [f"line 4: mapping: 'identty' is no mapping. Did you mean 'identity'? {MAPPINGS}"],

@@ -8,12 +8,13 @@ import tiny
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from patchscope_nn import Optimisations, unpack
+from patchscope_nn import Optimisations
 from patchscope_nn.cells import expand
 from patchscope_nn.emit import attention, packed
 from patchscope_nn.emit.attention import in_attending, in_attention
 from patchscope_nn.plan import plan
 from patchscope_nn.spec import NextToken, Patchscope, Source, Target
+from patchscope_nn.unpack import segments
 
 N_TOKENS, D_HEAD = 6, 8
 #: What each of six tokens sees behind the prefix; the last two are one cell's, the first of them its patch.
@@ -128,8 +129,8 @@ def test_what_a_token_sees_makes_the_same_mask(tiny_model):
     (layout,) = [target.layout for step in planned.steps() for target in step.targets]
     assert layout.prefix
     assert any(segment.cell is None for segment in layout.segments)
-    given = {"prefix": layout.prefix, "own": unpack._own(layout), "allowed": None}
-    assert torch.equal(packed._in_allowed(given), unpack._allowed(layout))
+    given = {"prefix": layout.prefix, "own": segments._own(layout), "allowed": None}
+    assert torch.equal(packed._in_allowed(given), segments._allowed(layout))
 
 
 def test_it_travels(tiny_model, run_cells):

@@ -130,36 +130,47 @@ def test_a_model_that_reads_again_is_disturbed_alike(run_cells):
         readout=Hidden(clean=True),
     )
     noisy = [torch.tensor(given["clean"]) for _, given in run_cells(hidden, model, rows=ROWS[:1])]
-    scope = Patchscope(source=source, target=Target(**fields), readout=Generate(max_new_tokens=4))
-    found = run_cells(scope, model, rows=ROWS[:1])
-    ids = ids_of(ROWS[0]["s"])
-    for (cell, given), disturbed in zip(found, noisy, strict=True):
-        said = []
-        while len(said) < 4:
+    ids, blocks = ids_of(ROWS[0]["s"]), module.backbone.layers
 
-            def disturb(_module, args, kwargs, disturbed=disturbed):
+    class Disturbed:
+        """The model as a loop over hooks has it."""
+
+        def __init__(self, embeddings):
+            self.embeddings = embeddings
+
+        def logits(self, whole, _patch):
+            def disturb(_module, args, kwargs):
                 states = (args[0] if args else kwargs["hidden_states"]).clone()
-                states[0, subject(ROWS[0])] = disturbed
-                return (states, *args[1:]), {
-                    name: value for name, value in kwargs.items() if name != "hidden_states"
-                }
+                states[0, subject(ROWS[0])] = self.embeddings
+                rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
+                return (states, *args[1:]), rest
 
-            def blank(_module, _args, output, at=cell.target_positions):
+            def blank(_module, _args, output):
                 states = (output[0] if isinstance(output, tuple) else output).clone()
-                states[0, list(at)] = 0
+                states[0, len(ids) - 1] = 0
                 return (states, *output[1:]) if isinstance(output, tuple) else states
 
-            blocks = module.backbone.layers
             handles = [
                 blocks[0].register_forward_pre_hook(disturb, with_kwargs=True),
                 blocks[1].register_forward_hook(blank),
             ]
             with torch.no_grad():
-                logits = module(input_ids=torch.tensor([[*ids, *said]]), use_cache=False).logits[0, -1]
+                logits = module(input_ids=torch.tensor([list(whole)]), use_cache=False).logits[0]
             for handle in handles:
                 handle.remove()
-            said.append(logits.argmax().item())
-        hooks.assert_same(given, hooks.cut(said, eos=[tiny.EOS_ID]))
+            return logits
+
+    for readout in (READOUTS["generate"], READOUTS["choices"]):
+        scope = Patchscope(source=source, target=Target(**fields), readout=readout)
+        found = run_cells(scope, model, rows=ROWS[:1])
+        for (_, given), disturbed in zip(found, noisy, strict=True):
+            by_hand = Disturbed(disturbed)
+            if readout.name == "choices":
+                expected = hooks.choices(by_hand, ids, None, continuations=CHOICES)
+            else:
+                said = hooks.generate(by_hand, ids, None, max_new_tokens=readout.max_new_tokens)
+                expected = hooks.cut(said, eos=[tiny.EOS_ID])
+            hooks.assert_same(given, expected)
 
 
 @families

@@ -1,0 +1,96 @@
+"""`patchscope fit` of the closed forms: affine, orthogonal, low_rank and scale."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from typing import Any
+
+import typer
+
+from patchscope_nn.cli import fit_printing, options, printing
+from patchscope_nn.cli.fitting import fit, parse_data
+from patchscope_nn.cli.options import LogLevel
+
+
+def _closed(
+    context: typer.Context,
+    *,
+    out: options.FitFile,
+    data: options.Texts = None,
+    column: options.Column = None,
+    held_out: options.HeldOut = "0.2",
+    pairs: options.Pairs = "same",
+    source_layers: options.SourceLayers = "all",
+    target_layers: options.TargetLayers = "all",
+    limit: options.TextLimit = None,
+    positions: options.Positions = 32,
+    max_tokens: options.MaxTokens = 256,
+    rank: options.Rank = None,
+    seed: options.Seed = 0,
+    model: options.Model = None,
+    source_model: options.SourceModel = None,
+    target_model: options.TargetModel = None,
+    dtype: options.Dtype = "auto",
+    device_map: options.DeviceMap = None,
+    remote: options.Remote = None,
+    source_remote: options.SourceRemote = None,
+    json: options.Json = False,
+    log_level: options.Level = LogLevel.warning,  # noqa: ARG001 (acted on by its callback)
+) -> None:
+    kind = str(context.info_name)
+    with printing.waiting("loading the model", quiet=json):
+        from patchscope_nn.fit import fit_mapping
+        from patchscope_nn.prepare import load_models
+
+        source, target = load_models(
+            model=model,
+            source_model=source_model,
+            target_model=target_model,
+            dtype=dtype,
+            device_map=device_map,
+            remote=options.remote_value(remote),
+            source_remote=options.source_remote_value(source_remote),
+        )
+    progress = printing.Progress(f"fitting {kind}", quiet=json, unit="texts")
+    fitted = fit_mapping(
+        kind,  # type: ignore[arg-type]  # it is one of them
+        source_model=source,
+        target_model=target,
+        pairs=pairs,
+        source_layers=options.parse_selector(source_layers, option="--source-layers"),
+        target_layers=options.parse_selector(target_layers, option="--target-layers"),
+        data=None if data is None else parse_data(data),
+        held_out=_share_or_data(held_out),
+        column=column,
+        limit=limit,
+        positions=positions or None,
+        max_tokens=max_tokens,
+        rank=rank,
+        seed=seed,
+        remote=options.remote_value(remote),
+        source_remote=options.source_remote_value(source_remote),
+        out=out,
+        command=shlex.join(["patchscope", *sys.argv[1:]]),
+        progress=progress,
+        notice=printing.caution,
+    )
+    fit_printing.print_closed_fit(fitted, file=out, as_json=json)
+
+
+def _share_or_data(text: str) -> float | dict[str, Any]:
+    try:
+        return float(text)
+    except ValueError:
+        return parse_data(text)
+
+
+for _kind, _said in {
+    "affine": "f(h) = W h + b by ridge regression between layers of two models, or of one",
+    "orthogonal": "f(h) = Q h + b, the rotation that brings states closest (Procrustes)",
+    "low_rank": "f(h) = U V h + b, ridge regression of a given rank",
+    "scale": "f(h) = a h, one number, chosen on texts held out",
+}.items():
+    fit.command(name=_kind, help=f"{_said}.")(_closed)
+
+__all__ = ["fit"]

@@ -1,0 +1,79 @@
+"""A mapping that is fitted before the run: what decides it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self, TypeAlias, get_args
+
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+
+from patchscope_nn.spec.base import NAMED, Spec
+
+FitKind: TypeAlias = Literal["affine", "orthogonal", "low_rank", "scale"]
+FIT_KINDS: tuple[str, ...] = get_args(FitKind)
+#: lambda, in units of the mean variance of a dimension of the source's states times their number.
+LAMBDAS = tuple(10.0**power for power in range(-6, 2))
+
+
+def _listed(value: Any) -> Any:
+    return tuple(map(_number, value)) if isinstance(value, list | tuple) else value
+
+
+def _number(value: Any) -> Any:
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def _rising(lambdas: tuple[float, ...]) -> tuple[float, ...]:
+    if list(lambdas) != sorted(set(lambdas)):
+        raise ValueError("should rise, for example [0.001, 0.01, 0.1]")
+    return lambdas
+
+
+class Fit(Spec):
+    """A mapping fitted before the run, on the pairs of layers the run needs, and kept for the next one.
+
+    Attributes:
+        kind: `affine` (ridge regression), `orthogonal` (a rotation), `low_rank` (ridge regression of rank
+            `rank`) or `scale` (one number).
+        data: The texts, as a recipe's `data`; None is texts that ship with this package.
+        column: The column that holds them; None is the only one with texts, or `text`.
+        held_out: The share of the texts that is held out, for the numbers that are reported.
+        limit: The most texts to read; None is all.
+        positions: How many positions are taken of each text, at random; None is all.
+        max_tokens: How many tokens of a text are read.
+        rank: The rank of `low_rank`.
+        lambdas: The lambda that are tried, in units of the mean variance of a dimension times the number of
+            states; several are tried on texts that were not fitted on.
+        seed: What the choice of texts and positions starts from.
+    """
+
+    kind: FitKind = "affine"
+    data: dict[str, Any] | None = None
+    column: Annotated[str, Field(min_length=1)] | None = None
+    held_out: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    limit: Annotated[int, Field(ge=3)] | None = None
+    positions: Annotated[int, Field(ge=1)] | None = 32
+    max_tokens: Annotated[int, Field(ge=2)] = 256
+    rank: Annotated[int, Field(ge=1)] | None = None
+    lambdas: Annotated[
+        tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...],
+        Field(min_length=1),
+        BeforeValidator(_listed),
+        AfterValidator(_rising),
+    ] = LAMBDAS
+    seed: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="after")
+    def _ranked(self) -> Self:
+        if (self.kind == "low_rank") != (self.rank is not None):
+            raise ValueError(
+                "kind low_rank, and no other, has a rank: give both, as {kind: low_rank, rank: 16}"
+            )
+        return self
+
+
+def fit_schema() -> dict[str, Any]:
+    """The JSON Schema of a fit's fields."""
+    return Fit.model_json_schema()
+
+
+NAMED["fit"] = Fit
