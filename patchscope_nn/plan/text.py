@@ -45,7 +45,7 @@ def render_plan(planned: Plan) -> str:
         _add_step(branch, planned, number, step)
     if totals.steps > len(shown):
         branch.add(Text(f"... and {totals.steps - len(shown)} more like these"))
-    console = Console(file=io.StringIO(), width=160, no_color=True)
+    console = Console(file=io.StringIO(), width=160, no_color=True, force_jupyter=False)
     console.print(tree)
     lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]  # the StringIO given above
     return "\n".join(line.rstrip() for line in lines)

@@ -20,6 +20,7 @@ _COLUMNS = 2
 _PROMPT_WIDTH = 60
 _TOKEN_WIDTH = 14
 _TICKS = 12  # on half a page
+_WIDTH = 760  # of two panels, below which their ticks would meet
 
 
 class Panel(NamedTuple):
@@ -131,8 +132,10 @@ def token_heatmap(table: pd.DataFrame, *, metric: str, row: Any) -> go.Figure:
     step = -(-len(columns) // _TICKS)
     ticks = [x for x, layer in enumerate(columns) if layer <= NO_LAYER or x % step == 0]
     figure.update_xaxes(
-        title=axis, tickvals=ticks, ticktext=[layer_name(columns[x]) for x in ticks], tickangle=-45
+        title=axis, tickvals=ticks, ticktext=[layer_name(columns[x]) for x in ticks], tickangle=-90
     )
+    if len(panels) > 1:
+        figure.update_layout(width=_WIDTH)
     ends = [max(names, default=0) + 0.5, -0.5]
     return figure.update_yaxes(
         tickvals=list(names), ticktext=list(map(escape, names.values())), range=ends, title="token read"

@@ -97,7 +97,7 @@ def test_runs_stand_side_by_side(opened: Any, best: tuple[str, ...]) -> None:
 def test_cells_of_all_runs_are_searched_together(opened: Any) -> None:
     page = opened()
     page.fill("#search", "logit lens")
-    page.locator("#found", has_text="of 444").wait_for()  # 12 rows x (12 layers x 3 kinds + 1)
+    page.locator("#found", has_text="of 456").wait_for()  # 12 rows x (12 layers x 3 kinds + 2)
 
 
 def test_hostile_names_are_shown_as_text(opened: Any) -> None:

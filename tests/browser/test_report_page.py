@@ -69,7 +69,9 @@ def opener(chromium: Any, tmp_path: Path) -> Iterator[Opener]:
         page.wait_for_timeout(100)  # what comes late is counted too
         page.close()
     assert opened.complaints == []
-    assert set(opened.requests) <= {(tmp_path / "report.html").as_uri()}
+    # A file that is saved has an address of this process's own.
+    asked = {url for url in opened.requests if not url.startswith("blob:null/")}
+    assert asked <= {(tmp_path / "report.html").as_uri()}
 
 
 def values(page: Any, heading: str) -> list[str]:
@@ -159,11 +161,11 @@ def test_search_sort_pages_and_details(opener: Opener) -> None:
     page.fill("#search", "RANDOM")
     found(page, "1-25 of 60")
     assert set(values(page, "control")) == {"random"}
-    page.get_by_role("button", name="precision_at_1").click()
+    page.get_by_role("button", name="precision_at_1", exact=True).click()
     shown = [float(value) for value in values(page, "precision_at_1")]
     assert shown == sorted(shown)
-    page.get_by_role("button", name="source layer").click()
-    page.get_by_role("button", name="source layer").click()
+    page.get_by_role("button", name=re.compile("^source layer")).click()
+    page.get_by_role("button", name=re.compile("^source layer")).click()
     assert page.locator("th[aria-sort=descending]").inner_text() == "source layer ↓"
     layers = [int(value) for value in values(page, "source layer")]
     assert layers == sorted(layers, reverse=True)
