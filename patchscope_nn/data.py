@@ -36,7 +36,7 @@ from patchscope_nn.errors import DataError, did_you_mean
 from patchscope_nn.spec import Spec
 
 #: The data that ships: builtin_data/NAME.jsonl. Its README.md tells where each comes from.
-BUILTIN = ("attributes", "contexts", "directions", "entities", "facts", "topics", "two-hop", "words")
+BUILTIN = ("attributes", "contexts", "directions", "entities", "facts", "texts", "topics", "two-hop", "words")
 _KINDS = ("builtin", "file", "hub", "rows")
 _HUB_ONLY = ("split", "config", "revision")
 _SHOWN = 60

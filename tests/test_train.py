@@ -175,7 +175,7 @@ def test_a_map_to_the_last_block_is_written_there(kind, tiny_model):
         ("trained_low_rank", {"rank": 33}, MappingError, "32 numbers and 32; its rank is 33"),
     ],
 )
-def test_what_cannot_be_trained_says_so_before_anything_runs(
+def test_what_cannot_be_trained_says_so_before_anything_runs(  # noqa: PLR0917 (a case, and fixtures)
     kind, changed, error, message, cache, tiny_model
 ):
     with pytest.raises(error, match=message):
