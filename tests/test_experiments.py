@@ -226,7 +226,7 @@ def test_the_report_of_an_experiment_has_figures_and_every_method(patchscope, he
     pages = [out / "comparison.html", *(out / slug / "report.html" for slug in SLUGS)]
     for page in pages:
         page.unlink()
-    said = json.loads(patchscope("report", str(out), "--figures", str(tmp_path / "figures"), "--json").out)
+    said = json.loads(patchscope("report", str(out), "--figures", str(tmp_path / "figures"), "--json").stdout)
     assert said["report"] == str(pages[0])
     assert said["methods"] == [str(page) for page in pages[1:]]
     assert all(page.stat().st_size > 10_000 for page in pages)
