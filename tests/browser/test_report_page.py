@@ -170,7 +170,7 @@ def test_search_sort_pages_and_details(opener: Opener) -> None:
     layers = [int(value) for value in values(page, "source layer")]
     assert layers == sorted(layers, reverse=True)
     assert layers[0] == 11
-    page.get_by_role("button", name="Next").click()
+    page.get_by_role("button", name="Next", exact=True).click()
     found(page, "26-50 of 60")
     page.locator(".open").first.focus()
     page.keyboard.press("Enter")
@@ -211,7 +211,7 @@ def test_figures_are_saved_for_paper(opener: Opener, scheme: str) -> None:
     saved = {}
     for name in ("PNG", "SVG"):
         with page.expect_download() as waiting:
-            page.get_by_role("button", name=f"Save as {name}: precision_at_1").focus()
+            page.get_by_role("button", name=f"Save {name}: precision_at_1").focus()
             page.keyboard.press("Enter")
         saved[name] = Path(waiting.value.path()).read_bytes()
         assert (
