@@ -5,7 +5,8 @@
     {hub: org/name, split: test}             the Hugging Face Hub; needs patchscope-nn[hub]
     {rows: [{entity: Paris}]}                written into the recipe
 
-and of any of them only some rows: `where: {relation: [animal_class, substance_phase]}`. Whatever the form, the rows are a table: every row has the same columns.
+and of any of them only some rows: `where: {relation: [animal_class, substance_phase]}`. Whatever the form,
+the rows are a table: every row has the same columns.
 """
 
 from __future__ import annotations

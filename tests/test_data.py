@@ -73,6 +73,7 @@ def test_parquet_keeps_types(tmp_path):
 COLUMNS = {
     "attributes": (300, ("relation", "prompt", "subject", "object", "sentence")),
     "contexts": (200, ("context", "continuation")),
+    "directions": (8, ("index", "topic")),
     "entities": (60, ("entity", "description", "kind")),
     "facts": (60, ("prompt", "subject", "answer")),
     "topics": (40, ("text", "topic", "sentiment")),
@@ -87,9 +88,8 @@ def test_builtin_data(name):
     least, columns = COLUMNS[name]
     assert len(rows) >= least
     assert tuple(rows[0]) == columns
-    assert all(
-        isinstance(value, str) and value == value.strip() != "" for row in rows for value in row.values()
-    )
+    values = [value for row in rows for name, value in row.items() if name != "index"]
+    assert all(isinstance(value, str) and value == value.strip() != "" for value in values)
     assert len({tuple(row.values()) for row in rows}) == len(rows)
 
 
@@ -202,7 +202,7 @@ def test_inline_rows_are_copied():
             {"builtin": "contxts"},
             (
                 "DataSpec: builtin: 'contxts' is no builtin data. Did you mean 'contexts'? "
-                "Allowed: attributes, contexts, entities, facts, topics, two-hop, words."
+                "Allowed: attributes, contexts, directions, entities, facts, topics, two-hop, words."
             ),
         ),
         ({"hub": "org/name"}, "DataSpec: hub needs a split, for example {hub: org/name, split: test}"),

@@ -263,10 +263,12 @@ def plan(
 
 @app.command()
 def recipes(*, json: options.Json = False) -> None:
-    """List the recipes that ship."""
-    from patchscope_nn.recipe import load_recipe, shipped
+    """List the recipes that ship, and what each costs whole, on its default model."""
+    from patchscope_nn.costs import costs
 
-    printing.print_recipes([load_recipe(name) for name in shipped()], as_json=json)
+    with printing.waiting("counting cells", quiet=json):
+        found = costs()
+    printing.print_recipes(found, as_json=json)
 
 
 @app.command()
