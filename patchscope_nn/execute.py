@@ -195,12 +195,12 @@ def ready(
     progress: Progress | None = None,
     notice: Callable[[str], None] | None = None,
 ) -> Prepared:
-    """Fit the mapping, where it is still to be fitted.
+    """Fit or train the mapping, where that is still to be done.
 
     Args:
         prepared: The run.
         command: The command, for the fit's provenance.
-        progress: Called with (texts done, texts in all).
+        progress: Called with (done, in all), of what `prepared.fit.unit` says.
         notice: Called with what a researcher should know of the fit.
     """
     if prepared.fit is None:

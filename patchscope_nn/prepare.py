@@ -16,13 +16,13 @@ from patchscope_nn import builtin
 from patchscope_nn.cells import Sweep, expand
 from patchscope_nn.data import DataSpec, fingerprint, load_rows
 from patchscope_nn.errors import DataError, InputError, Problem, SpecError, did_you_mean
-from patchscope_nn.fit import PlannedFit, plan_fit, same_model
+from patchscope_nn.fit import Planned, plan_fit, plan_training, same_model
 from patchscope_nn.mappings import Pair, ResolvedMapping, resolve_mapping
 from patchscope_nn.metrics import MetricUse, check_columns, check_metrics, parse_metric
 from patchscope_nn.models import Model, load, wear
 from patchscope_nn.probes import check_probe
 from patchscope_nn.recipe import Recipe, find, load_recipe
-from patchscope_nn.spec import ALIGNED, Control, Fit, Patchscope
+from patchscope_nn.spec import ALIGNED, Control, Fit, Patchscope, Train
 from patchscope_nn.vectors import check_vectors
 
 #: False: this process; `local`: the rehearsal; True: the NDIF that nnsight is configured for; or a URL.
@@ -47,7 +47,7 @@ class Prepared:
         metrics: What is computed of each cell.
         data_hash: Hex digest of the data rows.
         vectors: Hex digest of the files that vectors come from; empty where there are none.
-        fit: How the mapping is fitted before the run, where it is.
+        fit: How the mapping is fitted or trained before the run, where it is.
     """
 
     recipe: Mapping[str, Any]
@@ -58,7 +58,7 @@ class Prepared:
     metrics: tuple[MetricUse, ...]
     data_hash: str
     vectors: str = ""
-    fit: PlannedFit | None = None
+    fit: Planned | None = None
 
     @property
     def digest(self) -> str:
@@ -214,8 +214,14 @@ def _check_label(label: str, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _mapping(
-    scope: Patchscope, pairs: tuple[Pair, ...], *, source: Model, target: Model, **where: Any
-) -> tuple[ResolvedMapping, PlannedFit | None]:
+    scope: Patchscope,
+    pairs: tuple[Pair, ...],
+    *,
+    source: Model,
+    target: Model,
+    base: Path | None,
+    **where: Any,
+) -> tuple[ResolvedMapping, Planned | None]:
     """f, and how it is fitted where that is still to be done."""
     asked = scope.mapping
     if asked == ALIGNED:
@@ -223,8 +229,14 @@ def _mapping(
     # The input of a block is the output of the one before, and its layer is counted so.
     sites = (one.site for one in (scope.source, scope.target))
     read, written = ("residual" if site == "before" else site for site in sites)
-    if isinstance(asked, Fit):
-        fit = plan_fit(asked, source=source, target=target, pairs=pairs, sites=(read, written), **where)
+    if isinstance(asked, Fit | Train):
+        places: dict[str, Any] = {"source": source, "target": target, "pairs": pairs}
+        places |= {"sites": (read, written), "base": base}
+        fit: Planned | None
+        if isinstance(asked, Fit):
+            fit = plan_fit(asked, **places, **where)
+        else:
+            fit = plan_training(asked, scope=scope, **places)
         if fit is not None:
             return fit.mapping(), fit
         asked = "identity"

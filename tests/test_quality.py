@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 
 from benchmarks.quality import contexts as held_out
-from benchmarks.quality import entities, next_token
+from benchmarks.quality import cross_model, entities, next_token
 from benchmarks.quality.intervals import interval, intervals
 from benchmarks.quality.models import short
 from benchmarks.quality.write import draw_curves, markdown
 from patchscope_nn.data import DataSpec, load_rows
+from patchscope_nn.runs import load_run
 
 PARAGRAPH = (
     ' He had a guest @-@ starring role ( 1 @,@ 200 lines ) in " The Bill " , in 2000 . A <unk> followed . '
@@ -100,6 +101,45 @@ def test_the_next_token_page_says_what_the_csv_holds(wikitext, tmp_path, tiny_mo
     assert "<svg" in (out / "next-token.svg").read_text()
 
 
+def test_the_cross_model_page_has_every_pair_of_the_maps_and_their_controls(wikitext, tmp_path, tiny_model):
+    plain = PARAGRAPH.replace("(", "").replace('"', "")
+    wikitext.write_text(plain * 20, encoding="utf-8")
+    other = wikitext.with_name("valid.txt")
+    other.write_text("".join(f" {word} {plain}" for word in "abcdefghij"), encoding="utf-8")
+    cross_model.run(
+        tiny_model("llama"),
+        tiny_model("llama", copy=1),
+        fit_on=other,
+        texts=wikitext,
+        layers=[1, 2],
+        target_layers=[0, 3],
+        fitted=12,
+        count=6,
+        work=tmp_path / "work",
+        out=tmp_path,
+        command="a command",
+    )
+    with (tmp_path / "cross-model.csv").open() as stream:
+        found = list(csv.DictReader(stream))
+    assert [(row["method"], row["layer"], row["target_layer"]) for row in found] == [
+        (method, layer, other)
+        for method in ("affine", "shuffled", "random", "mean state")
+        for layer in "12"
+        for other in "03"
+    ]
+    page = (tmp_path / "cross-model.md").read_text()
+    assert "6 contexts of wiki/test.txt" in page
+    assert "12 passages of wiki/valid.txt" in page
+    assert str(tmp_path) not in page
+    (folder,) = (tmp_path / "work").glob("cross-mean-*")
+    table = load_run(folder).table()
+    said = {
+        (layer, other): {tokens[0] for tokens in part["top_tokens"]}
+        for (layer, other), part in table.groupby(["source_layer", "target_layer"])
+    }
+    assert [len(tokens) for tokens in said.values()] == [1] * 4, "the mean knows nothing of the context"
+
+
 def test_key_words_are_those_of_entities_that_ship():
     shipped = {row["entity"] for row in load_rows(DataSpec(builtin="entities"))}
     assert set(entities.KEYS) <= shipped
@@ -114,11 +154,31 @@ def test_key_words_are_those_of_entities_that_ship():
         (": Pandora's box", "Muhammad Ali", True),
         (": American toolbox maker", "Muhammad Ali", False),
         (": Ancient Greek philosopher", "Alexander the Great", True),
+        (": United Kingdom, United States: Country", "Alexander the Great", False),
+        (": Arab country, Mike Tyson: American boxer", "Muhammad Ali", False),
         ("", "Albert Einstein", False),
     ],
 )
 def test_a_text_resolves_its_entity_by_a_word_that_begins_so(text, entity, resolved):
     assert entities.resolves(text, entity) is resolved
+
+
+@pytest.mark.parametrize(
+    ("text", "description"),
+    [
+        (": American boxer, Barack Obama: American politician", "American boxer"),
+        (
+            ": English playwright, actor, and poet, United States: Country",
+            "English playwright, actor, and poet",
+        ),
+        (": City in the U.S. state of New York. Paris: x", "City in the U.S"),
+        ("iaomi, Google: American", "iaomi"),
+        ("Albert Einstein: German physicist", ""),
+        (" a\nb", "a"),
+    ],
+)
+def test_a_description_ends_where_another_item_begins(text, description):
+    assert entities.description(text) == description
 
 
 def test_a_table_keeps_its_cells():

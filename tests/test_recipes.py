@@ -17,7 +17,7 @@ from patchscope_nn.experiments import compare_runs
 from patchscope_nn.models import load
 from patchscope_nn.plan import Optimisations
 from patchscope_nn.recipe import Recipe, dump, find, lint, load_recipe, shipped
-from patchscope_nn.spec import Fit, Generate
+from patchscope_nn.spec import Fit, Generate, Train
 
 D_MODEL, N_LAYERS = 32, 4
 #: Two runs of one cell differ by rounding; so do the numbers made of it.
@@ -89,6 +89,8 @@ def narrowed(recipe, folder):
         raw["readout"]["generate"]["max_new_tokens"] = 3
     if isinstance(recipe.mapping, Fit):
         raw["mapping"]["fit"] |= {"limit": 12, "max_tokens": 24}
+    if isinstance(recipe.mapping, Train) and recipe.mapping.steps:
+        raw["mapping"]["train"] |= {"steps": 2, "batch": 2}
     if recipe.source.vector:
         vectors = torch.randn(16, D_MODEL, generator=torch.Generator().manual_seed(0))
         save_file({"vectors": vectors}, folder / "vectors.safetensors")

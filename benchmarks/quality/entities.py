@@ -1,14 +1,16 @@
 """Section 4.3: at which layers the model describes an entity when asked with the few-shot description prompt.
 
-Besides ROUGE-L against a short description, a text is judged by key words, chosen before anything was run: it
-resolves its entity if it has one of them. The shuffled control writes another entity's state and is judged by
-the same words, so that what the prompt or the words give away counts there too.
+Besides ROUGE-L against a short description, a text is judged by key words chosen before anything was run: it
+resolves its entity if one of them is in the description, which ends where the model goes on with another item
+of its list. The shuffled control writes another entity's state and is judged by the same words, so that what
+the prompt or the words give away counts there too. A key word is generous: "ancient Greek philosopher" counts
+for Alexander the Great. After the first run `king` was made a whole word: it had met "Kingdom".
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from patchscope_nn.models import Model
 #: Entities of the builtin data of two tokens or more, and stems of words that tell what each is.
 KEYS = {
     "Diana, Princess of Wales": "royal princess wales",
-    "Alexander the Great": "macedon greek king conquer emperor general",
+    "Alexander the Great": r"macedon greek king\b conquer emperor general",
     "Muhammad Ali": "box fighter heavyweight",
     "Albert Einstein": "physic scientist relativity",
     "New York City": "city metropol",
@@ -93,6 +95,9 @@ def run(model: Model, *, layers: str, count: int, work: Path, out: Path, command
             f"{len(rows)} entities, {model.info.dtype}, {TOKENS} tokens. The prompt alone says {alone!r}.\n",
             "![Share resolved by layer](entity-description.svg)\n",
             *sections,
+            "## What is said\n",
+            "The descriptions, cut where another item of the list begins; **bold** where a key word is in.\n",
+            *(_texts(tables, number, row["entity"]) for number, row in enumerate(rows)),
         ],
     )
 
@@ -114,9 +119,16 @@ def sweep(model: Model, rows: list[dict[str, Any]], layers: str, target: Any, wo
     return found.table()
 
 
+def description(text: str) -> str:
+    """The description in a text: up to its line end or full stop, or the next item `, Name: ...`."""
+    text = re.split(r"\.(?:\s|$)|\n", text.strip().removeprefix(":").strip())[0]
+    before, colon, _ = text.partition(":")
+    return (before.rpartition(",")[0] if colon else text).strip(" ,")
+
+
 def resolves(text: str, entity: str) -> bool:
-    """Whether a text has a word that begins with one of the entity's key words."""
-    return re.search(rf"\b(?:{'|'.join(KEYS[entity].split())})", text.lower()) is not None
+    """Whether the description in a text has a word that begins with one of the entity's key words."""
+    return re.search(rf"\b(?:{'|'.join(KEYS[entity].split())})", description(text).lower()) is not None
 
 
 def _of(table: Any, control: str | None) -> Any:
@@ -157,11 +169,6 @@ def _section(
                 f"shuffled {interval(other[:, early].mean(axis=1))}.\n"
             ),
             scores,
-            "### What is said\n",
-            "Cut at the first full stop or line end; **bold** where a key word is in the whole text.\n",
-            _texts(real, rows, layers),
-            "### What is said with another entity's state\n",
-            _texts(shuffled, rows, layers),
         ]
     )
 
@@ -170,23 +177,21 @@ def _any(grid: NDArray[np.float64]) -> Interval:
     return interval(grid.max(axis=1))
 
 
-def _texts(table: Any, rows: Sequence[dict[str, Any]], layers: Sequence[int]) -> str:
-    said = {
-        (row, int(layer)): text
-        for row, layer, text in zip(table["row"], table["source_layer"], table["text"], strict=True)
-    }
-    return markdown(
-        ["layer", *(row["entity"] for row in rows)],
-        [
-            [
-                layer,
-                *(_shown(said[number, layer], row["entity"]) for number, row in enumerate(rows)),
-            ]
-            for layer in layers
-        ],
-    )
+def _texts(tables: Mapping[str, Any], number: int, entity: str) -> str:
+    """What is said of one entity: a row for each layer, with its own state and with another's."""
+    said: dict[int, dict[str, str]] = {}
+    for name, table in tables.items():
+        for control in (None, "shuffled"):
+            of = _of(table, control)
+            of = of[of["row"] == number]
+            label = name if control is None else f"another's state, {name}"
+            for layer, text in zip(of["source_layer"], of["text"], strict=True):
+                said.setdefault(int(layer), {})[label] = _shown(text, entity)
+    labels = list(next(iter(said.values())))
+    rows = [[layer, *(said[layer][label] for label in labels)] for layer in sorted(said)]
+    return f"### {entity}\n\n{markdown(['l', *labels], rows)}"
 
 
 def _shown(text: str, entity: str) -> str:
-    cut = re.split(r"[.\n]", text.strip().removeprefix(":").strip())[0].strip() or "(nothing)"
+    cut = description(text) or "(nothing)"
     return f"**{cut}**" if resolves(text, entity) else cut

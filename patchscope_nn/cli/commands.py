@@ -262,40 +262,23 @@ def plan(
 
 
 @app.command()
-def recipes(*, json: options.Json = False) -> None:
-    """List the recipes that ship, and what each costs whole, on its default model."""
-    from patchscope_nn.costs import costs
-
-    with printing.waiting("counting cells", quiet=json):
-        found = costs()
-    printing.print_recipes(found, as_json=json)
-
-
-@app.command()
-def lint(
-    files: Annotated[list[str], typer.Argument(help="Recipe files, or names of shipped recipes.")],
-    *,
-    json: options.Json = False,
-) -> None:
-    """Check recipes without loading a model: every problem at once, each with its line."""
-    from patchscope_nn.recipe import lint as problems_of
-
-    found = {file: problems_of(file) for file in files}
-    printing.print_problems(found, as_json=json)
-    if any(found.values()):
-        raise typer.Exit(2)
-
-
-@app.command()
 def report(
-    folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, finished or not.")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="RUN", help="A run folder, finished or not, or an experiment's.")
+    ],
     *,
+    figures: options.Figures = None,
     json: options.Json = False,
 ) -> None:
-    """Build a run's HTML report again."""
-    from patchscope_nn.runs import load_run
+    """Build the HTML report of a run, or of an experiment with all its methods, again."""
+    from patchscope_nn.experiments import Experiment, open_finished
 
-    printing.print_report(load_run(folder).report(), as_json=json)
+    finished = open_finished(folder)
+    pages = [finished.report()]
+    if isinstance(finished, Experiment):
+        pages += [one.report() for one in finished.values()]
+    files = [] if figures is None else finished.save_figures(figures)
+    printing.print_report(pages, figures=files, as_json=json)
 
 
 @app.command()
@@ -381,7 +364,7 @@ def _fitted(prepared: Any, *, command: str, quiet: bool) -> Any:
         return replace(prepared, methods=methods)
     if prepared.fit is None or prepared.fit.done:
         return prepared
-    progress = printing.Progress(f"fitting {prepared.fit.name}", quiet=quiet, unit="texts")
+    progress = printing.Progress(prepared.fit.doing, quiet=quiet, unit=prepared.fit.unit)
     return ready(prepared, command=command, progress=progress, notice=printing.caution)
 
 

@@ -268,25 +268,42 @@ def _plan_counts(planned: Planned) -> dict[str, Any]:
 
 
 def _fit_line(mapping: ResolvedMapping) -> str:
-    """Which fit a run uses, and what it does on texts that were held out."""
+    """Which fit a run uses, and what it does on texts or rows that were held out."""
     about = mapping.about
+    start = f"mapping {mapping.name}: "
+    some = f"{len(mapping.maps)} pairs of layers"
     if "held_out" not in about:
-        texts = about["texts"]
-        return (
-            f"mapping {mapping.name}: {len(mapping.maps)} pairs of layers, to be fitted before the run on "
-            f"{texts['fitted_on']['n_texts']} texts ({texts['held_out']['n_texts']} held out), and kept in "
-            f"{about['file']}"
-        )
-    line = f"mapping {mapping.name}: {about['kind']}, {len(mapping.maps)} pairs of layers"
+        if "texts" in about:
+            texts = about["texts"]
+            n_texts, n_held = (texts[part]["n_texts"] for part in ("fitted_on", "held_out"))
+            what = f"to be fitted before the run on {n_texts} texts ({n_held} held out)"
+        else:
+            what = f"to be trained before the run on {about['data']['n_rows']} rows, some of them held out"
+        return f"{start}{some}, {what}, and kept in {about['file']}"
+    line = f"{start}{about['kind']}, {some}"
     numbers = [found for *_, found in about["held_out"]]
     measured = []
-    for key, name in (("fraction_of_variance", "of the variance"), ("cosine", "cosine")):
+    for key, name in _MEASURED.items():
         values = [found[key] for found in numbers if key in found]
         if values:
             measured.append(f"{min(values):.2f} to {max(values):.2f} {name}")
     if measured:
-        line += f"; on texts held out {', '.join(measured)}"
+        what = "rows" if "n_rows" in about.get("data", ()) else "texts"
+        line += f"; on {what} held out {', '.join(measured)}"
     return line + (f"; {about['file']}" if "file" in about else "")
+
+
+#: What a plan tells of a fit's numbers, and in which words.
+_MEASURED = {
+    "fraction_of_variance": "of the variance",
+    "cosine": "cosine",
+    "faithfulness": "faithfulness",
+    "kl_nats": "nats KL",
+    "logit_lens_kl_nats": "nats KL of the logit lens",
+    "nll_nats": "nats a token",
+    "untrained_nll_nats": "untrained",
+    "shuffled_nll_nats": "with other rows' states",
+}
 
 
 def _crossing_line(crossing: Traffic) -> str:
@@ -368,9 +385,13 @@ def print_findings(findings: Sequence[Finding], *, as_json: bool) -> None:
     _print(table)
 
 
-def print_report(file: Path, *, as_json: bool) -> None:
-    """Print where a report is."""
+def print_report(pages: Sequence[Path], *, figures: Sequence[Path], as_json: bool) -> None:
+    """Print where a report is, those of an experiment's methods, and the figures that were asked for."""
     if as_json:
-        out_json({"report": str(file)})
+        first, *others = map(str, pages)
+        methods = {"methods": others} if others else {}
+        written = {"figures": list(map(str, figures))} if figures else {}
+        out_json({"report": first, **methods, **written})
     else:
-        out(str(file))
+        for file in (*pages, *figures):
+            out(str(file))

@@ -11,8 +11,10 @@ from types import ModuleType
 from typing import Any
 
 from patchscope_nn.errors import MappingError, did_you_mean
-from patchscope_nn.fit.cached import PlannedFit, plan_fit, same_model
+from patchscope_nn.fit.cached import PlannedFit, plan_fit
 from patchscope_nn.fit.pairs import parse_pairs
+from patchscope_nn.fit.planned import Planned, same_model
+from patchscope_nn.fit.planned_training import PlannedTraining, plan_training
 from patchscope_nn.fit.run import fit_mapping
 from patchscope_nn.fit.soft_prompt import FittedPrompt
 from patchscope_nn.fit.trained import TRAINED, fit_trained
@@ -53,11 +55,14 @@ sys.modules[__name__].__class__ = _Called
 __all__ = [
     "TRAINED",
     "FittedPrompt",
+    "Planned",
     "PlannedFit",
+    "PlannedTraining",
     "fit",
     "fit_mapping",
     "fit_trained",
     "parse_pairs",
     "plan_fit",
+    "plan_training",
     "same_model",
 ]

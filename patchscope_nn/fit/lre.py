@@ -27,6 +27,9 @@ from patchscope_nn.prompts import encode, parse_prompt, render
 #: The betas that are tried where none is given.
 BETAS = (1.0, 1.25, 1.5, 1.75, 2.0, 2.25, 2.5, 2.75, 3.0, 4.0, 5.0)
 
+#: How many subjects a relation is fitted at (the paper's n).
+SUBJECTS = 8
+
 
 class Subject(NamedTuple):
     """A subject in its prompt.
@@ -108,7 +111,7 @@ def fit_lre(
     prompt: str,
     subject: str,
     layers: Any = "all",
-    subjects: int = 8,
+    subjects: int = SUBJECTS,
     beta: float | None = None,
     rank: int | None = None,
     rows_at_a_time: int = 64,
@@ -149,11 +152,7 @@ def fit_lre(
     found = [find_subject(model, row, prompt=prompt, subject=subject) for row in rows]
     named = dict(zip(found, (str(row[subject]) for row in rows), strict=True))
     found = list(named)
-    if len(found) <= subjects:
-        raise DataError(
-            f"{len(found)} different prompts are too few to fit at {subjects} and hold others out.",
-            hint=f"Give {subjects + 1} rows or more, or fit at fewer subjects.",
-        )
+    check_subjects(len(found), subjects)
     parts = deal(found, held_out=1 - subjects / len(found), seed=seed, what="prompts")
     with frozen(model) as net:
         slopes = _Slopes(net, parts.fitted, chosen)
@@ -182,6 +181,19 @@ def fit_lre(
             "n_subjects": {"fitted": len(parts.fitted), "held_out": len(parts.held_out)},
         },
     )
+
+
+def check_subjects(count: int, subjects: int) -> None:
+    """See that of `count` prompts some are left over when a relation is fitted at `subjects`.
+
+    Raises:
+        DataError: There are none.
+    """
+    if count <= subjects:
+        raise DataError(
+            f"{count} different prompts are too few to fit at {subjects} and hold others out.",
+            hint=f"Give {subjects + 1} rows or more, or fit at fewer subjects.",
+        )
 
 
 def find_subject(model: Model, row: Mapping[str, Any], *, prompt: str, subject: str) -> Subject:

@@ -32,6 +32,7 @@ from patchscope_nn.spec import (
     Source,
     Spec,
     Target,
+    Train,
 )
 
 _SLUG = re.compile(r"[a-z0-9]+(?:-[a-z0-9]+)*")
@@ -154,11 +155,14 @@ def _plain_methods(value: Any) -> Any:
 
 
 def _data_of_fit(mapping: Any) -> Any:
-    if isinstance(mapping, Fit) and mapping.data is not None:
+    if isinstance(mapping, Fit | Train) and mapping.data is not None:
+        word = "fit" if isinstance(mapping, Fit) else "train"
         try:
             DataSpec(**mapping.data)
         except SpecError as error:
-            said = (f"fit.data{f'.{one.field}' * bool(one.field)}: {one.message}" for one in error.problems)
+            said = (
+                f"{word}.data{f'.{one.field}' * bool(one.field)}: {one.message}" for one in error.problems
+            )
             raise ValueError("; ".join(said)) from None
     return mapping
 
@@ -176,9 +180,9 @@ class Recipe(Spec):
         source: Where the hidden state is taken.
         target: Where it is written.
         mapping: f: `identity`, `target_norm`, `aligned` (identity within one model, a fit between two),
-            `{affine: file.safetensors}`, `{fitted: file.safetensors}`, `{fit: {kind: affine, data: ...}}`, a
-            published lens (`{tuned_lens: folder}` or `{jacobian_lens: file.pt}`), or
-            `{function: module:name}`.
+            `{affine: file.safetensors}`, `{fitted: file.safetensors}`, `{fit: {kind: affine, data: ...}}`,
+            `{train: {kind: tuned_lens, ...}}`, a published lens (`{tuned_lens: folder}` or
+            `{jacobian_lens: file.pt}`), or `{function: module:name}`.
         readout: What is read from the patched run: `next_token`, `generate`, `choices` or `hidden`.
         metrics: One number each for every cell, from what was read and the data row.
         controls: What else is run to compare with: `unpatched` (T as it is), `random` (a random state of the

@@ -10,7 +10,7 @@ from pydantic import BaseModel
 
 from patchscope_nn.data import DataSpec
 from patchscope_nn.recipe.model import Probe, Recipe
-from patchscope_nn.spec import READOUTS, Corrupt, Fit, Source, Target, Vector
+from patchscope_nn.spec import READOUTS, Corrupt, Fit, Source, Target, Train, Vector
 
 _DIALECT = "https://json-schema.org/draft/2020-12/schema"
 _ENTRY = re.compile(r"^    (\w+): (.*(?:\n {8}.*)*)", re.MULTILINE)
@@ -49,12 +49,13 @@ def json_schema() -> dict[str, Any]:
 
 
 def _document_fit(mapping: dict[str, Any]) -> None:
-    """The fields of `{fit: ...}`; its data is what a recipe's data is."""
-    form = next(one for one in mapping["anyOf"] if "fit" in one.get("properties", {}))
-    fields = form["properties"]["fit"]["anyOf"][1]
-    _document(fields, Fit)
-    data = fields["properties"]["data"]
-    fields["properties"]["data"] = data | {"anyOf": [{"$ref": "#/$defs/DataSpec"}, {"type": "null"}]}
+    """The fields of `{fit: ...}` and `{train: ...}`; their data is what a recipe's data is."""
+    for word, model in (("fit", Fit), ("train", Train)):
+        form = next(one for one in mapping["anyOf"] if word in one.get("properties", {}))
+        fields = form["properties"][word]["anyOf"][1]
+        _document(fields, model)
+        data = fields["properties"]["data"]
+        fields["properties"]["data"] = data | {"anyOf": [{"$ref": "#/$defs/DataSpec"}, {"type": "null"}]}
 
 
 def _readouts() -> list[dict[str, Any]]:

@@ -23,13 +23,16 @@ from patchscope_nn.spec.readout import (
 )
 from patchscope_nn.spec.scope import Patchscope
 from patchscope_nn.spec.sides import Control, Site, Source, Target, Vector
+from patchscope_nn.spec.training import LENS_KINDS, TRAIN_KINDS, Train, train_schema
 from patchscope_nn.spec.write import Corrupt, Cut
 
 __all__ = [
     "ALIGNED",
     "FIT_KINDS",
+    "LENS_KINDS",
     "NAMED_MAPPINGS",
     "READOUTS",
+    "TRAIN_KINDS",
     "AnyMapping",
     "AnyReadout",
     "Choices",
@@ -47,10 +50,12 @@ __all__ = [
     "Source",
     "Spec",
     "Target",
+    "Train",
     "Vector",
     "dump_mapping",
     "dump_readout",
     "fit_schema",
     "problems",
     "read_position",
+    "train_schema",
 ]

@@ -1,0 +1,114 @@
+"""A mapping that is trained through a model before the run: what decides it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self, TypeAlias, get_args
+
+from pydantic import Field, model_validator
+
+from patchscope_nn.spec.base import NAMED, Spec
+
+#: To the last block of the model itself, fitted on texts.
+LensKind: TypeAlias = Literal["tuned_lens", "jacobian_lens"]
+#: Through the text that should follow T.
+TextKind: TypeAlias = Literal["trained_scale", "trained_scalar_affine", "trained_low_rank", "trained_affine"]
+TrainKind: TypeAlias = Literal[LensKind, "lre", TextKind]
+LENS_KINDS: tuple[str, ...] = get_args(LensKind)
+TRAIN_KINDS: tuple[str, ...] = get_args(TrainKind)
+
+_COMMON = ("kind", "data", "limit", "seed")
+_STEPS = ("steps", "batch", "learning_rate", "held_out")
+_TEXT = ("text", *_STEPS)
+#: Which fields a kind has beside the common ones.
+_FIELDS: dict[str, tuple[str, ...]] = {
+    "tuned_lens": ("column", "max_tokens", "skip_first", *_STEPS),
+    "jacobian_lens": ("column", "max_tokens", "skip_first", "held_out"),
+    "lre": ("prompt", "subject", "subjects", "rank", "beta"),
+    **dict.fromkeys(get_args(TextKind), _TEXT),
+    "trained_low_rank": (*_TEXT, "rank"),
+}
+#: Which of them it cannot do without.
+_NEEDED = {"lre": ("data", "prompt", "subject"), **dict.fromkeys(get_args(TextKind), ("data", "text"))}
+
+_Count: TypeAlias = Annotated[int, Field(ge=1)]
+_Words: TypeAlias = Annotated[str, Field(min_length=1)]
+
+
+class Train(Spec):
+    """A mapping trained through the model before the run, for the layers the run needs, and kept.
+
+    A field that is None takes the kind's own default, which `patchscope fit KIND --help` shows.
+
+    Attributes:
+        kind: `tuned_lens`, `jacobian_lens` or `lre` (maps to the last block, so l* is -1), or
+            `trained_scale`, `trained_scalar_affine`, `trained_low_rank` or `trained_affine` (maps such that
+            a text follows the recipe's T with f(h) in it; S, T, i and i* are the recipe's own).
+        data: What it is trained on, as a recipe's `data`; the lenses take texts that ship where it is None.
+        column: The column of the texts, for the lenses; None is the only one.
+        limit: The most rows to read; None is all.
+        text: What should follow T, for the `trained_` kinds: `" {description}"`.
+        prompt: What states the relation, for `lre`: `The capital of {country} is`.
+        subject: The column of the relation's subjects, for `lre`.
+        subjects: How many subjects `lre` is fitted at; its numbers are of the others.
+        beta: The factor of the slope of `lre`; None chooses one for each layer.
+        rank: The rank of `trained_low_rank`, or of the slope of `lre`.
+        steps: Steps of the optimiser.
+        batch: What a step sees: tokens for `tuned_lens`, rows for the `trained_` kinds.
+        learning_rate: The rate at first.
+        held_out: The share of the data that the reported numbers are measured on, and nothing else.
+        max_tokens: How many tokens of a text the lenses read.
+        skip_first: How many tokens at a text's beginning the lenses leave out.
+        seed: Decides what is held out, the order of the data, and random starts.
+    """
+
+    kind: TrainKind
+    data: dict[str, Any] | None = None
+    column: _Words | None = None
+    limit: _Count | None = None
+    text: _Words | None = None
+    prompt: _Words | None = None
+    subject: _Words | None = None
+    subjects: _Count | None = None
+    beta: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    rank: _Count | None = None
+    steps: _Count | None = None
+    batch: _Count | None = None
+    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    held_out: Annotated[float, Field(gt=0, lt=1)] | None = None
+    max_tokens: Annotated[int, Field(ge=2)] | None = None
+    skip_first: Annotated[int, Field(ge=0)] | None = None
+    seed: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="after")
+    def _of_its_kind(self) -> Self:
+        own = _FIELDS[self.kind]
+        given = [name for name in type(self).model_fields if getattr(self, name) is not None]
+        if other := [name for name in given if name not in (*_COMMON, *own)]:
+            raise ValueError(
+                f"{self.kind} takes no {' and no '.join(other)}; leave it out. "
+                f"Its own fields are {', '.join(own)}."
+            )
+        if lacking := [name for name in _NEEDED.get(self.kind, ()) if name not in given]:
+            raise ValueError(
+                f"{self.kind} needs {' and '.join(lacking)}, as in {_EXAMPLES[self.kind == 'lre']}"
+            )
+        return self
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The fields of its kind that are given."""
+        return {name: value for name in _FIELDS[self.kind] if (value := getattr(self, name)) is not None}
+
+
+_EXAMPLES = {
+    True: "{kind: lre, data: {file: a.jsonl}, prompt: 'The capital of {country} is', subject: country}",
+    False: "{kind: trained_affine, data: {file: a.jsonl}, text: ' {description}'}",
+}
+
+
+def train_schema() -> dict[str, Any]:
+    """The JSON Schema of a training's fields."""
+    return Train.model_json_schema()
+
+
+NAMED["train"] = Train
