@@ -85,7 +85,7 @@ TASKS = (
 def main() -> None:
     """Write drafts until enough of them are kept, then the file."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.make_texts", description=main.__doc__)
-    parser.add_argument("--texts", type=int, default=1500, help="how many")
+    parser.add_argument("--texts", type=int, default=800, help="how many")
     parser.add_argument("--drafts", type=Path, default=Path("drafts.jsonl"), help="where drafts are kept")
     parser.add_argument("--out", type=Path, default=FILE)
     args = parser.parse_args()
