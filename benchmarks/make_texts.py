@@ -184,7 +184,8 @@ def keep(drafts: list[str]) -> list[str]:
 
 
 _REFUSED = re.compile(
-    r"\b(?:as an ai|i'm sorry|i cannot|language model)\b|\[[a-z_ ]+\]"
+    r"\b(?:as an ai|i'm sorry|i cannot|language model)\b"
+    r"|\[[\w' ]*(?:your|insert|name|date|friend|colleague)[\w' ]*\]"
     r"|\b(?:suicid|murder|rap(?:e|ed|ist)\b|sexual|nud(?:e|ity)|nazi|terroris|massacre|genocid|slur)",
     re.IGNORECASE,
 )
