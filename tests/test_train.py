@@ -176,14 +176,8 @@ def test_a_map_to_the_last_block_is_written_there(kind, tiny_model):
         (("trained_low_rank", {"rank": 33}), MappingError, "32 numbers and 32; its rank is 33"),
     ],
 )
-<<<<<<< HEAD
-def test_what_cannot_be_trained_says_so_before_anything_runs(  # noqa: PLR0917 (a case, and fixtures)
-    kind, changed, error, message, cache, tiny_model
-):
-=======
 def test_what_cannot_be_trained_says_so_before_anything_runs(given, error, message, cache, tiny_model):
     kind, changed = given
->>>>>>> before
     with pytest.raises(error, match=message):
         prepare(scope_of(kind, **changed), model=tiny_model(), data=WORDS[:1])
     assert not cache.exists()
