@@ -5,8 +5,8 @@
     {hub: org/name, split: test}             the Hugging Face Hub; needs patchscope-nn[hub]
     {rows: [{entity: Paris}]}                written into the recipe
 
-and of any of them only some rows, those that have one of some values: `where: {kind: [city, person]}`. Whatever
-the form, the rows are a table: every row has the same columns.
+and of any of them only some rows, those that have one of some values: `where: {kind: [city, person]}`.
+Whatever the form, the rows are a table: every row has the same columns.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from patchscope_nn.errors import DataError, did_you_mean
 from patchscope_nn.spec import Spec
 
 #: The data that ships: builtin_data/NAME.jsonl. Its README.md tells where each comes from.
-BUILTIN = ("attributes", "contexts", "directions", "entities", "facts", "topics", "two-hop", "words")
+BUILTIN = ("attributes", "contexts", "directions", "entities", "facts", "texts", "topics", "two-hop", "words")
 _KINDS = ("builtin", "file", "hub", "rows")
 _HUB_ONLY = ("split", "config", "revision")
 _SHOWN = 60

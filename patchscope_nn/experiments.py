@@ -82,6 +82,39 @@ class Experiment(Mapping[str, Run]):
         file = Path(path) if path is not None else Path(self.path or ".") / f"{COMPARISON}.html"
         return write_page(self.compare(), self.runs, path=file, title=self.title)
 
+    def save_figures(
+        self, folder: str | Path, *, formats: Sequence[str] = ("pdf", "svg", "png")
+    ) -> list[Path]:
+        """Write figures for a paper: the methods in one, and each method's own in a folder of its name.
+
+        Args:
+            folder: The folder; it is made if need be.
+            formats: Of `pdf`, `svg` and `png`.
+
+        Returns:
+            The files.
+
+        Raises:
+            InputError: plotly or matplotlib is not installed, or a format is none of these.
+        """
+        from patchscope_nn.plots import comparison_curve, save_figures
+
+        found = self.compare()
+        drawn = [
+            (f"{one} of all methods", comparison_curve(found.layers, metric=one, names=found.names))
+            for one in found.metrics
+        ]
+        files = save_figures(drawn, folder, formats=formats)
+        for name, run in self.runs.items():
+            files += run.save_figures(Path(folder) / slug(name), formats=formats)
+        return files
+
+    def _repr_html_(self) -> str:
+        """The experiment as a notebook shows it."""
+        from patchscope_nn.report import comparison_html
+
+        return comparison_html(self.compare(), title=self.title)
+
 
 @dataclass(frozen=True, kw_only=True)
 class PreparedMethods:
@@ -259,6 +292,21 @@ def write_page(comparison: Comparison, runs: Mapping[str, Run], *, path: Path, t
         for name, one in runs.items()
     ]
     return write_comparison(comparison, sides, path=path, title=title)
+
+
+def open_finished(folder: str | Path) -> Run | Experiment:
+    """Read a run or an experiment back from its folder.
+
+    Raises:
+        FolderError: It is no such folder.
+    """
+    place = Path(folder)
+    file = place / f"{COMPARISON}.json"
+    if not file.exists():
+        return load_run(place)
+    said = json.loads(file.read_text(encoding="utf-8"))
+    runs = {name: load_run(place / one) for name, one in said["folders"].items()}
+    return Experiment(title=said["title"], runs=runs, path=place)
 
 
 def load_runs(folders: Sequence[str | Path]) -> dict[str, Run]:

@@ -303,15 +303,48 @@ class Run:
         Raises:
             InputError: plotly is not installed, or the run has no folder and no path was given.
         """
-        from patchscope_nn.report import MAX_CELLS, write_report
+        from patchscope_nn.report import write_report
 
         if path is None and self.path is None:
             raise InputError("this run has no folder.", hint="Give a path: run.report('report.html').")
         file = Path(path) if path is not None else Path(self.path or ".") / REPORT
+        table, shown = self._tables()
+        return write_report(table, manifest=self.manifest, path=file, shown=shown)
+
+    def save_figures(
+        self, folder: str | Path, *, formats: Sequence[str] = ("pdf", "svg", "png")
+    ) -> list[Path]:
+        """Write the report's figures for a paper, without a browser.
+
+        Args:
+            folder: The folder; it is made if need be.
+            formats: Of `pdf`, `svg` and `png`.
+
+        Returns:
+            The files.
+
+        Raises:
+            InputError: plotly or matplotlib is not installed, or a format is none of these.
+        """
+        from patchscope_nn.plots import save_figures
+        from patchscope_nn.report import run_figures
+
+        return save_figures(run_figures(*self._tables(), manifest=self.manifest), folder, formats=formats)
+
+    def _tables(self) -> tuple[Any, Any]:
+        """The table of all cells, which may leave out what they say, and that of those a page shows."""
+        from patchscope_nn.report import MAX_CELLS
+
         if len(self.rows) <= MAX_CELLS:
-            return write_report(self.table(), manifest=self.manifest, path=file)
-        shown = frame(list(islice(self.rows, MAX_CELLS)), self.manifest["columns"])
-        return write_report(self.light_table(), manifest=self.manifest, path=file, shown=shown)
+            return (table := self.table()), table
+        return self.light_table(), frame(list(islice(self.rows, MAX_CELLS)), self.manifest["columns"])
+
+    def _repr_html_(self) -> str:
+        """The run as a notebook shows it."""
+        from patchscope_nn.report import run_html
+
+        where = "in memory" if self.path is None else str(self.path)
+        return run_html(*self._tables(), manifest=self.manifest, where=where)
 
 
 def load_run(path: str | Path) -> Run:

@@ -35,14 +35,44 @@ def make_table(
     target_layers: Sequence[int] | None = None,
     controls: Sequence[str] = ("unpatched", "random"),
     positions: Sequence[int] = (3,),
+    scales: Sequence[float] = (1.0,),
+    samples: int = 1,
     seed: int = 0,
 ) -> pd.DataFrame:
     """A tidy table as a run makes it (DESIGN section 4); by default the target layer is the source's."""
+    parts = [
+        _one_draw(
+            readout=readout,
+            n_rows=n_rows,
+            layers=layers,
+            target_layers=target_layers,
+            controls=controls,
+            positions=positions,
+            seed=seed + 100 * sample,
+        )
+        .assign(scale=scale, sample=sample)
+        .pipe(lambda part: part if scale == scales[0] else part[part["source_layer"].notna()])  # noqa: B023
+        for scale in scales
+        for sample in range(samples)
+    ]
+    return pd.concat(parts, ignore_index=True)
+
+
+def _one_draw(
+    *,
+    readout: str,
+    n_rows: int,
+    layers: Sequence[int],
+    target_layers: Sequence[int] | None,
+    controls: Sequence[str],
+    positions: Sequence[int],
+    seed: int,
+) -> pd.DataFrame:
     generator = np.random.default_rng(seed)
     places: list[tuple[int, str | None, int, int | None, int | None]] = []
     for row in range(n_rows):
         for control in (None, *controls):
-            if control == "unpatched":
+            if control in ("unpatched", "text-only"):
                 places.append((row, control, 0, None, None))
                 continue
             places += [

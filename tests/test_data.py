@@ -73,8 +73,10 @@ def test_parquet_keeps_types(tmp_path):
 COLUMNS = {
     "attributes": (300, ("relation", "prompt", "subject", "object", "sentence")),
     "contexts": (200, ("context", "continuation")),
+    "directions": (8, ("index", "topic")),
     "entities": (60, ("entity", "description", "kind")),
     "facts": (60, ("prompt", "subject", "answer")),
+    "texts": (700, ("text",)),
     "topics": (40, ("text", "topic", "sentiment")),
     "two-hop": (60, ("first", "second", "query", "bridge", "answer", "swapped_first", "builtin_model")),
     "words": (80, ("word", "text")),
@@ -87,9 +89,8 @@ def test_builtin_data(name):
     least, columns = COLUMNS[name]
     assert len(rows) >= least
     assert tuple(rows[0]) == columns
-    assert all(
-        isinstance(value, str) and value == value.strip() != "" for row in rows for value in row.values()
-    )
+    texts = [value for row in rows for name, value in row.items() if name != "index"]
+    assert all(isinstance(text, str) and text == text.strip() != "" for text in texts)
     assert len({tuple(row.values()) for row in rows}) == len(rows)
 
 
@@ -122,6 +123,14 @@ def test_a_fact_begins_with_its_subject_and_does_not_tell_its_answer():
     for row in load_rows(DataSpec(builtin="facts")):
         assert row["prompt"].startswith(row["subject"]), row
         assert row["answer"].lower() not in row["prompt"].lower().split(), row
+
+
+def test_texts_are_short_and_unlike_each_other():
+    texts = [row["text"] for row in load_rows(DataSpec(builtin="texts"))]
+    assert all(30 <= len(text.split()) <= 120 for text in texts if "```" not in text)
+    assert all(text.isprintable() for text in "".join(texts).split("\n"))
+    assert max(Counter(" ".join(text.lower().split()[:3]) for text in texts).values()) <= 6
+    assert 20 < sum("```" in text or "def " in text or "SELECT" in text for text in texts) < len(texts) / 4
 
 
 def test_a_text_ends_in_its_word():
@@ -202,7 +211,7 @@ def test_inline_rows_are_copied():
             {"builtin": "contxts"},
             (
                 "DataSpec: builtin: 'contxts' is no builtin data. Did you mean 'contexts'? "
-                "Allowed: attributes, contexts, entities, facts, topics, two-hop, words."
+                "Allowed: attributes, contexts, directions, entities, facts, texts, topics, two-hop, words."
             ),
         ),
         ({"hub": "org/name"}, "DataSpec: hub needs a split, for example {hub: org/name, split: test}"),

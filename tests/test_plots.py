@@ -23,6 +23,7 @@ from patchscope_nn.plots import (
     shorten,
     text_heatmap,
     text_width,
+    token_heatmap,
     visible,
 )
 from patchscope_nn.statistics import best_over
@@ -117,6 +118,72 @@ def test_runs_are_compared_in_one_figure() -> None:
     assert [name for name, line in lines.items() if line.line.dash == "solid"] == ["a", "&lt;b&gt;"]
     assert len({line.line.color for line in lines.values()}) == 2
     assert len(lines["a: unpatched (control)"].x) == 4
+
+
+def test_text_only_has_a_line_of_its_own() -> None:
+    table = make_table(controls=("unpatched", "random", "shuffled", "text-only"), n_rows=4)
+    lines = {trace.name: trace.line for trace in layer_curve(table, metric="precision_at_1").data}
+    looks = {name: (line.color, line.dash) for name, line in lines.items() if name != "95 % interval"}
+    assert "text-only (control)" in looks
+    assert len(set(looks.values())) == len(looks) == 5
+    best = best_over(table, metric="precision_at_1", over=["source_layer", "target_layer"])
+    assert set(best["control"].dropna()) == {"unpatched", "random", "shuffled", "text-only"}
+    (_, points), *_ = figures(table, metrics=["precision_at_1"], best=["source_layer", "target_layer"])
+    colours = {trace.name: trace.marker.color for trace in points.data}
+    assert colours["text-only (control)"] == lines["text-only (control)"].color
+    columns = list(text_heatmap(table).layout.xaxis.ticktext) + list(
+        text_heatmap(table).layout.yaxis.ticktext
+    )
+    assert "text-only" in columns
+
+
+def test_scales_are_panels_and_samples_are_averaged() -> None:
+    table = make_table(n_rows=4, layers=range(5), scales=(0.5, 2.0), samples=3)
+    figure = layer_curve(table, metric="surprisal_nats")
+    assert [note.text for note in figure.layout.annotations] == ["scale 0.5", "scale 2"]
+    assert "samples of the noise" in figure.layout.title.text
+    real = table[table["control"].isna()]
+    for scale, axis in ((0.5, "x"), (2.0, "x2")):
+        curve = next(one for one in figure.data if one.name == "patched" and one.xaxis == axis)
+        expected = real[real["scale"] == scale].groupby("source_layer")["surprisal_nats"].mean()
+        np.testing.assert_allclose(curve.y, expected.to_numpy())
+        assert any(one.name == "unpatched (control)" and one.xaxis == axis for one in figure.data)
+    words = text_heatmap(table)
+    assert "the first of 3 samples" in words.layout.title.text
+    assert sum(str(line).endswith(" x 2") for line in words.layout.yaxis.ticktext) == 4 * 2
+
+
+def test_tokens_by_layers_are_drawn_with_their_controls() -> None:
+    controls = ("unpatched", "random", "text-only")
+    table = make_table(n_rows=2, layers=range(4), positions=range(5), controls=controls, samples=2)
+    titles = [title for title, _ in figures(table, metrics=["surprisal_nats"])]
+    assert sum("by token and layer" in title for title in titles) == 2
+    figure = token_heatmap(table, metric="surprisal_nats", row=1)
+    assert [note.text for note in figure.layout.annotations] == ["patched", "random (control)"]
+    columns = list(figure.layout.xaxis.ticktext)
+    assert columns[:3] == ["text-only", "unpatched", "0"]
+    real = table[(table["row"] == 1) & table["control"].isna()]
+    expected = real.assign(at=[place[0] for place in real["source_position"]]).pivot_table(
+        index="at", columns="source_layer", values="surprisal_nats"
+    )
+    np.testing.assert_allclose(np.asarray(figure.data[0].z, dtype=float)[:, 2:], expected.to_numpy())
+    assert figure.layout.coloraxis.cmax == pytest.approx(expected.to_numpy().max())
+
+
+def test_a_probes_controls_are_lines_of_one_figure() -> None:
+    table = make_table("generate", controls=(), n_rows=6).drop(columns=["text", "stopped", "rouge_l"])
+    table = table.assign(probe_accuracy=1.0, probe_majority_accuracy=0.25, probe_shuffled_accuracy=0.5)
+    ((_, figure),) = figures(table)
+    lines = {trace.name: trace for trace in figure.data}
+    assert set(lines) >= {"patched", "commonest class (control)", "shuffled labels (control)"}
+    assert set(lines["commonest class (control)"].y) == {0.25}
+
+
+def test_ranks_that_span_much_are_drawn_by_their_logarithm() -> None:
+    table = make_table(n_rows=2).assign(rank=1.0)
+    assert layer_curve(table, metric="rank").layout.yaxis.type is None
+    table.loc[table["control"] == "random", "rank"] = 4000.0
+    assert layer_curve(table, metric="rank").layout.yaxis.type == "log"
 
 
 def test_layer_pairs_become_a_heatmap_with_controls() -> None:

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 
 from benchmarks.quality import contexts as held_out
-from benchmarks.quality import entities, next_token
+from benchmarks.quality import cross_model, entities, next_token
 from benchmarks.quality.intervals import interval, intervals
 from benchmarks.quality.models import short
 from benchmarks.quality.write import draw_curves, markdown
 from patchscope_nn.data import DataSpec, load_rows
+from patchscope_nn.runs import load_run
 
 PARAGRAPH = (
     ' He had a guest @-@ starring role ( 1 @,@ 200 lines ) in " The Bill " , in 2000 . A <unk> followed . '
@@ -98,6 +99,45 @@ def test_the_next_token_page_says_what_the_csv_holds(wikitext, tmp_path, tiny_mo
     assert "Last layer: token identity 1.000, logit lens 1.000." in page
     assert str(tmp_path) not in page
     assert "<svg" in (out / "next-token.svg").read_text()
+
+
+def test_the_cross_model_page_has_every_pair_of_the_maps_and_their_controls(wikitext, tmp_path, tiny_model):
+    plain = PARAGRAPH.replace("(", "").replace('"', "")
+    wikitext.write_text(plain * 20, encoding="utf-8")
+    other = wikitext.with_name("valid.txt")
+    other.write_text("".join(f" {word} {plain}" for word in "abcdefghij"), encoding="utf-8")
+    cross_model.run(
+        tiny_model("llama"),
+        tiny_model("llama", copy=1),
+        fit_on=other,
+        texts=wikitext,
+        layers=[1, 2],
+        target_layers=[0, 3],
+        fitted=12,
+        count=6,
+        work=tmp_path / "work",
+        out=tmp_path,
+        command="a command",
+    )
+    with (tmp_path / "cross-model.csv").open() as stream:
+        found = list(csv.DictReader(stream))
+    assert [(row["method"], row["layer"], row["target_layer"]) for row in found] == [
+        (method, layer, other)
+        for method in ("affine", "shuffled", "random", "mean state")
+        for layer in "12"
+        for other in "03"
+    ]
+    page = (tmp_path / "cross-model.md").read_text()
+    assert "6 contexts of wiki/test.txt" in page
+    assert "12 passages of wiki/valid.txt" in page
+    assert str(tmp_path) not in page
+    (folder,) = (tmp_path / "work").glob("cross-mean-*")
+    table = load_run(folder).table()
+    said = {
+        (layer, other): {tokens[0] for tokens in part["top_tokens"]}
+        for (layer, other), part in table.groupby(["source_layer", "target_layer"])
+    }
+    assert [len(tokens) for tokens in said.values()] == [1] * 4, "the mean knows nothing of the context"
 
 
 def test_key_words_are_those_of_entities_that_ship():

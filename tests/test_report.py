@@ -13,7 +13,7 @@ import yaml
 from tables import NASTY, make_table
 
 from patchscope_nn.report import page as report_page
-from patchscope_nn.report import write_report
+from patchscope_nn.report import run_html, write_report
 from patchscope_nn.report.summary import summary as sentences_of
 from patchscope_nn.statistics import best_over
 
@@ -116,6 +116,77 @@ def test_cells_hold_what_was_said(readout: str, tmp_path: Path) -> None:
         assert (given[0].strip() if readout == "next_token" else given) in answer.replace("⏎", "\n")
     layers = column(page, "source layer")
     assert layers == [None if pd.isna(layer) else layer for layer in table["source_layer"]]
+
+
+def cards_of(page: str) -> list[str]:
+    found = re.findall(r'<article class="card">(.*?)</article>', page, flags=re.DOTALL)
+    return [" ".join(html.unescape(re.sub("<[^>]*>", " ", card)).split()) for card in found]
+
+
+def test_cards_show_the_best_text_its_reference_and_its_controls(tmp_path: Path) -> None:
+    controls = ("unpatched", "random", "text-only")
+    table = make_table("generate", n_rows=3, layers=range(4), controls=controls)
+    table["text"] = [f"words {number}" for number in range(len(table))]
+    manifest = {**MANIFEST, "references": [{"description": "an <i>icon</i>"}, {"description": "two"}]}
+    page = write(table, tmp_path, manifest=manifest)
+    said = cards_of(page)
+    assert len(said) == 3
+    assert "an <i>icon</i>" in said[0]
+    assert "<i>icon" not in page
+    assert "reference" not in said[2]
+    real = table[(table["row"] == 0) & table["control"].isna()]
+    best = real.loc[real["rouge_l"].idxmax()]
+    assert f"layer {best['source_layer']}, best of 4 rouge_l {best['rouge_l']:.3g} {best['text']} " in said[0]
+    own = table[(table["row"] == 0) & (table["control"] == "random")]
+    beside = own[own["source_layer"] == best["source_layer"]].iloc[0]
+    assert f"random layer {best['source_layer']} rouge_l {beside['rouge_l']:.3g} {beside['text']} " in said[0]
+    assert said[0].count("words") == 4
+    assert "references" not in text(page, 'pre id="manifest" tabindex="0"')
+    assert cards_of(write(make_table(n_rows=2), tmp_path)) == []
+
+
+def test_the_exact_command_and_each_control_are_told(tmp_path: Path) -> None:
+    page = write(make_table(n_rows=2, controls=("unpatched", "text-only")), tmp_path)
+    assert text(page, 'pre id="command" tabindex="0"') == MANIFEST["command"]
+    told = re.findall(r"<dt>([^<]*) \(control\)</dt>", page)
+    assert told == ["unpatched", "text-only"]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "said"),
+    [
+        ({"probe": {"label": "object"}}, "A linear probe read hidden states of"),
+        ({"target": {"write": {"cut": {"position": 0}}}}, "attention from one place to another was cut"),
+        ({"target": {"corrupt": {"noise": 3}}}, "some of whose embeddings were made noise"),
+        ({"source": {"site": "mlp"}}, "Outputs of MLPs of"),
+    ],
+)
+def test_the_summary_says_what_was_done(recipe: dict[str, Any], said: str) -> None:
+    table = make_table(n_rows=2)
+    assert said in sentences_of(table, manifest={"recipe": recipe}, metrics=["precision_at_1"])[0]
+
+
+def test_the_best_scale_is_named(tmp_path: Path) -> None:
+    table = make_table(n_rows=4, layers=range(3), scales=(0.5, 2.0))
+    table.loc[(table["scale"] == 2.0) & table["control"].isna(), "precision_at_1"] = 1.0
+    table.loc[(table["scale"] != 2.0) & table["control"].isna(), "precision_at_1"] = 0.0
+    page = write(table, tmp_path)
+    assert "highest at source layer 0 and scale 2: 1 (95 %" in text(page, 'p class="summary"')
+    assert "n = 4 data rows" in text(page, 'p class="summary"')
+    assert set(column(page, "scale")) == {0.5, 2}
+
+
+def test_a_notebook_shows_a_run_without_a_script() -> None:
+    for readout in ("next_token", "generate"):
+        table = make_table(readout, n_rows=3)
+        for name in ("text", "source_prompt"):
+            if name in table:
+                table[name] = pd.Series(NASTY, index=table.index, dtype=object)
+        shown = run_html(table, table, manifest=MANIFEST, where="in <memory>")
+        assert "in &lt;memory&gt;" in shown
+        assert "<script" not in shown
+        assert shown.count("<tr>") >= 1 + 12 + 1 + 3
+        assert len(shown) < 30_000
 
 
 def test_recipe_and_manifest_are_yaml(tmp_path: Path) -> None:

@@ -73,6 +73,10 @@ Jobs: TypeAlias = Annotated[
 Out: TypeAlias = Annotated[
     Path | None, _option("--out", help="The run's folder; runs/NAME-HASH unless given.")
 ]
+Figures: TypeAlias = Annotated[
+    Path | None,
+    _option("--figures", help="Write the figures for a paper here, too: PDF, SVG and PNG.", metavar="DIR"),
+]
 Sets: TypeAlias = Annotated[
     list[str] | None,
     _option("--set", help="Change a field of the recipe: key.path=value. Repeatable.", metavar="KEY=VALUE"),

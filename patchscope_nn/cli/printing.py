@@ -372,9 +372,13 @@ def print_findings(findings: Sequence[Finding], *, as_json: bool) -> None:
     _print(table)
 
 
-def print_report(file: Path, *, as_json: bool) -> None:
-    """Print where a report is."""
+def print_report(pages: Sequence[Path], *, figures: Sequence[Path], as_json: bool) -> None:
+    """Print where a report is, those of an experiment's methods, and the figures that were asked for."""
     if as_json:
-        out_json({"report": str(file)})
+        first, *others = map(str, pages)
+        methods = {"methods": others} if others else {}
+        written = {"figures": list(map(str, figures))} if figures else {}
+        out_json({"report": first, **methods, **written})
     else:
-        out(str(file))
+        for file in (*pages, *figures):
+            out(str(file))

@@ -122,6 +122,11 @@ class Plan:
 
         return render_plan(self)
 
+    def _repr_html_(self) -> str:
+        from patchscope_nn.plan.text import plan_html
+
+        return plan_html(self)
+
 
 def plan(
     sweep: Sweep,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import io
 from collections.abc import Iterator
 from dataclasses import replace
@@ -44,10 +45,31 @@ def render_plan(planned: Plan) -> str:
         _add_step(branch, planned, number, step)
     if totals.steps > len(shown):
         branch.add(Text(f"... and {totals.steps - len(shown)} more like these"))
-    console = Console(file=io.StringIO(), width=160, no_color=True)
+    console = Console(file=io.StringIO(), width=160, no_color=True, force_jupyter=False)
     console.print(tree)
     lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]  # the StringIO given above
     return "\n".join(line.rstrip() for line in lines)
+
+
+def plan_html(planned: Plan) -> str:
+    """A plan as a notebook shows it: its facts, what each optimisation leaves to run, and the tree.
+
+    Args:
+        planned: The plan.
+    """
+    totals = count(planned)
+    facts = "".join(f"<li>{html.escape(line)}</li>" for line in _facts(planned, totals))
+    stage = ""
+    if planned.n_cells:
+        table = _stages(planned)
+        head = "".join(f"<th>{html.escape(str(column.header))}</th>" for column in table.columns)
+        lines = zip(*(list(column.cells) for column in table.columns), strict=True)
+        body = "".join(
+            f"<tr>{''.join(f'<td>{html.escape(str(cell))}</td>' for cell in line)}</tr>" for line in lines
+        )
+        stage = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    tree = f"<details><summary>all of it</summary><pre>{html.escape(render_plan(planned))}</pre></details>"
+    return f"<div><h4>plan {html.escape(planned.digest)}</h4><ul>{facts}</ul>{stage}{tree}</div>"
 
 
 def _facts(planned: Plan, totals: Counts) -> Iterator[str]:

@@ -12,6 +12,8 @@ Every function takes the tidy table of DESIGN section 4 (one row per cell) and l
     lines.py    which cells stand together in a line of a text heatmap
     grid.py     the text heatmap
     choose.py   which of these figures fit a table
+    paper.py    a figure for a paper: PDF, SVG, PNG
+    glyphs.py   which characters fonts can draw
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from patchscope_nn.plots.comparison import comparison_curve
 from patchscope_nn.plots.curves import layer_curve, layer_pair_heatmap
 from patchscope_nn.plots.grid import text_heatmap
 from patchscope_nn.plots.maps import rows_with_positions, token_heatmap
+from patchscope_nn.plots.paper import FORMATS, save_figures
 from patchscope_nn.plots.said import odds
 from patchscope_nn.plots.table import (
     as_list,
@@ -35,6 +38,7 @@ from patchscope_nn.plots.text import shorten, text_width, token, visible
 from patchscope_nn.statistics import REAL, is_null, numbers
 
 __all__ = [
+    "FORMATS",
     "REAL",
     "as_list",
     "by_scale",
@@ -50,6 +54,7 @@ __all__ = [
     "odds",
     "reads_sink",
     "rows_with_positions",
+    "save_figures",
     "shorten",
     "text_heatmap",
     "text_width",

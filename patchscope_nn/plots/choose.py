@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from patchscope_nn.plots.comparison import comparison_curve
-from patchscope_nn.plots.curves import layer_curve
+from patchscope_nn.plots.curves import layer_curve, layer_pair_heatmap
 from patchscope_nn.plots.grid import text_heatmap
 from patchscope_nn.plots.maps import rows_with_positions, token_heatmap
 from patchscope_nn.plots.said import SAID
-from patchscope_nn.plots.table import metric_columns, with_probe_controls
+from patchscope_nn.plots.table import layer_axis, metric_columns, with_probe_controls
 from patchscope_nn.statistics import best_over, layer_means
 
 if TYPE_CHECKING:
@@ -48,6 +48,8 @@ def figures(
     every = with_probe_controls(table if whole is None else whole)
     names = [name for name in metric_columns(table, declared=metrics) if name in every.columns]
     drawn = [_of_metric(every, metric=name, best=best) for name in names]
+    if best and names and layer_axis(every) is None:
+        drawn.append(layer_pair_heatmap(every, metric=names[0]))
     drawn += [
         token_heatmap(table, metric=names[0], row=row) for row in rows_with_positions(table)[:_ROWS] if names
     ]

@@ -87,14 +87,13 @@ def text_lines(table: pd.DataFrame, *, cells: Cells) -> tuple[list[Line], int]:
 
 
 def _closest(place: _Place, found: Sequence[tuple[int, Mapping[Any, Any]]]) -> int:
-    """Of a row's cells that read no layer, that of this target prompt or source position, or the first."""
-    for index, cell in found:
-        if cell["target_prompt"] == place.target_prompt:
-            return index
-    for index, cell in found:
-        if tuple(as_list(cell["source_position"])) == place.source_positions:
-            return index
-    return found[0][0]
+    """Of a row's cells that read no layer, that of this target position and prompt, or the nearest to it."""
+
+    def fits(one: tuple[int, Mapping[Any, Any]]) -> tuple[bool, bool]:
+        positions = tuple(as_list(one[1]["target_position"]))
+        return positions == place.target_positions, one[1]["target_prompt"] == place.target_prompt
+
+    return max(found, key=fits)[0]
 
 
 def _arrange(table: pd.DataFrame, *, cells: Cells) -> _Arranged:

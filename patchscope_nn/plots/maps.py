@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from patchscope_nn.plots.style import colour_axis, layer_ticks, metric_title, panel, plotly, style
-from patchscope_nn.plots.table import as_list, controls_of, layer_axis, layer_name
+from patchscope_nn.plots.style import colour_axis, metric_title, panel, plotly, style
+from patchscope_nn.plots.table import FLAT_LAYERS, NO_LAYER, as_list, controls_of, layer_axis, layer_name
 from patchscope_nn.plots.text import escape, shorten
 from patchscope_nn.statistics import REAL, is_null, numbers
 
@@ -19,17 +19,21 @@ if TYPE_CHECKING:
 _COLUMNS = 2
 _PROMPT_WIDTH = 60
 _TOKEN_WIDTH = 14
+_TICKS = 12  # on half a page
+_WIDTH = 760  # of two panels, below which their ticks would meet
 
 
 class Panel(NamedTuple):
-    """A heatmap: its title, escaped, its cells (x, y, mean and hover), and whether it is no control."""
+    """A heatmap: its title, escaped, its cells (x, y, mean, hover), and the means that the colours span."""
 
     title: str
     cells: pd.DataFrame
-    real: bool
+    scaled: pd.Series | None
 
 
-def heatmaps(panels: Sequence[Panel], *, title: str, metric: str, height: int = 340) -> go.Figure:
+def heatmaps(
+    panels: Sequence[Panel], *, title: str, metric: str, height: int = 340, gap: int = 92
+) -> go.Figure:
     """Panels on one colour scale, two in a line; the axes are the caller's to name.
 
     The scale spans the patched cells; a control beyond it has the colour of its end.
@@ -39,22 +43,24 @@ def heatmaps(panels: Sequence[Panel], *, title: str, metric: str, height: int = 
         title: The figure's.
         metric: What the colours say.
         height: Of a panel, pixels.
+        gap: Between the lines of panels, pixels: a title and an axis stand there.
     """
     from plotly.subplots import make_subplots
 
     n_columns = min(len(panels), _COLUMNS) or 1
     n_lines = -(-len(panels) // n_columns) or 1
-    # Between the panels stand a title and an axis, which take the same room however many lines there are.
     whole = 110 + height * n_lines
     figure = make_subplots(
-        n_lines, n_columns, subplot_titles=[one.title for one in panels], vertical_spacing=92 / whole
+        n_lines, n_columns, subplot_titles=[one.title for one in panels], vertical_spacing=gap / whole
     )
     for index, one in enumerate(panels):
         figure.add_trace(_trace(one.cells), row=index // n_columns + 1, col=index % n_columns + 1)
     style(figure, title=title, height=whole)
     figure.update_xaxes(showgrid=False)
     figure.update_yaxes(showgrid=False)
-    shown = np.concatenate([one.cells["mean"].to_numpy() for one in panels if one.real] or [np.array([])])
+    shown = np.concatenate(
+        [one.scaled.to_numpy() for one in panels if one.scaled is not None] or [np.array([])]
+    )
     colours = colour_axis(shown, title=metric_title(metric), side="right", thickness=12)
     return figure.update_layout(coloraxis=colours)
 
@@ -89,7 +95,8 @@ def rows_with_positions(table: pd.DataFrame) -> list[Any]:
 def token_heatmap(table: pd.DataFrame, *, metric: str, row: Any) -> go.Figure:
     """A metric of one data row for each token read (down) and layer (across), one panel for each control.
 
-    Each number is the mean over what else varies: samples of the noise, scales, other target layers.
+    Controls that read no layer stand left of the patched cells. Each number is the mean over what else
+    varies: samples of the noise, scales, other target layers.
 
     Args:
         table: The tidy table of a sweep over positions.
@@ -100,46 +107,61 @@ def token_heatmap(table: pd.DataFrame, *, metric: str, row: Any) -> go.Figure:
         InputError: plotly is not installed.
     """
     plotly()
-    cells = _by_token(table[table["row"] == row], metric=metric)
-    layered = cells[cells["layer"].notna()]
-    names = dict(zip(layered["y"], layered["name"], strict=True))
+    own = table[table["row"] == row]
+    cells = _by_token(own, metric=metric)
+    real = own[own["control"].isna() & own["source_layer"].notna()]
+    names = dict(zip(cells.loc[real.index, "y"], map(_token_name, real.to_dict("records")), strict=True))
+    cells = cells[np.isfinite(cells["mean"]) & cells["y"].isin(list(names))]
+    flat = cells["layer"] <= NO_LAYER
+    columns = sorted(cells["layer"].unique())
     panels = []
-    for control in controls_of(layered):
-        own = layered[layered["control"] == control].groupby(["layer", "y"], as_index=False)["mean"].mean()
+    for control in controls_of(cells[~flat]):
+        shown = (cells["control"] == control) | (flat if control == REAL else False)
+        means = cells[shown].groupby(["layer", "y"], as_index=False)["mean"].mean()
         hover = [
             f"{panel(control)}, {escape(names[y])}, layer {layer_name(layer)}<br>{escape(metric)} {mean:.3g}"
-            for layer, y, mean in zip(own["layer"], own["y"], own["mean"], strict=True)
+            for layer, y, mean in zip(means["layer"], means["y"], means["mean"], strict=True)
         ]
-        panels.append(Panel(panel(control), own.assign(x=own["layer"], hover=hover), control == REAL))
-    flat = cells[cells["layer"].isna()].groupby("control")["mean"].mean()
-    aside = "".join(f"; {control} (control): {mean:.3g}" for control, mean in flat.items())
-    prompts = table.loc[(table["row"] == row) & table["source_layer"].notna(), "source_prompt"]
-    prompt = shorten(prompts.iloc[0], width=_PROMPT_WIDTH, tail=True)
-    title = f"{metric} by token and layer, row {row}: {prompt}{aside}"
-    figure = heatmaps(panels, title=title, metric=metric, height=130 + 22 * len(names))
+        means["x"] = [columns.index(layer) for layer in means["layer"]]
+        scaled = means.loc[means["layer"] > NO_LAYER, "mean"] if control == REAL else None
+        panels.append(Panel(panel(control), means.assign(hover=hover), scaled))
+    prompt = shorten(real["source_prompt"].iloc[0], width=_PROMPT_WIDTH, tail=True)
+    title = f"{metric} by token and layer, row {row}: {prompt}"
+    figure = heatmaps(panels, title=title, metric=metric, height=130 + 22 * len(names), gap=140)
     axis = (layer_axis(table) or "source_layer").replace("_", " ")
-    figure.update_xaxes(title=axis, **layer_ticks(sorted(layered["layer"].unique())))
-    ends = [max(names, default=0) + 0.5, -0.5]
-    ticks = {"tickvals": list(names), "ticktext": list(map(escape, names.values())), "range": ends}
-    return figure.update_yaxes(**ticks)
-
-
-def _by_token(table: pd.DataFrame, *, metric: str) -> pd.DataFrame:
-    """Cells of one data row: control, layer, y (the line of the token), its name, and the metric as mean."""
-    layers = numbers(table[layer_axis(table) or "source_layer"])
-    spots = [tuple(as_list(place)) for place in table["source_position"]]
-    order = {spot: line for line, spot in enumerate(sorted({spot for spot in spots if spot}))}
-    cells = pd.DataFrame(
-        {
-            "control": [REAL if is_null(control) else str(control) for control in table["control"]],
-            "layer": layers,
-            "y": [order.get(spot, -1) for spot in spots],
-            "name": [
-                f"{shorten(' '.join(str(one).strip() for one in as_list(tokens)), width=_TOKEN_WIDTH)}"
-                f" ({', '.join(map(str, spot))})"
-                for tokens, spot in zip(table["source_token"], spots, strict=True)
-            ],
-            "mean": numbers(table[metric]),
-        }
+    step = -(-len(columns) // _TICKS)
+    ticks = [x for x, layer in enumerate(columns) if layer <= NO_LAYER or x % step == 0]
+    figure.update_xaxes(
+        title=axis, tickvals=ticks, ticktext=[layer_name(columns[x]) for x in ticks], tickangle=-90
     )
-    return cells[np.isfinite(cells["mean"])].sort_values("y", kind="stable")
+    if len(panels) > 1:
+        figure.update_layout(width=_WIDTH)
+    ends = [max(names, default=0) + 0.5, -0.5]
+    return figure.update_yaxes(
+        tickvals=list(names), ticktext=list(map(escape, names.values())), range=ends, title="token read"
+    )
+
+
+def _token_name(cell: dict[Any, Any]) -> str:
+    words = " ".join(str(text).strip() for text in as_list(cell["source_token"]))
+    return f"{shorten(words, width=_TOKEN_WIDTH)} ({', '.join(map(str, as_list(cell['source_position'])))})"
+
+
+def _by_token(own: pd.DataFrame, *, metric: str) -> pd.DataFrame:
+    """Cells of one data row: control, layer, y (the number of its token among those read), and the mean.
+
+    Positions come in the same order for the real cells and for each control.
+    """
+    layers = numbers(own[layer_axis(own) or "source_layer"])
+    cells = own.assign(
+        control=[REAL if is_null(control) else str(control) for control in own["control"]],
+        layer=layers,
+        mean=numbers(own[metric]),
+    )
+    apart = [name for name in ("scale", "sample") if name in own.columns]
+    layered = [*apart, "control", "source_layer", "target_layer", "target_prompt"]
+    cells["y"] = cells.groupby(layered, dropna=False, sort=False).cumcount()
+    flat = cells["source_layer"].isna()
+    cells.loc[flat, "y"] = cells[flat].groupby([*apart, "control"], dropna=False, sort=False).cumcount()
+    cells.loc[flat, "layer"] = [FLAT_LAYERS.get(control, NO_LAYER) for control in cells.loc[flat, "control"]]
+    return cells[["control", "layer", "y", "mean"]]

@@ -89,7 +89,8 @@ def panel(control: str) -> str:
 
 def metric_title(metric: str) -> str:
     """What an axis calls a metric: the title that the registry gives it, or else its column."""
-    return wrap(METRICS[metric].title if metric in METRICS else metric, width=38)
+    titles = {"probe_accuracy": "Accuracy of the probe"}
+    return wrap(METRICS[metric].title if metric in METRICS else titles.get(metric, metric), width=38)
 
 
 def layer_ticks(layers: Sequence[float]) -> dict[str, Any]:

@@ -7,12 +7,22 @@ JSON and is put there with `textContent`, never as markup.
     cards.py      generated texts beside their references and controls
     cells.py      the cells, as JSON for the page's own table
     page.py       the page, from these and templates/report.html.jinja
+    notebook.py   a run, and methods side by side, as a notebook shows them
     comparison.py the page of several runs, from templates/comparison.html.jinja
 """
 
 from __future__ import annotations
 
 from patchscope_nn.report.comparison import Side, write_comparison
-from patchscope_nn.report.page import MAX_CELLS, write_report
+from patchscope_nn.report.notebook import comparison_html, run_html
+from patchscope_nn.report.page import MAX_CELLS, run_figures, write_report
 
-__all__ = ["MAX_CELLS", "Side", "write_comparison", "write_report"]
+__all__ = [
+    "MAX_CELLS",
+    "Side",
+    "comparison_html",
+    "run_figures",
+    "run_html",
+    "write_comparison",
+    "write_report",
+]

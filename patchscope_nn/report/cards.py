@@ -90,14 +90,14 @@ def _card(own: pd.DataFrame, *, row: int, given: Mapping[str, Any], metric: str 
 
 
 def _beside(best: Cell, cells: Sequence[Cell]) -> Cell | None:
-    """A control's cell at the place of the best, or its first where it reads no layer."""
-    for cell in cells:
-        if is_null(cell["source_layer"]):
-            return cell
-        places = (*_LAYERS, "source_position", "target_position", "target_prompt", "scale", "sample")
-        if all(_same(cell.get(name), best.get(name)) for name in places):
-            return cell
-    return None
+    """A control's cell at the place of the best, or where it reads no layer its first.
+
+    Another row's state was read at that row's own position.
+    """
+    places = (*_LAYERS, "target_position", "target_prompt", "scale", "sample")
+    there = [cell for cell in cells if all(_same(cell.get(name), best.get(name)) for name in places)]
+    own = [cell for cell in there if _same(cell["source_position"], best["source_position"])]
+    return next(iter(own or there or [cell for cell in cells if is_null(cell["source_layer"])]), None)
 
 
 def _same(one: Any, other: Any) -> bool:

@@ -87,7 +87,7 @@ def _columns(records: Sequence[Cell], *, metrics: Sequence[str]) -> Iterator[Col
     for name in ("scale", "sample"):
         if len({record.get(name) for record in records}) > 1:
             yield counts(name)
-    yield _column("answer", list(map(_answer, records)))
+    yield _column("answer", list(map(cell_said, records)))
     yield from (counts(name) for name in metrics)
     yield _column("note", list(map(_note, records)))
     yield texts("target_prompt")
@@ -117,7 +117,8 @@ def _quoted(cell: Cell, *, side: str) -> str:
     return ", ".join(f"{token(text)} {place}" for text, place in zip(tokens, positions, strict=False))
 
 
-def _answer(cell: Cell) -> str:
+def cell_said(cell: Cell) -> str:
+    """What a cell answers: its top token, text or choice; empty where there is none."""
     top = as_list(cell.get("top_tokens"))
     return token(top[0]) if top else _text(cell.get("text", cell.get("choice")))
 

@@ -72,7 +72,7 @@ def write_comparison(comparison: Comparison, sides: Sequence[Side], *, path: Pat
         cells=cells_json(cells, metrics=metric_columns(cells, declared=_all_metrics(sides))),
         n_cells=sum(one.n_cells for one in sides),
         max_cells=MAX_CELLS,
-        tables=[_table(comparison, metric=one) for one in comparison.metrics],
+        tables=[metric_table(comparison, metric=one) for one in comparison.metrics],
         own=list(_own(comparison)),
         first=visible(names[0]),
         cards=[],
@@ -142,7 +142,7 @@ def _number(mean: Any, low: Any, high: Any, *, sign: str = "") -> str:
     return f"{mean:{sign}.3g}{spread}"
 
 
-def _table(comparison: Comparison, *, metric: str) -> dict[str, Any]:
+def metric_table(comparison: Comparison, *, metric: str) -> dict[str, Any]:
     """One metric's table: each run's means, and its difference to the first."""
     means = comparison.means[comparison.means["metric"] == metric]
     controls = sorted(set(means["control"]) - {REAL})

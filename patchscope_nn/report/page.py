@@ -19,6 +19,7 @@ from patchscope_nn.report.summary import as_mapping, controls_said, facts, summa
 
 if TYPE_CHECKING:
     import pandas as pd
+    import plotly.graph_objects as go
 
 #: The most cells of which a page says everything; its figures of metrics are of all.
 MAX_CELLS = 12_000
@@ -47,6 +48,24 @@ def write_report(
     return write_whole(page, path)
 
 
+def run_figures(
+    table: pd.DataFrame, shown: pd.DataFrame, *, manifest: Mapping[str, Any]
+) -> list[tuple[str, go.Figure]]:
+    """The figures of a run, titled.
+
+    Args:
+        table: The table of all cells.
+        shown: That of the cells of which everything is shown.
+        manifest: The run's manifest.
+
+    Raises:
+        InputError: Plotly is not installed.
+    """
+    recipe = as_mapping(manifest.get("recipe"))
+    best = tuple(recipe.get("best_over") or ())
+    return figures(shown, metrics=recipe.get("metrics") or (), whole=table, best=best)
+
+
 def write_whole(page: str, path: Path) -> Path:
     """Write a page; a reader of `path` sees the old file or the whole new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -64,8 +83,7 @@ def _page(table: pd.DataFrame, shown: pd.DataFrame, *, manifest: Mapping[str, An
     recipe = as_mapping(manifest.get("recipe"))
     declared = recipe.get("metrics") or ()
     metrics = metric_columns(table, declared=declared)
-    best = tuple(recipe.get("best_over") or ())
-    drawn = figures(shown, metrics=declared, whole=table, best=best)
+    drawn = run_figures(table, shown, manifest=manifest)
     return template("report.html.jinja").render(
         title=visible(recipe.get("title") or recipe.get("name") or "Patchscopes report"),
         summary=summary(table, manifest=manifest, metrics=metrics),

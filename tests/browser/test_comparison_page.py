@@ -20,7 +20,7 @@ pytestmark = [
 ]
 SHOTS = os.environ.get("PATCHSCOPE_SHOTS")  # a folder for screenshots, to look at
 METRICS = ("precision_at_1", "surprisal_nats")
-CONTROLS = ("unpatched", "random", "shuffled")
+CONTROLS = ("unpatched", "random", "shuffled", "text-only")
 
 
 def write(
@@ -97,10 +97,25 @@ def test_runs_stand_side_by_side(opened: Any, best: tuple[str, ...]) -> None:
 def test_cells_of_all_runs_are_searched_together(opened: Any) -> None:
     page = opened()
     page.fill("#search", "logit lens")
-    page.locator("#found", has_text="of 444").wait_for()  # 12 rows x (12 layers x 3 kinds + 1)
+    page.locator("#found", has_text="of 456").wait_for()  # 12 rows x (12 layers x 3 kinds + 2)
 
 
 def test_hostile_names_are_shown_as_text(opened: Any) -> None:
     page = opened(names=("a", "b " + NASTY.replace("\ud800", "")))
     assert "<script>alert(1)" in page.locator("section[aria-labelledby=differences-head]").inner_text()
     assert page.locator("b").count() == 0
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_no_serious_fault(opened: Any, scheme: str) -> None:
+    from axe_playwright_python.sync_playwright import Axe
+
+    page = opened()
+    page.emulate_media(color_scheme=scheme)
+    page.wait_for_timeout(250)  # the figures follow the page's colours
+    serious = [
+        (one["id"], one["help"], one["nodes"][0]["html"][:200], one["nodes"][0]["failureSummary"])
+        for one in Axe().run(page).response["violations"]
+        if one["impact"] in ("serious", "critical")
+    ]
+    assert serious == []

@@ -21,6 +21,7 @@ pytestmark = [
     pytest.mark.skipif(not importlib.util.find_spec("playwright"), reason="playwright is not installed"),
 ]
 SHOTS = os.environ.get("PATCHSCOPE_SHOTS")  # a folder for screenshots, to look at
+CONTROLS = ("unpatched", "random", "text-only")
 MANIFEST: dict[str, Any] = {
     "recipe": {"name": "next-token", "title": "Which next token does each layer hold?"},
     "command": "patchscope run next-token",
@@ -46,8 +47,8 @@ class Opener:
         self.requests: list[str] = []
         self.pages: list[Any] = []
 
-    def __call__(self, table: pd.DataFrame, *, scheme: str = "light", width: int = 1280) -> Any:
-        path = write_report(table, manifest=MANIFEST, path=self.folder / "report.html")
+    def __call__(self, table: pd.DataFrame, *, scheme: str = "light", width: int = 1280, **more: Any) -> Any:
+        path = write_report(table, manifest=MANIFEST | more, path=self.folder / "report.html")
         page = self.browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
         self.pages.append(page)
         page.on("console", lambda message: self.complaints.append(f"{message.type}: {message.text}"))
@@ -68,7 +69,9 @@ def opener(chromium: Any, tmp_path: Path) -> Iterator[Opener]:
         page.wait_for_timeout(100)  # what comes late is counted too
         page.close()
     assert opened.complaints == []
-    assert set(opened.requests) <= {(tmp_path / "report.html").as_uri()}
+    # A file that is saved has an address of this process's own.
+    asked = {url for url in opened.requests if not url.startswith("blob:null/")}
+    assert asked <= {(tmp_path / "report.html").as_uri()}
 
 
 def values(page: Any, heading: str) -> list[str]:
@@ -158,11 +161,11 @@ def test_search_sort_pages_and_details(opener: Opener) -> None:
     page.fill("#search", "RANDOM")
     found(page, "1-25 of 60")
     assert set(values(page, "control")) == {"random"}
-    page.get_by_role("button", name="precision_at_1").click()
+    page.get_by_role("button", name="precision_at_1", exact=True).click()
     shown = [float(value) for value in values(page, "precision_at_1")]
     assert shown == sorted(shown)
-    page.get_by_role("button", name="source layer").click()
-    page.get_by_role("button", name="source layer").click()
+    page.get_by_role("button", name=re.compile("^source layer")).click()
+    page.get_by_role("button", name=re.compile("^source layer")).click()
     assert page.locator("th[aria-sort=descending]").inner_text() == "source layer ↓"
     layers = [int(value) for value in values(page, "source layer")]
     assert layers == sorted(layers, reverse=True)
@@ -199,7 +202,64 @@ def test_hostile_text_is_shown_as_text(opener: Opener) -> None:
 def test_no_button_uploads_the_figures(opener: Opener) -> None:
     page = opener(make_table(n_rows=2))
     titles = page.eval_on_selector_all(".modebar-btn", "nodes => nodes.map(node => node.dataset.title)")
-    assert set(titles) == {"Download plot as a PNG", "Zoom", "Pan", "Reset axes"}
+    assert set(titles) == {"Zoom", "Pan", "Reset axes"}
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_figures_are_saved_for_paper(opener: Opener, scheme: str) -> None:
+    page = opener(make_table(n_rows=3, controls=CONTROLS), scheme=scheme)
+    saved = {}
+    for name in ("PNG", "SVG"):
+        with page.expect_download() as waiting:
+            page.get_by_role("button", name=f"Save as {name}: precision_at_1").focus()
+            page.keyboard.press("Enter")
+        saved[name] = Path(waiting.value.path()).read_bytes()
+        assert (
+            waiting.value.suggested_filename
+            == f"precision-at-1-by-source-layer-mean-over-data-rows.{name.lower()}"
+        )
+    assert saved["PNG"].startswith(b"\x89PNG")
+    svg = saved["SVG"].decode("utf-8")
+    assert svg.startswith("<svg")
+    assert "text-only (control)" in svg
+    assert "mean over data rows" in svg  # the title, which the page has as a heading
+    assert "rgb(28, 33, 41)" in svg  # ink for white paper, on a dark page too
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("readout", ["next_token", "generate"])
+def test_axe_finds_no_serious_fault(opener: Opener, readout: str, scheme: str) -> None:
+    from axe_playwright_python.sync_playwright import Axe
+
+    table = make_table(readout, n_rows=4, layers=range(4), controls=CONTROLS)
+    page = opener(table, scheme=scheme, references=[{"description": "a reference"}] * 4)
+    page.locator(".open").first.click()
+    serious = [
+        (one["id"], one["help"], one["nodes"][0]["html"][:200], one["nodes"][0]["failureSummary"])
+        for one in Axe().run(page).response["violations"]
+        if one["impact"] in ("serious", "critical")
+    ]
+    assert serious == []
+    if SHOTS:
+        page.screenshot(path=Path(SHOTS) / f"report-axe-{readout}-{scheme}.png", full_page=True)
+
+
+def test_scales_tokens_and_cards_are_legible(opener: Opener) -> None:
+    table = make_table(
+        "generate", n_rows=2, layers=range(4), positions=range(4), scales=(0.5, 2.0), controls=CONTROLS
+    )
+    page = opener(table, references=[{"description": NASTY.replace("\ud800", "")}] * 2)
+    for width in (1280, 420):
+        page.set_viewport_size({"width": width, "height": 900})
+        page.wait_for_timeout(250)
+        check_legible(page, legend=True)
+        assert contrast(page, ".card dd") >= 4.5
+        if SHOTS:
+            page.screenshot(path=Path(SHOTS) / f"report-cards-{width}.png", full_page=True)
+    card = page.locator(".card").first.inner_text()
+    assert "<b>bold</b>" in card
+    assert "text-only" in card
+    assert page.locator("b").count() == 0
 
 
 def test_names_and_hover_stay_in_view_when_a_wide_figure_scrolls(opener: Opener) -> None:
@@ -224,6 +284,22 @@ def test_ten_thousand_cells_open_quickly(opener: Opener) -> None:
     page = opener(make_table(n_rows=165, layers=range(30)))
     found(page, "1-25 of 10,065")
     assert (opener.folder / "report.html").stat().st_size < 8_000_000
-    assert page.evaluate("performance.getEntriesByType('navigation')[0].domContentLoadedEventEnd") < 10_000
+    loaded = page.evaluate("performance.getEntriesByType('navigation')[0].domContentLoadedEventEnd")
+    sorted_in = page.evaluate(
+        """async () => {
+             const [button] = [...document.querySelectorAll('thead button')].filter(
+               one => one.textContent === 'answer');
+             const started = performance.now();
+             button.click();
+             await new Promise(requestAnimationFrame);
+             return performance.now() - started;
+           }"""
+    )
+    answers = values(page, "answer")
+    assert answers == sorted(answers, key=str.lower) or len(set(answers)) == 1
+    print(f"opened in {loaded:.0f} ms, sorted in {sorted_in:.0f} ms")  # noqa: T201 (shown with -s)
+    # Two seconds on a quiet machine; others share this one's cores.
+    assert loaded < 10_000
+    assert sorted_in < 5_000
     page.fill("#search", "sentence number 164,")
     found(page, "1-25 of 61")

@@ -121,7 +121,8 @@ FIELDS = {
     "data:\n  builtin: contxts": [
         (
             "line 5: data.builtin: 'contxts' is no builtin data. "
-            "Did you mean 'contexts'? Allowed: attributes, contexts, entities, facts, topics, two-hop, words."
+            "Did you mean 'contexts'? "
+            "Allowed: attributes, contexts, directions, entities, facts, texts, topics, two-hop, words."
         )
     ],
     "data:\n  file: a\n  hub: b": [

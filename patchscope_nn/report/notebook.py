@@ -1,0 +1,118 @@
+"""A run, and methods side by side, as a notebook shows them: sentences and a table, with no script."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from patchscope_nn.plots import (
+    REAL,
+    by_scale,
+    layer_means,
+    layer_name,
+    metric_columns,
+    shorten,
+    visible,
+    with_probe_controls,
+)
+from patchscope_nn.report.cells import cell_said
+from patchscope_nn.report.summary import as_mapping, summary
+from patchscope_nn.statistics import best_over
+
+if TYPE_CHECKING:
+    from patchscope_nn.comparison import Comparison
+
+_ROWS = 40
+_EXAMPLES = 6
+_WIDTH = 60
+
+
+def run_html(table: pd.DataFrame, shown: pd.DataFrame, *, manifest: Mapping[str, Any], where: str) -> str:
+    """A run: its summary, the first metric by layer beside its controls, and what its first cells say.
+
+    Args:
+        table: The table of all cells.
+        shown: That of the cells of which everything is shown.
+        manifest: The run's manifest.
+        where: Where the run is kept.
+    """
+    recipe = as_mapping(manifest.get("recipe"))
+    metrics = metric_columns(table, declared=recipe.get("metrics") or ())
+    title = recipe.get("title") or recipe.get("name") or "A run"
+    parts = [f"<h4>{_text(title)}</h4>"]
+    parts += [f"<p>{_text(' '.join(summary(table, manifest=manifest, metrics=metrics)))}</p>"]
+    if metrics:
+        parts.append(
+            _means(with_probe_controls(table), metric=metrics[0], best=recipe.get("best_over") or ())
+        )
+    real = shown[shown["control"].isna()].iloc[:: max(1, int(shown["control"].isna().sum()) // _EXAMPLES)]
+    lines = [
+        [cell["row"], cell["source_prompt"], *_layers(cell), cell_said(cell)]
+        for cell in real.head(_EXAMPLES).to_dict("records")
+    ]
+    heads = ["row", "source prompt", "source layer", "target layer", "answer"]
+    if any(line[-1] for line in lines):
+        parts.append(_table(heads, lines))
+    parts.append(f"<p><small>{len(table):,} cells, {_text(where)}</small></p>")
+    return f"<div>{''.join(parts)}</div>"
+
+
+def _layers(cell: Mapping[Any, Any]) -> list[str]:
+    return [
+        "" if pd.isna(cell[name]) else layer_name(float(cell[name]))
+        for name in ("source_layer", "target_layer")
+    ]
+
+
+def _means(table: pd.DataFrame, *, metric: str, best: Sequence[str]) -> str:
+    """A metric by layer (and scale), each kind of cell in its column; at most 40 lines."""
+    cells = best_over(table, metric=metric, over=best) if best else table
+    lines: dict[tuple[Any, ...], dict[str, str]] = {}
+    flat: dict[str, str] = {}
+    for scale, part in by_scale(cells).items():
+        for mean in layer_means(part, metric=metric).to_dict("records"):
+            spread = "" if pd.isna(mean["low"]) else f" [{mean['low']:.2f}, {mean['high']:.2f}]"
+            said = f"{mean['mean']:.2f}{spread}"
+            if pd.isna(mean["source_layer"]) and pd.isna(mean["target_layer"]):
+                flat[mean["control"]] = said
+            else:
+                lines.setdefault((scale, *_layers(mean)), {})[mean["control"]] = said
+    kinds = dict.fromkeys([*flat, *(kind for line in lines.values() for kind in line)])
+    kinds = dict.fromkeys([REAL] if REAL in kinds else []) | kinds
+    shown = list(lines.items())[:_ROWS] if lines else [(("", "all", "all"), {})]
+    body = [[*place, *({**flat, **found}.get(kind, "") for kind in kinds)] for place, found in shown]
+    heads = ["scale", "source layer", "target layer", *kinds]
+    keep = [index for index in range(len(heads)) if index > 0 or any(line[0] for line in body)]
+    whole = _table([heads[index] for index in keep], [[line[index] for index in keep] for line in body])
+    cut = f"<p><small>the first {_ROWS} of {len(lines)} lines</small></p>" if len(lines) > _ROWS else ""
+    return f"<p><b>{_text(metric)}</b>, mean with 95 % interval over data rows</p>{whole}{cut}"
+
+
+def comparison_html(comparison: Comparison, *, title: str) -> str:
+    """Methods side by side: each one's means, its controls' and its difference to the first.
+
+    Args:
+        comparison: What comparing them said.
+        title: What the recipe asks.
+    """
+    from patchscope_nn.report.comparison import metric_table
+
+    parts = [f"<h4>{_text(title)}</h4>"]
+    for metric in comparison.metrics:
+        found = metric_table(comparison, metric=metric)
+        parts.append(f"<p><b>{_text(metric)}</b></p>{_table(found['heads'], found['lines'])}")
+    return f"<div>{''.join(parts)}</div>"
+
+
+def _table(heads: Sequence[Any], lines: Sequence[Sequence[Any]]) -> str:
+    head = "".join(f"<th>{_text(name)}</th>" for name in heads)
+    cells = [[_text(shorten(cell, width=_WIDTH)) for cell in line] for line in lines]
+    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in line)}</tr>" for line in cells)
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _text(value: Any) -> str:
+    return html.escape(visible(value))
