@@ -385,6 +385,9 @@ INVALID = [
             {"fit": {"limt": 3}},
             {"fit": {"lambdas": []}},
             {"fit": {"data": {"builtin": "no such"}}},
+            {"train": {"kind": "tuned_lns"}},
+            {"train": {"steps": 3}},
+            {"train": {"kind": "tuned_lens", "data": {"builtin": "no such"}}},
             None,
         )
     ),

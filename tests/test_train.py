@@ -7,6 +7,7 @@ import tiny
 import torch
 
 import patchscope_nn as ps
+from patchscope_nn.cli.printing import _fit_line
 from patchscope_nn.errors import (
     DataError,
     InputError,
@@ -158,26 +159,25 @@ def test_a_map_to_the_last_block_is_written_there(kind, tiny_model):
 
 
 @pytest.mark.parametrize(
-    ("kind", "changed", "error", "message"),
+    ("given", "error", "message"),
     [
-        ("tuned_lens", {"source": Source(prompt="x", site="mlp")}, MappingError, "sites mlp and residual"),
-        ("tuned_lens", {"column": "txt"}, DataError, r"column='txt' is no column .* Did you mean 'text'"),
-        ("tuned_lens", {"data": {"rows": WORDS}}, DataError, "columns word, said, and none was named"),
-        ("tuned_lens", {"skip_first": 50}, DataError, "none of 30 texts has 51 tokens or more"),
-        ("jacobian_lens", {"limit": 1}, DataError, "are too few"),
-        ("lre", {"subject": "wrod"}, DataError, r"subject='wrod' is no column .* Did you mean 'word'"),
-        ("lre", {"subjects": 12}, DataError, "12 different prompts are too few to fit at 12"),
-        ("lre", {"prompt": "The city"}, DataError, "does not name the subject"),
-        ("trained_scale", {"text": "{siad}"}, DataError, "text asks for the column 'siad'"),
-        ("trained_scale", {"limit": 2}, DataError, "2 different source prompts are too few"),
-        ("trained_scale", {"to": Target()}, InputError, "target.prompt was not given"),
-        ("trained_scale", {"to": Target(prompt="x", write="add")}, MappingError, "target.write='add'"),
-        ("trained_low_rank", {"rank": 33}, MappingError, "32 numbers and 32; its rank is 33"),
+        (("tuned_lens", {"source": Source(prompt="x", site="mlp")}), MappingError, "sites mlp and residual"),
+        (("tuned_lens", {"column": "txt"}), DataError, r"column='txt' is no column .* Did you mean 'text'"),
+        (("tuned_lens", {"data": {"rows": WORDS}}), DataError, "columns word, said, and none was named"),
+        (("tuned_lens", {"skip_first": 50}), DataError, "none of 30 texts has 51 tokens or more"),
+        (("jacobian_lens", {"limit": 1}), DataError, "are too few"),
+        (("lre", {"subject": "wrod"}), DataError, r"subject='wrod' is no column .* Did you mean 'word'"),
+        (("lre", {"subjects": 12}), DataError, "12 different prompts are too few to fit at 12"),
+        (("lre", {"prompt": "The city"}), DataError, "does not name the subject"),
+        (("trained_scale", {"text": "{siad}"}), DataError, "text asks for the column 'siad'"),
+        (("trained_scale", {"limit": 2}), DataError, "2 different source prompts are too few"),
+        (("trained_scale", {"to": Target()}), InputError, "target.prompt was not given"),
+        (("trained_scale", {"to": Target(prompt="x", write="add")}), MappingError, "target.write='add'"),
+        (("trained_low_rank", {"rank": 33}), MappingError, "32 numbers and 32; its rank is 33"),
     ],
 )
-def test_what_cannot_be_trained_says_so_before_anything_runs(  # noqa: PLR0917 (a case, and fixtures)
-    kind, changed, error, message, cache, tiny_model
-):
+def test_what_cannot_be_trained_says_so_before_anything_runs(given, error, message, cache, tiny_model):
+    kind, changed = given
     with pytest.raises(error, match=message):
         prepare(scope_of(kind, **changed), model=tiny_model(), data=WORDS[:1])
     assert not cache.exists()
@@ -235,3 +235,21 @@ def test_a_training_that_is_asked_for_wrongly():
     scope = scope_of("lre")
     assert scope.model_dump(mode="json")["mapping"]["train"] == {"kind": "lre", **ASKED["lre"]}
     assert Patchscope(source=SOURCE, mapping={"train": "tuned_lens"}).mapping == Train(kind="tuned_lens")
+
+
+@pytest.mark.parametrize(
+    ("kind", "numbers"),
+    [("tuned_lens", "nats KL of the logit lens"), ("lre", "faithfulness"), ("trained_scale", "nats a token")],
+)
+def test_a_plan_says_what_is_to_be_trained_and_then_how_well_it_does(kind, numbers, tiny_model):
+    prepared = prepare(scope_of(kind), model=tiny_model(), data=WORDS[:1])
+    said = _fit_line(prepared.mapping)
+    n_rows = len(ASKED[kind]["data"]["rows"])
+    assert said == (
+        f"mapping train:{kind}: 2 pairs of layers, to be trained before the run on {n_rows} rows, some of "
+        f"them held out, and kept in {prepared.fit.file}"
+    )
+    after = _fit_line(ready(prepared).mapping)
+    assert after.startswith(f"mapping train:{kind}: {kind}, 2 pairs of layers; on rows held out ")
+    assert numbers in after
+    assert after.endswith(f"; {prepared.fit.file}")
