@@ -133,7 +133,7 @@ def _table(*headers: str, title: str | None = None) -> Any:
 def _print(*things: Any) -> None:
     from rich.console import Console
 
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 110)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
     for thing in things:
         console.print(thing, markup=False)
 
