@@ -6,7 +6,7 @@ import pytest
 
 from patchscope_nn.data import BUILTIN
 from patchscope_nn.errors import InputError, SpecError
-from patchscope_nn.recipe import lint, load_recipe
+from patchscope_nn.recipe import lint, load_recipe, shipped
 
 GOOD = "name: a\ntitle: b\nsource: {prompt: x}\n"
 TOP = (
@@ -21,9 +21,9 @@ POSITIONS = (
 PROMPTS = "give a text, a list of chat messages ({role: user, content: ...}), or a list of token ids"
 READOUTS = "next_token, generate, choices, hidden"
 MAPPINGS = (
-    "Allowed: identity, target_norm, aligned, affine, function, fitted, tuned_lens, jacobian_lens, fit. "
-    "Write {affine: weights.safetensors}, {fitted: fit.safetensors}, {fit: {kind: affine}}, "
-    "{function: module:name}, or give a torch module or function in Python."
+    "Allowed: identity, target_norm, aligned, affine, function, fitted, tuned_lens, jacobian_lens, fit, "
+    "train. Write {affine: weights.safetensors}, {fitted: fit.safetensors}, {fit: {kind: affine}}, {train: "
+    "{kind: tuned_lens}}, {function: module:name}, or give a torch module or function in Python."
 )
 METRICS = (
     "Allowed: precision_at_1, surprisal_nats, nll_nats, kl_nats, top_k_overlap, rank, reciprocal_rank, "
@@ -334,7 +334,7 @@ def test_a_wrong_override(tmp_path):
     check(path, expected, overrides={"source.model": 5})
 
 
-SHIPPED = "Allowed: entity-description, logit-lens, next-token."
+SHIPPED = f"Allowed: {', '.join(shipped())}."
 
 
 @pytest.mark.parametrize(
