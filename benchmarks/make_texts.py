@@ -85,7 +85,7 @@ TASKS = (
 def main() -> None:
     """Write drafts until enough of them are kept, then the file."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.make_texts", description=main.__doc__)
-    parser.add_argument("--texts", type=int, default=1500, help="how many")
+    parser.add_argument("--texts", type=int, default=800, help="how many")
     parser.add_argument("--drafts", type=Path, default=Path("drafts.jsonl"), help="where drafts are kept")
     parser.add_argument("--out", type=Path, default=FILE)
     args = parser.parse_args()
@@ -184,7 +184,8 @@ def keep(drafts: list[str]) -> list[str]:
 
 
 _REFUSED = re.compile(
-    r"\b(?:as an ai|i'm sorry|i cannot|language model)\b|\[[a-z_ ]+\]"
+    r"\b(?:as an ai|i'm sorry|i cannot|language model)\b"
+    r"|\[[\w' ]*(?:your|insert|name|date|friend|colleague)[\w' ]*\]"
     r"|\b(?:suicid|murder|rap(?:e|ed|ist)\b|sexual|nud(?:e|ity)|nazi|terroris|massacre|genocid|slur)",
     re.IGNORECASE,
 )

@@ -17,7 +17,10 @@ import pytest
 import tiny
 import typer
 
-from patchscope_nn import cli, runs
+from patchscope_nn import builtin, cli, runs
+from patchscope_nn.data import DataSpec, load_rows
+from patchscope_nn.errors import ModelError
+from patchscope_nn.models import load
 
 RECIPE = """\
 name: tiny
@@ -137,10 +140,40 @@ def test_plan_runs_nothing(patchscope, folder):
     assert counts["source_rows"] == 2
 
 
-def test_recipes_lists_what_ships(patchscope):
-    assert "next-token" in patchscope("recipes").stdout
+def test_recipes_lists_what_ships_and_what_it_costs(patchscope, folder, monkeypatch):
+    loads = []
+
+    def tiny_instead(name, *, weights):
+        loads.append((name, weights))
+        return load(folder / "model", weights=weights)
+
+    monkeypatch.setattr("patchscope_nn.costs.load", tiny_instead)
+    done = patchscope("recipes")
+    assert done.returncode == 0, done.stderr
+    assert "next-token" in done.stdout
+    listed = {one["name"]: one for one in json.loads(patchscope("recipes", "--json").stdout)}
+    assert {"next-token", "logit-lens", "entity-description"} <= set(listed)
+    rows = len(load_rows(DataSpec(builtin="entities")))
+    # Every row: T as it is, T with the text, and for each of four layers the state and two controls.
+    cells = rows * (2 + 4 * 3)
+    assert listed["entity-description"]["cost"] == {
+        "rows": rows,
+        "cells": cells,
+        "decoded_tokens": 20 * cells,
+        "fits": False,
+    }
+    assert listed["next-token-prediction"]["cost"]["fits"]
+    assert loads == [(builtin.NAME, False)] * 2  # once for each call
+
+
+def test_recipes_says_why_a_cost_cannot_be_counted(patchscope, monkeypatch):
+    def absent(name, **_):
+        raise ModelError(f"{name} is not there.", hint="Install it.")
+
+    monkeypatch.setattr("patchscope_nn.costs.load", absent)
+    assert f"?: {builtin.NAME} is not there." in patchscope("recipes").stdout
     listed = json.loads(patchscope("recipes", "--json").stdout)
-    assert {one["name"] for one in listed} >= {"next-token", "logit-lens", "entity-description"}
+    assert all(one["cost"] is None and "not there" in one["uncounted"] for one in listed)
 
 
 def test_lint_tells_every_problem_with_its_line(patchscope, folder):
@@ -371,7 +404,7 @@ assert not heavy, heavy
 """
 
 
-@pytest.mark.parametrize("words", [["--help"], ["run", "--help"], ["lint", "next-token"], ["recipes"]])
+@pytest.mark.parametrize("words", [["--help"], ["run", "--help"], ["lint", "next-token"]])
 def test_light_commands_load_nothing_heavy(words):
     code = _LIGHT.format(words=words)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

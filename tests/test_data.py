@@ -76,7 +76,7 @@ COLUMNS = {
     "directions": (8, ("index", "topic")),
     "entities": (60, ("entity", "description", "kind")),
     "facts": (60, ("prompt", "subject", "answer")),
-    "texts": (700, ("text",)),
+    "texts": (800, ("text",)),
     "topics": (40, ("text", "topic", "sentiment")),
     "two-hop": (60, ("first", "second", "query", "bridge", "answer", "swapped_first", "builtin_model")),
     "words": (80, ("word", "text")),

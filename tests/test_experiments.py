@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import html
 import json
 import sys
+from pathlib import Path
 from typing import NamedTuple
 
 import pandas as pd
@@ -13,7 +15,8 @@ import tiny
 import patchscope_nn as ps
 from patchscope_nn import cli
 from patchscope_nn.errors import FolderError, InputError, SpecError
-from patchscope_nn.experiments import PreparedMethods, compare_runs, load_runs, prepare
+from patchscope_nn.execute import plan_prepared
+from patchscope_nn.experiments import PreparedMethods, compare_runs, load_runs, open_finished, prepare
 from patchscope_nn.prepare import prepare as prepare_one
 from patchscope_nn.recipe import Recipe, dump, lint, load_recipe
 from patchscope_nn.statistics import best_over
@@ -215,6 +218,41 @@ def test_methods_are_run_and_compared(here, tmp_path):
     assert len(kept["differences"]) == len(pd.read_csv(tmp_path / "comparison.csv"))
     page = (tmp_path / "comparison.html").read_text()
     assert "last position, top 3" in page
+
+
+def test_the_report_of_an_experiment_has_figures_and_every_method(patchscope, here, tmp_path):
+    out = tmp_path / "out"
+    made = ps.run(recipe(here), out=out, limit=2)
+    pages = [out / "comparison.html", *(out / slug / "report.html" for slug in SLUGS)]
+    for page in pages:
+        page.unlink()
+    said = json.loads(patchscope("report", str(out), "--figures", str(tmp_path / "figures"), "--json").stdout)
+    assert said["report"] == str(pages[0])
+    assert said["methods"] == [str(page) for page in pages[1:]]
+    assert all(page.stat().st_size > 10_000 for page in pages)
+    files = [Path(file) for file in said["figures"]]
+    assert all(file.stat().st_size > 1000 for file in files)
+    assert {file.suffix for file in files} == {".pdf", ".svg", ".png"}
+    assert {file.parent.name for file in files} == {"figures", *SLUGS}
+    opened = open_finished(out)
+    assert list(opened) == NAMES
+    shown = opened._repr_html_()
+    assert shown == made._repr_html_()
+    assert all(f"<td>{name}</td>" in shown for name in NAMES)
+    assert "<script" not in shown
+    first = next(iter(opened.values()))
+    assert str(first.path) in first._repr_html_()
+    assert isinstance(open_finished(first.path), ps.Run)
+
+
+def test_a_plan_is_shown_in_notebooks(here):
+    prepared = prepare(recipe(here).of_methods()[NAMES[0]], limit=2)
+    planned = plan_prepared(prepared)
+    shown = planned._repr_html_()
+    assert f"plan {planned.digest}" in shown
+    assert f"cells: {planned.n_cells} " in shown
+    assert "<td>+ row packing</td>" in shown
+    assert html.escape(str(planned)) in shown
 
 
 def test_an_experiment_goes_on_where_it_was_left(here, tmp_path):

@@ -167,6 +167,8 @@ def test_tokens_by_layers_are_drawn_with_their_controls() -> None:
         index="at", columns="source_layer", values="surprisal_nats"
     )
     np.testing.assert_allclose(np.asarray(figure.data[0].z, dtype=float)[:, 2:], expected.to_numpy())
+    unpatched = table[(table["row"] == 1) & (table["control"] == "unpatched")]["surprisal_nats"].mean()
+    np.testing.assert_allclose(np.asarray(figure.data[0].z, dtype=float)[:, 1], [unpatched] * 5)
     assert figure.layout.coloraxis.cmax == pytest.approx(expected.to_numpy().max())
 
 

@@ -12,11 +12,16 @@ from patchscope_nn.cli import fitting
 from patchscope_nn.cli.commands import app
 from patchscope_nn.cli.compare import compare
 from patchscope_nn.cli.explorer import explore
+from patchscope_nn.cli.listing import lint, recipes
 from patchscope_nn.cli.printing import print_error
+from patchscope_nn.cli.report import report
 from patchscope_nn.errors import InputError, PatchscopeError, RunError
 
+app.command()(report)
 app.command()(compare)
 app.command()(explore)
+app.command()(lint)
+app.command()(recipes)
 
 
 def main() -> None:

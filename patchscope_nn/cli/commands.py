@@ -262,49 +262,6 @@ def plan(
 
 
 @app.command()
-def recipes(*, json: options.Json = False) -> None:
-    """List the recipes that ship."""
-    from patchscope_nn.recipe import load_recipe, shipped
-
-    printing.print_recipes([load_recipe(name) for name in shipped()], as_json=json)
-
-
-@app.command()
-def lint(
-    files: Annotated[list[str], typer.Argument(help="Recipe files, or names of shipped recipes.")],
-    *,
-    json: options.Json = False,
-) -> None:
-    """Check recipes without loading a model: every problem at once, each with its line."""
-    from patchscope_nn.recipe import lint as problems_of
-
-    found = {file: problems_of(file) for file in files}
-    printing.print_problems(found, as_json=json)
-    if any(found.values()):
-        raise typer.Exit(2)
-
-
-@app.command()
-def report(
-    folder: Annotated[
-        Path, typer.Argument(metavar="RUN", help="A run folder, finished or not, or an experiment's.")
-    ],
-    *,
-    figures: options.Figures = None,
-    json: options.Json = False,
-) -> None:
-    """Build the HTML report of a run, or of an experiment with all its methods, again."""
-    from patchscope_nn.experiments import Experiment, open_finished
-
-    finished = open_finished(folder)
-    pages = [finished.report()]
-    if isinstance(finished, Experiment):
-        pages += [one.report() for one in finished.values()]
-    files = [] if figures is None else finished.save_figures(figures)
-    printing.print_report(pages, figures=files, as_json=json)
-
-
-@app.command()
 def jobs(
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, finished or not.")],
     *,

@@ -42,9 +42,10 @@ def print_comparison(comparison: Comparison, *, title: str) -> None:
     """Print a table for each metric: every run's mean, its controls', and its difference to the first."""
     over = dict.fromkeys(one for name in comparison.names for one in comparison.best[name])
     best = f"best over {' and '.join(over).replace('_', ' ')}, " if over else ""
+    n_rows = int(comparison.means["n_rows"].max())
     _print(
         title,
-        f"{best}mean over all cells, with 95 % intervals over data rows;",
+        f"{best}mean over all cells, with 95 % intervals over {n_rows} data rows;",
         f"differences are to {comparison.names[0]}; p by sign flips of rows, and corrected t over layers",
     )
     for metric in comparison.metrics:

@@ -15,6 +15,7 @@ from patchscope_nn.errors import PatchscopeError, Problem, SpecError
 
 if TYPE_CHECKING:
     from patchscope_nn.bridge import Traffic
+    from patchscope_nn.costs import Cost
     from patchscope_nn.doctor import Finding
     from patchscope_nn.ledger import Job
     from patchscope_nn.mappings import ResolvedMapping
@@ -132,7 +133,7 @@ def _table(*headers: str, title: str | None = None) -> Any:
 def _print(*things: Any) -> None:
     from rich.console import Console
 
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 110)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
     for thing in things:
         console.print(thing, markup=False)
 
@@ -323,16 +324,28 @@ def _crossing_line(crossing: Traffic) -> str:
     return f"{line}; {crossing.mapping} maps them {where}{sent}"
 
 
-def print_recipes(recipes: Sequence[Recipe], *, as_json: bool) -> None:
-    """Print the recipes that ship."""
-    rows = [{"name": one.name, "title": one.title, "paper": one.paper} for one in recipes]
+def print_recipes(counted: Sequence[tuple[Recipe, Cost | str]], *, as_json: bool) -> None:
+    """Print the recipes that ship, each with its cost, or with why that cannot be counted."""
     if as_json:
-        out_json(rows)
+        out_json([_counted(*one) for one in counted])
         return
-    table = _table("name", "what it asks", "from")
-    for row in rows:
-        table.add_row(row["name"], row["title"], row["paper"] or "")
-    _print(table)
+    table = _table("name", "what it asks", "from", "rows", "cells", "decoded")
+    for column in table.columns[3:]:
+        column.justify, column.no_wrap = "right", True
+    for one, cost in counted:
+        numbers = ("?",) * 3 if isinstance(cost, str) else (f"{number:,}" for number in cost[:3])
+        fits = " (a mapping is fitted first)" if not isinstance(cost, str) and cost.fits else ""
+        table.add_row(one.name, one.title + fits, one.paper or "", *numbers)
+    _print(table, "", "data rows, cells and the most decoded tokens of the whole recipe; --limit takes fewer")
+    for why in dict.fromkeys(cost for _, cost in counted if isinstance(cost, str)):
+        _print(f"?: {why}")
+
+
+def _counted(recipe: Recipe, cost: Cost | str) -> dict[str, Any]:
+    said = {"name": recipe.name, "title": recipe.title, "paper": recipe.paper, "model": recipe.model}
+    if isinstance(cost, str):
+        return said | {"cost": None, "uncounted": cost}
+    return said | {"cost": cost._asdict()}
 
 
 def print_problems(found: Mapping[str, Sequence[Problem]], *, as_json: bool) -> None:

@@ -13,8 +13,8 @@ from patchscope_nn.data import DataSpec, load_rows
 from patchscope_nn.errors import DataError
 
 #: What is fitted on where nothing is named, and the column of it.
-DEFAULT_DATA: Mapping[str, Any] = {"builtin": "contexts"}
-DEFAULT_COLUMN = "context"
+DEFAULT_DATA: Mapping[str, Any] = {"builtin": "texts"}
+DEFAULT_COLUMN = "text"
 _COLUMN = "text"
 #: The share of the texts that are not held out on which settings (lambda, alpha) are chosen.
 _CHOOSING = 0.1

@@ -68,7 +68,9 @@ def text_heatmap(table: pd.DataFrame, *, value: str | None = None) -> go.Figure:
         bar = colour_axis(cells.shades, title=escape(cells.scale), side="top", **_BAR_PLACE, **_BAR_SIZE)
         figure.update_layout(coloraxis=bar)
     axis = (layer_axis(table) or "source_layer").replace("_", " ")
-    figure.update_xaxes(title=axis, **_ticks([layer_name(layer) for layer in columns]))
+    figure.update_xaxes(
+        title={"text": axis, "standoff": 12}, **_ticks([layer_name(layer) for layer in columns])
+    )
     figure.update_yaxes(**_ticks([line.name for line in lines], down=True))
     return figure
 

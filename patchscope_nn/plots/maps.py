@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -112,6 +112,7 @@ def token_heatmap(table: pd.DataFrame, *, metric: str, row: Any) -> go.Figure:
     real = own[own["control"].isna() & own["source_layer"].notna()]
     names = dict(zip(cells.loc[real.index, "y"], map(_token_name, real.to_dict("records")), strict=True))
     cells = cells[np.isfinite(cells["mean"]) & cells["y"].isin(list(names))]
+    cells = pd.concat([cells, *_repeated(cells, lines=list(names))], ignore_index=True)
     flat = cells["layer"] <= NO_LAYER
     columns = sorted(cells["layer"].unique())
     panels = []
@@ -140,6 +141,13 @@ def token_heatmap(table: pd.DataFrame, *, metric: str, row: Any) -> go.Figure:
     return figure.update_yaxes(
         tickvals=list(names), ticktext=list(map(escape, names.values())), range=ends, title="token read"
     )
+
+
+def _repeated(cells: pd.DataFrame, *, lines: Sequence[int]) -> Iterator[pd.DataFrame]:
+    """Of a control that reads no layer and has one cell, that cell in every other line."""
+    for _, own in cells[cells["layer"] <= NO_LAYER].groupby("control"):
+        if set(own["y"]) == {0}:
+            yield from (own.assign(y=line) for line in lines if line)
 
 
 def _token_name(cell: dict[Any, Any]) -> str:

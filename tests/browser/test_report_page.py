@@ -170,7 +170,7 @@ def test_search_sort_pages_and_details(opener: Opener) -> None:
     layers = [int(value) for value in values(page, "source layer")]
     assert layers == sorted(layers, reverse=True)
     assert layers[0] == 11
-    page.get_by_role("button", name="Next").click()
+    page.get_by_role("button", name="Next", exact=True).click()
     found(page, "26-50 of 60")
     page.locator(".open").first.focus()
     page.keyboard.press("Enter")
@@ -211,7 +211,7 @@ def test_figures_are_saved_for_paper(opener: Opener, scheme: str) -> None:
     saved = {}
     for name in ("PNG", "SVG"):
         with page.expect_download() as waiting:
-            page.get_by_role("button", name=f"Save as {name}: precision_at_1").focus()
+            page.get_by_role("button", name=f"Save {name}: precision_at_1").focus()
             page.keyboard.press("Enter")
         saved[name] = Path(waiting.value.path()).read_bytes()
         assert (
@@ -280,11 +280,24 @@ def test_names_and_hover_stay_in_view_when_a_wide_figure_scrolls(opener: Opener)
     assert label.bounding_box()["x"] + label.bounding_box()["width"] <= seen["x"] + seen["width"] + 1
 
 
+def busy_s(session: Any) -> float:
+    """Processor seconds that the page has taken so far."""
+    metrics = session.send("Performance.getMetrics")["metrics"]
+    return float(next(one["value"] for one in metrics if one["name"] == "TaskDuration"))
+
+
 def test_ten_thousand_cells_open_quickly(opener: Opener) -> None:
     page = opener(make_table(n_rows=165, layers=range(30)))
     found(page, "1-25 of 10,065")
     assert (opener.folder / "report.html").stat().st_size < 8_000_000
-    loaded = page.evaluate("performance.getEntriesByType('navigation')[0].domContentLoadedEventEnd")
+    # The page's own processor time: what it takes on a quiet machine, whatever else runs here.
+    fresh = opener.browser.new_page()
+    opener.pages.append(fresh)
+    session = fresh.context.new_cdp_session(fresh)
+    session.send("Performance.enable", {"timeDomain": "threadTicks"})
+    fresh.goto(page.url, wait_until="domcontentloaded")
+    loaded = busy_s(session)
+    found(fresh, "1-25 of 10,065")
     sorted_in = page.evaluate(
         """async () => {
              const [button] = [...document.querySelectorAll('thead button')].filter(
@@ -297,9 +310,7 @@ def test_ten_thousand_cells_open_quickly(opener: Opener) -> None:
     )
     answers = values(page, "answer")
     assert answers == sorted(answers, key=str.lower) or len(set(answers)) == 1
-    print(f"opened in {loaded:.0f} ms, sorted in {sorted_in:.0f} ms")  # noqa: T201 (shown with -s)
-    # Two seconds on a quiet machine; others share this one's cores.
-    assert loaded < 10_000
-    assert sorted_in < 5_000
+    print(f"opened in {loaded:.2f} s, sorted in {sorted_in:.0f} ms")  # noqa: T201 (shown with -s)
+    assert loaded + sorted_in / 1000 < 2
     page.fill("#search", "sentence number 164,")
     found(page, "1-25 of 61")

@@ -52,6 +52,7 @@ ORDER = [
         "prepare",
         "execute",
         "experiments",
+        "costs",
         "quick",
         "doctor",
         "explore",
