@@ -8,6 +8,7 @@ import torch
 
 import patchscope_nn as ps
 from patchscope_nn.cli.printing import _fit_line
+from patchscope_nn.data import DataSpec
 from patchscope_nn.errors import (
     DataError,
     InputError,
@@ -18,6 +19,7 @@ from patchscope_nn.errors import (
 )
 from patchscope_nn.execute import ready
 from patchscope_nn.fit import fit_trained
+from patchscope_nn.fit.texts import DEFAULT_COLUMN, DEFAULT_DATA
 from patchscope_nn.fit.training import Training
 from patchscope_nn.mappings import Fitted
 from patchscope_nn.prepare import prepare
@@ -144,7 +146,8 @@ def test_of_the_last_block_a_lens_learns_nothing(tiny_model):
 def test_without_data_a_lens_reads_texts_that_ship(tiny_model):
     scope = Patchscope(source=Source(prompt="x"), target=Target(layer=-1), mapping={"train": "tuned_lens"})
     found = prepare(scope, model=tiny_model()).fit
-    assert found.data.column == "context"
+    assert found.data.spec == DataSpec(**DEFAULT_DATA)
+    assert found.data.column == DEFAULT_COLUMN
     assert len(found.data.rows) > 200
 
 
