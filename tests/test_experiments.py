@@ -135,7 +135,7 @@ WRONG = {
     "methods:\n  a: {}\n  b: {target: {layers: 3}}": [
         (
             "line 10: methods.b.target.layers: is no field here. Did you mean 'layer'? "
-            "Allowed: prompt, position, layer, site, model."
+            "Allowed: prompt, prompts, combine, position, layer,"
         )
     ],
     "methods:\n  a: 3\n  b: {name: x}": [
