@@ -145,7 +145,12 @@ def test_reading_the_source_is_a_job_too(ndif, models, tmp_path):
     assert set(states.values()) == {"done"}
 
 
-@pytest.mark.parametrize("recipe", shipped())
+#: Of each kind of source, write and readout one; the others wait for test-remote-all.
+FIRST = ("activation-oracle", "attention-knockout", "causal-tracing", "entity-description", "next-token")
+RECIPES = [name if name in FIRST else pytest.param(name, marks=pytest.mark.slow) for name in shipped()]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe(recipe, ndif, models):
     """By its own name, as a user runs it: the builtin model, which the server knows by its id."""
     layer = load_recipe(recipe).target.layer
