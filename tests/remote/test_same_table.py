@@ -156,7 +156,8 @@ def test_every_recipe(recipe, ndif, models):
     layer = load_recipe(recipe).target.layer
     few = [] if layer == "same" or isinstance(layer, int) else ["target.layer=[4, 20]"]
     loaded = load_recipe(recipe, sets=["source.layer=[3, 12]", *few])
-    local, away = (ps.run(loaded, limit=2, remote=remote) for remote in (False, ndif))
+    # As many rows as a probe has folds.
+    local, away = (ps.run(loaded, limit=3, remote=remote) for remote in (False, ndif))
     several = isinstance(local, ps.Experiment)
     for name in local if several else ("",):
         one, other = (run[name] if several else run for run in (away, local))
