@@ -12,6 +12,7 @@ import torch
 
 from patchscope_nn import cli
 from patchscope_nn.cli.fitting import parse_data
+from patchscope_nn.errors import InputError
 from patchscope_nn.mappings import Fitted
 
 WORDS = ("The", " Eiffel", " Tower", " is", " in", " the", " city", " of", " Paris", " Diana", "->")
@@ -133,7 +134,7 @@ def test_fit_as_json(patchscope, folder):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["affin"], "'affin' is no kind of fit"),
+        (["affin"], "No such command 'affin'. Did you mean 'affine'?"),
         (["affine", "--pairs", "0:9"], "pairs: l*=9 is outside this model"),
         (["affine", "--source-layers", "7"], "source_layers=7 is outside this model"),
         (["affine", "--data", "none.jsonl"], "none.jsonl"),
@@ -202,5 +203,6 @@ def test_a_file_for_other_models_is_noted(patchscope, folder):
 def test_data_as_the_command_line_names_it():
     assert parse_data("builtin:contexts") == {"builtin": "contexts"}
     assert parse_data("hub:org/name:test") == {"hub": "org/name", "split": "test"}
-    assert parse_data("hub:org/name") == {"hub": "org/name", "split": "train"}
+    with pytest.raises(InputError, match="names no split"):
+        parse_data("hub:org/name")
     assert parse_data("a/b.jsonl") == {"file": "a/b.jsonl"}
