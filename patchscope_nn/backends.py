@@ -136,6 +136,11 @@ def backend_for(
     return target if source == target else Bridged(source, target)
 
 
+def on_server(remote: bool | str | None) -> bool:  # noqa: FBT001 (the value of an option, as users give it)
+    """Whether an option names a server, and not this process."""
+    return remote not in (False, None, "local")
+
+
 def _place(remote: bool | str) -> Backend:  # noqa: FBT001 (the same)
     if remote is False:
         return Local()

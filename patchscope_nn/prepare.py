@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from patchscope_nn import builtin
+from patchscope_nn.backends import on_server
 from patchscope_nn.cells import Sweep, expand
 from patchscope_nn.data import DataSpec, fingerprint, load_rows
 from patchscope_nn.errors import DataError, InputError, Problem, SpecError, did_you_mean
@@ -293,11 +294,6 @@ def load_models(
         target = loader(other, dtype=dtype, device_map=device_map, weights=not on_server(remote))
     adapter = asked and asked.target.adapter
     return source, wear(target, adapter) if adapter else target
-
-
-def on_server(remote: Where) -> bool:
-    """Whether an option names a server, and not this process."""
-    return remote not in (False, None, "local")
 
 
 def _first(*given: Any) -> Any:

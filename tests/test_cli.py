@@ -10,12 +10,12 @@ import signal
 import subprocess
 import sys
 import time
-from typing import NamedTuple
 
 import pandas as pd
 import pytest
 import tiny
 import typer
+from commands import caller
 
 from patchscope_nn import builtin, cli, runs
 from patchscope_nn.data import DataSpec, load_rows
@@ -47,28 +47,11 @@ def folder(tmp_path_factory):
     return here
 
 
-class Done(NamedTuple):
-    """How a command ended."""
-
-    returncode: int
-    stdout: str
-    stderr: str
-
-
 @pytest.fixture
 def patchscope(folder, monkeypatch, capsys):
     """Call the command line in this process, which has torch loaded already."""
     monkeypatch.chdir(folder)
-
-    def call(*words):
-        monkeypatch.setattr(sys, "argv", ["patchscope", *words])
-        try:
-            cli.main()
-        except SystemExit as end:
-            return Done(end.code or 0, *capsys.readouterr())
-        return Done(0, *capsys.readouterr())
-
-    return call
+    return caller(monkeypatch, capsys)
 
 
 def start(folder, *words, code="from patchscope_nn.cli import main; main()", **options):

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import html
 import json
-import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import pandas as pd
 import pytest
 import tiny
+from commands import caller
 
 import patchscope_nn as ps
-from patchscope_nn import cli
 from patchscope_nn.errors import FolderError, InputError, SpecError
 from patchscope_nn.execute import plan_prepared
 from patchscope_nn.experiments import PreparedMethods, compare_runs, load_runs, open_finished, prepare
@@ -50,27 +48,10 @@ def here(tmp_path_factory):
     return place
 
 
-class Done(NamedTuple):
-    """How a command ended."""
-
-    returncode: int
-    stdout: str
-    stderr: str
-
-
 @pytest.fixture
 def patchscope(here, monkeypatch, capsys):
     monkeypatch.chdir(here)
-
-    def call(*words):
-        monkeypatch.setattr(sys, "argv", ["patchscope", *words])
-        try:
-            cli.main()
-        except SystemExit as end:
-            return Done(end.code or 0, *capsys.readouterr())
-        return Done(0, *capsys.readouterr())
-
-    return call
+    return caller(monkeypatch, capsys)
 
 
 def recipe(here, **more):

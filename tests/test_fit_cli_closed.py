@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
-from typing import NamedTuple
 
 import pytest
 import tiny
 import torch
+from commands import caller
 
-from patchscope_nn import cli
 from patchscope_nn.cli.fitting import parse_data
 from patchscope_nn.errors import InputError
 from patchscope_nn.mappings import Fitted
@@ -23,14 +21,6 @@ data: {rows: [{text: The Eiffel Tower}, {text: Diana is in Paris}]}
 source: {prompt: "{text}", layer: [0, 2]}
 target: {prompt: "The city -> ", layer: [1, 3]}
 """
-
-
-class Done(NamedTuple):
-    """How a command ended."""
-
-    returncode: int
-    stdout: str
-    stderr: str
 
 
 @pytest.fixture(scope="module")
@@ -51,16 +41,7 @@ def folder(tmp_path_factory):
 def patchscope(folder, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(folder)
     monkeypatch.setenv("PATCHSCOPE_CACHE", str(tmp_path / "cache"))
-
-    def call(*words):
-        monkeypatch.setattr(sys, "argv", ["patchscope", *words])
-        try:
-            cli.main()
-        except SystemExit as end:
-            return Done(end.code or 0, *capsys.readouterr())
-        return Done(0, *capsys.readouterr())
-
-    return call
+    return caller(monkeypatch, capsys)
 
 
 MODELS = ("--source-model", "one", "--target-model", "two")

@@ -11,6 +11,8 @@ from benchmarks.quality.intervals import Interval
 
 #: Okabe and Ito's colours, which the colour-blind can tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#000000")
+#: Above it an axis shows the whole of 0 to 1.
+_NEAR_ONE = 0.6
 
 
 def write_csv(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -69,7 +71,8 @@ def draw_curves(
             lows, highs = [one.low for one in values], [one.high for one in values]
             axes.fill_between(layers, lows, highs, color=colour, alpha=0.15, linewidth=0)
         axes.set(title=title, xlabel="source layer (0-based block output)", ylabel=y)
-        axes.set_ylim(0, 1.02 if max(one.high for _, part in curves.values() for one in part) > 0.6 else None)  # noqa: PLR2004
+        highest = max(one.high for _, part in curves.values() for one in part)
+        axes.set_ylim(0, 1.02 if highest > _NEAR_ONE else None)
         axes.grid(visible=True, alpha=0.3)
         axes.legend(frameon=False, fontsize=8)
         figure.tight_layout()

@@ -114,6 +114,7 @@ class Cells(Sequence[Cell]):
         apart = ("unpatched", "text-only")
         self._kinds: tuple[Control | None, ...] = (None, *(one for one in controls if one not in apart))
         self._unpatched_too = "unpatched" in controls
+        self._vectors = [str(one) for one in resolver.vectors]
         self._said = repr((resolver.scope.model_dump(mode="json"), seed)).encode()
         target = resolver.scope.target
         self._writes_state = target.needs_state
@@ -321,11 +322,7 @@ class Cells(Sequence[Cell]):
         """What a source is, whatever its number."""
         if prompt is None:
             return None
-        return (
-            self._resolver.sources.digests[prompt]
-            if prompt >= 0
-            else str([*self._resolver.vectors][-1 - prompt])
-        )
+        return self._resolver.sources.digests[prompt] if prompt >= 0 else self._vectors[-1 - prompt]
 
     def _make_entry_digest(self, entry: int) -> Any:
         """What is the same for all cells of an entry, whichever it is."""

@@ -8,10 +8,10 @@ from __future__ import annotations
 import sys
 from typing import NoReturn
 
-from patchscope_nn.cli import fitting
 from patchscope_nn.cli.commands import app
 from patchscope_nn.cli.compare import compare
 from patchscope_nn.cli.explorer import explore
+from patchscope_nn.cli.fitting_closed import fit
 from patchscope_nn.cli.listing import lint, recipes
 from patchscope_nn.cli.printing import print_error
 from patchscope_nn.cli.report import report
@@ -22,6 +22,7 @@ app.command()(compare)
 app.command()(explore)
 app.command()(lint)
 app.command()(recipes)
+app.add_typer(fit, name="fit")
 
 
 def main() -> None:
@@ -40,4 +41,4 @@ def _end(error: PatchscopeError) -> NoReturn:
     sys.exit(2 if isinstance(error, InputError) else 1)
 
 
-__all__ = ["app", "fitting", "main"]
+__all__ = ["app", "main"]

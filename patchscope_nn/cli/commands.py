@@ -12,7 +12,6 @@ import typer
 
 from patchscope_nn import __version__
 from patchscope_nn.cli import options, printing
-from patchscope_nn.cli.fitting_closed import fit
 from patchscope_nn.cli.options import Context, LogLevel
 from patchscope_nn.pace import JOBS
 
@@ -23,7 +22,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-app.add_typer(fit, name="fit")
 _INTERRUPTED = 130
 
 
@@ -284,11 +282,12 @@ def doctor(
 ) -> None:
     """Is everything in place: versions, models and, with --remote, key, server and a round trip."""
     from patchscope_nn import builtin
+    from patchscope_nn.backends import on_server
     from patchscope_nn.doctor import check_here, check_server
 
     found = list(check_here())
     where = options.remote_value(remote)
-    if where not in (False, "local"):
+    if on_server(where):
         with printing.waiting("asking the server", quiet=json):
             found += check_server(where, model or builtin.NAME)
     printing.print_findings(found, as_json=json)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from patchscope_nn.cli.printing import _print, _table, out_json
+from patchscope_nn.cli.printing import grid, out_json, show
 from patchscope_nn.report.comparison import p_text
 from patchscope_nn.statistics import REAL
 
@@ -31,7 +31,7 @@ def print_experiment(experiment: Experiment, *, as_json: bool) -> None:
         out_json({"folder": str(folder), "page": shown, "methods": runs, "comparison": comparison.records()})
         return
     print_comparison(comparison, title=experiment.title)
-    _print(
+    show(
         "",
         f"{sum(len(run.rows) for run in experiment.values())} cells of {len(experiment)} methods in {folder}",
         f"page: {shown}" if shown else "no page: pip install 'patchscope-nn[report]'",
@@ -43,17 +43,17 @@ def print_comparison(comparison: Comparison, *, title: str) -> None:
     over = dict.fromkeys(one for name in comparison.names for one in comparison.best[name])
     best = f"best over {' and '.join(over).replace('_', ' ')}, " if over else ""
     n_rows = int(comparison.means["n_rows"].max())
-    _print(
+    show(
         title,
         f"{best}mean over all cells, with 95 % intervals over {n_rows} data rows;",
         f"differences are to {comparison.names[0]}; p by sign flips of rows, and corrected t over layers",
     )
     for metric in comparison.metrics:
-        _print("", _of_metric(comparison, metric=metric))
+        show("", _of_metric(comparison, metric=metric))
     told = [line for line in comparison.between().to_dict("records") if line["first_control"] == REAL]
     for line in told:
         if line["first_unpaired"] or line["second_unpaired"]:
-            _print(
+            show(
                 f"{line['metric']}: {line['first_unpaired']} cells of {line['first']} and"
                 f" {line['second_unpaired']} of {line['second']} have no partner"
             )
@@ -65,7 +65,7 @@ def _of_metric(comparison: Comparison, *, metric: str) -> Any:
     between = comparison.between()
     between = between[(between["metric"] == metric) & (between["first_control"] == REAL)]
     differences = {line["second"]: line for line in between.to_dict("records")}
-    table = _table(metric, "mean", *controls, "difference", "p", "layers", "pairs")
+    table = grid(metric, "mean", *controls, "difference", "p", "layers", "pairs")
     for column in table.columns[1:]:
         column.no_wrap = True
     for name in dict.fromkeys(means["run"]):
@@ -103,4 +103,4 @@ def print_compared(comparison: Comparison, *, page: Path | None, as_json: bool) 
         return
     print_comparison(comparison, title=f"{', '.join(comparison.names[1:])} beside {comparison.names[0]}")
     if page is not None:
-        _print("", f"page: {page}")
+        show("", f"page: {page}")

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from patchscope_nn.cli.printing import _print, _table, out, out_json
+from patchscope_nn.cli.printing import grid, out, out_json, show
 
 if TYPE_CHECKING:
     from patchscope_nn.mappings import Fitted
@@ -19,7 +19,7 @@ def print_closed_fit(fitted: Fitted, *, file: Path, as_json: bool) -> None:
         out_json({"file": str(file), **fitted.said()})
         return
     settings = {tuple(one[:2]): one[2] for one in fitted.about.settings["pairs"]}
-    table = _table("l -> l*", "of variance", "cosine", "of the mean", "n", *_chosen(settings))
+    table = grid("l -> l*", "of variance", "cosine", "of the mean", "n", *_chosen(settings))
     for pair in fitted.pairs:
         found, chosen = fitted.about.held_out[pair], settings[pair]
         source, target = ("embed" if layer < 0 else str(layer) for layer in pair)
@@ -30,7 +30,7 @@ def print_closed_fit(fitted: Fitted, *, file: Path, as_json: bool) -> None:
             *(f"{chosen[name]:g}" for name in _chosen(settings)),
         )
     one, other = data["fitted_on"], data["held_out"]
-    _print(table)
+    show(table)
     out(
         f"\n{fitted.kind}, {fitted.about.source_model.name} -> {fitted.about.target_model.name}; fitted on "
         f"{one['n_positions']} positions of {one['n_texts']} texts, measured on {other['n_positions']} of "
@@ -50,11 +50,11 @@ def print_fit(said: dict[str, Any], file: Path, *, as_json: bool) -> None:
         return
     rows = [(*pair, numbers) for *pair, numbers in said["held_out"]]
     names = list(dict.fromkeys(name for *_, numbers in rows for name in numbers))
-    table = _table("l", "l*", *names, title=f"{said['kind']}, on what was held out")
+    table = grid("l", "l*", *names, title=f"{said['kind']}, on what was held out")
     for source, target, numbers in rows:
         layers = ("embed" if layer < 0 else str(layer) for layer in (source, target))
         table.add_row(*layers, *(_number(numbers.get(name)) for name in names))
-    _print(table)
+    show(table)
     out(str(file))
 
 

@@ -10,8 +10,7 @@ from typing import Annotated, Any, TypeAlias
 import typer
 
 from patchscope_nn.cli import fit_printing, options, printing
-from patchscope_nn.cli.options import LogLevel
-from patchscope_nn.cli.options import _option as option
+from patchscope_nn.cli.options import LogLevel, option
 from patchscope_nn.errors import InputError
 
 fit = typer.Typer(

@@ -13,7 +13,8 @@ import typer
 from patchscope_nn.errors import InputError
 
 
-def _option(*names: str, help: str, **more: Any) -> Any:  # noqa: A002 (typer's own name for it)
+def option(*names: str, help: str, **more: Any) -> Any:  # noqa: A002 (typer's own name for it)
+    """A typer option that a `PATCHSCOPE_` variable of its name can set too."""
     variable = "PATCHSCOPE_" + names[0].removeprefix("--").upper().replace("-", "_")
     return typer.Option(*names, help=help, envvar=variable, show_envvar=False, **more)
 
@@ -35,29 +36,27 @@ def _set_log_level(level: LogLevel) -> LogLevel:
 
 Recipe: TypeAlias = Annotated[str, typer.Argument(help="A recipe's name (see `patchscope recipes`) or file.")]
 Model: TypeAlias = Annotated[
-    str | None, _option("--model", help="Hugging Face id, folder or builtin:... ; both M and M*.")
+    str | None, option("--model", help="Hugging Face id, folder or builtin:... ; both M and M*.")
 ]
-SourceModel: TypeAlias = Annotated[str | None, _option("--source-model", help="M, whose states are read.")]
-TargetModel: TypeAlias = Annotated[str | None, _option("--target-model", help="M*, which explains them.")]
+SourceModel: TypeAlias = Annotated[str | None, option("--source-model", help="M, whose states are read.")]
+TargetModel: TypeAlias = Annotated[str | None, option("--target-model", help="M*, which explains them.")]
 Dtype: TypeAlias = Annotated[
-    str, _option("--dtype", help="float32, bfloat16, float16, or auto for the checkpoint's own.")
+    str, option("--dtype", help="float32, bfloat16, float16, or auto for the checkpoint's own.")
 ]
 DeviceMap: TypeAlias = Annotated[
-    str | None, _option("--device-map", help="Passed to transformers: cpu, cuda, auto, ...")
+    str | None, option("--device-map", help="Passed to transformers: cpu, cuda, auto, ...")
 ]
 Position: TypeAlias = Annotated[
-    str, _option("--position", help="Which token: an index (-1 is the last) or a text of the prompt.")
+    str, option("--position", help="Which token: an index (-1 is the last) or a text of the prompt.")
 ]
-Layer: TypeAlias = Annotated[str, _option("--layer", help="Which layers: all, 5, [0, 4, 8] or 0:10.")]
-TargetLayer: TypeAlias = Annotated[
-    str, _option("--target-layer", help="Where to write: same, or as --layer.")
-]
+Layer: TypeAlias = Annotated[str, option("--layer", help="Which layers: all, 5, [0, 4, 8] or 0:10.")]
+TargetLayer: TypeAlias = Annotated[str, option("--target-layer", help="Where to write: same, or as --layer.")]
 MaxNewTokens: TypeAlias = Annotated[
-    int, _option("--max-new-tokens", help="The most tokens to generate.", min=1)
+    int, option("--max-new-tokens", help="The most tokens to generate.", min=1)
 ]
 Remote: TypeAlias = Annotated[
     str | None,
-    _option(
+    option(
         "--remote",
         help="Where M* runs: ndif (as nnsight is configured), a URL, or local, which rehearses it here.",
         metavar="ndif|URL|local",
@@ -65,46 +64,46 @@ Remote: TypeAlias = Annotated[
 ]
 SourceRemote: TypeAlias = Annotated[
     str | None,
-    _option("--source-remote", help="Where M runs, the same or `no`; unless given, where M* does."),
+    option("--source-remote", help="Where M runs, the same or `no`; unless given, where M* does."),
 ]
 Jobs: TypeAlias = Annotated[
-    int, _option("--jobs", help="How many jobs may be on their way to a server at a time.", min=1)
+    int, option("--jobs", help="How many jobs may be on their way to a server at a time.", min=1)
 ]
 Out: TypeAlias = Annotated[
-    Path | None, _option("--out", help="The run's folder; runs/NAME-HASH unless given.")
+    Path | None, option("--out", help="The run's folder; runs/NAME-HASH unless given.")
 ]
 Figures: TypeAlias = Annotated[
     Path | None,
-    _option("--figures", help="Write the figures for a paper here, too: PDF, SVG and PNG.", metavar="DIR"),
+    option("--figures", help="Write the figures for a paper here, too: PDF, SVG and PNG.", metavar="DIR"),
 ]
 Sets: TypeAlias = Annotated[
     list[str] | None,
-    _option("--set", help="Change a field of the recipe: key.path=value. Repeatable.", metavar="KEY=VALUE"),
+    option("--set", help="Change a field of the recipe: key.path=value. Repeatable.", metavar="KEY=VALUE"),
 ]
-Limit: TypeAlias = Annotated[int | None, _option("--limit", help="The most data rows.", min=1)]
-Json: TypeAlias = Annotated[bool, _option("--json", help="Print JSON instead of tables.")]
+Limit: TypeAlias = Annotated[int | None, option("--limit", help="The most data rows.", min=1)]
+Json: TypeAlias = Annotated[bool, option("--json", help="Print JSON instead of tables.")]
 Level: TypeAlias = Annotated[
-    LogLevel, _option("--log-level", help="How much to log.", callback=_set_log_level)
+    LogLevel, option("--log-level", help="How much to log.", callback=_set_log_level)
 ]
 Lenses: TypeAlias = Annotated[
     list[str] | None,
-    _option("--lens", help="One more next_token recipe to read the grid with. Repeatable.", metavar="RECIPE"),
+    option("--lens", help="One more next_token recipe to read the grid with. Repeatable.", metavar="RECIPE"),
 ]
 View: TypeAlias = Annotated[
-    str, _option("--view", help="The view to begin with, as the page's `Copy command` gives it.")
+    str, option("--view", help="The view to begin with, as the page's `Copy command` gives it.")
 ]
 Port: TypeAlias = Annotated[
-    int, _option("--port", help="The port to serve on; 0 takes a free one.", min=0, max=65535)
+    int, option("--port", help="The port to serve on; 0 takes a free one.", min=0, max=65535)
 ]
 NoBrowser: TypeAlias = Annotated[
-    bool, _option("--no-browser", help="Print the page's address, and open nothing.")
+    bool, option("--no-browser", help="Print the page's address, and open nothing.")
 ]
 MaxRows: TypeAlias = Annotated[
-    int | None, _option("--max-rows", help="The most rows of a forward pass.", min=1)
+    int | None, option("--max-rows", help="The most rows of a forward pass.", min=1)
 ]
 Memory: TypeAlias = Annotated[
     str | None,
-    _option("--memory", help="The most memory a forward pass may take, such as 2GiB; half of what is free."),
+    option("--memory", help="The most memory a forward pass may take, such as 2GiB; half of what is free."),
 ]
 
 
@@ -143,11 +142,11 @@ class Best(StrEnum):
 
 
 PageFile: TypeAlias = Annotated[
-    Path | None, _option("--out", help="Write a page that shows the runs side by side, such as page.html.")
+    Path | None, option("--out", help="Write a page that shows the runs side by side, such as page.html.")
 ]
 BestOver: TypeAlias = Annotated[
     list[Best] | None,
-    _option("--best-over", help="Take the best over these layers first, of controls too. Repeatable."),
+    option("--best-over", help="Take the best over these layers first, of controls too. Repeatable."),
 ]
 
 
@@ -162,41 +161,39 @@ class Context(StrEnum):
 
 
 ContextName: TypeAlias = Annotated[
-    Context, _option("--context", help="How source and target share an nnsight context.")
+    Context, option("--context", help="How source and target share an nnsight context.")
 ]
 
 
 # What `fit` takes.
-FitFile: TypeAlias = Annotated[Path, _option("--out", help="The safetensors file to write.")]
+FitFile: TypeAlias = Annotated[Path, option("--out", help="The safetensors file to write.")]
 Texts: TypeAlias = Annotated[
     str | None,
-    _option(
+    option(
         "--data", help="Texts: builtin:NAME, a file, or hub:ORG/NAME:SPLIT; texts that ship unless given."
     ),
 ]
-Column: TypeAlias = Annotated[str | None, _option("--column", help="The column that holds the texts.")]
+Column: TypeAlias = Annotated[str | None, option("--column", help="The column that holds the texts.")]
 HeldOut: TypeAlias = Annotated[
-    str, _option("--held-out", help="The share of the texts to measure on, or data, as --data.")
+    str, option("--held-out", help="The share of the texts to measure on, or data, as --data.")
 ]
 Pairs: TypeAlias = Annotated[
     str,
-    _option(
-        "--pairs", help="same (l to l), last (l to the last block), cross, or l:l*, for example 3:5,4:6."
-    ),
+    option("--pairs", help="same (l to l), last (l to the last block), cross, or l:l*, for example 3:5,4:6."),
 ]
 SourceLayers: TypeAlias = Annotated[
-    str, _option("--source-layers", help="The l of same, last and cross, as --layer.")
+    str, option("--source-layers", help="The l of same, last and cross, as --layer.")
 ]
-TargetLayers: TypeAlias = Annotated[str, _option("--target-layers", help="The l* of cross, as --layer.")]
-TextLimit: TypeAlias = Annotated[int | None, _option("--limit", help="The most texts.", min=3)]
+TargetLayers: TypeAlias = Annotated[str, option("--target-layers", help="The l* of cross, as --layer.")]
+TextLimit: TypeAlias = Annotated[int | None, option("--limit", help="The most texts.", min=3)]
 Positions: TypeAlias = Annotated[
-    int, _option("--positions", help="How many positions of a text, at random; 0 is all.", min=0)
+    int, option("--positions", help="How many positions of a text, at random; 0 is all.", min=0)
 ]
 MaxTokens: TypeAlias = Annotated[
-    int, _option("--max-tokens", help="How many tokens of a text are read.", min=2)
+    int, option("--max-tokens", help="How many tokens of a text are read.", min=2)
 ]
-Rank: TypeAlias = Annotated[int | None, _option("--rank", help="The rank of low_rank.", min=1)]
-Seed: TypeAlias = Annotated[int, _option("--seed", help="Of the choice of texts and positions.", min=0)]
+Rank: TypeAlias = Annotated[int | None, option("--rank", help="The rank of low_rank.", min=1)]
+Seed: TypeAlias = Annotated[int, option("--seed", help="Of the choice of texts and positions.", min=0)]
 
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}

@@ -121,7 +121,8 @@ class Progress:
             self._bar.stop()
 
 
-def _table(*headers: str, title: str | None = None) -> Any:
+def grid(*headers: str, title: str | None = None) -> Any:
+    """A table without lines, with these headers and no row yet."""
     from rich.table import Table
 
     table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
@@ -130,7 +131,8 @@ def _table(*headers: str, title: str | None = None) -> Any:
     return table
 
 
-def _print(*things: Any) -> None:
+def show(*things: Any) -> None:
+    """Print texts and tables, as wide as the terminal is."""
     from rich.console import Console
 
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
@@ -155,7 +157,7 @@ def print_look(look: Look, *, as_json: bool) -> None:
         out_json(asdict(look))
         return
     same = all(one.layer == one.target_layer for one in look.says)
-    table = _table("layer" if same else "layer -> layer", "the model says it is", "next token", "p")
+    table = grid("layer" if same else "layer -> layer", "the model says it is", "next token", "p")
     for one in look.says:
         if one.layer is None:
             name = "unpatched"
@@ -166,7 +168,7 @@ def print_look(look: Look, *, as_json: bool) -> None:
         said = _cell(one.text.strip(" :\n") or "…")
         table.add_row(name, said, _cell(one.next_token), f"{one.probability:.2f}", style=style)
     where = ", ".join(f"{at} {token!r}" for at, token in zip(look.position, look.token, strict=True))
-    _print(_cell(f"{look.model} on {look.prompt!r}, token {where}"), "", table)
+    show(_cell(f"{look.model} on {look.prompt!r}, token {where}"), "", table)
 
 
 def print_run(run: Run, *, as_json: bool) -> None:
@@ -187,9 +189,9 @@ def print_run(run: Run, *, as_json: bool) -> None:
         )
         return
     if run.metrics:
-        _print(_summary(run))
-    _print("", f"{len(run.rows)} cells in {run.path}")
-    _print(f"report: {shown}" if shown else "no report: pip install 'patchscope-nn[report]'")
+        show(_summary(run))
+    show("", f"{len(run.rows)} cells in {run.path}")
+    show(f"report: {shown}" if shown else "no report: pip install 'patchscope-nn[report]'")
 
 
 def _summary(run: Run) -> Any:
@@ -207,7 +209,7 @@ def _summary(run: Run) -> Any:
     best = f", best over {' and '.join(run.best_over).replace('_', ' ')}" if run.best_over else ""
     n_rows = max((one["n_rows"] for one in found), default=0)
     over = f"mean over {n_rows} data rows with 95 % intervals{best}, by {axis.replace('_', ' ')}"
-    table = _table("\nlayer", *headers, title=f"{run.manifest['recipe']['title']}\n{over}\n")
+    table = grid("\nlayer", *headers, title=f"{run.manifest['recipe']['title']}\n{over}\n")
     layers = sorted({layer for layer, _, control in means if layer is not None})
     for layer in layers or [None]:
         line = [means.get((layer, *column)) or means.get((None, *column)) for column in columns]
@@ -329,16 +331,16 @@ def print_recipes(counted: Sequence[tuple[Recipe, Cost | str]], *, as_json: bool
     if as_json:
         out_json([_counted(*one) for one in counted])
         return
-    table = _table("name", "what it asks", "from", "rows", "cells", "decoded")
+    table = grid("name", "what it asks", "from", "rows", "cells", "decoded")
     for column in table.columns[3:]:
         column.justify, column.no_wrap = "right", True
     for one, cost in counted:
         numbers = ("?",) * 3 if isinstance(cost, str) else (f"{number:,}" for number in cost[:3])
         fits = " (a mapping is fitted first)" if not isinstance(cost, str) and cost.fits else ""
         table.add_row(one.name, one.title + fits, one.paper or "", *numbers)
-    _print(table, "", "data rows, cells and the most decoded tokens of the whole recipe; --limit takes fewer")
+    show(table, "", "data rows, cells and the most decoded tokens of the whole recipe; --limit takes fewer")
     for why in dict.fromkeys(cost for _, cost in counted if isinstance(cost, str)):
-        _print(f"?: {why}")
+        show(f"?: {why}")
 
 
 def _counted(recipe: Recipe, cost: Cost | str) -> dict[str, Any]:
@@ -366,12 +368,12 @@ def print_jobs(jobs: Sequence[Job], *, as_json: bool) -> None:
     if as_json:
         out_json([asdict(job) | {"cells": len(job.cells), "passes": len(job.passes)} for job in jobs])
         return
-    table = _table("job", "server", "cells", "sent", "state", "")
+    table = grid("job", "server", "cells", "sent", "state", "")
     for job in jobs:
         said = job.said.strip().splitlines()
         last = said[-1] if said else ""
         table.add_row(job.id, job.host, str(len(job.cells)), job.sent, job.state, _cell(last))
-    _print(table if jobs else "This run sent no jobs.")
+    show(table if jobs else "This run sent no jobs.")
 
 
 def print_findings(findings: Sequence[Finding], *, as_json: bool) -> None:
@@ -379,10 +381,10 @@ def print_findings(findings: Sequence[Finding], *, as_json: bool) -> None:
     if as_json:
         out_json([one._asdict() for one in findings])
         return
-    table = _table("", "what", "found", "what mends it")
+    table = grid("", "what", "found", "what mends it")
     for one in findings:
         table.add_row(one.state, one.what, _cell(one.found), one.mend)
-    _print(table)
+    show(table)
 
 
 def print_report(pages: Sequence[Path], *, figures: Sequence[Path], as_json: bool) -> None:

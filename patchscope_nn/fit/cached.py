@@ -12,9 +12,9 @@ from typing import Any
 from patchscope_nn.backends import backend_for
 from patchscope_nn.data import DataSpec
 from patchscope_nn.fit.planned import Planned, folder, identity, same_model
-from patchscope_nn.fit.run import fit_pairs
+from patchscope_nn.fit.run import fit_pairs, texts_for
 from patchscope_nn.fit.states import Pairing
-from patchscope_nn.fit.texts import DEFAULT_DATA, Texts, read_texts
+from patchscope_nn.fit.texts import DEFAULT_DATA, Texts
 from patchscope_nn.mappings import Fitted, Pair
 from patchscope_nn.models import Model
 from patchscope_nn.spec import Fit
@@ -118,15 +118,7 @@ def plan_fit(
         target = source
         if sites[0] == sites[1] and all(layer == other for layer, other in pairs):
             return None
-    data = DataSpec(**(options.data or DEFAULT_DATA))
-    texts = read_texts(
-        data,
-        column=options.column,
-        held_out=options.held_out,
-        limit=options.limit,
-        seed=options.seed,
-        base=base,
-    )
+    texts = texts_for(options, DataSpec(**(options.data or DEFAULT_DATA)), base=base)
     pairing = Pairing(
         source=source,
         target=target,

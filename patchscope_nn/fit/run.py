@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from patchscope_nn.backends import backend_for
+from patchscope_nn.backends import backend_for, on_server
 from patchscope_nn.data import DataSpec
 from patchscope_nn.errors import DataError
 from patchscope_nn.fit.pairs import parse_pairs
@@ -80,11 +80,8 @@ def fit_mapping(
     Raises:
         InputError: Something given is wrong: data, layers, or a kind that does not fit the spaces.
     """
-    away = [
-        one not in (False, "local") for one in (remote if source_remote is None else source_remote, remote)
-    ]
-    source = load(source_model, weights=not away[0])
-    target = source if target_model is None else load(target_model, weights=not away[1])
+    source = load(source_model, weights=not on_server(remote if source_remote is None else source_remote))
+    target = source if target_model is None else load(target_model, weights=not on_server(remote))
     if isinstance(held_out, int | float):
         options = {**options, "held_out": held_out}
     asked = Fit(kind=kind, data=None if data is None else _spec(data).model_dump(mode="json"), **options)
@@ -96,14 +93,8 @@ def fit_mapping(
         target_layers=target_layers,
         one_model=target is source and sites[0] == sites[1],
     )
-    texts = read_texts(
-        _spec(data if data is not None else DEFAULT_DATA),
-        column=asked.column,
-        held_out=asked.held_out if isinstance(held_out, int | float) else _spec(held_out),
-        limit=asked.limit,
-        seed=asked.seed,
-        base=base,
-    )
+    apart = None if isinstance(held_out, int | float) else _spec(held_out)
+    texts = texts_for(asked, _spec(data if data is not None else DEFAULT_DATA), held_out=apart, base=base)
     pairing = Pairing(
         source=source,
         target=target,
@@ -115,6 +106,24 @@ def fit_mapping(
     if out is not None:
         fitted.save(out)
     return fitted
+
+
+def texts_for(
+    options: Fit, data: DataSpec, *, held_out: DataSpec | None = None, base: Path | None = None
+) -> Texts:
+    """The texts of a fit; held out is a share of them, or data of its own.
+
+    Raises:
+        InputError: The data cannot be read, or is too little.
+    """
+    return read_texts(
+        data,
+        column=options.column,
+        held_out=held_out or options.held_out,
+        limit=options.limit,
+        seed=options.seed,
+        base=base,
+    )
 
 
 def _spec(data: DataSpec | Mapping[str, Any]) -> DataSpec:

@@ -3,9 +3,8 @@
 A body travels to machines that do not have this package, so it never sees a `Cell`, a `Plan` or a tokenizer.
 """
 
-from patchscope_nn.unpack.asked import eos_ids, stop_ids
+from patchscope_nn.unpack.asked import Work, eos_ids, stop_ids
 from patchscope_nn.unpack.reading import gathered, reading
-from patchscope_nn.unpack.rows import Work
 from patchscope_nn.unpack.step import unpack
 
 __all__ = ["Work", "eos_ids", "gathered", "reading", "stop_ids", "unpack"]

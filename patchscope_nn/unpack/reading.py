@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from patchscope_nn.models import ModelInfo
-from patchscope_nn.unpack.rows import Work, batch_of, options_of
+from patchscope_nn.unpack.asked import Work
+from patchscope_nn.unpack.rows import batch_of, options_of
 from patchscope_nn.unpack.step import paths_of
 
 

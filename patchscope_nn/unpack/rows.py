@@ -12,10 +12,8 @@ from patchscope_nn.cells import Cell
 from patchscope_nn.models import Model, ModelInfo
 from patchscope_nn.plan import Plan
 from patchscope_nn.spec import read_position
-from patchscope_nn.unpack.asked import readout_of
+from patchscope_nn.unpack.asked import Work, readout_of
 from patchscope_nn.unpack.made import Made
-
-Work = dict[str, Any]
 
 
 def batch_of(rows: Sequence[tuple[int, ...]], info: ModelInfo, width: int) -> Work:
@@ -93,8 +91,8 @@ def writes_of(
     if target.cut is not None:
         return
     seeded = cell.control == "random" or target.mode == "noise"
-    pairs = list(made.sweep.pairs(cell))
-    for step, (layer, target_layer) in enumerate(made.sweep.writes(cell)):
+    sweep = made.sweep
+    for (layer, target_layer), pair in zip(sweep.writes(cell), sweep.pairs(cell), strict=True):
         yield (
             target_layer,
             {
@@ -102,7 +100,7 @@ def writes_of(
                 "row": row,
                 "positions": positions,
                 "seed": cell.seed if seeded else None,
-                "pair": pairs[step] if pairs else None,
+                "pair": pair,
                 "scale": cell.scale,
                 "cell": place,
             },

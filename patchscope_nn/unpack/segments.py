@@ -12,9 +12,9 @@ from patchscope_nn.layers import EMBED
 from patchscope_nn.models import Model
 from patchscope_nn.plan import Layout, Plan, Segment, shares_attention
 from patchscope_nn.spec import read_position
-from patchscope_nn.unpack.asked import readout_of
+from patchscope_nn.unpack.asked import Work, readout_of
 from patchscope_nn.unpack.made import Made
-from patchscope_nn.unpack.rows import Work, by_layer, writes_of
+from patchscope_nn.unpack.rows import by_layer, writes_of
 
 
 def target_segments(plan: Plan, cells: Sequence[Cell], layout: Layout, made: Made, target: Model) -> Work:

@@ -8,8 +8,9 @@ from typing import Any
 from patchscope_nn.mappings import ResolvedMapping
 from patchscope_nn.models import Model, ModelInfo
 from patchscope_nn.plan import Plan, SourcePass, State, Step
+from patchscope_nn.unpack.asked import Work
 from patchscope_nn.unpack.made import Made
-from patchscope_nn.unpack.rows import Work, batch_of, by_layer, options_of, target_rows
+from patchscope_nn.unpack.rows import batch_of, by_layer, options_of, target_rows
 from patchscope_nn.unpack.segments import target_segments
 
 

@@ -1,8 +1,6 @@
 """The page of several runs in a real browser: it loads nothing, complains of nothing, and can be read."""
 
-import importlib.util
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +10,7 @@ from tables import NASTY, make_table
 from patchscope_nn.comparison import Compared, compare
 from patchscope_nn.report import Side, write_comparison
 
-CHROMIUM = shutil.which("chromium")
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(not CHROMIUM, reason="there is no chromium on the PATH"),
-    pytest.mark.skipif(not importlib.util.find_spec("playwright"), reason="playwright is not installed"),
-]
+pytestmark = pytest.mark.browser
 SHOTS = os.environ.get("PATCHSCOPE_SHOTS")  # a folder for screenshots, to look at
 METRICS = ("precision_at_1", "surprisal_nats")
 CONTROLS = ("unpatched", "random", "shuffled", "text-only")
@@ -36,16 +29,6 @@ def write(
         for name, table in tables.items()
     ]
     return write_comparison(compare(compared), sides, path=path, title="Which lens sees it first?")
-
-
-@pytest.fixture(scope="module")
-def chromium() -> Any:
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

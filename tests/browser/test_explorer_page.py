@@ -1,9 +1,7 @@
 """The explorer in a real browser: every step by mouse and by keys, and whatever a text may hold."""
 
-import importlib.util
 import os
 import re
-import shutil
 import time
 from pathlib import Path
 
@@ -14,12 +12,7 @@ from tables import NASTY
 import patchscope_nn as ps
 from patchscope_nn.explore.views import CellView
 
-CHROMIUM = shutil.which("chromium")
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(not CHROMIUM, reason="there is no chromium on the PATH"),
-    pytest.mark.skipif(not importlib.util.find_spec("playwright"), reason="playwright is not installed"),
-]
+pytestmark = pytest.mark.browser
 SHOTS = os.environ.get("PATCHSCOPE_SHOTS")  # a folder for screenshots, to look at
 PROMPT = "The Eiffel Tower is in the city"
 N_TOKENS, N_LAYERS = 9, 4
@@ -41,16 +34,6 @@ def explorer(model):
 def address(explorer):
     with serving(explorer) as served:
         yield served
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 class Opener:

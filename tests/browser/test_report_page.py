@@ -1,9 +1,7 @@
 """The report in a real browser: it loads nothing, complains of nothing, and can be used and read."""
 
-import importlib.util
 import os
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,28 +12,13 @@ from tables import NASTY, make_table
 
 from patchscope_nn.report import write_report
 
-CHROMIUM = shutil.which("chromium")
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(not CHROMIUM, reason="there is no chromium on the PATH"),
-    pytest.mark.skipif(not importlib.util.find_spec("playwright"), reason="playwright is not installed"),
-]
+pytestmark = pytest.mark.browser
 SHOTS = os.environ.get("PATCHSCOPE_SHOTS")  # a folder for screenshots, to look at
 CONTROLS = ("unpatched", "random", "text-only")
 MANIFEST: dict[str, Any] = {
     "recipe": {"name": "next-token", "title": "Which next token does each layer hold?"},
     "command": "patchscope run next-token",
 }
-
-
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Any]:
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 class Opener:
