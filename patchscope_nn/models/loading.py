@@ -163,13 +163,23 @@ def _describe(name: str, traced: Any, tokenizer: Any) -> Model:
 
 
 def _refuse_looking_ahead(module: Any, name: str) -> None:
-    """Some encoders pass for language models; in a decoder a later token cannot change an earlier state."""
+    """Some encoders pass for language models; a decoder has no gradient from a token to one before it."""
     import torch
 
-    ids = torch.tensor([[1, 2, 3], [1, 2, 4]], device=input_device(module))
-    with torch.no_grad():
-        first, second = module(input_ids=ids).logits[:, 0]
-    if not torch.allclose(first, second, atol=1e-3):
+    embedded: list[torch.Tensor] = []
+
+    def keep(_module: Any, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        embedded.append(output.detach().requires_grad_())
+        return embedded[-1]
+
+    hook = module.get_input_embeddings().register_forward_hook(keep)
+    try:
+        with torch.enable_grad():
+            logits = module(input_ids=torch.tensor([[1, 2, 3]], device=input_device(module))).logits
+            (gradient,) = torch.autograd.grad(logits[0, 0].float().sum(), embedded)
+    finally:
+        hook.remove()
+    if gradient[0, 1:].any():
         raise ModelError(
             f"{name!r} ({type(module).__name__}) is an encoder: its tokens see those after them.",
             hint="Use a causal language model.",
