@@ -2,6 +2,7 @@
 
 import os
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -278,9 +279,11 @@ def test_ten_thousand_cells_open_quickly(opener: Opener) -> None:
     opener.pages.append(fresh)
     session = fresh.context.new_cdp_session(fresh)
     session.send("Performance.enable", {"timeDomain": "threadTicks"})
+    started = time.perf_counter()
     fresh.goto(page.url, wait_until="domcontentloaded")
     loaded = busy_s(session)
     found(fresh, "1-25 of 10,065")
+    waited = time.perf_counter() - started
     sorted_in = page.evaluate(
         """async () => {
              const [button] = [...document.querySelectorAll('thead button')].filter(
@@ -293,7 +296,7 @@ def test_ten_thousand_cells_open_quickly(opener: Opener) -> None:
     )
     answers = values(page, "answer")
     assert answers == sorted(answers, key=str.lower) or len(set(answers)) == 1
-    print(f"opened in {loaded:.2f} s, sorted in {sorted_in:.0f} ms")  # noqa: T201 (shown with -s)
+    print(f"opened in {loaded:.2f} s ({waited:.2f} s by the clock), sorted in {sorted_in:.0f} ms")  # noqa: T201 (shown with -s)
     assert loaded + sorted_in / 1000 < 2
     page.fill("#search", "sentence number 164,")
     found(page, "1-25 of 61")
