@@ -267,9 +267,10 @@ class Run:
             by_source: Average over the target layers too.
 
         Returns:
-            A line for each metric, control (`patched` for the real cells) and pair of layers: `metric`,
-            `control`, `source_layer`, `target_layer` (none where a control reads no layer, or where the best
-            was taken over it), `mean`, `low`, `high` (none where there is a single row), `n_rows`, `n_cells`.
+            A line for each metric, control (`patched` for the real cells), pair of layers and scale:
+            `metric`, `control`, `source_layer`, `target_layer` (none where a control reads no layer, or where
+            the best was taken over it), `scale` (only where there are several), `mean`, `low`, `high` (none
+            where there is a single row), `n_rows`, `n_cells`.
         """
         from patchscope_nn.statistics import summarise
 

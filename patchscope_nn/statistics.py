@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from patchscope_nn.metrics import METRICS
+from patchscope_nn.spec import STATELESS
 
 REAL = "patched"  # what a table of means calls the cells that are no control
 _DRAWS, _SEED, _LEVEL = 1000, 0, 0.95
@@ -82,10 +83,11 @@ def layer_means(table: pd.DataFrame, *, metric: str) -> pd.DataFrame:
 
     Returns:
         Columns control ("patched" for the real cells), source_layer, target_layer (NaN where a control reads
-        no layer), mean, low, high (NaN where there is a single row), n_rows, n_cells.
+        no layer), scale (only where there are several), mean, low, high (NaN where there is a single row),
+        n_rows, n_cells.
     """
     cells = _cells(table, metric=metric)
-    names = ["control", "source_layer", "target_layer"]
+    names = ["control", *_places(cells)]
     if cells.empty:
         return pd.DataFrame(columns=[*names, *Intervals._fields])
     groups = cells.groupby(names, dropna=False, sort=True)
@@ -96,7 +98,7 @@ def layer_means(table: pd.DataFrame, *, metric: str) -> pd.DataFrame:
 def summarise(
     table: pd.DataFrame, *, metrics: Sequence[str], best: Sequence[str] = (), by_source: bool = False
 ) -> pd.DataFrame:
-    """Every metric's means, tidy: a line for each metric, control and pair of layers.
+    """Every metric's means, tidy: a line for each metric, control, pair of layers and scale.
 
     Args:
         table: A run's table.
@@ -107,6 +109,7 @@ def summarise(
     Returns:
         Columns metric, then those of `layer_means`; layers are nullable integers.
     """
+    scaled = ["scale"] if scales_of(table).notna().any() else []
     parts = []
     for name in metrics:
         cells = best_over(table, metric=name, over=best) if best else table
@@ -114,9 +117,9 @@ def summarise(
             cells = cells.assign(target_layer=np.nan)
         parts.append(layer_means(cells, metric=name).assign(metric=name))
     parts = [part for part in parts if not part.empty]
-    names = ["metric", "control", "source_layer", "target_layer", *Intervals._fields]
-    whole = pd.concat(parts, ignore_index=True)[names] if parts else pd.DataFrame(columns=names)
-    return whole.astype({"source_layer": "Int64", "target_layer": "Int64"})
+    names = ["metric", "control", "source_layer", "target_layer", *scaled, *Intervals._fields]
+    whole = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
+    return whole.reindex(columns=names).astype({"source_layer": "Int64", "target_layer": "Int64"})
 
 
 def best_over(table: pd.DataFrame, *, metric: str, over: Sequence[str]) -> pd.DataFrame:
@@ -133,38 +136,55 @@ def best_over(table: pd.DataFrame, *, metric: str, over: Sequence[str]) -> pd.Da
 
     Returns:
         Columns row, control (None for the real cells), source_layer, target_layer (NaN where the best was
-        taken over them), the metric, and n_best, the number of cells it is the best of. A control that
-        reads no layer has its own value.
+        taken over them), scale (only where there are several), the metric, and n_best, the number of cells
+        it is the best of. A control that reads no layer has its own value.
     """
     cells = _cells(table, metric=metric)
-    layers = ["source_layer", "target_layer"]
+    places = _places(cells)
     # Positions come in the same order for the real cells and each control.
-    cells["place"] = cells.groupby(["row", "control", *layers], dropna=False).cumcount()
+    cells["place"] = cells.groupby(["row", "control", *places], dropna=False).cumcount()
     layered = cells["source_layer"].notna()
-    spots = ["row", "place", *layers]
+    spots = ["row", "place", *places]
     wanted = cells[layered]["control"].nunique()
     together = cells[layered].groupby(spots)["control"].transform("nunique").eq(wanted)
     cells = cells[~layered | together.reindex(cells.index, fill_value=False)]
     cells = cells.assign(**dict.fromkeys(over, np.nan))
     higher = metric not in METRICS or METRICS[metric].higher_is_better
-    groups = cells.groupby(["row", "control", "place", *layers], dropna=False, sort=False)["value"]
+    groups = cells.groupby(["row", "control", "place", *places], dropna=False, sort=False)["value"]
     found = groups.agg(**{metric: "max" if higher else "min", "n_best": "size"}).reset_index()
     controls = found["control"].astype(object).where(found["control"] != REAL, None)
     return found.assign(control=controls).drop(columns="place")
 
 
 def _cells(table: pd.DataFrame, *, metric: str) -> pd.DataFrame:
-    """The cells that have a value: row, control, layers as floats, value."""
+    """The cells that have a value: row, control, layers and scale as floats, value."""
     cells = pd.DataFrame(
         {
             "row": table["row"].to_numpy(),
             "control": [REAL if is_null(control) else str(control) for control in table["control"]],
             "source_layer": numbers(table["source_layer"]),
             "target_layer": numbers(table["target_layer"]),
+            "scale": scales_of(table).to_numpy(),
             "value": numbers(table[metric]),
         }
     )
     return cells[np.isfinite(cells["value"])].reset_index(drop=True)
+
+
+def _places(cells: pd.DataFrame) -> list[str]:
+    """What tells the cells of one row and control apart, for which means are taken."""
+    return ["source_layer", "target_layer", *(["scale"] if cells["scale"].notna().any() else [])]
+
+
+def scales_of(table: pd.DataFrame) -> pd.Series:
+    """The scale each cell is written at, where there are several.
+
+    NaN where there are not, and for a control that writes no state: it is beside each scale.
+    """
+    if "scale" not in table.columns:
+        return pd.Series(np.nan, index=table.index)
+    found = pd.Series(numbers(table["scale"]), index=table.index).mask(table["control"].isin(STATELESS))
+    return found if len(found.dropna().unique()) > 1 else found.mask(found.notna())
 
 
 class Paired(NamedTuple):

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import product
 
 import pandas as pd
 import pytest
@@ -21,6 +22,7 @@ from patchscope_nn import builtin, cli, runs
 from patchscope_nn.data import DataSpec, load_rows
 from patchscope_nn.errors import ModelError
 from patchscope_nn.models import load
+from patchscope_nn.runs import load_run
 
 RECIPE = """\
 name: tiny
@@ -84,6 +86,32 @@ def test_run_prints_the_summary_the_folder_and_the_report(patchscope, folder):
     rebuilt = patchscope("report", str(run), "--json")
     assert json.loads(rebuilt.stdout) == {"report": str(run / "report.html")}
     assert (run / "report.html").stat().st_size > 10_000
+
+
+def test_run_prints_a_line_for_each_scale_and_an_interval_for_each_mean(patchscope):
+    done = patchscope(
+        *("run", "tiny.yaml", "--set", "target.scale=[0.5, 2]", "--set", "source.layer=[1, 3]"),
+        *("--set", "metrics=[nll_nats]", "--out", "scaled"),
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.replace(", ", ",").splitlines()
+    head = next(index for index, line in enumerate(lines) if line.startswith("scale"))
+    assert lines[head].split() == ["scale", "layer", "patched", "random", "shuffled"]
+    table = load_run("scaled").table()
+    kinds = table["control"].fillna("patched")
+    for line, (scale, layer) in zip(lines[head + 1 :], product((0.5, 2.0), (1, 3)), strict=False):
+        named, at, *means = line.split()
+        assert (float(named), int(at)) == (scale, layer)
+        cells = table[(table["scale"] == scale) & (table["source_layer"] == layer)]
+        expected = cells.groupby(kinds)["nll_nats"].mean()
+        assert list(map(float, means[::2])) == pytest.approx(
+            list(expected[["patched", "random", "shuffled"]]), abs=0.006
+        )
+        for mean, interval in zip(means[::2], means[1::2], strict=True):
+            low, high = map(float, interval.strip("[]").split(","))
+            assert low <= float(mean) <= high
+    flat = table.loc[kinds == "unpatched", "nll_nats"].mean()
+    assert lines[head + 6].startswith(f"nll_nats without a state: unpatched {flat:.2f} [")
 
 
 def test_explain_puts_the_unpatched_control_on_top(patchscope):

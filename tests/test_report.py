@@ -166,6 +166,15 @@ def test_the_summary_says_what_was_done(recipe: dict[str, Any], said: str) -> No
     assert said in sentences_of(table, manifest={"recipe": recipe}, metrics=["precision_at_1"])[0]
 
 
+@pytest.mark.parametrize(
+    ("write", "said"), [({"cut": {"position": 0}}, "is highest at layer "), ({}, "at source layer ")]
+)
+def test_only_a_layer_that_is_read_is_called_a_source(write: dict[str, Any], said: str) -> None:
+    manifest = {"recipe": {"target": {"write": write}}}
+    *_, headline = sentences_of(make_table(), manifest=manifest, metrics=["precision_at_1"])
+    assert said in headline
+
+
 def test_the_best_scale_is_named(tmp_path: Path) -> None:
     table = make_table(n_rows=4, layers=range(3), scales=(0.5, 2.0))
     table.loc[(table["scale"] == 2.0) & table["control"].isna(), "precision_at_1"] = 1.0

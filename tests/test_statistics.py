@@ -156,3 +156,26 @@ def test_summary_is_tidy_and_takes_the_best():
     assert list(empty) == list(plain)
     assert empty.empty
     pd.testing.assert_frame_equal(plain, summarise(CROSSED, metrics=["precision_at_1", "surprisal_nats"]))
+
+
+@pytest.mark.parametrize("best", [[], ["target_layer"], ["source_layer", "target_layer"]])
+def test_scales_stay_apart(best):
+    sizes = {"n_rows": 4, "layers": range(3), "target_layers": range(2)}
+    table = make_table(**sizes, controls=("unpatched", "random", "text-only"), scales=(0.5, 2.0))
+    found = summarise(table, metrics=["precision_at_1"], best=best)
+    assert set(found.loc[found["control"].isin(["unpatched", "text-only"]), "scale"].isna()) == {True}
+    for scale in (0.5, 2.0):
+        alone = table[(table["scale"] == scale) & ~table["control"].isin(["unpatched", "text-only"])]
+        expected = summarise(alone, metrics=["precision_at_1"], best=best)
+        assert "scale" not in expected
+        own = found[found["scale"] == scale].drop(columns="scale").reset_index(drop=True)
+        pd.testing.assert_frame_equal(own, expected, check_dtype=False)
+    assert set(found["scale"].dropna()) == {0.5, 2.0}
+
+
+def test_a_metric_of_controls_alone_has_a_column_of_scales_too():
+    table = make_table(n_rows=2, layers=range(2), scales=(0.5, 2.0))
+    table["precision_at_1"] = table["precision_at_1"].where(table["control"] == "unpatched")
+    found = summarise(table, metrics=["precision_at_1"])
+    assert len(found) == 1
+    assert found["scale"].isna().all()

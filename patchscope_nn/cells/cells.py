@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, overload
 
 from patchscope_nn.errors import LayerError, PositionError
 from patchscope_nn.resolve import Entry, Resolver, Together
-from patchscope_nn.spec import Control, NextToken
+from patchscope_nn.spec import STATELESS, Control, NextToken
 
 #: One of several states that are added up: its prompt, its positions, and what it is multiplied with.
 Weighted = tuple[int, Together, float]
@@ -111,8 +111,8 @@ class Cells(Sequence[Cell]):
         seed: int,
     ) -> None:
         self._resolver, self._entries, self._others = resolver, entries, others
-        apart = ("unpatched", "text-only")
-        self._kinds: tuple[Control | None, ...] = (None, *(one for one in controls if one not in apart))
+        stateful = (one for one in controls if one not in STATELESS)
+        self._kinds: tuple[Control | None, ...] = (None, *stateful)
         self._unpatched_too = "unpatched" in controls
         self._vectors = [str(one) for one in resolver.vectors]
         self._said = repr((resolver.scope.model_dump(mode="json"), seed)).encode()

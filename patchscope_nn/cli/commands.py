@@ -175,7 +175,9 @@ def run(
 
         print_experiment(finished, as_json=json)
     else:
-        printing.print_run(finished, as_json=json)
+        from patchscope_nn.cli.run_printing import print_run
+
+        print_run(finished, as_json=json)
 
 
 @app.command()

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from patchscope_nn.plan import Plan
     from patchscope_nn.quick import Look
     from patchscope_nn.recipe import Recipe
-    from patchscope_nn.runs import Run
 
 _PLAIN_EVERY_S = 5.0
 
@@ -169,62 +168,6 @@ def print_look(look: Look, *, as_json: bool) -> None:
         table.add_row(name, said, _cell(one.next_token), f"{one.probability:.2f}", style=style)
     where = ", ".join(f"{at} {token!r}" for at, token in zip(look.position, look.token, strict=True))
     show(_cell(f"{look.model} on {look.prompt!r}, token {where}"), "", table)
-
-
-def print_run(run: Run, *, as_json: bool) -> None:
-    """Print what a run found, and where it is."""
-    report = run.path / "report.html" if run.path else None
-    shown = str(report) if report and report.exists() else None
-    if as_json:
-        summary = json.loads(run.summary().to_json(orient="records")) if run.metrics else []
-        out_json(
-            {
-                "folder": str(run.path),
-                "report": shown,
-                "cells": len(run.rows),
-                "hash": run.manifest["hash"],
-                "elapsed_s": run.manifest["timings"]["elapsed_s"],
-                "summary": summary,
-            }
-        )
-        return
-    if run.metrics:
-        show(_summary(run))
-    show("", f"{len(run.rows)} cells in {run.path}")
-    show(f"report: {shown}" if shown else "no report: pip install 'patchscope-nn[report]'")
-
-
-def _summary(run: Run) -> Any:
-    """Layers down; the first metric beside its controls, the others alone (the report has all of them).
-
-    A control that has no layer, such as `unpatched`, stands in every line.
-    """
-    found = json.loads(run.summary(by_source=True).to_json(orient="records"))
-    axis = "target_layer" if "source_layer" in run.best_over else "source_layer"
-    controls = list(dict.fromkeys(["patched", *(one["control"] for one in found)]))
-    columns = [(run.metrics[0], control) for control in controls]
-    columns += [(metric, "patched") for metric in run.metrics[1:]]
-    means = {(one[axis], one["metric"], one["control"]): one for one in found}
-    headers = [f"{metric if control == 'patched' else ''}\n{control}" for metric, control in columns]
-    best = f", best over {' and '.join(run.best_over).replace('_', ' ')}" if run.best_over else ""
-    n_rows = max((one["n_rows"] for one in found), default=0)
-    over = f"mean over {n_rows} data rows with 95 % intervals{best}, by {axis.replace('_', ' ')}"
-    table = grid("\nlayer", *headers, title=f"{run.manifest['recipe']['title']}\n{over}\n")
-    layers = sorted({layer for layer, _, control in means if layer is not None})
-    for layer in layers or [None]:
-        line = [means.get((layer, *column)) or means.get((None, *column)) for column in columns]
-        name = {None: "all", -1: "embed"}.get(layer, str(layer))
-        table.add_row(name, *map(_mean, line))
-    return table
-
-
-def _mean(found: Mapping[str, Any] | None) -> str:
-    """A mean, with its interval where it is of the real cells."""
-    if found is None:
-        return ""
-    low, high = found["low"], found["high"]
-    bare = low is None or found["control"] != "patched"
-    return f"{found['mean']:.2f}" + ("" if bare else f" [{low:.2f}, {high:.2f}]")
 
 
 class Planned(NamedTuple):

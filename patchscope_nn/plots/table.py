@@ -50,13 +50,9 @@ def layer_axis(table: pd.DataFrame) -> str | None:
 
 def by_scale(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """The cells of each scale, by its name; all under "" where there is one. Unpatched cells are of each."""
-    if "scale" not in table.columns:
-        return {"": table}
-    layered = table["source_layer"].notna()
-    scales = sorted(table.loc[layered, "scale"].dropna().unique())
-    if len(scales) <= 1:
-        return {"": table}
-    return {f"scale {scale:g}": table[~layered | (table["scale"] == scale)] for scale in scales}
+    scales = statistics.scales_of(table)
+    found = sorted(scales.dropna().unique())
+    return {f"scale {scale:g}": table[scales.isna() | (scales == scale)] for scale in found} or {"": table}
 
 
 def with_probe_controls(table: pd.DataFrame) -> pd.DataFrame:

@@ -56,7 +56,9 @@ def summary(table: pd.DataFrame, *, manifest: Mapping[str, Any], metrics: Sequen
         sentences.append(f"{_count(failed, 'cell')} failed; the table below says why.")
     if metrics:
         best = tuple(as_mapping(manifest.get("recipe")).get("best_over") or ())
-        sentences.append(_headline(with_probe_controls(table), metric=metrics[0], over=best))
+        sentences.append(
+            _headline(with_probe_controls(table), metric=metrics[0], over=best, cut=_cuts(manifest))
+        )
     if not controls and "probe_shuffled_accuracy" not in table.columns:
         sentences.append(
             "No control was run, so a convincing answer does not yet show that the state caused it."
@@ -128,7 +130,7 @@ def _opening(table: pd.DataFrame, *, manifest: Mapping[str, Any]) -> str:
     asked = f"{_list(target)} was asked {question}"
     if recipe.get("probe"):
         return f"A linear probe read hidden states of {_list(source)} at {_layers(table)}, from {prompts}."
-    if as_mapping(aimed.get("write")).get("cut"):
+    if _cuts(manifest):
         return (
             f"In {prompts}, attention from one place to another was cut in blocks around {_layers(table)},"
             f" and {asked}."
@@ -152,7 +154,14 @@ def _counts(table: pd.DataFrame, *, controls: Sequence[str]) -> str:
     )
 
 
-def _headline(table: pd.DataFrame, *, metric: str, over: Sequence[str]) -> str:
+def _cuts(manifest: Mapping[str, Any]) -> bool:
+    """Whether attention is cut around a layer, from which no state is taken."""
+    return bool(
+        as_mapping(as_mapping(as_mapping(manifest.get("recipe")).get("target")).get("write")).get("cut")
+    )
+
+
+def _headline(table: pd.DataFrame, *, metric: str, over: Sequence[str], cut: bool) -> str:
     """Where a metric is best, and what its controls give there."""
     cells = best_over(table, metric=metric, over=over) if over else table
     means = [
@@ -168,20 +177,22 @@ def _headline(table: pd.DataFrame, *, metric: str, over: Sequence[str]) -> str:
     spread = "" if math.isnan(best["low"]) else f" (95 % interval {best['low']:.3g} to {best['high']:.3g})"
     beside = ", ".join(_beside(best, means=[mean for mean in means if mean["scale"] == best["scale"]]))
     named = f"{metric} (each row's best over {' and '.join(over).replace('_', ' ')})" if over else metric
-    where = f"is {'highest' if higher else 'lowest'} at {_place(best)}" if _place(best) else "over all layers"
+    place = _place(best, cut=cut)
+    where = f"is {'highest' if higher else 'lowest'} at {place}" if place else "over all layers"
     return (
         f"Mean {named} {where}: {best['mean']:.3g}{spread}, n = {_count(best['n_rows'], 'data row')}"
         f"{f'; its controls there: {beside}' if beside else ''}."
     )
 
 
-def _place(mean: Mapping[Any, Any]) -> str:
+def _place(mean: Mapping[Any, Any], *, cut: bool) -> str:
     source, target = mean["source_layer"], mean["target_layer"]
-    if math.isnan(source):  # the best was taken over the source layers
-        return "" if math.isnan(target) else f"target layer {layer_name(target)}"
-    beside = "" if target == source or math.isnan(target) else f" and target layer {layer_name(target)}"
-    scale = f" and {mean['scale']}" if mean["scale"] else ""
-    return f"source layer {layer_name(source)}{beside}{scale}"
+    places = []
+    if not math.isnan(source):  # else the best was taken over the source layers
+        places.append(f"{'' if cut else 'source '}layer {layer_name(source)}")
+    if not math.isnan(target) and target != source:
+        places.append(f"target layer {layer_name(target)}")
+    return " and ".join([*places, *([mean["scale"]] if mean["scale"] else [])])
 
 
 def _beside(best: Mapping[Any, Any], *, means: Sequence[Mapping[Any, Any]]) -> Iterator[str]:

@@ -22,7 +22,7 @@ from patchscope_nn.spec.readout import (
     read_position,
 )
 from patchscope_nn.spec.scope import Patchscope
-from patchscope_nn.spec.sides import Control, Site, Source, Target, Vector
+from patchscope_nn.spec.sides import STATELESS, Control, Site, Source, Target, Vector
 from patchscope_nn.spec.training import LENS_KINDS, TRAIN_KINDS, Train, train_schema
 from patchscope_nn.spec.write import Corrupt, Cut
 
@@ -32,6 +32,7 @@ __all__ = [
     "LENS_KINDS",
     "NAMED_MAPPINGS",
     "READOUTS",
+    "STATELESS",
     "TRAIN_KINDS",
     "AnyMapping",
     "AnyReadout",

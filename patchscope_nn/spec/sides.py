@@ -18,6 +18,8 @@ Site: TypeAlias = Literal["residual", "before", "attention", "mlp"]
 #: `unpatched`: T as it is. `random`: a random state of the same norm. `shuffled`: another row's state.
 #: `text-only`: T with the source's text in the place of the patched tokens, and no state.
 Control: TypeAlias = Literal["unpatched", "random", "shuffled", "text-only"]
+#: Those that write no state, and so have no layer and no scale.
+STATELESS: tuple[Control, ...] = ("unpatched", "text-only")
 
 
 def _listed(value: Any) -> Any:

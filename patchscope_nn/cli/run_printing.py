@@ -1,0 +1,79 @@
+"""What the command line prints of a run: its means, and where it is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from patchscope_nn.cli.printing import grid, out_json, show
+
+if TYPE_CHECKING:
+    from patchscope_nn.runs import Run
+
+
+def print_run(run: Run, *, as_json: bool) -> None:
+    """Print what a run found, and where it is."""
+    report = run.path / "report.html" if run.path else None
+    shown = str(report) if report and report.exists() else None
+    if as_json:
+        summary = json.loads(run.summary().to_json(orient="records")) if run.metrics else []
+        out_json(
+            {
+                "folder": str(run.path),
+                "report": shown,
+                "cells": len(run.rows),
+                "hash": run.manifest["hash"],
+                "elapsed_s": run.manifest["timings"]["elapsed_s"],
+                "summary": summary,
+            }
+        )
+        return
+    if run.metrics:
+        show(*_summary(run))
+    show("", f"{len(run.rows)} cells in {run.path}")
+    show(f"report: {shown}" if shown else "no report: pip install 'patchscope-nn[report]'")
+
+
+def _summary(run: Run) -> Iterator[Any]:
+    """Scales and layers down; the first metric beside its controls, the others alone (the report has all).
+
+    A control that has no layer, such as `unpatched`, stands below, where the others have one.
+    """
+    found = json.loads(run.summary(by_source=True).to_json(orient="records"))
+    axis = "target_layer" if "source_layer" in run.best_over else "source_layer"
+    means = {((one.get("scale"), one[axis]), one["metric"], one["control"]): one for one in found}
+    whole = (None, None)
+    places = sorted({place for place, *_ in means} - {whole}, key=_order) or [whole]
+    layered = {control for place, _, control in means if place in places} | {"patched"}
+    controls = sorted(layered, key=lambda control: (control != "patched", control))
+    columns = [(run.metrics[0], control) for control in controls]
+    columns += [(metric, "patched") for metric in run.metrics[1:]]
+    headers = [f"{metric if control == 'patched' else ''}\n{control}" for metric, control in columns]
+    best = f", best over {' and '.join(run.best_over).replace('_', ' ')}" if run.best_over else ""
+    n_rows = max((one["n_rows"] for one in found), default=0)
+    over = f"mean over {n_rows} data rows with 95 % intervals{best}, by {axis.replace('_', ' ')}"
+    title = f"{run.manifest['recipe']['title']}\n{over}\n"
+    scaled = any(scale is not None for scale, _ in places)
+    table = grid(*(["\nscale"] if scaled else []), "\nlayer", *headers, title=title)
+    for scale, layer in places:
+        name = {None: "all", -1: "embed"}.get(layer, str(layer))
+        line = [means.get(((scale, layer), *column)) for column in columns]
+        table.add_row(*([f"{scale:g}"] if scaled else []), name, *map(_mean, line))
+    yield table
+    flat = [one for one in found if one["metric"] == run.metrics[0] and one["control"] not in layered]
+    if flat:
+        said = ", ".join(f"{one['control']} {_mean(one)}" for one in flat)
+        yield f"\n{run.metrics[0]} without a state: {said}"
+
+
+def _order(place: tuple[Any, ...]) -> tuple[float, ...]:
+    return tuple(float("-inf") if one is None else one for one in place)
+
+
+def _mean(found: Mapping[str, Any] | None) -> str:
+    """A mean with its interval, of which a single row has none."""
+    if found is None:
+        return ""
+    low, high = found["low"], found["high"]
+    return f"{found['mean']:.2f}" + ("" if low is None else f" [{low:.2f}, {high:.2f}]")
