@@ -403,6 +403,30 @@ def test_a_target_prompt_may_say_the_layer(model):
     assert [one.text for one in sweep.target_prompts] == ["0 x", "2 x"]
 
 
+@pytest.mark.parametrize("write", ["zero", {"noise": 1.0}, {"cut": {"position": 0}}])
+@pytest.mark.parametrize("site", ["residual", "before"])
+@pytest.mark.parametrize(
+    ("layers", "expected"), [({"target": [0, 2]}, [0, 2]), ({"source": [1, 3], "target": "same"}, [1, 3])]
+)
+def test_a_prompt_says_the_layer_that_is_written_without_a_state(layers, expected, site, write, model):
+    """l is l*: in the table, and in the prompt; source.layer is another way to give it."""
+    if site == "before" and "cut" in write:
+        pytest.skip("a cut has no site")
+    scope = scope_of(
+        source={"layer": layers.get("source", [1, 2])},
+        target={"prompt": "{source_layer} x", "layer": layers["target"], "write": write, "site": site},
+    )
+    sweep = sweep_of(scope, model, rows=ROWS[:1])
+    assert [
+        (
+            cell.source_layer + sweep.shifts[0],
+            cell.target_layer + sweep.shifts[1],
+            sweep.target_prompts[cell.target_prompt].text,
+        )
+        for cell in sweep.cells
+    ] == [(layer, layer, f"{layer} x") for layer in expected]
+
+
 def test_scales_and_samples_are_crossed_with_layers(model):
     scope = scope_of(
         source={"layer": [0, 1]},

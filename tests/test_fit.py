@@ -208,7 +208,7 @@ def test_options_that_are_none(options, message):
 def test_a_fit_says_all_of_where_it_comes_from(tiny_model, tmp_path):
     said = []
     found = fit_mapping(
-        source_model=tiny_model(),
+        model=tiny_model(),
         target_model=tiny_model("gpt2", d_model=48),
         pairs="0:1,2:3",
         data=rows_of(30),
@@ -236,7 +236,7 @@ def test_kinds_that_need_one_size(kind, tiny_model):
     with pytest.raises(InputError, match=rf"{kind} maps between spaces of one size; these have 32 and 48"):
         fit_mapping(
             kind,
-            source_model=tiny_model(),
+            model=tiny_model(),
             target_model=tiny_model("gpt2", d_model=48),
             pairs="0:1",
             data=rows_of(10),
@@ -245,18 +245,18 @@ def test_kinds_that_need_one_size(kind, tiny_model):
 
 def test_a_rank_that_is_too_large(tiny_model):
     with pytest.raises(InputError, match="rank=33 is more than the smaller space has dimensions, 32"):
-        fit_mapping("low_rank", source_model=tiny_model(), pairs="0:1", data=rows_of(10), rank=33)
+        fit_mapping("low_rank", model=tiny_model(), pairs="0:1", data=rows_of(10), rank=33)
 
 
 def test_texts_too_short_for_any_position(tiny_model):
     data = {"rows": [{"text": letter} for letter in "abcdefgh"]}
     with pytest.raises(DataError, match="the texts to fit on have no position that both models read"):
-        fit_mapping(source_model=tiny_model(), pairs="0:1", data=data)
+        fit_mapping(model=tiny_model(), pairs="0:1", data=data)
 
 
 def test_few_positions_are_a_notice_and_so_is_the_end_of_a_grid(tiny_model):
     said = []
-    options = {"source_model": tiny_model(), "pairs": "0:1", "notice": said.append}
+    options = {"model": tiny_model(), "pairs": "0:1", "notice": said.append}
     fit_mapping(data=rows_of(10), positions=2, lambdas=[1e-6, 1e-5], **options)
     assert said[0].startswith("fitted on 16 positions, for states of 32 dimensions")
     assert said[1:] == ["lambda stands at an end of its grid for 1 of 1 pairs."]
@@ -266,16 +266,16 @@ def test_few_positions_are_a_notice_and_so_is_the_end_of_a_grid(tiny_model):
 
 
 def test_as_many_positions_as_asked(tiny_model):
-    found = fit_mapping(source_model=tiny_model(), pairs="0:1", data=rows_of(20), positions=3)
+    found = fit_mapping(model=tiny_model(), pairs="0:1", data=rows_of(20), positions=3)
     assert found.about.data["fitted_on"]["n_positions"] == 3 * 16
-    again = fit_mapping(source_model=tiny_model(), pairs="0:1", data=rows_of(20), positions=3)
-    other = fit_mapping(source_model=tiny_model(), pairs="0:1", data=rows_of(20), positions=3, seed=1)
+    again = fit_mapping(model=tiny_model(), pairs="0:1", data=rows_of(20), positions=3)
+    other = fit_mapping(model=tiny_model(), pairs="0:1", data=rows_of(20), positions=3, seed=1)
     assert torch.equal(found.parts((0, 1))["weight"], again.parts((0, 1))["weight"])
     assert not torch.equal(found.parts((0, 1))["weight"], other.parts((0, 1))["weight"])
 
 
 def test_pairs_that_do_not_fit_into_memory_are_fitted_one_after_the_other(tiny_model, monkeypatch):
-    options = {"source_model": tiny_model(), "pairs": "0:1,0:2,1:3", "data": rows_of(30)}
+    options = {"model": tiny_model(), "pairs": "0:1,0:2,1:3", "data": rows_of(30)}
     together = fit_mapping(**options)
     monkeypatch.setattr("patchscope_nn.fit.run._MEMORY", 1)
     assert list(_chunks([(1, 3), (0, 1), (0, 2)], 32, 32)) == [[(0, 1)], [(0, 2)], [(1, 3)]]

@@ -52,7 +52,7 @@ def run(
     rows = contexts(texts, model=source, count=count)
     read = random.Random(SEED).sample(passages(fit_on), fitted)  # noqa: S311 (a seeded choice, no secret)
     pairs = [(layer, other) for layer in layers for other in target_layers]
-    given: dict[str, Any] = {"source_model": source, "target_model": target, "pairs": pairs}
+    given: dict[str, Any] = {"model": source, "target_model": target, "pairs": pairs}
     given |= {"positions": None, "max_tokens": _TOKENS}
     affine = ps.fit("affine", data=_rows(read), notice=print, **given)
     mean = ps.fit("affine", data=_rows(read[:MEAN_OF]), lambdas=(ENDLESS,), **given)

@@ -124,7 +124,7 @@ def generated(bare: Bare, workload: Workload, states: torch.Tensor, tokenizer: A
     """The text that every cell goes on with."""
     trunk = Trunk(bare, workload)
     if trunk.own > 1:
-        raise NotImplementedError("The floor generates only where the target's last token is patched.")
+        raise ValueError("The floor generates only where the target's last token is patched.")
     answers: Answers = {}
     for cells in _cut(_by_entry(workload.cells), ROWS):
         ids = Decoding(bare, trunk, workload, cells).run(states).tolist()

@@ -55,7 +55,7 @@ def _closed(
     progress = printing.Progress(f"fitting {kind}", quiet=json, unit="texts")
     fitted = fit_mapping(
         kind,  # type: ignore[arg-type]  # it is one of them
-        source_model=source,
+        model=source,
         target_model=target,
         pairs=pairs,
         source_layers=options.parse_selector(source_layers, option="--source-layers"),

@@ -30,7 +30,7 @@ _ENOUGH = 2
 def fit_mapping(
     kind: FitKind = "affine",
     *,
-    source_model: Any,
+    model: Any,
     target_model: Any = None,
     pairs: str | Sequence[Any] = "same",
     source_layers: Any = "all",
@@ -56,8 +56,8 @@ def fit_mapping(
 
     Args:
         kind: `affine`, `orthogonal`, `low_rank` or `scale`.
-        source_model: The model to map from: what `load` takes, or gives.
-        target_model: The model to map to; None is the source.
+        model: M, whose states are mapped: what `load` takes, or gives.
+        target_model: M*, to whose states they are mapped; None is M.
         pairs: `same`, `last`, `cross`, or pairs like `"3:5,4:6"`, as in `parse_pairs`.
         source_layers: The l of `same`, `last` and `cross`.
         target_layers: The l* of `cross`.
@@ -80,7 +80,7 @@ def fit_mapping(
     Raises:
         InputError: Something given is wrong: data, layers, or a kind that does not fit the spaces.
     """
-    source = load(source_model, weights=not on_server(remote if source_remote is None else source_remote))
+    source = load(model, weights=not on_server(remote if source_remote is None else source_remote))
     target = source if target_model is None else load(target_model, weights=not on_server(remote))
     if isinstance(held_out, int | float):
         options = {**options, "held_out": held_out}

@@ -40,6 +40,12 @@ def check_write(scope: Patchscope, info: ModelInfo) -> None:
             f"target.every_step writes while decoding from keys and values, and {info.family} keeps none.",
             hint="Leave every_step out.",
         )
+    if target.every_step and not scope.readout.decodes:
+        raise InputError(
+            f"target.every_step writes at every token that is decoded, and readout: {scope.readout.name} "
+            "decodes none.",
+            hint="Use readout: generate or choices, or leave every_step out.",
+        )
     if target.every_step and target.cut is not None:
         raise InputError(
             "target.every_step writes at every token that is decoded, and target.write: cut writes nothing.",

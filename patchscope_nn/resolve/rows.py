@@ -77,7 +77,8 @@ class Resolver:
     """Resolves the data rows of one Patchscope, one after the other.
 
     Attributes:
-        layers: l, the same for every row: blocks whose output is read, or `EMBED`.
+        layers: l, the same for every row: blocks whose output is read, or `EMBED`; where no state is written,
+            l*, if that is given.
         target_layers: l*, or None for `same`.
         shift, target_shift: 1 where l or l* means the input of its block, else 0.
         compares: Whether the source's own next-token distribution is to be read.
@@ -104,12 +105,15 @@ class Resolver:
         self.vectors: dict[VectorAt, int] = {}
         self.compares = isinstance(readout, NextToken) and compares(scope, readout, source, target)
         self.shift, self.target_shift = (int(one.site == "before") for one in (scope.source, scope.target))
+        if not scope.target.needs_state:
+            self.shift = self.target_shift
         layers = resolve_layers(scope.source.layer, n_layers=source.info.n_layers, field="source.layer")
         self.layers = tuple(layer - self.shift for layer in layers)
         self.target_layers = None
         if scope.target.layer != "same":
             written = resolve_layers(scope.target.layer, n_layers=target.info.n_layers, field="target.layer")
             self.target_layers = tuple(layer - self.target_shift for layer in written)
+            self.layers = self.layers if scope.target.needs_state else self.target_layers
         if text_only:
             check_text_only(scope)
 

@@ -283,7 +283,7 @@ def test_a_whole_fit_is_ridge_on_all_its_states(tiny_model):
 
 def test_the_rehearsal_of_a_server_gives_the_same_fit(tiny_model):
     options = {
-        "source_model": tiny_model("llama"),
+        "model": tiny_model("llama"),
         "target_model": tiny_model("gpt2"),
         "pairs": "1:2",
         "data": {"rows": [{"text": text} for text in texts_of(30)]},

@@ -325,6 +325,16 @@ def test_an_ensemble_that_names_the_layer_beside_the_text_alone(readout, family,
         hooks.assert_same(given, said)
 
 
+def test_every_step_of_what_decodes_nothing(tiny_model):
+    model = tiny_model()
+    with pytest.raises(InputError) as raised:
+        expand(scope_of("next_token", target={"every_step": True}), rows=ROWS, source=model, target=model)
+    assert str(raised.value) == (
+        "target.every_step writes at every token that is decoded, and readout: next_token decodes none. "
+        "Use readout: generate or choices, or leave every_step out."
+    )
+
+
 def weightless(model, **parts):
     """A model's description, with other parts of its architecture."""
     architecture = dataclasses.replace(model.info.architecture, **parts)
