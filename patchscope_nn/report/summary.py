@@ -174,13 +174,13 @@ def _headline(table: pd.DataFrame, *, metric: str, over: Sequence[str], cut: boo
         return f"No patched cell has a value of {metric}."
     higher = metric not in METRICS or METRICS[metric].higher_is_better
     best = (max if higher else min)(real, key=lambda mean: mean["mean"])
-    spread = "" if math.isnan(best["low"]) else f" (95 % interval {best['low']:.3g} to {best['high']:.3g})"
     beside = ", ".join(_beside(best, means=[mean for mean in means if mean["scale"] == best["scale"]]))
     named = f"{metric} (each row's best over {' and '.join(over).replace('_', ' ')})" if over else metric
     place = _place(best, cut=cut)
     where = f"is {'highest' if higher else 'lowest'} at {place}" if place else "over all layers"
+    value = _with_interval(best, named="95 % interval ")
     return (
-        f"Mean {named} {where}: {best['mean']:.3g}{spread}, n = {_count(best['n_rows'], 'data row')}"
+        f"Mean {named} {where}: {value}, n = {_count(best['n_rows'], 'data row')}"
         f"{f'; its controls there: {beside}' if beside else ''}."
     )
 
@@ -203,4 +203,9 @@ def _beside(best: Mapping[Any, Any], *, means: Sequence[Mapping[Any, Any]]) -> I
             for side in ("source_layer", "target_layer")
         )
         if mean["control"] != REAL and (there or math.isnan(mean["source_layer"])):
-            yield f"{mean['control']} {mean['mean']:.3g}"
+            yield f"{mean['control']} {_with_interval(mean)}"
+
+
+def _with_interval(mean: Mapping[Any, Any], *, named: str = "") -> str:
+    low, high = mean["low"], mean["high"]
+    return f"{mean['mean']:.3g}" + ("" if math.isnan(low) else f" ({named}{low:.3g} to {high:.3g})")
