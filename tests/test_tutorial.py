@@ -17,6 +17,12 @@ def shown(cell: Any) -> list[tuple[str, ...]]:
     return [(one["output_type"], *sorted(one.get("data", {}))) for one in cell.outputs]
 
 
+def runs(cell: Any) -> list[str]:
+    """The hashes of the runs that a cell shows: of recipe, data, models and mapping."""
+    plain = "".join(one.get("data", {}).get("text/plain", "") for one in cell.outputs)
+    return re.findall(r"<Run \S+ ([0-9a-f]{16})", plain)
+
+
 def test_what_is_committed_is_small_executed_and_of_no_machine() -> None:
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     nbformat.validate(notebook)
@@ -44,6 +50,7 @@ def test_it_runs_and_gives_what_is_committed(tmp_path: Path, monkeypatch: pytest
     for old, new in zip(committed.cells, fresh.cells, strict=True):
         if old.cell_type == "code":
             assert shown(new) == shown(old), old.source
+            assert runs(new) == runs(old), "the tutorial shows older runs: execute it again"
     (said,) = (
         cell.outputs[0]["data"]["text/html"] for cell in fresh.cells if cell.source.startswith("scope = ")
     )
