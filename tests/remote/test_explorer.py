@@ -14,6 +14,7 @@ from patchscope_nn.explore.views import CellView, GridView
 from patchscope_nn.explore.worker import Ask, Worker
 
 TINY = launch.TINY
+TARGET = {"prompt": "Diana is in Paris in x"}  # the served model reads few tokens
 
 
 def told(task):
@@ -50,7 +51,7 @@ def test_a_grid_and_a_description(ndif, folders):
     assert shown == expected
     assert any(one["event"] == "notice" and one["line"].startswith("jobs: ") for one in remote)
 
-    view = {"position": 2, "layer": 1, "max_new_tokens": 5}
+    view = {"position": 2, "layer": 1, "target": TARGET, "max_new_tokens": 5}
     local, remote = both(lambda answers, model, one: answers.cell(CellView(**names(model), **view), one))
     said, expected = ([one for one in events if one["event"] == "said"] for events in (remote, local))
     assert len(said) == 3
@@ -59,7 +60,7 @@ def test_a_grid_and_a_description(ndif, folders):
 
 def test_a_cancelled_request_does_not_wait_for_its_job(ndif):
     answers, worker, events = Answers(lenses(), Options(remote=ndif)), Worker(), []
-    view = CellView(**names(TINY), position=2, layer=1, max_new_tokens=200)
+    view = CellView(**names(TINY), position=2, layer=1, target=TARGET, max_new_tokens=40)
     first = Ask(lambda ask: answers.cell(view, ask), events.append)
     worker.submit(first)
     wait_until(lambda: any(one["event"] == "notice" for one in events))

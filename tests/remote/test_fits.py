@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import launch
 import pytest
 import torch
@@ -9,17 +11,25 @@ import torch
 import patchscope_nn as ps
 
 TINY = launch.TINY
-TEXTS = [
-    {"text": f"{first} is in {second}, {third} x {number}"}
-    for number, (first, second, third) in enumerate(
-        zip(
-            ["Diana", "Paris", "The Tower"] * 4,
-            ["Wales", "the city"] * 6,
-            ["Eiffel", "Queen", "y"] * 4,
-            strict=True,
-        )
-    )
+WORDS = [
+    "The",
+    "Eiffel",
+    "Tower",
+    "Diana",
+    "Paris",
+    "is",
+    "in",
+    "the",
+    "city",
+    "of",
+    "Wales",
+    "Queen",
+    "x",
+    "y",
+    "1135",
 ]
+RANDOM = random.Random(0)  # noqa: S311 (a seeded choice, no secret)
+TEXTS = [{"text": " ".join(RANDOM.choices(WORDS, k=10))} for _ in range(60)]
 
 
 @pytest.mark.parametrize("kind", ["affine", "orthogonal"])
@@ -27,8 +37,8 @@ def test_a_closed_form(kind, ndif, folders):
     asked = {"pairs": "1:2,0:3", "data": {"rows": TEXTS}, "positions": 4}
     here = ps.fit(kind, model=folders[TINY], **asked)
     there = ps.fit(kind, model=TINY, remote=ndif, **asked)
-    assert set(there.maps) == {(1, 2), (0, 3)}
-    for pair in here.maps:
+    assert set(there.pairs) == {(1, 2), (0, 3)}
+    for pair in here.pairs:
         for name, tensor in here.parts(pair).items():
             torch.testing.assert_close(there.parts(pair)[name], tensor, atol=1e-4, rtol=1e-3)
     for one, other in zip(here.about.held_out.values(), there.about.held_out.values(), strict=True):
