@@ -4,6 +4,7 @@ import csv
 
 import numpy as np
 import pytest
+import tiny
 
 from benchmarks.quality import contexts as held_out
 from benchmarks.quality import cross_model, entities, next_token
@@ -11,6 +12,7 @@ from benchmarks.quality.intervals import interval, intervals
 from benchmarks.quality.models import short
 from benchmarks.quality.write import draw_curves, markdown
 from patchscope_nn.data import DataSpec, load_rows
+from patchscope_nn.models import load
 from patchscope_nn.runs import load_run
 
 PARAGRAPH = (
@@ -138,6 +140,41 @@ def test_the_cross_model_page_has_every_pair_of_the_maps_and_their_controls(wiki
         for (layer, other), part in table.groupby(["source_layer", "target_layer"])
     }
     assert [len(tokens) for tokens in said.values()] == [1] * 4, "the mean knows nothing of the context"
+
+
+def long_model(seed):
+    """A tiny model that reads the description prompt, which is long in so small a vocabulary."""
+    module = tiny.make_module("llama", seed=seed)
+    module.config.max_position_embeddings = 512
+    return load(module, tokenizer=tiny.TOKENIZER)
+
+
+def test_the_page_of_descriptions_across_models_has_every_layer_and_its_control(wikitext, tmp_path):
+    plain = PARAGRAPH.replace("(", "").replace('"', "")
+    wikitext.write_text("".join(f" {word} {plain}" for word in "abcdefghij"), encoding="utf-8")
+    entities.run_across(
+        long_model(0),
+        long_model(1),
+        fit_on=wikitext,
+        layers=[1, 2],
+        target_layers=[0, 3],
+        fitted=12,
+        count=3,
+        work=tmp_path / "work",
+        out=tmp_path,
+        command="a command",
+    )
+    with (tmp_path / "cross-model-entities.csv").open() as stream:
+        found = [row for row in csv.DictReader(stream) if row["metric"] == "resolved"]
+    assert [(row["target"], row["control"], row["layer"]) for row in found] == [
+        (f"l* = {at}", control, layer) for at in (0, 3) for control in ("", "shuffled") for layer in "12"
+    ]
+    page = (tmp_path / "cross-model-entities.md").read_text()
+    assert "12 passages of wiki/test.txt" in page
+    assert str(tmp_path) not in page
+    tables = [load_run(folder).table() for folder in (tmp_path / "work").iterdir()]
+    assert {tuple(table["mapping"].unique()) for table in tables} == {("fitted",)}
+    assert len({tuple(table["text"]) for table in tables}) == 2
 
 
 def test_key_words_are_those_of_entities_that_ship():

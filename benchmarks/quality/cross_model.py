@@ -50,12 +50,9 @@ def run(
 ) -> None:
     """Fit the maps, sweep the pairs of layers with the controls, and write Precision@1 of each pair."""
     rows = contexts(texts, model=source, count=count)
-    read = random.Random(SEED).sample(passages(fit_on), fitted)  # noqa: S311 (a seeded choice, no secret)
-    pairs = [(layer, other) for layer in layers for other in target_layers]
-    given: dict[str, Any] = {"model": source, "target_model": target, "pairs": pairs}
-    given |= {"positions": None, "max_tokens": _TOKENS}
-    affine = ps.fit("affine", data=_rows(read), notice=print, **given)
-    mean = ps.fit("affine", data=_rows(read[:MEAN_OF]), lambdas=(ENDLESS,), **given)
+    read, between = chosen(fit_on, fitted), {"layers": layers, "target_layers": target_layers}
+    affine = fit(source, target, texts=read, notice=print, **between)
+    mean = fit(source, target, texts=read[:MEAN_OF], lambdas=(ENDLESS,), **between)
     sides: dict[str, Any] = {"layers": layers, "target_layers": target_layers, "rows": rows, "work": work}
     mapped = sweep(affine, source, target, name="affine", controls=CONTROLS, **sides)
     average = sweep(mean, source, target, name="mean", controls=(), **sides)
@@ -79,15 +76,12 @@ def run(
             for column, other in enumerate(target_layers)
         ],
     )
-    about = affine.about
     said = (
         f"{len(rows)} contexts of {texts.parent.name}/{texts.name}; {source.info.dtype} and "
-        f"{target.info.dtype}. Maps fitted on {about.data['fitted_on']['n_positions']} positions of "
-        f"{len(read)} passages of {fit_on.parent.name}/{fit_on.name}, of which some choose lambda or are "
-        "held out for the last table.\n"
+        f"{target.info.dtype}; {fitted_on(affine, fit_on, fitted)} for the last table.\n"
     )
     layout = "rows l, columns l*.\n\n"
-    variance = _variance(about.held_out, layers, target_layers)
+    variance = _variance(affine.about.held_out, layers, target_layers)
     parts = [
         said,
         _best(grids, layers, target_layers),
@@ -100,6 +94,41 @@ def run(
     ]
     title = f"Cross-model (section 4.4): {source.info.name} -> {target.info.name}"
     write_page(out / "cross-model.md", title=title, command=command, parts=parts)
+
+
+def chosen(fit_on: Path, count: int) -> list[str]:
+    """Passages of a file, for maps to be fitted on."""
+    return random.Random(SEED).sample(passages(fit_on), count)  # noqa: S311 (a seeded choice, no secret)
+
+
+def fit(
+    source: Model,
+    target: Model,
+    *,
+    texts: Sequence[str],
+    layers: Sequence[int],
+    target_layers: Sequence[int],
+    **options: Any,
+) -> Any:
+    """One affine map for each pair of layers."""
+    return ps.fit(
+        "affine",
+        model=source,
+        target_model=target,
+        pairs=[(layer, other) for layer in layers for other in target_layers],
+        data={"rows": [{"text": text} for text in texts]},
+        positions=None,
+        max_tokens=_TOKENS,
+        **options,
+    )
+
+
+def fitted_on(affine: Any, fit_on: Path, count: int) -> str:
+    """What maps were fitted on, in words."""
+    return (
+        f"maps fitted on {affine.about.data['fitted_on']['n_positions']} positions of {count} passages of "
+        f"{fit_on.parent.name}/{fit_on.name}, of which some choose lambda or are held out"
+    )
 
 
 def sweep(
@@ -130,10 +159,6 @@ def sweep(
         metrics=["precision_at_1"],
         out=work / f"cross-{name}-{short(source.info.name)}-{short(target.info.name)}",
     ).table()
-
-
-def _rows(texts: Sequence[str]) -> dict[str, Any]:
-    return {"rows": [{"text": text} for text in texts]}
 
 
 def _grid(table: Any, control: str | None) -> Grid:

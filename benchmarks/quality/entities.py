@@ -1,5 +1,6 @@
-"""Section 4.3: at which layers the model describes an entity when asked with the few-shot description prompt.
+"""Sections 4.3 and 4.4: from which layers an entity is described, by its own model or by another one.
 
+The few-shot description prompt asks. Another model reads the states through maps, as in `cross_model`.
 Besides ROUGE-L against a short description, a text is judged by key words chosen before anything was run: it
 resolves its entity if one of them is in the description, which ends where the model goes on with another item
 of its list. The shuffled control writes another entity's state and is judged by the same words, so that what
@@ -9,6 +10,7 @@ for Alexander the Great. After the first run `king` was made a whole word: it ha
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,11 +20,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 import patchscope_nn as ps
+from benchmarks.quality.cross_model import chosen, fit, fitted_on
 from benchmarks.quality.intervals import Interval, interval, intervals
 from benchmarks.quality.models import short
 from benchmarks.quality.write import draw_curves, markdown, write_csv, write_page
 from patchscope_nn.data import DataSpec, load_rows
 from patchscope_nn.models import Model
+from patchscope_nn.recipe import Recipe
 
 #: Entities of the builtin data of two tokens or more, and stems of words that tell what each is.
 KEYS = {
@@ -58,9 +62,70 @@ TOKENS = 12
 
 def run(model: Model, *, layers: str, count: int, work: Path, out: Path, command: str) -> None:
     """Describe entities from each layer, beside other entities' states, and write the texts and curves."""
+    rows, name = _entities(count), short(model.info.name)
+    tables = {
+        label: sweep(_recipe(layers, at), (model, model), rows, work / f"entities-{at}-{name}")
+        for label, at in TARGETS.items()
+    }
+    _write(
+        tables,
+        rows,
+        file=out / "entity-description",
+        title=f"Entity description (section 4.3): {model.info.name}",
+        drawn=f"Entities resolved, {name}, {len(rows)} entities",
+        about=f"{len(rows)} entities, {model.info.dtype}",
+        command=command,
+    )
+
+
+def run_across(
+    source: Model,
+    target: Model,
+    *,
+    fit_on: Path,
+    layers: Sequence[int],
+    target_layers: Sequence[int],
+    fitted: int,
+    count: int,
+    work: Path,
+    out: Path,
+    command: str,
+) -> None:
+    """Let one model describe another's states, through maps fitted on other texts."""
+    rows, names = _entities(count), f"{short(source.info.name)} -> {short(target.info.name)}"
+    affine = fit(source, target, texts=chosen(fit_on, fitted), layers=layers, target_layers=target_layers)
+    said, tables = fitted_on(affine, fit_on, fitted), {}
+    for at in target_layers:
+        recipe = _recipe(json.dumps(list(layers)), at).model_copy(update={"mapping": affine})
+        folder = work / f"entities-{at}-{names.replace(' -> ', '-')}"
+        tables[f"l* = {at}"] = sweep(recipe, (source, target), rows, folder)
+    _write(
+        tables,
+        rows,
+        file=out / "cross-model-entities",
+        title=f"Entity description across models (section 4.4): {source.info.name} -> {target.info.name}",
+        drawn=f"Entities resolved, {names}, {len(rows)} entities",
+        about=f"{len(rows)} entities, {source.info.dtype} and {target.info.dtype}; {said}",
+        command=command,
+    )
+
+
+def _entities(count: int) -> list[dict[str, Any]]:
     rows = [row for row in load_rows(DataSpec(builtin="entities")) if row["entity"] in KEYS]
-    rows = sorted(rows, key=lambda row: list(KEYS).index(row["entity"]))[:count]
-    tables = {name: sweep(model, rows, layers, target, work) for name, target in TARGETS.items()}
+    return sorted(rows, key=lambda row: list(KEYS).index(row["entity"]))[:count]
+
+
+def _write(
+    tables: Mapping[str, Any],
+    rows: Sequence[dict[str, Any]],
+    *,
+    file: Path,
+    title: str,
+    drawn: str,
+    about: str,
+    command: str,
+) -> None:
+    """Write the page of some tables, one for each l*, with its curves and numbers beside it."""
     found, curves, sections = [], {}, []
     for name, table in tables.items():
         real, shuffled = (_of(table, control) for control in (None, "shuffled"))
@@ -70,7 +135,7 @@ def run(model: Model, *, layers: str, count: int, work: Path, out: Path, command
                 spans = intervals(_grid(part, rows, metric))
                 found += [
                     {
-                        "model": model.info.name,
+                        "model": real["source_model"].iloc[0],
                         "target": name,
                         "control": "shuffled" if part is shuffled else "",
                         "metric": metric,
@@ -83,17 +148,16 @@ def run(model: Model, *, layers: str, count: int, work: Path, out: Path, command
                 if metric == "resolved":
                     curves[label] = (read, spans)
         sections.append(_section(name, real, shuffled, rows, read))
-    write_csv(out / "entity-description.csv", found)
-    title = f"Entities resolved, {short(model.info.name)}, {len(rows)} entities"
-    draw_curves(out / "entity-description.svg", curves, title=title, y="share resolved (by key words)")
-    alone = _of(tables["l* = l"], "unpatched")["text"].iloc[0]
+    write_csv(file.with_suffix(".csv"), found)
+    draw_curves(file.with_suffix(".svg"), curves, title=drawn, y="share resolved (by key words)")
+    alone = _of(next(iter(tables.values())), "unpatched")["text"].iloc[0]
     write_page(
-        out / "entity-description.md",
-        title=f"Entity description (section 4.3): {model.info.name}",
+        file.with_suffix(".md"),
+        title=title,
         command=command,
         parts=[
-            f"{len(rows)} entities, {model.info.dtype}, {TOKENS} tokens. The prompt alone says {alone!r}.\n",
-            "![Share resolved by layer](entity-description.svg)\n",
+            f"{about}, {TOKENS} tokens. The prompt alone says {alone!r}.\n",
+            f"![Share resolved by layer]({file.name}.svg)\n",
             *sections,
             "## What is said\n",
             "The descriptions, cut where another item of the list begins; **bold** where a key word is in.\n",
@@ -102,21 +166,27 @@ def run(model: Model, *, layers: str, count: int, work: Path, out: Path, command
     )
 
 
-def sweep(model: Model, rows: list[dict[str, Any]], layers: str, target: Any, work: Path) -> Any:
-    """The table of the recipe with one target layer; it goes on where an earlier call was stopped."""
+def _recipe(layers: str, target: Any) -> Recipe:
+    """The recipe with one target layer."""
     changes = (
         f"source.layer={layers}",
         f"target.layer={target}",
         f"readout.generate.max_new_tokens={TOKENS}",
     )
-    found = ps.run(
-        ps.load_recipe("entity-description", sets=changes),
-        model=model,
+    return ps.load_recipe("entity-description", sets=changes)
+
+
+def sweep(recipe: Recipe, models: tuple[Model, Model], rows: list[dict[str, Any]], folder: Path) -> Any:
+    """The table of a recipe; it goes on where an earlier call was stopped."""
+    source, target = models
+    return ps.run(
+        recipe,
+        source_model=source,
+        target_model=target,
         data=rows,
         controls=["unpatched", "shuffled"],
-        out=work / f"entities-{target}-{short(model.info.name)}",
-    )
-    return found.table()
+        out=folder,
+    ).table()
 
 
 def description(text: str) -> str:
