@@ -13,6 +13,8 @@ from benchmarks.quality.intervals import Interval
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#000000")
 #: Above it an axis shows the whole of 0 to 1.
 _NEAR_ONE = 0.6
+#: The most methods that share a panel.
+_TOGETHER = 2
 
 
 def write_csv(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -45,9 +47,12 @@ def draw_curves(
 ) -> None:
     """Means by layer with their intervals as bands; what the names call a control is drawn thin and broken.
 
+    More than two methods have a panel each.
+
     Args:
         file: The SVG file.
-        curves: For each name its layers and intervals, in the order of the legend.
+        curves: For each name its layers and intervals, in the order of the legend; a control's name begins
+            with its method's and a comma.
         title: The title.
         y: What the y axis shows.
     """
@@ -55,26 +60,38 @@ def draw_curves(
 
     mpl.use("svg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import MaxNLocator
 
+    methods = list(dict.fromkeys(name.partition(",")[0] for name in curves))
+    apart = len(methods) > _TOGETHER
     with mpl.rc_context({"svg.hashsalt": "patchscope", "svg.fonttype": "none", "font.size": 9}):
-        figure, axes = plt.subplots(figsize=(7, 4))
-        for (name, (layers, values)), colour in zip(curves.items(), COLOURS, strict=False):
-            control = "," in name
-            axes.plot(
+        shape = (-(-len(methods) // 2), 2) if apart else (1, 1)
+        figure, grid = plt.subplots(*shape, figsize=(7, 2.4 * shape[0] + 1.6), sharey=True, squeeze=False)
+        panels = dict(zip(methods, grid.flat, strict=False)) if apart else dict.fromkeys(methods, grid[0, 0])
+        for panel in list(grid.flat)[len(methods) :]:
+            panel.set_axis_off()
+        colours = dict(zip(curves, COLOURS[:2] * len(methods) if apart else COLOURS, strict=False))
+        for name, (layers, values) in curves.items():
+            panel, control = panels[name.partition(",")[0]], "," in name
+            panel.plot(
                 layers,
                 [one.mean for one in values],
                 label=name,
-                color=colour,
+                color=colours[name],
                 linewidth=1 if control else 2,
                 linestyle="--" if control else "-",
             )
             lows, highs = [one.low for one in values], [one.high for one in values]
-            axes.fill_between(layers, lows, highs, color=colour, alpha=0.15, linewidth=0)
-        axes.set(title=title, xlabel="source layer (0-based block output)", ylabel=y)
+            panel.fill_between(layers, lows, highs, color=colours[name], alpha=0.15, linewidth=0)
         highest = max(one.high for _, part in curves.values() for one in part)
-        axes.set_ylim(0, 1.02 if highest > _NEAR_ONE else None)
-        axes.grid(visible=True, alpha=0.3)
-        axes.legend(frameon=False, fontsize=8)
+        for panel in panels.values():
+            panel.set(xlabel="source layer (0-based block output)")
+            panel.set_ylim(0, 1.02 if highest > _NEAR_ONE else None)
+            panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+            panel.grid(visible=True, alpha=0.3)
+            panel.legend(frameon=False, fontsize=8)
+        figure.supylabel(y, fontsize=9)
+        figure.suptitle(title, fontsize=10, wrap=True)
         figure.tight_layout()
         figure.savefig(file, metadata={"Date": None})
         plt.close(figure)
