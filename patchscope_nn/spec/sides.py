@@ -16,8 +16,8 @@ from patchscope_nn.spec.write import Corrupt, Cut, Scales, Write
 #: What of a block is read or written: its output, its input, or the output of its attention or its MLP.
 Site: TypeAlias = Literal["residual", "before", "attention", "mlp"]
 #: `unpatched`: T as it is. `random`: a random state of the same norm. `shuffled`: another row's state.
-#: `text-only`: T with the source's text (a chat after its template) in the place of the patched tokens, and no
-#: state.
+#: `text-only`: T with the source's text (a chat after its template) in the place of the patched tokens, and
+#: no state.
 Control: TypeAlias = Literal["unpatched", "random", "shuffled", "text-only"]
 #: Those that write no state, and so have no layer and no scale.
 STATELESS: tuple[Control, ...] = ("unpatched", "text-only")
