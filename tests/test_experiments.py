@@ -334,6 +334,9 @@ def test_run_prints_one_comparison(patchscope, here):
     again = json.loads(patchscope("run", "lenses.yaml", "--limit", "2", "--out", "out", "--json").stdout)
     assert list(again["methods"]) == NAMES
     assert again["comparison"]["metrics"] == ["nll_nats", "precision_at_1"]
+    for one in again["comparison"]["means"]:
+        assert f"{one['mean']:.2f}" in done.stdout
+        assert f"[{one['low']:.2f}, {one['high']:.2f}]" in done.stdout
     rehearsed = patchscope(
         "run", "lenses.yaml", "--limit", "2", "--remote", "local", "--out", "rehearsed", "--json"
     )

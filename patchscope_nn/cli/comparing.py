@@ -66,13 +66,11 @@ def _of_metric(comparison: Comparison, *, metric: str) -> Any:
     between = between[(between["metric"] == metric) & (between["first_control"] == REAL)]
     differences = {line["second"]: line for line in between.to_dict("records")}
     table = grid(metric, "mean", *controls, "difference", "p", "layers", "pairs")
-    for column in table.columns[1:]:
-        column.no_wrap = True
     for name in dict.fromkeys(means["run"]):
         own = means[means["run"] == name].set_index("control").to_dict("index")
         line = differences.get(name)
-        plain = [f"{own[control]['mean']:.2f}" if control in own else "" for control in controls]
-        table.add_row(name, _mean(own.get(REAL)), *plain, *_difference(line))
+        beside = [_mean(own.get(control)).replace(" [", "\n[") for control in controls]
+        table.add_row(name, _mean(own.get(REAL)), *beside, *_difference(line))
     return table
 
 
