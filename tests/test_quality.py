@@ -21,6 +21,10 @@ PARAGRAPH = (
 )
 
 
+PLAIN = PARAGRAPH.replace("(", "").replace('"', "")
+PASSAGES = "".join(f" {word} {PLAIN}" for word in "abcdefghij")
+
+
 @pytest.fixture
 def wikitext(tmp_path, monkeypatch):
     monkeypatch.setattr(held_out, "WORDS", 9)
@@ -40,7 +44,7 @@ def test_passages_are_ordinary_text_without_rare_words(wikitext):
 
 def test_a_context_is_a_beginning_that_ends_after_a_token(wikitext, tiny_model):
     model = tiny_model("llama")
-    wikitext.write_text(PARAGRAPH.replace("(", "").replace('"', "") * 20, encoding="utf-8")
+    wikitext.write_text(PLAIN * 20, encoding="utf-8")
     rows = held_out.contexts(wikitext, model=model, count=12)
     assert rows == held_out.contexts(wikitext, model=model, count=12)
     sizes = [len(model.tokenizer(row["context"])["input_ids"]) for row in rows]
@@ -77,7 +81,7 @@ def test_the_judged_layers_are_the_same_share_of_any_depth():
 
 
 def test_the_next_token_page_says_what_the_csv_holds(wikitext, tmp_path, tiny_model):
-    wikitext.write_text(PARAGRAPH.replace("(", "").replace('"', "") * 20, encoding="utf-8")
+    wikitext.write_text(PLAIN * 20, encoding="utf-8")
     out = tmp_path / "out"
     out.mkdir()
     next_token.run(
@@ -104,10 +108,9 @@ def test_the_next_token_page_says_what_the_csv_holds(wikitext, tmp_path, tiny_mo
 
 
 def test_the_cross_model_page_has_every_pair_of_the_maps_and_their_controls(wikitext, tmp_path, tiny_model):
-    plain = PARAGRAPH.replace("(", "").replace('"', "")
-    wikitext.write_text(plain * 20, encoding="utf-8")
+    wikitext.write_text(PLAIN * 20, encoding="utf-8")
     other = wikitext.with_name("valid.txt")
-    other.write_text("".join(f" {word} {plain}" for word in "abcdefghij"), encoding="utf-8")
+    other.write_text(PASSAGES, encoding="utf-8")
     cross_model.run(
         tiny_model("llama"),
         tiny_model("llama", copy=1),
@@ -150,8 +153,7 @@ def long_model(seed):
 
 
 def test_the_page_of_descriptions_across_models_has_every_layer_and_its_control(wikitext, tmp_path):
-    plain = PARAGRAPH.replace("(", "").replace('"', "")
-    wikitext.write_text("".join(f" {word} {plain}" for word in "abcdefghij"), encoding="utf-8")
+    wikitext.write_text(PASSAGES, encoding="utf-8")
     entities.run_across(
         long_model(0),
         long_model(1),

@@ -10,7 +10,6 @@ for Alexander the Great. After the first run `king` was made a whole word: it ha
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -96,7 +95,7 @@ def run_across(
     affine = fit(source, target, texts=chosen(fit_on, fitted), layers=layers, target_layers=target_layers)
     said, tables = fitted_on(affine, fit_on, fitted), {}
     for at in target_layers:
-        recipe = _recipe(json.dumps(list(layers)), at).model_copy(update={"mapping": affine})
+        recipe = _recipe(list(layers), at).model_copy(update={"mapping": affine})
         folder = work / f"entities-{at}-{names.replace(' -> ', '-')}"
         tables[f"l* = {at}"] = sweep(recipe, (source, target), rows, folder)
     _write(
@@ -166,7 +165,7 @@ def _write(
     )
 
 
-def _recipe(layers: str, target: Any) -> Recipe:
+def _recipe(layers: str | list[int], target: Any) -> Recipe:
     """The recipe with one target layer."""
     changes = (
         f"source.layer={layers}",

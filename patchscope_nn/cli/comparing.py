@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from patchscope_nn.cli.printing import grid, out_json, show
+from patchscope_nn.cli.printing import grid, mean_text, out_json, show
 from patchscope_nn.report.comparison import p_text
 from patchscope_nn.statistics import REAL
 
@@ -69,8 +69,8 @@ def _of_metric(comparison: Comparison, *, metric: str) -> Any:
     for name in dict.fromkeys(means["run"]):
         own = means[means["run"] == name].set_index("control").to_dict("index")
         line = differences.get(name)
-        beside = [_mean(own.get(control)).replace(" [", "\n[") for control in controls]
-        table.add_row(name, _mean(own.get(REAL)), *beside, *_difference(line))
+        beside = [mean_text(own.get(control)).replace(" [", "\n[") for control in controls]
+        table.add_row(name, mean_text(own.get(REAL)), *beside, *_difference(line))
     return table
 
 
@@ -81,17 +81,10 @@ def _difference(line: Mapping[str, Any] | None) -> list[str]:
         "" if pd.isna(line[name]) else p_text(line[name]).removeprefix("p ").removeprefix("= ")
         for name in _PS
     ]
-    return [_mean(line, sign="+"), *ps, str(line["n_pairs"])]
+    return [mean_text(line, sign="+"), *ps, str(line["n_pairs"])]
 
 
 _PS = ("p", "p_bonferroni")
-
-
-def _mean(found: Mapping[str, Any] | None, *, sign: str = "") -> str:
-    if found is None or pd.isna(found["mean"]):
-        return ""
-    low, high = found["low"], found["high"]
-    return f"{found['mean']:{sign}.2f}" + ("" if pd.isna(low) else f" [{low:{sign}.2f}, {high:{sign}.2f}]")
 
 
 def print_compared(comparison: Comparison, *, page: Path | None, as_json: bool) -> None:

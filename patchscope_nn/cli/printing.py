@@ -139,6 +139,17 @@ def show(*things: Any) -> None:
         console.print(thing, markup=False)
 
 
+def mean_text(found: Mapping[str, Any] | None, *, sign: str = "") -> str:
+    """A mean with its interval, of which a single row has none; `sign` is that of a format."""
+    from patchscope_nn.statistics import is_null
+
+    if found is None or is_null(found["mean"]):
+        return ""
+    low, high = found["low"], found["high"]
+    spread = "" if is_null(low) else f" [{low:{sign}.2f}, {high:{sign}.2f}]"
+    return f"{found['mean']:{sign}.2f}{spread}"
+
+
 def _cell(text: str) -> Any:
     """Model text for a terminal: nothing of it is markup, and control characters are shown, not obeyed."""
     from rich.text import Text

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from patchscope_nn.cli.printing import grid, out_json, show
+from patchscope_nn.cli.printing import grid, mean_text, out_json, show
 
 if TYPE_CHECKING:
     from patchscope_nn.runs import Run
@@ -59,21 +59,13 @@ def _summary(run: Run) -> Iterator[Any]:
     for scale, layer in places:
         name = {None: "all", -1: "embed"}.get(layer, str(layer))
         line = [means.get(((scale, layer), *column)) for column in columns]
-        table.add_row(*([f"{scale:g}"] if scaled else []), name, *map(_mean, line))
+        table.add_row(*([f"{scale:g}"] if scaled else []), name, *map(mean_text, line))
     yield table
     flat = [one for one in found if one["metric"] == run.metrics[0] and one["control"] not in layered]
     if flat:
-        said = ", ".join(f"{one['control']} {_mean(one)}" for one in flat)
+        said = ", ".join(f"{one['control']} {mean_text(one)}" for one in flat)
         yield f"\n{run.metrics[0]} without a state: {said}"
 
 
 def _order(place: tuple[Any, ...]) -> tuple[float, ...]:
     return tuple(float("-inf") if one is None else one for one in place)
-
-
-def _mean(found: Mapping[str, Any] | None) -> str:
-    """A mean with its interval, of which a single row has none."""
-    if found is None:
-        return ""
-    low, high = found["low"], found["high"]
-    return f"{found['mean']:.2f}" + ("" if low is None else f" [{low:.2f}, {high:.2f}]")

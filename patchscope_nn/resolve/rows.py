@@ -113,7 +113,8 @@ class Resolver:
         if scope.target.layer != "same":
             written = resolve_layers(scope.target.layer, n_layers=target.info.n_layers, field="target.layer")
             self.target_layers = tuple(layer - self.target_shift for layer in written)
-            self.layers = self.layers if scope.target.needs_state else self.target_layers
+            if not scope.target.needs_state:
+                self.layers = self.target_layers
         if text_only:
             check_text_only(scope)
 
