@@ -17,9 +17,10 @@ if TYPE_CHECKING:
     from patchscope_nn.experiments import Experiment, run
     from patchscope_nn.fit import fit
     from patchscope_nn.mappings import Affine, Fitted, Provenance, Space
-    from patchscope_nn.models import Model, load
+    from patchscope_nn.models import Model
     from patchscope_nn.plan import Optimisations
     from patchscope_nn.positions import Each, Span
+    from patchscope_nn.proof import load
     from patchscope_nn.quick import explain
     from patchscope_nn.recipe import Recipe, load_recipe
     from patchscope_nn.runs import Run, load_run
@@ -32,9 +33,10 @@ _HOMES = {
     "experiments": ("Experiment", "run"),
     "quick": ("explain",),
     "mappings": ("Affine", "Fitted", "Provenance", "Space"),
-    "models": ("Model", "load"),
+    "models": ("Model",),
     "plan": ("Optimisations",),
     "positions": ("Each", "Span"),
+    "proof": ("load",),
     "recipe": ("Recipe", "load_recipe"),
     "runs": ("Run", "load_run"),
     "spec": ("Choices", "Generate", "Hidden", "NextToken", "Patchscope", "Source", "Target"),

@@ -326,7 +326,7 @@ def _manifest(prepared: Prepared, whole: Plan, backend: Backend, command: str | 
         },
         "seed": prepared.recipe["seed"],
         "backend": backend.name,
-        "plan": {"digest": whole.digest},
+        "plan": {"digest": whole.digest, "withheld": [str(entry) for entry in whole.withheld]},
         "sessions": [],
         "timings": {"elapsed_s": 0.0},
     }
@@ -365,7 +365,8 @@ def _session(backend: Backend, *, cells: int, elapsed_s: float) -> dict[str, Any
 
 
 def _model(info: ModelInfo) -> dict[str, Any]:
-    return {name: value for name, value in asdict(info).items() if name != "architecture"}
+    described = {name: value for name, value in asdict(info).items() if name not in ("architecture", "verdict")}
+    return described | {"proof": "skipped" if info.verdict is None else info.verdict.summary()}
 
 
 def _now() -> str:

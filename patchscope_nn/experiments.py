@@ -21,9 +21,10 @@ from patchscope_nn import execute
 from patchscope_nn.comparison import Compared, Comparison, compare
 from patchscope_nn.errors import FolderError, InputError
 from patchscope_nn.execute import Progress
-from patchscope_nn.models import Model, load
+from patchscope_nn.models import Model
 from patchscope_nn.prepare import Prepared
 from patchscope_nn.prepare import prepare as prepare_one
+from patchscope_nn.proof import load
 from patchscope_nn.recipe import Recipe, find, load_recipe, slug
 from patchscope_nn.runs import Run, load_run
 from patchscope_nn.spec import Patchscope

@@ -20,8 +20,9 @@ from patchscope_nn.errors import DataError, InputError, Problem, SpecError, did_
 from patchscope_nn.fit import Planned, plan_fit, plan_training, same_model
 from patchscope_nn.mappings import Pair, ResolvedMapping, resolve_mapping
 from patchscope_nn.metrics import MetricUse, check_columns, check_metrics, parse_metric
-from patchscope_nn.models import Model, load, wear
+from patchscope_nn.models import Model, wear
 from patchscope_nn.probes import check_probe
+from patchscope_nn.proof import load, proven
 from patchscope_nn.recipe import Recipe, find, load_recipe
 from patchscope_nn.spec import ALIGNED, Control, Fit, Patchscope, Train
 from patchscope_nn.vectors import check_vectors
@@ -293,7 +294,7 @@ def load_models(
     if source_remote != remote or not (other is wanted or other == wanted):
         target = loader(other, dtype=dtype, device_map=device_map, weights=not on_server(remote))
     adapter = asked and asked.target.adapter
-    return source, wear(target, adapter) if adapter else target
+    return source, proven(wear(target, adapter)) if adapter else target
 
 
 def _first(*given: Any) -> Any:

@@ -141,6 +141,7 @@ def read_generate(
     temperature: float,
     seeds: list[int],
     leaving: bool,
+    mixed: bool,
     plain: Callable[..., Any],
     prompts: list[list[int]] | None,
     heard: Callable[[list[int], list[int]], None] | None = None,
@@ -161,6 +162,7 @@ def read_generate(
             noise, so that a row's text does not depend on its batch.
         seeds: One seed for each row.
         leaving: Whether rows that met their end leave the batch.
+        mixed: Whether rows of different lengths may share a forward.
         plain: The model without any patch.
         prompts: For each row the ids of T, where it is asked how likely its tokens are; else None.
         heard: Called at each step with the rows that go on, and the token of each; only in this process.
@@ -217,7 +219,16 @@ def read_generate(
     if prompts is not None:
         for row, own in zip(rows, torch.stack(probs, dim=1).tolist(), strict=True):
             row["token_probs"] = own[: len(row["token_ids"])]
-        read_unpatched(plain, rows, prompts, numbered=numbered, device=logits.device)
+        lengths = [len(prompt) + len(row["token_ids"]) for prompt, row in zip(prompts, rows, strict=True)]
+        for length in [None] if mixed else sorted(set(lengths)):
+            places = [place for place, own in enumerate(lengths) if length in (None, own)]
+            read_unpatched(
+                plain,
+                [rows[place] for place in places],
+                [prompts[place] for place in places],
+                numbered=numbered,
+                device=logits.device,
+            )
     return rows
 
 
@@ -252,6 +263,40 @@ def read_unpatched(
         row["unpatched_token_probs"] = said.gather(-1, ids[place, width - count :, None])[:, 0].tolist()
 
 
+def read_continued(
+    forward: Callable[..., Any],
+    logits: torch.Tensor,
+    cache: Any,
+    mask: torch.Tensor,
+    ids: torch.Tensor,
+    *,
+    numbered: bool,
+    stepwise: bool,
+) -> torch.Tensor:
+    """The logits after a prompt and after each token that follows it, (batch, n + 1, vocab).
+
+    Args:
+        forward: The model.
+        logits: (batch, vocab) after the prompt.
+        cache: The keys and values of the prompt; they grow.
+        mask: (batch, n_tokens) the prompt's attention mask.
+        ids: (batch, n) what follows; n may be 0.
+        numbered: Whether `forward` takes position_ids.
+        stepwise: Whether the tokens go one by one.
+    """
+    parts = [logits[:, None]]
+    for part in ids.split(1 if stepwise else max(1, ids.shape[1]), dim=1) if ids.shape[1] else ():
+        before = mask.sum(-1, keepdim=True)
+        mask = torch.cat([mask, mask.new_ones(part.shape)], dim=1)
+        where = {"position_ids": before + torch.arange(part.shape[1], device=ids.device)} if numbered else {}
+        output = forward(
+            input_ids=part, attention_mask=mask, past_key_values=cache, use_cache=True, **where
+        )
+        cache = output.past_key_values
+        parts.append(output.logits)
+    return torch.cat(parts, dim=1)
+
+
 def read_choices(
     forward: Callable[..., Any],
     logits: torch.Tensor,
@@ -260,6 +305,8 @@ def read_choices(
     *,
     numbered: bool,
     continuations: list[list[list[int]]],
+    rereads: bool,
+    stepwise: bool,
 ) -> list[dict[str, Any]]:
     """The summed log-probability of each row's continuations, and these normalised over the choices.
 
@@ -270,12 +317,12 @@ def read_choices(
         mask: (batch, n_tokens) the prompt's attention mask.
         numbered: Whether `forward` takes position_ids.
         continuations: (batch, n_choices, n) token ids.
+        rereads: Whether `forward` reads the prompt again; then all of a choice is scored by one forward.
+        stepwise: Whether the tokens of a choice go one by one, each seeing only those before it.
 
     Returns:
         One dict for each row: `choice_logprobs` in nats, and `choice_probs`, which sum to 1.
     """
-    first = torch.log_softmax(logits.float(), dim=-1)
-    lengths = mask.sum(-1, keepdim=True)
     columns = []
     for choice in range(len(continuations[0])):
         rows = [row[choice] for row in continuations]
@@ -284,18 +331,14 @@ def read_choices(
         counted = torch.tensor([[place < len(row) for place in range(longest)] for row in rows]).to(
             ids.device
         )
-        logprobs = first[:, None]
-        if longest > 1:
-            places = torch.arange(longest - 1, device=ids.device)
-            where = {"position_ids": lengths + places} if numbered else {}
-            output = forward(
-                input_ids=ids[:, :-1],
-                attention_mask=torch.cat([mask, mask.new_ones(len(rows), longest - 1)], dim=1),
-                past_key_values=copy.deepcopy(cache),
-                use_cache=True,
-                **where,
+        if rereads:
+            whole = torch.cat([mask, mask.new_ones(len(rows), longest)], dim=1)
+            scores = forward(input_ids=ids, attention_mask=whole, past_key_values=cache).logits[:, :-1]
+        else:
+            scores = read_continued(
+                forward, logits, copy.deepcopy(cache), mask, ids[:, :-1], numbered=numbered, stepwise=stepwise
             )
-            logprobs = torch.cat([logprobs, torch.log_softmax(output.logits.float(), dim=-1)], dim=1)
+        logprobs = torch.log_softmax(scores.float(), dim=-1)
         of_ids = logprobs.gather(-1, ids[:, :, None])[:, :, 0]
         columns.append((of_ids * counted).sum(-1))
     summed = torch.stack(columns, dim=1)

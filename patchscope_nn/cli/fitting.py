@@ -318,7 +318,7 @@ def _fit(kind: str, *, data: str, out: Path, json: bool, **given: Any) -> None:
 
 def _model(name: str | None, dtype: str, device_map: str | None) -> Any:
     from patchscope_nn import builtin
-    from patchscope_nn.models import load
+    from patchscope_nn.proof import load
 
     return load(name or builtin.NAME, dtype=dtype, device_map=device_map)
 

@@ -115,14 +115,19 @@ def in_rereading(
 ) -> Any:
     """A model that keeps no keys and values, as a function that takes the ids read so far for these.
 
-    It reads the prompt again, with the patch: the tokens behind it are not patched, as ever.
+    It reads the prompt again, with the patch; the tokens behind it are not patched. Its logits begin with those
+    after the last token that was read before.
     """
 
     def forward(input_ids: torch.Tensor, past_key_values: torch.Tensor, **given: Any) -> Any:
         ids = torch.cat([past_key_values.to(input_ids.device), input_ids], dim=1)
-        with model.trace(input_ids=ids, attention_mask=given["attention_mask"]):
-            in_patched(model, {**one, "inputs": {**given, "input_ids": ids}}, states, paths, how)
-            logits = model.output.logits[:, -input_ids.shape[1] :].clone()
+        mask = given["attention_mask"]
+        inputs = {"input_ids": ids, "attention_mask": mask}
+        if "position_ids" in one["inputs"]:
+            inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp_min(0)
+        with model.trace(**inputs, **{name: False for name in one["options"] if name == "use_cache"}):
+            in_patched(model, {**one, "inputs": inputs}, states, paths, how)
+            logits = model.output.logits[:, -input_ids.shape[1] - 1 :].clone()
         return SimpleNamespace(logits=logits, past_key_values=ids)
 
     return forward

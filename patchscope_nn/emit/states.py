@@ -233,6 +233,8 @@ def in_readout(
             mask,
             numbered=readout["numbered"],
             continuations=readout["continuations"],
+            rereads=readout["rereads"],
+            stepwise=readout["stepwise"],
         )
     return read_generate(
         model,
@@ -247,6 +249,7 @@ def in_readout(
         temperature=readout["temperature"],
         seeds=readout["seeds"],
         leaving=readout["leaving"],
+        mixed=readout["mixed"],
         plain=plain or model,
         prompts=readout["prompts"],
         heard=heard,

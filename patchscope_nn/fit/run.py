@@ -16,7 +16,7 @@ from patchscope_nn.fit.states import Pairing
 from patchscope_nn.fit.sums import Sums, size
 from patchscope_nn.fit.texts import DEFAULT_DATA, Texts, read_texts
 from patchscope_nn.mappings import Fitted, Pair, Provenance, Space
-from patchscope_nn.models import load
+from patchscope_nn.proof import load
 from patchscope_nn.spec import Fit, FitKind
 
 Progress = Callable[[int, int], None]

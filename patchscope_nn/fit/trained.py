@@ -23,7 +23,8 @@ from patchscope_nn.fit.soft_prompt import FittedPrompt, fit_soft_prompt
 from patchscope_nn.fit.through_text import KINDS, fit_through_text
 from patchscope_nn.fit.tuned_lens import fit_tuned_lens
 from patchscope_nn.mappings import Fitted, Provenance, Space
-from patchscope_nn.models import Model, load
+from patchscope_nn.models import Model
+from patchscope_nn.proof import load
 
 _TEXTS: dict[str, Callable[..., Outcome | FittedPrompt]] = {
     "tuned_lens": fit_tuned_lens,

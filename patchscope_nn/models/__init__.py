@@ -6,18 +6,25 @@ Parts are found through transformers' own interfaces (`get_decoder`, `get_input_
 """
 
 from patchscope_nn.models.adapter import wear
-from patchscope_nn.models.architecture import find_architecture
+from patchscope_nn.models.architecture import find_architecture, input_device
 from patchscope_nn.models.info import ELSEWHERE, Architecture, Model, ModelInfo, Sizes, same_vocabulary
 from patchscope_nn.models.loading import load
 from patchscope_nn.models.memory import memory_reused, usable_memory
+from patchscope_nn.models.verdict import COSTS, FUSED, Comparison, Verdict, Withheld
 
 __all__ = [
-    "ELSEWHERE",
     "Architecture",
+    "COSTS",
+    "Comparison",
+    "ELSEWHERE",
+    "FUSED",
     "Model",
     "ModelInfo",
     "Sizes",
+    "Verdict",
+    "Withheld",
     "find_architecture",
+    "input_device",
     "load",
     "memory_reused",
     "same_vocabulary",

@@ -54,7 +54,7 @@ def find_architecture(module: Any, *, n_layers: int, name: str) -> Architecture:
     windows = _windows(module.config.get_text_config())
     outer = {part for part, _ in decoder.named_children()}
     norm = _first(_FINAL_NORM, outer)
-    given, attends = _look(module, block)
+    given, attends = _look(module, block, name=name)
     return Architecture(
         blocks=blocks,
         attention=_first(_ATTENTION, inner),
@@ -68,6 +68,7 @@ def find_architecture(module: Any, *, n_layers: int, name: str) -> Architecture:
         packs=windows is not None and _packs(module, block_arguments) and given is not None,
         gives_tuples=given is tuple,
         attends=attends,
+        causal=not setting(module.config.get_text_config(), "use_bidirectional_attention"),
     )
 
 
@@ -81,8 +82,8 @@ _PACKABLE = {
 
 def _windows(config: Any) -> tuple[int | None, ...] | None:
     """For each block how many tokens back it sees; None where it is not all or a sliding window."""
-    window = getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None)
+    window = setting(config, "sliding_window")
+    kinds = setting(config, "layer_types")
     if kinds is None:
         return (window,) * config.num_hidden_layers
     if set(kinds) - {"full_attention", "sliding_attention"}:
@@ -100,7 +101,7 @@ class _Seen(Exception):  # noqa: N818 (it is no error: it ends a forward that ha
     """Raised by a hook."""
 
 
-def _look(module: Any, block: Any) -> tuple[type | None, bool]:
+def _look(module: Any, block: Any, *, name: str) -> tuple[type | None, bool]:
     """Run one token through the first block.
 
     Without weights this computes shapes alone, and the token brings a whole mask: making one looks at values.
@@ -108,6 +109,9 @@ def _look(module: Any, block: Any) -> tuple[type | None, bool]:
     Returns:
         What blocks give, `torch.Tensor` or a `tuple` that starts with one; and whether they call PyTorch's
         attention.
+
+    Raises:
+        ModelError: The model does not run on token ids alone, or its blocks do not give one state for a token.
     """
     import torch
     from torch.overrides import TorchFunctionMode
@@ -134,11 +138,34 @@ def _look(module: Any, block: Any) -> tuple[type | None, bool]:
             # Some families take no whole mask; what is not found out here is run as padded batches.
             with torch.no_grad(), suppress(*expected), Noting():
                 module(input_ids=ids, use_cache=False, **({} if mask is None else {"attention_mask": mask}))
+    except Exception as error:
+        raise ModelError(
+            f"{name!r} ({type(module).__name__}) does not run on the token ids of a text alone: "
+            f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}",
+            hint="Use a causal language model.",
+        ) from error
     finally:
         handle.remove()
+    if found:
+        _check_states(found[0], module, name=name)
     attends = torch.nn.functional.scaled_dot_product_attention in called
     gives = next((kind for kind in (torch.Tensor, tuple) if found and isinstance(found[0], kind)), None)
     return gives, attends
+
+
+def _check_states(output: Any, module: Any, *, name: str) -> None:
+    """Refuse blocks whose output for one token is not one state of the model's width."""
+    states = output[0] if isinstance(output, tuple) else output
+    width = module.config.get_text_config().hidden_size
+    shape = tuple(getattr(states, "shape", ()))
+    if shape not in ((1, 1, width), (1, width)):
+        what = f"states of shape {shape}" if shape else f"a {type(states).__name__}"
+        raise ModelError(
+            f"{name!r} ({type(module).__name__}): its blocks hand on {what} for one token, where one state of "
+            f"size {width} is expected. A layer's hidden state is not defined for a model that carries several "
+            "streams, or something else, from block to block.",
+            hint="Use a model with one residual stream.",
+        )
 
 
 def input_device(module: Any) -> Any:
@@ -217,16 +244,28 @@ def measure(module: Any, *, block: Any) -> Sizes:
         block: One of its decoder blocks.
     """
     config = module.config.get_text_config()
-    heads = getattr(config, "num_attention_heads", None) or 1
-    of_head = getattr(config, "head_dim", None) or config.hidden_size // heads
+    heads = setting(config, "num_attention_heads") or 1
+    of_head = setting(config, "head_dim") or config.hidden_size // heads
+    groups = setting(config, "num_key_value_heads") or heads
+    cache = 2 * groups * of_head
+    if latent := setting(config, "kv_lora_rank"):  # multi-head latent attention keeps what it makes keys of
+        cache = latent + (setting(config, "qk_rope_head_dim") or 0)
     shapes = [weight.shape for weight in block.parameters() if weight.ndim > 1]
     return Sizes(
         block_weights=sum(shape.numel() for shape in shapes),
         unembed_weights=module.get_output_embeddings().weight.numel(),
         attention=heads * of_head,
-        cache=2 * (getattr(config, "num_key_value_heads", None) or heads) * of_head,
+        cache=cache,
         widest=max((max(shape) for shape in shapes), default=config.hidden_size),
     )
+
+
+def setting(config: Any, name: str) -> Any:
+    """A setting of a config; of one that differs between blocks that of the first; None where there is none."""
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:  # transformers': this setting differs between blocks
+        return getattr(config.per_layer_config[0], name, None)
 
 
 def _first(names: tuple[str, ...], present: set[str]) -> str | None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from patchscope_nn.models.verdict import Verdict
+
 #: The device of a model whose weights are not in this process.
 ELSEWHERE = "remote"
 
@@ -27,6 +29,8 @@ class Architecture:
         packs: Whether blocks can be run one by one on segments of a sequence (see `layout.py`).
         gives_tuples: Whether a block gives a tuple that starts with its states, and not the bare states.
         attends: Whether blocks call PyTorch's `scaled_dot_product_attention`.
+        causal: Whether a token of a prompt never sees those after it. Where it does, what is decoded still
+            sees only what came before it: decoding goes on from the prompt's keys and values, token by token.
     """
 
     blocks: str
@@ -41,6 +45,7 @@ class Architecture:
     packs: bool = False
     gives_tuples: bool = False
     attends: bool = False
+    causal: bool = True
 
     @property
     def caches(self) -> bool:
@@ -84,6 +89,7 @@ class ModelInfo:
         tied: Whether embedding and unembedding share their weights.
         architecture: Where the parts are.
         sizes: How large they are.
+        verdict: What the proof at load found out; None where the model was not proven.
     """
 
     name: str
@@ -98,6 +104,7 @@ class ModelInfo:
     tied: bool
     architecture: Architecture
     sizes: Sizes
+    verdict: Verdict | None = None
 
     @property
     def bytes_per_number(self) -> int:

@@ -22,10 +22,12 @@ from typing import Literal
 
 from patchscope_nn.cells import Cell, Sweep
 from patchscope_nn.errors import InputError
+from patchscope_nn.models import FUSED, Withheld
 from patchscope_nn.plan.budget import MAX_ROWS, MEMORY, Budget
 from patchscope_nn.plan.order import Group, group_entries
-from patchscope_nn.plan.pack import Packer
+from patchscope_nn.plan.pack import Packer, from_cache
 from patchscope_nn.plan.passes import Context, Optimisations, Step
+from patchscope_nn.plan.proven import allowed
 from patchscope_nn.plan.sources import Reader
 from patchscope_nn.spec import Generate
 
@@ -50,6 +52,7 @@ class Plan:
         groups: The entries of the data rows, in the order in which they run.
         done: The numbers of cells that were finished before.
         independent: Whether no step uses what another read, so that they can run in any order, and again.
+        withheld: Optimisations that were wanted, and are off because of what the models' proofs found.
     """
 
     sweep: Sweep = field(repr=False)
@@ -63,6 +66,7 @@ class Plan:
     groups: tuple[Group, ...] = field(repr=False)
     done: Collection[int] = field(repr=False)
     independent: bool = False
+    withheld: tuple[Withheld, ...] = ()
     _skipped: Collection[int] = field(default=(), repr=False)
     _fused: Step | None = field(default=None, repr=False)
 
@@ -161,7 +165,7 @@ def plan(
     if min(budget.max_rows, budget.memory) < 1:
         raise InputError(f"max_rows={max_rows} and memory={memory} should both be at least 1.")
     usual = _usual_context(sweep, context, remote=remote)
-    optimisations = optimisations or Optimisations()
+    optimisations, withheld = allowed(sweep, optimisations or Optimisations())
     found = _survey(sweep, done, optimisations)
     said = (found.digest, usual, budget, optimisations, sorted(found.skipped))
     groups = _groups(sweep, found, budget, optimisations)
@@ -177,16 +181,24 @@ def plan(
         groups=groups,
         done=done,
         independent=remote,
+        withheld=withheld,
         _skipped=found.skipped,
     )
     few = sum(found.running.values()) <= _FEW
-    rereads = sweep.scope.readout.decodes and not sweep.target.architecture.caches
+    rereads = sweep.scope.readout.decodes and not from_cache(sweep, optimisations)
     if rereads and context == "fused":
         raise InputError(
-            f"context='fused' decodes from keys and values, and {sweep.target.family} keeps none.",
+            f"context='fused' decodes from keys and values, and {_why_no_cache(sweep)}.",
             hint="Use context='session' (or 'auto').",
         )
-    if usual == "session" and (context == "fused" or (context == "auto" and few and not rereads)):
+    unproven = next((entry for entry in withheld if entry.optimisation == FUSED), None)
+    if unproven and context == "fused":
+        raise InputError(
+            f"context='fused' is wrong for {sweep.target.name}: {unproven.why}.",
+            hint="Use context='session' (or 'auto').",
+        )
+    may_fuse = few and not rereads and not unproven
+    if usual == "session" and (context == "fused" or (context == "auto" and may_fuse)):
         return replace(planned, _fused=_fuse(planned, forced=context == "fused"))
     return planned
 
@@ -274,7 +286,7 @@ def _fuse(planned: Plan, *, forced: bool) -> Step | None:
     if unfit is None and len(steps) == 1 and planned.optimisations.source_sharing:
         packer = Packer(sweep, planned.budget, planned.optimisations)
         fused = replace(steps[0], context="fused", targets=packer.padded(steps[0].cells), prefix=())
-        if len(fused.sources) == 1 == len(fused.targets):
+        if len(fused.sources) == 1 == len(fused.targets) and _one_width(sweep, fused, planned.optimisations):
             return fused
     if not forced:
         return None
@@ -288,6 +300,18 @@ def _fuse(planned: Plan, *, forced: bool) -> Step | None:
         "context='fused' runs all cells in one forward, and these do not fit in one.",
         hint="Use context='session' (or 'auto'), fewer cells, or a larger max_rows and memory.",
     )
+
+
+def _why_no_cache(sweep: Sweep) -> str:
+    caches = sweep.target.architecture.caches
+    return "cached_decoding is off" if caches else f"{sweep.target.family} keeps none"
+
+
+def _one_width(sweep: Sweep, step: Step, optimisations: Optimisations) -> bool:
+    """Whether the rows of a fused step may be padded to one width, or need no padding."""
+    widths = {len(sweep.source_prompts[prompt].ids) for one in step.sources for prompt in one.prompts}
+    widths |= {len(sweep.target_prompts[cell.target_prompt].ids) for cell in step.cells}
+    return optimisations.mixed_lengths or len(widths) == 1
 
 
 def _fuses(sweep: Sweep) -> bool:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from patchscope_nn.models import ModelInfo
 from patchscope_nn.plan.build import Plan, plan
+from patchscope_nn.plan.pack import from_cache
 from patchscope_nn.plan.passes import Optimisations, SourcePass, Step, TargetPass
 from patchscope_nn.spec import Choices, Generate, Hidden
 
@@ -178,7 +179,7 @@ def _appended(planned: Plan, step: Step, one: TargetPass) -> int:
     """
     sweep, cells = planned.sweep, [step.cells[place] for place in one.cells]
     readout = sweep.scope.readout
-    again = 0 if sweep.target.architecture.caches else target_width(planned, step, one)
+    again = 0 if from_cache(sweep, planned.optimisations) else target_width(planned, step, one)
     if isinstance(readout, Generate):  # the last token that is decoded is not read
         most = readout.max_new_tokens - 1
         # How likely the tokens are without the patch takes one more forward over all of them.

@@ -7,6 +7,7 @@ are sorted by l*, so that the cells of a pass enter at nearly the same block and
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from patchscope_nn.cells import Cell, Sweep
 from patchscope_nn.models import ELSEWHERE
@@ -24,9 +25,21 @@ FEW_OWN = 8
 def packs(sweep: Sweep, optimisations: Optimisations) -> bool:
     """Whether the cells of a sweep go as segments of one sequence."""
     wanted = optimisations.prefix_sharing or optimisations.late_entry
-    target = sweep.scope.target
+    target, architecture = sweep.scope.target, sweep.target.architecture
     possible = target.site in ("residual", "before") and not target.alters
-    return wanted and possible and sweep.target.architecture.packs
+    decodes = not sweep.scope.readout.decodes or from_cache(sweep, optimisations)
+    return wanted and possible and decodes and architecture.packs and architecture.causal
+
+
+def from_cache(sweep: Sweep, optimisations: Optimisations) -> bool:
+    """Whether decoding goes on from the keys and values of the prompt, and not from the prompt read again.
+
+    A write at every decoded token is defined on keys and values. So is what a model that is not causal over
+    its prompt decodes.
+    """
+    architecture = sweep.target.architecture
+    needed = sweep.scope.target.every_step or not architecture.causal
+    return architecture.caches and (optimisations.cached_decoding or needed)
 
 
 def shares_attention(
@@ -55,6 +68,7 @@ class Packer:
         self.costs, self.memory = Costs(info=sweep.target), budget.memory
         self.max_rows = budget.max_rows if optimisations.row_packing else 1
         self.decodes = sweep.scope.readout.decodes
+        self.caches = self.decodes and from_cache(sweep, optimisations)
 
     def passes(self, cells: Sequence[Cell], prefix: Sequence[int]) -> tuple[TargetPass, ...]:
         """Serve the cells of a step.
@@ -70,13 +84,12 @@ class Packer:
             return self.padded(cells)
         shared = len(prefix)
 
-        def entry(place: int) -> tuple[int, int, int]:
+        def entry(place: int) -> tuple[Any, ...]:
             cell = cells[place]
             layer = cell.target_layer
             # Cells that need a trunk stand beside those that need the same one.
             trunk = cell.target_prompt if branches_at(cell) > shared else -1
-            length = self.prompt_tokens(cell) if self.decodes else 0
-            return length, trunk, -2 if layer is None else layer
+            return self._lengths(cell), trunk, -2 if layer is None else layer
 
         late = self.optimisations.late_entry
         return tuple(
@@ -89,15 +102,19 @@ class Packer:
 
     def padded(self, cells: Sequence[Cell]) -> tuple[TargetPass, ...]:
         """Serve the cells of a step as rows of padded batches: prompts of one length together."""
+        mixed = self.optimisations.mixed_lengths
 
-        def entry(place: int) -> tuple[int, int]:
+        def entry(place: int) -> tuple[Any, ...]:
             layer = cells[place].target_layer
-            return self.row_tokens(cells[place]), -2 if layer is None else layer
+            alike = () if mixed else self._lengths(cells[place])
+            return self.row_tokens(cells[place]), alike, -2 if layer is None else layer
 
         def fits(batch: Sequence[int]) -> bool:
             longest = cells[batch[-1]]  # and is read as far back as any, since they are sorted
+            if not mixed and self._lengths(longest) != self._lengths(cells[batch[0]]):
+                return False
             width, read = self.row_tokens(longest), self.read_back(longest)
-            size = self.costs.batch(len(batch), width, read=read, decodes=self.decodes)
+            size = self.costs.batch(len(batch), width, read=read, decodes=self.caches)
             return size <= self.memory and len(batch) <= self.max_rows
 
         return tuple(TargetPass(batch) for batch in cut(sorted(range(len(cells)), key=entry), fits))
@@ -105,13 +122,12 @@ class Packer:
     def _sequences(
         self, cells: Sequence[Cell], places: Sequence[int], prefix: int
     ) -> Iterator[tuple[int, ...]]:
-        """Cut a step's cells into passes; a clean prompt counts once a pass.
-
-        Where decoding goes on from a pass, its prompts have one length, so that its rows need no padding.
-        """
+        """Cut a step's cells into passes; a clean prompt counts once a pass."""
         shared = shares_attention(self.sweep, self.optimisations, cells, prefix=prefix)
         longest = self.costs.longest_sequence(shared_attention=shared)
         most_own = longest * (_LONGER if self.decodes and not shared else 1)
+        verdict = self.sweep.target.verdict
+        limit = None if verdict is None else verdict.longest_packed
         batch: list[int] = []
         trunks: set[int] = set()
         own_tokens = tokens = width = 0
@@ -123,9 +139,10 @@ class Packer:
             if batch:
                 rows, wide = len(batch) + 1, max(width, self.row_tokens(cell))
                 full = rows > self.max_rows or self._bytes(tokens + more, prefix, rows, wide) > self.memory
+                full = full or (limit is not None and prefix + tokens + more > limit)
                 long = own_tokens + own > most_own or tokens + more > _LONGER * longest
                 last = cells[batch[-1]]
-                other = self.decodes and self.prompt_tokens(cell) != self.prompt_tokens(last)
+                other = self._lengths(cell) != self._lengths(last)
                 if full or other or (long and own_tokens):
                     yield tuple(batch)
                     batch, trunks, own_tokens, tokens, width = [], set(), 0, 0, 0
@@ -151,6 +168,16 @@ class Packer:
             if self.optimisations.lean_readout
             else whole
         )
+
+    def _lengths(self, cell: Cell) -> tuple[int, ...]:
+        """The lengths that the cells of a packed pass have in common; empty where they may all differ.
+
+        Rows that decode from one pass have prompts of one length, since they have no padding. Without mixed
+        lengths, what is appended has one length too.
+        """
+        if not self.optimisations.mixed_lengths:
+            return (self.prompt_tokens(cell), *map(len, self.sweep.entries[cell.entry].continuations))
+        return (self.prompt_tokens(cell),) if self.decodes else ()
 
     def prompt_tokens(self, cell: Cell) -> int:
         """The tokens of a cell's target prompt."""

@@ -92,6 +92,9 @@ class Optimisations:
         source_sharing: Run a source prompt once for all that is read of it, no deeper than that, in a batch
             with others; off, each state has a forward of its own.
         row_packing: Run many cells in a pass; off, each has its own.
+        cached_decoding: Decode from the prompt's keys and values; off, every token reads its prompt again.
+        mixed_lengths: Let prompts of different lengths share a pass; off, a pass holds prompts of one length
+            and needs no padding.
         prefix_sharing: Run what target prompts begin with once.
         late_entry: Let a cell skip the blocks below l*.
         shared_attention: Attend to what cells share apart from what is their own, on a CPU, so that more of
@@ -105,6 +108,8 @@ class Optimisations:
     deduplication: bool = True
     source_sharing: bool = True
     row_packing: bool = True
+    cached_decoding: bool = True
+    mixed_lengths: bool = True
     prefix_sharing: bool = True
     late_entry: bool = True
     shared_attention: bool = True

@@ -69,7 +69,7 @@ class Reader:
         carries: bool = True,
     ) -> None:
         self.sweep, self.budget = sweep, budget
-        self.sharing = optimisations.source_sharing
+        self.sharing, self.mixed = optimisations.source_sharing, optimisations.mixed_lengths
         self.costs = Costs(info=sweep.source)
         self._held: dict[State, None] = {}
         self._last: dict[int, int] = {}
@@ -137,6 +137,8 @@ class Reader:
         read = max(self._read_back(prompt, fresh[prompt]) for prompt in batch)
         size = self.costs.batch(len(batch), width, read=read, decodes=False)
         tokens = sum(map(self._length, batch))
+        if not self.mixed and len(batch) * width > tokens:
+            return False
         wide = len(batch) * width > _LONGER * self.costs.longest_sequence(shared_attention=False)
         # Padding is work for nothing: once a batch keeps the processor busy, little of it is let in.
         padded = tokens > _ENOUGH and len(batch) * width > _PADDED * tokens

@@ -8,7 +8,7 @@ from typing import Any
 
 from patchscope_nn.cells import Cell
 from patchscope_nn.models import Model
-from patchscope_nn.plan import Plan, State
+from patchscope_nn.plan import Plan, State, from_cache
 from patchscope_nn.spec import Choices, Generate, Hidden, NextToken
 
 Work = dict[str, Any]
@@ -44,15 +44,20 @@ def readout_of(plan: Plan, cells: Sequence[Cell], numbers: Mapping[State, int], 
             "temperature": readout.temperature,
             "seeds": [cell.seed for cell in cells],
             "leaving": plan.optimisations.early_leaving
-            and target.info.architecture.caches
+            and from_cache(plan.sweep, plan.optimisations)
             and not plan.sweep.scope.target.every_step,
+            "mixed": plan.optimisations.mixed_lengths,
             "prompts": [list(plan.sweep.target_prompts[cell.target_prompt].ids) for cell in cells]
             if readout.relevancy
             else None,
         }
     elif isinstance(readout, Choices):
         continuations = [[list(ids) for ids in entries[cell.entry].continuations] for cell in cells]
-        work |= {"continuations": continuations}
+        work |= {
+            "continuations": continuations,
+            "rereads": not from_cache(plan.sweep, plan.optimisations),
+            "stepwise": not target.info.architecture.causal,
+        }
     return work
 
 

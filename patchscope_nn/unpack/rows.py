@@ -10,7 +10,7 @@ import torch
 
 from patchscope_nn.cells import Cell
 from patchscope_nn.models import Model, ModelInfo
-from patchscope_nn.plan import Plan
+from patchscope_nn.plan import Plan, from_cache
 from patchscope_nn.spec import read_position
 from patchscope_nn.unpack.asked import Work, readout_of
 from patchscope_nn.unpack.made import Made
@@ -59,12 +59,13 @@ def target_rows(plan: Plan, cells: Sequence[Cell], made: Made, target: Model, wi
     asked, modes = plan.sweep.scope.readout, plan.sweep.scope.target
     positions = [read_position(asked, len(prompt)) - len(prompt) for prompt in prompts]
     decodes = plan.sweep.scope.readout.decodes
+    cached = decodes and from_cache(plan.sweep, plan.optimisations)
     return {
         "layout": None,
         "cells": len(cells),
         "inputs": inputs,
         "options": options_of(
-            target.info, keep=-min(positions) if plan.optimisations.lean_readout else None, cache=decodes
+            target.info, keep=-min(positions) if plan.optimisations.lean_readout else None, cache=cached
         ),
         "writes": by_layer(writes),
         "embedded": [
@@ -76,7 +77,7 @@ def target_rows(plan: Plan, cells: Sequence[Cell], made: Made, target: Model, wi
         "cuts": by_layer(_cuts(plan, cells, shifts)),
         "windows": list(target.info.architecture.windows),
         "names": [name for name in target.info.architecture.block_arguments if name != "self"],
-        "rereads": decodes and not target.info.architecture.caches,
+        "rereads": decodes and not cached,
         "steps": decodes and modes.every_step,
         "positions": positions,
         "readout": readout,

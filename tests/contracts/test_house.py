@@ -34,6 +34,7 @@ ORDER = [
         "travel",
         "jobs",
         "backends",
+        "proof",
         "fit",
         "ledger",
         "pace",

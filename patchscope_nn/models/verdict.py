@@ -1,0 +1,132 @@
+"""What the proof at load found out about a model: which optimisations hold on it, and up to which length."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+#: The name under which a verdict withholds the fused context; the other names are those of `Optimisations`.
+FUSED = "fused"
+#: What it costs to leave an optimisation out.
+COSTS = {
+    FUSED: "source and target run in separate passes",
+    "deduplication": "equal cells run once each",
+    "source_sharing": "each state is read in a pass of its own",
+    "row_packing": "each cell runs in a pass of its own",
+    "mixed_lengths": "prompts of each length run in passes of their own",
+    "prefix_sharing": "each cell reads its whole target prompt",
+    "late_entry": "each cell runs through every block",
+    "shared_attention": "packed passes hold fewer cells",
+    "lean_readout": "every position is unembedded",
+    "cached_decoding": "each decoded token reads its prompt again",
+    "early_leaving": "rows that met their end stay in the batch",
+    "memory_reuse": "each pass allocates its memory anew",
+}
+
+
+class Withheld(NamedTuple):
+    """An optimisation that is switched off for a model.
+
+    Attributes:
+        optimisation: Its name, or `fused`.
+        readout: The readout it is off for; None for every readout.
+        beyond: It is off where a prompt, with what is appended, or a packed pass has more tokens than this.
+        why: What happens with it.
+    """
+
+    optimisation: str
+    readout: str | None
+    beyond: int
+    why: str
+
+    def __str__(self) -> str:
+        name = self.optimisation.replace("_", "-")
+        where = f" for {self.readout}" if self.readout else ""
+        longer = f" beyond {self.beyond} tokens" if self.beyond else ""
+        return f"{name} is off{where}{longer}"
+
+
+class Comparison(NamedTuple):
+    """One comparison of the proof.
+
+    Attributes:
+        what: What was compared.
+        tokens: The longest prompt of it, in tokens.
+        error: The largest difference, in standard deviations of what was compared.
+        tolerance: The largest difference that rounding explains.
+        outcome: `equal`, or what is off because of it.
+    """
+
+    what: str
+    tokens: int
+    error: float
+    tolerance: float
+    outcome: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What holds on a model.
+
+    Attributes:
+        key: Hex digest of the model's structure and of everything else that decides the verdict.
+        causal: Whether a token of a prompt never sees those after it.
+        limit: Nothing was tried on more tokens than this; None where the config names no larger threshold.
+        withheld: What is switched off.
+        comparisons: What was compared.
+        elapsed_s: How long the proof took.
+    """
+
+    key: str
+    causal: bool = True
+    limit: int | None = None
+    withheld: tuple[Withheld, ...] = ()
+    comparisons: tuple[Comparison, ...] = ()
+    elapsed_s: float = 0.0
+
+    def dump(self) -> dict[str, Any]:
+        """The verdict as plain values, for JSON."""
+        named = {
+            "withheld": [entry._asdict() for entry in self.withheld],
+            "comparisons": [entry._asdict() for entry in self.comparisons],
+        }
+        return asdict(self) | named
+
+    def summary(self) -> dict[str, Any]:
+        """What a manifest says of it: what is off, and why."""
+        plain = self.dump()
+        return {name: plain[name] for name in ("key", "causal", "limit", "withheld", "elapsed_s")}
+
+    @classmethod
+    def parse(cls, plain: dict[str, Any]) -> Verdict:
+        """Read what `dump` gave.
+
+        Raises:
+            KeyError, TypeError: It is not that.
+        """
+        return cls(
+            **plain
+            | {
+                "withheld": tuple(Withheld(**entry) for entry in plain["withheld"]),
+                "comparisons": tuple(Comparison(**entry) for entry in plain["comparisons"]),
+            }
+        )
+
+    def off(self, *, readout: str, tokens: int) -> tuple[Withheld, ...]:
+        """What is off for a readout of prompts of so many tokens, appended ones included."""
+        return tuple(
+            entry
+            for entry in self.withheld
+            if entry.readout in (None, readout) and (tokens > entry.beyond or not entry.beyond)
+        )
+
+    @property
+    def longest_packed(self) -> int | None:
+        """The most tokens of a packed sequence, its prefix included; None where there is no limit.
+
+        A packed sequence puts tokens at places that they do not have in their prompt. Where a model looks at
+        the place, and not at the position, it is right up to the first threshold only.
+        """
+        limits = [entry.beyond for entry in self.withheld if entry.beyond]
+        limits += [] if self.limit is None else [self.limit]
+        return min(limits, default=None)

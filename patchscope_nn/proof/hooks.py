@@ -1,0 +1,163 @@
+"""The reference of the proof: a model's own forward under plain PyTorch hooks, without nnsight.
+
+Every forward reads a whole prompt, without padding; each row of a batch is the same prompt with another write.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import torch
+
+from patchscope_nn.models import Model, input_device
+
+
+class Place(NamedTuple):
+    """Where a state is: the output of a block, or of its attention or MLP."""
+
+    layer: int
+    site: str = "residual"
+
+
+class Write(NamedTuple):
+    """A state that replaces what is at a place and position, (d_model,)."""
+
+    place: Place
+    position: int
+    state: torch.Tensor
+
+
+class Hooks:
+    """A transformers model, open to reads and writes.
+
+    Attributes:
+        causal: Whether a token of a prompt never sees those after it; where it does, decoding goes on from
+            the keys and values of the prompt, token by token, as the model's own `generate` does.
+        incremental: Whether one forward over a prompt and what follows it says the same as a forward for each
+            token that follows.
+    """
+
+    def __init__(self, model: Model) -> None:
+        self.module, self.architecture = model.module, model.info.architecture
+        self.device = input_device(model.module)
+        self.causal, self.incremental = model.info.architecture.causal, True
+
+    def read(self, ids: Sequence[int], places: Sequence[Place]) -> dict[Place, torch.Tensor]:
+        """The states at some places, each (n_tokens, d_model)."""
+        states: dict[Place, torch.Tensor] = {}
+
+        def keep(place: Place) -> Any:
+            def hook(_module: Any, _inputs: Any, output: Any) -> None:
+                states[place] = _states_of(output).view(len(ids), -1).clone()
+
+            return hook
+
+        with ExitStack() as stack:
+            for place in places:
+                stack.callback(self._part(place).register_forward_hook(keep(place)).remove)
+            self._forward(torch.tensor([list(ids)]), use_cache=False)
+        return states
+
+    def logits(self, ids: Sequence[int], writes: Sequence[Write | None]) -> torch.Tensor:
+        """The logits after every token, (n_writes, n_tokens, vocab), one row for each write."""
+        with self._written(writes, len(ids)):
+            return self._forward(torch.tensor([list(ids)] * len(writes)), use_cache=False).logits.float()
+
+    def continued(self, ids: Sequence[int], more: Sequence[int], write: Write) -> torch.Tensor:
+        """The logits that decide each token that follows a prompt, and the one after them.
+
+        Args:
+            ids: The prompt.
+            more: What follows it.
+            write: What is written into the prompt.
+
+        Returns:
+            (len(more) + 1, vocab).
+        """
+        if not self.causal:
+            return self._decoded(ids, more, write)
+        if not self.incremental:
+            steps = [[*ids, *more[:count]] for count in range(len(more) + 1)]
+            return torch.stack([self.logits(step, [write])[0, -1] for step in steps])
+        return self.logits([*ids, *more], [write])[0, len(ids) - 1 :]
+
+    def scored(self, ids: Sequence[int], more: Sequence[int], write: Write) -> torch.Tensor:
+        """The logits that score each token of a continuation: those of one forward over all of it.
+
+        Returns:
+            (len(more), vocab).
+        """
+        if not self.causal:
+            return self._decoded(ids, more[:-1], write)
+        return self.logits([*ids, *more], [write])[0, len(ids) - 1 : -1]
+
+    def _decoded(self, ids: Sequence[int], more: Sequence[int], write: Write) -> torch.Tensor:
+        with self._written([write], len(ids)):
+            output = self._forward(torch.tensor([list(ids)]), use_cache=True)
+        rows = [output.logits[0, -1]]
+        for token in more:
+            output = self._forward(
+                torch.tensor([[token]]), use_cache=True, past_key_values=output.past_key_values
+            )
+            rows.append(output.logits[0, -1])
+        return torch.stack(rows).float()
+
+    def sees_ahead(self, ids: Sequence[int], other: int) -> float:
+        """How much another last token changes what a prompt's earlier tokens give, in standard deviations."""
+        with torch.no_grad():
+            first = self.logits(ids, [None])[0, :-1]
+            changed = self.logits([*ids[:-1], other], [None])[0, :-1]
+        return float(((first - changed).abs().amax() / first.std()).item())
+
+    def noise(self, ids: Sequence[int]) -> float:
+        """How much rounding the embeddings once more changes the logits, in standard deviations."""
+        embeddings = self.module.get_input_embeddings()
+
+        def shake(_module: Any, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
+            shaken = torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).to(output)
+            return output + output * shaken * torch.finfo(output.dtype).eps / 2
+
+        plain = self.logits(ids, [None])[0, -1]
+        handle = embeddings.register_forward_hook(shake)
+        try:
+            shaken = self.logits(ids, [None])[0, -1]
+        finally:
+            handle.remove()
+        return float(((plain - shaken).abs().amax() / plain.std()).item())
+
+    def _forward(self, ids: torch.Tensor, **options: Any) -> Any:
+        if not self.architecture.caches:
+            options.pop("use_cache")
+        with torch.no_grad():
+            return self.module(input_ids=ids.to(self.device), **options)
+
+    @contextmanager
+    def _written(self, writes: Sequence[Write | None], width: int) -> Iterator[None]:
+        def put(row: int, write: Write) -> Any:
+            def hook(_module: Any, _inputs: Any, output: Any) -> Any:
+                states = _states_of(output)
+                changed = states.clone()
+                changed.view(len(writes), width, -1)[row, write.position] = write.state.to(changed)
+                return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+            return hook
+
+        with ExitStack() as stack:
+            for row, write in enumerate(writes):
+                if write is not None:
+                    part = self._part(write.place)
+                    stack.callback(part.register_forward_hook(put(row, write)).remove)
+            yield
+
+    def _part(self, place: Place) -> Any:
+        block = self.module.get_submodule(self.architecture.blocks)[place.layer]
+        return block if place.site == "residual" else block.get_submodule(getattr(self.architecture, place.site))
+
+
+def _states_of(output: Any) -> torch.Tensor:
+    states = output[0] if isinstance(output, tuple) else output
+    if not isinstance(states, torch.Tensor):
+        raise TypeError(f"a block gives a {type(states).__name__} in place of its states")
+    return states

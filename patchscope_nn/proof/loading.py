@@ -1,0 +1,81 @@
+"""Loading a model with its proof."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from typing import Any
+
+from patchscope_nn import models
+from patchscope_nn.models import COSTS, ELSEWHERE, Model, Verdict
+from patchscope_nn.proof import store
+from patchscope_nn.proof.prove import prove
+
+_LOG = logging.getLogger(__name__)
+
+
+def load(model: Any, *, proof: bool = True, **options: Any) -> Model:
+    """Load a decoder, or wrap one that is already loaded, and prove it.
+
+    Args:
+        model: A Hugging Face id, a folder, `builtin:smollm2-135m-instruct`, an
+            `nnsight.TransformersModel`, a transformers model, or a `Model` (returned as it is).
+        proof: Whether the compiler is compared with plain PyTorch hooks on this model, the first time its
+            structure is met. False uses every optimisation unproven, and manifests say so.
+        **options: `revision`, `dtype`, `device_map`, `tokenizer`, `weights`, and what transformers'
+            `from_pretrained` takes, as in `models.load`.
+
+    Returns:
+        The model, its tokenizer, and what is known of it.
+
+    Raises:
+        ModelError: The model cannot be found, is no decoder, hides its parts, or cannot be traced rightly.
+    """
+    if isinstance(model, Model):
+        return model
+    loaded = models.load(model, **options)
+    return proven(loaded) if proof else loaded
+
+
+def proven(model: Model) -> Model:
+    """A model with its verdict: the one that is kept for its structure, or else one that is made now.
+
+    A model whose weights are elsewhere is returned as it is; its first job carries the proof.
+
+    Raises:
+        ModelError: It cannot be traced rightly.
+    """
+    if model.info.device == ELSEWHERE or model.info.verdict is not None:
+        return model
+    key = store.structure_key(model)
+    verdict = store.known(key)
+    if verdict is None:
+        verdict = prove(model, key=key)
+        store.keep(verdict)
+    if line := _line(model.info.name, verdict):
+        _LOG.warning("%s", line)
+    return with_verdict(model, verdict)
+
+
+def with_verdict(model: Model, verdict: Verdict) -> Model:
+    """A model that the planner knows a verdict of."""
+    architecture = replace(model.info.architecture, causal=verdict.causal)
+    return replace(model, info=replace(model.info, architecture=architecture, verdict=verdict))
+
+
+def _line(name: str, verdict: Verdict) -> str:
+    """What is off and what that costs, in one line; empty where nothing is."""
+    off: dict[str, list[str]] = {}
+    for entry in verdict.withheld:
+        longer = f" beyond {entry.beyond} tokens" if entry.beyond else ""
+        where = off.setdefault(f"{entry.optimisation.replace('_', '-')}{longer}", [])
+        where += [entry.readout] if entry.readout else []
+    if not off:
+        return ""
+    parts = [f"{what} ({', '.join(where)})" if where else what for what, where in off.items()]
+    names = dict.fromkeys(entry.optimisation for entry in verdict.withheld)
+    costs = "; ".join(COSTS[name] for name in names if name in COSTS)
+    return (
+        f"{name}: off because they would change a number: {', '.join(parts)}. "
+        f"The cost: {costs}. See: patchscope doctor --model {name}"
+    )

@@ -1,0 +1,101 @@
+"""Random prompts of a model's own vocabulary, and the lengths at which its config says that something changes."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from patchscope_nn.models import Model
+
+#: Names of config fields that hold a number of tokens beyond which a model computes otherwise.
+_LENGTH = re.compile(r"window|chunk|local|floor_scale|original_max_position|block_size|attention_span")
+#: Fields whose names match, and that are no length in tokens.
+_NO_LENGTH = re.compile(r"layers|ratio|theta|base_freq|vision|patch|image|audio|head|expert")
+#: Rotary embeddings whose factors do not depend on the length of a prompt.
+_STATIC_ROPE = ("default", "linear", "yarn", "llama3", "proportional", "mrope")
+
+
+class Numbers:
+    """A tokenizer whose texts are token ids: ` 12 57` is the ids 12 and 57.
+
+    With it a prompt of any ids goes through the same compiler as a user's text.
+    """
+
+    is_fast = False
+    chat_template = None
+    clean_up_tokenization_spaces = False
+
+    def __init__(self, size: int, *, eos: int | None = None) -> None:
+        self.size, self.eos_token_id = size, eos
+
+    def __call__(self, text: str, **_options: Any) -> dict[str, list[int]]:
+        """Encode a text."""
+        return {"input_ids": [int(word) for word in text.split()]}
+
+    def __len__(self) -> int:
+        return self.size
+
+    def decode(self, ids: Sequence[int], **_options: Any) -> str:
+        """Decode ids."""
+        return "".join(f" {token}" for token in ids)
+
+    def get_vocab(self) -> dict[str, int]:
+        """Its vocabulary, which no trial asks for."""
+        return {}
+
+
+def random_ids(model: Model, count: int, *, seed: int) -> list[int]:
+    """Random ids of a model's tokenizer, without those that have a meaning of their own.
+
+    Args:
+        model: The model.
+        count: How many.
+        seed: What the choice starts from.
+
+    Returns:
+        (count,) token ids.
+    """
+    special = {*_special(model.module.config), *getattr(model.tokenizer, "all_special_ids", ())}
+    size = min(len(model.tokenizer), model.info.vocab_size)
+    chooser = random.Random(f"{seed} {count}")  # noqa: S311 (a seeded choice, no secret)
+    ordinary = [token for token in chooser.sample(range(size), min(size, 64)) if token not in special]
+    return chooser.choices(ordinary or range(size), k=count)
+
+
+def _special(config: Any) -> Iterator[int]:
+    """The ids that a config gives a meaning: ends, padding, images."""
+    for name, value in _fields(config.to_dict()):
+        if re.search(r"token_(id|index)$|_token$", name) and isinstance(value, int):
+            yield value
+
+
+def thresholds(model: Model) -> list[int]:
+    """The lengths, in tokens, at which the config of a model says that something changes, ascending."""
+    config = model.module.config.get_text_config().to_dict()
+    most = model.info.n_positions
+    lengths = {
+        value
+        for name, value in _fields(config)
+        if isinstance(value, int)
+        and not isinstance(value, bool)
+        and _LENGTH.search(name)
+        and not _NO_LENGTH.search(name)
+        and value > 1
+        and (most is None or value < most)
+    }
+    return sorted(lengths)
+
+
+def _fields(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The fields of a config and of what it holds; a static rotary embedding names no length that matters."""
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            static = value.get("rope_type", value.get("type")) in _STATIC_ROPE
+            inner = value.items() if not static else ((k, v) for k, v in value.items() if "position" not in k)
+            yield from _fields(dict(inner))
+        elif isinstance(value, list | tuple):
+            yield from ((name, entry) for entry in value)
+        elif isinstance(name, str):
+            yield name, value

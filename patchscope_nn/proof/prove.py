@@ -1,0 +1,292 @@
+"""The proof of a model: does what the compiler makes of a Patchscope equal the model under plain hooks?
+
+1. The plain path, without any optimisation, is compared with plain hooks: reads and writes at the first, a
+   middle and the last block, and at one block of every kind; every readout; attention and MLP.
+2. All optimisations together are compared with the same. Where they differ, they are added to the plain path
+   one after the other, and those that change a number are switched off.
+3. Both again beyond every length at which the config says that the model computes otherwise.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from patchscope_nn.backends import is_out_of_memory
+from patchscope_nn.errors import ModelError
+from patchscope_nn.models import FUSED, Comparison, Model, Verdict, Withheld
+from patchscope_nn.plan import Optimisations
+from patchscope_nn.proof.hooks import Hooks
+from patchscope_nn.proof.prompts import random_ids, thresholds
+from patchscope_nn.proof.trials import Reference, Runner, Trial, readout_of
+from patchscope_nn.spec import Choices, Generate, Hidden, NextToken, Site
+
+#: What rounding may change in a logit, by dtype, in standard deviations of the logits; the rounding of the
+#: model itself is measured, and may raise it.
+_ROUNDING = {"float64": 1e-6, "float32": 2e-3, "float16": 3e-2, "bfloat16": 0.15}
+_TIMES_NOISE = 10
+#: The shortest prompts, in tokens: source and target.
+_SHORT = (7, 6)
+#: The shortest prompt in which a token before the last can be patched behind another.
+_SHORTEST = 4
+#: Thresholds up to so many tokens are passed by the ordinary prompts.
+_ORDINARY = 24
+#: How many operations the trials beyond a length may take, by the kind of the device, and about how many
+#: forwards they are.
+_AFFORDABLE = {"cpu": 1.5e12, "cuda": 2e15}
+_FORWARDS = 20
+#: What can be wrong in decoding alone; the others arrange how a prompt is read, which every readout does.
+_OF_DECODING = ("cached_decoding", "mixed_lengths", "early_leaving")
+
+
+def prove(model: Model, *, key: str) -> Verdict:
+    """Prove a model.
+
+    Args:
+        model: The model, with its weights in this process.
+        key: What the verdict is kept under.
+
+    Returns:
+        What holds on it.
+
+    Raises:
+        ModelError: The plain path is not what plain hooks give, or its numbers are not finite.
+    """
+    started = time.monotonic()
+    proof = _Proof(model)
+    lengths = thresholds(model)
+    ordinary = [length for length in lengths if length <= _ORDINARY]
+    larger = [length for length in lengths if length > _ORDINARY]
+    proof.limit = larger[0] if larger else None
+    proof.begin(ordinary)
+    for place, length in enumerate(larger):
+        if not _affordable(model, length):
+            break
+        proof.limit = larger[place + 1] if place + 1 < len(larger) else None
+        if not proof.go_beyond(length):
+            proof.limit = length
+            break
+    return Verdict(
+        key=key,
+        causal=proof.hooks.causal,
+        limit=proof.limit,
+        withheld=tuple(proof.withheld),
+        comparisons=tuple(proof.comparisons),
+        elapsed_s=round(time.monotonic() - started, 3),
+    )
+
+
+def _affordable(model: Model, tokens: int) -> bool:
+    weights = model.info.n_layers * model.info.sizes.block_weights
+    device = "cpu" if model.info.device == "cpu" else "cuda"
+    return 2 * weights * tokens * _FORWARDS <= _AFFORDABLE[device]
+
+
+def probed_layers(model: Model) -> tuple[int, ...]:
+    """The first, a middle and the last block, and the first block of every kind."""
+    blocks = model.module.get_submodule(model.info.architecture.blocks)
+    types = getattr(model.module.config.get_text_config(), "layer_types", None) or [None] * len(blocks)
+    windows = model.info.architecture.windows or (None,) * len(blocks)
+    first: dict[object, int] = {}
+    for layer, block in enumerate(blocks):
+        parts = tuple((name, type(part).__name__) for name, part in block.named_modules())
+        first.setdefault((parts, types[layer], windows[layer]), layer)
+    return tuple(sorted({0, len(blocks) // 2, len(blocks) - 1, *first.values()}))
+
+
+@dataclass
+class _Proof:
+    """One proof: what was compared so far, and what is off."""
+
+    model: Model
+    limit: int | None = None
+    withheld: list[Withheld] = field(default_factory=list)
+    comparisons: list[Comparison] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.layers = probed_layers(self.model)
+        self.middle = self.layers[len(self.layers) // 2]
+        self.runner, self.hooks = Runner(self.model), Hooks(self.model)
+        self.reference = Reference(self.runner, self.hooks)
+        self.tolerance = _ROUNDING.get(self.model.info.dtype, max(_ROUNDING.values()))
+        self.beyond = 0
+
+    def begin(self, lengths: Sequence[int]) -> None:
+        """Compare on ordinary prompts: short ones, and ones beyond some lengths; decoding crosses each."""
+        short = _SHORT
+        source = max([short[0] + 4, *(length + 3 for length in lengths)])
+        target = source - 1
+        across = [(short[0], length - 1) for length in lengths if length >= _SHORTEST]
+        self._measure_rounding()
+        self._orient(short[1], source)
+        rows = (short, (source, target))
+        self._check(Trial(readout=readout_of(NextToken), rows=rows, layers=self.layers))
+        self._check(Trial(readout=readout_of(Hidden), rows=rows, layers=self.layers[:2]))
+        if self._has("attention") and self._has("mlp"):
+            self._check_sites("attention", "mlp")
+            self._check_sites("mlp", "attention")
+        self._decode(short, *across, (short[0], target))
+
+    def go_beyond(self, length: int) -> bool:
+        """Compare on both sides of a length; False where there is not the memory for it."""
+        self.beyond = length
+        short = _SHORT
+        # Decoding crosses the length, and goes on behind it.
+        across, behind = (short[0], length - 1), (length + 5, length + 3)
+        try:
+            self._orient(length - 1, length + 3)
+            rows = (short, behind)
+            self._check(Trial(readout=readout_of(NextToken), rows=rows, layers=(self.middle,)))
+            self._decode(across, behind)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            return False
+        return True
+
+    def _decode(self, *rows: tuple[int, int]) -> None:
+        layers = (self.middle,)
+        self._check(Trial(readout=readout_of(Generate), rows=rows, layers=layers, ends=not self.beyond))
+        self._check(Trial(readout=readout_of(Choices), rows=rows, layers=layers))
+
+    def _has(self, site: Site) -> bool:
+        return getattr(self.model.info.architecture, site) is not None
+
+    def _check_sites(self, read: Site, written: Site) -> None:
+        """Compare a read at one site and a write at another; a site that is wrong is off."""
+        trial = Trial(
+            readout=readout_of(NextToken),
+            rows=(_SHORT,),
+            layers=self.layers[:1],
+            target_layers=(self.middle,),
+            sites=(read, written),
+        )
+        try:
+            self._check(trial)
+        except ModelError:
+            self.comparisons.pop()
+            for site in (read, written):
+                pairs: tuple[tuple[Site, Site], ...] = ((site, "residual"), ("residual", site))
+                for sites in pairs:
+                    alone = replace(trial, sites=sites)
+                    self.reference.prepare(alone)
+                    error, problem = self._error(alone, Optimisations.none())
+                    if problem and not self._off(site):
+                        self._withhold(site, None, alone, error, problem)
+
+    def _measure_rounding(self) -> None:
+        """Raise the tolerance where rounding alone makes more of a difference, as in deep or routed models."""
+        noise = self.hooks.noise(self.runner.prompt("t", _SHORT[1]))
+        if noise != noise:  # noqa: PLR0124 (only a NaN differs from itself)
+            raise ModelError(
+                f"{self.model.info.name} gives numbers that are not finite in {self.model.info.dtype}.",
+                hint="Load it with another dtype, for example dtype='bfloat16' or 'float32'.",
+            )
+        self.tolerance = max(self.tolerance, _TIMES_NOISE * noise)
+
+    def _orient(self, count: int, longer_count: int) -> None:
+        """Find out whether tokens see those after them, and whether a longer prompt says other things."""
+        prompt = self.runner.prompt("t", count)
+        longer = [*prompt, *self.runner.prompt("s", longer_count - count)]
+        alone, followed = (self.hooks.logits(ids, [None])[0, count - 1] for ids in (prompt, longer))
+        if float(((alone - followed).abs().amax() / alone.std()).item()) <= self.tolerance:
+            return
+        self.hooks.incremental = False
+        other = random_ids(self.model, count + 1, seed=1)[-1]
+        if self.hooks.sees_ahead(prompt, other) > self.tolerance:
+            self.hooks.causal = False
+            architecture = replace(self.model.info.architecture, causal=False)
+            self.runner.model = replace(self.model, info=replace(self.model.info, architecture=architecture))
+
+    def _check(self, trial: Trial) -> None:
+        """Compare the plain path, then all optimisations; find those to blame where they differ."""
+        self.reference.prepare(trial)
+        self.runner.verdict = Verdict(key="", limit=self.limit, withheld=tuple(self.withheld))
+        self._check_plain(replace(trial, rows=trial.rows[-1:]))
+        eos = self._end_of_first(trial)
+        error, problem = self._error(trial, Optimisations(), eos=eos)
+        if problem:
+            self._find_guilty(trial, problem, eos=eos)
+        else:
+            self._note(f"all optimisations: {trial.name}", trial, error, "equal")
+        fuses = trial.readout.name in ("next_token", "generate") and set(trial.sites) == {"residual"}
+        if fuses and not (self.beyond or self._off(FUSED)):
+            few = replace(trial, layers=(self.middle,), target_layers="same")
+            error, problem = self._error(few, Optimisations(), context="auto", eos=eos)
+            if problem:
+                self._withhold(FUSED, None, trial, error, problem)
+            else:
+                self._note(f"fused context: {trial.name}", trial, error, "equal")
+
+    def _check_plain(self, trial: Trial) -> None:
+        error, problem = self._error(trial, Optimisations.none())
+        self._note(f"plain path: {trial.name}", trial, error, "refused" if problem else "equal")
+        if problem:
+            raise ModelError(
+                f"{self.model.info.name} ({type(self.model.module).__name__}) cannot be traced correctly: even "
+                f"without any optimisation, {trial.name} {problem}, compared with plain hooks on its own forward.",
+                hint="Please report the architecture. load(..., proof=False) skips the proof; the numbers are "
+                "then wrong.",
+            )
+
+    def _find_guilty(self, trial: Trial, problem: str, *, eos: int | None) -> None:
+        """Add one optimisation after the other to the plain path; those with which it differs are off."""
+        self._check_plain(trial)
+        used = Optimisations.none()
+        before = len(self.withheld)
+        for name in Optimisations.names():
+            tried = replace(used, **{name: True})
+            wrong, reason = self._error(trial, tried, eos=eos)
+            if reason:
+                decoding = trial.readout.decodes and name in _OF_DECODING
+                self._withhold(name, trial.readout.name if decoding else None, trial, wrong, reason)
+            else:
+                used = tried
+        if len(self.withheld) == before:
+            # Each in turn is equal, and all together were not: what differs is not reproducible.
+            raise ModelError(
+                f"{self.model.info.name}: {trial.name} {problem} with all optimisations in one run and is equal "
+                "in the next; the model does not give the same numbers twice.",
+                hint="Look for dropout or other randomness in it; load(..., proof=False) skips the proof.",
+            )
+
+    def _error(
+        self,
+        trial: Trial,
+        optimisations: Optimisations,
+        *,
+        context: Literal["auto", "session"] = "session",
+        eos: int | None = None,
+    ) -> tuple[float, str]:
+        """The largest error of a run of a trial, and what is wrong with it; nothing where it is equal."""
+        try:
+            cells = self.runner.run(trial, optimisations, context=context, eos=eos)
+            error = max(self.reference.error(trial, cell, raw, eos=eos) for cell, raw in cells)
+        except Exception as failure:  # whatever an optimisation raises on this model, it is off for it
+            if is_out_of_memory(failure):
+                raise
+            reason = (str(failure).strip().splitlines() or [""])[0]
+            return float("inf"), f"raises {type(failure).__name__} ({reason[:120]})"
+        return error, "" if error <= self.tolerance else f"differs by {error:.2g} standard deviations"
+
+    def _end_of_first(self, trial: Trial) -> int | None:
+        """An end of text that the first row meets at once, and the second, if possible, does not."""
+        if not trial.ends:
+            return None
+        first, second = (self.reference.top(*row, trial.layers[0]) for row in trial.rows[:2])
+        return first if first != second else None
+
+    def _off(self, name: str) -> bool:
+        return any(entry.optimisation == name for entry in self.withheld)
+
+    def _withhold(self, name: str, readout: str | None, trial: Trial, error: float, problem: str) -> None:
+        entry = Withheld(name, readout, self.beyond, f"{trial.name} {problem}")
+        self.withheld.append(entry)
+        self.runner.verdict = replace(self.runner.verdict, withheld=tuple(self.withheld))
+        self._note(f"{name.replace('_', '-')}: {trial.name}", trial, error, str(entry))
+
+    def _note(self, what: str, trial: Trial, error: float, outcome: str) -> None:
+        self.comparisons.append(Comparison(what, trial.tokens, error, self.tolerance, outcome))
+

@@ -1,0 +1,75 @@
+"""Where verdicts are kept: a file for each structure of a model, in the user's cache folder."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+from contextlib import suppress
+from importlib import metadata
+from pathlib import Path
+
+from patchscope_nn import builtin
+from patchscope_nn.models import Model, Verdict
+
+_VERSIONS = ("torch", "transformers", "nnsight")
+#: What of a config names a checkpoint and decides nothing.
+_NAMES = ("_name_or_path", "transformers_version", "id2label", "label2id", "architectures")
+
+
+def folder() -> Path:
+    """The folder of the verdicts."""
+    return builtin.cache_folder() / "proofs"
+
+
+def structure_key(model: Model) -> str:
+    """Hex digest of everything that decides what is proven of a model, but its weights.
+
+    Args:
+        model: The model.
+
+    Returns:
+        A digest of its class, config, attention implementation, dtype and device, of the versions of torch,
+        transformers and nnsight, and of this package's code.
+    """
+    module = model.module
+    config = {name: value for name, value in module.config.to_dict().items() if name not in _NAMES}
+    decides = [
+        type(module).__qualname__,
+        config,
+        str(module.config._attn_implementation),  # noqa: SLF001 (transformers' own name for it)
+        model.info.dtype,
+        model.info.device.partition(":")[0],
+        [(name, metadata.version(name)) for name in _VERSIONS],
+        _code_digest(),
+    ]
+    return hashlib.sha256(json.dumps(decides, sort_keys=True, default=str).encode()).hexdigest()[:24]
+
+
+@functools.cache
+def _code_digest() -> str:
+    """Hex digest of this package's source: other code may be wrong on other models."""
+    package = Path(__file__).parent.parent
+    digest = hashlib.sha256()
+    for file in sorted(package.rglob("*.py")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def known(key: str) -> Verdict | None:
+    """The verdict that is kept under a key; None where there is none that can be read."""
+    try:
+        return Verdict.parse(json.loads((folder() / f"{key}.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def keep(verdict: Verdict) -> None:
+    """Keep a verdict; where the folder cannot be written, it is proven again next time."""
+    file = folder() / f"{verdict.key}.json"
+    draft = file.with_suffix(f".{os.getpid()}")
+    with suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        draft.write_text(json.dumps(verdict.dump(), indent=1), encoding="utf-8")
+        draft.replace(file)

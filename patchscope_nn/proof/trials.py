@@ -1,0 +1,237 @@
+"""The trials of the proof: small sweeps through the compiler, each cell beside the model under plain hooks.
+
+A trial is one readout, one site on each side, and data rows of random prompts. `Runner` runs it with any set of
+optimisations; `Reference` says what every cell should give.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+
+from patchscope_nn.backends import Local, execute
+from patchscope_nn.cells import Cell, expand
+from patchscope_nn.mappings import resolve_mapping
+from patchscope_nn.models import Model, Verdict, usable_memory
+from patchscope_nn.plan import Optimisations, plan
+from patchscope_nn.proof.hooks import Hooks, Place, Write
+from patchscope_nn.proof.prompts import Numbers, random_ids
+from patchscope_nn.spec import Choices, Generate, Hidden, NextToken, Patchscope, Readout, Site, Source, Target
+from patchscope_nn.unpack import eos_ids
+
+#: The tokens that all target prompts of a trial begin with, so that there is a prefix to share.
+_PREFIX = 3
+#: How many tokens a next-token trial compares, and how many a decoding one decodes.
+_COMPARED, DECODED = 24, 3
+#: The choices, in tokens: one continuation needs a forward, the other none.
+_CHOICES = (3, 1)
+
+Results = list[tuple[Cell, dict[str, Any]]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """One comparison.
+
+    Attributes:
+        readout: What is read.
+        rows: For each data row the number of tokens of its source and target prompt.
+        layers: l.
+        target_layers: l*; `same` pairs it with l.
+        sites: What of a block is read, and what is written.
+        ends: Whether the first row meets its end at once, and so leaves its batch.
+    """
+
+    readout: Readout
+    rows: tuple[tuple[int, int], ...]
+    layers: tuple[int, ...]
+    target_layers: tuple[int, ...] | Literal["same"] = "same"
+    sites: tuple[Site, Site] = ("residual", "residual")
+    ends: bool = False
+
+    @property
+    def name(self) -> str:
+        """The readout, and the sites where they are not the residual stream."""
+        sites = "" if set(self.sites) == {"residual"} else f", {self.sites[0]} to {self.sites[1]}"
+        return f"{self.readout.name}{sites}"
+
+    @property
+    def tokens(self) -> int:
+        """The longest prompt, appended tokens included."""
+        more = {"generate": DECODED, "choices": max(_CHOICES)}.get(self.readout.name, 0)
+        return max(max(source, target + more) for source, target in self.rows)
+
+
+def readout_of(kind: type[Readout]) -> Readout:
+    """A readout as the trials use it; their texts are columns of the trials' rows."""
+    if kind is NextToken:
+        return NextToken(top_k=1, reference=tuple(f"{{r{number}}}" for number in range(_COMPARED)))
+    if kind is Choices:
+        return Choices(["{c0}", "{c1}"])
+    return Generate(max_new_tokens=DECODED, relevancy=True) if kind is Generate else Hidden(clean=True)
+
+
+class Runner:
+    """Runs trials of one model through the compiler.
+
+    Attributes:
+        model: The model, whose prompts are numbers.
+        verdict: What is held of it so far: how long a packed pass may be.
+    """
+
+    def __init__(self, model: Model) -> None:
+        self.model, self.verdict = model, Verdict(key="")
+        self.memory = usable_memory(model.info)
+        self.ids = {name: random_ids(model, 64, seed=seed) for seed, name in enumerate("st")}
+
+    def prompt(self, side: str, count: int) -> list[int]:
+        """A random prompt; those of one side begin alike, and differ at their end."""
+        if side == "t":
+            return [*self.ids["t"][:_PREFIX], *random_ids(self.model, count, seed=count)[_PREFIX:]]
+        return random_ids(self.model, count, seed=-count)
+
+    def row(self, source: int, target: int) -> dict[str, str]:
+        """A data row of a trial: its prompts, its reference tokens and its choices, as texts of numbers."""
+        columns = {f"r{number}": self.ids["s"][number : number + 1] for number in range(_COMPARED)}
+        columns |= {f"c{number}": self.ids["s"][-count:] for number, count in enumerate(_CHOICES)}
+        columns |= {"s": self.prompt("s", source), "t": self.prompt("t", target)}
+        return {name: "".join(f" {token}" for token in ids) for name, ids in columns.items()}
+
+    def run(
+        self,
+        trial: Trial,
+        optimisations: Optimisations,
+        *,
+        context: Literal["auto", "session"] = "session",
+        eos: int | None = None,
+    ) -> Results:
+        """The raw readout of every cell of a trial, in the sweep's order."""
+        model = replace(
+            self.model,
+            info=replace(self.model.info, verdict=self.verdict),
+            tokenizer=Numbers(len(self.model.tokenizer), eos=eos),
+        )
+        scope = Patchscope(
+            source=Source(prompt="{s}", layer=trial.layers, site=trial.sites[0]),
+            target=Target(prompt="{t}", position=-2, layer=trial.target_layers, site=trial.sites[1]),
+            readout=trial.readout,
+        )
+        data = [self.row(*lengths) for lengths in trial.rows]
+        sweep = expand(scope, rows=data, source=model, target=model)
+        planned = plan(sweep, context=context, memory=self.memory, optimisations=optimisations)
+        mapping = resolve_mapping("identity", source=model.info, target=model.info)
+        steps = execute(planned, source=model, target=model, mapping=mapping, backend=Local())
+        cells = [result for step in steps for result in step]
+        return sorted(cells, key=lambda result: result[0].number)
+
+
+class Reference:
+    """What the cells of trials should give, by plain hooks; each forward is run once."""
+
+    def __init__(self, runner: Runner, hooks: Hooks) -> None:
+        self.runner, self.hooks = runner, hooks
+        self._states: dict[Any, torch.Tensor] = {}
+        self._logits: dict[Any, torch.Tensor] = {}
+
+    def prepare(self, trial: Trial) -> None:
+        """Read every state of a trial, and for a readout that reads one position run its forwards at once."""
+        for source, target in trial.rows:
+            places = [Place(layer, trial.sites[0]) for layer in trial.layers]
+            missing = [place for place in places if (source, place) not in self._states]
+            read = self.hooks.read(self.runner.prompt("s", source), missing) if missing else {}
+            self._states |= {(source, place): states[-1] for place, states in read.items()}
+            if trial.readout.name == "hidden":
+                written = [Place(layer, trial.sites[1]) for layer in self._written(trial)]
+                clean = self.hooks.read(self.runner.prompt("t", target), written)
+                self._states |= {("t", target, place): states[-2] for place, states in clean.items()}
+            if trial.readout.name == "next_token":
+                keys = self._keys(trial, source, target)
+                rows = self.hooks.logits(
+                    self.runner.prompt("t", target), [self.write(source, target, *key) for key in keys]
+                )
+                self._logits |= {(source, target, *key): row[-1] for key, row in zip(keys, rows, strict=True)}
+
+    def _written(self, trial: Trial) -> tuple[int, ...]:
+        return trial.layers if trial.target_layers == "same" else trial.target_layers
+
+    def _keys(self, trial: Trial, source: int, target: int) -> list[tuple[Place, Place]]:
+        read, written = trial.sites
+        if trial.target_layers == "same":
+            return [(Place(layer, read), Place(layer, written)) for layer in trial.layers]
+        return [
+            (Place(layer, read), Place(other, written))
+            for layer in trial.layers
+            for other in trial.target_layers
+        ]
+
+    def write(self, source: int, target: int, read: Place, written: Place) -> Write:
+        """The write of a cell."""
+        return Write(written, target - 2, self._states[source, read])
+
+    def error(self, trial: Trial, cell: Cell, raw: dict[str, Any], *, eos: int | None = None) -> float:
+        """How far a cell's readout is from the reference, in standard deviations of what is compared."""
+        source, target = trial.rows[cell.row]
+        read = Place(cell.source_layer or 0, trial.sites[0])
+        written = Place(cell.target_layer or 0, trial.sites[1])
+        write = self.write(source, target, read, written)
+        if trial.readout.name == "next_token":
+            logits = self._logits[source, target, read, written]
+            wanted = logits.log_softmax(-1)[self.runner.ids["s"][:_COMPARED]]
+            return _distance(torch.tensor(raw["reference_logprobs"]), wanted, logits)
+        if trial.readout.name == "hidden":
+            clean = self._states["t", target, written]
+            pairs = ((raw["hidden"], write.state), (raw["clean"], clean))
+            return max(_distance(torch.tensor(got[0]), want, want) for got, want in pairs)
+        prompt = self.runner.prompt("t", target)
+        if trial.readout.name == "choices":
+            return self._choices_error(prompt, raw["choice_logprobs"], write)
+        return self._text_error(prompt, raw, write, eos=eos)
+
+    def _choices_error(self, prompt: list[int], given: list[float], write: Write) -> float:
+        """How far the summed log-probability of each continuation is off."""
+        errors = []
+        for count, logprob in zip(_CHOICES, given, strict=True):
+            more = self.runner.ids["s"][-count:]
+            logits = self.hooks.scored(prompt, more, write)
+            wanted = logits.log_softmax(-1)[range(count), more].sum()
+            errors.append(_distance(torch.tensor(logprob), wanted, logits))
+        return max(errors)
+
+    def _text_error(self, prompt: list[int], raw: dict[str, Any], write: Write, *, eos: int | None) -> float:
+        """How far below the top token each decoded one is, and how far off its probability.
+
+        An end counts as the likeliest of the ends.
+        """
+        tokens = raw["token_ids"]
+        logits = self.hooks.continued(prompt, tokens[: DECODED - 1], write)
+        below = [row.amax() - row[token] for row, token in zip(logits, tokens, strict=False)]
+        if raw["stopped"] == "eos":
+            ends = [*self._ends, *([] if eos is None else [eos])]
+            below.append(logits[len(tokens)].amax() - logits[len(tokens)][ends].amax())
+        elif len(tokens) != DECODED:
+            return float("inf")
+        wanted = [row.log_softmax(-1)[token] for row, token in zip(logits, tokens, strict=False)]
+        error = float((torch.stack(below).amax() / logits.std()).item())
+        if not tokens:
+            return error
+        return max(error, _distance(torch.tensor(raw["token_probs"]).log(), torch.stack(wanted), logits))
+
+    @cached_property
+    def _ends(self) -> list[int]:
+        return list(eos_ids(replace(self.runner.model, tokenizer=Numbers(0))))
+
+    def top(self, source: int, target: int, layer: int) -> int:
+        """The token that a row decodes first."""
+        write = self.write(source, target, Place(layer), Place(layer))
+        return int(self.hooks.continued(self.runner.prompt("t", target), [], write)[0].argmax().item())
+
+
+def _distance(got: torch.Tensor, wanted: torch.Tensor, scale: torch.Tensor) -> float:
+    """The largest difference, in standard deviations of `scale`; infinite where a number is not finite."""
+    wanted = wanted.cpu().float()
+    difference = (got.cpu().float() - wanted).abs().amax() / scale.cpu().float().std()
+    return float(difference.item()) if difference.isfinite() else float("inf")
+
