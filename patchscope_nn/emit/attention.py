@@ -17,7 +17,7 @@ def in_attending(cache: Any, prefix: int, own: torch.Tensor) -> Any:
     """A context in which the block of its `layer` attends so.
 
     Args:
-        cache: The keys and values that the blocks keep.
+        cache: The keys and values the blocks keep; attention is to these.
         prefix: How many of them, the first ones, every token sees.
         own: What else each token sees, (n_tokens, n_own) places behind the prefix; -1 for none.
 
@@ -33,12 +33,8 @@ def in_attending(cache: Any, prefix: int, own: torch.Tensor) -> Any:
         if func is not torch.nn.functional.scaled_dot_product_attention:
             return func(*args, **given)
         mode.calls += 1
-        queries, keys, values = args[:3]
         kept = cache.layers[mode.layer]
-        # What is kept has a head for each group of queries, unless it is what keys and values are made of.
-        if (keys.shape[2:], values.shape[2:]) == (kept.keys.shape[2:], kept.values.shape[2:]):
-            keys, values = kept.keys, kept.values
-        return in_attention(queries, keys, values, prefix, own, scale=given.get("scale"))
+        return in_attention(args[0], kept.keys, kept.values, prefix, own, scale=given.get("scale"))
 
     # Made here, and not as a class of this package, which no server has.
     made = type("Attending", (TorchFunctionMode,), {"__torch_function__": __torch_function__})
@@ -59,15 +55,15 @@ def in_attention(
     """Attention of each token to a prefix and to its own tokens.
 
     Args:
-        queries: (1, n_heads, n_tokens, d_key).
-        keys: (1, n_kv_heads, prefix + n_tokens, d_key).
-        values: (1, n_kv_heads, prefix + n_tokens, d_value).
+        queries: (1, n_heads, n_tokens, d_head).
+        keys: (1, n_kv_heads, prefix + n_tokens, d_head).
+        values: The same.
         prefix: How many keys, the first ones, every token sees.
         own: (n_tokens or more, n_own) places behind the prefix; -1 for none.
-        scale: What products of queries and keys are multiplied with; None is d_key ** -0.5.
+        scale: What products of queries and keys are multiplied with; None is d_head ** -0.5.
 
     Returns:
-        (1, n_heads, n_tokens, d_value).
+        (1, n_heads, n_tokens, d_head).
     """
     _, heads, count, size = queries.shape
     groups = keys.shape[1]
@@ -75,19 +71,13 @@ def in_attention(
     queries = queries.reshape(groups, heads // groups, count, size)
     seen, norm = _in_own(queries, keys[0, :, prefix:], values[0, :, prefix:], own[:count], scale)
     if prefix:
-        # This function takes keys and values of one size; zeros change neither products nor sums.
-        width = max(size, values.shape[-1])
-        padded = [
-            torch.nn.functional.pad(part, (0, width - part.shape[-1]))
-            for part in (queries.flatten(1, 2)[None], keys[:, :, :prefix], values[:, :, :prefix])
-        ]
         # PyTorch has no public function that gives the normaliser too.
         shared, shared_norm = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(  # noqa: SLF001
-            *padded, 0.0, False, scale=scale
+            queries.flatten(1, 2)[None], keys[:, :, :prefix], values[:, :, :prefix], 0.0, False, scale=scale
         )
         weight = torch.sigmoid(norm - shared_norm.view_as(norm))
-        seen = torch.lerp(shared[..., : values.shape[-1]].reshape(seen.shape), seen, weight.to(seen))
-    return seen.reshape(1, heads, count, values.shape[-1])
+        seen = torch.lerp(shared.view_as(queries), seen, weight.to(seen))
+    return seen.reshape(1, heads, count, size)
 
 
 def _in_own(
@@ -95,7 +85,7 @@ def _in_own(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of each token to its own ones, and the logarithm of the normaliser.
 
-    Queries are (n_kv_heads, n_heads of each, n_tokens, d_key), keys and values without the second.
+    Queries are (n_kv_heads, n_heads of each, n_tokens, d_head), keys and values without the second.
     """
     columns = own.unbind(1)
     scores = torch.stack([(queries * keys[:, None, column]).sum(-1) for column in columns], dim=-1)

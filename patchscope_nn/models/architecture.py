@@ -7,6 +7,7 @@ from contextlib import suppress
 from typing import Any
 
 from patchscope_nn.errors import ModelError
+from patchscope_nn.models.block import run_block
 from patchscope_nn.models.info import Architecture, Sizes
 
 #: What blocks call their parts, where transformers has no interface for it. OPT's MLP is two linear
@@ -54,7 +55,7 @@ def find_architecture(module: Any, *, n_layers: int, name: str) -> Architecture:
     windows = _windows(module.config.get_text_config())
     outer = {part for part, _ in decoder.named_children()}
     norm = _first(_FINAL_NORM, outer)
-    given, attends = _look(module, block, name=name)
+    block_run = run_block(module, block, device=input_device(module), weightless=is_weightless(module), name=name)
     return Architecture(
         blocks=blocks,
         attention=_first(_ATTENTION, inner),
@@ -65,9 +66,10 @@ def find_architecture(module: Any, *, n_layers: int, name: str) -> Architecture:
         arguments=tuple(inspect.signature(module.forward).parameters),
         block_arguments=block_arguments,
         windows=windows or (),
-        packs=windows is not None and _packs(module, block_arguments) and given is not None,
-        gives_tuples=given is tuple,
-        attends=attends,
+        packs=windows is not None and _packs(module, block_arguments) and block_run.gives is not None,
+        gives_tuples=block_run.gives is tuple,
+        attends=block_run.attends,
+        kept=block_run.kept,
         causal=not setting(module.config.get_text_config(), "use_bidirectional_attention"),
     )
 
@@ -95,77 +97,6 @@ def _packs(module: Any, arguments: tuple[str, ...]) -> bool:
     masked = "attention_mask" in arguments and module.config._attn_implementation in ("sdpa", "eager")  # noqa: SLF001 (transformers' own name for it)
     cached = {"past_key_values", "layer_past"} & set(arguments)
     return bool(masked and cached and not set(arguments) - _PACKABLE)
-
-
-class _Seen(Exception):  # noqa: N818 (it is no error: it ends a forward that has shown what it should)
-    """Raised by a hook."""
-
-
-def _look(module: Any, block: Any, *, name: str) -> tuple[type | None, bool]:
-    """Run one token through the first block.
-
-    Without weights this computes shapes alone, and the token brings a whole mask: making one looks at values.
-
-    Returns:
-        What blocks give, `torch.Tensor` or a `tuple` that starts with one; and whether they call PyTorch's
-        attention.
-
-    Raises:
-        ModelError: The model does not run on token ids alone, or its blocks do not give one state for a token.
-    """
-    import torch
-    from torch.overrides import TorchFunctionMode
-
-    found: list[Any] = []
-    called: set[Any] = set()
-
-    class Noting(TorchFunctionMode):
-        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            called.add(func)
-            return func(*args, **(kwargs or {}))
-
-    def look(_module: Any, _given: Any, output: Any) -> None:
-        found.append(output)
-        raise _Seen
-
-    handle = block.register_forward_hook(look)
-    try:
-        device = input_device(module)
-        ids = torch.ones(1, 1, dtype=torch.long, device=device)
-        masks = (torch.zeros(1, 1, 1, 1, device=device), ids) if is_weightless(module) else (None,)
-        expected = (_Seen, ValueError, RuntimeError) if masks[0] is not None else (_Seen,)
-        for mask in masks:
-            # Some families take no whole mask; what is not found out here is run as padded batches.
-            with torch.no_grad(), suppress(*expected), Noting():
-                module(input_ids=ids, use_cache=False, **({} if mask is None else {"attention_mask": mask}))
-    except Exception as error:
-        raise ModelError(
-            f"{name!r} ({type(module).__name__}) does not run on the token ids of a text alone: "
-            f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}",
-            hint="Use a causal language model.",
-        ) from error
-    finally:
-        handle.remove()
-    if found:
-        _check_states(found[0], module, name=name)
-    attends = torch.nn.functional.scaled_dot_product_attention in called
-    gives = next((kind for kind in (torch.Tensor, tuple) if found and isinstance(found[0], kind)), None)
-    return gives, attends
-
-
-def _check_states(output: Any, module: Any, *, name: str) -> None:
-    """Refuse blocks whose output for one token is not one state of the model's width."""
-    states = output[0] if isinstance(output, tuple) else output
-    width = module.config.get_text_config().hidden_size
-    shape = tuple(getattr(states, "shape", ()))
-    if shape not in ((1, 1, width), (1, width)):
-        what = f"states of shape {shape}" if shape else f"a {type(states).__name__}"
-        raise ModelError(
-            f"{name!r} ({type(module).__name__}): its blocks hand on {what} for one token, where one state of "
-            f"size {width} is expected. A layer's hidden state is not defined for a model that carries several "
-            "streams, or something else, from block to block.",
-            hint="Use a model with one residual stream.",
-        )
 
 
 def input_device(module: Any) -> Any:
@@ -236,26 +167,24 @@ def check_unembed(module: Any, architecture: Architecture, *, name: str) -> None
     )
 
 
-def measure(module: Any, *, block: Any) -> Sizes:
+def measure(module: Any, architecture: Architecture) -> Sizes:
     """How large a model's parts are.
 
     Args:
         module: The transformers model.
-        block: One of its decoder blocks.
+        architecture: The paths of its parts.
     """
+    block = module.get_submodule(architecture.blocks)[0]
     config = module.config.get_text_config()
     heads = setting(config, "num_attention_heads") or 1
     of_head = setting(config, "head_dim") or config.hidden_size // heads
     groups = setting(config, "num_key_value_heads") or heads
-    cache = 2 * groups * of_head
-    if latent := setting(config, "kv_lora_rank"):  # multi-head latent attention keeps what it makes keys of
-        cache = latent + (setting(config, "qk_rope_head_dim") or 0)
     shapes = [weight.shape for weight in block.parameters() if weight.ndim > 1]
     return Sizes(
         block_weights=sum(shape.numel() for shape in shapes),
         unembed_weights=module.get_output_embeddings().weight.numel(),
         attention=heads * of_head,
-        cache=cache,
+        cache=architecture.kept or 2 * groups * of_head,
         widest=max((max(shape) for shape in shapes), default=config.hidden_size),
     )
 

@@ -28,7 +28,9 @@ class Architecture:
             see is neither all nor a window.
         packs: Whether blocks can be run one by one on segments of a sequence (see `layout.py`).
         gives_tuples: Whether a block gives a tuple that starts with its states, and not the bare states.
-        attends: Whether blocks call PyTorch's `scaled_dot_product_attention`.
+        attends: Whether a block calls PyTorch's `scaled_dot_product_attention` once, with the keys and values that
+            it keeps.
+        kept: How many numbers a block keeps of a token in its cache; 0 where that is not known.
         causal: Whether a token of a prompt never sees those after it. Where it does, what is decoded still
             sees only what came before it: decoding goes on from the prompt's keys and values, token by token.
     """
@@ -45,6 +47,7 @@ class Architecture:
     packs: bool = False
     gives_tuples: bool = False
     attends: bool = False
+    kept: int = 0
     causal: bool = True
 
     @property

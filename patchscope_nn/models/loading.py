@@ -157,7 +157,7 @@ def _describe(name: str, traced: Any, tokenizer: Any) -> Model:
         device=ELSEWHERE if weightless else str(input_device(module)),
         tied=embed.weight is unembed.weight,
         architecture=architecture,
-        sizes=measure(module, block=module.get_submodule(architecture.blocks)[0]),
+        sizes=measure(module, architecture),
     )
     return Model(info=info, tokenizer=tokenizer, traced=traced)
 

@@ -1,0 +1,128 @@
+"""What one token shows of a model's blocks: what they hand on, how they attend, and what they keep."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from patchscope_nn.errors import ModelError
+
+
+class BlockRun(NamedTuple):
+    """A token that went through the first block.
+
+    Attributes:
+        gives: What the block gives: `torch.Tensor`, or a `tuple` that starts with one; None where the model did
+            not run, as some do not without their weights.
+        attends: Whether it calls PyTorch's `scaled_dot_product_attention` once, with the keys and values that
+            it keeps.
+        kept: How many numbers it keeps of the token; 0 where it keeps no keys and values.
+    """
+
+    gives: type | None
+    attends: bool
+    kept: int
+
+
+class _Done(Exception):  # noqa: N818 (it is no error: it ends a forward once the block has run)
+    """Raised by a hook."""
+
+
+def run_block(module: Any, block: Any, *, device: Any, weightless: bool, name: str) -> BlockRun:
+    """Run one token through the first block.
+
+    Args:
+        module: The transformers model.
+        block: Its first block.
+        device: Where it takes its tokens.
+        weightless: Whether it has no weights; then only shapes are computed.
+        name: Its name, for messages.
+
+    Returns:
+        What the token showed.
+
+    Raises:
+        ModelError: The model does not run on token ids alone, or its blocks do not give one state for a token.
+    """
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    outputs: list[Any] = []
+    attended: list[tuple[int, int]] = []
+
+    class Noting(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.nn.functional.scaled_dot_product_attention:
+                attended.append((args[1].shape[-1], args[2].shape[-1]))
+            return func(*args, **(kwargs or {}))
+
+    def stop(_module: Any, _inputs: Any, output: Any) -> None:
+        outputs.append(output)
+        raise _Done
+
+    problem: Exception | None = None
+    handle = block.register_forward_hook(stop)
+    try:
+        for options in _attempts(device, weightless=weightless):
+            attended.clear()
+            try:
+                with torch.no_grad(), Noting():
+                    module(**options)
+            except _Done:
+                break
+            except Exception as error:  # noqa: BLE001 (any of a family's own; the next attempt asks for less)
+                problem = error
+    finally:
+        handle.remove()
+    if not outputs:
+        if weightless or problem is None:
+            return BlockRun(None, attends=False, kept=0)
+        raise ModelError(
+            f"{name!r} ({type(module).__name__}) does not run on the token ids of a text alone: "
+            f"{type(problem).__name__}: {str(problem).strip().splitlines()[0][:200]}",
+            hint="Use a causal language model.",
+        ) from problem
+    _check_states(outputs[0], module, name=name)
+    layer = _kept(options.get("past_key_values"))
+    same = layer is None or attended == [(layer.keys.shape[-1], layer.values.shape[-1])]
+    return BlockRun(
+        gives=next((kind for kind in (torch.Tensor, tuple) if isinstance(outputs[0], kind)), None),
+        attends=len(attended) == 1 and same,
+        kept=0 if layer is None else layer.keys.numel() + layer.values.numel(),
+    )
+
+
+def _attempts(device: Any, *, weightless: bool) -> Iterator[dict[str, Any]]:
+    """Arguments of a forward over one token, the most telling first.
+
+    Without weights the token brings a whole mask, since making one looks at values; some families take none.
+    """
+    import torch
+    from transformers import DynamicCache
+
+    ids = torch.ones(1, 1, dtype=torch.long, device=device)
+    whole = torch.zeros(1, 1, 1, 1, device=device)
+    for mask in ({"attention_mask": whole}, {"attention_mask": ids}) if weightless else ({},):
+        yield {"input_ids": ids, "past_key_values": DynamicCache(), "use_cache": True, **mask}
+        yield {"input_ids": ids, "use_cache": False, **mask}
+
+
+def _kept(cache: Any) -> Any:
+    """The layer of a cache that holds the token's keys and values; None where none does."""
+    layers = getattr(cache, "layers", ())
+    return next((layer for layer in layers if getattr(layer, "keys", None) is not None), None)
+
+
+def _check_states(output: Any, module: Any, *, name: str) -> None:
+    """Refuse blocks whose output for one token is not one state of the model's width."""
+    states = output[0] if isinstance(output, tuple) else output
+    width = module.config.get_text_config().hidden_size
+    shape = tuple(getattr(states, "shape", ()))
+    if shape not in ((1, 1, width), (1, width)):
+        what = f"states of shape {shape}" if shape else f"a {type(states).__name__}"
+        raise ModelError(
+            f"{name!r} ({type(module).__name__}): its blocks hand on {what} for one token, where one state of "
+            f"size {width} is expected. A layer's hidden state is not defined for a model that carries several "
+            "streams, or something else, from block to block.",
+            hint="Use a model with one residual stream.",
+        )
