@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from typing import NamedTuple
 
@@ -18,11 +19,14 @@ N_LAYERS = registry_sizes.N_LAYERS
 #: The first target is shorter than every window and threshold of the configs, the second longer than all.
 ROWS = (
     {"s": "The Eiffel", "t": "of x->"},
-    {"s": "The Eiffel Tower is in the city of Paris, and tall", "t": "Diana->Diana; Paris->Paris; the city of x->"},
+    {
+        "s": "The Eiffel Tower is in the city of Paris, and tall",
+        "t": "Diana->Diana; Paris->Paris; the city of x->",
+    },
 )
 PLACES = (-1, -2)
 CONTINUATIONS = (" Paris is", " Diana in the city")
-N_NEW = 4
+N_NEW = registry_sizes.WINDOW + 1  # more than a window of decoded tokens
 TOP_K = 3
 TOLERANCE = 1e-3
 READOUTS = {
@@ -41,30 +45,31 @@ class Verdict(NamedTuple):
 
 
 def check(model_type):
-    """Run every cell of a model type."""
+    """Run every cell of a model type, and compare what the package says of it with the reference."""
     module = registry.build(model_type)
-    plain = Plain(module, n_layers=N_LAYERS)
+    original = copy.deepcopy(module)
     try:
         model = ps.load(module, tokenizer=tiny.TOKENIZER)
+        runs = {name: _run(model, readout) for name, readout in READOUTS.items()}
     except InputError as error:
         return Verdict("refused", str(error))
+    plain = Plain(original, n_layers=N_LAYERS, rereads=model_type not in registry.PREFIXES)
+    if plain.rereads and plain.looks_ahead(_ids(ROWS[0]["t"])):
+        return Verdict("wrong", "tokens see those after them, and it is run all the same")
     reference = functools.cache(functools.partial(_expected, plain))
-    found = {}
-    for name, readout in READOUTS.items():
-        scope = ps.Patchscope(
-            source=ps.Source(prompt="{s}", position=-1, layer="all"),
-            target=ps.Target(prompt="{t}", position={"each": list(PLACES)}, layer="all"),
-            readout=readout,
-        )
-        try:
-            run = ps.run(scope, model=model, data=[dict(row) for row in ROWS])
-        except InputError as error:
-            return Verdict("refused", f"{name}: {error}")
-        found[name] = _wrong(name, run.rows, reference)
-    wrong = {name: cells for name, cells in found.items() if cells}
+    wrong = {name: _wrong(name, rows, reference) for name, rows in runs.items()}
     n_cells = len(ROWS) * len(PLACES) * len(PAIRS)
-    detail = "; ".join(f"{name} {len(cells)} of {n_cells}: {cells[0]}" for name, cells in wrong.items())
-    return Verdict("wrong" if wrong else "ok", detail)
+    detail = [f"{name} {len(cells)} of {n_cells} ({cells[0]})" for name, cells in wrong.items() if cells]
+    return Verdict("wrong" if detail else "ok", "; ".join(detail))
+
+
+def _run(model, readout):
+    scope = ps.Patchscope(
+        source=ps.Source(prompt="{s}", position=-1, layer="all"),
+        target=ps.Target(prompt="{t}", position={"each": list(PLACES)}, layer="all"),
+        readout=readout,
+    )
+    return ps.run(scope, model=model, data=[dict(row) for row in ROWS]).rows
 
 
 def _wrong(name, rows, reference):
@@ -117,41 +122,40 @@ def _ids(text):
 
 
 def _expected(plain, name, row, place):
-    """For each pair of layers what a readout of a data row is, patched at a place counted from the prompt's end."""
+    """What a readout of a data row is for each pair of layers; `place` is counted from the prompt's end."""
     prompt = _ids(ROWS[row]["t"])
     states = plain.states(_ids(ROWS[row]["s"]))[[layer for layer, _ in PAIRS]]
-    put = {"place": len(prompt) + place, "layers": [target for _, target in PAIRS], "states": states}
-    values = {"next_token": _logits, "generate": _greedy, "choices": _scores}[name](plain, prompt, put)
+    put = {"place": place, "layers": [target for _, target in PAIRS], "states": states}
+
+    def follows(tokens):
+        logits = plain.follows(prompt, tokens, **put)
+        if not logits.isfinite().all():
+            raise FloatingPointError("the reference's logits are not finite")
+        return logits
+
+    values = {"next_token": _logits, "generate": _greedy, "choices": _scores}[name](follows)
     return dict(zip(PAIRS, values, strict=True))
 
 
-def _finite(logits):
-    if not logits.isfinite().all():
-        raise FloatingPointError("the reference's logits are not finite")
-    return logits
+def _logits(follows):
+    return follows([[]] * len(PAIRS))[:, -1]
 
 
-def _logits(plain, prompt, put):
-    return _finite(plain.logits([prompt] * len(PAIRS), **put)[:, -1])
-
-
-def _greedy(plain, prompt, put):
-    rows, margins = [list(prompt) for _ in PAIRS], [[] for _ in PAIRS]
+def _greedy(follows):
+    said, margins = [[] for _ in PAIRS], [[] for _ in PAIRS]
     for _ in range(N_NEW):
-        best = _finite(plain.logits(rows, **put)[:, -1]).softmax(-1).topk(2)
-        for row, margin, ids, probs in zip(rows, margins, best.indices, best.values, strict=True):
-            row.append(ids[0].item())
+        best = follows(said)[:, -1].softmax(-1).topk(2)
+        for ids, margin, tokens, probs in zip(said, margins, best.indices, best.values, strict=True):
+            ids.append(tokens[0].item())
             margin.append((probs[0] - probs[1]).item())
-    said = [row[len(prompt) :] for row in rows]
     ends = [ids.index(tiny.EOS_ID) if tiny.EOS_ID in ids else N_NEW for ids in said]
     return [(ids[:end], margin) for ids, end, margin in zip(said, ends, margins, strict=True)]
 
 
-def _scores(plain, prompt, put):
+def _scores(follows):
     scores = []
     for continuation in map(_ids, CONTINUATIONS):
-        logits = _finite(plain.logits([[*prompt, *continuation]] * len(PAIRS), **put))
-        logprobs = logits[:, len(prompt) - 1 : -1].log_softmax(-1)
+        logprobs = follows([continuation] * len(PAIRS))[:, :-1].log_softmax(-1)
         tokens = torch.tensor(continuation).expand(len(PAIRS), -1)
         scores.append(logprobs.gather(-1, tokens[..., None]).sum((1, 2)))
     return list(torch.stack(scores, -1))
