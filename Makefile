@@ -7,7 +7,7 @@ export HF_HUB_OFFLINE := 1
 # Spinning threads make two processes on one machine many times slower.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: demo test test-oldest lint bench ndif-up ndif-down remote-ready test-remote \
+.PHONY: demo test test-registry test-oldest lint bench ndif-up ndif-down remote-ready test-remote \
   test-remote-all clean
 
 demo: .venv/installed-demo
@@ -15,11 +15,15 @@ demo: .venv/installed-demo
 	$(BIN)/patchscope run next-token --limit 12
 
 test: .venv/installed-test lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not registry"
+
+# Every model type that transformers knows, beside plain hooks: minutes.
+test-registry: .venv/installed-test
+	$(BIN)/python -m pytest tests/equivalence/test_registry.py
 
 # What depends on transformers most, with the oldest that we support.
 test-oldest: .venv-oldest/installed
-	PYTHONPATH=$(CURDIR)/.venv-oldest $(BIN)/python -m pytest tests/test_models.py tests/equivalence
+	PYTHONPATH=$(CURDIR)/.venv-oldest $(BIN)/python -m pytest -m "not registry" tests/test_models.py tests/equivalence
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .

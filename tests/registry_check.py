@@ -1,0 +1,161 @@
+"""Every cell of one model type, by the package and by the reference."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from typing import NamedTuple
+
+import registry
+import registry_sizes
+import tiny
+import torch
+from plain import Plain
+
+import patchscope_nn as ps
+from patchscope_nn.errors import InputError
+
+N_LAYERS = registry_sizes.N_LAYERS
+#: The first target is shorter than every window and threshold of the configs, the second longer than all.
+ROWS = (
+    {"s": "The Eiffel", "t": "of x->"},
+    {
+        "s": "The Eiffel Tower is in the city of Paris, and tall",
+        "t": "Diana->Diana; Paris->Paris; the city of x->",
+    },
+)
+PLACES = (-1, -2)
+CONTINUATIONS = (" Paris is", " Diana in the city")
+N_NEW = registry_sizes.WINDOW + 1  # more than a window of decoded tokens
+TOP_K = 3
+TOLERANCE = 1e-3
+READOUTS = {
+    "next_token": ps.NextToken(top_k=TOP_K),
+    "generate": ps.Generate(max_new_tokens=N_NEW),
+    "choices": ps.Choices(list(CONTINUATIONS)),
+}
+PAIRS = [(layer, target) for layer in range(N_LAYERS) for target in range(N_LAYERS)]
+
+
+class Verdict(NamedTuple):
+    """What became of a model type: ok, refused, wrong, raises, fault (of the builder)."""
+
+    kind: str
+    detail: str = ""
+
+
+def check(model_type):
+    """Run every cell of a model type, and compare what the package says of it with the reference."""
+    module = registry.build(model_type)
+    original = copy.deepcopy(module)
+    try:
+        model = ps.load(module, tokenizer=tiny.TOKENIZER)
+        runs = {name: _run(model, readout) for name, readout in READOUTS.items()}
+    except InputError as error:
+        return Verdict("refused", str(error))
+    plain = Plain(original, n_layers=N_LAYERS, rereads=model_type not in registry.PREFIXES)
+    if plain.rereads and plain.looks_ahead(_ids(ROWS[0]["t"])):
+        return Verdict("wrong", "tokens see those after them, and it is run all the same")
+    reference = functools.cache(functools.partial(_expected, plain))
+    wrong = {name: _wrong(name, rows, reference) for name, rows in runs.items()}
+    n_cells = len(ROWS) * len(PLACES) * len(PAIRS)
+    detail = [f"{name} {len(cells)} of {n_cells} ({cells[0]})" for name, cells in wrong.items() if cells]
+    return Verdict("wrong" if detail else "ok", "; ".join(detail))
+
+
+def _run(model, readout):
+    scope = ps.Patchscope(
+        source=ps.Source(prompt="{s}", position=-1, layer="all"),
+        target=ps.Target(prompt="{t}", position={"each": list(PLACES)}, layer="all"),
+        readout=readout,
+    )
+    return ps.run(scope, model=model, data=[dict(row) for row in ROWS]).rows
+
+
+def _wrong(name, rows, reference):
+    """The cells that differ, each in words."""
+    compare = {"next_token": _next_token, "generate": _text, "choices": _choices}[name]
+    assert len(rows) == len(ROWS) * len(PLACES) * len(PAIRS)
+    wrong = []
+    for row in rows:
+        length = len(_ids(ROWS[row["row"]]["t"]))
+        (place,) = (where - length for where in row["target_position"])
+        expected = reference(name, row["row"], place)[row["source_layer"], row["target_layer"]]
+        problem = compare(row, expected)
+        if problem:
+            where = f"row {row['row']}, {row['source_layer']} -> {row['target_layer']} at {place}"
+            wrong.append(f"{where}: {problem}")
+    return wrong
+
+
+def _next_token(row, logits):
+    probs = logits.softmax(-1)
+    best = probs.topk(TOP_K)
+    far = (torch.tensor(row["top_probs"]) - best.values).abs().max()
+    if not far <= TOLERANCE:
+        return f"top_probs {row['top_probs']}, expected {best.values.tolist()}"
+    if row["top_ids"][0] != best.indices[0] and best.values[0] - best.values[1] >= TOLERANCE:
+        return f"top_ids {row['top_ids']}, expected {best.indices.tolist()}"
+    return None
+
+
+def _text(row, expected):
+    tokens, margins = expected
+    text = tiny.TOKENIZER.decode(tokens)
+    if row["text"] == text:
+        return None
+    tie = next((step for step, margin in enumerate(margins) if margin < TOLERANCE), None)
+    if tie is not None and row["text"].startswith(tiny.TOKENIZER.decode(tokens[:tie])):
+        return None
+    return f"text {row['text']!r}, expected {text!r}"
+
+
+def _choices(row, expected):
+    given = torch.tensor(row["choice_logprobs"])
+    if not (given - expected).abs().max() <= TOLERANCE:
+        return f"choice_logprobs {row['choice_logprobs']}, expected {expected.tolist()}"
+    return None
+
+
+def _ids(text):
+    return tiny.TOKENIZER(text, add_special_tokens=False).input_ids
+
+
+def _expected(plain, name, row, place):
+    """What a readout of a data row is for each pair of layers; `place` is counted from the prompt's end."""
+    prompt = _ids(ROWS[row]["t"])
+    states = plain.states(_ids(ROWS[row]["s"]))[[layer for layer, _ in PAIRS]]
+    put = {"place": place, "layers": [target for _, target in PAIRS], "states": states}
+
+    def follows(tokens):
+        logits = plain.follows(prompt, tokens, **put)
+        if not logits.isfinite().all():
+            raise FloatingPointError("the reference's logits are not finite")
+        return logits
+
+    values = {"next_token": _logits, "generate": _greedy, "choices": _scores}[name](follows)
+    return dict(zip(PAIRS, values, strict=True))
+
+
+def _logits(follows):
+    return follows([[]] * len(PAIRS))[:, -1]
+
+
+def _greedy(follows):
+    said, margins = [[] for _ in PAIRS], [[] for _ in PAIRS]
+    for _ in range(N_NEW):
+        best = follows(said)[:, -1].softmax(-1).topk(2)
+        for ids, margin, tokens, probs in zip(said, margins, best.indices, best.values, strict=True):
+            ids.append(tokens[0].item())
+            margin.append((probs[0] - probs[1]).item())
+    ends = [ids.index(tiny.EOS_ID) if tiny.EOS_ID in ids else N_NEW for ids in said]
+    return [(ids[:end], margin) for ids, end, margin in zip(said, ends, margins, strict=True)]
+
+
+def _scores(follows):
+    scores = []
+    for continuation in map(_ids, CONTINUATIONS):
+        logprobs = follows([continuation] * len(PAIRS))[:, :-1].log_softmax(-1)
+        tokens = torch.tensor(continuation).expand(len(PAIRS), -1)
+        scores.append(logprobs.gather(-1, tokens[..., None]).sum((1, 2)))
+    return list(torch.stack(scores, -1))
