@@ -365,7 +365,8 @@ def _session(backend: Backend, *, cells: int, elapsed_s: float) -> dict[str, Any
 
 
 def _model(info: ModelInfo) -> dict[str, Any]:
-    described = {name: value for name, value in asdict(info).items() if name not in ("architecture", "verdict")}
+    left_out = ("architecture", "verdict")
+    described = {name: value for name, value in asdict(info).items() if name not in left_out}
     return described | {"proof": "skipped" if info.verdict is None else info.verdict.summary()}
 
 

@@ -289,9 +289,7 @@ def read_continued(
         before = mask.sum(-1, keepdim=True)
         mask = torch.cat([mask, mask.new_ones(part.shape)], dim=1)
         where = {"position_ids": before + torch.arange(part.shape[1], device=ids.device)} if numbered else {}
-        output = forward(
-            input_ids=part, attention_mask=mask, past_key_values=cache, use_cache=True, **where
-        )
+        output = forward(input_ids=part, attention_mask=mask, past_key_values=cache, use_cache=True, **where)
         cache = output.past_key_values
         parts.append(output.logits)
     return torch.cat(parts, dim=1)

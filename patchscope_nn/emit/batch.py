@@ -115,8 +115,8 @@ def in_rereading(
 ) -> Any:
     """A model that keeps no keys and values, as a function that takes the ids read so far for these.
 
-    It reads the prompt again, with the patch; the tokens behind it are not patched. Its logits begin with those
-    after the last token that was read before.
+    It reads the prompt again, with the patch; the tokens behind it are not patched. Its logits begin with
+    those after the last token that was read before.
     """
 
     def forward(input_ids: torch.Tensor, past_key_values: torch.Tensor, **given: Any) -> Any:

@@ -24,7 +24,7 @@ def in_blocks(model: Any, paths: dict[str, str]) -> Any:
 
 
 def in_site(model: Any, paths: dict[str, str], layer: int, one: Work, *, first: int = 0) -> Any:
-    """The tensor at a layer, (batch, n_tokens, d_model). Modules give it, or a tuple that starts with it.
+    """The tensor at a layer, (batch, n_tokens, d_model). Modules give it, or a tuple or list that begins so.
 
     OPT's MLP gives it flat, (batch * n_tokens, d_model); of a flat tensor nnsight does not know which rows
     are this invoke's, so that in a fused trace those from `first` on are taken here.
@@ -36,7 +36,7 @@ def in_site(model: Any, paths: dict[str, str], layer: int, one: Work, *, first: 
     for name in paths["part"].split(".") if paths["part"] else ():
         part = getattr(part, name)
     value = part.output
-    value = value[0] if isinstance(value, tuple) else value
+    value = value[0] if isinstance(value, tuple | list) else value
     if value.ndim > 2:  # noqa: PLR2004 (the flat one has two dimensions)
         return value
     batch, width = one["inputs"]["input_ids"].shape

@@ -134,8 +134,8 @@ class Frozen:
             return self._blocks[0].register_forward_pre_hook(before, with_kwargs=True)
 
         def after(_module: Any, _given: Any, output: Any) -> Any:
-            if isinstance(output, tuple):
-                return (pass_on(layer, output[0]), *output[1:])
+            if isinstance(output, tuple | list):
+                return type(output)((pass_on(layer, output[0]), *output[1:]))
             return pass_on(layer, output)
 
         return self._blocks[layer].register_forward_hook(after)

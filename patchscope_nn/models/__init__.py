@@ -10,14 +10,15 @@ from patchscope_nn.models.architecture import find_architecture, input_device
 from patchscope_nn.models.info import ELSEWHERE, Architecture, Model, ModelInfo, Sizes, same_vocabulary
 from patchscope_nn.models.loading import load
 from patchscope_nn.models.memory import memory_reused, usable_memory
-from patchscope_nn.models.verdict import COSTS, FUSED, Comparison, Verdict, Withheld
+from patchscope_nn.models.verdict import COSTS, FUSED, PLAIN, Comparison, Verdict, Withheld
 
 __all__ = [
-    "Architecture",
     "COSTS",
-    "Comparison",
     "ELSEWHERE",
     "FUSED",
+    "PLAIN",
+    "Architecture",
+    "Comparison",
     "Model",
     "ModelInfo",
     "Sizes",

@@ -17,12 +17,11 @@ _MLP = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "fc2")
 _FINAL_NORM = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "norm_f")
 
 
-def find_architecture(module: Any, *, n_layers: int, name: str) -> Architecture:
+def find_architecture(module: Any, *, name: str) -> Architecture:
     """Find a model's parts.
 
     Args:
         module: The transformers model.
-        n_layers: The number of its decoder blocks.
         name: Its name, for messages.
 
     Returns:
@@ -36,26 +35,23 @@ def find_architecture(module: Any, *, n_layers: int, name: str) -> Architecture:
     paths = {id(part): path for path, part in module.named_modules()}
     decoder = module.get_decoder()
     inside = f"{paths[id(decoder)]}." if paths.get(id(decoder)) else ""
-    lists = [
-        path
-        for path, part in module.named_modules()
-        if isinstance(part, ModuleList) and len(part) == n_layers and path.startswith(inside)
-    ]
-    unembed = module.get_output_embeddings()
-    if not lists or unembed is None:
-        missing = "list of decoder blocks" if not lists else "unembedding"
+    blocks, unembed = _find_blocks(module, inside), output_embeddings(module)
+    if blocks is None or unembed is None:
+        missing = "unembedding" if blocks else "list of decoder blocks"
         raise ModelError(
             f"{name!r} ({type(module).__name__}) has no {missing} that we can find.",
-            hint="Please report the architecture; patchscope_nn/models.py is where it belongs.",
+            hint="Please report the architecture; patchscope_nn/models/architecture.py is where it belongs.",
         )
-    blocks = min(lists, key=len)
     block = module.get_submodule(blocks)[0]
-    inner = {part for part, _ in block.named_children()}
+    # A list of modules is not called itself, so nothing can be read of it.
+    inner = {path for path, part in block.named_children() if not isinstance(part, ModuleList)}
     block_arguments = tuple(inspect.signature(block.forward).parameters)
-    windows = _windows(module.config.get_text_config())
+    windows = _windows(module.config.get_text_config(), len(module.get_submodule(blocks)))
     outer = {part for part, _ in decoder.named_children()}
     norm = _first(_FINAL_NORM, outer)
-    block_run = run_block(module, block, device=input_device(module), weightless=is_weightless(module), name=name)
+    block_run = run_block(
+        module, block, device=input_device(module), weightless=is_weightless(module), name=name
+    )
     return Architecture(
         blocks=blocks,
         attention=_first(_ATTENTION, inner),
@@ -74,6 +70,27 @@ def find_architecture(module: Any, *, n_layers: int, name: str) -> Architecture:
     )
 
 
+def _find_blocks(module: Any, inside: str) -> str | None:
+    """The path of the decoder blocks: the list as long as the config's depth, or else the heaviest list.
+
+    Args:
+        module: The transformers model.
+        inside: The path of what its `get_decoder` gives, which in some families is not the decoder.
+    """
+    from torch.nn import ModuleList
+
+    lists = {
+        path: part for path, part in module.named_modules() if isinstance(part, ModuleList) and len(part)
+    }
+    within = {path: part for path, part in lists.items() if path.startswith(inside)} or lists
+    depth = setting(module.config.get_text_config(), "num_hidden_layers")
+    as_deep = [path for path, part in within.items() if len(part) == depth]
+    if as_deep:
+        return min(as_deep, key=len)
+    weights = {path: sum(w.numel() for w in part.parameters()) for path, part in within.items()}
+    return max(weights, key=lambda path: weights[path], default=None)
+
+
 #: What a block may be given for its tokens to be told apart by a mask and their positions alone.
 _PACKABLE = {
     *("self", "hidden_states", "attention_mask", "position_ids", "position_embeddings", "cache_position"),
@@ -82,12 +99,12 @@ _PACKABLE = {
 }
 
 
-def _windows(config: Any) -> tuple[int | None, ...] | None:
-    """For each block how many tokens back it sees; None where it is not all or a sliding window."""
+def _windows(config: Any, count: int) -> tuple[int | None, ...] | None:
+    """How many tokens back each of so many blocks sees; None where it is not all or a sliding window."""
     window = setting(config, "sliding_window")
     kinds = setting(config, "layer_types")
     if kinds is None:
-        return (window,) * config.num_hidden_layers
+        return (window,) * count
     if set(kinds) - {"full_attention", "sliding_attention"}:
         return None
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
@@ -97,6 +114,12 @@ def _packs(module: Any, arguments: tuple[str, ...]) -> bool:
     masked = "attention_mask" in arguments and module.config._attn_implementation in ("sdpa", "eager")  # noqa: SLF001 (transformers' own name for it)
     cached = {"past_key_values", "layer_past"} & set(arguments)
     return bool(masked and cached and not set(arguments) - _PACKABLE)
+
+
+def output_embeddings(module: Any) -> Any:
+    """The linear map to the vocabulary; None where there is none."""
+    named = (part for path, part in module.named_modules() if path.rpartition(".")[2] == "lm_head")
+    return module.get_output_embeddings() or next(named, None)
 
 
 def input_device(module: Any) -> Any:
@@ -153,7 +176,7 @@ def check_unembed(module: Any, architecture: Architecture, *, name: str) -> None
         with torch.no_grad():
             ids = torch.tensor([[1, 2, 3]], device=input_device(module))
             logits = module(input_ids=ids, use_cache=False).logits
-            states = found[0][0] if isinstance(found[0], tuple) else found[0]
+            states = found[0][0] if isinstance(found[0], tuple | list) else found[0]
             with suppress(RuntimeError):  # shapes that do not fit
                 ours = unembed(module, architecture, states)
                 if ours.shape == logits.shape and torch.allclose(ours, logits, rtol=1e-2, atol=1e-2):
@@ -182,7 +205,7 @@ def measure(module: Any, architecture: Architecture) -> Sizes:
     shapes = [weight.shape for weight in block.parameters() if weight.ndim > 1]
     return Sizes(
         block_weights=sum(shape.numel() for shape in shapes),
-        unembed_weights=module.get_output_embeddings().weight.numel(),
+        unembed_weights=output_embeddings(module).weight.numel(),
         attention=heads * of_head,
         cache=architecture.kept or 2 * groups * of_head,
         widest=max((max(shape) for shape in shapes), default=config.hidden_size),
@@ -190,7 +213,7 @@ def measure(module: Any, architecture: Architecture) -> Sizes:
 
 
 def setting(config: Any, name: str) -> Any:
-    """A setting of a config; of one that differs between blocks that of the first; None where there is none."""
+    """A setting of a config, or None; where blocks differ in it, that of the first."""
     try:
         return getattr(config, name, None)
     except RuntimeError:  # transformers': this setting differs between blocks

@@ -12,8 +12,8 @@ class BlockRun(NamedTuple):
     """A token that went through the first block.
 
     Attributes:
-        gives: What the block gives: `torch.Tensor`, or a `tuple` that starts with one; None where the model did
-            not run, as some do not without their weights.
+        gives: What the block gives: `torch.Tensor`, or a `tuple` that starts with one; None where it is
+            neither, or the model did not run, as some do not without their weights.
         attends: Whether it calls PyTorch's `scaled_dot_product_attention` once, with the keys and values that
             it keeps.
         kept: How many numbers it keeps of the token; 0 where it keeps no keys and values.
@@ -42,7 +42,7 @@ def run_block(module: Any, block: Any, *, device: Any, weightless: bool, name: s
         What the token showed.
 
     Raises:
-        ModelError: The model does not run on token ids alone, or its blocks do not give one state for a token.
+        ModelError: The model does not run on token ids alone, or its blocks do not give one state a token.
     """
     import torch
     from torch.overrides import TorchFunctionMode
@@ -115,14 +115,14 @@ def _kept(cache: Any) -> Any:
 
 def _check_states(output: Any, module: Any, *, name: str) -> None:
     """Refuse blocks whose output for one token is not one state of the model's width."""
-    states = output[0] if isinstance(output, tuple) else output
+    states = output[0] if isinstance(output, tuple | list) else output
     width = module.config.get_text_config().hidden_size
     shape = tuple(getattr(states, "shape", ()))
     if shape not in ((1, 1, width), (1, width)):
         what = f"states of shape {shape}" if shape else f"a {type(states).__name__}"
         raise ModelError(
-            f"{name!r} ({type(module).__name__}): its blocks hand on {what} for one token, where one state of "
-            f"size {width} is expected. A layer's hidden state is not defined for a model that carries several "
-            "streams, or something else, from block to block.",
+            f"{name!r} ({type(module).__name__}): its blocks hand on {what} for one token, where one state "
+            f"of size {width} is expected. A layer's hidden state is not defined for a model that carries "
+            "several streams, or something else, from block to block.",
             hint="Use a model with one residual stream.",
         )

@@ -28,8 +28,8 @@ class Architecture:
             see is neither all nor a window.
         packs: Whether blocks can be run one by one on segments of a sequence (see `layout.py`).
         gives_tuples: Whether a block gives a tuple that starts with its states, and not the bare states.
-        attends: Whether a block calls PyTorch's `scaled_dot_product_attention` once, with the keys and values that
-            it keeps.
+        attends: Whether a block calls PyTorch's `scaled_dot_product_attention` once, with the keys and values
+            that it keeps.
         kept: How many numbers a block keeps of a token in its cache; 0 where that is not known.
         causal: Whether a token of a prompt never sees those after it. Where it does, what is decoded still
             sees only what came before it: decoding goes on from the prompt's keys and values, token by token.

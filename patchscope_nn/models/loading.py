@@ -9,10 +9,17 @@ from typing import Any
 
 from patchscope_nn import builtin
 from patchscope_nn.errors import ModelError, did_you_mean
-from patchscope_nn.models.architecture import find_architecture, input_device, is_weightless, measure
+from patchscope_nn.models.architecture import (
+    find_architecture,
+    input_device,
+    is_weightless,
+    measure,
+    output_embeddings,
+)
 from patchscope_nn.models.info import ELSEWHERE, Model, ModelInfo
 
 _TASK = "text-generation"
+_DECODERS = "Use a causal language model, for example one of the Llama, GPT-2, Qwen or Gemma families."
 _DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
 
@@ -53,28 +60,62 @@ def load(
         return _wrap(model, tokenizer, weights=weights)
     name = str(model)
     place, options = _locate(name), {**options, "revision": revision}
-    from nnsight import TransformersModel
     from transformers import AutoConfig, AutoTokenizer
 
     with _explained(name), _quiet():
-        _refuse_no_decoder(AutoConfig.from_pretrained(place, revision=revision), name)
+        auto = _auto_class(AutoConfig.from_pretrained(place, revision=revision), name)
         tokenizer = tokenizer or AutoTokenizer.from_pretrained(place, revision=revision)
         if not weights:
-            return _describe(name, _structure(name, place, tokenizer, revision), tokenizer)
+            return _describe(name, _structure(name, place, tokenizer, revision, auto), tokenizer)
         if device_map is not None:
             options["device_map"] = device_map
-        traced = TransformersModel(
-            place, task=_TASK, tokenizer=tokenizer, dispatch=True, dtype=dtype, **options
-        )
-    return _describe(name, traced, tokenizer)
+        module = auto.from_pretrained(place, dtype=dtype, **options)
+    _refuse_no_decoder(module, name)
+    return _describe(name, _traced(module, tokenizer), tokenizer)
 
 
-def _structure(name: str, place: str, tokenizer: Any, revision: str | None) -> Any:
+def _auto_class(config: Any, name: str) -> Any:
+    """The transformers class that loads a checkpoint with its language modelling head."""
+    import transformers
+    from transformers.models.auto import modeling_auto
+
+    if config.is_encoder_decoder:
+        raise _no_decoder(name, config.model_type, "an encoder-decoder")
+    custom = getattr(config, "auto_map", None) or {}
+    kinds = {
+        "AutoModelForCausalLM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        "AutoModelForImageTextToText": modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    }
+    for kind, known in kinds.items():
+        if config.model_type in known or kind in custom:
+            return getattr(transformers, kind)
+    raise _no_decoder(name, config.model_type, "not a language model that transformers knows")
+
+
+def _traced(module: Any, tokenizer: Any) -> Any:
+    """A transformers model as nnsight traces it.
+
+    nnsight puts it into a text-generation pipeline, which complains at length about models that also read
+    images.
+    """
+    from nnsight import TransformersModel
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        return TransformersModel(module, task=_TASK, tokenizer=tokenizer)
+    finally:
+        logging.set_verbosity(before)
+
+
+def _structure(name: str, place: str, tokenizer: Any, revision: str | None, auto: Any) -> Any:
     """A model without its weights, known to a server by its id on the Hub."""
     from nnsight import TransformersModel
     from transformers import GenerationConfig
 
-    traced = TransformersModel(place, task=_TASK, tokenizer=tokenizer, revision=revision)
+    task = _TASK if auto.__name__ == "AutoModelForCausalLM" else "image-text-to-text"
+    traced = TransformersModel(place, task=task, tokenizer=tokenizer, revision=revision)
     with suppress(OSError):  # most have one, which tells what ends a text
         traced._module.generation_config = GenerationConfig.from_pretrained(place, revision=revision)  # noqa: SLF001 (as in Model.module)
     if name == builtin.NAME:
@@ -108,12 +149,7 @@ def _wrap(model: Any, tokenizer: Any, *, weights: bool) -> Model:
             hint="Give a Hugging Face id, a folder, a transformers model or an nnsight TransformersModel.",
         )
     name = model.config._name_or_path or type(model).__name__  # noqa: SLF001 (transformers' own name for it)
-    _refuse_no_decoder(model.config, name)
-    if model.get_output_embeddings() is None:
-        raise ModelError(
-            f"{name!r} ({type(model).__name__}) has no unembedding, so that nothing can be read from it.",
-            hint="Load it with its language modelling head: AutoModelForCausalLM.",
-        )
+    _refuse_no_decoder(model, name)
     if tokenizer is None:
         try:
             tokenizer = AutoTokenizer.from_pretrained(name)
@@ -121,27 +157,33 @@ def _wrap(model: Any, tokenizer: Any, *, weights: bool) -> Model:
             raise ModelError(
                 f"the tokenizer of {name!r} was not found.", hint="Give it: load(model, tokenizer=...)."
             ) from error
-    return _describe(name, TransformersModel(model, task=_TASK, tokenizer=tokenizer), tokenizer)
+    return _describe(name, _traced(model, tokenizer), tokenizer)
 
 
-def _refuse_no_decoder(config: Any, name: str) -> None:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    text = config.get_text_config()
-    known = {config.model_type, text.model_type} & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-    if config.is_encoder_decoder or not known:
-        kind = "an encoder-decoder" if config.is_encoder_decoder else "no language model transformers knows"
+def _refuse_no_decoder(module: Any, name: str) -> None:
+    """Refuse what cannot go on with a text: encoder-decoders, and models without an unembedding."""
+    if module.config.is_encoder_decoder:
+        raise _no_decoder(name, module.config.model_type, "an encoder-decoder")
+    if output_embeddings(module) is None:
         raise ModelError(
-            f"{name!r} ({config.model_type}) is {kind}; a Patchscope needs a decoder.",
-            hint="Use a causal language model, for example one of the Llama, GPT-2, Qwen or Gemma families.",
+            f"{name!r} ({type(module).__name__}) has no unembedding, so that nothing can be read from it.",
+            hint="Load it with its language modelling head: AutoModelForCausalLM.",
         )
+
+
+def _no_decoder(name: str, model_type: str, kind: str) -> ModelError:
+    return ModelError(
+        f"{name!r} ({model_type}) is {kind}; a Patchscope needs a decoder.",
+        hint=_DECODERS,
+    )
 
 
 def _describe(name: str, traced: Any, tokenizer: Any) -> Model:
     module = traced._module  # noqa: SLF001 (as in Model.module)
     config = module.config.get_text_config()
-    unembed, embed = module.get_output_embeddings(), module.get_input_embeddings()
-    architecture = find_architecture(module, n_layers=config.num_hidden_layers, name=name)
+    _check_config(config, module, name)
+    unembed, embed = output_embeddings(module), module.get_input_embeddings()
+    architecture = find_architecture(module, name=name)
     weightless = is_weightless(module)
     if getattr(config, "is_decoder", True) is False and not weightless:
         _refuse_looking_ahead(module, name)
@@ -149,7 +191,7 @@ def _describe(name: str, traced: Any, tokenizer: Any) -> Model:
         name=name,
         revision=getattr(module.config, "_commit_hash", None),
         family=module.config.model_type,
-        n_layers=config.num_hidden_layers,
+        n_layers=len(module.get_submodule(architecture.blocks)),
         d_model=config.hidden_size,
         vocab_size=config.vocab_size,
         n_positions=getattr(config, "max_position_embeddings", None),
@@ -160,6 +202,16 @@ def _describe(name: str, traced: Any, tokenizer: Any) -> Model:
         sizes=measure(module, architecture),
     )
     return Model(info=info, tokenizer=tokenizer, traced=traced)
+
+
+def _check_config(config: Any, module: Any, name: str) -> None:
+    """Refuse a config that does not say what every decoder's does."""
+    for field in ("hidden_size", "vocab_size"):
+        if not isinstance(getattr(config, field, None), int):
+            raise ModelError(
+                f"{name!r} ({type(module).__name__}) is not a decoder of tokens: its config has no {field}.",
+                hint=_DECODERS,
+            )
 
 
 def _refuse_looking_ahead(module: Any, name: str) -> None:

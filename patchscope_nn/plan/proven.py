@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from patchscope_nn.cells import Sweep
 from patchscope_nn.errors import InputError
-from patchscope_nn.models import FUSED, ModelInfo, Withheld
+from patchscope_nn.models import FUSED, PLAIN, ModelInfo, Withheld
 from patchscope_nn.plan.passes import Optimisations
 from patchscope_nn.spec import Generate
 
@@ -32,6 +32,12 @@ def allowed(sweep: Sweep, optimisations: Optimisations) -> tuple[Optimisations, 
         InputError: `every_step` needs to decode from keys and values, which is wrong for the target model.
     """
     entries = tuple(dict.fromkeys(_withheld(sweep)))
+    for entry in entries:
+        if entry.optimisation == PLAIN:
+            raise InputError(
+                f"a prompt, with what is appended, has more than {entry.beyond} tokens. {entry.why}",
+                hint=f"Use prompts of up to {entry.beyond} tokens.",
+            )
     off = {entry.optimisation for entry in entries}
     if sweep.scope.target.every_step and "cached_decoding" in off:
         why = next(entry.why for entry in entries if entry.optimisation == "cached_decoding")
@@ -50,7 +56,8 @@ def allowed(sweep: Sweep, optimisations: Optimisations) -> tuple[Optimisations, 
 
 def _withheld(sweep: Sweep) -> Iterator[Withheld]:
     source = max((len(prompt.ids) for prompt in sweep.source_prompts), default=0)
-    yield from (entry for entry in _of(sweep.source, None, source) if entry.optimisation in _OF_SOURCES)
+    of_source = _of(sweep.source, None, source)
+    yield from (entry for entry in of_source if entry.optimisation in (*_OF_SOURCES, PLAIN))
     target = _longest_target(sweep)
     yield from _of(sweep.target, sweep.scope.readout.name, target)
     verdict = sweep.target.verdict

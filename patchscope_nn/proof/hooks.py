@@ -1,6 +1,6 @@
 """The reference of the proof: a model's own forward under plain PyTorch hooks, without nnsight.
 
-Every forward reads a whole prompt, without padding; each row of a batch is the same prompt with another write.
+Every forward reads a whole prompt, without padding; the rows of a batch are one prompt with different writes.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ class Hooks:
                 states = _states_of(output)
                 changed = states.clone()
                 changed.view(len(writes), width, -1)[row, write.position] = write.state.to(changed)
-                return (changed, *output[1:]) if isinstance(output, tuple) else changed
+                return type(output)((changed, *output[1:])) if isinstance(output, tuple | list) else changed
 
             return hook
 
@@ -153,11 +153,13 @@ class Hooks:
 
     def _part(self, place: Place) -> Any:
         block = self.module.get_submodule(self.architecture.blocks)[place.layer]
-        return block if place.site == "residual" else block.get_submodule(getattr(self.architecture, place.site))
+        return (
+            block if place.site == "residual" else block.get_submodule(getattr(self.architecture, place.site))
+        )
 
 
 def _states_of(output: Any) -> torch.Tensor:
-    states = output[0] if isinstance(output, tuple) else output
+    states = output[0] if isinstance(output, tuple | list) else output
     if not isinstance(states, torch.Tensor):
         raise TypeError(f"a block gives a {type(states).__name__} in place of its states")
     return states

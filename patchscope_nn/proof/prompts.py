@@ -1,4 +1,4 @@
-"""Random prompts of a model's own vocabulary, and the lengths at which its config says that something changes."""
+"""Random prompts of a model's own vocabulary, and the lengths at which its config changes what it computes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from patchscope_nn.models import Model
 
 #: Names of config fields that hold a number of tokens beyond which a model computes otherwise.
-_LENGTH = re.compile(r"window|chunk|local|floor_scale|original_max_position|block_size|attention_span")
+_LENGTH = re.compile(r"window|chunk|local|floor|extent|span|original_max_position|block_size|max_seq")
 #: Fields whose names match, and that are no length in tokens.
 _NO_LENGTH = re.compile(r"layers|ratio|theta|base_freq|vision|patch|image|audio|head|expert")
 #: Rotary embeddings whose factors do not depend on the length of a prompt.

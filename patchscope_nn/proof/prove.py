@@ -14,18 +14,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+import torch
+
 from patchscope_nn.backends import is_out_of_memory
 from patchscope_nn.errors import ModelError
-from patchscope_nn.models import FUSED, Comparison, Model, Verdict, Withheld
+from patchscope_nn.models import FUSED, PLAIN, Comparison, Model, Verdict, Withheld
 from patchscope_nn.plan import Optimisations
 from patchscope_nn.proof.hooks import Hooks
 from patchscope_nn.proof.prompts import random_ids, thresholds
-from patchscope_nn.proof.trials import Reference, Runner, Trial, readout_of
+from patchscope_nn.proof.trials import DECODED, Reference, Runner, Trial, readout_of
 from patchscope_nn.spec import Choices, Generate, Hidden, NextToken, Site
 
 #: What rounding may change in a logit, by dtype, in standard deviations of the logits; the rounding of the
 #: model itself is measured, and may raise it.
-_ROUNDING = {"float64": 1e-6, "float32": 2e-3, "float16": 3e-2, "bfloat16": 0.15}
+_ROUNDING = {"float64": 1e-6, "float32": 5e-4, "float16": 3e-2, "bfloat16": 0.15}
 _TIMES_NOISE = 10
 #: The shortest prompts, in tokens: source and target.
 _SHORT = (7, 6)
@@ -37,6 +39,8 @@ _ORDINARY = 24
 #: forwards they are.
 _AFFORDABLE = {"cpu": 1.5e12, "cuda": 2e15}
 _FORWARDS = 20
+#: A small model has the operations, but attention grows with the square of its tokens.
+_LONGEST = {"cpu": 2048, "cuda": 16384}
 #: What can be wrong in decoding alone; the others arrange how a prompt is read, which every readout does.
 _OF_DECODING = ("cached_decoding", "mixed_lengths", "early_leaving")
 
@@ -55,12 +59,21 @@ def prove(model: Model, *, key: str) -> Verdict:
         ModelError: The plain path is not what plain hooks give, or its numbers are not finite.
     """
     started = time.monotonic()
-    proof = _Proof(model)
     lengths = thresholds(model)
     ordinary = [length for length in lengths if length <= _ORDINARY]
     larger = [length for length in lengths if length > _ORDINARY]
-    proof.limit = larger[0] if larger else None
-    proof.begin(ordinary)
+    try:
+        proof = _Proof(model)
+        proof.limit = larger[0] if larger else None
+        proof.begin(ordinary)
+    except (ModelError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise ModelError(
+            f"{model.info.name} ({type(model.module).__name__}) does not run under plain hooks, with which it "
+            f"is compared: {type(error).__name__}: {error}",
+            hint="Please report the architecture; load(..., proof=False) skips the proof, at your own risk.",
+        ) from error
     for place, length in enumerate(larger):
         if not _affordable(model, length):
             break
@@ -81,6 +94,8 @@ def prove(model: Model, *, key: str) -> Verdict:
 def _affordable(model: Model, tokens: int) -> bool:
     weights = model.info.n_layers * model.info.sizes.block_weights
     device = "cpu" if model.info.device == "cpu" else "cuda"
+    if tokens > _LONGEST[device]:
+        return False
     return 2 * weights * tokens * _FORWARDS <= _AFFORDABLE[device]
 
 
@@ -127,10 +142,10 @@ class _Proof:
         if self._has("attention") and self._has("mlp"):
             self._check_sites("attention", "mlp")
             self._check_sites("mlp", "attention")
-        self._decode(short, *across, (short[0], target))
+        self._decode(short, (short[0], short[1] + 1), *across, (short[0], target))
 
     def go_beyond(self, length: int) -> bool:
-        """Compare on both sides of a length; False where there is not the memory for it."""
+        """Compare on both sides of a length; False where the model does not run there."""
         self.beyond = length
         short = _SHORT
         # Decoding crosses the length, and goes on behind it.
@@ -140,9 +155,10 @@ class _Proof:
             rows = (short, behind)
             self._check(Trial(readout=readout_of(NextToken), rows=rows, layers=(self.middle,)))
             self._decode(across, behind)
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
+        except ModelError as error:
+            self.withheld.append(Withheld(PLAIN, None, length, error.message))
+            return False
+        except Exception:  # noqa: BLE001 (whatever stops it, no more than this length is proven)
             return False
         return True
 
@@ -177,7 +193,7 @@ class _Proof:
                         self._withhold(site, None, alone, error, problem)
 
     def _measure_rounding(self) -> None:
-        """Raise the tolerance where rounding alone makes more of a difference, as in deep or routed models."""
+        """Raise the tolerance where rounding alone changes more, as in deep or routed models."""
         noise = self.hooks.noise(self.runner.prompt("t", _SHORT[1]))
         if noise != noise:  # noqa: PLR0124 (only a NaN differs from itself)
             raise ModelError(
@@ -205,7 +221,7 @@ class _Proof:
         self.reference.prepare(trial)
         self.runner.verdict = Verdict(key="", limit=self.limit, withheld=tuple(self.withheld))
         self._check_plain(replace(trial, rows=trial.rows[-1:]))
-        eos = self._end_of_first(trial)
+        eos = self._end_of_some(trial)
         error, problem = self._error(trial, Optimisations(), eos=eos)
         if problem:
             self._find_guilty(trial, problem, eos=eos)
@@ -225,10 +241,10 @@ class _Proof:
         self._note(f"plain path: {trial.name}", trial, error, "refused" if problem else "equal")
         if problem:
             raise ModelError(
-                f"{self.model.info.name} ({type(self.model.module).__name__}) cannot be traced correctly: even "
-                f"without any optimisation, {trial.name} {problem}, compared with plain hooks on its own forward.",
-                hint="Please report the architecture. load(..., proof=False) skips the proof; the numbers are "
-                "then wrong.",
+                f"{self.model.info.name} ({type(self.model.module).__name__}) cannot be traced correctly: "
+                f"even without any optimisation, {trial.name} {problem}, compared with plain hooks on its own "
+                "forward.",
+                hint="Please report the architecture.",
             )
 
     def _find_guilty(self, trial: Trial, problem: str, *, eos: int | None) -> None:
@@ -247,8 +263,8 @@ class _Proof:
         if len(self.withheld) == before:
             # Each in turn is equal, and all together were not: what differs is not reproducible.
             raise ModelError(
-                f"{self.model.info.name}: {trial.name} {problem} with all optimisations in one run and is equal "
-                "in the next; the model does not give the same numbers twice.",
+                f"{self.model.info.name}: {trial.name} {problem} with all optimisations in one run, and is "
+                "equal in the next: the model does not give the same numbers twice.",
                 hint="Look for dropout or other randomness in it; load(..., proof=False) skips the proof.",
             )
 
@@ -271,12 +287,16 @@ class _Proof:
             return float("inf"), f"raises {type(failure).__name__} ({reason[:120]})"
         return error, "" if error <= self.tolerance else f"differs by {error:.2g} standard deviations"
 
-    def _end_of_first(self, trial: Trial) -> int | None:
-        """An end of text that the first row meets at once, and the second, if possible, does not."""
-        if not trial.ends:
-            return None
-        first, second = (self.reference.top(*row, trial.layers[0]) for row in trial.rows[:2])
-        return first if first != second else None
+    def _end_of_some(self, trial: Trial) -> int | None:
+        """A token that some rows of a trial decode before others: as an end of text it makes them leave."""
+        decoded: list[list[int]] = [[] for _ in trial.rows]
+        for _ in range(DECODED - 1 if trial.ends else 0):
+            for row, tokens in zip(trial.rows, decoded, strict=True):
+                tokens.append(self.reference.next_decoded(*row, trial.layers[0], tokens))
+            latest = [tokens[-1] for tokens in decoded]
+            if len(set(latest)) > 1:
+                return min(latest, key=latest.count)
+        return None
 
     def _off(self, name: str) -> bool:
         return any(entry.optimisation == name for entry in self.withheld)
@@ -289,4 +309,3 @@ class _Proof:
 
     def _note(self, what: str, trial: Trial, error: float, outcome: str) -> None:
         self.comparisons.append(Comparison(what, trial.tokens, error, self.tolerance, outcome))
-

@@ -1,7 +1,7 @@
 """The trials of the proof: small sweeps through the compiler, each cell beside the model under plain hooks.
 
-A trial is one readout, one site on each side, and data rows of random prompts. `Runner` runs it with any set of
-optimisations; `Reference` says what every cell should give.
+A trial is one readout, one site on each side, and data rows of random prompts. `Runner` runs it with any set
+of optimisations; `Reference` says what every cell should give.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Trial:
         layers: l.
         target_layers: l*; `same` pairs it with l.
         sites: What of a block is read, and what is written.
-        ends: Whether the first row meets its end at once, and so leaves its batch.
+        ends: Whether some rows meet their end before others, and so leave their batch.
     """
 
     readout: Readout
@@ -148,7 +148,7 @@ class Reference:
                 clean = self.hooks.read(self.runner.prompt("t", target), written)
                 self._states |= {("t", target, place): states[-2] for place, states in clean.items()}
             if trial.readout.name == "next_token":
-                keys = self._keys(trial, source, target)
+                keys = self._keys(trial)
                 rows = self.hooks.logits(
                     self.runner.prompt("t", target), [self.write(source, target, *key) for key in keys]
                 )
@@ -157,7 +157,7 @@ class Reference:
     def _written(self, trial: Trial) -> tuple[int, ...]:
         return trial.layers if trial.target_layers == "same" else trial.target_layers
 
-    def _keys(self, trial: Trial, source: int, target: int) -> list[tuple[Place, Place]]:
+    def _keys(self, trial: Trial) -> list[tuple[Place, Place]]:
         read, written = trial.sites
         if trial.target_layers == "same":
             return [(Place(layer, read), Place(layer, written)) for layer in trial.layers]
@@ -223,10 +223,11 @@ class Reference:
     def _ends(self) -> list[int]:
         return list(eos_ids(replace(self.runner.model, tokenizer=Numbers(0))))
 
-    def top(self, source: int, target: int, layer: int) -> int:
-        """The token that a row decodes first."""
+    def next_decoded(self, source: int, target: int, layer: int, tokens: list[int]) -> int:
+        """The token that a row decodes behind others."""
         write = self.write(source, target, Place(layer), Place(layer))
-        return int(self.hooks.continued(self.runner.prompt("t", target), [], write)[0].argmax().item())
+        logits = self.hooks.continued(self.runner.prompt("t", target), tokens, write)
+        return int(logits[-1].argmax().item())
 
 
 def _distance(got: torch.Tensor, wanted: torch.Tensor, scale: torch.Tensor) -> float:
@@ -234,4 +235,3 @@ def _distance(got: torch.Tensor, wanted: torch.Tensor, scale: torch.Tensor) -> f
     wanted = wanted.cpu().float()
     difference = (got.cpu().float() - wanted).abs().amax() / scale.cpu().float().std()
     return float(difference.item()) if difference.isfinite() else float("inf")
-

@@ -99,6 +99,12 @@ def check_site(name: str, side: Source | Target, info: ModelInfo) -> None:
     """Whether the model has the site."""
     if side.site == "residual":
         return
+    wrong = info.verdict and next((e for e in info.verdict.withheld if e.optimisation == side.site), None)
+    if wrong:
+        raise InputError(
+            f"{name}.site={side.site!r}: reads and writes there are wrong for {info.name}: {wrong.why}.",
+            hint="Use site: residual.",
+        )
     if side.site != "before" and getattr(info.architecture, side.site) is None:
         raise InputError(
             f"{name}.site={side.site!r}: the blocks of {info.name} ({info.family}) have no such module.",

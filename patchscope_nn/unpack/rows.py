@@ -22,7 +22,8 @@ def batch_of(rows: Sequence[tuple[int, ...]], info: ModelInfo, width: int) -> Wo
     ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows])
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
     inputs = {"input_ids": ids, "attention_mask": mask}
-    if "position_ids" in info.architecture.arguments:
+    # Without padding a model counts its own positions, which in some families do not begin at 0.
+    if "position_ids" in info.architecture.arguments and not mask.all():
         inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp_min(0)
     return inputs
 
