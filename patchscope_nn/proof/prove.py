@@ -142,7 +142,7 @@ class _Proof:
         if self._has("attention") and self._has("mlp"):
             self._check_sites("attention", "mlp")
             self._check_sites("mlp", "attention")
-        self._decode(short, (short[0], short[1] + 1), *across, (short[0], target))
+        self._decode(short, *across, (short[0], target))
 
     def go_beyond(self, length: int) -> bool:
         """Compare on both sides of a length; False where the model does not run there."""
@@ -163,9 +163,10 @@ class _Proof:
         return True
 
     def _decode(self, *rows: tuple[int, int]) -> None:
-        layers = (self.middle,)
-        self._check(Trial(readout=readout_of(Generate), rows=rows, layers=layers, ends=not self.beyond))
-        self._check(Trial(readout=readout_of(Choices), rows=rows, layers=layers))
+        # Two cells of one prompt, of which one ends before the other and leaves the batch.
+        two = tuple(sorted({self.layers[0], self.middle}))
+        self._check(Trial(readout=readout_of(Generate), rows=rows, layers=two))
+        self._check(Trial(readout=readout_of(Choices), rows=rows, layers=(self.middle,)))
 
     def _has(self, site: Site) -> bool:
         return getattr(self.model.info.architecture, site) is not None
@@ -220,7 +221,8 @@ class _Proof:
         """Compare the plain path, then all optimisations; find those to blame where they differ."""
         self.reference.prepare(trial)
         self.runner.verdict = Verdict(key="", limit=self.limit, withheld=tuple(self.withheld))
-        self._check_plain(replace(trial, rows=trial.rows[-1:]))
+        only = trial.layers[-1:] if trial.readout.decodes else trial.layers
+        self._check_plain(replace(trial, rows=trial.rows[-1:], layers=only))
         eos = self._end_of_some(trial)
         error, problem = self._error(trial, Optimisations(), eos=eos)
         if problem:
@@ -288,14 +290,13 @@ class _Proof:
         return error, "" if error <= self.tolerance else f"differs by {error:.2g} standard deviations"
 
     def _end_of_some(self, trial: Trial) -> int | None:
-        """A token that some rows of a trial decode before others: as an end of text it makes them leave."""
-        decoded: list[list[int]] = [[] for _ in trial.rows]
-        for _ in range(DECODED - 1 if trial.ends else 0):
-            for row, tokens in zip(trial.rows, decoded, strict=True):
-                tokens.append(self.reference.next_decoded(*row, trial.layers[0], tokens))
-            latest = [tokens[-1] for tokens in decoded]
-            if len(set(latest)) > 1:
-                return min(latest, key=latest.count)
+        """A token that some cells of the first row decode, and others do not: as an end it makes them leave."""
+        decoded: list[list[int]] = [[] for _ in trial.layers]
+        for _ in range(DECODED - 1 if len(trial.layers) > 1 else 0):
+            for layer, tokens in zip(trial.layers, decoded, strict=True):
+                tokens.append(self.reference.next_decoded(*trial.rows[0], layer, tokens))
+            if len({tokens[-1] for tokens in decoded}) > 1:
+                return decoded[0][-1]
         return None
 
     def _off(self, name: str) -> bool:

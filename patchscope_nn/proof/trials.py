@@ -42,7 +42,6 @@ class Trial:
         layers: l.
         target_layers: l*; `same` pairs it with l.
         sites: What of a block is read, and what is written.
-        ends: Whether some rows meet their end before others, and so leave their batch.
     """
 
     readout: Readout
@@ -50,7 +49,6 @@ class Trial:
     layers: tuple[int, ...]
     target_layers: tuple[int, ...] | Literal["same"] = "same"
     sites: tuple[Site, Site] = ("residual", "residual")
-    ends: bool = False
 
     @property
     def name(self) -> str:
