@@ -315,6 +315,7 @@ def _manifest(prepared: Prepared, whole: Plan, backend: Backend, command: str | 
         "created": _now(),
         "state": "running",
         "n_rows": len(sweep.rows),
+        **({"n_dropped": prepared.n_dropped} if prepared.n_dropped else {}),
         "n_cells": len(sweep.cells),
         "columns": _columns(prepared),
         "models": {"source": _model(sweep.source), "target": _model(sweep.target)},

@@ -15,6 +15,7 @@ from typing import Annotated, Any, TypeAlias
 from pydantic import BeforeValidator, PlainSerializer, WithJsonSchema
 
 from patchscope_nn.errors import DataError, InputError, did_you_mean
+from patchscope_nn.plain import is_missing, wrong_text
 
 #: The few-shot description prompt of section 4.3; patch its last token, `x`.
 DESCRIBE = (
@@ -89,13 +90,36 @@ def render(prompt: PromptSpec, row: Mapping[str, Any], *, field: str) -> PromptS
                 f"{field} asks for the column {name!r}, which the data does not have.",
                 hint=f"{did_you_mean(name, list(row))} Write {{{{ and }}}} for braces that are text.",
             )
-        return str(row[name])
+        return text_of(row, name, field=field)
 
     if isinstance(prompt, str):
         return _PLACEHOLDER.sub(value, prompt)
     return tuple(  # type: ignore[return-value]  # ids stay ids, messages stay messages
         item if isinstance(item, int) else (item[0], _PLACEHOLDER.sub(value, item[1])) for item in prompt
     )
+
+
+def text_of(row: Mapping[str, Any], column: str, *, field: str) -> str:
+    """A data row's value as text.
+
+    Args:
+        row: Column names and values.
+        column: A column of it.
+        field: The name of the field that uses it, for messages.
+
+    Raises:
+        DataError: The value is missing, or holds half a character.
+    """
+    value = row[column]
+    if is_missing(value):
+        raise DataError(
+            f"{field} uses the column {column!r}, which is missing here ({value!r}).",
+            hint="Give it a value, or leave the row out: data.drop_missing: true.",
+        )
+    text = str(value)
+    if problem := wrong_text(text):
+        raise DataError(f"{field} uses the column {column!r}: {problem}.", hint="Mend the data.")
+    return text
 
 
 class _Recorder(dict[str, str]):

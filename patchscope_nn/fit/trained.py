@@ -24,6 +24,7 @@ from patchscope_nn.fit.through_text import KINDS, fit_through_text
 from patchscope_nn.fit.tuned_lens import fit_tuned_lens
 from patchscope_nn.mappings import Fitted, Provenance, Space
 from patchscope_nn.models import Model, load
+from patchscope_nn.prompts import text_of
 
 _TEXTS: dict[str, Callable[..., Outcome | FittedPrompt]] = {
     "tuned_lens": fit_tuned_lens,
@@ -135,7 +136,7 @@ def texts_of(rows: Sequence[Mapping[str, Any]], column: str | None) -> list[str]
         )
     if column not in columns:
         raise DataError(f"column={column!r} is no column of the data.", hint=did_you_mean(column, columns))
-    return [str(row[column]) for row in rows]
+    return [text_of(row, column, field=f"data row {number}") for number, row in enumerate(rows)]
 
 
 def _rows(data: Any, *, limit: int | None, base: Path | None) -> tuple[dict[str, Any], list[dict[str, Any]]]:

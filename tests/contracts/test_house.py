@@ -15,7 +15,7 @@ PACKAGE = Path(ps.__file__).parent
 
 #: From left to right as data flows; a module imports only what stands to its left.
 ORDER = [
-    *("errors", "layers", "prompts", "positions", "spec", "metrics", "data_files", "data", "recipe"),
+    *("errors", "plain", "layers", "prompts", "positions", "spec", "metrics", "data_files", "data", "recipe"),
     *(
         "builtin",
         "models",
