@@ -26,6 +26,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    PlainSerializer,
     SerializerFunctionWrapHandler,
     WithJsonSchema,
     model_serializer,
@@ -62,6 +63,11 @@ def _listed(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
+def _as_json(rows: Any) -> Any:
+    """Rows as JSON holds them; dates, and what pandas has for a missing value, become texts."""
+    return json.loads(json.dumps(rows, default=str))
+
+
 _Text = Annotated[str, Field(min_length=1), BeforeValidator(_text)]
 
 
@@ -95,8 +101,15 @@ class DataSpec(Spec):
     split: _Text | None = None
     config: _Text | None = None
     revision: _Text | None = None
-    rows: Annotated[tuple[dict[str, Any], ...], Field(min_length=1), BeforeValidator(_listed)] | None = None
-
+    rows: (
+        Annotated[
+            tuple[dict[str, Any], ...],
+            Field(min_length=1),
+            BeforeValidator(_listed),
+            PlainSerializer(_as_json, return_type=Any, when_used="json"),
+        ]
+        | None
+    ) = None
     where: dict[str, Any] | None = None
     drop_missing: bool = False
 

@@ -16,7 +16,8 @@ from typing import Any, TypeAlias
 from patchscope_nn import builtin
 from patchscope_nn.backends import on_server
 from patchscope_nn.cells import Sweep, expand
-from patchscope_nn.data import DataSpec, Table, fingerprint, read_table
+from patchscope_nn.data import Table, fingerprint, read_table
+from patchscope_nn.data_given import as_data
 from patchscope_nn.errors import DataError, InputError, Problem, SpecError, did_you_mean
 from patchscope_nn.fit import Planned, plan_fit, plan_training, same_model
 from patchscope_nn.mappings import Pair, ResolvedMapping, resolve_mapping
@@ -121,8 +122,8 @@ def prepare(
         model: What `models.load` takes; None takes the recipe's, or the builtin model.
         source_model: M, where it is not `model`.
         target_model: M*, where it is not M.
-        data: Rows (a sequence of mappings), or a mapping as a recipe's `data`; None takes the recipe's, or a
-            single row without columns.
+        data: Rows (mappings of columns to values), a pandas DataFrame, a `datasets.Dataset`, or a mapping as
+            a recipe's `data`; None takes the recipe's, or a single row without columns.
         controls: Names of controls; None takes the recipe's.
         metrics: Metrics as in a recipe; None takes the recipe's.
         seed: The seed of random states, other rows and sampling; None takes the recipe's, or 0.
@@ -145,6 +146,12 @@ def prepare(
     if isinstance(scope, str | Path):
         base = base or find(scope).parent
         scope = load_recipe(scope)
+    if not isinstance(scope, Patchscope | Recipe):
+        raise InputError(
+            f"a {type(scope).__name__} cannot be run.",
+            hint="Give a Patchscope, a Recipe, or the name or file of a recipe; a mapping becomes a recipe "
+            "by ps.Recipe(**mapping).",
+        )
     recipe = scope if isinstance(scope, Recipe) else None
     if recipe and recipe.methods:
         raise InputError(
@@ -276,11 +283,7 @@ def used_columns(scope: Patchscope | Recipe, *, metrics: Sequence[MetricUse] | N
 def _rows(data: Any, *, base: Path | None, limit: int | None, used: Mapping[str, str]) -> Table:
     if data is None:
         return Table([{}])
-    if isinstance(data, Mapping):
-        data = DataSpec(**data)
-    elif isinstance(data, Sequence):
-        data = DataSpec(rows=tuple(dict(row) for row in data))
-    return read_table(data, base=base, limit=limit, used=used)
+    return read_table(as_data(data, limit=limit), base=base, limit=limit, used=used)
 
 
 def load_models(

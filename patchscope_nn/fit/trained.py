@@ -14,7 +14,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from patchscope_nn.data import DataSpec, fingerprint, load_rows
+from patchscope_nn.data import fingerprint, load_rows
+from patchscope_nn.data_given import as_data
 from patchscope_nn.errors import DataError, MappingError, did_you_mean
 from patchscope_nn.fit.jacobian import fit_jacobian_lens
 from patchscope_nn.fit.lre import fit_lre
@@ -53,7 +54,7 @@ def fit_trained(
     Args:
         kind: One of `TRAINED`.
         model: M, whose states are read: what `load` takes.
-        data: A `DataSpec`, its fields as a mapping, or the rows themselves.
+        data: The texts or rows, as `run` takes data.
         column: The column of the texts, for the kinds that read texts; may be left out where there is one.
         target_model: M*, for the kinds that read a target prompt; None is M.
         limit: The most rows to read.
@@ -141,9 +142,6 @@ def texts_of(rows: Sequence[Mapping[str, Any]], column: str | None) -> list[str]
 
 def _rows(data: Any, *, limit: int | None, base: Path | None) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """What the provenance says of where rows come from, and the rows."""
-    if isinstance(data, Mapping):
-        data = DataSpec(**data)
-    if not isinstance(data, DataSpec):
-        data = DataSpec(rows=tuple(dict(row) for row in data))
+    data = as_data(data, limit=limit)
     said = {"rows": len(data.rows)} if data.rows is not None else data.model_dump(mode="json")
     return said, load_rows(data, base=base, limit=limit)

@@ -15,7 +15,19 @@ PACKAGE = Path(ps.__file__).parent
 
 #: From left to right as data flows; a module imports only what stands to its left.
 ORDER = [
-    *("errors", "plain", "layers", "prompts", "positions", "spec", "metrics", "data_files", "data", "recipe"),
+    *(
+        "errors",
+        "plain",
+        "layers",
+        "prompts",
+        "positions",
+        "spec",
+        "metrics",
+        "data_files",
+        "data",
+        "data_given",
+        "recipe",
+    ),
     *(
         "builtin",
         "models",
