@@ -35,14 +35,13 @@ from pydantic import (
 
 from patchscope_nn.data_files import Numbered, Rows, number_rows, read_file, read_jsonl
 from patchscope_nn.errors import DataError, did_you_mean
-from patchscope_nn.plain import is_missing, wrong_text
+from patchscope_nn.plain import is_missing, shown, wrong_text
 from patchscope_nn.spec import Spec
 
 #: The data that ships: builtin_data/NAME.jsonl. Its README.md tells where each comes from.
 BUILTIN = ("attributes", "contexts", "directions", "entities", "facts", "texts", "topics", "two-hop", "words")
 _KINDS = ("builtin", "file", "hub", "rows")
 _HUB_ONLY = ("split", "config", "revision")
-_SHOWN = 60
 #: How many values of a column a message names.
 _MOST = 20
 
@@ -230,9 +229,8 @@ def _table(numbered: Iterable[Numbered], *, name: str, dropped: _Whole) -> list[
     table: list[dict[str, Any]] = []
     for where, row in numbered:
         if not isinstance(row, Mapping):
-            shown = repr(row)
             raise DataError(
-                f"{name}, {where}: {shown if len(shown) <= _SHOWN else shown[:_SHOWN] + '...'} is no row.",
+                f"{name}, {where}: {shown(row)} is no row.",
                 hint='A row is a mapping of columns to values, for example {"entity": "Paris"}.',
             )
         if not row:

@@ -9,8 +9,8 @@ from typing import Any
 
 from patchscope_nn.data import BUILTIN, DataSpec
 from patchscope_nn.errors import DataError
+from patchscope_nn.plain import shown
 
-_SHOWN = 60
 _FORMS = (
     'Give rows ([{"entity": "Paris"}]), a pandas DataFrame, a datasets.Dataset, or where they are: {"file": '
     '"rows.jsonl"}.'
@@ -44,7 +44,7 @@ def as_data(given: Any, *, limit: int | None = None) -> DataSpec:
         return _named(given)
     records = _records(given)
     if isinstance(records, bytes) or not isinstance(records, Iterable):
-        raise DataError(f"data is {_shown(given)}, which is no data.", hint=_FORMS)
+        raise DataError(f"data is {shown(given)}, which is no data.", hint=_FORMS)
     rows = islice(records, limit if limit and limit > 0 else None)
     return DataSpec(rows=tuple(_row(row, number) for number, row in enumerate(rows, start=1)))
 
@@ -76,7 +76,7 @@ def _records(given: Any) -> Any:
 def _row(row: Any, number: int) -> dict[str, Any]:
     if not isinstance(row, Mapping):
         raise DataError(
-            f"data, row {number}: {_shown(row)} is no row; a row is a mapping of columns to values.",
+            f"data, row {number}: {shown(row)} is no row; a row is a mapping of columns to values.",
             hint=_FORMS,
         )
     wrong = [name for name in row if not isinstance(name, str)]
@@ -86,8 +86,3 @@ def _row(row: Any, number: int) -> dict[str, Any]:
             hint="Name the columns in words, which {column} placeholders can hold.",
         )
     return dict(row)
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."

@@ -162,6 +162,12 @@ def run(scope: Any, *, out: str | Path | None = None, **options: Any) -> Run | E
         InputError: Something given is wrong; nothing has been written.
         RunError: The run failed; with a folder, the same call goes on with it.
     """
+    if not isinstance(scope, Patchscope | Recipe | str | Path):
+        raise InputError(
+            f"a {type(scope).__name__} cannot be run.",
+            hint="Give a Patchscope, a Recipe, or the name or file of a recipe; a mapping becomes a recipe "
+            "by ps.Recipe(**mapping).",
+        )
     if isinstance(scope, str | Path):
         options["base"] = options.get("base") or find(scope).parent
         scope = load_recipe(scope)

@@ -9,7 +9,13 @@ from typing import Any
 _HALVES = range(0xD800, 0xE000)
 #: Python decodes a byte that its locale does not know to one of these.
 _UNDECODED = range(0xDC80, 0xDD00)
-_SHOWN = 60
+_SHOWN = 80
+
+
+def shown(value: Any) -> str:
+    """A value as messages show it, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 def plain(value: Any) -> Any:
@@ -53,11 +59,11 @@ def wrong_text(text: str) -> str:
     half = next((char for char in text if ord(char) in _HALVES), None)
     if half is None:
         return ""
-    shown = ascii(text if len(text) <= _SHOWN else f"{text[:_SHOWN]}...")
+    quoted = ascii(text if len(text) <= _SHOWN else f"{text[:_SHOWN]}...")
     if ord(half) not in _UNDECODED:
-        return f"{shown} holds half a character, {half!a}, which no tokenizer can read; write it whole"
+        return f"{quoted} holds half a character, {half!a}, which no tokenizer can read; write it whole"
     return (
-        f"{shown} holds bytes that are no text in the locale {locale.setlocale(locale.LC_CTYPE)!r} "
+        f"{quoted} holds bytes that are no text in the locale {locale.setlocale(locale.LC_CTYPE)!r} "
         f"({sys.getfilesystemencoding()}); give UTF-8 text and use UTF-8: set PYTHONUTF8=1, or a locale such "
         "as LC_ALL=C.UTF-8"
     )

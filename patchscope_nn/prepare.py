@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from patchscope_nn import builtin
+from patchscope_nn.arguments import checked
 from patchscope_nn.backends import on_server
 from patchscope_nn.cells import Sweep, expand
 from patchscope_nn.data import Table, fingerprint, read_table
@@ -96,6 +97,7 @@ class Prepared:
         return Path("runs") / f"{self.recipe['name']}-{self.digest[:8]}"
 
 
+@checked
 def prepare(
     scope: Patchscope | Recipe | str | Path,
     *,
@@ -146,12 +148,6 @@ def prepare(
     if isinstance(scope, str | Path):
         base = base or find(scope).parent
         scope = load_recipe(scope)
-    if not isinstance(scope, Patchscope | Recipe):
-        raise InputError(
-            f"a {type(scope).__name__} cannot be run.",
-            hint="Give a Patchscope, a Recipe, or the name or file of a recipe; a mapping becomes a recipe "
-            "by ps.Recipe(**mapping).",
-        )
     recipe = scope if isinstance(scope, Recipe) else None
     if recipe and recipe.methods:
         raise InputError(

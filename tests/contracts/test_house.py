@@ -18,6 +18,8 @@ ORDER = [
     *(
         "errors",
         "plain",
+        "checking",
+        "arguments",
         "layers",
         "prompts",
         "positions",
