@@ -88,7 +88,8 @@ def render(prompt: PromptSpec, row: Mapping[str, Any], *, field: str) -> PromptS
         if name not in row:
             raise DataError(
                 f"{field} asks for the column {name!r}, which the data does not have.",
-                hint=f"{did_you_mean(name, list(row))} Write {{{{ and }}}} for braces that are text.",
+                hint=f"{did_you_mean(name, list(row)) if row else 'No data was given; give some.'} "
+                "Write {{ and }} for braces that are text.",
             )
         return text_of(row, name, field=field)
 
