@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from patchscope_nn.errors import Problem, SpecError
-from patchscope_nn.plain import plain, shown
+from patchscope_nn.plain import plain, shown, wrong_text
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -37,17 +37,22 @@ def checked(function: Callable[_P, _R]) -> Callable[_P, _R]:
         wrong = []
         for name, value in bound.arguments.items():
             hint = Any if signature.parameters[name].kind in _PACKED else hints().get(name, Any)
-            if not _fits(value, hint):
+            if not _fits(value, hint) and not isinstance(value, str):
                 bound.arguments[name] = plain(value)
-                if not _fits(bound.arguments[name], hint):
-                    wrong.append(
-                        Problem(field=name, message=f"should be {_words(hint)}; given {shown(value)}")
-                    )
+            if problem := _problem(bound.arguments[name], hint):
+                wrong.append(Problem(field=name, message=problem))
         if wrong:
             raise SpecError(wrong, origin=function.__qualname__.removesuffix(".__init__"))
         return function(*bound.args, **bound.kwargs)
 
     return call
+
+
+def _problem(value: Any, hint: Any) -> str:
+    """What is wrong with an argument; empty where nothing is. A path may be no text."""
+    if not _fits(value, hint):
+        return f"should be {_words(hint)}; given {shown(value)}"
+    return wrong_text(value) if isinstance(value, str) and Path not in get_args(hint) else ""
 
 
 def _fits(value: Any, hint: Any) -> bool:

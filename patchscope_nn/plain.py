@@ -64,6 +64,6 @@ def wrong_text(text: str) -> str:
         return f"{quoted} holds half a character, {half!a}, which no tokenizer can read; write it whole"
     return (
         f"{quoted} holds bytes that are no text in the locale {locale.setlocale(locale.LC_CTYPE)!r} "
-        f"({sys.getfilesystemencoding()}); give UTF-8 text and use UTF-8: set PYTHONUTF8=1, or a locale such "
-        "as LC_ALL=C.UTF-8"
+        f"({sys.getfilesystemencoding()}). Give it as UTF-8, in Python's UTF-8 mode (set PYTHONUTF8=1) or in "
+        "a locale such as LC_ALL=C.UTF-8"
     )

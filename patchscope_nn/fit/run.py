@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from patchscope_nn.arguments import checked
 from patchscope_nn.backends import backend_for, on_server
 from patchscope_nn.data import DataSpec
 from patchscope_nn.data_given import as_data
@@ -28,6 +29,7 @@ _MEMORY = 2 << 30
 _ENOUGH = 2
 
 
+@checked
 def fit_mapping(
     kind: FitKind = "affine",
     *,

@@ -14,6 +14,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from patchscope_nn.arguments import checked
 from patchscope_nn.data import fingerprint, load_rows
 from patchscope_nn.data_given import as_data
 from patchscope_nn.errors import DataError, MappingError, did_you_mean
@@ -35,6 +36,7 @@ _TEXTS: dict[str, Callable[..., Outcome | FittedPrompt]] = {
 TRAINED = (*_TEXTS, "lre", *KINDS)
 
 
+@checked
 def fit_trained(
     kind: str,
     *,
