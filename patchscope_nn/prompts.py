@@ -235,10 +235,28 @@ def _encode_ids(ids: tuple[int, ...], tokenizer: Any, *, field: str) -> Encoded:
 
 
 def _from_pieces(ids: Sequence[int], tokenizer: Any) -> Encoded:
-    pieces = tuple(tokenizer.decode([token]) for token in ids)
+    pieces = tuple(decode([token], tokenizer) for token in ids)
     ends = tuple(itertools.accumulate(len(piece) for piece in pieces))
     spans = tuple((end - len(piece), end) for piece, end in zip(pieces, ends, strict=True))
     return Encoded("".join(pieces), tuple(int(token) for token in ids), spans, pieces)
+
+
+def decode(ids: Sequence[int], tokenizer: Any) -> str:
+    """The text of token ids; an id that the tokenizer does not know is shown as `<id 151700>`.
+
+    A model may have more ids than its tokenizer: embeddings are often padded to a round number.
+    """
+    parts = itertools.groupby(ids, key=lambda token: _knows(tokenizer, token))
+    return "".join(
+        tokenizer.decode(list(run)) if known else "".join(f"<id {token}>" for token in run)
+        for known, run in parts
+    )
+
+
+def _knows(tokenizer: Any, token: int) -> bool:
+    if not getattr(tokenizer, "is_fast", False):
+        return token < len(tokenizer)
+    return tokenizer.convert_ids_to_tokens(token) is not None
 
 
 def continuation_ids(prompt: Encoded, continuation: str, tokenizer: Any, *, field: str) -> tuple[int, ...]:
