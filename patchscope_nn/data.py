@@ -5,7 +5,8 @@
     {hub: org/name, split: test}             the Hugging Face Hub; needs patchscope-nn[hub]
     {rows: [{entity: Paris}]}                written into the recipe
 
-and of any of them only some rows, those that have one of some values: `where: {kind: [city, person]}`.
+and of any of them only some rows: those that have one of some values, `where: {kind: [city, person]}`, or
+those in which no column that is used is missing, `drop_missing: true`.
 Whatever the form, the rows are a table: every row has the same columns.
 """
 
@@ -18,13 +19,14 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, NamedTuple, Self
 
 from pydantic import (
     AfterValidator,
     BeforeValidator,
     ConfigDict,
     Field,
+    PlainSerializer,
     SerializerFunctionWrapHandler,
     WithJsonSchema,
     model_serializer,
@@ -33,13 +35,13 @@ from pydantic import (
 
 from patchscope_nn.data_files import Numbered, Rows, number_rows, read_file, read_jsonl
 from patchscope_nn.errors import DataError, did_you_mean
+from patchscope_nn.plain import is_missing, shown, wrong_text
 from patchscope_nn.spec import Spec
 
 #: The data that ships: builtin_data/NAME.jsonl. Its README.md tells where each comes from.
 BUILTIN = ("attributes", "contexts", "directions", "entities", "facts", "texts", "topics", "two-hop", "words")
 _KINDS = ("builtin", "file", "hub", "rows")
 _HUB_ONLY = ("split", "config", "revision")
-_SHOWN = 60
 #: How many values of a column a message names.
 _MOST = 20
 
@@ -60,6 +62,11 @@ def _listed(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
+def _as_json(rows: Any) -> Any:
+    """Rows as JSON holds them; dates, and what pandas has for a missing value, become texts."""
+    return json.loads(json.dumps(rows, default=str))
+
+
 _Text = Annotated[str, Field(min_length=1), BeforeValidator(_text)]
 
 
@@ -76,6 +83,8 @@ class DataSpec(Spec):
         rows: The rows themselves, each a mapping of column names to values.
         where: Which rows to take: for each column named a value, or a list of values one of which it has,
             compared as texts.
+        drop_missing: Leave out the rows in which a column that is used is missing (null or NaN); of the texts
+            and rows of a fit, any column. Otherwise a missing value that is used is an error.
     """
 
     model_config = ConfigDict(
@@ -91,9 +100,17 @@ class DataSpec(Spec):
     split: _Text | None = None
     config: _Text | None = None
     revision: _Text | None = None
-    rows: Annotated[tuple[dict[str, Any], ...], Field(min_length=1), BeforeValidator(_listed)] | None = None
-
+    rows: (
+        Annotated[
+            tuple[dict[str, Any], ...],
+            Field(min_length=1),
+            BeforeValidator(_listed),
+            PlainSerializer(_as_json, return_type=Any, when_used="json"),
+        ]
+        | None
+    ) = None
     where: dict[str, Any] | None = None
+    drop_missing: bool = False
 
     @property
     def kind(self) -> str:
@@ -117,23 +134,43 @@ class DataSpec(Spec):
 
     @model_serializer(mode="wrap")
     def _without_none(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {name: value for name, value in handler(self).items() if value is not None}
+        plain = {name: value for name, value in handler(self).items() if value is not None}
+        return plain if self.drop_missing else {k: v for k, v in plain.items() if k != "drop_missing"}
+
+
+class Table(NamedTuple):
+    """Rows that were read, and how many `drop_missing` left out."""
+
+    rows: list[dict[str, Any]]
+    dropped: int = 0
 
 
 def load_rows(data: DataSpec, *, base: Path | None = None, limit: int | None = None) -> list[dict[str, Any]]:
-    """Read the rows of a table. Values of .csv and .tsv files are texts.
+    """The rows of `read_table`, whose columns may be missing."""
+    return read_table(data, base=base, limit=limit).rows
+
+
+def read_table(
+    data: DataSpec,
+    *,
+    base: Path | None = None,
+    limit: int | None = None,
+    used: Mapping[str, str] | None = None,
+) -> Table:
+    """Read the rows of a table. Values of .csv and .tsv files are texts; an empty one is missing.
 
     Args:
         data: Where they come from.
         base: The folder a relative file path starts from; None is the working directory.
         limit: The most rows to take; None takes all. Hub data is streamed when it is given.
+        used: The columns that are used, each with the field that uses it; None where that is not known.
 
     Returns:
         (n_rows,) mappings of column names to values, n_rows >= 1, all with the same columns.
 
     Raises:
-        DataError: The data cannot be found or read, is no table, or is empty; `where` names no column of it
-            or leaves no row; or the limit is below 1.
+        DataError: The data cannot be found or read, is no table, or is empty; a column that is used is
+            missing in a row; `where` names no column of it or leaves no row; or the limit is below 1.
     """
     if limit is not None and limit < 1:
         raise DataError(f"limit={limit} leaves no row.", hint="Give 1 or more, or leave it out to read all.")
@@ -142,7 +179,41 @@ def load_rows(data: DataSpec, *, base: Path | None = None, limit: int | None = N
         name += f"={getattr(data, data.kind)!r}"
     with closing(_numbered(data, name=name, base=base, limit=limit)) as numbered:
         kept = _kept(numbered, data.where, name=name) if data.where else numbered
-        return _table(itertools.islice(kept, limit), name=name)
+        whole = _Whole(used, drop=data.drop_missing, name=name)
+        rows = _table(itertools.islice(whole.check(kept), limit), name=name, dropped=whole)
+        return Table(rows, whole.dropped)
+
+
+class _Whole:
+    """Leaves out rows in which a column that is used is missing, and counts them; or refuses them.
+
+    Args:
+        used: The columns that are used, each with the field that uses it; None where that is not known.
+        drop: Whether such rows are left out.
+        name: What messages call the data.
+    """
+
+    def __init__(self, used: Mapping[str, str] | None, *, drop: bool, name: str) -> None:
+        self.used, self.drop, self.name = used, drop, name
+        self.dropped = 0
+
+    def check(self, numbered: Iterable[Numbered]) -> Rows:
+        """The rows that are whole; what is no row is kept, and refused later."""
+        for entry in numbered:
+            row = entry.row if isinstance(entry.row, Mapping) else {}
+            known = (row if self.drop else ()) if self.used is None else self.used
+            missing = next((column for column in known if column in row and is_missing(row[column])), None)
+            if missing is None:
+                yield entry
+            elif self.drop:
+                self.dropped += 1
+            else:
+                raise DataError(
+                    f"{self.name}, {entry.where}: the column {missing!r} is missing ({row[missing]!r}), and "
+                    f"{(self.used or {})[missing]} uses it.",
+                    hint="Give it a value; or take other rows, with data.where, or with data.drop_missing: "
+                    "true, which leaves out those in which a column that is used is missing.",
+                )
 
 
 def fingerprint(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -153,14 +224,13 @@ def fingerprint(rows: Sequence[Mapping[str, Any]]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _table(numbered: Iterable[Numbered], *, name: str) -> list[dict[str, Any]]:
+def _table(numbered: Iterable[Numbered], *, name: str, dropped: _Whole) -> list[dict[str, Any]]:
     """The rows, once it is sure that they are a table."""
     table: list[dict[str, Any]] = []
     for where, row in numbered:
         if not isinstance(row, Mapping):
-            shown = repr(row)
             raise DataError(
-                f"{name}, {where}: {shown if len(shown) <= _SHOWN else shown[:_SHOWN] + '...'} is no row.",
+                f"{name}, {where}: {shown(row)} is no row.",
                 hint='A row is a mapping of columns to values, for example {"entity": "Paris"}.',
             )
         if not row:
@@ -171,7 +241,17 @@ def _table(numbered: Iterable[Numbered], *, name: str) -> list[dict[str, Any]]:
                 f"{', '.join(table[0])}.",
                 hint="Give every row the same columns.",
             )
+        for column, value in row.items():
+            if isinstance(value, str) and (problem := wrong_text(value)):
+                raise DataError(f"{name}, {where}: the column {column!r}: {problem}.", hint="Mend the data.")
         table.append(dict(row))
+    if not table and dropped.dropped:
+        columns = "" if dropped.used is None else f" ({', '.join(dropped.used)})"
+        raise DataError(
+            f"{name}: data.drop_missing leaves no row; in each of {dropped.dropped} a column that is used"
+            f"{columns} is missing.",
+            hint="Give data with these columns.",
+        )
     if not table:
         raise DataError(f"{name} holds no row.", hint="Give data with at least one row.")
     return table

@@ -122,7 +122,9 @@ def _records(records: Any, *, name: str) -> Rows:
                 hint="Give every row the same columns; put a text that holds the separator in quotes.",
             )
         else:
-            yield Numbered(f"line {records.line_num}", dict(zip(header, record, strict=True)))
+            # An empty cell is how these files write that a value is missing.
+            row = {column: text or None for column, text in zip(header, record, strict=True)}
+            yield Numbered(f"line {records.line_num}", row)
 
 
 def _read_tsv(path: Path, name: str) -> Rows:

@@ -124,8 +124,10 @@ def did_you_mean(given: str, allowed: Sequence[str]) -> str:
         allowed: The names that are.
 
     Returns:
-        For example `Did you mean 'layer'? Allowed: layer, model.`
+        For example `Did you mean 'layer'? Allowed: layer, model.`; `There are none.` where none is allowed.
     """
+    if not allowed:
+        return "There are none."
     near = difflib.get_close_matches(given, allowed, n=1, cutoff=0.5)
     start = f"Did you mean {near[0]!r}? " if near else ""
     return f"{start}Allowed: {', '.join(allowed)}."

@@ -22,6 +22,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeGuard
 
+from patchscope_nn.arguments import checked
 from patchscope_nn.backends import (
     Backend,
     Bridged,
@@ -53,6 +54,7 @@ Progress = Callable[[int, int], None]
 _ROWS_AT_ONCE = 1024
 
 
+@checked
 def run(
     scope: Patchscope | Recipe | str | Path,
     *,
@@ -105,6 +107,7 @@ def run(
     )
 
 
+@checked
 def run_prepared(
     prepared: Prepared,
     *,
@@ -315,6 +318,7 @@ def _manifest(prepared: Prepared, whole: Plan, backend: Backend, command: str | 
         "created": _now(),
         "state": "running",
         "n_rows": len(sweep.rows),
+        **({"n_dropped": prepared.n_dropped} if prepared.n_dropped else {}),
         "n_cells": len(sweep.cells),
         "columns": _columns(prepared),
         "models": {"source": _model(sweep.source), "target": _model(sweep.target)},

@@ -22,7 +22,7 @@ from patchscope_nn.comparison import Compared, Comparison, compare
 from patchscope_nn.errors import FolderError, InputError
 from patchscope_nn.execute import Progress
 from patchscope_nn.models import Model
-from patchscope_nn.prepare import Prepared
+from patchscope_nn.prepare import Prepared, used_columns
 from patchscope_nn.prepare import prepare as prepare_one
 from patchscope_nn.proof import load
 from patchscope_nn.recipe import Recipe, find, load_recipe, slug
@@ -163,6 +163,12 @@ def run(scope: Any, *, out: str | Path | None = None, **options: Any) -> Run | E
         InputError: Something given is wrong; nothing has been written.
         RunError: The run failed; with a folder, the same call goes on with it.
     """
+    if not isinstance(scope, Patchscope | Recipe | str | Path):
+        raise InputError(
+            f"a {type(scope).__name__} cannot be run.",
+            hint="Give a Patchscope, a Recipe, or the name or file of a recipe; a mapping becomes a recipe "
+            "by ps.Recipe(**mapping).",
+        )
     if isinstance(scope, str | Path):
         options["base"] = options.get("base") or find(scope).parent
         scope = load_recipe(scope)
@@ -186,7 +192,12 @@ def prepare(recipe: Recipe, **given: Any) -> Prepared | PreparedMethods:
     if not recipe.methods:
         return prepare_one(recipe, **given)
     loader = _Once()
-    methods = {name: prepare_one(one, loader=loader, **given) for name, one in recipe.of_methods().items()}
+    of_methods = recipe.of_methods()
+    # A row in which a column of any method is missing is left out of all, so that all have the same rows.
+    used = {column: field for one in of_methods.values() for column, field in used_columns(one).items()}
+    methods = {
+        name: prepare_one(one, loader=loader, also_used=used, **given) for name, one in of_methods.items()
+    }
     return PreparedMethods(recipe=recipe.model_dump(mode="json"), methods=methods)
 
 

@@ -12,6 +12,7 @@ from typing import Annotated, Any, TypeAlias
 from pydantic import BeforeValidator, WithJsonSchema
 
 from patchscope_nn.errors import LayerError
+from patchscope_nn.plain import plain
 
 EMBED = -1
 LayerSelector: TypeAlias = int | str | tuple[int | str, ...]
@@ -34,6 +35,7 @@ def parse_layers(value: Any, *, same: bool = False) -> LayerSelector:
     Raises:
         ValueError: The value is none of these.
     """
+    value = plain(value)
     if isinstance(value, range):
         value = tuple(value)
     if isinstance(value, list | tuple):

@@ -13,8 +13,9 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic import BeforeValidator, Field, WithJsonSchema
 
+from patchscope_nn.checking import Spec
 from patchscope_nn.errors import PositionError
 from patchscope_nn.prompts import Encoded, render
 
@@ -25,7 +26,7 @@ _ALLOWED = (
 )
 
 
-class Span(BaseModel):
+class Span(Spec):
     """The tokens start..end-1, patched together; negative numbers count from the end.
 
     Attributes:
@@ -33,55 +34,55 @@ class Span(BaseModel):
         end: One past the last token; None goes to the end of the prompt.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
     start: int
     end: int | None = None
 
 
-class Every(BaseModel):
+class Every(Spec):
     """The last tokens of all occurrences of a text, patched together.
 
     Attributes:
         every: The text.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
     every: Annotated[str, Field(min_length=1)]
 
 
-class Tokens(BaseModel):
+class Tokens(Spec):
     """All tokens of the last occurrence of a text, patched together.
 
     Attributes:
         tokens: The text.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
     tokens: Annotated[str, Field(min_length=1)]
 
 
-class Each(BaseModel):
+def _each(value: Any) -> Any:
+    if isinstance(value, str) and value == "all":
+        return value
+    if isinstance(value, list | tuple | range) and len(value):
+        return tuple(_parse_one(item) for item in value)
+    raise ValueError(f"each: {value!r} is neither 'all' nor a list of positions")
+
+
+class Each(Spec):
     """Several positions, each a cell of its own.
 
     Attributes:
         each: `all` for every token, or a list of positions.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    each: Literal["all"] | tuple[int | str | Span | Every | Tokens, ...]
+    each: Annotated[Literal["all"] | tuple[int | str | Span | Every | Tokens, ...], BeforeValidator(_each)]
 
     def __init__(self, each: Any) -> None:
-        super().__init__(each=each if each == "all" else tuple(_parse_one(item) for item in _listed(each)))
+        super().__init__(each=each)
+
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]  # as in Spec
 
 
 _OF_TEXT: dict[str, type[Every | Tokens]] = {"every": Every, "tokens": Tokens}
 PositionSelector: TypeAlias = int | str | Span | Every | Tokens | Each | tuple[int | str, ...]
-
-
-def _listed(value: Any) -> Any:
-    if isinstance(value, list | tuple | range) and len(value):
-        return value
-    raise ValueError(f"each: {value!r} is neither 'all' nor a list of positions")
 
 
 def parse_positions(value: Any) -> PositionSelector:
@@ -100,7 +101,7 @@ def parse_positions(value: Any) -> PositionSelector:
     if isinstance(value, Each):
         return value
     if isinstance(value, Mapping) and set(value) == {"each"}:
-        return Each(value["each"])
+        return Each.model_construct(each=_each(value["each"]))
     if isinstance(value, list | tuple | range):
         if not len(value):
             raise ValueError(f"is an empty list; give {_ALLOWED}")
@@ -118,14 +119,18 @@ def _parse_one(value: Any) -> int | str | Span | Every | Tokens:
         name, text = next(iter(value.items()))
         if name in _OF_TEXT and isinstance(text, str) and text:
             return _OF_TEXT[name](**{name: text})
-    if isinstance(value, int) and not isinstance(value, bool):
-        return value
+    if _is_index(value):
+        return int(value)
     if isinstance(value, str) and value.removeprefix(_FIRST):
         return value
     whole = isinstance(value, Mapping) and {"start"} <= set(value) <= {"start", "end"}
-    if whole and all(isinstance(part, int | None) for part in value.values()):
+    if whole and all(part is None or _is_index(part) for part in value.values()):
         return Span(**value)
     raise ValueError(f"{value!r} is no position; give {_ALLOWED}")
+
+
+def _is_index(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def resolve_positions(

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from patchscope_nn import builtin
+from patchscope_nn.arguments import checked
 from patchscope_nn.backends import on_server
 from patchscope_nn.cells import Sweep, expand
-from patchscope_nn.data import DataSpec, fingerprint, load_rows
+from patchscope_nn.data import Table, fingerprint, read_table
+from patchscope_nn.data_given import as_data
 from patchscope_nn.errors import DataError, InputError, Problem, SpecError, did_you_mean
 from patchscope_nn.fit import Planned, plan_fit, plan_training, same_model
 from patchscope_nn.mappings import Pair, ResolvedMapping, resolve_mapping
@@ -23,14 +26,14 @@ from patchscope_nn.metrics import MetricUse, check_columns, check_metrics, parse
 from patchscope_nn.models import Model, wear
 from patchscope_nn.probes import check_probe
 from patchscope_nn.proof import load, proven
-from patchscope_nn.recipe import Recipe, find, load_recipe
+from patchscope_nn.recipe import Recipe, asked_columns, find, load_recipe
 from patchscope_nn.spec import ALIGNED, Control, Fit, Patchscope, Train
 from patchscope_nn.vectors import check_vectors
 
 #: False: this process; `local`: the rehearsal; True: the NDIF that nnsight is configured for; or a URL.
 Where: TypeAlias = bool | str | None
 Loader: TypeAlias = Callable[..., Model]
-
+_log = logging.getLogger(__name__)
 
 #: Fields of a recipe that decide what is made of the cells, and not what they are.
 _AFTERWARDS = ("best_over", "probe", "score")
@@ -50,6 +53,7 @@ class Prepared:
         data_hash: Hex digest of the data rows.
         vectors: Hex digest of the files that vectors come from; empty where there are none.
         fit: How the mapping is fitted or trained before the run, where it is.
+        n_dropped: How many data rows were left out, because a column that is used is missing there.
     """
 
     recipe: Mapping[str, Any]
@@ -61,6 +65,7 @@ class Prepared:
     data_hash: str
     vectors: str = ""
     fit: Planned | None = None
+    n_dropped: int = 0
 
     @property
     def digest(self) -> str:
@@ -93,6 +98,7 @@ class Prepared:
         return Path("runs") / f"{self.recipe['name']}-{self.digest[:8]}"
 
 
+@checked
 def prepare(
     scope: Patchscope | Recipe | str | Path,
     *,
@@ -110,6 +116,7 @@ def prepare(
     remote: Where = False,
     source_remote: Where = None,
     loader: Loader = load,
+    also_used: Mapping[str, str] = {},
 ) -> Prepared:
     """Load and resolve what a run needs, and write nothing.
 
@@ -118,8 +125,8 @@ def prepare(
         model: What `models.load` takes; None takes the recipe's, or the builtin model.
         source_model: M, where it is not `model`.
         target_model: M*, where it is not M.
-        data: Rows (a sequence of mappings), or a mapping as a recipe's `data`; None takes the recipe's, or a
-            single row without columns.
+        data: Rows (mappings of columns to values), a pandas DataFrame, a `datasets.Dataset`, or a mapping as
+            a recipe's `data`; None takes the recipe's, or a single row without columns.
         controls: Names of controls; None takes the recipe's.
         metrics: Metrics as in a recipe; None takes the recipe's.
         seed: The seed of random states, other rows and sampling; None takes the recipe's, or 0.
@@ -130,6 +137,8 @@ def prepare(
         remote: Where M* runs, and M; of a model that runs on a server only config and tokenizer are loaded.
         source_remote: Where M runs; None is where M* does.
         loader: What loads a model, as `models.load` does.
+        also_used: Data columns that may not be missing either, each with the field that uses it: those of
+            other methods that this run is compared with, so that all have the same rows.
 
     Returns:
         The run, prepared.
@@ -148,7 +157,10 @@ def prepare(
         )
     patchscope = scope.scope if isinstance(scope, Recipe) else scope
     uses = recipe.metrics if recipe and metrics is None else _metrics(metrics or (), patchscope)
-    rows = _rows(recipe.data if recipe and data is None else data, base=base, limit=limit)
+    used = {**also_used, **used_columns(scope, metrics=uses)}
+    rows, dropped = _rows(recipe.data if recipe and data is None else data, base=base, limit=limit, used=used)
+    if dropped:
+        _log.warning("%d data rows were left out: a column that is used is missing there.", dropped)
     check_columns(uses, rows)
     chosen = tuple(recipe.controls if recipe and controls is None else controls or ())
     seed = (recipe.seed if recipe else 0) if seed is None else seed
@@ -199,6 +211,7 @@ def prepare(
         fit=fit,
         metrics=uses,
         data_hash=fingerprint(rows),
+        n_dropped=dropped,
     )
     if recipe and recipe.probe:
         _check_label(recipe.probe.label, rows)
@@ -256,14 +269,18 @@ def _metrics(given: Sequence[Any], scope: Patchscope) -> tuple[MetricUse, ...]:
     return uses
 
 
-def _rows(data: Any, *, base: Path | None, limit: int | None) -> list[dict[str, Any]]:
+def used_columns(scope: Patchscope | Recipe, *, metrics: Sequence[MetricUse] | None = None) -> dict[str, str]:
+    """The data columns that a run reads, each with the first field that does; None is a recipe's metrics."""
+    recipe = scope if isinstance(scope, Recipe) else None
+    uses = (recipe.metrics if recipe else ()) if metrics is None else metrics
+    asked = asked_columns(scope, metrics=uses, probe=recipe.probe if recipe else None)
+    return {column: field for field, column in reversed(list(asked))}
+
+
+def _rows(data: Any, *, base: Path | None, limit: int | None, used: Mapping[str, str]) -> Table:
     if data is None:
-        return [{}]
-    if isinstance(data, Mapping):
-        data = DataSpec(**data)
-    elif isinstance(data, Sequence):
-        data = DataSpec(rows=tuple(dict(row) for row in data))
-    return load_rows(data, base=base, limit=limit)
+        return Table([{}])
+    return read_table(as_data(data, limit=limit), base=base, limit=limit, used=used)
 
 
 def load_models(

@@ -15,6 +15,7 @@ from typing import Annotated, Any, TypeAlias
 from pydantic import BeforeValidator, PlainSerializer, WithJsonSchema
 
 from patchscope_nn.errors import DataError, InputError, did_you_mean
+from patchscope_nn.plain import is_missing, wrong_text
 
 #: The few-shot description prompt of section 4.3; patch its last token, `x`.
 DESCRIBE = (
@@ -87,15 +88,39 @@ def render(prompt: PromptSpec, row: Mapping[str, Any], *, field: str) -> PromptS
         if name not in row:
             raise DataError(
                 f"{field} asks for the column {name!r}, which the data does not have.",
-                hint=f"{did_you_mean(name, list(row))} Write {{{{ and }}}} for braces that are text.",
+                hint=f"{did_you_mean(name, list(row)) if row else 'No data was given; give some.'} "
+                "Write {{ and }} for braces that are text.",
             )
-        return str(row[name])
+        return text_of(row, name, field=field)
 
     if isinstance(prompt, str):
         return _PLACEHOLDER.sub(value, prompt)
     return tuple(  # type: ignore[return-value]  # ids stay ids, messages stay messages
         item if isinstance(item, int) else (item[0], _PLACEHOLDER.sub(value, item[1])) for item in prompt
     )
+
+
+def text_of(row: Mapping[str, Any], column: str, *, field: str) -> str:
+    """A data row's value as text.
+
+    Args:
+        row: Column names and values.
+        column: A column of it.
+        field: The name of the field that uses it, for messages.
+
+    Raises:
+        DataError: The value is missing, or holds half a character.
+    """
+    value = row[column]
+    if is_missing(value):
+        raise DataError(
+            f"{field} uses the column {column!r}, which is missing here ({value!r}).",
+            hint="Give it a value, or leave the row out: data.drop_missing: true.",
+        )
+    text = str(value)
+    if problem := wrong_text(text):
+        raise DataError(f"{field} uses the column {column!r}: {problem}.", hint="Mend the data.")
+    return text
 
 
 class _Recorder(dict[str, str]):
@@ -210,10 +235,28 @@ def _encode_ids(ids: tuple[int, ...], tokenizer: Any, *, field: str) -> Encoded:
 
 
 def _from_pieces(ids: Sequence[int], tokenizer: Any) -> Encoded:
-    pieces = tuple(tokenizer.decode([token]) for token in ids)
+    pieces = tuple(decode([token], tokenizer) for token in ids)
     ends = tuple(itertools.accumulate(len(piece) for piece in pieces))
     spans = tuple((end - len(piece), end) for piece, end in zip(pieces, ends, strict=True))
     return Encoded("".join(pieces), tuple(int(token) for token in ids), spans, pieces)
+
+
+def decode(ids: Sequence[int], tokenizer: Any) -> str:
+    """The text of token ids; an id that the tokenizer does not know is shown as `<id 151700>`.
+
+    A model may have more ids than its tokenizer: embeddings are often padded to a round number.
+    """
+    parts = itertools.groupby(ids, key=lambda token: _knows(tokenizer, token))
+    return "".join(
+        tokenizer.decode(list(run)) if known else "".join(f"<id {token}>" for token in run)
+        for known, run in parts
+    )
+
+
+def _knows(tokenizer: Any, token: int) -> bool:
+    if not getattr(tokenizer, "is_fast", False):
+        return token < len(tokenizer)
+    return tokenizer.convert_ids_to_tokens(token) is not None
 
 
 def continuation_ids(prompt: Encoded, continuation: str, tokenizer: Any, *, field: str) -> tuple[int, ...]:

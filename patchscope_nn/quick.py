@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from patchscope_nn import prompts
+from patchscope_nn.arguments import checked
 from patchscope_nn.execute import Progress, run
 from patchscope_nn.prepare import load_models
 from patchscope_nn.runs import Run
@@ -55,6 +56,7 @@ class Look:
     says: tuple[LayerSays, ...]
 
 
+@checked
 def explain(
     prompt: Any,
     *,

@@ -14,6 +14,7 @@ from typing import Any
 
 from patchscope_nn.cells import Cell, Sweep
 from patchscope_nn.metrics import MetricUse, compute_metrics
+from patchscope_nn.prompts import decode
 from patchscope_nn.spec import Choices, Generate, Hidden, NextToken, Readout
 
 PLACES = (
@@ -88,7 +89,7 @@ class Tabulator:
     def __init__(self, sweep: Sweep, uses: Sequence[MetricUse], *, tokenizer: Any, mapping: str) -> None:
         self.sweep, self.uses, self.mapping = sweep, uses, mapping
         self._tokenizer = tokenizer
-        self._text = lru_cache(maxsize=_TEXTS_KEPT)(lambda token: tokenizer.decode([token]))
+        self._text = lru_cache(maxsize=_TEXTS_KEPT)(lambda token: decode([token], tokenizer))
 
     def row(self, cell: Cell, raw: Mapping[str, Any]) -> dict[str, Any]:
         """One cell's row.
@@ -141,7 +142,7 @@ class Tabulator:
             }
             return {name: named.get(name, raw.get(name)) for name in READINGS[NextToken]}
         if isinstance(readout, Generate):
-            whole = self._tokenizer.decode(raw["token_ids"])
+            whole = decode(raw["token_ids"], self._tokenizer)
             text = cut(whole, readout.stop)
             said = {"text": text, "stopped": raw["stopped"] if text == whole else "stop"}
             return {name: said.get(name, raw.get(name)) for name in readings_of(readout)}

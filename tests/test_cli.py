@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import pty
@@ -428,3 +429,30 @@ def test_no_option_is_called_verbose(patchscope):
         text = patchscope(command, "--help").stdout
         assert "--verbose" not in text
         assert " -v" not in text
+
+
+@pytest.fixture
+def typed(monkeypatch):
+    """typed(text): what stands on standard input."""
+    return lambda text: monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+
+
+def test_a_recipe_is_read_from_standard_input(patchscope, folder, typed):
+    (folder / "rows.jsonl").write_text('{"text": "The Eiffel Tower"}')
+    recipe = RECIPE.partition("data:")[0] + "".join(RECIPE.partition("source:")[1:])
+    recipe += f"data: {{file: rows.jsonl}}\nmodel: {folder / 'model'}\n"
+    recipe = recipe.replace(", shuffled", "")
+    typed(recipe)
+    assert patchscope("lint", "-") == (0, "-: ok\n", "")
+    typed(recipe)
+    planned = json.loads(patchscope("plan", "-", "--json").stdout)
+    typed(recipe)
+    ran = json.loads(patchscope("run", "-", "--json", "--set", "source.layer=1").stdout)
+    assert (planned["cells"], ran["cells"]) == (1 + 4 * 2, 1 + 2)
+
+
+def test_what_is_wrong_with_standard_input_is_told_with_its_line(patchscope, typed):
+    typed("name: a\nsource: {prompt: x, layers: 3}\n")
+    done = patchscope("run", "-")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: standard input: line 2: source.layers: is no field here.")

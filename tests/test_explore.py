@@ -254,7 +254,7 @@ BAD = [
     (b'{"prompt": "", "source_model": "m", "target_model": "m"}', "prompt"),
     (
         b'{"prompt": "\\ud800", "source_model": "m", "target_model": "m"}',
-        "prompt: input should be a valid string",
+        "holds half a character",
     ),
     (b'{"prompt": "x", "source_model": "m", "target_model": "m", "positions": []}', "positions"),
 ]

@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 from rouge_score import rouge_scorer
 from scipy.special import logsumexp
 
+from patchscope_nn.errors import DataError, did_you_mean
 from patchscope_nn.metrics import (
     METRICS,
     MetricUse,
+    check_columns,
     check_metrics,
     compute_metrics,
     parse_metric,
@@ -141,6 +143,10 @@ def test_values(use, columns, row, expected):
         ("rouge_l", "rouge_l is written {rouge_l: {reference: COLUMN}}; given {}"),
         ({"rouge_l": {"ref": "x"}}, "rouge_l is written {rouge_l: {reference: COLUMN}}; given {'ref': 'x'}"),
         ({"nll_nats": {"x": "y"}}, "nll_nats is written nll_nats; given {'x': 'y'}"),
+        (
+            {"rouge_l": {"reference": ["a"]}},
+            "rouge_l is written {rouge_l: {reference: COLUMN}}; given {'reference': ['a']}",
+        ),
         (3, "3 is no metric; give a name, or {name: {parameter: column}}"),
     ],
 )
@@ -148,6 +154,25 @@ def test_messages(value, message):
     with pytest.raises(ValueError) as caught:  # noqa: PT011 (the text is what is tested)
         parse_metric(value)
     assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("row", "near"),
+    [({}, "There are none."), ({"royals": "x"}, "Did you mean 'royals'? Allowed: royals.")],
+)
+def test_a_text_in_the_place_of_a_column_is_told_how_to_be_one(row, near):
+    with pytest.raises(DataError) as caught:
+        check_columns([parse_metric({"contains": {"reference": "royal"}})], [row])
+    assert str(caught.value) == (
+        "metrics.contains.reference='royal' is no column of data row 0. A metric's parameter names a column "
+        f"of the data. {near} A text that is the same for every row is a column, too: data: {{rows: "
+        "[{reference: royal}]}, and contains: {reference: reference}."
+    )
+
+
+def test_no_name_is_allowed():
+    assert did_you_mean("royal", []) == "There are none."
+    assert did_you_mean("royal", ["loyal"]) == "Did you mean 'loyal'? Allowed: loyal."
 
 
 def test_a_metric_dumps_as_it_is_written():

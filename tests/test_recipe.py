@@ -452,3 +452,16 @@ def test_linting_loads_nothing_heavy():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+def test_a_title_is_the_name_unless_it_is_given(tmp_path):
+    file = tmp_path / "r.yaml"
+    methods = "methods: {one: {}, two: {source.layer: 1}}\n"
+    file.write_text(f"name: my-recipe\nsource: {{prompt: x}}\n{methods}")
+    recipe = load_recipe(file)
+    assert recipe.title == "my-recipe"
+    assert [one.title for one in recipe.of_methods().values()] == ["my-recipe (one)", "my-recipe (two)"]
+    assert Recipe(**dump(recipe)) == recipe == Recipe(**resolved(recipe))
+    assert Recipe(name="my-recipe", source={"prompt": "x"}).title == "my-recipe"
+    assert load_recipe(file, sets=["title=Other"]).title == "Other"
+    assert "title" not in json_schema()["required"]

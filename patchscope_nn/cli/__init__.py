@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 the run failed, 2 bad input, 130 interrupted (the run can 
 
 from __future__ import annotations
 
+import io
 import sys
 from typing import NoReturn
 
@@ -16,6 +17,7 @@ from patchscope_nn.cli.listing import lint, recipes
 from patchscope_nn.cli.printing import print_error
 from patchscope_nn.cli.report import report
 from patchscope_nn.errors import InputError, PatchscopeError, RunError
+from patchscope_nn.plain import wrong_text
 
 app.command()(report)
 app.command()(compare)
@@ -27,7 +29,14 @@ app.add_typer(fit, name="fit")
 
 def main() -> None:
     """Run the command line, and turn the package's errors into messages and exit codes."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A model may say characters that the terminal's encoding lacks; they are shown escaped.
+            stream.reconfigure(errors="backslashreplace")
     try:
+        for word in sys.argv[1:]:
+            if problem := wrong_text(word):
+                raise InputError(f"{problem}.")
         app(prog_name="patchscope")
     except PatchscopeError as error:
         _end(error)

@@ -19,7 +19,9 @@ def recipes(*, json: options.Json = False) -> None:
 
 
 def lint(
-    files: Annotated[list[str], typer.Argument(help="Recipe files, or names of shipped recipes.")],
+    files: Annotated[
+        list[str], typer.Argument(help="Recipe files, or names of shipped recipes; - is the input.")
+    ],
     *,
     json: options.Json = False,
 ) -> None:

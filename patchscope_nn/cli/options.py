@@ -34,7 +34,9 @@ def _set_log_level(level: LogLevel) -> LogLevel:
     return level
 
 
-Recipe: TypeAlias = Annotated[str, typer.Argument(help="A recipe's name (see `patchscope recipes`) or file.")]
+Recipe: TypeAlias = Annotated[
+    str, typer.Argument(help="A recipe's name (see `patchscope recipes`) or file; - reads it from the input.")
+]
 Model: TypeAlias = Annotated[
     str | None, option("--model", help="Hugging Face id, folder or builtin:... ; both M and M*.")
 ]

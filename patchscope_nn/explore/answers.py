@@ -13,7 +13,7 @@ from patchscope_nn.explore.views import WINDOW, CellView, GridView, View
 from patchscope_nn.explore.worker import Ask
 from patchscope_nn.models import Model
 from patchscope_nn.prepare import Prepared, load_models, prepare
-from patchscope_nn.prompts import encode
+from patchscope_nn.prompts import decode, encode
 from patchscope_nn.recipe import Recipe
 from patchscope_nn.spec import Generate
 from patchscope_nn.tables import cut
@@ -162,7 +162,7 @@ class _Telling:
 
     def decoded(self, cell: int, ids: Sequence[int]) -> None:
         """Tell the text so far."""
-        text = cut(self.tokenizer.decode(list(ids)), self.stop)
+        text = cut(decode(list(ids), self.tokenizer), self.stop)
         control = self.sweep.cells[cell].control
         self.ask.tell("text", control=control, text=text, n_tokens=len(ids))
 

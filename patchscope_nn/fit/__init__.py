@@ -10,6 +10,7 @@ import sys
 from types import ModuleType
 from typing import Any
 
+from patchscope_nn.arguments import checked
 from patchscope_nn.errors import MappingError, did_you_mean
 from patchscope_nn.fit.cached import PlannedFit, plan_fit
 from patchscope_nn.fit.pairs import parse_pairs
@@ -22,6 +23,7 @@ from patchscope_nn.mappings import Fitted
 from patchscope_nn.spec.fitting import FIT_KINDS
 
 
+@checked
 def fit(kind: str = "affine", **given: Any) -> Fitted | FittedPrompt:
     """Fit a mapping or a prompt, and measure it on what was held out.
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from patchscope_nn.arguments import checked
 from patchscope_nn.errors import DataError
 from patchscope_nn.fit.frozen import Frozen, choose_layers, frozen
 from patchscope_nn.fit.held_out import deal_texts
@@ -82,6 +83,7 @@ def jacobian_rows(
         )
 
 
+@checked
 def fit_jacobian_lens(
     model: Model,
     texts: Sequence[str],

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from patchscope_nn.arguments import checked
 from patchscope_nn.errors import DataError, did_you_mean
 from patchscope_nn.fit.frozen import Frozen, choose_layers, frozen
 from patchscope_nn.fit.held_out import deal
@@ -104,6 +105,7 @@ class _Slopes:
         return {"weight": beta * slope, "bias": self.offset[layer].clone()}
 
 
+@checked
 def fit_lre(
     model: Model,
     rows: Sequence[Mapping[str, Any]],

@@ -6,8 +6,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from patchscope_nn.arguments import checked
 from patchscope_nn.backends import backend_for, on_server
 from patchscope_nn.data import DataSpec
+from patchscope_nn.data_given import as_data
 from patchscope_nn.errors import DataError
 from patchscope_nn.fit.pairs import parse_pairs
 from patchscope_nn.fit.score import Scores
@@ -27,6 +29,7 @@ _MEMORY = 2 << 30
 _ENOUGH = 2
 
 
+@checked
 def fit_mapping(
     kind: FitKind = "affine",
     *,
@@ -35,8 +38,8 @@ def fit_mapping(
     pairs: str | Sequence[Any] = "same",
     source_layers: Any = "all",
     target_layers: Any = "all",
-    data: DataSpec | Mapping[str, Any] | None = None,
-    held_out: float | DataSpec | Mapping[str, Any] = 0.2,
+    data: Any = None,
+    held_out: Any = 0.2,
     sites: tuple[str, str] = ("residual", "residual"),
     remote: bool | str = False,
     source_remote: bool | str | None = None,
@@ -61,7 +64,7 @@ def fit_mapping(
         pairs: `same`, `last`, `cross`, or pairs like `"3:5,4:6"`, as in `parse_pairs`.
         source_layers: The l of `same`, `last` and `cross`.
         target_layers: The l* of `cross`.
-        data: The texts, as a recipe's `data`; None is texts that ship with this package.
+        data: The texts, as `run` takes data; None is texts that ship with this package.
         held_out: The share of the texts that is held out; or data of its own.
         sites: What of a block is read on each side.
         remote: Where the target runs, as in `run`; states then come back as values.
@@ -84,7 +87,8 @@ def fit_mapping(
     target = source if target_model is None else load(target_model, weights=not on_server(remote))
     if isinstance(held_out, int | float):
         options = {**options, "held_out": held_out}
-    asked = Fit(kind=kind, data=None if data is None else _spec(data).model_dump(mode="json"), **options)
+    given = None if data is None else as_data(data, limit=options.get("limit"))
+    asked = Fit(kind=kind, data=None if given is None else given.model_dump(mode="json"), **options)
     wanted = parse_pairs(
         pairs,
         n_source=source.info.n_layers,
@@ -93,8 +97,8 @@ def fit_mapping(
         target_layers=target_layers,
         one_model=target is source and sites[0] == sites[1],
     )
-    apart = None if isinstance(held_out, int | float) else _spec(held_out)
-    texts = texts_for(asked, _spec(data if data is not None else DEFAULT_DATA), held_out=apart, base=base)
+    apart = None if isinstance(held_out, int | float) else as_data(held_out)
+    texts = texts_for(asked, given or as_data(DEFAULT_DATA), held_out=apart, base=base)
     pairing = Pairing(
         source=source,
         target=target,
@@ -124,10 +128,6 @@ def texts_for(
         seed=options.seed,
         base=base,
     )
-
-
-def _spec(data: DataSpec | Mapping[str, Any]) -> DataSpec:
-    return data if isinstance(data, DataSpec) else DataSpec(**data)
 
 
 def fit_pairs(

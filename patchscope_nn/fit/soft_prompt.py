@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors.torch import save_file
 
+from patchscope_nn.arguments import checked
 from patchscope_nn.errors import DataError, LayerError, MappingError
 from patchscope_nn.fit.frozen import Frozen, Write, choose_layers, frozen
 from patchscope_nn.fit.held_out import deal_texts
@@ -117,6 +118,7 @@ class _SoftPrompt(torch.nn.Module):
         self.states = torch.nn.Parameter(start.clone())
 
 
+@checked
 def fit_soft_prompt(
     model: Model,
     texts: Sequence[str],

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from patchscope_nn.arguments import checked
 from patchscope_nn.errors import LayerError, MappingError, did_you_mean
 from patchscope_nn.fit.examples import BATCH, Example, make_examples, read_examples, text_nll_nats
 from patchscope_nn.fit.frozen import Frozen, frozen
@@ -139,6 +140,7 @@ class TextScore:
     shuffled_nll_nats: float
 
 
+@checked
 def fit_through_text(
     model: Model,
     rows: Sequence[Mapping[str, Any]],

@@ -14,7 +14,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from patchscope_nn.data import DataSpec, fingerprint, load_rows
+from patchscope_nn.arguments import checked
+from patchscope_nn.data import fingerprint, load_rows
+from patchscope_nn.data_given import as_data
 from patchscope_nn.errors import DataError, MappingError, did_you_mean
 from patchscope_nn.fit.jacobian import fit_jacobian_lens
 from patchscope_nn.fit.lre import fit_lre
@@ -24,6 +26,7 @@ from patchscope_nn.fit.through_text import KINDS, fit_through_text
 from patchscope_nn.fit.tuned_lens import fit_tuned_lens
 from patchscope_nn.mappings import Fitted, Provenance, Space
 from patchscope_nn.models import Model
+from patchscope_nn.prompts import text_of
 from patchscope_nn.proof import load
 
 _TEXTS: dict[str, Callable[..., Outcome | FittedPrompt]] = {
@@ -34,6 +37,7 @@ _TEXTS: dict[str, Callable[..., Outcome | FittedPrompt]] = {
 TRAINED = (*_TEXTS, "lre", *KINDS)
 
 
+@checked
 def fit_trained(
     kind: str,
     *,
@@ -53,7 +57,7 @@ def fit_trained(
     Args:
         kind: One of `TRAINED`.
         model: M, whose states are read: what `load` takes.
-        data: A `DataSpec`, its fields as a mapping, or the rows themselves.
+        data: The texts or rows, as `run` takes data.
         column: The column of the texts, for the kinds that read texts; may be left out where there is one.
         target_model: M*, for the kinds that read a target prompt; None is M.
         limit: The most rows to read.
@@ -136,14 +140,11 @@ def texts_of(rows: Sequence[Mapping[str, Any]], column: str | None) -> list[str]
         )
     if column not in columns:
         raise DataError(f"column={column!r} is no column of the data.", hint=did_you_mean(column, columns))
-    return [str(row[column]) for row in rows]
+    return [text_of(row, column, field=f"data row {number}") for number, row in enumerate(rows)]
 
 
 def _rows(data: Any, *, limit: int | None, base: Path | None) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """What the provenance says of where rows come from, and the rows."""
-    if isinstance(data, Mapping):
-        data = DataSpec(**data)
-    if not isinstance(data, DataSpec):
-        data = DataSpec(rows=tuple(dict(row) for row in data))
+    data = as_data(data, limit=limit)
     said = {"rows": len(data.rows)} if data.rows is not None else data.model_dump(mode="json")
     return said, load_rows(data, base=base, limit=limit)

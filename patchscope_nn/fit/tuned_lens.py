@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from patchscope_nn.arguments import checked
 from patchscope_nn.fit.frozen import Frozen, choose_layers, frozen
 from patchscope_nn.fit.held_out import deal_texts
 from patchscope_nn.fit.lens import affine, foretell, kl_nats, log_probabilities, minibatches, score_lens
@@ -45,6 +46,7 @@ class Translator(torch.nn.Module):
         return {"weight": weight, "bias": self.bias.detach().clone()}
 
 
+@checked
 def fit_tuned_lens(
     model: Model,
     texts: Sequence[str],

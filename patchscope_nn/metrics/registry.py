@@ -188,7 +188,8 @@ def parse_metric(value: Any) -> MetricUse:
         raise ValueError(f"{name!r} is no metric. {did_you_mean(str(name), list(METRICS))}")
     needed = METRICS[name].parameters
     parameters = parameters or {}
-    if not isinstance(parameters, Mapping) or set(parameters) != set(needed):
+    named = isinstance(parameters, Mapping) and all(isinstance(one, str | int) for one in parameters.values())
+    if not named or set(parameters) != set(needed):
         form = f"{{{name}: {{{', '.join(f'{one}: COLUMN' for one in needed)}}}}}" if needed else name
         raise ValueError(f"{name} is written {form}; given {parameters!r}")
     return MetricUse(name, tuple((key, str(parameters[key])) for key in needed))
@@ -218,9 +219,12 @@ def check_columns(uses: Sequence[MetricUse], rows: Sequence[Mapping[str, Any]]) 
         for name, column in use.parameters:
             for number, row in enumerate(rows):
                 if column not in row:
+                    near = did_you_mean(column, list(row))
                     raise DataError(
                         f"metrics.{use.name}.{name}={column!r} is no column of data row {number}.",
-                        hint=did_you_mean(column, list(row)),
+                        hint=f"A metric's parameter names a column of the data. {near} A text that is the "
+                        f"same for every row is a column, too: data: {{rows: [{{{name}: {column}}}]}}, and "
+                        f"{use.name}: {{{name}: {name}}}.",
                     )
 
 

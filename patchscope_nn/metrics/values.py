@@ -42,12 +42,14 @@ def top_k_overlap(columns: Columns, _row: Mapping[str, Any]) -> float | None:
     return None if not own else len({*own} & {*columns["top_ids"]}) / len(own)
 
 
-def contains(columns: Columns, row: Mapping[str, Any], *, reference: str) -> float:
+def contains(columns: Columns, row: Mapping[str, Any], *, reference: str) -> float | None:
     """1 where the text holds a data column's, both lower-cased and without spaces and marks, else 0.
 
-    Section 4.2 leaves out the spaces alone and minds the case.
+    None where the column has no letter or digit, which every text would hold. Section 4.2 leaves out the
+    spaces alone and minds the case.
     """
-    return float(_letters(str(row[reference])) in _letters(columns["text"]))
+    wanted = _letters(str(row[reference]))
+    return float(wanted in _letters(columns["text"])) if wanted else None
 
 
 def rouge_l(columns: Columns, row: Mapping[str, Any], *, reference: str) -> float:

@@ -11,6 +11,7 @@ Reading one goes in steps, and reports the problems of all of them together:
 
 from __future__ import annotations
 
+from patchscope_nn.recipe.columns import asked_columns
 from patchscope_nn.recipe.load import find, lint, load_recipe, shipped
 from patchscope_nn.recipe.methods import slug
 from patchscope_nn.recipe.model import PROBE_METRICS, Probe, Recipe, dump, resolved
@@ -20,6 +21,7 @@ __all__ = [
     "PROBE_METRICS",
     "Probe",
     "Recipe",
+    "asked_columns",
     "dump",
     "find",
     "json_schema",

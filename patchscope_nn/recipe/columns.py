@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from patchscope_nn.data import load_rows
+from patchscope_nn.data import read_table
 from patchscope_nn.errors import DataError, Problem, did_you_mean
+from patchscope_nn.metrics import MetricUse
 from patchscope_nn.positions import texts_of
 from patchscope_nn.prompts import PER_LAYER, PromptSpec, placeholders
-from patchscope_nn.recipe.model import Recipe
-from patchscope_nn.spec import Choices, Cut, NextToken
+from patchscope_nn.recipe.model import Probe, Recipe
+from patchscope_nn.spec import Choices, Cut, NextToken, Patchscope
 
 
 def missing_columns(recipe: Recipe, *, base: Path | None = None) -> list[Problem]:
@@ -21,14 +22,17 @@ def missing_columns(recipe: Recipe, *, base: Path | None = None) -> list[Problem
         base: The folder a relative data file starts from.
 
     Returns:
-        One problem for each column, with the field that asks for it; or why the data cannot be read.
+        One problem for each column, with the field that asks for it; or why the data cannot be read, for
+        example that a column that is used is missing in a row.
     """
     if recipe.data is not None and recipe.data.hub is not None:
         return []
     columns: list[str] = []
+    asked = list(asked_columns(recipe, metrics=recipe.metrics, probe=recipe.probe))
     if recipe.data is not None:
         try:
-            columns = list(load_rows(recipe.data, base=base)[0])
+            used = {column: field for field, column in reversed(asked)}
+            columns = list(read_table(recipe.data, base=base, used=used).rows[0])
         except DataError as error:
             return [Problem(field=f"data.{recipe.data.kind}", message=str(error))]
     near = "The recipe has no data; add some, for example data: {builtin: contexts}."
@@ -38,30 +42,32 @@ def missing_columns(recipe: Recipe, *, base: Path | None = None) -> list[Problem
             message=f"asks for the column {column!r}, which the data does not have. "
             f"{did_you_mean(column, columns) if columns else near}",
         )
-        for field, column in _asked(recipe)
+        for field, column in asked
         if column not in columns
     ]
 
 
-def _asked(recipe: Recipe) -> Iterator[tuple[str, str]]:
-    """The columns a recipe asks for, each with the field that does."""
-    for field, template in _templates(recipe):
+def asked_columns(
+    scope: Patchscope | Recipe, *, metrics: Sequence[MetricUse], probe: Probe | None
+) -> Iterator[tuple[str, str]]:
+    """Yield each column that a Patchscope, its metrics and its probe ask for, after the field that does."""
+    for field, template in _templates(scope):
         of_target = field.startswith("target.prompt")
         for column in placeholders(template):
             if not (of_target and column == PER_LAYER):
                 yield field, column
-    if isinstance(recipe.source.mean, tuple):
-        yield "source.mean.rows", recipe.source.mean[1]
-    for number, use in enumerate(recipe.metrics):
+    if isinstance(scope.source.mean, tuple):
+        yield "source.mean.rows", scope.source.mean[1]
+    for number, use in enumerate(metrics):
         for name, column in use.parameters:
             yield f"metrics.{number}.{use.name}.{name}", column
-    if recipe.probe is not None:
-        yield "probe.label", recipe.probe.label
+    if probe is not None:
+        yield "probe.label", probe.label
 
 
-def _templates(recipe: Recipe) -> Iterator[tuple[str, PromptSpec]]:
+def _templates(scope: Patchscope | Recipe) -> Iterator[tuple[str, PromptSpec]]:
     """The texts whose placeholders a data row fills."""
-    source, target, readout = recipe.source, recipe.target, recipe.readout
+    source, target, readout = scope.source, scope.target, scope.readout
     prompts = {"source.prompt": source.prompt, "source.minus": source.minus, "target.prompt": target.prompt}
     prompts |= {f"target.prompts.{number}": prompt for number, prompt in enumerate(target.prompts)}
     yield from ((field, prompt) for field, prompt in prompts.items() if prompt is not None)

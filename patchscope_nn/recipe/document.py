@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from patchscope_nn.errors import Problem
+from patchscope_nn.plain import wrong_text
 
 try:
     from yaml import CSafeLoader as _SafeLoader
@@ -104,6 +105,8 @@ def read_yaml(text: str) -> Document:
     Returns:
         The document, with its problems.
     """
+    if problem := wrong_text(text):
+        return _unreadable(f"is no text: {problem}")
     try:
         return _build(_Loader(text))
     except yaml.YAMLError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,8 @@ from patchscope_nn.recipe.model import Recipe
 from patchscope_nn.spec import problems
 
 _ENDINGS = (".yaml", ".yml")
+#: The name of a recipe that is read from standard input; its relative files start from the current folder.
+_INPUT = "-"
 _SHOWN = 80
 _BEGIN = "a recipe is a mapping that begins with name, title and source"
 
@@ -39,7 +42,7 @@ def find(name_or_path: str | Path) -> Path:
     """The file of a recipe.
 
     Args:
-        name_or_path: The name of a recipe that ships, or a file.
+        name_or_path: The name of a recipe that ships, or a file; `-` is standard input.
 
     Returns:
         Its path.
@@ -48,6 +51,8 @@ def find(name_or_path: str | Path) -> Path:
         InputError: There is no such recipe.
     """
     given, names = str(name_or_path), shipped()
+    if given == _INPUT:
+        return Path(_INPUT)
     if given in names:
         return _folder() / f"{given}.yaml"
     try:
@@ -73,7 +78,7 @@ def load_recipe(
     """Read a recipe.
 
     Args:
-        name_or_path: The name of a recipe that ships, or a YAML file.
+        name_or_path: The name of a recipe that ships, a YAML file, or `-` for standard input.
         sets: Changes as `key.path=value` texts, the value in YAML.
         overrides: Changes as dotted paths and values; `sets` win over them.
 
@@ -86,7 +91,8 @@ def load_recipe(
     """
     loaded = _load(find(name_or_path), sets=sets, overrides=overrides)
     if loaded.recipe is None:
-        raise SpecError(loaded.problems, origin=str(name_or_path))
+        origin = "standard input" if str(name_or_path) == _INPUT else str(name_or_path)
+        raise SpecError(loaded.problems, origin=origin)
     return loaded.recipe
 
 
@@ -157,6 +163,8 @@ def _load(path: Path, *, sets: Sequence[str] = (), overrides: Mapping[str, Any] 
 
 def _read(path: Path) -> str:
     try:
+        if path == Path(_INPUT):
+            return sys.stdin.buffer.read().decode("utf-8-sig")
         return path.read_text("utf-8-sig")
     except OSError as error:
         reason = error.strerror or str(error)

@@ -62,7 +62,10 @@ def variants(
         base = {name: value for name, value in raw.items() if name != "methods"}
         made, unmade = apply_changes(base, [change for change in asked if change not in bad])
         wrong += [Problem(field=f"{place}.{one.field}", message=one.message) for one in unmade]
-        named = {"name": f"{raw['name']}-{slug(name)}".rstrip("-"), "title": f"{raw['title']} ({name})"}
+        named = {
+            "name": f"{raw['name']}-{slug(name)}".rstrip("-"),
+            "title": f"{raw.get('title', raw['name'])} ({name})",
+        }
         try:
             found[name] = recipe.model_validate(made | named)
         except ValidationError as error:

@@ -172,7 +172,7 @@ class Recipe(Spec):
 
     Attributes:
         name: Its short name, in lower-case letters, digits and hyphens.
-        title: What it asks, in a line.
+        title: What it asks, in a line; the name unless given.
         paper: The paper and section it follows.
         model: M and M*, where `source.model` and `target.model` name no other: a Hugging Face id, a folder,
             or `builtin:...`.
@@ -199,7 +199,7 @@ class Recipe(Spec):
     name: Annotated[
         str, AfterValidator(_slug), WithJsonSchema({"type": "string", "pattern": f"^{_SLUG.pattern}$"})
     ]
-    title: Annotated[str, Field(min_length=1)]
+    title: Annotated[str, Field(min_length=1)] = ""
     paper: str | None = None
     model: Annotated[str, Field(min_length=1)] = "builtin:smollm2-135m-instruct"
     data: DataSpec | None = None
@@ -220,6 +220,12 @@ class Recipe(Spec):
     methods: Annotated[
         dict[str, dict[str, Any]], BeforeValidator(_plain_methods), WithJsonSchema(_methods_schema())
     ] = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _titled(cls, given: Any) -> Any:
+        named = isinstance(given, Mapping) and isinstance(given.get("name"), str)
+        return {"title": given["name"], **given} if named else given
 
     @model_validator(mode="after")
     def _methods_fit(self) -> Self:

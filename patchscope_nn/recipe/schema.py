@@ -43,8 +43,9 @@ def json_schema() -> dict[str, Any]:
         "default": Recipe.model_fields["readout"].default.name,
         "anyOf": _readouts(),
     }
-    # A default that is a whole object reads as noise; its own fields carry theirs.
-    del schema["properties"]["target"]["default"]
+    # A default that is a whole object reads as noise; its own fields carry theirs. A title's is the name.
+    for name in ("target", "title"):
+        del schema["properties"][name]["default"]
     return {"$schema": _DIALECT, **schema, "title": "Patchscopes recipe"}
 
 

@@ -7,8 +7,8 @@ from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 from pydantic import BeforeValidator, Discriminator, Field, PlainSerializer, Tag
 
+from patchscope_nn.checking import NAMED, Spec
 from patchscope_nn.errors import did_you_mean
-from patchscope_nn.spec.base import NAMED, Spec
 
 
 def _texts(value: Any) -> Any:

@@ -15,7 +15,21 @@ PACKAGE = Path(ps.__file__).parent
 
 #: From left to right as data flows; a module imports only what stands to its left.
 ORDER = [
-    *("errors", "layers", "prompts", "positions", "spec", "metrics", "data_files", "data", "recipe"),
+    *(
+        "errors",
+        "plain",
+        "checking",
+        "arguments",
+        "layers",
+        "prompts",
+        "positions",
+        "spec",
+        "metrics",
+        "data_files",
+        "data",
+        "data_given",
+        "recipe",
+    ),
     *(
         "builtin",
         "models",

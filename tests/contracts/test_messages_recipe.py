@@ -151,7 +151,6 @@ FILES = {
             "line 2: name: 'A b' is no recipe name; use lower-case letters and digits, with single hyphens "
             "between words: my-recipe"
         ),
-        "line 2: title: is required and was not given",
         "line 2: source: is required and was not given",
     ],
     "name: a\ntitle: b\nsource:\n  layer: 1\n": [
@@ -248,7 +247,6 @@ def test_all_problems_come_at_once_in_the_order_of_the_file(tmp_path):
         """)
     )
     expected = [
-        "line 2: title: is required and was not given",
         f"line 3: titel: is no field here. Did you mean 'title'? {TOP}",
         (
             "line 6: source.posn: is no field here. "

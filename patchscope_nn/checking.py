@@ -1,14 +1,18 @@
-"""The base of all specification objects, and what is wrong with one, in the house's words."""
+"""The base of all specification objects, and what is wrong with one, in the house's words.
+
+Numbers of numpy, torch and pandas become Python's own here, as they do for arguments in `arguments.py`.
+"""
 
 from __future__ import annotations
 
 import re
 from typing import Any, get_args
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, field_validator
 from pydantic import ValidationError as _ValidationError
 
 from patchscope_nn.errors import Problem, SpecError, did_you_mean
+from patchscope_nn.plain import plain, shown
 
 #: Objects that a document names by a word (`generate: {...}`): what fields stand below that word.
 NAMED: dict[str, type[BaseModel]] = {}
@@ -28,6 +32,11 @@ class Spec(BaseModel):
             super().__init__(**fields)
         except _ValidationError as error:
             raise SpecError(problems(error, type(self)), origin=type(self).__name__) from None
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _plain(cls, value: Any) -> Any:
+        return plain(value)
 
     # Tells pydantic that nested objects may be built without this method, so that one error collects all.
     __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]  # pydantic's own marker
@@ -68,15 +77,13 @@ def _message(detail: Any, loc: tuple[int | str, ...], model: type[BaseModel]) ->
     text = detail["msg"].removeprefix("Value error, ")
     if kind == "value_error":
         return text
-    shown = repr(given)
     if kind == "literal_error":
         allowed = _QUOTED.findall(detail["ctx"]["expected"])
-        return f"{shown} is not allowed here. {did_you_mean(str(given), allowed)}"
+        return f"{shown(given)} is not allowed here. {did_you_mean(str(given), allowed)}"
     text = _YAML_WORDS.get(kind, text)
-    return f"{text[0].lower()}{text[1:]}; given {shown if len(shown) <= _SHOWN else shown[:_SHOWN] + '...'}"
+    return f"{text[0].lower()}{text[1:]}; given {shown(given)}"
 
 
-_SHOWN = 80
 _QUOTED = re.compile(r"'([^']*)'")
 #: Pydantic speaks of Python's types; the user may be writing YAML.
 _YAML_WORDS = {

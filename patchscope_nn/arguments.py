@@ -1,0 +1,109 @@
+"""The arguments of public functions, checked against their annotations before anything runs."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import types
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from patchscope_nn.errors import Problem, SpecError
+from patchscope_nn.plain import plain, shown, wrong_text
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+_PACKED = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+
+
+def checked(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Make a function check its arguments.
+
+    Numbers of numpy, torch and pandas become Python's own where those are asked for.
+
+    Args:
+        function: The function. What its `**options` hold is left to the function they are passed on to.
+
+    Returns:
+        The function; it raises `SpecError` with every argument that is of a wrong type.
+    """
+    signature = inspect.signature(function)
+    hints = functools.cache(lambda: get_type_hints(function))
+
+    @functools.wraps(function)
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        bound = signature.bind(*args, **kwargs)
+        wrong = []
+        for name, value in bound.arguments.items():
+            hint = Any if signature.parameters[name].kind in _PACKED else hints().get(name, Any)
+            if not _fits(value, hint) and not isinstance(value, str):
+                bound.arguments[name] = plain(value)
+            if problem := _problem(bound.arguments[name], hint):
+                wrong.append(Problem(field=name, message=problem))
+        if wrong:
+            raise SpecError(wrong, origin=function.__qualname__.removesuffix(".__init__"))
+        return function(*bound.args, **bound.kwargs)
+
+    return call
+
+
+def _problem(value: Any, hint: Any) -> str:
+    """What is wrong with an argument; empty where nothing is. A path may be no text."""
+    if not _fits(value, hint):
+        return f"should be {_words(hint)}; given {shown(value)}"
+    return wrong_text(value) if isinstance(value, str) and Path not in get_args(hint) else ""
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of an annotated type; a boolean is no number, and a text no list."""
+    kind, parts = get_origin(hint) or hint, get_args(hint)
+    if kind is Any or getattr(kind, "_is_protocol", False):
+        return True
+    if kind in (Union, types.UnionType):
+        return any(_fits(value, part) for part in parts)
+    if kind is Literal:
+        return any(type(value) is type(part) and value == part for part in parts)
+    if kind in (int, float):
+        return isinstance(value, int | kind) and not isinstance(value, bool)
+    text = kind in (Sequence, Iterable) and isinstance(value, str | bytes)
+    return isinstance(value, kind) and not text and (not parts or _holds(value, parts))
+
+
+def _holds(value: Any, parts: tuple[Any, ...]) -> bool:
+    """Whether what a container holds is of the annotated types."""
+    if isinstance(value, dict):
+        return all(_fits(key, parts[0]) and _fits(item, parts[1]) for key, item in value.items())
+    if not isinstance(value, list | tuple):  # what may read each item from a file, or is no container
+        return True
+    if isinstance(value, tuple) and len(parts) > 1 and parts[-1] is not ...:
+        return len(value) == len(parts) and all(map(_fits, value, parts))
+    return all(_fits(item, parts[0]) for item in value)
+
+
+_WORDS: dict[Any, str] = {
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    bool: "True or False",
+    Path: "a path",
+    type(None): "None",
+    Mapping: "a mapping",
+    Sequence: "a list",
+    Iterable: "a list",
+    tuple: "a tuple",
+    Callable: "a function",
+}
+
+
+def _words(hint: Any) -> str:
+    """An annotated type in words."""
+    kind, parts = get_origin(hint) or hint, get_args(hint)
+    if kind in (Union, types.UnionType):
+        *first, last = map(_words, parts)
+        return f"{', '.join(first)} or {last}"
+    if kind is Literal:
+        return " or ".join(map(repr, parts))
+    words = _WORDS.get(kind) or f"a {kind.__name__}"
+    of = [_words(part) for part in parts if part not in (..., Any)]
+    return f"{words} of {' and '.join(of)}" if of and kind in (Sequence, Iterable, tuple) else words
