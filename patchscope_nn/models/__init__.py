@@ -5,7 +5,7 @@ Parts are found through transformers' own interfaces (`get_decoder`, `get_input_
 `architecture.py`. Everything else in the package addresses a part by its path, a plain string.
 """
 
-from patchscope_nn.models.adapter import wear
+from patchscope_nn.models.adapter import common_base, wear, wear_named
 from patchscope_nn.models.architecture import find_architecture
 from patchscope_nn.models.info import ELSEWHERE, Architecture, Model, ModelInfo, Sizes, same_vocabulary
 from patchscope_nn.models.loading import load
@@ -17,10 +17,12 @@ __all__ = [
     "Model",
     "ModelInfo",
     "Sizes",
+    "common_base",
     "find_architecture",
     "load",
     "memory_reused",
     "same_vocabulary",
     "usable_memory",
     "wear",
+    "wear_named",
 ]
