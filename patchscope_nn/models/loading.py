@@ -9,7 +9,15 @@ from typing import Any
 
 from patchscope_nn import builtin
 from patchscope_nn.errors import ModelError, did_you_mean
-from patchscope_nn.models.architecture import find_architecture, input_device, is_weightless, measure
+from patchscope_nn.models.architecture import (
+    dtype_of,
+    find_architecture,
+    input_device,
+    is_weightless,
+    measure,
+    refuse_shared_scales,
+    weight_of,
+)
 from patchscope_nn.models.info import ELSEWHERE, Model, ModelInfo
 from patchscope_nn.models.wrappers import adapter_base, adapter_tokenizer, adapters_of, unwrapped
 
@@ -158,6 +166,7 @@ def _describe(name: str, traced: Any, tokenizer: Any) -> Model:
     module = traced._module  # noqa: SLF001 (as in Model.module)
     config = module.config.get_text_config()
     unembed, embed = module.get_output_embeddings(), module.get_input_embeddings()
+    refuse_shared_scales(module, name=name)
     architecture = find_architecture(module, n_layers=config.num_hidden_layers, name=name)
     weightless = is_weightless(module)
     if getattr(config, "is_decoder", True) is False and not weightless:
@@ -170,9 +179,9 @@ def _describe(name: str, traced: Any, tokenizer: Any) -> Model:
         d_model=config.hidden_size,
         vocab_size=config.vocab_size,
         n_positions=getattr(config, "max_position_embeddings", None),
-        dtype=str(embed.weight.dtype).removeprefix("torch."),
+        dtype=dtype_of(module),
         device=ELSEWHERE if weightless else str(input_device(module)),
-        tied=embed.weight is unembed.weight,
+        tied=weight_of(embed) is not None and weight_of(embed) is weight_of(unembed),
         architecture=architecture,
         sizes=measure(module, block=module.get_submodule(architecture.blocks)[0]),
     )
