@@ -10,15 +10,18 @@ from patchscope_nn.models.architecture import find_architecture
 from patchscope_nn.models.info import ELSEWHERE, Architecture, Model, ModelInfo, Sizes, same_vocabulary
 from patchscope_nn.models.loading import load
 from patchscope_nn.models.memory import memory_reused, usable_memory
+from patchscope_nn.models.turns import TURN, in_turn
 
 __all__ = [
     "ELSEWHERE",
+    "TURN",
     "Architecture",
     "Model",
     "ModelInfo",
     "Sizes",
     "common_base",
     "find_architecture",
+    "in_turn",
     "load",
     "memory_reused",
     "same_vocabulary",

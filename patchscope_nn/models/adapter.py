@@ -11,9 +11,11 @@ from typing import Any
 from patchscope_nn.errors import ModelError
 from patchscope_nn.models.info import ELSEWHERE, Model
 from patchscope_nn.models.loading import load
+from patchscope_nn.models.turns import in_turn
 from patchscope_nn.models.wrappers import adapter_base, adapter_tokenizer
 
 
+@in_turn
 def wear(
     model: Model, adapter: str, *, name: str | None = None, revision: str | None = None, tokenizer: Any = None
 ) -> Model:

@@ -19,12 +19,14 @@ from patchscope_nn.models.architecture import (
     weight_of,
 )
 from patchscope_nn.models.info import ELSEWHERE, Model, ModelInfo
+from patchscope_nn.models.turns import in_turn
 from patchscope_nn.models.wrappers import adapter_base, adapter_tokenizer, adapters_of, unwrapped
 
 _TASK = "text-generation"
 _DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
 
+@in_turn
 def load(
     model: Any,
     *,
