@@ -328,6 +328,7 @@ def _manifest(prepared: Prepared, whole: Plan, backend: Backend, command: str | 
             **({"fit": prepared.mapping.about} if prepared.mapping.about else {}),
             **({"notices": list(prepared.mapping.notices)} if prepared.mapping.notices else {}),
         },
+        **({"notices": list(sweep.notices)} if sweep.notices else {}),
         "seed": prepared.recipe["seed"],
         "backend": backend.name,
         "plan": {"digest": whole.digest, "withheld": [str(entry) for entry in whole.withheld]},

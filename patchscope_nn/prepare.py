@@ -23,7 +23,7 @@ from patchscope_nn.errors import DataError, InputError, Problem, SpecError, did_
 from patchscope_nn.fit import Planned, plan_fit, plan_training, same_model
 from patchscope_nn.mappings import Pair, ResolvedMapping, resolve_mapping
 from patchscope_nn.metrics import MetricUse, check_columns, check_metrics, parse_metric
-from patchscope_nn.models import Model, wear
+from patchscope_nn.models import Model, common_base, wear, wear_named
 from patchscope_nn.probes import check_probe
 from patchscope_nn.proof import load, proven
 from patchscope_nn.recipe import Recipe, asked_columns, find, load_recipe
@@ -297,7 +297,8 @@ def load_models(
 ) -> tuple[Model, Model]:
     """M and M*, one object where they are one; what the caller names comes before what the recipe names.
 
-    One model in two places is two.
+    One model in two places is two. A model and its LoRA adapter, or two adapters of one model, share the
+    weights that no adapter changes.
 
     Raises:
         InputError: A model cannot be loaded, or `dtype` names no dtype.
@@ -306,10 +307,15 @@ def load_models(
     wanted = _first(source_model, model, asked and asked.source.model, common)
     other = _first(target_model, model, asked and asked.target.model, wanted)
     source_remote = remote if source_remote is None else source_remote
-    source = loader(wanted, dtype=dtype, device_map=device_map, weights=not on_server(source_remote))
-    target = source
-    if source_remote != remote or not (other is wanted or other == wanted):
-        target = loader(other, dtype=dtype, device_map=device_map, weights=not on_server(remote))
+    how = {"dtype": dtype, "device_map": device_map}
+    if source_remote == remote and (other is wanted or other == wanted):
+        source = target = loader(wanted, **how, weights=not on_server(remote))
+    elif not (on_server(remote) or on_server(source_remote)) and (base := common_base(wanted, other)):
+        plain = loader(base, **how)
+        source, target = (proven(wear_named(plain, asked)) for asked in (wanted, other))
+    else:
+        source = loader(wanted, **how, weights=not on_server(source_remote))
+        target = loader(other, **how, weights=not on_server(remote))
     adapter = asked and asked.target.adapter
     return source, proven(wear(target, adapter)) if adapter else target
 

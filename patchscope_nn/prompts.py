@@ -6,10 +6,12 @@ Encoding one gives the token ids the model sees and, for every token, the charac
 
 from __future__ import annotations
 
+import functools
 import itertools
+import logging
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, TypeAlias
 
 from pydantic import BeforeValidator, PlainSerializer, WithJsonSchema
@@ -31,6 +33,7 @@ PER_LAYER = "source_layer"
 Message: TypeAlias = tuple[str, str]
 PromptSpec: TypeAlias = str | tuple[int, ...] | tuple[Message, ...]
 
+_log = logging.getLogger(__name__)
 _PLACEHOLDER = re.compile(r"\{\{|\}\}|\{([A-Za-z_]\w*)\}")
 _ALLOWED = "a text, a list of chat messages ({role: user, content: ...}), or a list of token ids"
 
@@ -159,12 +162,14 @@ class Encoded:
         ids: (n_tokens,) token ids, special tokens included.
         spans: (n_tokens, 2) the characters of `text` each token covers, end left out.
         tokens: (n_tokens,) the text of each token; a special token that covers none, by its name.
+        dropped: The names of the tokens that the tokenizer puts after a text, which `ids` does not hold.
     """
 
     text: str
     ids: tuple[int, ...]
     spans: tuple[tuple[int, int], ...]
     tokens: tuple[str, ...]
+    dropped: tuple[str, ...] = ()
 
     def numbered(self, *, most: int = 40) -> str:
         """The tokens with their positions, `0 'The', 1 ' E', ...`, for messages."""
@@ -175,8 +180,9 @@ class Encoded:
 def encode(prompt: PromptSpec, tokenizer: Any, *, field: str) -> Encoded:
     """Tokenize a prompt as the model will see it.
 
-    A text gets the special tokens its tokenizer adds by default; a chat goes through the tokenizer's
-    chat template with the generation prompt; ids are taken as they are.
+    A text gets the special tokens that its tokenizer puts before it; those that it puts after a text are
+    dropped, so that the prompt ends where its text ends. A chat goes through the tokenizer's chat template
+    with the generation prompt; ids are taken as they are.
 
     Args:
         prompt: A prompt without placeholders.
@@ -192,6 +198,8 @@ def encode(prompt: PromptSpec, tokenizer: Any, *, field: str) -> Encoded:
     """
     if isinstance(prompt, str):
         encoded = _encode_text(prompt, tokenizer, special=True)
+        if encoded.dropped:
+            _log_once(dropped_notice(encoded.dropped))
     elif isinstance(prompt[0], int):
         encoded = _encode_ids(prompt, tokenizer, field=field)
     else:
@@ -213,14 +221,46 @@ def _chat_text(messages: tuple[Message, ...], tokenizer: Any, *, field: str) -> 
 
 def _encode_text(text: str, tokenizer: Any, *, special: bool) -> Encoded:
     if not getattr(tokenizer, "is_fast", False):
-        return _from_pieces(tokenizer(text, add_special_tokens=special)["input_ids"], tokenizer)
+        ids = tokenizer(text, add_special_tokens=special)["input_ids"]
+        end = len(ids) - (_n_added_after(tokenizer) if special else 0)
+        return replace(_from_pieces(ids[:end], tokenizer), dropped=_names(ids[end:], tokenizer))
     found = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
     spans = tuple((int(start), int(end)) for start, end in found["offset_mapping"])
     ids = tuple(int(token) for token in found["input_ids"])
+    # A token that was added covers no character of the text.
+    ends_in_added = special and ids and spans[-1][0] == spans[-1][1]
+    end = len(ids) - (_n_added_after(tokenizer) if ends_in_added else 0)
     tokens = (
-        text[start:end] or tokenizer.decode([token]) for token, (start, end) in zip(ids, spans, strict=True)
+        text[first:last] or tokenizer.decode([token])
+        for token, (first, last) in zip(ids[:end], spans[:end], strict=True)
     )
-    return Encoded(text, ids, spans, tuple(tokens))
+    return Encoded(text, ids[:end], spans[:end], tuple(tokens), dropped=_names(ids[end:], tokenizer))
+
+
+def _n_added_after(tokenizer: Any) -> int:
+    """How many tokens a tokenizer puts after a text, whatever the text is."""
+    alone = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("a")["input_ids"]
+    n_added = len(whole) - len(alone)
+    return next((n for n in range(n_added + 1) if whole[n_added - n : len(whole) - n] == alone), 0)
+
+
+def _names(ids: Sequence[int], tokenizer: Any) -> tuple[str, ...]:
+    return tuple(tokenizer.decode([token]) for token in ids)
+
+
+def dropped_notice(names: tuple[str, ...]) -> str:
+    """What a user should know where a tokenizer puts tokens after a text."""
+    end = "".join(names)
+    return (
+        f"the tokenizer puts {end!r} after every text, and prompts are read without it: position -1 is the "
+        f"last token of the text itself. Where the model should read {end!r}, end the prompt's text with it."
+    )
+
+
+@functools.cache
+def _log_once(message: str) -> None:
+    _log.warning(message)
 
 
 def _encode_ids(ids: tuple[int, ...], tokenizer: Any, *, field: str) -> Encoded:
@@ -235,7 +275,7 @@ def _encode_ids(ids: tuple[int, ...], tokenizer: Any, *, field: str) -> Encoded:
 
 
 def _from_pieces(ids: Sequence[int], tokenizer: Any) -> Encoded:
-    pieces = tuple(decode([token], tokenizer) for token in ids)
+    pieces = _names(ids, tokenizer)
     ends = tuple(itertools.accumulate(len(piece) for piece in pieces))
     spans = tuple((end - len(piece), end) for piece, end in zip(pieces, ends, strict=True))
     return Encoded("".join(pieces), tuple(int(token) for token in ids), spans, pieces)

@@ -31,8 +31,11 @@ _CHAT = (
 )
 
 
-def make_tokenizer(*, bos: bool = False, pieces=PIECES):
-    """A byte-level BPE tokenizer that knows some pieces; with `bos` it puts <bos> before every text."""
+def make_tokenizer(*, bos: bool = False, eos: bool = False, pieces=PIECES):
+    """A byte-level BPE tokenizer that knows some pieces.
+
+    With `bos` it puts <bos> before every text, with `eos` <eos> after it.
+    """
     level = pre_tokenizers.ByteLevel(add_prefix_space=False)
     symbols = ["".join(piece for piece, _ in level.pre_tokenize_str(letter)) for letter in _CHARACTERS]
     vocabulary = dict.fromkeys([BOS, EOS, PAD, START, END, *symbols])
@@ -46,8 +49,11 @@ def make_tokenizer(*, bos: bool = False, pieces=PIECES):
     core = Tokenizer(models.BPE(vocab=numbered, merges=list(merges)))
     core.pre_tokenizer = level
     core.decoder = decoders.ByteLevel()
-    if bos:
-        core.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, 0)])
+    if bos or eos:
+        core.post_processor = processors.TemplateProcessing(
+            single=" ".join([*([BOS] if bos else []), "$A", *([EOS] if eos else [])]),
+            special_tokens=[(BOS, 0), (EOS, EOS_ID)],
+        )
     return PreTrainedTokenizerFast(
         tokenizer_object=core,
         bos_token=BOS,
@@ -58,8 +64,8 @@ def make_tokenizer(*, bos: bool = False, pieces=PIECES):
     )
 
 
-VOCAB_SIZE = len(make_tokenizer())
 EOS_ID = 1
+VOCAB_SIZE = len(make_tokenizer())
 
 
 class Family(NamedTuple):

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from patchscope_nn.cells.cells import Cell, Cells
 from patchscope_nn.errors import DataError, InputError, Problem, SpecError, did_you_mean
 from patchscope_nn.models import Model, ModelInfo
-from patchscope_nn.prompts import Encoded
+from patchscope_nn.prompts import Encoded, dropped_notice
 from patchscope_nn.resolve import Entry, Resolver, Row, Term, VectorAt
 from patchscope_nn.spec import Control, Patchscope
 
@@ -49,6 +49,12 @@ class Sweep:
     vectors: tuple[VectorAt, ...] = ()
     shifts: tuple[int, int] = (0, 0)
     seed: int = 0
+
+    @property
+    def notices(self) -> tuple[str, ...]:
+        """What a user should know of the prompts."""
+        dropped = dict.fromkeys(prompt.dropped for prompt in (*self.source_prompts, *self.target_prompts))
+        return tuple(dropped_notice(names) for names in dropped if names)
 
     def source_text(self, number: int) -> str:
         """A source as text: its prompt, or where its vector is."""

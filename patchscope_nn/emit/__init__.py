@@ -22,6 +22,7 @@ import torch
 from patchscope_nn.emit.batch import fused, in_source, in_target
 from patchscope_nn.emit.packed import in_packed, in_prefix
 from patchscope_nn.emit.states import in_sums
+from patchscope_nn.models import in_turn
 from patchscope_nn.plan import Context
 from patchscope_nn.unpack import Work
 
@@ -29,6 +30,7 @@ from patchscope_nn.unpack import Work
 Results = dict[str, Any]
 
 
+@in_turn
 def emit(context: Context, work: Work, *, source: Any, target: Any, backend: Any = None) -> Results:
     """Open a context and run a step in it.
 

@@ -14,7 +14,7 @@ import torch
 
 from patchscope_nn.errors import LayerError, ModelError
 from patchscope_nn.layers import EMBED, parse_layers, resolve_layers
-from patchscope_nn.models import Model
+from patchscope_nn.models import TURN, Model
 from patchscope_nn.models.architecture import check_unembed, input_device, is_weightless, unembed
 
 
@@ -156,7 +156,7 @@ def choose_layers(model: Model, layers: Any) -> tuple[int, ...]:
 
 @contextmanager
 def frozen(model: Model, *, unembeds: bool = True) -> Iterator[Frozen]:
-    """Hold a model's weights still, and give them back as they were.
+    """Hold a model's weights still, and give them back as they were. Other threads wait.
 
     Args:
         model: A model whose weights are in this process.
@@ -174,16 +174,17 @@ def frozen(model: Model, *, unembeds: bool = True) -> Iterator[Frozen]:
             f"{model.info.name!r} has no weights in this process, and fitting needs them.",
             hint="Load the model here (without --remote); what is fitted can then be used anywhere.",
         )
-    if unembeds:
-        check_unembed(module, model.info.architecture, name=model.info.name)
-    learning = [weight for weight in module.parameters() if weight.requires_grad]
-    training = module.training
-    module.eval()
-    try:
-        for weight in learning:
-            weight.requires_grad_(False)
-        yield Frozen(model)
-    finally:
-        for weight in learning:
-            weight.requires_grad_()
-        module.train(training)
+    with TURN:
+        if unembeds:
+            check_unembed(module, model.info.architecture, name=model.info.name)
+        learning = [weight for weight in module.parameters() if weight.requires_grad]
+        training = module.training
+        module.eval()
+        try:
+            for weight in learning:
+                weight.requires_grad_(False)
+            yield Frozen(model)
+        finally:
+            for weight in learning:
+                weight.requires_grad_()
+            module.train(training)

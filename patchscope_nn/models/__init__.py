@@ -5,11 +5,12 @@ Parts are found through transformers' own interfaces (`get_decoder`, `get_input_
 `architecture.py`. Everything else in the package addresses a part by its path, a plain string.
 """
 
-from patchscope_nn.models.adapter import wear
+from patchscope_nn.models.adapter import common_base, wear, wear_named
 from patchscope_nn.models.architecture import find_architecture, input_device
 from patchscope_nn.models.info import ELSEWHERE, Architecture, Model, ModelInfo, Sizes, same_vocabulary
 from patchscope_nn.models.loading import load
 from patchscope_nn.models.memory import memory_reused, usable_memory
+from patchscope_nn.models.turns import TURN, in_turn
 from patchscope_nn.models.verdict import COSTS, FUSED, PLAIN, Comparison, Verdict, Withheld
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "ELSEWHERE",
     "FUSED",
     "PLAIN",
+    "TURN",
     "Architecture",
     "Comparison",
     "Model",
@@ -24,11 +26,14 @@ __all__ = [
     "Sizes",
     "Verdict",
     "Withheld",
+    "common_base",
     "find_architecture",
+    "in_turn",
     "input_device",
     "load",
     "memory_reused",
     "same_vocabulary",
     "usable_memory",
     "wear",
+    "wear_named",
 ]

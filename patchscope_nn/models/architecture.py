@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from contextlib import suppress
 from typing import Any
 
@@ -124,7 +125,8 @@ def output_embeddings(module: Any) -> Any:
 
 def input_device(module: Any) -> Any:
     """The device a model takes its tokens on; weights that are offloaded have none of their own."""
-    device = module.get_input_embeddings().weight.device
+    weight = weight_of(module.get_input_embeddings())
+    device = module.device if weight is None else weight.device
     return "cpu" if device.type == "meta" and not is_weightless(module) else device
 
 
@@ -202,10 +204,10 @@ def measure(module: Any, architecture: Architecture) -> Sizes:
     heads = setting(config, "num_attention_heads") or 1
     of_head = setting(config, "head_dim") or config.hidden_size // heads
     groups = setting(config, "num_key_value_heads") or heads
-    shapes = [weight.shape for weight in block.parameters() if weight.ndim > 1]
+    shapes = _shapes(block)
     return Sizes(
-        block_weights=sum(shape.numel() for shape in shapes),
-        unembed_weights=output_embeddings(module).weight.numel(),
+        block_weights=sum(map(math.prod, shapes)),
+        unembed_weights=sum(map(math.prod, _shapes(output_embeddings(module)))),
         attention=heads * of_head,
         cache=architecture.kept or 2 * groups * of_head,
         widest=max((max(shape) for shape in shapes), default=config.hidden_size),
@@ -218,6 +220,55 @@ def setting(config: Any, name: str) -> Any:
         return getattr(config, name, None)
     except RuntimeError:  # transformers': this setting differs between blocks
         return getattr(config.per_layer_config[0], name, None)
+
+
+def _shapes(module: Any) -> list[tuple[int, ...]]:
+    """The shapes of a module's linear maps; a quantised weight is packed, and has another shape."""
+    shapes: list[tuple[int, ...]] = []
+    for part in module.modules():
+        size_in, size_out = getattr(part, "in_features", None), getattr(part, "out_features", None)
+        if hasattr(part, "base_layer"):  # peft's: its parts are counted
+            continue
+        if isinstance(size_in, int) and isinstance(size_out, int):
+            shapes.append((size_out, size_in))
+        else:
+            shapes += [tuple(weight.shape) for weight in part.parameters(recurse=False) if weight.ndim > 1]
+    return shapes
+
+
+def weight_of(part: Any) -> Any:
+    """The weight of an embedding or of an unembedding; None where it is packed away."""
+    from torch import Tensor
+
+    weight = getattr(part, "weight", None)
+    return weight if isinstance(weight, Tensor) else None
+
+
+def dtype_of(module: Any) -> str:
+    """The dtype that a model computes in: that of its embeddings, or where these are packed, its own."""
+    weight = weight_of(module.get_input_embeddings())
+    dtype = weight.dtype if weight is not None and weight.is_floating_point() else module.dtype
+    return str(dtype).removeprefix("torch.")
+
+
+def refuse_shared_scales(module: Any, *, name: str) -> None:
+    """Refuse a model in which the tokens of a pass change each other's states.
+
+    Args:
+        module: The transformers model.
+        name: Its name, for messages.
+
+    Raises:
+        ModelError: Its activations are quantised with a scale that is taken over all tokens of a pass.
+    """
+    for path, part in module.named_modules():
+        if ".quantized.dynamic" in type(part).__module__:
+            raise ModelError(
+                f"{name!r} is quantised by torch.ao.quantization.quantize_dynamic ({path}): activations are "
+                "rounded with one scale for all tokens of a pass, so that a token's state depends on the "
+                "tokens after it and on the other prompts of its batch.",
+                hint="Use the model as it was before, or quantise its weights alone (bitsandbytes, torchao).",
+            )
 
 
 def _first(names: tuple[str, ...], present: set[str]) -> str | None:

@@ -10,19 +10,25 @@ from typing import Any
 from patchscope_nn import builtin
 from patchscope_nn.errors import ModelError, did_you_mean
 from patchscope_nn.models.architecture import (
+    dtype_of,
     find_architecture,
     input_device,
     is_weightless,
     measure,
     output_embeddings,
+    refuse_shared_scales,
+    weight_of,
 )
 from patchscope_nn.models.info import ELSEWHERE, Model, ModelInfo
+from patchscope_nn.models.turns import in_turn
+from patchscope_nn.models.wrappers import adapter_base, adapter_tokenizer, adapters_of, unwrapped
 
 _TASK = "text-generation"
 _DECODERS = "Use a causal language model, for example one of the Llama, GPT-2, Qwen or Gemma families."
 _DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
 
+@in_turn
 def load(
     model: Any,
     *,
@@ -36,8 +42,9 @@ def load(
     """Load a decoder, or wrap one that is already loaded.
 
     Args:
-        model: A Hugging Face id, a folder, `builtin:smollm2-135m-instruct`, an
-            `nnsight.TransformersModel`, a transformers model, or a `Model` (returned as it is).
+        model: A Hugging Face id or a folder, of a model or of a LoRA adapter;
+            `builtin:smollm2-135m-instruct`; an `nnsight.TransformersModel`; a transformers model, also
+            compiled or with adapters of peft; or a `Model` (returned as it is).
         revision: The Hub revision.
         dtype: A torch dtype or its name; `auto` keeps the checkpoint's own.
         device_map: Passed to transformers.
@@ -63,6 +70,9 @@ def load(
     from transformers import AutoConfig, AutoTokenizer
 
     with _explained(name), _quiet():
+        if (base := adapter_base(place, revision=revision)) is not None:
+            options = {"dtype": dtype, "device_map": device_map, "weights": weights, **options}
+            return _load_adapter(name, base, tokenizer, options)
         auto = _auto_class(AutoConfig.from_pretrained(place, revision=revision), name)
         tokenizer = tokenizer or AutoTokenizer.from_pretrained(place, revision=revision)
         if not weights:
@@ -72,6 +82,16 @@ def load(
         module = auto.from_pretrained(place, dtype=dtype, **options)
     _refuse_no_decoder(module, name)
     return _describe(name, _traced(module, tokenizer), tokenizer)
+
+
+def _load_adapter(name: str, base: tuple[str, str | None], tokenizer: Any, options: dict[str, Any]) -> Model:
+    """The model that an adapter names, with the adapter merged into it."""
+    from patchscope_nn.models.adapter import wear  # which describes what it makes by this module
+
+    revision = options["revision"]
+    tokenizer = tokenizer or adapter_tokenizer(name, revision=revision)
+    model = load(base[0], **{**options, "revision": base[1]}, tokenizer=tokenizer)
+    return wear(model, name, name=name, revision=revision, tokenizer=model.tokenizer)
 
 
 def _auto_class(config: Any, name: str) -> Any:
@@ -143,19 +163,21 @@ def _wrap(model: Any, tokenizer: Any, *, weights: bool) -> Model:
             model.dispatch()
         name = str(model.repo_id or model._module.config._name_or_path)  # noqa: SLF001 (its only name)
         return _describe(name, model, tokenizer or model.tokenizer)
+    model = unwrapped(model)
     if not isinstance(model, PreTrainedModel):
         raise ModelError(
             f"a {type(model).__name__} is no model we can trace.",
             hint="Give a Hugging Face id, a folder, a transformers model or an nnsight TransformersModel.",
         )
-    name = model.config._name_or_path or type(model).__name__  # noqa: SLF001 (transformers' own name for it)
+    base = model.config._name_or_path or type(model).__name__  # noqa: SLF001 (transformers' own name for it)
+    name = "+".join([base, *adapters_of(model)])
     _refuse_no_decoder(model, name)
     if tokenizer is None:
         try:
-            tokenizer = AutoTokenizer.from_pretrained(name)
+            tokenizer = AutoTokenizer.from_pretrained(base)
         except (OSError, ValueError) as error:
             raise ModelError(
-                f"the tokenizer of {name!r} was not found.", hint="Give it: load(model, tokenizer=...)."
+                f"the tokenizer of {base!r} was not found.", hint="Give it: load(model, tokenizer=...)."
             ) from error
     return _describe(name, _traced(model, tokenizer), tokenizer)
 
@@ -183,6 +205,7 @@ def _describe(name: str, traced: Any, tokenizer: Any) -> Model:
     config = module.config.get_text_config()
     _check_config(config, module, name)
     unembed, embed = output_embeddings(module), module.get_input_embeddings()
+    refuse_shared_scales(module, name=name)
     architecture = find_architecture(module, name=name)
     weightless = is_weightless(module)
     if getattr(config, "is_decoder", True) is False and not weightless:
@@ -195,9 +218,9 @@ def _describe(name: str, traced: Any, tokenizer: Any) -> Model:
         d_model=config.hidden_size,
         vocab_size=config.vocab_size,
         n_positions=getattr(config, "max_position_embeddings", None),
-        dtype=str(embed.weight.dtype).removeprefix("torch."),
+        dtype=dtype_of(module),
         device=ELSEWHERE if weightless else str(input_device(module)),
-        tied=embed.weight is unembed.weight,
+        tied=weight_of(embed) is not None and weight_of(embed) is weight_of(unembed),
         architecture=architecture,
         sizes=measure(module, architecture),
     )

@@ -91,6 +91,7 @@ def _facts(planned: Plan, totals: Counts) -> Iterator[str]:
     yield (
         f"readout: {readout.name}; a pass holds at most {budget.max_rows} rows and {size_text(budget.memory)}"
     )
+    yield from (f"note: {notice}" for notice in sweep.notices)
     if not packs(sweep, planned.optimisations) and planned.n_cells:
         yield f"note: {_why_padded(planned)}, so that every cell is a row of a padded batch of whole prompts"
     if sweep.scope.readout.decodes and not sweep.target.architecture.caches:

@@ -155,7 +155,7 @@ def _pairs(parts: dict[str, pd.DataFrame], *, metric: str) -> go.Figure:
             ]
             title = ", ".join(filter(None, (panel(control), name)))
             cells = cells.assign(x=cells["source_layer"], y=cells["target_layer"], hover=hover)
-            panels.append(Panel(title, cells, cells["mean"] if control == REAL else None))
+            panels.append(Panel(title, cells, cells["control"] == REAL))
     aside = "".join(f"; {control} (control): {mean:.3g}" for control, mean in across.items())
     figure = heatmaps(panels, title=f"{metric} by source and target layer{aside}", metric=metric)
     whole = pd.concat([one.cells for one in panels]) if panels else pd.DataFrame({"x": [], "y": []})

@@ -10,7 +10,8 @@ import pandas as pd
 
 from patchscope_nn.plots.lines import MAX_ROWS, text_lines
 from patchscope_nn.plots.said import SAID, Cells, read_cells
-from patchscope_nn.plots.style import colour_axis, limits, plotly, style
+from patchscope_nn.plots.scale import Scale, limits
+from patchscope_nn.plots.style import colour_axis, plotly, style
 from patchscope_nn.plots.table import layer_axis, layer_name
 from patchscope_nn.plots.text import escape, text_width
 
@@ -65,7 +66,8 @@ def text_heatmap(table: pd.DataFrame, *, value: str | None = None) -> go.Figure:
     cell_width = max([34, *(8 + 7 * text_width(cells.label(spot.cell)) for spot in spots)])
     style(figure, title=title, height=160 + 25 * len(lines), width=230 + cell_width * len(columns))
     if cells.scale:
-        bar = colour_axis(cells.shades, title=escape(cells.scale), side="top", **_BAR_PLACE, **_BAR_SIZE)
+        scale = Scale(*limits(cells.shades))
+        bar = colour_axis(scale, title=escape(cells.scale), side="top", **_BAR_PLACE, **_BAR_SIZE)
         figure.update_layout(coloraxis=bar)
     axis = (layer_axis(table) or "source_layer").replace("_", " ")
     figure.update_xaxes(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import pandas as pd
 
+from patchscope_nn.plots.scale import common_scale
 from patchscope_nn.plots.style import colour_axis, metric_title, panel, plotly, style
 from patchscope_nn.plots.table import FLAT_LAYERS, NO_LAYER, as_list, controls_of, layer_axis, layer_name
 from patchscope_nn.plots.text import escape, shorten
@@ -24,19 +25,17 @@ _WIDTH = 760  # of two panels, below which their ticks would meet
 
 
 class Panel(NamedTuple):
-    """A heatmap: its title, escaped, its cells (x, y, mean, hover), and the means that the colours span."""
+    """A heatmap: its title, escaped, its cells (x, y, mean, hover), and which of them are patched."""
 
     title: str
     cells: pd.DataFrame
-    scaled: pd.Series | None
+    patched: pd.Series
 
 
 def heatmaps(
     panels: Sequence[Panel], *, title: str, metric: str, height: int = 340, gap: int = 92
 ) -> go.Figure:
     """Panels on one colour scale, two in a line; the axes are the caller's to name.
-
-    The scale spans the patched cells; a control beyond it has the colour of its end.
 
     Args:
         panels: The panels.
@@ -58,10 +57,10 @@ def heatmaps(
     style(figure, title=title, height=whole)
     figure.update_xaxes(showgrid=False)
     figure.update_yaxes(showgrid=False)
-    shown = np.concatenate(
-        [one.scaled.to_numpy() for one in panels if one.scaled is not None] or [np.array([])]
-    )
-    colours = colour_axis(shown, title=metric_title(metric), side="right", thickness=12)
+    means = pd.concat([one.cells["mean"] for one in panels] or [pd.Series(dtype=float)]).to_numpy()
+    patched = pd.concat([one.patched for one in panels] or [pd.Series(dtype=bool)]).to_numpy()
+    scale = common_scale(means[patched], means[~patched])
+    colours = colour_axis(scale, title=metric_title(metric), side="right", thickness=12)
     return figure.update_layout(coloraxis=colours)
 
 
@@ -124,8 +123,8 @@ def token_heatmap(table: pd.DataFrame, *, metric: str, row: Any) -> go.Figure:
             for layer, y, mean in zip(means["layer"], means["y"], means["mean"], strict=True)
         ]
         means["x"] = [columns.index(layer) for layer in means["layer"]]
-        scaled = means.loc[means["layer"] > NO_LAYER, "mean"] if control == REAL else None
-        panels.append(Panel(panel(control), means.assign(hover=hover), scaled))
+        patched = (means["layer"] > NO_LAYER) & (control == REAL)
+        panels.append(Panel(panel(control), means.assign(hover=hover), patched))
     prompt = shorten(real["source_prompt"].iloc[0], width=_PROMPT_WIDTH, tail=True)
     title = f"{metric} by token and layer, row {row}: {prompt}"
     figure = heatmaps(panels, title=title, metric=metric, height=130 + 22 * len(names), gap=140)
@@ -135,12 +134,15 @@ def token_heatmap(table: pd.DataFrame, *, metric: str, row: Any) -> go.Figure:
     figure.update_xaxes(
         title=axis, tickvals=ticks, ticktext=[layer_name(columns[x]) for x in ticks], tickangle=-90
     )
-    if len(panels) > 1:
-        figure.update_layout(width=_WIDTH)
     ends = [max(names, default=0) + 0.5, -0.5]
-    return figure.update_yaxes(
+    figure.update_yaxes(
         tickvals=list(names), ticktext=list(map(escape, names.values())), range=ends, title="token read"
     )
+    if len(panels) > 1:
+        figure.update_layout(width=_WIDTH)
+        # The panel on the left has the same tokens; long names would run into it.
+        figure.update_yaxes(title="", showticklabels=False, col=_COLUMNS)
+    return figure
 
 
 def _repeated(cells: pd.DataFrame, *, lines: Sequence[int]) -> Iterator[pd.DataFrame]:

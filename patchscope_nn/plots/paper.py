@@ -143,13 +143,27 @@ def draw(figure: go.Figure) -> Figure:
         if index < len(names):
             axes.set_title(names[index])
         if image is not None and index == len(used) - 1:
-            title = _plain(layout.coloraxis.colorbar.title.text or "")
-            paper.colorbar(image, ax=list(used.values()), label=title, shrink=0.8, pad=0.02)
+            _colour_bar(paper, image, figure, list(used.values()))
     paper.suptitle(_wrapped(_plain(layout.title.text), width=size[0]), x=0.01, ha="left", fontsize=9)
     handles, labels = next(iter(used.values())).get_legend_handles_labels() if used else ([], [])
     if handles:
         paper.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)), frameon=False)
     return paper
+
+
+def _colour_bar(paper: Figure, image: Any, figure: go.Figure, axes: Sequence[Axes]) -> None:
+    """The bar of all heatmaps; an end is pointed where cells lie beyond it."""
+    colours = figure.layout.coloraxis
+    shown = [np.asarray(trace.z, dtype=float) for trace in figure.data if trace.coloraxis is not None]
+    below = any(np.any(values < colours.cmin) for values in shown)
+    above = any(np.any(values > colours.cmax) for values in shown)
+    extend = {(True, True): "both", (True, False): "min", (False, True): "max"}.get((below, above), "neither")
+    title = _plain(colours.colorbar.title.text or "")
+    bar = paper.colorbar(image, ax=axes, label=title, shrink=0.8, pad=0.02, extend=extend)
+    if colours.colorbar.tickvals is not None:
+        bar.set_ticks(
+            list(colours.colorbar.tickvals), labels=[_plain(text) for text in colours.colorbar.ticktext]
+        )
 
 
 def _places(figure: go.Figure) -> dict[tuple[str, str], tuple[int, int]]:
@@ -183,6 +197,8 @@ def _axes(axes: Axes, layout: Any, *, key: tuple[str, str], shared: bool) -> Non
         if given.tickvals is not None:
             ticks = [_plain(text) for text in given.ticktext]
             getattr(axes, f"set_{side}ticks")(list(given.tickvals), ticks, rotation=-(given.tickangle or 0))
+        if given.showticklabels is False:
+            getattr(axes, f"{side}axis").set_tick_params(labelleft=False, labelbottom=False)
         if given.range is not None:
             getattr(axes, f"set_{side}lim")(*given.range)
     if shared:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from patchscope_nn.errors import InputError
 from patchscope_nn.metrics import METRICS
+from patchscope_nn.plots.scale import Scale
 from patchscope_nn.plots.table import layer_name
 from patchscope_nn.plots.text import escape, wrap
 from patchscope_nn.statistics import REAL
@@ -103,24 +102,14 @@ def layer_ticks(layers: Sequence[float]) -> dict[str, Any]:
     return {"tickvals": ticks, "ticktext": [layer_name(tick) for tick in ticks]}
 
 
-def limits(values: np.ndarray) -> tuple[float, float]:
-    """The ends of a colour scale; numbers within 0..1 share one scale in all figures."""
-    finite = values[np.isfinite(values)]
-    if not finite.size or (finite.min() >= 0 and finite.max() <= 1):
-        return 0.0, 1.0
-    low, high = float(finite.min()), float(finite.max())
-    return low, high if high > low else low + 1.0
-
-
-def colour_axis(values: np.ndarray, *, title: str, side: str, **bar: Any) -> dict[str, Any]:
-    """A colour scale for these values, and its bar.
+def colour_axis(scale: Scale, *, title: str, side: str, **bar: Any) -> dict[str, Any]:
+    """A colour scale and its bar.
 
     Args:
-        values: The numbers shown; NaN where there is none.
+        scale: Its ends.
         title: The bar's, escaped.
         side: Where the bar has its title.
         **bar: The bar's place and size.
     """
-    low, high = limits(values)
     bar["title"] = {"text": title, "side": side}
-    return {"colorscale": "Cividis", "cmin": low, "cmax": high, "colorbar": bar}
+    return {"colorscale": "Cividis", "cmin": scale.low, "cmax": scale.high, "colorbar": bar | scale.ticks()}

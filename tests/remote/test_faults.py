@@ -14,7 +14,7 @@ from dataclasses import replace
 
 import launch
 import pytest
-from pandas.testing import assert_frame_equal
+from tables import assert_same_table
 
 import patchscope_nn as ps
 from patchscope_nn import jobs
@@ -54,10 +54,6 @@ def table(model, *, scope=None, patience=HURRIED, out=None, **options):
     return found.table().drop(columns=["source_model", "target_model"])
 
 
-def assert_same(one, other):
-    assert_frame_equal(one, other, rtol=1e-4, atol=1e-4)
-
-
 @pytest.fixture(scope="module")
 def expected(here):
     return table(here)
@@ -68,7 +64,7 @@ def states(folder):
 
 
 def test_many_jobs_at_a_time(ndif, away, expected, tmp_path):
-    assert_same(table(away, remote=ndif, max_rows=1, jobs=3, out=tmp_path / "run"), expected)
+    assert_same_table(table(away, remote=ndif, max_rows=1, jobs=3, out=tmp_path / "run"), expected)
     assert len(states(tmp_path / "run")) > 10
     assert set(states(tmp_path / "run")) == {"done"}
 
@@ -191,7 +187,7 @@ def test_the_network_is_gone_for_a_while(loss, between, away, expected, tmp_path
     )
     took = time.monotonic() - started
     thread.join()
-    assert_same(found, expected)
+    assert_same_table(found, expected)
     assert gone.is_set()
     assert took > seconds
     assert len(states(folder)) > 2
@@ -210,7 +206,7 @@ def test_a_result_that_is_gone_is_asked_for_again(between, away, expected, tmp_p
         return text
 
     between.spoil = spoil
-    assert_same(table(away, remote=between.url, out=tmp_path / "run"), expected)
+    assert_same_table(table(away, remote=between.url, out=tmp_path / "run"), expected)
     assert states(tmp_path / "run") == ["lost", "done"]
 
 
@@ -248,7 +244,7 @@ def test_a_guilty_cell_is_found_and_the_rest_goes_on(ndif, here, away, tmp_path)
     assert failed["error"].str.contains("this state is not for me").all()
     rest = found[found["error"].isna()].drop(columns="mapping")
     whole = table(here).drop(columns="mapping")
-    assert_same(rest, whole.loc[rest.index].astype(rest.dtypes))
+    assert_same_table(rest, whole.loc[rest.index].astype(rest.dtypes))
 
 
 def test_an_unknown_job_is_sent_again(ndif, away, expected, tmp_path):
@@ -260,7 +256,7 @@ def test_an_unknown_job_is_sent_again(ndif, away, expected, tmp_path):
     (folder / "jobs.jsonl").unlink()
     numbers = tuple((number,) for number in range(len(prepared.sweep.cells)))
     Ledger(folder).sent(Job(id="0" * 32, host=ndif, context="session", passes=(numbers,), sent=now()))
-    assert_same(table(away, remote=ndif, out=folder), expected)
+    assert_same_table(table(away, remote=ndif, out=folder), expected)
     assert states(folder)[0] == "lost"
     assert set(states(folder)[1:]) == {"done"}
 
@@ -287,7 +283,7 @@ def test_a_live_job_is_fetched_and_not_run_again(ndif, away, expected, tmp_path)
     lines = (folder / "jobs.jsonl").read_text().splitlines()
     (folder / "jobs.jsonl").write_text(lines[0] + "\n")  # as if killed after it was sent
     (folder / "cells.jsonl").unlink()
-    assert_same(table(away, remote=ndif, out=folder), expected)
+    assert_same_table(table(away, remote=ndif, out=folder), expected)
     assert len(Ledger(folder).jobs()) == len(lines) // 2
 
 
@@ -312,6 +308,6 @@ def test_a_killed_client_loses_and_repeats_nothing(ndif, expected, tmp_path):
         child.send_signal(signal.SIGKILL)
         child.wait()
     found = table(ps.load(launch.TINY, weights=False), remote=ndif, max_rows=1, jobs=3, out=folder)
-    assert_same(found, expected)
+    assert_same_table(found, expected)
     numbers = [json.loads(line)["cell"] for line in (folder / "cells.jsonl").read_text().splitlines()]
     assert sorted(numbers) == list(range(len(expected)))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import launch
 import pytest
-from pandas.testing import assert_frame_equal
+from tables import assert_same_table
 
 import patchscope_nn as ps
 from patchscope_nn.errors import ServerError
@@ -89,14 +89,10 @@ def restart(name):
     launch.wait(f"{name} did not come back", launch.healthy, seconds=120, log=f"{name}.log")
 
 
-def assert_same(one, other):
-    assert_frame_equal(one, other, rtol=1e-4, atol=1e-4)
-
-
 def test_the_api_is_restarted_while_jobs_wait(ndif, away, expected, meanwhile, tmp_path):
     """What waited reads QUEUED for ever; a job that was sent later runs, which tells."""
     meanwhile(lambda: restart("api"))
-    assert_same(table(away, remote=ndif, out=tmp_path / "run", **MANY), expected)
+    assert_same_table(table(away, remote=ndif, out=tmp_path / "run", **MANY), expected)
     ends = [job.state for job in Ledger(tmp_path / "run").jobs()]
     assert "lost" in ends
     assert set(ends) == {"lost", "done"}
@@ -127,7 +123,7 @@ def test_the_models_actor_is_killed(ndif, away, expected, meanwhile, tmp_path):
 
     killed = []
     meanwhile(kill)
-    assert_same(table(away, remote=ndif, out=tmp_path / "run", **MANY), expected)
+    assert_same_table(table(away, remote=ndif, out=tmp_path / "run", **MANY), expected)
     assert killed
 
 
@@ -153,7 +149,7 @@ def test_a_time_limit_makes_jobs_smaller(ndif, away, expected, tmp_path):
     try:
         launch.up()
         folder = tmp_path / "run"
-        assert_same(table(away, remote=ndif, out=folder, max_rows=2, jobs=1), expected)
+        assert_same_table(table(away, remote=ndif, out=folder, max_rows=2, jobs=1), expected)
         found = Ledger(folder).jobs()
         assert any("execution timeout" in job.said for job in found)
         assert {job.state for job in found} == {"failed", "done"}
@@ -176,4 +172,4 @@ def test_the_object_store_is_down(ndif, away, expected):
         launch.down()
         launch.up()
     time.sleep(1)
-    assert_same(table(away, remote=ndif), expected)
+    assert_same_table(table(away, remote=ndif), expected)

@@ -23,6 +23,8 @@ export class Grid {
       if (node) this.choose(this.placeOf(node), { byKey: false });
     });
     this.table.addEventListener("keydown", (event) => this.move(event));
+    this.box = byId("scroll");
+    new ResizeObserver(() => this.align()).observe(this.box);
   }
 
   placeOf = (node) => ({ position: Number(node.dataset.position), layer: Number(node.dataset.layer) });
@@ -65,6 +67,7 @@ export class Grid {
       rows.push(make("tr", {}, make("th", { scope: "row", text: layer }), ...cells));
     }
     this.table.replaceChildren(make("thead", {}, heads()), make("tbody", {}, ...rows));
+    this.align();
     this.shade(shade);
     byId("legend").hidden = false;
     byId("legend-hit").hidden = !grid.cells.some((cell) => cell.hit !== null);
@@ -114,12 +117,41 @@ export class Grid {
     node.tabIndex = 0;
   }
 
+  /** Make room after the last column, so that scrolling ends where a column begins beside the layers. */
+  align() {
+    this.table.style.borderInlineEndWidth = "0";
+    const lefts = [...this.table.querySelectorAll("tbody tr:first-child td")].map((node) => this.sides(node).left);
+    if (!lefts.length) return;
+    this.box.style.scrollPaddingInlineStart = `${lefts[0]}px`;
+    this.starts = lefts.map((left) => left - lefts[0]);
+    const beyond = this.table.offsetWidth - this.box.clientWidth;
+    if (beyond > 0) this.table.style.borderInlineEndWidth = `${this.startFrom(beyond) - beyond}px`;
+  }
+
+  /** Where a cell begins and ends in the table, however far it is scrolled. */
+  sides(node) {
+    const [cell, table] = [node, this.table].map((part) => part.getBoundingClientRect());
+    return { left: cell.left - table.left, right: cell.right - table.left };
+  }
+
+  /** The first place to scroll to, from a place on, at which the layers cut no column. */
+  startFrom = (left) => this.starts.find((start) => start >= left) ?? this.starts.at(-1);
+
   /** Scroll the grid alone, so that a cell is in sight. */
   reveal({ position, layer }) {
     const node = this.nodes.get(key(position, layer));
-    const box = byId("scroll");
-    box.scrollLeft = node.offsetLeft - box.clientWidth / 2;
-    box.scrollTop = node.offsetTop - box.clientHeight / 2;
+    this.box.scrollLeft = this.startFrom(this.sides(node).left - this.box.clientWidth / 2);
+    this.box.scrollTop = node.offsetTop - this.box.clientHeight / 2;
+  }
+
+  /** Scroll as little as need be for a cell to be in sight. */
+  follow(node) {
+    const { left, right } = this.sides(node);
+    const end = right - this.box.clientWidth;
+    const start = left - parseFloat(this.box.style.scrollPaddingInlineStart);
+    if (this.box.scrollLeft > start) this.box.scrollLeft = start;
+    else if (this.box.scrollLeft < end) this.box.scrollLeft = this.startFrom(end);
+    node.scrollIntoView({ block: "nearest", inline: "nearest" });
   }
 
   choose(place, { byKey }) {
@@ -127,7 +159,7 @@ export class Grid {
     if (!node || this.table.classList.contains("held")) return;
     this.select(place, { byKey });
     node.focus({ preventScroll: true });
-    node.scrollIntoView({ block: "nearest", inline: "nearest" });
+    this.follow(node);
   }
 
   move(event) {
