@@ -246,7 +246,7 @@ def _n_added_after(tokenizer: Any) -> int:
 
 
 def _names(ids: Sequence[int], tokenizer: Any) -> tuple[str, ...]:
-    return tuple(tokenizer.decode([token]) for token in ids)
+    return tuple(decode([token], tokenizer) for token in ids)
 
 
 def dropped_notice(names: tuple[str, ...]) -> str:

@@ -78,6 +78,16 @@ def read_next_token(
     return [{name: values[row] for name, values in listed.items()} for row in range(len(logits))]
 
 
+def read_is_finite(row: dict[str, Any]) -> bool:
+    """Whether the numbers of a row are: a logit of -inf rules a token out, and is none of these."""
+    numbers = [row["sound"]] if "sound" in row else []
+    for name in ("entropy_nats", "choice_probs", "hidden"):
+        numbers += [row[name]] if name in row and row[name] is not None else []
+    while any(isinstance(number, list) for number in numbers):
+        numbers = [part for number in numbers for part in (number if isinstance(number, list) else [number])]
+    return all(abs(number) < float("inf") for number in numbers)
+
+
 def read_logits(
     logits: torch.Tensor, *, top_k: int, wanted: torch.Tensor, before: torch.Tensor | None = None
 ) -> dict[str, torch.Tensor]:
@@ -168,8 +178,9 @@ def read_generate(
         heard: Called at each step with the rows that go on, and the token of each; only in this process.
 
     Returns:
-        One dict for each row: `token_ids`, and `stopped`, which is `eos`, `stop` or `length`; where asked,
-        for each token `token_probs`, and `unpatched_token_probs` after T as it is.
+        One dict for each row: `token_ids`; `stopped`, which is `eos`, `stop` or `length`; `sound`, the sum of the
+        top logits, which is a finite number if they are; where asked, for each token `token_probs`, and
+        `unpatched_token_probs` after T as it is.
     """
     batch = logits.shape[0]
     noises = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -179,6 +190,7 @@ def read_generate(
     done = torch.zeros(batch, dtype=torch.bool, device=logits.device)
     latest = torch.zeros(batch, dtype=torch.long, device=logits.device)
     likely = torch.zeros(batch, device=logits.device)
+    sound = torch.zeros(batch, device=logits.device)
     chosen, probs = [], []
     for step in range(max_new_tokens):
         scores = logits.float()
@@ -187,7 +199,8 @@ def read_generate(
                 [torch.rand(scores.shape[1], generator=noises[row]) for row in alive.tolist()]
             )
             scores = scores / temperature - torch.log(-torch.log(noise.clamp_min(1e-20))).to(scores)
-        token = top_logits(scores, 1)[1][:, 0]
+        best, token = (part[:, 0] for part in top_logits(scores, 1))
+        sound = sound.scatter_add(0, alive, best)
         latest = latest.scatter(0, alive, token)
         chosen.append(latest)
         if prompts is not None:
@@ -216,6 +229,8 @@ def read_generate(
         )
         logits, cache = output.logits[:, -1], output.past_key_values
     rows = [read_ended(ids, eos=eos, stops=stops) for ids in torch.stack(chosen, dim=1).tolist()]
+    for row, total in zip(rows, sound.tolist(), strict=True):
+        row["sound"] = total
     if prompts is not None:
         for row, own in zip(rows, torch.stack(probs, dim=1).tolist(), strict=True):
             row["token_probs"] = own[: len(row["token_ids"])]

@@ -101,9 +101,24 @@ class Tabulator:
         Returns:
             The columns of `columns_of`, by name.
         """
+        if "not_finite" in raw:
+            return self.failed(cell, self._not_finite(cell, raw["not_finite"]))
         readings = self._readings(cell, raw)
         metrics = compute_metrics(self.uses, readings, self.sweep.rows[cell.row])
         return {**self._places(cell), **readings, **metrics, "error": None}
+
+    def _not_finite(self, cell: Cell, where: str) -> str:
+        """Why a cell has no numbers: where the first one stopped being finite."""
+        sweep = self.sweep
+        if where == "state":
+            at = f"layer {cell.source_layer} of {sweep.source.name} ({sweep.source.dtype})"
+            return f"the hidden state that was read is not finite: {at}. Another dtype may help."
+        if where == "mapped":
+            return f"the state that was written is not finite: {self.mapping} made it so of a finite one."
+        return (
+            f"the logits of {sweep.target.name} ({sweep.target.dtype}) are not finite, though the state that was "
+            "written is. Another dtype may help."
+        )
 
     def failed(self, cell: Cell, reason: str) -> dict[str, Any]:
         """The row of a cell that has no result."""

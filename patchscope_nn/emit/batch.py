@@ -12,6 +12,7 @@ from patchscope_nn.emit.states import (
     in_blocks,
     in_cut,
     in_embedded,
+    in_explained,
     in_finals,
     in_hidden,
     in_read,
@@ -58,7 +59,7 @@ def in_target(
     elif one["steps"]:
         forward = in_stepping(model, one, states, paths, how)
         rows = in_readout(forward, one["readout"], logits, cache, states, plain=in_plain(model))
-    return rows
+    return in_explained(rows, one["writes"], states, written)
 
 
 def in_patched(
@@ -172,9 +173,12 @@ def fused(model: Any, work: Work, backend: Any) -> dict[str, Any]:
 def _in_fused_readout(model: Any, output: Any, one: Work, given: Work) -> list[dict[str, Any]]:
     """Read out the target's rows, which stand behind the source's, from row `first` on."""
     first = given["first"]
+    written, states = given["written"], given["states"]
     if one["readout"]["name"] == "hidden":
-        return in_hidden(one["cells"], given["written"], clean=one["readout"]["clean"])
+        rows = in_hidden(one["cells"], written, clean=one["readout"]["clean"])
+        return in_explained(rows, one["writes"], states, written)
     logits, cache = output.logits[first:], output.get("past_key_values")
     if one["readout"]["name"] != "next_token":
         cache.batch_select_indices(torch.arange(first, first + len(logits), device=logits.device))
-    return in_readout(model, one["readout"], in_positions(logits, one["positions"]), cache, given["states"])
+    rows = in_readout(model, one["readout"], in_positions(logits, one["positions"]), cache, states)
+    return in_explained(rows, one["writes"], states, written)

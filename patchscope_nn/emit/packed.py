@@ -14,7 +14,7 @@ import torch
 from transformers import DynamicCache
 
 from patchscope_nn.emit.attention import in_attending
-from patchscope_nn.emit.states import in_blocks, in_hidden, in_readout, in_write
+from patchscope_nn.emit.states import in_blocks, in_explained, in_hidden, in_readout, in_write
 from patchscope_nn.unpack import Work
 
 
@@ -80,7 +80,7 @@ def in_packed(
                 logits = logits[packed["read"]]
             kept = _in_rows(cache, packed["rows"]) if packed["rows"] else None
             rows = in_readout(model, one["readout"], logits, kept, states)
-    return rows
+    return in_explained(rows, one["writes"], states, written)
 
 
 def _in_fork(prefix: Any) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from patchscope_nn.mappings import apply_mapping
-from patchscope_nn.readouts import read_choices, read_generate, read_next_token
+from patchscope_nn.readouts import read_choices, read_generate, read_is_finite, read_next_token
 from patchscope_nn.unpack import Work
 
 
@@ -152,6 +152,27 @@ def in_hidden(cells: int, written: dict[int, Any], *, clean: bool) -> list[dict[
         }
         for cell in range(cells)
     ]
+
+
+def in_explained(
+    rows: list[dict[str, Any]], writes: list[Any], states: dict[int, torch.Tensor], written: dict[int, Any]
+) -> list[dict[str, Any]]:
+    """Say of each row whose numbers are not finite where the first such number was, as `not_finite`."""
+    for cell, row in enumerate(rows):
+        if read_is_finite(row):
+            continue
+        numbers = [
+            entry["state"]
+            for _, entries in writes
+            for entry in entries
+            if entry["cell"] == cell and entry["state"] is not None
+        ]
+        row["not_finite"] = "logits"
+        if cell in written and not written[cell][0].isfinite().all():
+            row["not_finite"] = "mapped"
+        if any(not states[number].isfinite().all() for number in numbers):
+            row["not_finite"] = "state"
+    return rows
 
 
 def in_embedded(value: torch.Tensor, embedded: list[Any], states: dict[int, torch.Tensor]) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
-#: The names under which a verdict withholds the fused context, and any run at all. The other names are those of
-#: `Optimisations` and of sites.
+#: The names under which a verdict withholds the fused context, and any run at all. The other names are those
+#: of `Optimisations` and of sites.
 FUSED, PLAIN = "fused", "plain"
 #: What it costs to leave an optimisation out.
 COSTS = {

@@ -1,4 +1,4 @@
-"""Random prompts of a model's own vocabulary, and the lengths at which its config changes what it computes."""
+"""Random prompts of a model's own vocabulary, and the lengths that its config names."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class Numbers:
         self.size, self.eos_token_id = size, eos
 
     def __call__(self, text: str, **_options: Any) -> dict[str, list[int]]:
-        """Encode a text."""
-        return {"input_ids": [int(word) for word in text.split()]}
+        """Encode a text; what is not a number has no token."""
+        return {"input_ids": [int(word) for word in text.split() if word.isdecimal()]}
 
     def __len__(self) -> int:
         return self.size

@@ -70,8 +70,8 @@ def prove(model: Model, *, key: str) -> Verdict:
         raise
     except Exception as error:
         raise ModelError(
-            f"{model.info.name} ({type(model.module).__name__}) does not run under plain hooks, with which it "
-            f"is compared: {type(error).__name__}: {error}",
+            f"{model.info.name} ({type(model.module).__name__}) does not run under plain hooks, with which "
+            f"it is compared: {type(error).__name__}: {error}",
             hint="Please report the architecture; load(..., proof=False) skips the proof, at your own risk.",
         ) from error
     for place, length in enumerate(larger):
@@ -244,8 +244,7 @@ class _Proof:
         if problem:
             raise ModelError(
                 f"{self.model.info.name} ({type(self.model.module).__name__}) cannot be traced correctly: "
-                f"even without any optimisation, {trial.name} {problem}, compared with plain hooks on its own "
-                "forward.",
+                f"even without any optimisation, {trial.name} {problem}, compared with plain hooks.",
                 hint="Please report the architecture.",
             )
 
@@ -290,7 +289,7 @@ class _Proof:
         return error, "" if error <= self.tolerance else f"differs by {error:.2g} standard deviations"
 
     def _end_of_some(self, trial: Trial) -> int | None:
-        """A token that some cells of the first row decode, and others do not: as an end it makes them leave."""
+        """A token that one cell of the first row decodes and another does not: as an end it makes one leave."""
         decoded: list[list[int]] = [[] for _ in trial.layers]
         for _ in range(DECODED - 1 if len(trial.layers) > 1 else 0):
             for layer, tokens in zip(trial.layers, decoded, strict=True):
