@@ -44,13 +44,13 @@ class Verdict(NamedTuple):
     detail: str = ""
 
 
-def check(model_type):
-    """Run every cell of a model type, and compare what the package says of it with the reference."""
+def check(model_type, **options):
+    """Run every cell of a model type, with options of `ps.run`, and compare it with the reference."""
     module = registry.build(model_type)
     original = copy.deepcopy(module)
     try:
         model = ps.load(module, tokenizer=tiny.TOKENIZER)
-        runs = {name: _run(model, readout) for name, readout in READOUTS.items()}
+        runs = {name: _run(model, readout, **options) for name, readout in READOUTS.items()}
     except InputError as error:
         return Verdict("refused", str(error))
     plain = Plain(original, n_layers=N_LAYERS, rereads=model_type not in registry.PREFIXES)
@@ -63,13 +63,13 @@ def check(model_type):
     return Verdict("wrong" if detail else "ok", "; ".join(detail))
 
 
-def _run(model, readout):
+def _run(model, readout, **options):
     scope = ps.Patchscope(
         source=ps.Source(prompt="{s}", position=-1, layer="all"),
         target=ps.Target(prompt="{t}", position={"each": list(PLACES)}, layer="all"),
         readout=readout,
     )
-    return ps.run(scope, model=model, data=[dict(row) for row in ROWS]).rows
+    return ps.run(scope, model=model, data=[dict(row) for row in ROWS], **options).rows
 
 
 def _wrong(name, rows, reference):
@@ -91,7 +91,7 @@ def _wrong(name, rows, reference):
 def _next_token(row, logits):
     probs = logits.softmax(-1)
     best = probs.topk(TOP_K)
-    far = (torch.tensor(row["top_probs"]) - best.values).abs().max()
+    far = (torch.tensor(row["top_probs"]).log() - best.values.log()).abs().max()
     if not far <= TOLERANCE:
         return f"top_probs {row['top_probs']}, expected {best.values.tolist()}"
     if row["top_ids"][0] != best.indices[0] and best.values[0] - best.values[1] >= TOLERANCE:

@@ -84,13 +84,12 @@ _TOWER = (
 )
 
 _SECTIONS = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}  # of half a head
-_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16}
 _MIXED = ["linear_attention", "full_attention"] * 2
 _IMAGES = {"rope_parameters": _SECTIONS}
 #: What a family needs besides, by the model type of the config.
 EXTRA = {
-    **dict.fromkeys(("glm4v_text", "glm4v", "glm_ocr_text", "qwen2_vl_text", "qwen2_5_vl_text"), _IMAGES),
+    **dict.fromkeys(("glm4v_text", "glm_ocr_text", "qwen2_vl_text", "qwen2_5_vl_text"), _IMAGES),
     **dict.fromkeys(("paddleocr_vl_text", "qwen2_5_omni_text", "qwen3_vl_text"), _IMAGES),
     **dict.fromkeys(("qwen3_vl_moe_text", "cosmos3_edge_text", "cosmos3_omni_text"), _IMAGES),
     "bamba": _MAMBA | {"attn_layer_indices": [1, 3]},

@@ -5,9 +5,13 @@
 
 from __future__ import annotations
 
+import hooks
 import pytest
 import registry
 import registry_check
+import tiny
+import torch
+from plain import Plain
 
 #: One of each way in which a model's tokens depend on each other, and on what runs beside them.
 MECHANISMS = {
@@ -51,7 +55,31 @@ def test_model_type(name):
         assert name not in registry.REFUSED, "it runs: take it from the table"
 
 
-def test_each_model_type_is_small():
-    """Building all of them costs seconds, and most of the weights are the vocabulary."""
-    sizes = {name: sum(w.numel() for w in registry.build(name).parameters()) for name in MECHANISMS}
-    assert max(sizes.values()) < 200_000, sizes
+def test_each_model_is_small_and_the_same_again():
+    """Most of the weights are the vocabulary, so building all of them costs seconds."""
+    for name in MECHANISMS:
+        weights = torch.cat([weight.flatten() for weight in registry.build(name).parameters()])
+        assert len(weights) < 200_000, name
+        again = torch.cat([weight.flatten() for weight in registry.build(name).parameters()])
+        assert torch.equal(weights, again), name
+
+
+@pytest.mark.parametrize("rereads", [True, False])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_the_reference_is_that_of_given_paths(family, rereads):
+    """The reference finds the blocks, and both of its ways to read on behind a prompt agree here."""
+    given, plain = (
+        tiny.reference(family),
+        Plain(tiny.make_module(family), n_layers=tiny.N_LAYERS, rereads=rereads),
+    )
+    source, prompt, more = [5, 9, 30, 7], [8, 40, 12, 9, 33], [11, 50]
+    states = plain.states(source)
+    layers = range(tiny.N_LAYERS)
+    for layer in layers:
+        found = given.state(source, hooks.Site(layer), [-1])[0]
+        torch.testing.assert_close(states[layer], found)
+    follows = plain.follows(prompt, [more] * len(states), place=-2, layers=[*layers], states=states.flip(0))
+    for layer, logits in zip(layers, follows, strict=True):
+        put = hooks.Patch(hooks.Site(layer), (3,), lambda _, layer=layer: states.flip(0)[layer][None])
+        expected = given.logits([*prompt, *more], put)[len(prompt) - 1 :]
+        torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
