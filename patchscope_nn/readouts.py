@@ -79,8 +79,11 @@ def read_next_token(
 
 
 def read_is_finite(row: dict[str, Any]) -> bool:
-    """Whether the numbers of a row are: a logit of -inf rules a token out, and is none of these."""
-    numbers = [row["sound"]] if "sound" in row else []
+    """Whether the numbers of a row are finite; `sound` is taken out of it.
+
+    A logit of -inf rules a token out, and is not among them.
+    """
+    numbers = [row.pop("sound")] if "sound" in row else []
     for name in ("entropy_nats", "choice_probs", "hidden"):
         numbers += [row[name]] if name in row and row[name] is not None else []
     while any(isinstance(number, list) for number in numbers):
@@ -178,8 +181,8 @@ def read_generate(
         heard: Called at each step with the rows that go on, and the token of each; only in this process.
 
     Returns:
-        One dict for each row: `token_ids`; `stopped`, which is `eos`, `stop` or `length`; `sound`, the sum of the
-        top logits, which is a finite number if they are; where asked, for each token `token_probs`, and
+        One dict for each row: `token_ids`; `stopped`, which is `eos`, `stop` or `length`; `sound`, the sum of
+        the top logits, which is a finite number if they are; where asked, for each token `token_probs`, and
         `unpatched_token_probs` after T as it is.
     """
     batch = logits.shape[0]
@@ -195,10 +198,7 @@ def read_generate(
     for step in range(max_new_tokens):
         scores = logits.float()
         if temperature > 0:
-            noise = torch.stack(
-                [torch.rand(scores.shape[1], generator=noises[row]) for row in alive.tolist()]
-            )
-            scores = scores / temperature - torch.log(-torch.log(noise.clamp_min(1e-20))).to(scores)
+            scores = read_noised(scores / temperature, [noises[row] for row in alive.tolist()])
         best, token = (part[:, 0] for part in top_logits(scores, 1))
         sound = sound.scatter_add(0, alive, best)
         latest = latest.scatter(0, alive, token)
@@ -228,23 +228,20 @@ def read_generate(
             **extra,
         )
         logits, cache = output.logits[:, -1], output.past_key_values
-    rows = [read_ended(ids, eos=eos, stops=stops) for ids in torch.stack(chosen, dim=1).tolist()]
-    for row, total in zip(rows, sound.tolist(), strict=True):
-        row["sound"] = total
+    said = zip(torch.stack(chosen, dim=1).tolist(), sound.tolist(), strict=True)
+    rows = [read_ended(ids, eos=eos, stops=stops) | {"sound": total} for ids, total in said]
     if prompts is not None:
         for row, own in zip(rows, torch.stack(probs, dim=1).tolist(), strict=True):
             row["token_probs"] = own[: len(row["token_ids"])]
-        lengths = [len(prompt) + len(row["token_ids"]) for prompt, row in zip(prompts, rows, strict=True)]
-        for length in [None] if mixed else sorted(set(lengths)):
-            places = [place for place, own in enumerate(lengths) if length in (None, own)]
-            read_unpatched(
-                plain,
-                [rows[place] for place in places],
-                [prompts[place] for place in places],
-                numbered=numbered,
-                device=logits.device,
-            )
+        for some in read_alike(rows, prompts, mixed=mixed):
+            read_unpatched(plain, *some, numbered=numbered, device=logits.device)
     return rows
+
+
+def read_noised(scores: torch.Tensor, noises: list[torch.Generator]) -> torch.Tensor:
+    """Scores with Gumbel noise, (batch, vocab), each row with its own: their maximum is a sample."""
+    noise = torch.stack([torch.rand(scores.shape[1], generator=generator) for generator in noises])
+    return scores - torch.log(-torch.log(noise.clamp_min(1e-20))).to(scores)
 
 
 def read_ended(ids: list[int], *, eos: list[int], stops: list[int]) -> dict[str, Any]:
@@ -255,6 +252,17 @@ def read_ended(ids: list[int], *, eos: list[int], stops: list[int]) -> dict[str,
     if ids[end] in eos:
         return {"token_ids": ids[:end], "stopped": "eos"}
     return {"token_ids": ids[: end + 1], "stopped": "stop"}
+
+
+def read_alike(rows: list[dict[str, Any]], prompts: list[list[int]], *, mixed: bool) -> list[Any]:
+    """Rows and prompts that may share a forward: all, or those of each length."""
+    lengths = [len(prompt) + len(row["token_ids"]) for prompt, row in zip(prompts, rows, strict=True)]
+    groups: dict[int, Any] = {}
+    for length, row, prompt in zip(lengths, rows, prompts, strict=True):
+        some = groups.setdefault(0 if mixed else length, ([], []))
+        some[0].append(row)
+        some[1].append(prompt)
+    return list(groups.values())
 
 
 def read_unpatched(

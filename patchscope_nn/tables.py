@@ -116,8 +116,8 @@ class Tabulator:
         if where == "mapped":
             return f"the state that was written is not finite: {self.mapping} made it so of a finite one."
         return (
-            f"the logits of {sweep.target.name} ({sweep.target.dtype}) are not finite, though the state that was "
-            "written is. Another dtype may help."
+            f"the logits of {sweep.target.name} ({sweep.target.dtype}) are not finite, though the state that "
+            "was written is. Another dtype may help."
         )
 
     def failed(self, cell: Cell, reason: str) -> dict[str, Any]:

@@ -187,6 +187,7 @@ def _appended(planned: Plan, step: Step, one: TargetPass) -> int:
         return len(cells) * (plain + (sum(again + place for place in range(1, most + 1)) if again else most))
     if isinstance(readout, Choices):
         columns = zip(*(sweep.entries[cell.entry].continuations for cell in cells), strict=True)
-        more = (max(map(len, column)) - 1 for column in columns)
-        return len(cells) * sum(again + tokens for tokens in more if tokens)
+        longest = [max(map(len, column)) for column in columns]
+        # The first token of a choice is scored by the prompt's own pass, unless the prompt is read again.
+        return len(cells) * sum(again + tokens if again else tokens - 1 for tokens in longest)
     return 0

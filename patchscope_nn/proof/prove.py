@@ -289,7 +289,7 @@ class _Proof:
         return error, "" if error <= self.tolerance else f"differs by {error:.2g} standard deviations"
 
     def _end_of_some(self, trial: Trial) -> int | None:
-        """A token that one cell of the first row decodes and another does not: as an end it makes one leave."""
+        """A token that one cell of the first row decodes, and another does not: an end for one of them."""
         decoded: list[list[int]] = [[] for _ in trial.layers]
         for _ in range(DECODED - 1 if len(trial.layers) > 1 else 0):
             for layer, tokens in zip(trial.layers, decoded, strict=True):
