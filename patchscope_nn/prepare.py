@@ -307,7 +307,10 @@ def load_models(
     source_remote = remote if source_remote is None else source_remote
     source = loader(wanted, dtype=dtype, device_map=device_map, weights=not on_server(source_remote))
     target = source
-    if source_remote != remote or not (other is wanted or other == wanted):
+    one = other is wanted or (
+        isinstance(other, str | Path) and isinstance(wanted, str | Path) and other == wanted
+    )
+    if source_remote != remote or not one:
         target = loader(other, dtype=dtype, device_map=device_map, weights=not on_server(remote))
     adapter = asked and asked.target.adapter
     return source, wear(target, adapter) if adapter else target
