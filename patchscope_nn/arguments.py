@@ -6,18 +6,22 @@ import functools
 import inspect
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from patchscope_nn.errors import Problem, SpecError
 from patchscope_nn.plain import plain, shown, wrong_text
 
-_P = ParamSpec("_P")
-_R = TypeVar("_R")
+# No ParamSpec: it cannot travel to a server by value, as this module does where a user's class names it.
+_F = TypeVar("_F", bound=Callable[..., Any])
+_T = TypeVar("_T")
+
+
 _PACKED = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
 
 
-def checked(function: Callable[_P, _R]) -> Callable[_P, _R]:
+def checked(function: _F) -> _F:
     """Make a function check its arguments.
 
     Numbers of numpy, torch and pandas become Python's own where those are asked for.
@@ -29,14 +33,17 @@ def checked(function: Callable[_P, _R]) -> Callable[_P, _R]:
         The function; it raises `SpecError` with every argument that is of a wrong type.
     """
     signature = inspect.signature(function)
-    hints = functools.cache(lambda: get_type_hints(function))
 
     @functools.wraps(function)
-    def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+    def call(*args: Any, **kwargs: Any) -> Any:
         bound = signature.bind(*args, **kwargs)
+        hints: dict[str, Any] = {}
+        # Not kept: a class that travels to a server takes what its methods hold with it.
+        with suppress(NameError):  # there, the names that annotations use are missing
+            hints = get_type_hints(function)
         wrong = []
         for name, value in bound.arguments.items():
-            hint = Any if signature.parameters[name].kind in _PACKED else hints().get(name, Any)
+            hint = Any if signature.parameters[name].kind in _PACKED else hints.get(name, Any)
             if not _fits(value, hint) and not isinstance(value, str):
                 bound.arguments[name] = plain(value)
             if problem := _problem(bound.arguments[name], hint):
@@ -45,7 +52,22 @@ def checked(function: Callable[_P, _R]) -> Callable[_P, _R]:
             raise SpecError(wrong, origin=function.__qualname__.removesuffix(".__init__"))
         return function(*bound.args, **bound.kwargs)
 
-    return call
+    return cast("_F", call)
+
+
+def checked_class(kind: type[_T]) -> type[_T]:
+    """Make a class check the arguments of its constructor and of its own public methods.
+
+    `forward` is left as it is: it runs inside traces, and on servers.
+    """
+    for name, member in list(vars(kind).items()):
+        if (name.startswith("_") and name != "__init__") or name == "forward":
+            continue
+        if isinstance(member, classmethod):
+            setattr(kind, name, classmethod(checked(member.__func__)))
+        elif inspect.isfunction(member):
+            setattr(kind, name, checked(member))
+    return kind
 
 
 def _problem(value: Any, hint: Any) -> str:
@@ -72,10 +94,11 @@ def _fits(value: Any, hint: Any) -> bool:
 
 def _holds(value: Any, parts: tuple[Any, ...]) -> bool:
     """Whether what a container holds is of the annotated types."""
-    if isinstance(value, dict):
+    if isinstance(value, dict) and len(parts) > 1:
         return all(_fits(key, parts[0]) and _fits(item, parts[1]) for key, item in value.items())
-    if not isinstance(value, list | tuple):  # what may read each item from a file, or is no container
-        return True
+    if not isinstance(value, list | tuple | set | dict):
+        # An array is made plain first; another sequence may read each item from a file.
+        return not hasattr(value, "tolist")
     if isinstance(value, tuple) and len(parts) > 1 and parts[-1] is not ...:
         return len(value) == len(parts) and all(map(_fits, value, parts))
     return all(_fits(item, parts[0]) for item in value)
@@ -98,12 +121,17 @@ _WORDS: dict[Any, str] = {
 
 def _words(hint: Any) -> str:
     """An annotated type in words."""
+    *first, last = _alternatives(hint)
+    return f"{', '.join(first)} or {last}" if first else last
+
+
+def _alternatives(hint: Any) -> list[str]:
     kind, parts = get_origin(hint) or hint, get_args(hint)
     if kind in (Union, types.UnionType):
-        *first, last = map(_words, parts)
-        return f"{', '.join(first)} or {last}"
+        return [words for part in parts for words in _alternatives(part)]
     if kind is Literal:
-        return " or ".join(map(repr, parts))
+        return [repr(part) for part in parts]
     words = _WORDS.get(kind) or f"a {kind.__name__}"
-    of = [_words(part) for part in parts if part not in (..., Any)]
-    return f"{words} of {' and '.join(of)}" if of and kind in (Sequence, Iterable, tuple) else words
+    if kind not in (Sequence, Iterable, tuple) or Any in parts or not parts:
+        return [words]
+    return [f"{words} of {' and '.join(_words(part) for part in parts if part is not ...)}"]

@@ -7,6 +7,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from patchscope_nn.arguments import checked
 from patchscope_nn.data import BUILTIN, DataSpec
 from patchscope_nn.errors import DataError
 from patchscope_nn.plain import shown
@@ -17,6 +18,7 @@ _FORMS = (
 )
 
 
+@checked
 def as_data(given: Any, *, limit: int | None = None) -> DataSpec:
     """What is given as data in Python, as a recipe says it.
 

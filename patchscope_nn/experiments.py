@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, overload
 
 from patchscope_nn import execute
+from patchscope_nn.arguments import checked, checked_class
 from patchscope_nn.comparison import Compared, Comparison, compare
 from patchscope_nn.errors import FolderError, InputError
 from patchscope_nn.execute import Progress
@@ -35,6 +36,7 @@ COMPARISON = "comparison"
 _HOW = (*("remote", "source_remote", "context", "max_rows", "memory", "optimisations", "jobs", "progress"),)
 
 
+@checked_class
 @dataclass(frozen=True, kw_only=True)
 class Experiment(Mapping[str, Run]):
     """A mapping from each method's name to its run.
@@ -145,6 +147,7 @@ class PreparedMethods:
 def run(scope: Patchscope, *, out: str | Path | None = None, **options: Any) -> Run: ...
 @overload
 def run(scope: Recipe | str | Path, *, out: str | Path | None = None, **options: Any) -> Any: ...
+@checked
 def run(scope: Any, *, out: str | Path | None = None, **options: Any) -> Run | Experiment:
     """Run a Patchscope or a recipe.
 
@@ -170,7 +173,7 @@ def run(scope: Any, *, out: str | Path | None = None, **options: Any) -> Run | E
             "by ps.Recipe(**mapping).",
         )
     if isinstance(scope, str | Path):
-        options["base"] = options.get("base") or find(scope).parent
+        options["base"] = find(scope).parent if options.get("base") is None else options["base"]
         scope = load_recipe(scope)
     if not isinstance(scope, Recipe) or not scope.methods:
         return execute.run(scope, out=out, **options)
@@ -215,6 +218,7 @@ class _Once:
         return self._loaded[key][1]
 
 
+@checked
 def run_prepared(
     prepared: Prepared | PreparedMethods,
     *,

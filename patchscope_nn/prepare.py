@@ -308,7 +308,8 @@ def load_models(
     other = _first(target_model, model, asked and asked.target.model, wanted)
     source_remote = remote if source_remote is None else source_remote
     how = {"dtype": dtype, "device_map": device_map}
-    if source_remote == remote and (other is wanted or other == wanted):
+    names = isinstance(other, str | Path) and isinstance(wanted, str | Path)
+    if source_remote == remote and (other is wanted or (names and other == wanted)):
         source = target = loader(wanted, **how, weights=not on_server(remote))
     elif not (on_server(remote) or on_server(source_remote)) and (base := common_base(wanted, other)):
         plain = loader(base, **how)

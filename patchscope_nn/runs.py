@@ -23,6 +23,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, Self
 
+from patchscope_nn.arguments import checked, checked_class
 from patchscope_nn.errors import FolderError, InputError
 from patchscope_nn.recipe import PROBE_METRICS
 from patchscope_nn.rows import Lines, Widened
@@ -207,6 +208,7 @@ def read_manifest(path: Path) -> Manifest:
         raise FolderError(f"{file} cannot be read: {error}.") from error
 
 
+@checked_class
 @dataclass(frozen=True, kw_only=True)
 class Run:
     """One execution: what ran and what came out.
@@ -348,6 +350,7 @@ class Run:
         return run_html(*self._tables(), manifest=self.manifest, where=where)
 
 
+@checked
 def load_run(path: str | Path) -> Run:
     """Read a run back from its folder, finished or not.
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 
+import cloudpickle
 import fits
 import pytest
 import torch
@@ -202,3 +205,31 @@ def test_a_run_says_which_fit_it_used(tmp_path, tiny_model):
     assert said["fit"]["pairs"] == [[0, 2], [0, 3]]
     assert said["fit"]["held_out"] == [[0, 2, {"cosine": 0.5}]]
     assert set(run.table()["mapping"]) == {"fitted:fit.safetensors"}
+
+
+def test_a_fitted_mapping_inside_a_users_module_travels_to_where_the_package_is_missing(tmp_path):
+    class Inside(torch.nn.Module):
+        def __init__(self, fitted, affine):
+            super().__init__()
+            self.fitted, self.affine = fitted, affine
+
+        def forward(self, states):
+            return self.affine(self.fitted(states, 0, 1))
+
+    space = ps.Space(name="a", d_model=2)
+    about = ps.Provenance(source_model=space, target_model=space)
+    fitted = Fitted(kind="scale", maps={(0, 1): {"scale": torch.tensor([2.0])}}, about=about)
+    package = sys.modules["patchscope_nn"]
+    cloudpickle.register_pickle_by_value(package)
+    try:
+        (tmp_path / "module").write_bytes(cloudpickle.dumps(Inside(fitted, ps.Affine(torch.eye(2)))))
+    finally:
+        cloudpickle.unregister_pickle_by_value(package)
+    code = (
+        "import pickle, sys, torch; sys.modules['patchscope_nn'] = None; "
+        "print(pickle.load(open('module', 'rb'))(torch.ones(2)).tolist())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert (done.stdout, done.stderr) == ("[2.0, 2.0]\n", "")

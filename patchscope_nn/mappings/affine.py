@@ -6,9 +6,11 @@ from pathlib import Path
 
 import torch
 
+from patchscope_nn.arguments import checked_class
 from patchscope_nn.errors import MappingError
 
 
+@checked_class
 class Affine(torch.nn.Module):
     """f(h) = W h + b, with weights that are given.
 

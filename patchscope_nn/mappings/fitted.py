@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from patchscope_nn.arguments import checked_class
 from patchscope_nn.errors import MappingError
 from patchscope_nn.mappings.apply import Pair, Parts, map_parts
 from patchscope_nn.mappings.provenance import Provenance
@@ -22,6 +23,7 @@ _PARTS = ("weight", "up", "down", "scale", "bias")
 _LISTED = 40
 
 
+@checked_class
 class Fitted(torch.nn.Module):
     """f(h) = (weight h | up (down h) | scale h) + bias, with tensors of its own for each pair (l, l*).
 

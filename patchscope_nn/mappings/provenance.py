@@ -9,12 +9,14 @@ from datetime import UTC, datetime
 from importlib import metadata
 from typing import Any
 
+from patchscope_nn.arguments import checked_class
 from patchscope_nn.mappings.apply import Pair
 from patchscope_nn.models import ModelInfo
 
 _PACKAGES = ("patchscope-nn", "nnsight", "torch", "transformers", "tokenizers", "safetensors")
 
 
+@checked_class
 @dataclass(frozen=True, kw_only=True)
 class Space:
     """The hidden space on one side of a mapping.
@@ -43,6 +45,7 @@ class Space:
         return f"{self.name}{revision} (d_model {self.d_model})"
 
 
+@checked_class
 @dataclass(frozen=True, kw_only=True)
 class Provenance:
     """What a fitted mapping must carry to be trusted later.

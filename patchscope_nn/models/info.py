@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from patchscope_nn.arguments import checked_class
 from patchscope_nn.models.verdict import Verdict
 
 #: The device of a model whose weights are not in this process.
@@ -115,6 +116,7 @@ class ModelInfo:
         return 2 if self.dtype in ("bfloat16", "float16") else 4
 
 
+@checked_class
 @dataclass(frozen=True, kw_only=True)
 class Model:
     """A model ready to be traced.

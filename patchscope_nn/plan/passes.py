@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Literal, NamedTuple, TypeAlias
 
+from patchscope_nn.arguments import checked_class
 from patchscope_nn.cells import Cell
 from patchscope_nn.plan.layout import Layout
 
@@ -83,6 +84,7 @@ class Step:
     prefix: tuple[int, ...] = ()
 
 
+@checked_class
 @dataclass(frozen=True, kw_only=True)
 class Optimisations:
     """What a plan may do to run fewer tokens and passes. None of it changes a result.

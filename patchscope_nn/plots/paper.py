@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from patchscope_nn.errors import InputError
+from patchscope_nn.errors import FolderError, InputError
 from patchscope_nn.plots.glyphs import families, printable
 
 if TYPE_CHECKING:
@@ -75,7 +75,12 @@ def save_figures(
         raise InputError(f"formats={wrong} cannot be written.", hint=f"Use some of {', '.join(FORMATS)}.")
     matplotlib()
     place = Path(folder)
-    place.mkdir(parents=True, exist_ok=True)
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FolderError(
+            f"{place} cannot be made: {error.strerror}.", hint="Name another folder."
+        ) from error
     files = []
     for number, (title, figure) in enumerate(drawn, start=1):
         # Dates would make each writing of the same figure another file.

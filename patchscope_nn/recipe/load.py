@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
+from patchscope_nn.arguments import checked
 from patchscope_nn.errors import InputError, Problem, SpecError, did_you_mean
 from patchscope_nn.recipe.changes import Change, apply_changes, parse_changes
 from patchscope_nn.recipe.columns import missing_columns
@@ -72,6 +73,7 @@ def find(name_or_path: str | Path) -> Path:
     )
 
 
+@checked
 def load_recipe(
     name_or_path: str | Path, *, sets: Sequence[str] = (), overrides: Mapping[str, Any] = {}
 ) -> Recipe:
