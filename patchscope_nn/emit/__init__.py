@@ -72,8 +72,15 @@ def _untracked(*models: Any) -> Iterator[None]:
 def _session(model: Any, work: Work, backend: Any) -> Results:
     results: Any = None
     with model.session(backend=backend):
-        results = nnsight.save(_in_session(model, model, work))
+        results = nnsight.save(_in_series(model, work))
     return results  # noqa: RET504 (a context's body binds a name; it cannot return)
+
+
+def _in_series(model: Any, work: Work) -> Any:
+    """Run a step, or all steps of a series; each is independent of the others."""
+    if "series" in work:
+        return [_in_session(model, model, step) for step in work["series"]]
+    return _in_session(model, model, work)
 
 
 def _nested(source: Any, target: Any, work: Work) -> Results:

@@ -12,7 +12,7 @@ import torch
 from patchscope_nn.backends import Backend, Bridged
 from patchscope_nn.fit.align import aligned
 from patchscope_nn.mappings import Pair
-from patchscope_nn.models import Model
+from patchscope_nn.models import Model, ModelInfo
 from patchscope_nn.prompts import encode
 from patchscope_nn.spec import Fit
 from patchscope_nn.unpack import gathered, reading
@@ -72,9 +72,10 @@ class Pairing:
         for start in range(0, len(texts), _SORTED):
             chunk = texts[start : start + _SORTED]
             rows = [row for text in chunk if (row := self._row(text)) is not None]
-            rows.sort(key=lambda row: len(row.source))
+            rows.sort(key=lambda row: (len(row.source), len(row.target)))
             left = len(chunk)
-            for batch in _batches(rows):
+            mixed = all(mixes_lengths(model.info, rows) for model in (self.source, self.target))
+            for batch in _batches(rows, mixed=mixed):
                 left -= len(batch)
                 yield self._read(batch, layers)._replace(texts=len(batch))
             if left:
@@ -134,12 +135,20 @@ class Pairing:
         return gathered(kept, layers, n_rows=len(rows))
 
 
-def _batches(rows: Sequence[_Row]) -> Iterator[Sequence[_Row]]:
-    """Rows that are run together: of about the same length, and not too many tokens."""
+def mixes_lengths(info: ModelInfo, rows: Sequence[_Row]) -> bool:
+    """Whether a model may read texts of different lengths in one pass, as its proof found."""
+    longest = max((max(len(row.source), len(row.target)) for row in rows), default=0)
+    return info.verdict is None or not info.verdict.withholds("mixed_lengths", tokens=longest)
+
+
+def _batches(rows: Sequence[_Row], *, mixed: bool) -> Iterator[Sequence[_Row]]:
+    """Rows that are run together: of about the same length, or unless `mixed` of one; not too many tokens."""
     start = 0
     for stop in range(1, len(rows) + 1):
-        widest = max(len(rows[stop - 1].source), len(rows[stop - 1].target))
-        if stop == len(rows) or (stop + 1 - start) * widest > _TOKENS:
+        lengths = len(rows[stop - 1].source), len(rows[stop - 1].target)
+        last = stop == len(rows)
+        other = not (last or mixed) and lengths != (len(rows[stop].source), len(rows[stop].target))
+        if last or other or (stop + 1 - start) * max(lengths) > _TOKENS:
             yield rows[start:stop]
             start = stop
 

@@ -121,6 +121,12 @@ class Verdict:
             if entry.readout in (None, readout) and (tokens > entry.beyond or not entry.beyond)
         )
 
+    def withholds(self, optimisation: str, *, tokens: int) -> bool:
+        """Whether an optimisation is off for any readout of prompts of so many tokens."""
+        beyond = [entry.beyond for entry in self.withheld if entry.optimisation == optimisation]
+        beyond += [] if self.limit is None else [self.limit]
+        return any(tokens > length or not length for length in beyond)
+
     @property
     def longest_packed(self) -> int | None:
         """The most tokens of a packed sequence, its prefix included; None where there is no limit.
