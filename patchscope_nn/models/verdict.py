@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 #: The names under which a verdict withholds the fused context, and any run at all. The other names are those
 #: of `Optimisations` and of sites.
-FUSED, PLAIN = "fused", "plain"
-#: What it costs to leave an optimisation out.
+FUSED, PLAIN = "fused", "every run"
+#: What it costs that a thing is off.
 COSTS = {
     FUSED: "source and target run in separate passes",
     "deduplication": "equal cells run once each",
@@ -22,6 +22,9 @@ COSTS = {
     "cached_decoding": "each decoded token reads its prompt again",
     "early_leaving": "rows that met their end stay in the batch",
     "memory_reuse": "each pass allocates its memory anew",
+    "attention": "site: attention is refused",
+    "mlp": "site: mlp is refused",
+    PLAIN: "longer prompts are refused",
 }
 
 
@@ -40,11 +43,19 @@ class Withheld(NamedTuple):
     beyond: int
     why: str
 
+    @property
+    def name(self) -> str:
+        """The optimisation, as messages spell it."""
+        return self.optimisation.replace("_", "-")
+
+    @property
+    def where(self) -> str:
+        """The readout and the lengths it is off for; empty for all."""
+        readout = f" for {self.readout}" if self.readout else ""
+        return readout + (f" beyond {self.beyond} tokens" if self.beyond else "")
+
     def __str__(self) -> str:
-        name = self.optimisation.replace("_", "-")
-        where = f" for {self.readout}" if self.readout else ""
-        longer = f" beyond {self.beyond} tokens" if self.beyond else ""
-        return f"{name} is off{where}{longer}"
+        return f"{self.name} is off{self.where}"
 
 
 class Comparison(NamedTuple):

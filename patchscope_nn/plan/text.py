@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import html
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 from typing import Any
 
-from patchscope_nn.models import ModelInfo
+from patchscope_nn.models import ModelInfo, Withheld
 from patchscope_nn.plan.build import Plan
 from patchscope_nn.plan.count import Counts, count, count_step, source_width, stages, target_width
 from patchscope_nn.plan.pack import packs
@@ -92,6 +92,7 @@ def _facts(planned: Plan, totals: Counts) -> Iterator[str]:
         f"readout: {readout.name}; a pass holds at most {budget.max_rows} rows and {size_text(budget.memory)}"
     )
     yield from (f"note: {notice}" for notice in sweep.notices)
+    yield from (f"note: {line}" for line in _off(planned.withheld))
     if not packs(sweep, planned.optimisations) and planned.n_cells:
         yield f"note: {_why_padded(planned)}, so that every cell is a row of a padded batch of whole prompts"
     if sweep.scope.readout.decodes and not sweep.target.architecture.caches:
@@ -99,6 +100,15 @@ def _facts(planned: Plan, totals: Counts) -> Iterator[str]:
         yield f"note: {name} keeps no keys and values: each token that is decoded reads its prompt again"
     if sinks := _sinks(planned):
         yield f"note: {sinks}, in most models an attention sink, whose state is huge and says little"
+
+
+def _off(withheld: Sequence[Withheld]) -> Iterator[str]:
+    """What the models' proofs switch off, and why; a line for all that one finding switches off."""
+    lines: dict[tuple[str, str], list[str]] = {}
+    for entry in withheld:
+        lines.setdefault((entry.where, entry.why), []).append(entry.name)
+    for (where, why), names in lines.items():
+        yield f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} off{where}: {why}"
 
 
 def _sinks(planned: Plan) -> str:
@@ -148,7 +158,11 @@ def _why_padded(planned: Plan) -> str:
             "every_step": target.every_step,
         }
         return f"target.{next(name for name, given in asked.items() if given)} is done to whole prompts"
-    return f"the blocks of {sweep.target.family} cannot be run on segments of a sequence"
+    if not sweep.target.architecture.causal:
+        return f"tokens of a prompt of {sweep.target.name} see those after them"
+    if not sweep.target.architecture.packs:
+        return f"the blocks of {sweep.target.family} cannot be run on segments of a sequence"
+    return "each token that is decoded reads its prompt again"
 
 
 def _describe(info: ModelInfo) -> str:
