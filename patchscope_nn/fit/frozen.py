@@ -86,8 +86,8 @@ class Frozen:
         mixed = len({len(ids) for ids in sequences}) > 1
         if mixed and verdict is not None and verdict.withholds("mixed_lengths", tokens=longest):
             raise ModelError(
-                f"{self.model.info.name} is wrong where one pass reads texts of different lengths, as its proof "
-                "found, and this kind of mapping is trained on such passes.",
+                f"{self.model.info.name} is wrong where one pass reads texts of different lengths, as its "
+                "proof found, and this kind of mapping is trained on such passes.",
                 hint="Train it on texts of one length, or fit a mapping in closed form.",
             )
         padded = [[*ids, *([0] * (longest - len(ids)))] for ids in sequences]

@@ -9,10 +9,10 @@ from dataclasses import replace
 from itertools import islice
 from typing import Any
 
-from patchscope_nn.models import ModelInfo
+from patchscope_nn.models import COSTS, ELSEWHERE, ModelInfo
 from patchscope_nn.plan.build import Plan
 from patchscope_nn.plan.count import Counts, count, count_step, source_width, stages, target_width
-from patchscope_nn.plan.pack import packs
+from patchscope_nn.plan.pack import from_cache, packs
 from patchscope_nn.plan.passes import Step
 from patchscope_nn.spec import Generate
 
@@ -97,6 +97,13 @@ def _facts(planned: Plan, totals: Counts) -> Iterator[str]:
     if sweep.scope.readout.decodes and not sweep.target.architecture.caches:
         name = sweep.target.family
         yield f"note: {name} keeps no keys and values: each token that is decoded reads its prompt again"
+    for entry in planned.withheld:
+        cost = COSTS.get(entry.optimisation, "")
+        yield f"note: {entry}, since it would change a number ({entry.why}); so {cost}"
+    for info in dict.fromkeys((sweep.source, sweep.target)):
+        if info.verdict is None:
+            later = ": its first job carries the proof" if info.device == ELSEWHERE else ""
+            yield f"note: {info.name} is not proven{later}"
     if sinks := _sinks(planned):
         yield f"note: {sinks}, in most models an attention sink, whose state is huge and says little"
 
@@ -137,6 +144,8 @@ def _why_padded(planned: Plan) -> str:
     sweep, used = planned.sweep, planned.optimisations
     if not (used.prefix_sharing or used.late_entry):
         return "prefix sharing and late entry are off"
+    if sweep.scope.readout.decodes and not from_cache(sweep, used):
+        return "each decoded token reads its prompt again"
     target = sweep.scope.target
     if target.site not in ("residual", "before"):
         return f"target.site={target.site!r} is written inside a block"

@@ -30,11 +30,11 @@ from patchscope_nn.spec import Choices, Generate, Hidden, NextToken, Site
 _ROUNDING = {"float64": 1e-6, "float32": 5e-4, "float16": 3e-2, "bfloat16": 0.15}
 _TIMES_NOISE = 10
 #: The shortest prompts, in tokens: source and target.
-_SHORT = (7, 6)
+SHORT = (7, 6)
 #: The shortest prompt in which a token before the last can be patched behind another.
 _SHORTEST = 4
 #: Thresholds up to so many tokens are passed by the ordinary prompts.
-_ORDINARY = 24
+ORDINARY = 24
 #: How many operations the trials beyond a length may take, by the kind of the device, and about how many
 #: forwards they are.
 _AFFORDABLE = {"cpu": 1.5e12, "cuda": 2e15}
@@ -42,7 +42,7 @@ _FORWARDS = 20
 #: A small model has the operations, but attention grows with the square of its tokens.
 _LONGEST = {"cpu": 2048, "cuda": 16384}
 #: What can be wrong in decoding alone; the others arrange how a prompt is read, which every readout does.
-_OF_DECODING = ("cached_decoding", "mixed_lengths", "early_leaving")
+OF_DECODING = ("cached_decoding", "mixed_lengths", "early_leaving")
 
 
 def prove(model: Model, *, key: str) -> Verdict:
@@ -60,8 +60,8 @@ def prove(model: Model, *, key: str) -> Verdict:
     """
     started = time.monotonic()
     lengths = thresholds(model)
-    ordinary = [length for length in lengths if length <= _ORDINARY]
-    larger = [length for length in lengths if length > _ORDINARY]
+    ordinary = [length for length in lengths if length <= ORDINARY]
+    larger = [length for length in lengths if length > ORDINARY]
     try:
         proof = _Proof(model)
         proof.limit = larger[0] if larger else None
@@ -130,7 +130,7 @@ class _Proof:
 
     def begin(self, lengths: Sequence[int]) -> None:
         """Compare on ordinary prompts: short ones, and ones beyond some lengths; decoding crosses each."""
-        short = _SHORT
+        short = SHORT
         source = max([short[0] + 4, *(length + 3 for length in lengths)])
         target = source - 1
         across = [(short[0], length - 1) for length in lengths if length >= _SHORTEST]
@@ -147,7 +147,7 @@ class _Proof:
     def go_beyond(self, length: int) -> bool:
         """Compare on both sides of a length; False where the model does not run there."""
         self.beyond = length
-        short = _SHORT
+        short = SHORT
         # Decoding crosses the length, and goes on behind it.
         across, behind = (short[0], length - 1), (length + 5, length + 3)
         try:
@@ -175,7 +175,7 @@ class _Proof:
         """Compare a read at one site and a write at another; a site that is wrong is off."""
         trial = Trial(
             readout=readout_of(NextToken),
-            rows=(_SHORT,),
+            rows=(SHORT,),
             layers=self.layers[:1],
             target_layers=(self.middle,),
             sites=(read, written),
@@ -195,7 +195,7 @@ class _Proof:
 
     def _measure_rounding(self) -> None:
         """Raise the tolerance where rounding alone changes more, as in deep or routed models."""
-        noise = self.hooks.noise(self.runner.prompt("t", _SHORT[1]))
+        noise = self.hooks.noise(self.runner.prompt("t", SHORT[1]))
         if noise != noise:  # noqa: PLR0124 (only a NaN differs from itself)
             raise ModelError(
                 f"{self.model.info.name} gives numbers that are not finite in {self.model.info.dtype}.",
@@ -257,7 +257,7 @@ class _Proof:
             tried = replace(used, **{name: True})
             wrong, reason = self._error(trial, tried, eos=eos)
             if reason:
-                decoding = trial.readout.decodes and name in _OF_DECODING
+                decoding = trial.readout.decodes and name in OF_DECODING
                 self._withhold(name, trial.readout.name if decoding else None, trial, wrong, reason)
             else:
                 used = tried

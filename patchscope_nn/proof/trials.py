@@ -6,21 +6,22 @@ of optimisations; `Reference` says what every cell should give.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 
-from patchscope_nn.backends import Local, execute
-from patchscope_nn.cells import Cell, expand
-from patchscope_nn.mappings import resolve_mapping
+from patchscope_nn.backends import Local, execute, results_of
+from patchscope_nn.cells import Cell, Sweep, expand
+from patchscope_nn.mappings import ResolvedMapping
 from patchscope_nn.models import Model, Verdict, usable_memory
-from patchscope_nn.plan import Optimisations, plan
+from patchscope_nn.plan import Optimisations, Plan, Step, plan
 from patchscope_nn.proof.hooks import Hooks, Place, Write
 from patchscope_nn.proof.prompts import Numbers, random_ids
 from patchscope_nn.spec import Choices, Generate, Hidden, NextToken, Patchscope, Readout, Site, Source, Target
-from patchscope_nn.unpack import eos_ids
+from patchscope_nn.unpack import Work, eos_ids, unpack
 
 #: The tokens that all target prompts of a trial begin with, so that there is a prefix to share.
 _PREFIX = 3
@@ -30,6 +31,28 @@ _COMPARED, DECODED = 24, 3
 _CHOICES = (3, 1)
 
 Results = list[tuple[Cell, dict[str, Any]]]
+_IDENTITY = ResolvedMapping(name="identity", kind="identity")
+
+
+class Works(NamedTuple):
+    """A trial as steps in plain values.
+
+    Attributes:
+        steps: What `emit` takes, a step each.
+        plans: The plan and the step that each was made of.
+    """
+
+    steps: list[Work]
+    plans: tuple[tuple[Plan, Step], ...]
+
+    def rows(self, results: Sequence[Any]) -> list[dict[str, Any]]:
+        """The raw readout of every cell, in the sweep's order, of what the steps gave."""
+        cells = [
+            cell
+            for (planned, step), result in zip(self.plans, results, strict=True)
+            for cell in results_of(planned, step, result)
+        ]
+        return [raw for _, raw in sorted(cells, key=lambda result: result[0].number)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,23 +130,39 @@ class Runner:
         eos: int | None = None,
     ) -> Results:
         """The raw readout of every cell of a trial, in the sweep's order."""
-        model = replace(
+        model = self._model(eos)
+        planned = plan(
+            self._sweep(trial, model), context=context, memory=self.memory, optimisations=optimisations
+        )
+        steps = execute(planned, source=model, target=model, mapping=_IDENTITY, backend=Local())
+        cells = [result for step in steps for result in step]
+        return sorted(cells, key=lambda result: result[0].number)
+
+    def works(self, trial: Trial, optimisations: Optimisations) -> Works:
+        """The steps of a trial for a machine that is elsewhere."""
+        model = self._model(None)
+        planned = plan(self._sweep(trial, model), context="session", remote=True, optimisations=optimisations)
+        steps = [*planned.steps()]
+        made = [
+            unpack(planned, step, source=model, target=model, mapping=_IDENTITY, states={}) for step in steps
+        ]
+        return Works(made, tuple((planned, step) for step in steps))
+
+    def _model(self, eos: int | None) -> Model:
+        return replace(
             self.model,
             info=replace(self.model.info, verdict=self.verdict),
             tokenizer=Numbers(len(self.model.tokenizer), eos=eos),
         )
+
+    def _sweep(self, trial: Trial, model: Model) -> Sweep:
         scope = Patchscope(
             source=Source(prompt="{s}", layer=trial.layers, site=trial.sites[0]),
             target=Target(prompt="{t}", position=-2, layer=trial.target_layers, site=trial.sites[1]),
             readout=trial.readout,
         )
         data = [self.row(*lengths) for lengths in trial.rows]
-        sweep = expand(scope, rows=data, source=model, target=model)
-        planned = plan(sweep, context=context, memory=self.memory, optimisations=optimisations)
-        mapping = resolve_mapping("identity", source=model.info, target=model.info)
-        steps = execute(planned, source=model, target=model, mapping=mapping, backend=Local())
-        cells = [result for step in steps for result in step]
-        return sorted(cells, key=lambda result: result[0].number)
+        return expand(scope, rows=data, source=model, target=model)
 
 
 class Reference:
