@@ -1,7 +1,7 @@
 """The proof of a model whose weights are elsewhere: one job carries it, and only readouts come back.
 
-Plain hooks cannot be set there. The optimisations are compared with the plain path, one nnsight trace for each
-cell, in the same job.
+Plain hooks cannot be set there. The optimisations are compared with the plain path, one nnsight trace for
+each cell, in the same job.
 """
 
 from __future__ import annotations

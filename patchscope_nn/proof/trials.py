@@ -80,9 +80,14 @@ class Trial:
         return f"{self.readout.name}{sites}"
 
     @property
+    def decoded(self) -> int:
+        """How many tokens it decodes; 0 for a readout that does not."""
+        return self.readout.max_new_tokens if isinstance(self.readout, Generate) else 0
+
+    @property
     def tokens(self) -> int:
         """The longest prompt, appended tokens included."""
-        more = {"generate": DECODED, "choices": max(_CHOICES)}.get(self.readout.name, 0)
+        more = max(_CHOICES) if isinstance(self.readout, Choices) else self.decoded
         return max(max(source, target + more) for source, target in self.rows)
 
 
@@ -166,12 +171,18 @@ class Runner:
 
 
 class Reference:
-    """What the cells of trials should give, by plain hooks; each forward is run once."""
+    """What the cells of trials should give, by plain hooks; each forward is run once.
+
+    Attributes:
+        ahead: How much a write changed the logits of tokens before it, in standard deviations: nothing, where
+            no token sees those after it.
+    """
 
     def __init__(self, runner: Runner, hooks: Hooks) -> None:
         self.runner, self.hooks = runner, hooks
         self._states: dict[Any, torch.Tensor] = {}
         self._logits: dict[Any, torch.Tensor] = {}
+        self.ahead = 0.0
 
     def prepare(self, trial: Trial) -> None:
         """Read every state of a trial, and for a readout that reads one position run its forwards at once."""
@@ -186,10 +197,13 @@ class Reference:
                 self._states |= {("t", target, place): states[-2] for place, states in clean.items()}
             if trial.readout.name == "next_token":
                 keys = self._keys(trial)
-                rows = self.hooks.logits(
-                    self.runner.prompt("t", target), [self.write(source, target, *key) for key in keys]
-                )
-                self._logits |= {(source, target, *key): row[-1] for key, row in zip(keys, rows, strict=True)}
+                writes = [self.write(source, target, *key) for key in keys]
+                rows = self.hooks.logits(self.runner.prompt("t", target), [*writes, None])
+                self._logits |= {
+                    (source, target, *key): row[-1] for key, row in zip(keys, rows, strict=False)
+                }
+                before = rows[:, : target - 2]
+                self.ahead = max(self.ahead, _distance(before, before[:1].expand_as(before), rows))
 
     def _written(self, trial: Trial) -> tuple[int, ...]:
         return trial.layers if trial.target_layers == "same" else trial.target_layers
@@ -225,34 +239,40 @@ class Reference:
         prompt = self.runner.prompt("t", target)
         if trial.readout.name == "choices":
             return self._choices_error(prompt, raw["choice_logprobs"], write)
-        return self._text_error(prompt, raw, write, eos=eos)
+        return self._text_error(prompt, raw, write, most=trial.decoded, eos=eos)
 
     def _choices_error(self, prompt: list[int], given: list[float], write: Write) -> float:
         """How far the summed log-probability of each continuation is off."""
         errors = []
+        ids = self.runner.ids["s"]
+        # Where each token is scored by those before it alone, the first one of any choice is scored alike.
+        longest = self.hooks.scored(prompt, ids[-max(_CHOICES) :], write)
         for count, logprob in zip(_CHOICES, given, strict=True):
-            more = self.runner.ids["s"][-count:]
-            logits = self.hooks.scored(prompt, more, write)
+            more, logits = ids[-count:], longest[:count]
+            if count < max(_CHOICES) and not (count == 1 and self.hooks.incremental):
+                logits = self.hooks.scored(prompt, more, write)
             wanted = logits.log_softmax(-1)[range(count), more].sum()
             errors.append(_distance(torch.tensor(logprob), wanted, logits))
         return max(errors)
 
-    def _text_error(self, prompt: list[int], raw: dict[str, Any], write: Write, *, eos: int | None) -> float:
+    def _text_error(
+        self, prompt: list[int], raw: dict[str, Any], write: Write, *, most: int, eos: int | None
+    ) -> float:
         """How far below the top token each decoded one is, and how far off its probability.
 
         An end counts as the likeliest of the ends.
         """
         tokens = raw["token_ids"]
-        logits = self.hooks.continued(prompt, tokens[: DECODED - 1], write)
+        logits = self.hooks.continued(prompt, tokens[: most - 1], write)
         below = [row.amax() - row[token] for row, token in zip(logits, tokens, strict=False)]
         if raw["stopped"] == "eos":
             ends = [*self._ends, *([] if eos is None else [eos])]
             below.append(logits[len(tokens)].amax() - logits[len(tokens)][ends].amax())
-        elif len(tokens) != DECODED:
+        elif len(tokens) != most:
             return float("inf")
         wanted = [row.log_softmax(-1)[token] for row, token in zip(logits, tokens, strict=False)]
         error = float((torch.stack(below).amax() / logits.std()).item())
-        if not tokens:
+        if not tokens or "token_probs" not in raw:
             return error
         return max(error, _distance(torch.tensor(raw["token_probs"]).log(), torch.stack(wanted), logits))
 
@@ -262,9 +282,12 @@ class Reference:
 
     def next_decoded(self, source: int, target: int, layer: int, tokens: list[int]) -> int:
         """The token that a row decodes behind others."""
-        write = self.write(source, target, Place(layer), Place(layer))
-        logits = self.hooks.continued(self.runner.prompt("t", target), tokens, write)
-        return int(logits[-1].argmax().item())
+        place = Place(layer)
+        logits = None if tokens else self._logits.get((source, target, place, place))
+        if logits is None:
+            write = self.write(source, target, place, place)
+            logits = self.hooks.continued(self.runner.prompt("t", target), tokens, write)[-1]
+        return int(logits.argmax().item())
 
 
 def _distance(got: torch.Tensor, wanted: torch.Tensor, scale: torch.Tensor) -> float:
