@@ -242,7 +242,7 @@ def _execute(
             del states[state]
         if results["prefix"] is not None:
             prefix = step.prefix, results["prefix"]
-        yield _results(plan, step, results)
+        yield results_of(plan, step, results)
 
 
 def _heard(
@@ -265,7 +265,7 @@ def _heard(
     return heard
 
 
-def _results(plan: Plan, step: Step, results: Results) -> Iterator[tuple[Cell, dict[str, Any]]]:
+def results_of(plan: Plan, step: Step, results: Results) -> Iterator[tuple[Cell, dict[str, Any]]]:
     """The cells of a step, and those it ran for, each with its readout."""
     for one, rows in zip(step.targets, results["passes"], strict=True):
         if len(rows) != len(one.cells):

@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 from patchscope_nn import builtin, jobs
 from patchscope_nn.errors import PatchscopeError
+from patchscope_nn.models import Verdict
 
 #: What decides numbers or module paths on both sides; another Python does not, since source travels.
 _MATTERS = ("nnsight", "torch", "transformers")
@@ -44,6 +45,31 @@ def check_here() -> Iterator[Finding]:
         "its weights are installed" if there else "its weights are not installed; the Hub is asked for it",
         "" if there else builtin.INSTALL,
     )
+
+
+def check_model(model: str) -> tuple[Finding, Verdict | None]:
+    """A model's proof: that it loads, and that the compiler gives what plain hooks give.
+
+    Args:
+        model: Its id, folder or builtin name.
+
+    Returns:
+        The finding, and the verdict; None where the model is refused.
+    """
+    from patchscope_nn.proof import load
+
+    try:
+        loaded = load(model)
+    except PatchscopeError as error:
+        return Finding("model", "wrong", error.message, error.hint), None
+    verdict = loaded.info.verdict
+    if verdict is None:
+        return Finding("model", "note", f"{model} is not proven: its weights are elsewhere"), None
+    if not verdict.withheld:
+        limit = "" if verdict.limit is None else f", up to {verdict.limit} tokens"
+        return Finding("model", "ok", f"{model}: everything equals plain hooks{limit}"), verdict
+    off = "; ".join(dict.fromkeys(map(str, verdict.withheld)))
+    return Finding("model", "note", f"{model}: {off}", "nothing to do: it is off by itself"), verdict
 
 
 def check_server(remote: bool | str, model: str) -> Iterator[Finding]:  # noqa: FBT001 (an option's value)

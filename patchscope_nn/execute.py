@@ -39,7 +39,7 @@ from patchscope_nn.metrics import references
 from patchscope_nn.models import ModelInfo, usable_memory
 from patchscope_nn.pace import JOBS
 from patchscope_nn.plan import Context, Optimisations, Plan, plan
-from patchscope_nn.prepare import Prepared, prepare
+from patchscope_nn.prepare import Prepared, prepare, prove_elsewhere
 from patchscope_nn.probes import PROBE_COLUMNS, probe_columns
 from patchscope_nn.recipe import Recipe
 from patchscope_nn.rows import Widened
@@ -130,8 +130,8 @@ def run_prepared(
     Arguments as in `run`; `patience` with servers, `notice` of what jobs do, `command` for the manifest, and
     a `listener` that hears what is read and decoded in this process, as it happens.
     """
-    prepared = ready(prepared, command=command, notice=notice)
     backend = backend_for(remote, source_remote)
+    prepared = ready(prove_elsewhere(prepared, backend), command=command, notice=notice)
     todo = functools.partial(
         plan_prepared,
         prepared,

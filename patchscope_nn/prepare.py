@@ -9,13 +9,13 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from patchscope_nn import builtin
 from patchscope_nn.arguments import checked
-from patchscope_nn.backends import on_server
+from patchscope_nn.backends import Backend, Bridged, Ndif, on_server
 from patchscope_nn.cells import Sweep, expand
 from patchscope_nn.data import Table, fingerprint, read_table
 from patchscope_nn.data_given import as_data
@@ -25,7 +25,7 @@ from patchscope_nn.mappings import Pair, ResolvedMapping, resolve_mapping
 from patchscope_nn.metrics import MetricUse, check_columns, check_metrics, parse_metric
 from patchscope_nn.models import Model, common_base, wear, wear_named
 from patchscope_nn.probes import check_probe
-from patchscope_nn.proof import load, proven
+from patchscope_nn.proof import load, proven, proven_on
 from patchscope_nn.recipe import Recipe, asked_columns, find, load_recipe
 from patchscope_nn.spec import ALIGNED, Control, Fit, Patchscope, Train
 from patchscope_nn.vectors import check_vectors
@@ -319,6 +319,28 @@ def load_models(
         target = loader(other, **how, weights=not on_server(remote))
     adapter = asked and asked.target.adapter
     return source, proven(wear(target, adapter)) if adapter else target
+
+
+def prove_elsewhere(prepared: Prepared, backend: Backend) -> Prepared:
+    """Prove the models whose weights are on a server, each by a job of its own, the first time they are met.
+
+    Args:
+        prepared: The run.
+        backend: Where its models run.
+
+    Returns:
+        The run, whose planner knows what was found.
+    """
+    places = (backend.source, backend.target) if isinstance(backend, Bridged) else (backend, backend)
+    models = [
+        proven_on(model, place) if isinstance(place, Ndif) else model
+        for model, place in zip((prepared.source, prepared.target), places, strict=True)
+    ]
+    source, target = models if prepared.source is not prepared.target else models[:1] * 2
+    if source is prepared.source and target is prepared.target:
+        return prepared
+    sweep = replace(prepared.sweep, source=source.info, target=target.info)
+    return replace(prepared, source=source, target=target, sweep=sweep)
 
 
 def _first(*given: Any) -> Any:

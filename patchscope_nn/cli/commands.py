@@ -109,6 +109,8 @@ def run(
     deduplication: options.Deduplication = True,
     source_sharing: options.SourceSharing = True,
     row_packing: options.RowPacking = True,
+    cached_decoding: options.CachedDecoding = True,
+    mixed_lengths: options.MixedLengths = True,
     prefix_sharing: options.PrefixSharing = True,
     late_entry: options.LateEntry = True,
     shared_attention: options.SharedAttention = True,
@@ -126,6 +128,8 @@ def run(
         deduplication=deduplication,
         source_sharing=source_sharing,
         row_packing=row_packing,
+        cached_decoding=cached_decoding,
+        mixed_lengths=mixed_lengths,
         prefix_sharing=prefix_sharing,
         late_entry=late_entry,
         shared_attention=shared_attention,
@@ -199,6 +203,8 @@ def plan(
     deduplication: options.Deduplication = True,
     source_sharing: options.SourceSharing = True,
     row_packing: options.RowPacking = True,
+    cached_decoding: options.CachedDecoding = True,
+    mixed_lengths: options.MixedLengths = True,
     prefix_sharing: options.PrefixSharing = True,
     late_entry: options.LateEntry = True,
     shared_attention: options.SharedAttention = True,
@@ -219,6 +225,8 @@ def plan(
         deduplication=deduplication,
         source_sharing=source_sharing,
         row_packing=row_packing,
+        cached_decoding=cached_decoding,
+        mixed_lengths=mixed_lengths,
         prefix_sharing=prefix_sharing,
         late_entry=late_entry,
         shared_attention=shared_attention,
@@ -282,18 +290,26 @@ def doctor(
     remote: options.Remote = None,
     json: options.Json = False,
 ) -> None:
-    """Is everything in place: versions, models and, with --remote, key, server and a round trip."""
+    """Is everything in place: versions, models and, with --remote, key, server and a round trip.
+
+    With --model, the proof of the model: what was compared with plain hooks, and what is switched off for it.
+    """
     from patchscope_nn import builtin
     from patchscope_nn.backends import on_server
-    from patchscope_nn.doctor import check_here, check_server
+    from patchscope_nn.doctor import check_here, check_model, check_server
 
-    found = list(check_here())
+    findings = list(check_here())
+    verdict = None
     where = options.remote_value(remote)
     if on_server(where):
         with printing.waiting("asking the server", quiet=json):
-            found += check_server(where, model or builtin.NAME)
-    printing.print_findings(found, as_json=json)
-    if any(one.state == "wrong" for one in found):
+            findings += check_server(where, model or builtin.NAME)
+    elif model is not None:
+        with printing.waiting("proving the model", quiet=json):
+            finding, verdict = check_model(model)
+        findings.append(finding)
+    printing.print_findings(findings, verdict=verdict, as_json=json)
+    if any(finding.state == "wrong" for finding in findings):
         raise typer.Exit(1)
 
 

@@ -120,6 +120,12 @@ SourceSharing: TypeAlias = Annotated[
     bool, _switch("source-sharing", "Run a source prompt once for all that is read of it.")
 ]
 RowPacking: TypeAlias = Annotated[bool, _switch("row-packing", "Run many cells in a pass.")]
+CachedDecoding: TypeAlias = Annotated[
+    bool, _switch("cached-decoding", "Decode from the prompt's keys and values.")
+]
+MixedLengths: TypeAlias = Annotated[
+    bool, _switch("mixed-lengths", "Let prompts of different lengths share a pass.")
+]
 PrefixSharing: TypeAlias = Annotated[
     bool, _switch("prefix-sharing", "Run what target prompts begin with once.")
 ]

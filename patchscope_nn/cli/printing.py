@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from patchscope_nn.doctor import Finding
     from patchscope_nn.ledger import Job
     from patchscope_nn.mappings import ResolvedMapping
+    from patchscope_nn.models import Verdict
     from patchscope_nn.plan import Plan
     from patchscope_nn.quick import Look
     from patchscope_nn.recipe import Recipe
@@ -216,6 +217,7 @@ def _plan_counts(planned: Planned) -> dict[str, Any]:
         "digest": plan.digest,
         "folder": str(planned.folder),
         "cells": plan.n_cells,
+        "withheld": [str(entry) for entry in plan.withheld],
         **count(plan)._asdict(),
         "mapping": {"name": mapping.name, "weights": mapping.digest, "fit": dict(mapping.about) or None},
         "crossing": None if crossing is None else asdict(crossing),
@@ -330,15 +332,27 @@ def print_jobs(jobs: Sequence[Job], *, as_json: bool) -> None:
     show(table if jobs else "This run sent no jobs.")
 
 
-def print_findings(findings: Sequence[Finding], *, as_json: bool) -> None:
-    """Print what the doctor found."""
+def print_findings(findings: Sequence[Finding], *, verdict: Verdict | None, as_json: bool) -> None:
+    """Print what the doctor found, and the verdict of a model's proof."""
     if as_json:
-        out_json([one._asdict() for one in findings])
+        proof = {} if verdict is None else {"proof": verdict.dump()}
+        out_json([finding._asdict() | (proof if finding.what == "model" else {}) for finding in findings])
         return
     table = grid("", "what", "found", "what mends it")
-    for one in findings:
-        table.add_row(one.state, one.what, _cell(one.found), one.mend)
+    for finding in findings:
+        table.add_row(finding.state, finding.what, _cell(finding.found), finding.mend)
     show(table)
+    if verdict is not None:
+        show(_proof_table(verdict))
+
+
+def _proof_table(verdict: Verdict) -> Any:
+    """What the proof compared, with differences in standard deviations of the logits."""
+    table = grid("compared with plain hooks", "tokens", "difference", "rounding", "outcome")
+    for comparison in verdict.comparisons:
+        error, tolerance = (f"{number:.1e}" for number in (comparison.error, comparison.tolerance))
+        table.add_row(comparison.what, str(comparison.tokens), error, tolerance, _cell(comparison.outcome))
+    return table
 
 
 def print_report(pages: Sequence[Path], *, figures: Sequence[Path], as_json: bool) -> None:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import html
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
 from typing import Any
 
-from patchscope_nn.models import ModelInfo, Withheld
+from patchscope_nn.models import COSTS, ELSEWHERE, ModelInfo
 from patchscope_nn.plan.build import Plan
 from patchscope_nn.plan.count import Counts, count, count_step, source_width, stages, target_width
-from patchscope_nn.plan.pack import packs
+from patchscope_nn.plan.pack import from_cache, packs
 from patchscope_nn.plan.passes import Step
 from patchscope_nn.spec import Generate
 
@@ -92,23 +92,20 @@ def _facts(planned: Plan, totals: Counts) -> Iterator[str]:
         f"readout: {readout.name}; a pass holds at most {budget.max_rows} rows and {size_text(budget.memory)}"
     )
     yield from (f"note: {notice}" for notice in sweep.notices)
-    yield from (f"note: {line}" for line in _off(planned.withheld))
     if not packs(sweep, planned.optimisations) and planned.n_cells:
         yield f"note: {_why_padded(planned)}, so that every cell is a row of a padded batch of whole prompts"
     if sweep.scope.readout.decodes and not sweep.target.architecture.caches:
         name = sweep.target.family
         yield f"note: {name} keeps no keys and values: each token that is decoded reads its prompt again"
+    for entry in planned.withheld:
+        cost = COSTS.get(entry.optimisation, "")
+        yield f"note: {entry} ({entry.why}), so {cost}"
+    for info in dict.fromkeys((sweep.source, sweep.target)):
+        if info.verdict is None:
+            later = ": its first job carries the proof" if info.device == ELSEWHERE else ""
+            yield f"note: {info.name} is not proven{later}"
     if sinks := _sinks(planned):
         yield f"note: {sinks}, in most models an attention sink, whose state is huge and says little"
-
-
-def _off(withheld: Sequence[Withheld]) -> Iterator[str]:
-    """What the models' proofs switch off, and why; a line for all that one finding switches off."""
-    lines: dict[tuple[str, str], list[str]] = {}
-    for entry in withheld:
-        lines.setdefault((entry.where, entry.why), []).append(entry.name)
-    for (where, why), names in lines.items():
-        yield f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} off{where}: {why}"
 
 
 def _sinks(planned: Plan) -> str:
@@ -147,6 +144,8 @@ def _why_padded(planned: Plan) -> str:
     sweep, used = planned.sweep, planned.optimisations
     if not (used.prefix_sharing or used.late_entry):
         return "prefix sharing and late entry are off"
+    if sweep.scope.readout.decodes and not from_cache(sweep, used):
+        return "each decoded token reads its prompt again"
     target = sweep.scope.target
     if target.site not in ("residual", "before"):
         return f"target.site={target.site!r} is written inside a block"
@@ -160,9 +159,7 @@ def _why_padded(planned: Plan) -> str:
         return f"target.{next(name for name, given in asked.items() if given)} is done to whole prompts"
     if not sweep.target.architecture.causal:
         return f"tokens of a prompt of {sweep.target.name} see those after them"
-    if not sweep.target.architecture.packs:
-        return f"the blocks of {sweep.target.family} cannot be run on segments of a sequence"
-    return "each token that is decoded reads its prompt again"
+    return f"the blocks of {sweep.target.family} cannot be run on segments of a sequence"
 
 
 def _describe(info: ModelInfo) -> str:

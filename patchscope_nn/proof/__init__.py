@@ -6,8 +6,8 @@ switched off for it, by name. A model that even the plain path gets wrong is ref
 the user's cache.
 """
 
-from patchscope_nn.proof.loading import load, proven
+from patchscope_nn.proof.loading import load, proven, proven_on
 from patchscope_nn.proof.prove import prove
 from patchscope_nn.proof.store import structure_key
 
-__all__ = ["load", "prove", "proven", "structure_key"]
+__all__ = ["load", "prove", "proven", "proven_on", "structure_key"]

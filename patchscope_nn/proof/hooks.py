@@ -6,7 +6,7 @@ Every forward reads a whole prompt, without padding; the rows of a batch are one
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +29,10 @@ class Write(NamedTuple):
     state: torch.Tensor
 
 
+class _Done(Exception):  # noqa: N818 (it is no error: it ends a forward once everything has been read)
+    """Raised by a hook."""
+
+
 class Hooks:
     """A transformers model, open to reads and writes.
 
@@ -43,18 +47,21 @@ class Hooks:
         self.module, self.architecture = model.module, model.info.architecture
         self.device = input_device(model.module)
         self.causal, self.incremental = model.info.architecture.causal, True
+        self._known: dict[Any, dict[tuple[int, ...], torch.Tensor]] = {}
 
     def read(self, ids: Sequence[int], places: Sequence[Place]) -> dict[Place, torch.Tensor]:
-        """The states at some places, each (n_tokens, d_model)."""
+        """The states at some places, each (n_tokens, d_model); nothing runs behind the last of them."""
         states: dict[Place, torch.Tensor] = {}
 
         def keep(place: Place) -> Any:
             def hook(_module: Any, _inputs: Any, output: Any) -> None:
                 states[place] = _states_of(output).view(len(ids), -1).clone()
+                if len(states) == len(places):
+                    raise _Done
 
             return hook
 
-        with ExitStack() as stack:
+        with ExitStack() as stack, suppress(_Done):
             for place in places:
                 stack.callback(self._part(place).register_forward_hook(keep(place)).remove)
             self._forward(torch.tensor([list(ids)]), use_cache=False)
@@ -76,12 +83,19 @@ class Hooks:
         Returns:
             (len(more) + 1, vocab).
         """
+        known = self._known.setdefault((*ids, write.place, write.position, id(write.state)), {})
+        for longer, logits in known.items():
+            if self.incremental and longer[: len(more)] == tuple(more):
+                return logits[: len(more) + 1]
         if not self.causal:
-            return self._decoded(ids, more, write)
-        if not self.incremental:
+            known[tuple(more)] = self._decoded(ids, more, write)
+        elif self.incremental:
+            known[tuple(more)] = self.logits([*ids, *more], [write])[0, len(ids) - 1 :]
+        else:
             steps = [[*ids, *more[:count]] for count in range(len(more) + 1)]
-            return torch.stack([self.logits(step, [write])[0, -1] for step in steps])
-        return self.logits([*ids, *more], [write])[0, len(ids) - 1 :]
+            rows = [self.logits(step, [write])[0, -1] for step in steps]
+            known[tuple(more)] = torch.stack(rows)
+        return known[tuple(more)]
 
     def scored(self, ids: Sequence[int], more: Sequence[int], write: Write) -> torch.Tensor:
         """The logits that score each token of a continuation: those of one forward over all of it.
@@ -89,8 +103,8 @@ class Hooks:
         Returns:
             (len(more), vocab).
         """
-        if not self.causal:
-            return self._decoded(ids, more[:-1], write)
+        if not self.causal or self.incremental:
+            return self.continued(ids, more[:-1], write)
         return self.logits([*ids, *more], [write])[0, len(ids) - 1 : -1]
 
     def _decoded(self, ids: Sequence[int], more: Sequence[int], write: Write) -> torch.Tensor:
@@ -103,13 +117,6 @@ class Hooks:
             )
             rows.append(output.logits[0, -1])
         return torch.stack(rows).float()
-
-    def sees_ahead(self, ids: Sequence[int], other: int) -> float:
-        """How much another last token changes what a prompt's earlier tokens give, in standard deviations."""
-        with torch.no_grad():
-            first = self.logits(ids, [None])[0, :-1]
-            changed = self.logits([*ids[:-1], other], [None])[0, :-1]
-        return float(((first - changed).abs().amax() / first.std()).item())
 
     def noise(self, ids: Sequence[int]) -> float:
         """How much rounding the embeddings once more changes the logits, in standard deviations."""

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 from patchscope_nn import models
+from patchscope_nn.backends import Ndif
 from patchscope_nn.models import COSTS, ELSEWHERE, Model, Verdict
 from patchscope_nn.proof import store
 from patchscope_nn.proof.prove import prove
+from patchscope_nn.proof.remote import prove_remotely
+from patchscope_nn.unpack import Work
 
 _LOG = logging.getLogger(__name__)
 
@@ -47,10 +51,32 @@ def proven(model: Model) -> Model:
     """
     if model.info.device == ELSEWHERE or model.info.verdict is not None:
         return model
-    key = store.structure_key(model)
+    return _kept_or_made(model, store.structure_key(model), lambda key: prove(model, key=key))
+
+
+def proven_on(model: Model, backend: Ndif) -> Model:
+    """A model with its verdict, whose weights are on a server: a job carries the proof, unless it is known.
+
+    Raises:
+        ModelError: It cannot be traced there.
+        ServerError: The server cannot be reached.
+    """
+    if model.info.device != ELSEWHERE or model.info.verdict is not None:
+        return model
+
+    def run(work: Work) -> Any:
+        return backend.run("session", work, source=model, target=model)
+
+    return _kept_or_made(
+        model, store.structure_key(model, host=backend.host), lambda key: prove_remotely(model, run, key=key)
+    )
+
+
+def _kept_or_made(model: Model, key: str, make: Callable[[str], Verdict]) -> Model:
+    """A model with the verdict that is kept under a key, or that is made and kept now."""
     verdict = store.known(key)
     if verdict is None:
-        verdict = prove(model, key=key)
+        verdict = make(key)
         store.keep(verdict)
     if line := _line(model.info.name, verdict):
         _LOG.warning("%s", line)

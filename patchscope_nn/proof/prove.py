@@ -1,9 +1,10 @@
 """The proof of a model: does what the compiler makes of a Patchscope equal the model under plain hooks?
 
 1. The plain path, without any optimisation, is compared with plain hooks: reads and writes at the first, a
-   middle and the last block, and at one block of every kind; every readout; attention and MLP.
-2. All optimisations together are compared with the same. Where they differ, they are added to the plain path
-   one after the other, and those that change a number are switched off.
+   middle and the last block, and at one block of every kind.
+2. All optimisations together are compared with the same, for every readout and site. Where they differ, the
+   plain path is compared too, and they are added to it one after the other: those that change a number are
+   switched off.
 3. Both again beyond every length at which the config says that the model computes otherwise.
 """
 
@@ -21,7 +22,7 @@ from patchscope_nn.errors import ModelError
 from patchscope_nn.models import FUSED, PLAIN, Comparison, Model, Verdict, Withheld
 from patchscope_nn.plan import Optimisations
 from patchscope_nn.proof.hooks import Hooks
-from patchscope_nn.proof.prompts import random_ids, thresholds
+from patchscope_nn.proof.prompts import thresholds
 from patchscope_nn.proof.trials import DECODED, Reference, Runner, Trial, readout_of
 from patchscope_nn.spec import Choices, Generate, Hidden, NextToken, Site
 
@@ -30,11 +31,11 @@ from patchscope_nn.spec import Choices, Generate, Hidden, NextToken, Site
 _ROUNDING = {"float64": 1e-6, "float32": 5e-4, "float16": 3e-2, "bfloat16": 0.15}
 _TIMES_NOISE = 10
 #: The shortest prompts, in tokens: source and target.
-_SHORT = (7, 6)
+SHORT = (7, 6)
 #: The shortest prompt in which a token before the last can be patched behind another.
 _SHORTEST = 4
 #: Thresholds up to so many tokens are passed by the ordinary prompts.
-_ORDINARY = 24
+ORDINARY = 24
 #: How many operations the trials beyond a length may take, by the kind of the device, and about how many
 #: forwards they are.
 _AFFORDABLE = {"cpu": 1.5e12, "cuda": 2e15}
@@ -42,7 +43,7 @@ _FORWARDS = 20
 #: A small model has the operations, but attention grows with the square of its tokens.
 _LONGEST = {"cpu": 2048, "cuda": 16384}
 #: What can be wrong in decoding alone; the others arrange how a prompt is read, which every readout does.
-_OF_DECODING = ("cached_decoding", "mixed_lengths", "early_leaving")
+OF_DECODING = ("cached_decoding", "mixed_lengths", "early_leaving")
 
 
 def prove(model: Model, *, key: str) -> Verdict:
@@ -60,8 +61,8 @@ def prove(model: Model, *, key: str) -> Verdict:
     """
     started = time.monotonic()
     lengths = thresholds(model)
-    ordinary = [length for length in lengths if length <= _ORDINARY]
-    larger = [length for length in lengths if length > _ORDINARY]
+    ordinary = [length for length in lengths if length <= ORDINARY]
+    larger = [length for length in lengths if length > ORDINARY]
     try:
         proof = _Proof(model)
         proof.limit = larger[0] if larger else None
@@ -130,30 +131,39 @@ class _Proof:
 
     def begin(self, lengths: Sequence[int]) -> None:
         """Compare on ordinary prompts: short ones, and ones beyond some lengths; decoding crosses each."""
-        short = _SHORT
+        short = SHORT
         source = max([short[0] + 4, *(length + 3 for length in lengths)])
         target = source - 1
         across = [(short[0], length - 1) for length in lengths if length >= _SHORTEST]
         self._measure_rounding()
-        self._orient(short[1], source)
         rows = (short, (source, target))
-        self._check(Trial(readout=readout_of(NextToken), rows=rows, layers=self.layers))
-        self._check(Trial(readout=readout_of(Hidden), rows=rows, layers=self.layers[:2]))
+        first = Trial(readout=readout_of(NextToken), rows=rows, layers=self.layers)
+        self._orient(first)
+        if lengths:
+            self._compare_lengths(short[1], source)
+        self._check_plain(replace(first, rows=rows[-1:]))
+        self._check(first)
+        self._check(Trial(readout=readout_of(Hidden), rows=rows[:1], layers=self.layers[:1]))
         if self._has("attention") and self._has("mlp"):
             self._check_sites("attention", "mlp")
             self._check_sites("mlp", "attention")
-        self._decode(short, *across, (short[0], target))
+        # The rows of a packed pass have one length; those of a padded one decode with padding.
+        packs = self.model.info.architecture.packs and not across
+        self._decode(short, *across, *([] if packs else [(short[0], target)]))
+        self._check_fused()
 
     def go_beyond(self, length: int) -> bool:
         """Compare on both sides of a length; False where the model does not run there."""
         self.beyond = length
-        short = _SHORT
+        short = SHORT
         # Decoding crosses the length, and goes on behind it.
         across, behind = (short[0], length - 1), (length + 5, length + 3)
         try:
-            self._orient(length - 1, length + 3)
-            rows = (short, behind)
-            self._check(Trial(readout=readout_of(NextToken), rows=rows, layers=(self.middle,)))
+            self._compare_lengths(length - 1, length + 3)
+            trial = Trial(readout=readout_of(NextToken), rows=(short, behind), layers=(self.middle,))
+            self.reference.prepare(trial)
+            self._check_plain(replace(trial, rows=(behind,)))
+            self._check(trial)
             self._decode(across, behind)
         except ModelError as error:
             self.withheld.append(Withheld(PLAIN, None, length, error.message))
@@ -164,9 +174,9 @@ class _Proof:
 
     def _decode(self, *rows: tuple[int, int]) -> None:
         # Two cells of one prompt, of which one ends before the other and leaves the batch.
-        two = tuple(sorted({self.layers[0], self.middle}))
-        self._check(Trial(readout=readout_of(Generate), rows=rows, layers=two))
-        self._check(Trial(readout=readout_of(Choices), rows=rows, layers=(self.middle,)))
+        first, middle = self.layers[0], self.middle
+        self._check(Trial(readout=readout_of(Generate), rows=rows, layers=tuple(sorted({first, middle}))))
+        self._check(Trial(readout=readout_of(Choices), rows=rows, layers=(first,), target_layers=(middle,)))
 
     def _has(self, site: Site) -> bool:
         return getattr(self.model.info.architecture, site) is not None
@@ -175,7 +185,7 @@ class _Proof:
         """Compare a read at one site and a write at another; a site that is wrong is off."""
         trial = Trial(
             readout=readout_of(NextToken),
-            rows=(_SHORT,),
+            rows=(SHORT,),
             layers=self.layers[:1],
             target_layers=(self.middle,),
             sites=(read, written),
@@ -194,49 +204,55 @@ class _Proof:
                         self._withhold(site, None, alone, error, problem)
 
     def _measure_rounding(self) -> None:
-        """Raise the tolerance where rounding alone changes more, as in deep or routed models."""
-        noise = self.hooks.noise(self.runner.prompt("t", _SHORT[1]))
-        if noise != noise:  # noqa: PLR0124 (only a NaN differs from itself)
+        """In half precision, raise the tolerance where rounding alone changes more."""
+        if self.model.info.dtype in ("float16", "bfloat16"):
+            noise = self.hooks.noise(self.runner.prompt("t", SHORT[1]))
+            self.tolerance = max(self.tolerance, _TIMES_NOISE * noise) if noise < float("inf") else noise
+
+    def _orient(self, trial: Trial) -> None:
+        """Run the first trial's reference, and find out whether tokens of a prompt see those after them."""
+        self.reference.prepare(trial)
+        ahead = self.reference.ahead
+        if not (self.tolerance < float("inf") and ahead < float("inf")):
             raise ModelError(
                 f"{self.model.info.name} gives numbers that are not finite in {self.model.info.dtype}.",
                 hint="Load it with another dtype, for example dtype='bfloat16' or 'float32'.",
             )
-        self.tolerance = max(self.tolerance, _TIMES_NOISE * noise)
-
-    def _orient(self, count: int, longer_count: int) -> None:
-        """Find out whether tokens see those after them, and whether a longer prompt says other things."""
-        prompt = self.runner.prompt("t", count)
-        longer = [*prompt, *self.runner.prompt("s", longer_count - count)]
-        alone, followed = (self.hooks.logits(ids, [None])[0, count - 1] for ids in (prompt, longer))
-        if float(((alone - followed).abs().amax() / alone.std()).item()) <= self.tolerance:
-            return
-        self.hooks.incremental = False
-        other = random_ids(self.model, count + 1, seed=1)[-1]
-        if self.hooks.sees_ahead(prompt, other) > self.tolerance:
-            self.hooks.causal = False
+        if ahead > self.tolerance:
+            self.hooks.causal = self.hooks.incremental = False
             architecture = replace(self.model.info.architecture, causal=False)
             self.runner.model = replace(self.model, info=replace(self.model.info, architecture=architecture))
 
+    def _compare_lengths(self, count: int, longer_count: int) -> None:
+        """Find out whether a prompt says other things of its beginning when more follows it."""
+        prompt = self.runner.prompt("t", count)
+        longer = [*prompt, *self.runner.prompt("s", longer_count - count)]
+        alone, followed = (self.hooks.logits(ids, [None])[0, count - 1] for ids in (prompt, longer))
+        if float(((alone - followed).abs().amax() / alone.std()).item()) > self.tolerance:
+            self.hooks.incremental = False
+
     def _check(self, trial: Trial) -> None:
-        """Compare the plain path, then all optimisations; find those to blame where they differ."""
+        """Compare a trial with all optimisations; find those to blame where it differs."""
         self.reference.prepare(trial)
         self.runner.verdict = Verdict(key="", limit=self.limit, withheld=tuple(self.withheld))
-        only = trial.layers[-1:] if trial.readout.decodes else trial.layers
-        self._check_plain(replace(trial, rows=trial.rows[-1:], layers=only))
         eos = self._end_of_some(trial)
         error, problem = self._error(trial, Optimisations(), eos=eos)
         if problem:
             self._find_guilty(trial, problem, eos=eos)
         else:
             self._note(f"all optimisations: {trial.name}", trial, error, "equal")
-        fuses = trial.readout.name in ("next_token", "generate") and set(trial.sites) == {"residual"}
-        if fuses and not (self.beyond or self._off(FUSED)):
-            few = replace(trial, layers=(self.middle,), target_layers="same")
-            error, problem = self._error(few, Optimisations(), context="auto", eos=eos)
-            if problem:
-                self._withhold(FUSED, None, trial, error, problem)
-            else:
-                self._note(f"fused context: {trial.name}", trial, error, "equal")
+
+    def _check_fused(self) -> None:
+        """Compare a source and a target that share one forward, and what is decoded behind it."""
+        decodes = not self._off("cached_decoding") and self.hooks.causal
+        readout = Generate(max_new_tokens=2) if decodes else readout_of(NextToken)
+        trial = Trial(readout=readout, rows=(SHORT,), layers=(self.middle,))
+        self.reference.prepare(trial)
+        error, problem = self._error(trial, Optimisations(), context="auto")
+        if problem:
+            self._withhold(FUSED, None, trial, error, problem)
+        else:
+            self._note(f"fused context: {trial.name}", trial, error, "equal")
 
     def _check_plain(self, trial: Trial) -> None:
         error, problem = self._error(trial, Optimisations.none())
@@ -257,7 +273,7 @@ class _Proof:
             tried = replace(used, **{name: True})
             wrong, reason = self._error(trial, tried, eos=eos)
             if reason:
-                decoding = trial.readout.decodes and name in _OF_DECODING
+                decoding = trial.readout.decodes and name in OF_DECODING
                 self._withhold(name, trial.readout.name if decoding else None, trial, wrong, reason)
             else:
                 used = tried

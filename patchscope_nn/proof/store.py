@@ -23,11 +23,12 @@ def folder() -> Path:
     return builtin.cache_folder() / "proofs"
 
 
-def structure_key(model: Model) -> str:
+def structure_key(model: Model, *, host: str = "") -> str:
     """Hex digest of everything that decides what is proven of a model, but its weights.
 
     Args:
         model: The model.
+        host: The server that has its weights; empty where they are in this process.
 
     Returns:
         A digest of its class, config, attention implementation, dtype and device, of the versions of torch,
@@ -40,7 +41,7 @@ def structure_key(model: Model) -> str:
         config,
         str(module.config._attn_implementation),  # noqa: SLF001 (transformers' own name for it)
         model.info.dtype,
-        model.info.device.partition(":")[0],
+        host or model.info.device.partition(":")[0],
         [(name, metadata.version(name)) for name in _VERSIONS],
         _code_digest(),
     ]

@@ -6,21 +6,22 @@ of optimisations; `Reference` says what every cell should give.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 
-from patchscope_nn.backends import Local, execute
-from patchscope_nn.cells import Cell, expand
-from patchscope_nn.mappings import resolve_mapping
+from patchscope_nn.backends import Local, execute, results_of
+from patchscope_nn.cells import Cell, Sweep, expand
+from patchscope_nn.mappings import ResolvedMapping
 from patchscope_nn.models import Model, Verdict, usable_memory
-from patchscope_nn.plan import Optimisations, plan
+from patchscope_nn.plan import Optimisations, Plan, Step, plan
 from patchscope_nn.proof.hooks import Hooks, Place, Write
 from patchscope_nn.proof.prompts import Numbers, random_ids
 from patchscope_nn.spec import Choices, Generate, Hidden, NextToken, Patchscope, Readout, Site, Source, Target
-from patchscope_nn.unpack import eos_ids
+from patchscope_nn.unpack import Work, eos_ids, unpack
 
 #: The tokens that all target prompts of a trial begin with, so that there is a prefix to share.
 _PREFIX = 3
@@ -30,6 +31,28 @@ _COMPARED, DECODED = 24, 3
 _CHOICES = (3, 1)
 
 Results = list[tuple[Cell, dict[str, Any]]]
+_IDENTITY = ResolvedMapping(name="identity", kind="identity")
+
+
+class Works(NamedTuple):
+    """A trial as steps in plain values.
+
+    Attributes:
+        steps: What `emit` takes, a step each.
+        plans: The plan and the step that each was made of.
+    """
+
+    steps: list[Work]
+    plans: tuple[tuple[Plan, Step], ...]
+
+    def rows(self, results: Sequence[Any]) -> list[dict[str, Any]]:
+        """The raw readout of every cell, in the sweep's order, of what the steps gave."""
+        cells = [
+            cell
+            for (planned, step), result in zip(self.plans, results, strict=True)
+            for cell in results_of(planned, step, result)
+        ]
+        return [raw for _, raw in sorted(cells, key=lambda result: result[0].number)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,9 +80,14 @@ class Trial:
         return f"{self.readout.name}{sites}"
 
     @property
+    def decoded(self) -> int:
+        """How many tokens it decodes; 0 for a readout that does not."""
+        return self.readout.max_new_tokens if isinstance(self.readout, Generate) else 0
+
+    @property
     def tokens(self) -> int:
         """The longest prompt, appended tokens included."""
-        more = {"generate": DECODED, "choices": max(_CHOICES)}.get(self.readout.name, 0)
+        more = max(_CHOICES) if isinstance(self.readout, Choices) else self.decoded
         return max(max(source, target + more) for source, target in self.rows)
 
 
@@ -107,32 +135,54 @@ class Runner:
         eos: int | None = None,
     ) -> Results:
         """The raw readout of every cell of a trial, in the sweep's order."""
-        model = replace(
+        model = self._model(eos)
+        planned = plan(
+            self._sweep(trial, model), context=context, memory=self.memory, optimisations=optimisations
+        )
+        steps = execute(planned, source=model, target=model, mapping=_IDENTITY, backend=Local())
+        cells = [result for step in steps for result in step]
+        return sorted(cells, key=lambda result: result[0].number)
+
+    def works(self, trial: Trial, optimisations: Optimisations) -> Works:
+        """The steps of a trial for a machine that is elsewhere."""
+        model = self._model(None)
+        planned = plan(self._sweep(trial, model), context="session", remote=True, optimisations=optimisations)
+        steps = [*planned.steps()]
+        made = [
+            unpack(planned, step, source=model, target=model, mapping=_IDENTITY, states={}) for step in steps
+        ]
+        return Works(made, tuple((planned, step) for step in steps))
+
+    def _model(self, eos: int | None) -> Model:
+        return replace(
             self.model,
             info=replace(self.model.info, verdict=self.verdict),
             tokenizer=Numbers(len(self.model.tokenizer), eos=eos),
         )
+
+    def _sweep(self, trial: Trial, model: Model) -> Sweep:
         scope = Patchscope(
             source=Source(prompt="{s}", layer=trial.layers, site=trial.sites[0]),
             target=Target(prompt="{t}", position=-2, layer=trial.target_layers, site=trial.sites[1]),
             readout=trial.readout,
         )
         data = [self.row(*lengths) for lengths in trial.rows]
-        sweep = expand(scope, rows=data, source=model, target=model)
-        planned = plan(sweep, context=context, memory=self.memory, optimisations=optimisations)
-        mapping = resolve_mapping("identity", source=model.info, target=model.info)
-        steps = execute(planned, source=model, target=model, mapping=mapping, backend=Local())
-        cells = [result for step in steps for result in step]
-        return sorted(cells, key=lambda result: result[0].number)
+        return expand(scope, rows=data, source=model, target=model)
 
 
 class Reference:
-    """What the cells of trials should give, by plain hooks; each forward is run once."""
+    """What the cells of trials should give, by plain hooks; each forward is run once.
+
+    Attributes:
+        ahead: How much a write changed the logits of tokens before it, in standard deviations: nothing, where
+            no token sees those after it.
+    """
 
     def __init__(self, runner: Runner, hooks: Hooks) -> None:
         self.runner, self.hooks = runner, hooks
         self._states: dict[Any, torch.Tensor] = {}
         self._logits: dict[Any, torch.Tensor] = {}
+        self.ahead = 0.0
 
     def prepare(self, trial: Trial) -> None:
         """Read every state of a trial, and for a readout that reads one position run its forwards at once."""
@@ -147,10 +197,13 @@ class Reference:
                 self._states |= {("t", target, place): states[-2] for place, states in clean.items()}
             if trial.readout.name == "next_token":
                 keys = self._keys(trial)
-                rows = self.hooks.logits(
-                    self.runner.prompt("t", target), [self.write(source, target, *key) for key in keys]
-                )
-                self._logits |= {(source, target, *key): row[-1] for key, row in zip(keys, rows, strict=True)}
+                writes = [self.write(source, target, *key) for key in keys]
+                rows = self.hooks.logits(self.runner.prompt("t", target), [*writes, None])
+                self._logits |= {
+                    (source, target, *key): row[-1] for key, row in zip(keys, rows, strict=False)
+                }
+                before = rows[:, : target - 2]
+                self.ahead = max(self.ahead, _distance(before, before[:1].expand_as(before), rows))
 
     def _written(self, trial: Trial) -> tuple[int, ...]:
         return trial.layers if trial.target_layers == "same" else trial.target_layers
@@ -186,34 +239,40 @@ class Reference:
         prompt = self.runner.prompt("t", target)
         if trial.readout.name == "choices":
             return self._choices_error(prompt, raw["choice_logprobs"], write)
-        return self._text_error(prompt, raw, write, eos=eos)
+        return self._text_error(prompt, raw, write, most=trial.decoded, eos=eos)
 
     def _choices_error(self, prompt: list[int], given: list[float], write: Write) -> float:
         """How far the summed log-probability of each continuation is off."""
         errors = []
+        ids = self.runner.ids["s"]
+        # Where each token is scored by those before it alone, the first one of any choice is scored alike.
+        longest = self.hooks.scored(prompt, ids[-max(_CHOICES) :], write)
         for count, logprob in zip(_CHOICES, given, strict=True):
-            more = self.runner.ids["s"][-count:]
-            logits = self.hooks.scored(prompt, more, write)
+            more, logits = ids[-count:], longest[:count]
+            if count < max(_CHOICES) and not (count == 1 and self.hooks.incremental):
+                logits = self.hooks.scored(prompt, more, write)
             wanted = logits.log_softmax(-1)[range(count), more].sum()
             errors.append(_distance(torch.tensor(logprob), wanted, logits))
         return max(errors)
 
-    def _text_error(self, prompt: list[int], raw: dict[str, Any], write: Write, *, eos: int | None) -> float:
+    def _text_error(
+        self, prompt: list[int], raw: dict[str, Any], write: Write, *, most: int, eos: int | None
+    ) -> float:
         """How far below the top token each decoded one is, and how far off its probability.
 
         An end counts as the likeliest of the ends.
         """
         tokens = raw["token_ids"]
-        logits = self.hooks.continued(prompt, tokens[: DECODED - 1], write)
+        logits = self.hooks.continued(prompt, tokens[: most - 1], write)
         below = [row.amax() - row[token] for row, token in zip(logits, tokens, strict=False)]
         if raw["stopped"] == "eos":
             ends = [*self._ends, *([] if eos is None else [eos])]
             below.append(logits[len(tokens)].amax() - logits[len(tokens)][ends].amax())
-        elif len(tokens) != DECODED:
+        elif len(tokens) != most:
             return float("inf")
         wanted = [row.log_softmax(-1)[token] for row, token in zip(logits, tokens, strict=False)]
         error = float((torch.stack(below).amax() / logits.std()).item())
-        if not tokens:
+        if not tokens or "token_probs" not in raw:
             return error
         return max(error, _distance(torch.tensor(raw["token_probs"]).log(), torch.stack(wanted), logits))
 
@@ -223,9 +282,12 @@ class Reference:
 
     def next_decoded(self, source: int, target: int, layer: int, tokens: list[int]) -> int:
         """The token that a row decodes behind others."""
-        write = self.write(source, target, Place(layer), Place(layer))
-        logits = self.hooks.continued(self.runner.prompt("t", target), tokens, write)
-        return int(logits[-1].argmax().item())
+        place = Place(layer)
+        logits = None if tokens else self._logits.get((source, target, place, place))
+        if logits is None:
+            write = self.write(source, target, place, place)
+            logits = self.hooks.continued(self.runner.prompt("t", target), tokens, write)[-1]
+        return int(logits.argmax().item())
 
 
 def _distance(got: torch.Tensor, wanted: torch.Tensor, scale: torch.Tensor) -> float:

@@ -1,0 +1,173 @@
+"""The proof of a model whose weights are elsewhere: one job carries it, and only readouts come back.
+
+Plain hooks cannot be set there. The optimisations are compared with the plain path, one nnsight trace for
+each cell, in the same job.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+
+from patchscope_nn.errors import JobError, ModelError
+from patchscope_nn.models import Comparison, Model, Verdict, Withheld
+from patchscope_nn.plan import Optimisations
+from patchscope_nn.proof.prompts import thresholds
+from patchscope_nn.proof.prove import (
+    OF_DECODING,
+    ORDINARY,
+    SHORT,
+    probed_layers,
+)
+from patchscope_nn.proof.trials import Runner, Trial, readout_of
+from patchscope_nn.spec import Choices, Generate, Hidden, NextToken
+from patchscope_nn.unpack import Work
+
+#: The dtype there is not known here, so half precision is assumed.
+_ROUNDING = 0.15
+#: Longer prompts than this are not sent, in tokens.
+_LONGEST = 4096
+#: Runs a step there, and gives what `emit` gives; of a series a list.
+Run = Callable[[Work], Any]
+
+
+class _Asked(NamedTuple):
+    """A trial, and the optimisations it is run with."""
+
+    trial: Trial
+    used: Optimisations
+
+
+def prove_remotely(model: Model, run: Run, *, key: str) -> Verdict:
+    """Prove a model whose weights are elsewhere.
+
+    Args:
+        model: The model; only its config and structure are here.
+        run: Runs a step or a series of steps there.
+        key: What the verdict is kept under.
+
+    Returns:
+        What holds on it.
+
+    Raises:
+        ModelError: Even the plain path fails there.
+        ServerError: The server cannot be reached.
+    """
+    started = time.monotonic()
+    lengths = thresholds(model)
+    beyond = [length for length in lengths if ORDINARY < length <= _LONGEST]
+    limit = next((length for length in lengths if length > _LONGEST), None)
+    trials = [(trial, 0) for trial in _trials(model, [n for n in lengths if n <= ORDINARY], 0)]
+    trials += [(trial, length) for length in beyond for trial in _trials(model, [], length)]
+    runner = Runner(model)
+    plain, full = Optimisations.none(), Optimisations()
+    asked = [_Asked(trial, used) for trial, _ in trials for used in (plain, full)]
+    results = _run(runner, asked, run)
+    comparisons: list[Comparison] = []
+    withheld: list[Withheld] = []
+    for place, (trial, length) in enumerate(trials):
+        expected, got = results[2 * place : 2 * place + 2]
+        if isinstance(expected, str):
+            raise ModelError(
+                f"{model.info.name} cannot be traced there: even without any optimisation, {trial.name} "
+                f"fails: {expected}",
+                hint="Use another model; `patchscope doctor --remote` lists those that run.",
+            )
+        error, problem = _difference(expected, got)
+        outcome = "equal"
+        if problem and withheld:  # perhaps for what is off already
+            runner.verdict = Verdict(key="", withheld=tuple(withheld))
+            error, problem = _difference(expected, _run(runner, [_Asked(trial, full)], run)[0])
+        if problem:
+            off = _guilty(runner, trial, length, expected, run)
+            withheld += off
+            outcome = ", ".join(map(str, off))
+        comparisons.append(
+            Comparison(f"all optimisations: {trial.name}", trial.tokens, error, _ROUNDING, outcome)
+        )
+    return Verdict(
+        key=key,
+        causal=model.info.architecture.causal,
+        limit=limit,
+        withheld=tuple(dict.fromkeys(withheld)),
+        comparisons=tuple(comparisons),
+        elapsed_s=round(time.monotonic() - started, 3),
+    )
+
+
+def _trials(model: Model, ordinary: Sequence[int], beyond: int) -> list[Trial]:
+    """The trials of ordinary prompts, or those beyond a length."""
+    layers = probed_layers(model)
+    middle = layers[len(layers) // 2]
+    longest = max([SHORT[0] + 4, *(length + 3 for length in ordinary), beyond + 5 if beyond else 0])
+    rows = (SHORT, (longest, longest - 1))
+    across = ((SHORT[0], beyond - 1), rows[1]) if beyond else rows
+    return [
+        Trial(readout=readout_of(NextToken), rows=rows, layers=(middle,) if beyond else layers),
+        *([] if beyond else [Trial(readout=readout_of(Hidden), rows=rows, layers=layers[:2])]),
+        Trial(readout=readout_of(Generate), rows=across, layers=(middle,)),
+        Trial(readout=readout_of(Choices), rows=across, layers=(middle,)),
+    ]
+
+
+def _guilty(
+    runner: Runner, trial: Trial, beyond: int, expected: Sequence[dict[str, Any]], run: Run
+) -> list[Withheld]:
+    """Add one optimisation after the other to the plain path, a job each; those that change it are off."""
+    used = Optimisations.none()
+    withheld = []
+    for name in Optimisations.names():
+        tried = replace(used, **{name: True})
+        _, problem = _difference(expected, _run(runner, [_Asked(trial, tried)], run)[0])
+        if not problem:
+            used = tried
+            continue
+        readout = trial.readout.name if trial.readout.decodes and name in OF_DECODING else None
+        withheld.append(Withheld(name, readout, beyond, f"{trial.name} {problem}"))
+    return withheld
+
+
+def _run(runner: Runner, asked: Sequence[_Asked], run: Run) -> list[list[dict[str, Any]] | str]:
+    """The readouts of some trials, cell by cell, in one job; of one that fails, in a job of its own, why."""
+    works = [runner.works(entry.trial, entry.used) for entry in asked]
+    try:
+        series = [step for made in works for step in made.steps]
+        parts = iter(run({"series": series, "how": series[0]["how"]}))
+        return [made.rows([next(parts) for _ in made.steps]) for made in works]
+    except JobError as error:
+        if len(asked) == 1:
+            return [error.message]
+        return [_run(runner, [entry], run)[0] for entry in asked]
+
+
+def _difference(expected: Any, got: Any) -> tuple[float, str]:
+    """The largest difference of some cells, in standard deviations, and what is wrong; nothing if equal."""
+    if isinstance(got, str):
+        return float("inf"), f"fails ({got.strip().splitlines()[0][:120]})"
+    error = max(_distance(one, other) for one, other in zip(expected, got, strict=True))
+    return error, "" if error <= _ROUNDING else f"differs by {error:.2g} standard deviations"
+
+
+def _distance(expected: dict[str, Any], got: dict[str, Any]) -> float:
+    """How far two readouts of a cell are apart: up to the first token in which texts differ."""
+    if "token_ids" in expected:
+        pairs = zip(expected["token_ids"], got["token_ids"], strict=False)
+        same = next((n for n, (one, other) in enumerate(pairs) if one != other), len(expected["token_ids"]))
+        names, end = ["token_probs"], same + 1
+        expected, got = ({"token_probs": row["token_probs"][:end]} for row in (expected, got))
+    else:
+        names = [name for name in ("reference_logprobs", "choice_logprobs", "hidden") if name in expected]
+    errors = []
+    for name in names:
+        one, other = (torch.tensor(row[name], dtype=torch.float64).flatten() for row in (expected, got))
+        if name == "token_probs":
+            one, other = one.log(), other.log()
+        scale = one.std() if one.numel() > 1 and name != "token_probs" else torch.tensor(1.0)
+        errors.append(
+            float(((one - other).abs().amax() / scale).item()) if one.shape == other.shape else float("inf")
+        )
+    return max(errors, default=0.0)
