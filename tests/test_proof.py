@@ -8,6 +8,7 @@ import faults
 import hooks
 import pytest
 import tiny
+import torch
 
 import patchscope_nn as ps
 from patchscope_nn.errors import InputError, ModelError
@@ -105,6 +106,32 @@ def test_numbers_are_right_in_spite_of_a_fault_and_wrong_without_the_proof(name,
     assert [*differing(unproven, fault.family, run_cells)]
 
 
+class Mixing(torch.nn.Module):
+    """An MLP that adds something of the whole batch to every row."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, hidden):
+        output = self.inner(hidden)
+        return output + 0.3 * output.mean(0, keepdim=True)
+
+
+def test_a_model_whose_rows_see_each_other_runs_each_alone(run_cells):
+    modules = [tiny.make_module("llama") for _ in range(2)]
+    for module in modules:
+        module.model.layers[1].mlp = Mixing(module.model.layers[1].mlp)
+    model = ps.load(modules[0], tokenizer=tiny.TOKENIZER)
+    assert off(model) == {"source_sharing", "row_packing"}
+    assert model.info.verdict.causal
+    scope = scope_of(READOUTS["next_token"])
+    plain = hooks.Reference(modules[1], blocks="model.layers", attention="self_attn", mlp="mlp")
+    pair = hooks.Pair(scope, plain, tokenizer=tiny.TOKENIZER)
+    for cell, given in run_cells(scope, model, rows=ROWS, controls=["unpatched"]):
+        hooks.assert_same(given, pair.expected(cell, ROWS[cell.row]))
+
+
 @faulty
 def test_the_manifest_says_what_is_off(name, plant, tmp_path):
     fault = plant(name)
@@ -127,7 +154,10 @@ def test_a_plan_says_why_an_optimisation_is_off_and_keeps_the_others(plant, run_
     wrong = {"prefix_sharing", "late_entry"}
     used = {name for name in Optimisations.names() if getattr(planned.optimisations, name)}
     assert used == set(Optimisations.names()) - wrong
-    assert "note: prefix-sharing, late-entry are off: next_token differs by" in str(planned)
+    for name in wrong:
+        (line,) = (line for line in str(planned).splitlines() if f"note: {name.replace('_', '-')}" in line)
+        assert "is off (next_token differs by" in line
+        assert f"standard deviations), so {COSTS[name]}" in line
     # What a user switches off is no news.
     asked = plan(sweep, optimisations=Optimisations(prefix_sharing=False))
     assert {entry.optimisation for entry in asked.withheld} == {"late_entry"}
@@ -151,9 +181,10 @@ def test_a_fused_context_that_is_wrong_is_not_chosen_and_is_refused(plant):
         readout=NextToken(top_k=3),
     )
     model, unproven = load("llama"), load("llama", proof=False)
-    right = ps.run(scope, model=model, data=list(ROWS)).rows
-    assert right == ps.run(scope, model=unproven, data=list(ROWS), context="session").rows
-    assert right != ps.run(scope, model=unproven, data=list(ROWS), context="fused").rows
+    contexts = ((model, "auto"), (unproven, "session"), (unproven, "fused"))
+    tables = [ps.run(scope, model=given, data=list(ROWS), context=context) for given, context in contexts]
+    right, same, wrong = ([row["top_ids"] for row in table.rows] for table in tables)
+    assert right == same != wrong
     with pytest.raises(InputError, match=r"context='fused' is wrong for .*: next_token differs by"):
         ps.run(scope, model=model, data=list(ROWS), context="fused")
 

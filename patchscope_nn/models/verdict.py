@@ -43,19 +43,11 @@ class Withheld(NamedTuple):
     beyond: int
     why: str
 
-    @property
-    def name(self) -> str:
-        """The optimisation, as messages spell it."""
-        return self.optimisation.replace("_", "-")
-
-    @property
-    def where(self) -> str:
-        """The readout and the lengths it is off for; empty for all."""
-        readout = f" for {self.readout}" if self.readout else ""
-        return readout + (f" beyond {self.beyond} tokens" if self.beyond else "")
-
     def __str__(self) -> str:
-        return f"{self.name} is off{self.where}"
+        name = self.optimisation.replace("_", "-")
+        where = f" for {self.readout}" if self.readout else ""
+        longer = f" beyond {self.beyond} tokens" if self.beyond else ""
+        return f"{name} is off{where}{longer}"
 
 
 class Comparison(NamedTuple):
@@ -137,6 +129,11 @@ class Verdict:
         beyond = [entry.beyond for entry in self.withheld if entry.optimisation == optimisation]
         beyond += [] if self.limit is None else [self.limit]
         return any(tokens > length or not length for length in beyond)
+
+    @property
+    def batches(self) -> bool:
+        """Whether texts of one length may share a pass."""
+        return all(entry.optimisation != "source_sharing" for entry in self.withheld)
 
     @property
     def longest_packed(self) -> int | None:
