@@ -12,7 +12,7 @@ from patchscope_nn.models import Model
 #: Names of config fields that hold a number of tokens beyond which a model computes otherwise.
 _LENGTH = re.compile(r"window|chunk|local|floor|extent|span|original_max_position|block_size|max_seq")
 #: Fields whose names match, and that are no length in tokens.
-_NO_LENGTH = re.compile(r"layers|ratio|theta|base_freq|vision|patch|image|audio|head|expert")
+_NO_LENGTH = re.compile(r"layers|pattern|ratio|theta|base_freq|vision|patch|image|audio|head|expert")
 #: Rotary embeddings whose factors do not depend on the length of a prompt.
 _STATIC_ROPE = ("default", "linear", "yarn", "llama3", "proportional", "mrope")
 
@@ -72,11 +72,14 @@ def _special(config: Any) -> Iterator[int]:
 
 
 def thresholds(model: Model) -> list[int]:
-    """The lengths, in tokens, at which the config of a model says that something changes, ascending."""
+    """The longest prompts, in tokens, before the config of a model says that something changes, ascending.
+
+    A field says at which length that is, and a family whether that length itself is still as shorter ones.
+    """
     config = model.module.config.get_text_config().to_dict()
     most = model.info.n_positions
     lengths = {
-        value
+        value - 1
         for name, value in _fields(config)
         if isinstance(value, int)
         and not isinstance(value, bool)

@@ -33,7 +33,7 @@ _TIMES_NOISE = 10
 #: The shortest prompts, in tokens: source and target.
 SHORT = (7, 6)
 #: The shortest prompt in which a token before the last can be patched behind another.
-_SHORTEST = 4
+_SHORTEST = 3
 #: Thresholds up to so many tokens are passed by the ordinary prompts.
 ORDINARY = 24
 #: How many operations the trials beyond a length may take, by the kind of the device, and about how many
@@ -137,9 +137,9 @@ class _Proof:
     def begin(self, lengths: Sequence[int]) -> None:
         """Compare on ordinary prompts: short ones, and ones beyond some lengths; decoding crosses each."""
         short = SHORT
-        source = max([short[0] + 4, *(length + 3 for length in lengths)])
+        source = max([short[0] + 4, *(length + 4 for length in lengths)])
         target = source - 1
-        across = [(short[0], length - 1) for length in lengths if length >= _SHORTEST]
+        across = [(short[0], length) for length in lengths if length >= _SHORTEST]
         self._measure_rounding()
         rows = (short, (source, target))
         # Two source prompts of one length share a pass also where those of several lengths may not.
@@ -164,9 +164,9 @@ class _Proof:
         self.beyond = length
         short = SHORT
         # Decoding crosses the length, and goes on behind it.
-        across, behind = (short[0], length - 1), (length + 5, length + 3)
+        across, behind = (short[0], length), (length + 6, length + 4)
         try:
-            self._compare_lengths(length - 1, length + 3)
+            self._compare_lengths(length, length + 4)
             trial = Trial(readout=readout_of(NextToken), rows=(short, behind), layers=(self.middle,))
             self.reference.prepare(trial)
             self._check_plain(replace(trial, rows=(behind,)))

@@ -103,9 +103,9 @@ def _trials(model: Model, ordinary: Sequence[int], beyond: int) -> list[Trial]:
     """The trials of ordinary prompts, or those beyond a length."""
     layers = probed_layers(model)
     middle = layers[len(layers) // 2]
-    longest = max([SHORT[0] + 4, *(length + 3 for length in ordinary), beyond + 5 if beyond else 0])
+    longest = max([SHORT[0] + 4, *(length + 4 for length in ordinary), beyond + 6 if beyond else 0])
     rows = (SHORT, (longest, longest - 1))
-    across = ((SHORT[0], beyond - 1), rows[1]) if beyond else rows
+    across = ((SHORT[0], beyond), rows[1]) if beyond else rows
     three = (*rows, (-SHORT[0], -SHORT[1]))
     return [
         Trial(readout=readout_of(NextToken), rows=three, layers=(middle,) if beyond else layers),
