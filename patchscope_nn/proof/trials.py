@@ -25,7 +25,7 @@ from patchscope_nn.unpack import Work, eos_ids, unpack
 
 #: The tokens that all target prompts of a trial begin with, so that there is a prefix to share.
 _PREFIX = 3
-#: How many tokens a next-token trial compares, and how many a decoding one decodes.
+#: How many top tokens a next-token trial compares, and how many a decoding one decodes.
 _COMPARED, DECODED = 24, 3
 #: The choices, in tokens: one continuation needs a forward, the other none.
 _CHOICES = (3, 1)
@@ -94,7 +94,7 @@ class Trial:
 def readout_of(kind: type[Readout]) -> Readout:
     """A readout as the trials use it; their texts are columns of the trials' rows."""
     if kind is NextToken:
-        return NextToken(top_k=1, reference=tuple(f"{{r{number}}}" for number in range(_COMPARED)))
+        return NextToken(top_k=_COMPARED)
     if kind is Choices:
         return Choices(["{c0}", "{c1}"])
     return Generate(max_new_tokens=DECODED, relevancy=True) if kind is Generate else Hidden(clean=True)
@@ -120,9 +120,8 @@ class Runner:
         return random_ids(self.model, count, seed=-count)
 
     def row(self, source: int, target: int) -> dict[str, str]:
-        """A data row of a trial: its prompts, its reference tokens and its choices, as texts of numbers."""
-        columns = {f"r{number}": self.ids["s"][number : number + 1] for number in range(_COMPARED)}
-        columns |= {f"c{number}": self.ids["s"][-count:] for number, count in enumerate(_CHOICES)}
+        """A data row of a trial: its prompts and its choices, as texts of numbers."""
+        columns = {f"c{number}": self.ids["s"][-count:] for number, count in enumerate(_CHOICES)}
         columns |= {"s": self.prompt("s", source), "t": self.prompt("t", target)}
         return {name: "".join(f" {token}" for token in ids) for name, ids in columns.items()}
 
@@ -230,8 +229,9 @@ class Reference:
         write = self.write(source, target, read, written)
         if trial.readout.name == "next_token":
             logits = self._logits[source, target, read, written]
-            wanted = logits.log_softmax(-1)[self.runner.ids["s"][:_COMPARED]]
-            return _distance(torch.tensor(raw["reference_logprobs"]), wanted, logits)
+            wanted = logits.log_softmax(-1)[raw["top_ids"]]
+            below = float(((logits.amax() - logits[raw["top_ids"][0]]) / logits.std()).item())
+            return max(below, _distance(torch.tensor(raw["top_probs"]).log(), wanted, logits))
         if trial.readout.name == "hidden":
             clean = self._states["t", target, written]
             pairs = ((raw["hidden"], write.state), (raw["clean"], clean))
