@@ -17,13 +17,17 @@ from patchscope_nn.unpack.made import Made
 
 
 def batch_of(rows: Sequence[tuple[int, ...]], info: ModelInfo, width: int) -> Work:
-    """Left-padded ids, their mask and positions, as keyword arguments of the model."""
+    """Left-padded ids, their mask and positions, as keyword arguments of the model.
+
+    A `width` above 0 is that of a batch which these rows are a part of.
+    """
+    numbered = "position_ids" in info.architecture.arguments and width > 0
     width = max(width, *(len(row) for row in rows))
     ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows])
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
     inputs = {"input_ids": ids, "attention_mask": mask}
     # Without padding a model counts its own positions, which in some families do not begin at 0.
-    if "position_ids" in info.architecture.arguments and not mask.all():
+    if numbered or ("position_ids" in info.architecture.arguments and not mask.all()):
         inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp_min(0)
     return inputs
 
