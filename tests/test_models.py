@@ -141,8 +141,8 @@ def test_a_module_in_training_is_left_in_training(run_cells):
             lambda: ViTForImageClassification(
                 ViTConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16)
             ),
-            "'ViTForImageClassification' (ViTForImageClassification) has no unembedding, so that nothing can be "
-            "read from it. Load it with its language modelling head: AutoModelForCausalLM.",
+            "'ViTForImageClassification' (ViTForImageClassification) has no unembedding, so that nothing can "
+            "be read from it. Load it with its language modelling head: AutoModelForCausalLM.",
             id="no language model",
         ),
         pytest.param(

@@ -20,7 +20,18 @@ from patchscope_nn.models import Model, Verdict, usable_memory
 from patchscope_nn.plan import Optimisations, Plan, Step, plan
 from patchscope_nn.proof.hooks import Hooks, Place, Write
 from patchscope_nn.proof.prompts import Numbers, random_ids
-from patchscope_nn.spec import Choices, Generate, Hidden, NextToken, Patchscope, Readout, Site, Source, Target
+from patchscope_nn.spec import (
+    Choices,
+    Cut,
+    Generate,
+    Hidden,
+    NextToken,
+    Patchscope,
+    Readout,
+    Site,
+    Source,
+    Target,
+)
 from patchscope_nn.unpack import Work, eos_ids, unpack
 
 #: The tokens that all target prompts of a trial begin with, so that there is a prefix to share.
@@ -65,6 +76,8 @@ class Trial:
         layers: l.
         target_layers: l*; `same` pairs it with l.
         sites: What of a block is read, and what is written.
+        cuts: Whether, instead of a write, attention is cut to a token that is not seen anyway. The run then
+            equals one without a patch.
     """
 
     readout: Readout
@@ -72,12 +85,13 @@ class Trial:
     layers: tuple[int, ...]
     target_layers: tuple[int, ...] | Literal["same"] = "same"
     sites: tuple[Site, Site] = ("residual", "residual")
+    cuts: bool = False
 
     @property
     def name(self) -> str:
         """The readout, and the sites where they are not the residual stream."""
         sites = "" if set(self.sites) == {"residual"} else f", {self.sites[0]} to {self.sites[1]}"
-        return f"{self.readout.name}{sites}"
+        return f"{self.readout.name}{sites}{', attention mask' if self.cuts else ''}"
 
     @property
     def decoded(self) -> int:
@@ -162,7 +176,13 @@ class Runner:
     def _sweep(self, trial: Trial, model: Model) -> Sweep:
         scope = Patchscope(
             source=Source(prompt="{s}", layer=trial.layers, site=trial.sites[0]),
-            target=Target(prompt="{t}", position=-2, layer=trial.target_layers, site=trial.sites[1]),
+            target=Target(
+                prompt="{t}",
+                position=-2,
+                layer=trial.target_layers,
+                site=trial.sites[1],
+                write=("cut", Cut(position=-1)) if trial.cuts else "replace",
+            ),
             readout=trial.readout,
         )
         data = [self.row(*lengths) for lengths in trial.rows]
@@ -201,6 +221,7 @@ class Reference:
                 self._logits |= {
                     (source, target, *key): row[-1] for key, row in zip(keys, rows, strict=False)
                 }
+                self._logits[target] = rows[-1, -1]
                 before = rows[:, : target - 2]
                 self.ahead = max(self.ahead, _distance(before, before[:1].expand_as(before), rows))
 
@@ -228,7 +249,7 @@ class Reference:
         written = Place(cell.target_layer or 0, trial.sites[1])
         write = self.write(source, target, read, written)
         if trial.readout.name == "next_token":
-            logits = self._logits[source, target, read, written]
+            logits = self._logits[target] if trial.cuts else self._logits[source, target, read, written]
             wanted = logits.log_softmax(-1)[raw["top_ids"]]
             below = float(((logits.amax() - logits[raw["top_ids"][0]]) / logits.std()).item())
             return max(below, _distance(torch.tensor(raw["top_probs"]).log(), wanted, logits))
