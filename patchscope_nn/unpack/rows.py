@@ -16,9 +16,7 @@ from patchscope_nn.unpack.asked import Work, readout_of
 from patchscope_nn.unpack.made import Made
 
 
-def batch_of(
-    rows: Sequence[tuple[int, ...]], info: ModelInfo, width: int, *, numbered: bool = False
-) -> Work:
+def batch_of(rows: Sequence[tuple[int, ...]], info: ModelInfo, width: int, *, numbered: bool = False) -> Work:
     """Left-padded ids, their mask and positions, as keyword arguments of the model.
 
     Args:
