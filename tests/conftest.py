@@ -16,6 +16,7 @@ import pytest
 import tiny
 import torch
 
+from patchscope_nn import builtin
 from patchscope_nn.backends import backend_for, execute
 from patchscope_nn.cells import expand
 from patchscope_nn.mappings import resolve_mapping
@@ -24,6 +25,20 @@ from patchscope_nn.plan import plan
 
 # Tiny matrices gain nothing from threads, and lose much where several processes share the cores.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory):
+    """A cache folder of the session's own, also for the processes it starts: no verdict or fit of the user's.
+
+    Of the user's own it has the converted builtin model, which takes long to make.
+    """
+    place, converted = tmp_path_factory.mktemp("cache"), builtin.folder()
+    if converted is not None:
+        (place / converted.name).symlink_to(converted, target_is_directory=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATCHSCOPE_CACHE", str(place))
+        yield place
 
 
 @pytest.fixture(scope="session")

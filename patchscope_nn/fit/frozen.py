@@ -82,16 +82,27 @@ class Frozen:
     def batch(self, sequences: Sequence[Sequence[int]]) -> Tokens:
         """Put sequences of token ids into one batch."""
         longest = max(map(len, sequences))
-        verdict = self.model.info.verdict
-        mixed = len({len(ids) for ids in sequences}) > 1
-        if mixed and verdict is not None and verdict.withholds("mixed_lengths", tokens=longest):
-            raise ModelError(
-                f"{self.model.info.name} is wrong where one pass reads texts of different lengths, as its "
-                "proof found, and this kind of mapping is trained on such passes.",
-                hint="Train it on texts of one length, or fit a mapping in closed form.",
-            )
+        self._check_batch(sequences, longest)
         padded = [[*ids, *([0] * (longest - len(ids)))] for ids in sequences]
         return Tokens(ids=torch.tensor(padded, device=self.device), lengths=tuple(map(len, sequences)))
+
+    def _check_batch(self, sequences: Sequence[Sequence[int]], longest: int) -> None:
+        """Refuse a batch of texts that may not share a pass, as the model's proof found."""
+        verdict, several = self.model.info.verdict, ""
+        if verdict is None:
+            return
+        if len(sequences) > 1 and not verdict.batches:
+            several = "several texts"
+        elif len({*map(len, sequences)}) > 1 and verdict.withholds("mixed_lengths", tokens=longest):
+            several = "texts of different lengths"
+        if several:
+            raise ModelError(
+                f"{self.model.info.name} is wrong where one pass reads {several}, as its proof found, and "
+                "this kind of mapping is trained on such passes.",
+                hint="Train it on texts of one length, or fit a mapping in closed form."
+                if verdict.batches
+                else "Fit a mapping in closed form.",
+            )
 
     def unembed(self, states: torch.Tensor) -> torch.Tensor:
         """The logits the model makes of states of its last block, (..., d_model) -> (..., vocab_size)."""

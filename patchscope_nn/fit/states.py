@@ -74,8 +74,10 @@ class Pairing:
             rows = [row for text in chunk if (row := self._row(text)) is not None]
             rows.sort(key=lambda row: (len(row.source), len(row.target)))
             left = len(chunk)
-            mixed = all(mixes_lengths(model.info, rows) for model in (self.source, self.target))
-            for batch in _batches(rows, mixed=mixed):
+            models = (self.source.info, self.target.info)
+            mixed = all(mixes_lengths(info, rows) for info in models)
+            alone = not all(info.verdict is None or info.verdict.batches for info in models)
+            for batch in _batches(rows, mixed=mixed, alone=alone):
                 left -= len(batch)
                 yield self._read(batch, layers)._replace(texts=len(batch))
             if left:
@@ -142,14 +144,17 @@ def mixes_lengths(info: ModelInfo, rows: Sequence[_Row]) -> bool:
     return info.verdict is None or not info.verdict.withholds("mixed_lengths", tokens=longest)
 
 
-def _batches(rows: Sequence[_Row], *, mixed: bool) -> Iterator[Sequence[_Row]]:
-    """Rows that are run together: of about the same length, or unless `mixed` of one; not too many tokens."""
+def _batches(rows: Sequence[_Row], *, mixed: bool, alone: bool) -> Iterator[Sequence[_Row]]:
+    """Rows that are run together: of about one length, or unless `mixed` of just one; not too many tokens.
+
+    Where `alone`, each has a pass of its own.
+    """
     start = 0
     for stop in range(1, len(rows) + 1):
         lengths = len(rows[stop - 1].source), len(rows[stop - 1].target)
         last = stop == len(rows)
         other = not (last or mixed) and lengths != (len(rows[stop].source), len(rows[stop].target))
-        if last or other or (stop + 1 - start) * max(lengths) > _TOKENS:
+        if last or other or alone or (stop + 1 - start) * max(lengths) > _TOKENS:
             yield rows[start:stop]
             start = stop
 

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 #: The names under which a verdict withholds the fused context, cuts of attention edges, and any run at all.
 #: The other names are those of `Optimisations` and of sites.
-FUSED, CUT, PLAIN = "fused", "cut", "plain"
-#: What it costs to leave an optimisation out.
+FUSED, CUT, PLAIN = "fused", "cut", "every run"
+#: What it costs that a thing is off.
 COSTS = {
     FUSED: "source and target run in separate passes",
     "deduplication": "equal cells run once each",
@@ -22,6 +22,9 @@ COSTS = {
     "cached_decoding": "each decoded token reads its prompt again",
     "early_leaving": "rows that met their end stay in the batch",
     "memory_reuse": "each pass allocates its memory anew",
+    "attention": "site: attention is refused",
+    "mlp": "site: mlp is refused",
+    PLAIN: "longer prompts are refused",
 }
 
 
@@ -126,6 +129,11 @@ class Verdict:
         beyond = [entry.beyond for entry in self.withheld if entry.optimisation == optimisation]
         beyond += [] if self.limit is None else [self.limit]
         return any(tokens > length or not length for length in beyond)
+
+    @property
+    def batches(self) -> bool:
+        """Whether texts of one length may share a pass."""
+        return all(entry.optimisation != "source_sharing" for entry in self.withheld)
 
     @property
     def longest_packed(self) -> int | None:

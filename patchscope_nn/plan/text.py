@@ -99,7 +99,7 @@ def _facts(planned: Plan, totals: Counts) -> Iterator[str]:
         yield f"note: {name} keeps no keys and values: each token that is decoded reads its prompt again"
     for entry in planned.withheld:
         cost = COSTS.get(entry.optimisation, "")
-        yield f"note: {entry}, since it would change a number ({entry.why}); so {cost}"
+        yield f"note: {entry} ({entry.why}), so {cost}"
     for info in dict.fromkeys((sweep.source, sweep.target)):
         if info.verdict is None:
             later = ": its first job carries the proof" if info.device == ELSEWHERE else ""
@@ -157,6 +157,8 @@ def _why_padded(planned: Plan) -> str:
             "every_step": target.every_step,
         }
         return f"target.{next(name for name, given in asked.items() if given)} is done to whole prompts"
+    if not sweep.target.architecture.causal:
+        return f"tokens of a prompt of {sweep.target.name} see those after them"
     return f"the blocks of {sweep.target.family} cannot be run on segments of a sequence"
 
 

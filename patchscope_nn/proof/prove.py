@@ -24,7 +24,7 @@ from patchscope_nn.plan import Optimisations
 from patchscope_nn.proof.hooks import Hooks
 from patchscope_nn.proof.prompts import thresholds
 from patchscope_nn.proof.trials import DECODED, Reference, Runner, Trial, readout_of
-from patchscope_nn.spec import Choices, Generate, Hidden, NextToken, Site
+from patchscope_nn.spec import Choices, Generate, Hidden, NextToken, Readout, Site
 
 #: What rounding may change in a logit, by dtype, in standard deviations of the logits; the rounding of the
 #: model itself is measured, and may raise it.
@@ -112,6 +112,11 @@ def probed_layers(model: Model) -> tuple[int, ...]:
     return tuple(sorted({0, len(blocks) // 2, len(blocks) - 1, *first.values()}))
 
 
+def _other(row: tuple[int, int]) -> tuple[int, int]:
+    """Two other prompts of the same lengths."""
+    return -row[0], -row[1]
+
+
 @dataclass
 class _Proof:
     """One proof: what was compared so far, and what is off."""
@@ -137,7 +142,9 @@ class _Proof:
         across = [(short[0], length - 1) for length in lengths if length >= _SHORTEST]
         self._measure_rounding()
         rows = (short, (source, target))
-        first = Trial(readout=readout_of(NextToken), rows=rows, layers=self.layers)
+        # Two source prompts of one length share a pass also where those of several lengths may not.
+        three = (short, _other(short), (source, target))
+        first = Trial(readout=readout_of(NextToken), rows=three, layers=self.layers)
         self._orient(first)
         if lengths:
             self._compare_lengths(short[1], source)
@@ -175,9 +182,10 @@ class _Proof:
         return True
 
     def _decode(self, *rows: tuple[int, int]) -> None:
-        # Two cells of one prompt, of which one ends before the other and leaves the batch.
+        # Two prompts of one length, of which one ends before the other and leaves the batch.
+        two = (rows[0], _other(rows[0]), *rows[1:])
         first, middle = self.layers[0], self.middle
-        self._check(Trial(readout=readout_of(Generate), rows=rows, layers=tuple(sorted({first, middle}))))
+        self._check(Trial(readout=readout_of(Generate), rows=two, layers=(middle,)))
         self._check(Trial(readout=readout_of(Choices), rows=rows, layers=(first,), target_layers=(middle,)))
 
     def _has(self, site: Site) -> bool:
@@ -258,13 +266,16 @@ class _Proof:
     def _check_fused(self) -> None:
         """Compare a source and a target that share one forward, and what is decoded behind it."""
         decodes = not self._off("cached_decoding") and self.hooks.causal
-        readout = Generate(max_new_tokens=2) if decodes else readout_of(NextToken)
-        trial = Trial(readout=readout, rows=(SHORT,), layers=(self.middle,))
-        self.reference.prepare(trial)
-        error, problem = self._error(trial, Optimisations(), context="auto")
-        if problem:
-            self._withhold(FUSED, None, trial, error, problem)
-        else:
+        readouts: list[Readout] = [readout_of(NextToken), *([Generate(max_new_tokens=2)] if decodes else [])]
+        # Prompts of one length share a forward also where those of several may not.
+        row = (SHORT[1], SHORT[1]) if self._off("mixed_lengths") else SHORT
+        for readout in readouts:
+            trial = Trial(readout=readout, rows=(row,), layers=(self.middle,))
+            self.reference.prepare(trial)
+            error, problem = self._error(trial, Optimisations(), context="auto")
+            if problem:
+                self._withhold(FUSED, None, trial, error, problem)
+                return
             self._note(f"fused context: {trial.name}", trial, error, "equal")
 
     def _check_plain(self, trial: Trial) -> None:
@@ -318,11 +329,11 @@ class _Proof:
         return error, "" if error <= self.tolerance else f"differs by {error:.2g} standard deviations"
 
     def _end_of_some(self, trial: Trial) -> int | None:
-        """A token that one cell of the first row decodes, and another does not: an end for one of them."""
-        decoded: list[list[int]] = [[] for _ in trial.layers]
-        for _ in range(DECODED - 1 if len(trial.layers) > 1 else 0):
-            for layer, tokens in zip(trial.layers, decoded, strict=True):
-                tokens.append(self.reference.next_decoded(*trial.rows[0], layer, tokens))
+        """A token that the first row decodes, and the second, as long, does not: an end for one of them."""
+        decoded: list[list[int]] = [[] for _ in trial.rows[:2]]
+        for _ in range(DECODED - 1 if trial.readout.name == "generate" else 0):
+            for row, tokens in zip(trial.rows, decoded, strict=False):
+                tokens.append(self.reference.next_decoded(*row, trial.layers[0], tokens))
             if len({tokens[-1] for tokens in decoded}) > 1:
                 return decoded[0][-1]
         return None

@@ -107,8 +107,9 @@ def _trials(model: Model, ordinary: Sequence[int], beyond: int) -> list[Trial]:
     longest = max([SHORT[0] + 4, *(length + 3 for length in ordinary), beyond + 5 if beyond else 0])
     rows = (SHORT, (longest, longest - 1))
     across = ((SHORT[0], beyond - 1), rows[1]) if beyond else rows
+    three = (*rows, (-SHORT[0], -SHORT[1]))
     return [
-        Trial(readout=readout_of(NextToken), rows=rows, layers=(middle,) if beyond else layers),
+        Trial(readout=readout_of(NextToken), rows=three, layers=(middle,) if beyond else layers),
         *([] if beyond else [Trial(readout=readout_of(Hidden), rows=rows, layers=layers[:2])]),
         Trial(readout=readout_of(Generate), rows=across, layers=(middle,)),
         Trial(readout=readout_of(Choices), rows=across, layers=(middle,)),

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 import os
+import threading
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
@@ -69,7 +70,7 @@ def known(key: str) -> Verdict | None:
 def keep(verdict: Verdict) -> None:
     """Keep a verdict; where the folder cannot be written, it is proven again next time."""
     file = folder() / f"{verdict.key}.json"
-    draft = file.with_suffix(f".{os.getpid()}")
+    draft = file.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
     with suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
         draft.write_text(json.dumps(verdict.dump(), indent=1), encoding="utf-8")

@@ -72,7 +72,8 @@ class Trial:
 
     Attributes:
         readout: What is read.
-        rows: For each data row the number of tokens of its source and target prompt.
+        rows: For each data row the number of tokens of its source and target prompt; a negative number is of
+            another prompt that is as long.
         layers: l.
         target_layers: l*; `same` pairs it with l.
         sites: What of a block is read, and what is written.
@@ -102,7 +103,7 @@ class Trial:
     def tokens(self) -> int:
         """The longest prompt, appended tokens included."""
         more = max(_CHOICES) if isinstance(self.readout, Choices) else self.decoded
-        return max(max(source, target + more) for source, target in self.rows)
+        return max(max(abs(source), abs(target) + more) for source, target in self.rows)
 
 
 def readout_of(kind: type[Readout]) -> Readout:
@@ -128,10 +129,10 @@ class Runner:
         self.ids = {name: random_ids(model, 64, seed=seed) for seed, name in enumerate("st")}
 
     def prompt(self, side: str, count: int) -> list[int]:
-        """A random prompt; those of one side begin alike, and differ at their end."""
+        """A random prompt; target prompts begin alike, and differ at their end."""
         if side == "t":
-            return [*self.ids["t"][:_PREFIX], *random_ids(self.model, count, seed=count)[_PREFIX:]]
-        return random_ids(self.model, count, seed=-count)
+            return [*self.ids["t"][:_PREFIX], *random_ids(self.model, abs(count), seed=count)[_PREFIX:]]
+        return random_ids(self.model, abs(count), seed=-count)
 
     def row(self, source: int, target: int) -> dict[str, str]:
         """A data row of a trial: its prompts and its choices, as texts of numbers."""
@@ -214,15 +215,15 @@ class Reference:
                 written = [Place(layer, trial.sites[1]) for layer in self._written(trial)]
                 clean = self.hooks.read(self.runner.prompt("t", target), written)
                 self._states |= {("t", target, place): states[-2] for place, states in clean.items()}
-            if trial.readout.name == "next_token":
-                keys = self._keys(trial)
+            keys = [key for key in self._keys(trial) if (source, target, *key) not in self._logits]
+            if trial.readout.name == "next_token" and keys:
                 writes = [self.write(source, target, *key) for key in keys]
                 rows = self.hooks.logits(self.runner.prompt("t", target), [*writes, None])
                 self._logits |= {
                     (source, target, *key): row[-1] for key, row in zip(keys, rows, strict=False)
                 }
                 self._logits[target] = rows[-1, -1]
-                before = rows[:, : target - 2]
+                before = rows[:, : abs(target) - 2]
                 self.ahead = max(self.ahead, _distance(before, before[:1].expand_as(before), rows))
 
     def _written(self, trial: Trial) -> tuple[int, ...]:
@@ -240,7 +241,7 @@ class Reference:
 
     def write(self, source: int, target: int, read: Place, written: Place) -> Write:
         """The write of a cell."""
-        return Write(written, target - 2, self._states[source, read])
+        return Write(written, abs(target) - 2, self._states[source, read])
 
     def error(self, trial: Trial, cell: Cell, raw: dict[str, Any], *, eos: int | None = None) -> float:
         """How far a cell's readout is from the reference, in standard deviations of what is compared."""
