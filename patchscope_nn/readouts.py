@@ -155,6 +155,7 @@ def read_generate(
     seeds: list[int],
     leaving: bool,
     mixed: bool,
+    stepwise: bool,
     plain: Callable[..., Any],
     prompts: list[list[int]] | None,
     heard: Callable[[list[int], list[int]], None] | None = None,
@@ -176,6 +177,7 @@ def read_generate(
         seeds: One seed for each row.
         leaving: Whether rows that met their end leave the batch.
         mixed: Whether rows of different lengths may share a forward.
+        stepwise: Whether tokens of a text go one by one, each seeing only those before it.
         plain: The model without any patch.
         prompts: For each row the ids of T, where it is asked how likely its tokens are; else None.
         heard: Called at each step with the rows that go on, and the token of each; only in this process.
@@ -234,7 +236,7 @@ def read_generate(
         for row, own in zip(rows, torch.stack(probs, dim=1).tolist(), strict=True):
             row["token_probs"] = own[: len(row["token_ids"])]
         for some in read_alike(rows, prompts, mixed=mixed):
-            read_unpatched(plain, *some, numbered=numbered, device=logits.device)
+            read_unpatched(plain, *some, numbered=numbered, stepwise=stepwise, device=logits.device)
     return rows
 
 
@@ -271,19 +273,42 @@ def read_unpatched(
     prompts: list[list[int]],
     *,
     numbered: bool,
+    stepwise: bool,
     device: Any,
 ) -> None:
-    """Add to each row how likely its tokens are after T as it is: one forward over T and all of them."""
+    """Add to each row how likely its tokens are after T as it is: one forward over T and all of them.
+
+    With `stepwise` each token is read after T from keys and values, so that T does not see it.
+    """
+    if stepwise:
+        for row, prompt in zip(rows, prompts, strict=True):
+            ids = torch.tensor([row["token_ids"]], dtype=torch.long, device=device)
+            said = torch.softmax(read_after(plain, prompt, ids[:, :-1], numbered=numbered)[0].float(), dim=-1)
+            row["unpatched_token_probs"] = said[: ids.shape[1]].gather(-1, ids[0, :, None])[:, 0].tolist()
+        return
     whole = [prompt + row["token_ids"] for prompt, row in zip(prompts, rows, strict=True)]
     width = max(map(len, whole))
     ids = torch.tensor([[0] * (width - len(one)) + one for one in whole], device=device)
     mask = torch.tensor([[0] * (width - len(one)) + [1] * len(one) for one in whole], device=device)
-    where = {"position_ids": (mask.cumsum(-1) - 1).clamp_min(0)} if numbered else {}
+    where = {"position_ids": (mask.cumsum(-1) - 1).clamp_min(0)} if numbered and not mask.all() else {}
     logits = plain(input_ids=ids, attention_mask=mask, **where).logits
     for place, row in enumerate(rows):
         count = len(row["token_ids"])
         said = torch.softmax(logits[place, width - count - 1 : width - 1].float(), dim=-1)
         row["unpatched_token_probs"] = said.gather(-1, ids[place, width - count :, None])[:, 0].tolist()
+
+
+def read_after(
+    plain: Callable[..., Any], prompt: list[int], ids: torch.Tensor, *, numbered: bool
+) -> torch.Tensor:
+    """The logits after a prompt and after each token that follows it one by one, (1, n + 1, vocab)."""
+    whole = torch.tensor([prompt], device=ids.device)
+    mask = torch.ones_like(whole)
+    where = {"position_ids": mask.cumsum(-1) - 1} if numbered else {}
+    output = plain(input_ids=whole, attention_mask=mask, use_cache=True, **where)
+    return read_continued(
+        plain, output.logits[:, -1], output.past_key_values, mask, ids, numbered=numbered, stepwise=True
+    )
 
 
 def read_continued(

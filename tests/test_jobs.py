@@ -215,7 +215,7 @@ def test_a_model_without_its_weights_is_described_as_the_one_with(tmp_path, tiny
         folder = tmp_path / family
         tiny.make_module(family).save_pretrained(folder)
         tiny.TOKENIZER.save_pretrained(folder)
-        bare, full = ps.load(str(folder), weights=False), ps.load(str(folder))
+        bare, full = ps.load(str(folder), weights=False), ps.load(str(folder), proof=False)
         assert not bare.traced.dispatched
         assert bare.info.device == "remote"
         same = {"device": "", "architecture": None, "tied": None, "revision": None}

@@ -141,8 +141,8 @@ def test_a_module_in_training_is_left_in_training(run_cells):
             lambda: ViTForImageClassification(
                 ViTConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16)
             ),
-            "'ViTForImageClassification' (vit) is no language model transformers knows; a Patchscope needs a "
-            f"decoder. {USE}",
+            "'ViTForImageClassification' (ViTForImageClassification) has no unembedding, so that nothing can "
+            "be read from it. Load it with its language modelling head: AutoModelForCausalLM.",
             id="no language model",
         ),
         pytest.param(
@@ -247,8 +247,10 @@ def test_a_transformers_model_finds_its_tokenizer(folder):
 
 
 def test_blocks_that_cannot_be_found():
+    module = tiny.make_module("llama")
+    module.model.layers = torch.nn.ModuleList()
     with pytest.raises(ModelError, match=r"'odd' \(LlamaForCausalLM\) has no list of decoder blocks"):
-        find_architecture(tiny.make_module("llama"), n_layers=9, name="odd")
+        find_architecture(module, name="odd")
 
 
 def test_vocabularies_are_compared(tiny_model):

@@ -30,6 +30,9 @@ class Slow:
     def __call__(self, text, *, add_special_tokens=True):
         return self._fast(text, add_special_tokens=add_special_tokens)
 
+    def __len__(self):
+        return len(self._fast)
+
     def decode(self, ids):
         return self._fast.decode(ids)
 

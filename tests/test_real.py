@@ -98,7 +98,7 @@ def test_the_conversion_says_so_once_and_shows_no_bar(tmp_path):
     said = f"converting {builtin.NAME} for its first use; later uses take it from {tmp_path}"
     assert done.stderr.startswith(said)
     assert done.stderr.count("\n") == 1
-    assert [entry.name for entry in tmp_path.iterdir()] == [builtin.folder().name]
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["proofs", builtin.folder().name]
 
 
 def test_without_weights_the_error_gives_the_command(monkeypatch, tmp_path):

@@ -86,7 +86,8 @@ def in_plain(model: Any) -> Any:
     def forward(**given: Any) -> Any:
         with model.trace(**given):
             logits = model.output.logits.clone()
-        return SimpleNamespace(logits=logits)
+            cache = model.output.get("past_key_values")
+        return SimpleNamespace(logits=logits, past_key_values=cache)
 
     return forward
 

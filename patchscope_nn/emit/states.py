@@ -271,6 +271,7 @@ def in_readout(
         seeds=readout["seeds"],
         leaving=readout["leaving"],
         mixed=readout["mixed"],
+        stepwise=readout["stepwise"],
         plain=plain or model,
         prompts=readout["prompts"],
         heard=heard,

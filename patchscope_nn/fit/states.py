@@ -93,8 +93,9 @@ class Pairing:
             places = sorted(chooser.sample(places, self.options.positions))
         if not places:
             return None
-        # What stands behind the last position that is read makes no difference to it.
-        ends = [1 + places[-1][side] for side in (0, 1)]
+        # In a causal model what stands behind the last position that is read makes no difference to it.
+        causal = all(model.info.architecture.causal for model in (self.source, self.target))
+        ends = [1 + places[-1][side] if causal else None for side in (0, 1)]
         return _Row(read.ids[: ends[0]], other.ids[: ends[1]], tuple(places))
 
     def is_one(self, pair: Pair) -> bool:

@@ -11,10 +11,11 @@ from patchscope_nn.models.info import ELSEWHERE, Architecture, Model, ModelInfo,
 from patchscope_nn.models.loading import load
 from patchscope_nn.models.memory import memory_reused, usable_memory
 from patchscope_nn.models.turns import TURN, in_turn
-from patchscope_nn.models.verdict import COSTS, FUSED, PLAIN, Comparison, Verdict, Withheld
+from patchscope_nn.models.verdict import COSTS, CUT, FUSED, PLAIN, Comparison, Verdict, Withheld
 
 __all__ = [
     "COSTS",
+    "CUT",
     "ELSEWHERE",
     "FUSED",
     "PLAIN",

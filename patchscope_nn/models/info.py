@@ -52,6 +52,12 @@ class Architecture:
     causal: bool = True
 
     @property
+    def masked(self) -> bool:
+        """Whether attention edges can be cut: blocks take a mask, and what they see without one is known."""
+        takes = self.attention is not None and "attention_mask" in self.block_arguments
+        return takes and bool(self.windows) and self.causal
+
+    @property
     def caches(self) -> bool:
         """Whether a forward can go on from an earlier one's keys and values."""
         return "past_key_values" in self.arguments

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
-#: The names under which a verdict withholds the fused context, and any run at all. The other names are those
-#: of `Optimisations` and of sites.
-FUSED, PLAIN = "fused", "every run"
+#: The names under which a verdict withholds the fused context, cuts of attention edges, and any run at all.
+#: The other names are those of `Optimisations` and of sites.
+FUSED, CUT, PLAIN = "fused", "cut", "every run"
 #: What it costs that a thing is off.
 COSTS = {
     FUSED: "source and target run in separate passes",

@@ -19,7 +19,7 @@ import torch
 
 from patchscope_nn.backends import is_out_of_memory
 from patchscope_nn.errors import ModelError
-from patchscope_nn.models import FUSED, PLAIN, Comparison, Model, Verdict, Withheld
+from patchscope_nn.models import CUT, FUSED, PLAIN, Comparison, Model, Verdict, Withheld
 from patchscope_nn.plan import Optimisations
 from patchscope_nn.proof.hooks import Hooks
 from patchscope_nn.proof.prompts import thresholds
@@ -154,6 +154,7 @@ class _Proof:
         if self._has("attention") and self._has("mlp"):
             self._check_sites("attention", "mlp")
             self._check_sites("mlp", "attention")
+        self._check_mask(rows)
         # The rows of a packed pass have one length; those of a padded one decode with padding.
         packs = self.model.info.architecture.packs and not across
         self._decode(short, *across, *([] if packs else [(short[0], target)]))
@@ -171,6 +172,7 @@ class _Proof:
             self.reference.prepare(trial)
             self._check_plain(replace(trial, rows=(behind,)))
             self._check(trial)
+            self._check_mask(trial.rows)
             self._decode(across, behind)
         except ModelError as error:
             self.withheld.append(Withheld(PLAIN, None, length, error.message))
@@ -210,6 +212,17 @@ class _Proof:
                     error, problem = self._error(alone, Optimisations.none())
                     if problem and not self._off(site):
                         self._withhold(site, None, alone, error, problem)
+
+    def _check_mask(self, rows: tuple[tuple[int, int], ...]) -> None:
+        """Compare a run with a mask of ours, in which a token does not see one that it never sees."""
+        if not (self.model.info.architecture.masked and self.hooks.causal) or self._off(CUT):
+            return
+        trial = Trial(readout=readout_of(NextToken), rows=rows[-1:], layers=self.layers, cuts=True)
+        error, problem = self._error(trial, Optimisations())
+        if problem:
+            self._withhold(CUT, None, trial, error, problem)
+        else:
+            self._note(f"plain path: {trial.name}", trial, error, "equal")
 
     def _measure_rounding(self) -> None:
         """In half precision, raise the tolerance where rounding alone changes more."""

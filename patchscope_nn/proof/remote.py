@@ -6,6 +6,7 @@ each cell, in the same job.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -150,25 +151,33 @@ def _difference(expected: Any, got: Any) -> tuple[float, str]:
     if isinstance(got, str):
         return float("inf"), f"fails ({got.strip().splitlines()[0][:120]})"
     error = max(_distance(one, other) for one, other in zip(expected, got, strict=True))
-    return error, "" if error <= _ROUNDING else f"differs by {error:.2g} standard deviations"
+    return error, "" if error <= _ROUNDING else f"differs by {error:.2g}"
 
 
 def _distance(expected: dict[str, Any], got: dict[str, Any]) -> float:
-    """How far two readouts of a cell are apart: up to the first token in which texts differ."""
+    """How far two readouts of a cell are apart, in nats; states in standard deviations."""
+    if "top_ids" in expected:
+        # The last of the top tokens may be others, where they are nearly as likely.
+        half = len(got["top_ids"]) // 2
+        known = dict(zip(expected["top_ids"], expected["top_probs"], strict=True))
+        probs = [known.get(token, 0.0) for token in got["top_ids"][:half]]
+        return _apart(probs, got["top_probs"][:half], logs=True)
     if "token_ids" in expected:
         pairs = zip(expected["token_ids"], got["token_ids"], strict=False)
         same = next((n for n, (one, other) in enumerate(pairs) if one != other), len(expected["token_ids"]))
-        names, end = ["token_probs"], same + 1
-        expected, got = ({"token_probs": row["token_probs"][:end]} for row in (expected, got))
-    else:
-        names = [name for name in ("reference_logprobs", "choice_logprobs", "hidden") if name in expected]
-    errors = []
-    for name in names:
-        one, other = (torch.tensor(row[name], dtype=torch.float64).flatten() for row in (expected, got))
-        if name == "token_probs":
-            one, other = one.log(), other.log()
-        scale = one.std() if one.numel() > 1 and name != "token_probs" else torch.tensor(1.0)
-        errors.append(
-            float(((one - other).abs().amax() / scale).item()) if one.shape == other.shape else float("inf")
-        )
-    return max(errors, default=0.0)
+        # Where two tokens are nearly as likely, either may be decoded, and the texts part there.
+        return _apart(expected["token_probs"][: same + 1], got["token_probs"][: same + 1], logs=True)
+    if "choice_logprobs" in expected:
+        return _apart(expected["choice_logprobs"], got["choice_logprobs"], logs=False)
+    scale = float(torch.tensor(expected["hidden"]).std())
+    return _apart(expected["hidden"], got["hidden"], logs=False) / scale
+
+
+def _apart(one: Any, other: Any, *, logs: bool) -> float:
+    """The largest difference of two lists of numbers, or of their logarithms; infinite where it is none."""
+    first, second = (torch.tensor(values, dtype=torch.float64).flatten() for values in (one, other))
+    if first.shape != second.shape:
+        return float("inf")
+    difference = (first.log() - second.log() if logs else first - second).abs()
+    largest = float(difference.amax()) if len(difference) else 0.0
+    return largest if math.isfinite(largest) else math.inf

@@ -20,12 +20,23 @@ from patchscope_nn.models import Model, Verdict, usable_memory
 from patchscope_nn.plan import Optimisations, Plan, Step, plan
 from patchscope_nn.proof.hooks import Hooks, Place, Write
 from patchscope_nn.proof.prompts import Numbers, random_ids
-from patchscope_nn.spec import Choices, Generate, Hidden, NextToken, Patchscope, Readout, Site, Source, Target
+from patchscope_nn.spec import (
+    Choices,
+    Cut,
+    Generate,
+    Hidden,
+    NextToken,
+    Patchscope,
+    Readout,
+    Site,
+    Source,
+    Target,
+)
 from patchscope_nn.unpack import Work, eos_ids, unpack
 
 #: The tokens that all target prompts of a trial begin with, so that there is a prefix to share.
 _PREFIX = 3
-#: How many tokens a next-token trial compares, and how many a decoding one decodes.
+#: How many top tokens a next-token trial compares, and how many a decoding one decodes.
 _COMPARED, DECODED = 24, 3
 #: The choices, in tokens: one continuation needs a forward, the other none.
 _CHOICES = (3, 1)
@@ -66,6 +77,8 @@ class Trial:
         layers: l.
         target_layers: l*; `same` pairs it with l.
         sites: What of a block is read, and what is written.
+        cuts: Whether, instead of a write, attention is cut to a token that is not seen anyway. The run then
+            equals one without a patch.
     """
 
     readout: Readout
@@ -73,12 +86,13 @@ class Trial:
     layers: tuple[int, ...]
     target_layers: tuple[int, ...] | Literal["same"] = "same"
     sites: tuple[Site, Site] = ("residual", "residual")
+    cuts: bool = False
 
     @property
     def name(self) -> str:
         """The readout, and the sites where they are not the residual stream."""
         sites = "" if set(self.sites) == {"residual"} else f", {self.sites[0]} to {self.sites[1]}"
-        return f"{self.readout.name}{sites}"
+        return f"{self.readout.name}{sites}{', attention mask' if self.cuts else ''}"
 
     @property
     def decoded(self) -> int:
@@ -95,7 +109,7 @@ class Trial:
 def readout_of(kind: type[Readout]) -> Readout:
     """A readout as the trials use it; their texts are columns of the trials' rows."""
     if kind is NextToken:
-        return NextToken(top_k=1, reference=tuple(f"{{r{number}}}" for number in range(_COMPARED)))
+        return NextToken(top_k=_COMPARED)
     if kind is Choices:
         return Choices(["{c0}", "{c1}"])
     return Generate(max_new_tokens=DECODED, relevancy=True) if kind is Generate else Hidden(clean=True)
@@ -121,9 +135,8 @@ class Runner:
         return random_ids(self.model, abs(count), seed=-count)
 
     def row(self, source: int, target: int) -> dict[str, str]:
-        """A data row of a trial: its prompts, its reference tokens and its choices, as texts of numbers."""
-        columns = {f"r{number}": self.ids["s"][number : number + 1] for number in range(_COMPARED)}
-        columns |= {f"c{number}": self.ids["s"][-count:] for number, count in enumerate(_CHOICES)}
+        """A data row of a trial: its prompts and its choices, as texts of numbers."""
+        columns = {f"c{number}": self.ids["s"][-count:] for number, count in enumerate(_CHOICES)}
         columns |= {"s": self.prompt("s", source), "t": self.prompt("t", target)}
         return {name: "".join(f" {token}" for token in ids) for name, ids in columns.items()}
 
@@ -164,7 +177,13 @@ class Runner:
     def _sweep(self, trial: Trial, model: Model) -> Sweep:
         scope = Patchscope(
             source=Source(prompt="{s}", layer=trial.layers, site=trial.sites[0]),
-            target=Target(prompt="{t}", position=-2, layer=trial.target_layers, site=trial.sites[1]),
+            target=Target(
+                prompt="{t}",
+                position=-2,
+                layer=trial.target_layers,
+                site=trial.sites[1],
+                write=("cut", Cut(position=-1)) if trial.cuts else "replace",
+            ),
             readout=trial.readout,
         )
         data = [self.row(*lengths) for lengths in trial.rows]
@@ -203,6 +222,7 @@ class Reference:
                 self._logits |= {
                     (source, target, *key): row[-1] for key, row in zip(keys, rows, strict=False)
                 }
+                self._logits[target] = rows[-1, -1]
                 before = rows[:, : abs(target) - 2]
                 self.ahead = max(self.ahead, _distance(before, before[:1].expand_as(before), rows))
 
@@ -230,9 +250,10 @@ class Reference:
         written = Place(cell.target_layer or 0, trial.sites[1])
         write = self.write(source, target, read, written)
         if trial.readout.name == "next_token":
-            logits = self._logits[source, target, read, written]
-            wanted = logits.log_softmax(-1)[self.runner.ids["s"][:_COMPARED]]
-            return _distance(torch.tensor(raw["reference_logprobs"]), wanted, logits)
+            logits = self._logits[target] if trial.cuts else self._logits[source, target, read, written]
+            wanted = logits.log_softmax(-1)[raw["top_ids"]]
+            below = float(((logits.amax() - logits[raw["top_ids"][0]]) / logits.std()).item())
+            return max(below, _distance(torch.tensor(raw["top_probs"]).log(), wanted, logits))
         if trial.readout.name == "hidden":
             clean = self._states["t", target, written]
             pairs = ((raw["hidden"], write.state), (raw["clean"], clean))

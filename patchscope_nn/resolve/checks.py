@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from patchscope_nn.errors import InputError
 from patchscope_nn.layers import LayerSelector
-from patchscope_nn.models import Model, ModelInfo, same_vocabulary
+from patchscope_nn.models import CUT, Model, ModelInfo, same_vocabulary
 from patchscope_nn.spec import NextToken, Patchscope, Source, Target
 
 
@@ -64,9 +64,13 @@ def check_write(scope: Patchscope, info: ModelInfo) -> None:
 
 
 def _check_cut(target: Target, info: ModelInfo) -> None:
-    architecture = info.architecture
-    masked = architecture.attention is not None and "attention_mask" in architecture.block_arguments
-    if not (masked and architecture.windows):
+    wrong = info.verdict and next((e for e in info.verdict.withheld if e.optimisation == CUT), None)
+    if wrong:
+        raise InputError(
+            f"target.write: cut is wrong for {info.name}: with a mask of ours {wrong.why}.",
+            hint="Use write: zero, or another model.",
+        )
+    if not info.architecture.masked:
         raise InputError(
             f"target.write: cut needs blocks with an attention that takes a mask we can make; those of "
             f"{info.name} ({info.family}) are not such.",

@@ -47,6 +47,7 @@ def readout_of(plan: Plan, cells: Sequence[Cell], numbers: Mapping[State, int], 
             and from_cache(plan.sweep, plan.optimisations)
             and not plan.sweep.scope.target.every_step,
             "mixed": plan.optimisations.mixed_lengths,
+            "stepwise": not target.info.architecture.causal,
             "prompts": [list(plan.sweep.target_prompts[cell.target_prompt].ids) for cell in cells]
             if readout.relevancy
             else None,

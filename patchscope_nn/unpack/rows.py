@@ -16,14 +16,22 @@ from patchscope_nn.unpack.asked import Work, readout_of
 from patchscope_nn.unpack.made import Made
 
 
-def batch_of(rows: Sequence[tuple[int, ...]], info: ModelInfo, width: int) -> Work:
-    """Left-padded ids, their mask and positions, as keyword arguments of the model."""
+def batch_of(rows: Sequence[tuple[int, ...]], info: ModelInfo, width: int, *, numbered: bool = False) -> Work:
+    """Left-padded ids, their mask and positions, as keyword arguments of the model.
+
+    Args:
+        rows: The ids of each row.
+        info: The model.
+        width: The width of the batch that these rows are a part of; 0 where they are all of it.
+        numbered: Whether positions are given also where no row is padded.
+    """
+    numbered = numbered or width > 0
     width = max(width, *(len(row) for row in rows))
     ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows])
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
     inputs = {"input_ids": ids, "attention_mask": mask}
     # Without padding a model counts its own positions, which in some families do not begin at 0.
-    if "position_ids" in info.architecture.arguments and not mask.all():
+    if "position_ids" in info.architecture.arguments and (numbered or not mask.all()):
         inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp_min(0)
     return inputs
 
@@ -47,7 +55,10 @@ def options_of(info: ModelInfo, *, keep: int | None, cache: bool) -> Work:
 def target_rows(plan: Plan, cells: Sequence[Cell], made: Made, target: Model, width: int) -> Work:
     """A target pass as rows of a padded batch."""
     prompts = [plan.sweep.target_prompts[cell.target_prompt].ids for cell in cells]
-    inputs = batch_of(prompts, target.info, width)
+    decodes = plan.sweep.scope.readout.decodes
+    cached = decodes and from_cache(plan.sweep, plan.optimisations)
+    # Decoded tokens are numbered from 0 on, so the prompt whose keys and values they see is numbered too.
+    inputs = batch_of(prompts, target.info, width, numbered=cached)
     padded = inputs["input_ids"].shape[1]
     shifts = [padded - len(prompt) for prompt in prompts]
     writes = [
@@ -59,8 +70,6 @@ def target_rows(plan: Plan, cells: Sequence[Cell], made: Made, target: Model, wi
     readout["mask"] = inputs["attention_mask"]
     asked, modes = plan.sweep.scope.readout, plan.sweep.scope.target
     positions = [read_position(asked, len(prompt)) - len(prompt) for prompt in prompts]
-    decodes = plan.sweep.scope.readout.decodes
-    cached = decodes and from_cache(plan.sweep, plan.optimisations)
     return {
         "layout": None,
         "cells": len(cells),
