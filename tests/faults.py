@@ -11,7 +11,7 @@ import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from patchscope_nn.emit import batch, packed
-from patchscope_nn.unpack import rows, segments, step
+from patchscope_nn.unpack import reading, rows, segments, step
 
 
 class Fault(NamedTuple):
@@ -78,14 +78,14 @@ def _positions(patch):
     """Padding counts as positions."""
     true = rows.batch_of
 
-    def counted(prompts, info, width):
-        made = true(prompts, info, width)
+    def counted(prompts, *args, **options):
+        made = true(prompts, *args, **options)
         if "position_ids" in made:
             made["position_ids"] = torch.arange(made["input_ids"].shape[1]).expand(len(prompts), -1)
         return made
 
-    patch.setattr(rows, "batch_of", counted)
-    patch.setattr(step, "batch_of", counted)
+    for module in (rows, step, reading):
+        patch.setattr(module, "batch_of", counted)
 
 
 def _cache(patch):

@@ -277,7 +277,7 @@ def test_packed_passes_stay_within_what_was_tried(cheap, load):
 
 
 def test_prompts_that_are_wrong_on_the_plain_path_are_refused(load, monkeypatch):
-    """The config names no length of the blocks' own window, and the plain path forgets it."""
+    """As they would be if a family did something of its own beyond a length."""
     from patchscope_nn.emit import batch
 
     true = batch.in_write
@@ -288,14 +288,14 @@ def test_prompts_that_are_wrong_on_the_plain_path_are_refused(load, monkeypatch)
     monkeypatch.setattr(batch, "in_write", lost)
     model = load("rotary factors")
     assert PLAIN in {entry.optimisation for entry in model.info.verdict.withheld}
-    assert not planned(model, NextToken(), row_of(9, 50)).withheld
+    assert not planned(model, NextToken(), row_of(9, 20)).withheld
     for row in (row_of(9, 70), row_of(70, 9)):
         with pytest.raises(InputError, match="has more than 59 tokens") as caught:
             planned(model, NextToken(), row)
         assert "Use prompts of up to 59 tokens." in str(caught.value)
 
 
-def test_a_prompt_read_in_both_directions(load, run_cells, monkeypatch):
+def test_a_prompt_read_in_both_directions(run_cells):
     """What follows is decoded token by token, as the model's own `generate` does."""
     module = registry.build("paligemma")
     plain = Plain(module, n_layers=registry_sizes.N_LAYERS, rereads=False)

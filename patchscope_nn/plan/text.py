@@ -12,7 +12,7 @@ from typing import Any
 from patchscope_nn.models import COSTS, ELSEWHERE, ModelInfo
 from patchscope_nn.plan.build import Plan
 from patchscope_nn.plan.count import Counts, count, count_step, source_width, stages, target_width
-from patchscope_nn.plan.pack import from_cache, packs
+from patchscope_nn.plan.pack import packs
 from patchscope_nn.plan.passes import Step
 from patchscope_nn.spec import Generate
 
@@ -144,8 +144,6 @@ def _why_padded(planned: Plan) -> str:
     sweep, used = planned.sweep, planned.optimisations
     if not (used.prefix_sharing or used.late_entry):
         return "prefix sharing and late entry are off"
-    if sweep.scope.readout.decodes and not from_cache(sweep, used):
-        return "each decoded token reads its prompt again"
     target = sweep.scope.target
     if target.site not in ("residual", "before"):
         return f"target.site={target.site!r} is written inside a block"
@@ -159,7 +157,9 @@ def _why_padded(planned: Plan) -> str:
         return f"target.{next(name for name, given in asked.items() if given)} is done to whole prompts"
     if not sweep.target.architecture.causal:
         return f"tokens of a prompt of {sweep.target.name} see those after them"
-    return f"the blocks of {sweep.target.family} cannot be run on segments of a sequence"
+    if not sweep.target.architecture.packs:
+        return f"the blocks of {sweep.target.family} cannot be run on segments of a sequence"
+    return "each decoded token reads its prompt again"
 
 
 def _describe(info: ModelInfo) -> str:
