@@ -9,6 +9,7 @@ from typing import Any
 
 from patchscope_nn import models
 from patchscope_nn.backends import Ndif
+from patchscope_nn.errors import ServerError
 from patchscope_nn.models import COSTS, ELSEWHERE, Model, Verdict
 from patchscope_nn.proof import store
 from patchscope_nn.proof.prove import prove
@@ -65,7 +66,10 @@ def proven_on(model: Model, backend: Ndif) -> Model:
         return model
 
     def run(work: Work) -> Any:
-        return backend.run("session", work, source=model, target=model)
+        try:
+            return backend.run("session", work, source=model, target=model)
+        except ServerError:  # a result that can no longer be fetched, or a server that was restarted
+            return backend.run("session", work, source=model, target=model)
 
     return _kept_or_made(
         model, store.structure_key(model, host=backend.host), lambda key: prove_remotely(model, run, key=key)
