@@ -29,7 +29,7 @@ from patchscope_nn.spec import Choices, Generate, Hidden, NextToken, Readout, Si
 #: What rounding may change in a logit, by dtype, in standard deviations of the logits; the rounding of the
 #: model itself is measured, and may raise it.
 _ROUNDING = {"float64": 1e-6, "float32": 5e-4, "float16": 3e-2, "bfloat16": 0.15}
-_TIMES_NOISE = 10
+_TIMES_NOISE = 4
 #: The shortest prompts, in tokens: source and target.
 SHORT = (7, 6)
 #: The shortest prompt in which a token before the last can be patched behind another.
