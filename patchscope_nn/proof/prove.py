@@ -149,7 +149,7 @@ class _Proof:
         self._orient(first)
         if lengths:
             self._compare_lengths(short[1], source)
-        self._check_plain(replace(first, rows=rows[-1:], layers=(self.middle,)))
+        self._check_plain(replace(first, rows=rows[-1:]))
         self._check(first)
         self._check(Trial(readout=readout_of(Hidden), rows=rows[:1], layers=self.layers[:1]))
         if self._has("attention") and self._has("mlp"):
