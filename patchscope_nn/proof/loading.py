@@ -59,8 +59,8 @@ def proven(model: Model) -> Model:
 def _prove_here(model: Model, key: str) -> Verdict:
     if is_offloaded(model.module):
         _LOG.warning(
-            "%s is proven now, and only this once: some 40 forwards of a few tokens, each of which moves all of "
-            "its weights. load(..., proof=False) skips it.",
+            "%s is proven now, and only this once: some 40 forwards of a few tokens, each of which moves all "
+            "of its weights. load(..., proof=False) skips it.",
             model.info.name,
         )
     return prove(model, key=key)
