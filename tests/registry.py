@@ -24,10 +24,9 @@ NOT_BUILT = {
     "evolla": "it describes proteins; AutoModelForImageTextToText does not take its config",
 }
 
-#: Decoders that read a prompt otherwise than what they decode: PaliGemma and CPM-Ant read it in both
-#: directions, Unlimited-OCR sees all of it beside a window of decoded tokens. Their own `generate` defines
-#: what is right.
-PREFIXES = ("paligemma", "cpmant", "unlimited_ocr")
+#: Decoders that read a prompt otherwise than what they decode: PaliGemma reads it in both directions,
+#: Unlimited-OCR sees all of it beside a window of decoded tokens. Their own `generate` defines what is right.
+PREFIXES = ("paligemma", "unlimited_ocr")
 
 _ENCODERS = (
     *(
@@ -44,12 +43,15 @@ _ENCODERS = (
     *("xlm-roberta-xl", "xlnet", "xmod"),
 )
 _NEED_IMAGES = ("blip", "blip-2", "idefics", "instructblip", "instructblipvideo", "kosmos-2", "pi0")
+_STREAMS = ("deepseek_v4", "gemma3n_text", "glm5_next", "hy_v4", "qwen4_exp", "qwen4_exp_text")
 _ENCODER_DECODERS = ("florence2", "pix2struct", "pp_formulanet", "t5gemma2", "udop", "vision-encoder-decoder")
 #: Model types that a Patchscope cannot be run on, with the reason; all others should run.
 REFUSED = {
     **dict.fromkeys(_ENCODERS, "an encoder as its config stands: tokens see those after them"),
     **dict.fromkeys(_ENCODER_DECODERS, "an encoder-decoder"),
     **dict.fromkeys(_NEED_IMAGES, "it does not run without an image"),
+    **dict.fromkeys(_STREAMS, "it carries several streams from block to block, and no single state"),
+    "cpmant": "it puts 32 tokens of its own before every prompt",
     "blt": "it reads bytes in patches",
     "diffusion_gemma": "it fills in a canvas of tokens, from noise",
     "gemma4_unified_assistant": "it drafts for another model, whose states it needs",

@@ -6,7 +6,7 @@ Parts are found through transformers' own interfaces (`get_decoder`, `get_input_
 """
 
 from patchscope_nn.models.adapter import common_base, wear, wear_named
-from patchscope_nn.models.architecture import find_architecture, input_device
+from patchscope_nn.models.architecture import find_architecture, input_device, is_offloaded
 from patchscope_nn.models.info import ELSEWHERE, Architecture, Model, ModelInfo, Sizes, same_vocabulary
 from patchscope_nn.models.loading import load
 from patchscope_nn.models.memory import memory_reused, usable_memory
@@ -31,6 +31,7 @@ __all__ = [
     "find_architecture",
     "in_turn",
     "input_device",
+    "is_offloaded",
     "load",
     "memory_reused",
     "same_vocabulary",

@@ -130,10 +130,14 @@ def input_device(module: Any) -> Any:
     return "cpu" if device.type == "meta" and not is_weightless(module) else device
 
 
+def is_offloaded(module: Any) -> bool:
+    """Whether accelerate moves a model's weights to where they are needed, from memory or disk."""
+    return any(hasattr(part, "_hf_hook") for part in module.modules())
+
+
 def is_weightless(module: Any) -> bool:
     """Whether a model is only its structure: every weight on the meta device, and none offloaded."""
-    offloaded = any(hasattr(part, "_hf_hook") for part in module.modules())
-    return not offloaded and all(weight.device.type == "meta" for weight in module.parameters())
+    return not is_offloaded(module) and all(weight.device.type == "meta" for weight in module.parameters())
 
 
 def unembed(module: Any, architecture: Architecture, states: Any) -> Any:

@@ -6,12 +6,13 @@ where a row of a batch is what it is alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, NamedTuple
 
 import torch
 
+from patchscope_nn.errors import ModelError
 from patchscope_nn.models import Model, input_device
 
 #: A row of a batch may differ by so much from the same row alone, in standard deviations.
@@ -48,10 +49,11 @@ class Hooks:
     """
 
     def __init__(self, model: Model) -> None:
-        self.module, self.architecture = model.module, model.info.architecture
+        self.name, self.module, self.architecture = model.info.name, model.module, model.info.architecture
         self.device = input_device(model.module)
         self.causal, self.incremental = model.info.architecture.causal, True
         self._batches: bool | None = None  # whether a row of a batch is what it is alone, once that is known
+        # What was run, by the prompt and what is written, then by what follows.
         self._known: dict[Any, dict[tuple[int, ...], torch.Tensor]] = {}
 
     def read(self, ids: Sequence[int], places: Sequence[Place]) -> dict[Place, torch.Tensor]:
@@ -70,6 +72,12 @@ class Hooks:
             for place in places:
                 stack.callback(self._part(place).register_forward_hook(keep(place)).remove)
             self._forward(torch.tensor([list(ids)]), use_cache=False)
+        if silent := [place.layer for place in places if place not in states]:
+            raise ModelError(
+                f"{self.name} ({type(self.module).__name__}): block {silent[0]} does not run on the "
+                "tokens of a text alone, so it has no hidden state.",
+                hint="Use a model whose blocks all run on text.",
+            )
         return states
 
     def logits(self, ids: Sequence[int], writes: Sequence[Write | None]) -> torch.Tensor:
@@ -84,30 +92,56 @@ class Hooks:
         self._batches = float((alone - rows[-1:]).abs().amax() / alone.std()) < _ALONE
         return rows if self._batches else self.logits(ids, writes)
 
-    def continued(self, ids: Sequence[int], more: Sequence[int], write: Write) -> torch.Tensor:
+    def continued(
+        self, ids: Sequence[int], more: Sequence[int], write: Write, *, unpatched: bool = False
+    ) -> torch.Tensor:
         """The logits that decide each token that follows a prompt, and the one after them.
 
         Args:
             ids: The prompt.
             more: What follows it.
             write: What is written into the prompt.
+            unpatched: Whether `unpatched` will be asked for the same; then one forward serves both.
 
         Returns:
             (len(more) + 1, vocab).
         """
         known = self._known.setdefault((*ids, write.place, write.position, id(write.state)), {})
-        for longer, logits in known.items():
-            if self.incremental and longer[: len(more)] == tuple(more):
-                return logits[: len(more) + 1]
+        if (logits := self._begun(known, more)) is not None:
+            return logits
         if not self.causal:
             known[tuple(more)] = self._decoded(ids, more, write)
         elif self.incremental:
-            known[tuple(more)] = self.logits([*ids, *more], [write])[0, len(ids) - 1 :]
+            rows = self.logits([*ids, *more], [write, None] if unpatched else [write])[:, len(ids) - 1 :]
+            known[tuple(more)] = rows[0]
+            if unpatched:
+                self._known.setdefault(tuple(ids), {})[tuple(more)] = rows[1]
         else:
             steps = [[*ids, *more[:count]] for count in range(len(more) + 1)]
             rows = [self.logits(step, [write])[0, -1] for step in steps]
             known[tuple(more)] = torch.stack(rows)
         return known[tuple(more)]
+
+    def unpatched(self, ids: Sequence[int], more: Sequence[int]) -> torch.Tensor:
+        """The logits of each token that follows a prompt as it is, and of the one after them, in one forward.
+
+        Returns:
+            (len(more) + 1, vocab).
+        """
+        if not self.causal:
+            return self._decoded(ids, more, None)
+        known = self._known.setdefault(tuple(ids), {})
+        if (logits := self._begun(known, more)) is not None:
+            return logits
+        known[tuple(more)] = self.logits([*ids, *more], [None])[0, len(ids) - 1 :]
+        return known[tuple(more)]
+
+    def _begun(
+        self, known: Mapping[tuple[int, ...], torch.Tensor], more: Sequence[int]
+    ) -> torch.Tensor | None:
+        """The logits of the beginning of something longer that was run; None where nothing was."""
+        longer = (after for after in known if self.incremental and after[: len(more)] == tuple(more))
+        return next((known[after][: len(more) + 1] for after in longer), None)
 
     def scored(self, ids: Sequence[int], more: Sequence[int], write: Write) -> torch.Tensor:
         """The logits that score each token of a continuation: those of one forward over all of it.
@@ -119,7 +153,7 @@ class Hooks:
             return self.continued(ids, more[:-1], write)
         return self.logits([*ids, *more], [write])[0, len(ids) - 1 : -1]
 
-    def _decoded(self, ids: Sequence[int], more: Sequence[int], write: Write) -> torch.Tensor:
+    def _decoded(self, ids: Sequence[int], more: Sequence[int], write: Write | None) -> torch.Tensor:
         with self._written([write], len(ids)):
             output = self._forward(torch.tensor([list(ids)]), use_cache=True)
         rows = [output.logits[0, -1]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,7 +10,8 @@ from typing import Any
 
 from patchscope_nn import models
 from patchscope_nn.backends import Ndif
-from patchscope_nn.models import COSTS, ELSEWHERE, Model, Verdict
+from patchscope_nn.errors import ServerError
+from patchscope_nn.models import COSTS, ELSEWHERE, Model, Verdict, is_offloaded
 from patchscope_nn.proof import store
 from patchscope_nn.proof.prove import prove
 from patchscope_nn.proof.remote import prove_remotely
@@ -51,7 +53,17 @@ def proven(model: Model) -> Model:
     """
     if model.info.device == ELSEWHERE or model.info.verdict is not None:
         return model
-    return _kept_or_made(model, store.structure_key(model), lambda key: prove(model, key=key))
+    return _kept_or_made(model, store.structure_key(model), functools.partial(_prove_here, model))
+
+
+def _prove_here(model: Model, key: str) -> Verdict:
+    if is_offloaded(model.module):
+        _LOG.warning(
+            "%s is proven now, and only this once: some 40 forwards of a few tokens, each of which moves all "
+            "of its weights. load(..., proof=False) skips it.",
+            model.info.name,
+        )
+    return prove(model, key=key)
 
 
 def proven_on(model: Model, backend: Ndif) -> Model:
@@ -65,7 +77,10 @@ def proven_on(model: Model, backend: Ndif) -> Model:
         return model
 
     def run(work: Work) -> Any:
-        return backend.run("session", work, source=model, target=model)
+        try:
+            return backend.run("session", work, source=model, target=model)
+        except ServerError:  # a result that can no longer be fetched, or a server that was restarted
+            return backend.run("session", work, source=model, target=model)
 
     return _kept_or_made(
         model, store.structure_key(model, host=backend.host), lambda key: prove_remotely(model, run, key=key)

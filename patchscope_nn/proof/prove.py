@@ -24,12 +24,12 @@ from patchscope_nn.plan import Optimisations
 from patchscope_nn.proof.hooks import Hooks
 from patchscope_nn.proof.prompts import thresholds
 from patchscope_nn.proof.trials import DECODED, Reference, Runner, Trial, readout_of
-from patchscope_nn.spec import Choices, Generate, Hidden, NextToken, Readout, Site
+from patchscope_nn.spec import Choices, Generate, Hidden, NextToken, Site
 
 #: What rounding may change in a logit, by dtype, in standard deviations of the logits; the rounding of the
 #: model itself is measured, and may raise it.
 _ROUNDING = {"float64": 1e-6, "float32": 5e-4, "float16": 3e-2, "bfloat16": 0.15}
-_TIMES_NOISE = 10
+_TIMES_NOISE = 4
 #: The shortest prompts, in tokens: source and target.
 SHORT = (7, 6)
 #: The shortest prompt in which a token before the last can be patched behind another.
@@ -42,6 +42,7 @@ _AFFORDABLE = {"cpu": 1.5e12, "cuda": 2e15}
 _FORWARDS = 20
 #: A small model has the operations, but attention grows with the square of its tokens.
 _LONGEST = {"cpu": 2048, "cuda": 16384}
+_ALL = Optimisations()
 #: What can be wrong in decoding alone; the others arrange how a prompt is read, which every readout does.
 OF_DECODING = ("cached_decoding", "mixed_lengths", "early_leaving")
 
@@ -152,12 +153,12 @@ class _Proof:
         self._check(first)
         self._check(Trial(readout=readout_of(Hidden), rows=rows[:1], layers=self.layers[:1]))
         if self._has("attention") and self._has("mlp"):
-            self._check_sites("attention", "mlp")
-            self._check_sites("mlp", "attention")
+            self._check_sites()
         self._check_mask(rows)
-        # The rows of a packed pass have one length; those of a padded one decode with padding.
-        packs = self.model.info.architecture.packs and not across
-        self._decode(short, *across, *([] if packs else [(short[0], target)]))
+        packs, longer = self.model.info.architecture.packs, (short[0], target)
+        self._decode(short, *across, *([] if packs else [longer]))
+        if packs:
+            self._decode_padded(short, longer)
         self._check_fused()
 
     def go_beyond(self, length: int) -> bool:
@@ -188,30 +189,42 @@ class _Proof:
         self._check(Trial(readout=readout_of(Generate), rows=two, layers=(middle,)))
         self._check(Trial(readout=readout_of(Choices), rows=rows, layers=(first,), target_layers=(middle,)))
 
+    def _decode_padded(self, *rows: tuple[int, int]) -> None:
+        """Compare what is decoded from rows of several lengths, on a model whose cells are mostly packed.
+
+        Its cells are rows where attention or an MLP is patched, and where packing is off.
+        """
+        first, middle = self.layers[:1], (self.middle,)
+        trial = Trial(readout=readout_of(Choices), rows=rows, layers=first, target_layers=middle)
+        self._check(trial, Optimisations(prefix_sharing=False, late_entry=False))
+
     def _has(self, site: Site) -> bool:
         return getattr(self.model.info.architecture, site) is not None
 
-    def _check_sites(self, read: Site, written: Site) -> None:
-        """Compare a read at one site and a write at another; a site that is wrong is off."""
-        trial = Trial(
-            readout=readout_of(NextToken),
-            rows=(SHORT,),
-            layers=self.layers[:1],
-            target_layers=(self.middle,),
-            sites=(read, written),
-        )
-        try:
-            self._check(trial)
-        except ModelError:
-            self.comparisons.pop()
-            for site in (read, written):
-                pairs: tuple[tuple[Site, Site], ...] = ((site, "residual"), ("residual", site))
-                for sites in pairs:
-                    alone = replace(trial, sites=sites)
-                    self.reference.prepare(alone)
-                    error, problem = self._error(alone, Optimisations.none())
-                    if problem and not self._off(site):
-                        self._withhold(site, None, alone, error, problem)
+    def _check_sites(self) -> None:
+        """Compare reads at one site and writes at another; a site that is wrong is off."""
+        first, middle = self.layers[:1], (self.middle,)
+        residual = Trial(readout=readout_of(NextToken), rows=(SHORT,), layers=first, target_layers=middle)
+        pairs: tuple[tuple[Site, Site], ...] = (("attention", "mlp"), ("mlp", "attention"))
+        trials = [replace(residual, sites=sites) for sites in pairs]
+        self.reference.prepare(*trials)
+        for trial in trials:
+            try:
+                self._check(trial)
+            except ModelError:
+                self.comparisons.pop()
+                self._find_wrong_sites(trial)
+
+    def _find_wrong_sites(self, trial: Trial) -> None:
+        """Try each site of a trial beside the residual stream."""
+        for site in trial.sites:
+            pairs: tuple[tuple[Site, Site], ...] = ((site, "residual"), ("residual", site))
+            for sites in pairs:
+                alone = replace(trial, sites=sites)
+                self.reference.prepare(alone)
+                error, problem = self._error(alone, Optimisations.none())
+                if problem and not self._off(site):
+                    self._withhold(site, alone, error, problem)
 
     def _check_mask(self, rows: tuple[tuple[int, int], ...]) -> None:
         """Compare a run with a mask of ours, in which a token does not see one that it never sees."""
@@ -220,7 +233,7 @@ class _Proof:
         trial = Trial(readout=readout_of(NextToken), rows=rows[-1:], layers=self.layers, cuts=True)
         error, problem = self._error(trial, Optimisations())
         if problem:
-            self._withhold(CUT, None, trial, error, problem)
+            self._withhold(CUT, trial, error, problem)
         else:
             self._note(f"plain path: {trial.name}", trial, error, "equal")
 
@@ -252,30 +265,35 @@ class _Proof:
         if float(((alone - followed).abs().amax() / alone.std()).item()) > self.tolerance:
             self.hooks.incremental = False
 
-    def _check(self, trial: Trial) -> None:
-        """Compare a trial with all optimisations; find those to blame where it differs."""
+    def _check(self, trial: Trial, most: Optimisations = _ALL) -> None:
+        """Compare a trial with all optimisations, or most; find those to blame where it differs."""
         self.reference.prepare(trial)
         self.runner.verdict = Verdict(key="", limit=self.limit, withheld=tuple(self.withheld))
         eos = self._end_of_some(trial)
-        error, problem = self._error(trial, Optimisations(), eos=eos)
+        error, problem = self._error(trial, most, eos=eos)
         if problem:
-            self._find_guilty(trial, problem, eos=eos)
+            self._find_guilty(trial, problem, most, eos=eos)
         else:
-            self._note(f"all optimisations: {trial.name}", trial, error, "equal")
+            used = "all optimisations" if most == _ALL else "rows of several lengths"
+            self._note(f"{used}: {trial.name}", trial, error, "equal")
 
     def _check_fused(self) -> None:
         """Compare a source and a target that share one forward, and what is decoded behind it."""
-        decodes = not self._off("cached_decoding") and self.hooks.causal
-        readouts: list[Readout] = [readout_of(NextToken), *([Generate(max_new_tokens=2)] if decodes else [])]
+        cached = [
+            kind for kind in (Choices, Generate) if not self._off("cached_decoding", readout_of(kind).name)
+        ]
+        readout = readout_of(NextToken)
+        if cached:
+            readout = readout_of(Choices) if Choices in cached else Generate(max_new_tokens=2)
         # Prompts of one length share a forward also where those of several may not.
         row = (SHORT[1], SHORT[1]) if self._off("mixed_lengths") else SHORT
-        for readout in readouts:
-            trial = Trial(readout=readout, rows=(row,), layers=(self.middle,))
-            self.reference.prepare(trial)
-            error, problem = self._error(trial, Optimisations(), context="auto")
-            if problem:
-                self._withhold(FUSED, None, trial, error, problem)
-                return
+        first, middle = self.layers[:1], (self.middle,)
+        trial = Trial(readout=readout, rows=(row,), layers=first, target_layers=middle)
+        self.reference.prepare(trial)
+        error, problem = self._error(trial, _ALL, context="auto")
+        if problem:
+            self._withhold(FUSED, trial, error, problem)
+        else:
             self._note(f"fused context: {trial.name}", trial, error, "equal")
 
     def _check_plain(self, trial: Trial) -> None:
@@ -288,17 +306,17 @@ class _Proof:
                 hint="Please report the architecture.",
             )
 
-    def _find_guilty(self, trial: Trial, problem: str, *, eos: int | None) -> None:
+    def _find_guilty(self, trial: Trial, problem: str, most: Optimisations, *, eos: int | None) -> None:
         """Add one optimisation after the other to the plain path; those with which it differs are off."""
         self._check_plain(trial)
         used = Optimisations.none()
         before = len(self.withheld)
         for name in Optimisations.names():
-            tried = replace(used, **{name: True})
-            wrong, reason = self._error(trial, tried, eos=eos)
+            tried = replace(used, **{name: getattr(most, name)})
+            wrong, reason = self._error(trial, tried, eos=eos) if tried != used else (0.0, "")
             if reason:
-                decoding = trial.readout.decodes and name in OF_DECODING
-                self._withhold(name, trial.readout.name if decoding else None, trial, wrong, reason)
+                # What is decoded from rows of several lengths was tried with one readout, and holds for both.
+                self._withhold(name, trial, wrong, reason, both=most != _ALL or name == "mixed_lengths")
             else:
                 used = tried
         if len(self.withheld) == before:
@@ -338,14 +356,21 @@ class _Proof:
                 return decoded[0][-1]
         return None
 
-    def _off(self, name: str) -> bool:
-        return any(entry.optimisation == name for entry in self.withheld)
+    def _off(self, name: str, readout: str | None = None) -> bool:
+        """Whether something is off: for a readout, or else for any."""
+        entries = [entry for entry in self.withheld if entry.optimisation == name]
+        return any(readout is None or entry.readout in (None, readout) for entry in entries)
 
-    def _withhold(self, name: str, readout: str | None, trial: Trial, error: float, problem: str) -> None:
-        entry = Withheld(name, readout, self.beyond, f"{trial.name} {problem}")
-        self.withheld.append(entry)
+    def _withhold(self, name: str, trial: Trial, error: float, problem: str, *, both: bool = False) -> None:
+        """Switch something off: for the readout of a trial, or both that decode, or all."""
+        readouts: tuple[str | None, ...] = (None,)
+        if trial.readout.decodes and name in OF_DECODING:
+            readouts = ("generate", "choices") if both else (trial.readout.name,)
+        for readout in readouts:
+            entry = Withheld(name, readout, self.beyond, f"{trial.name} {problem}")
+            self.withheld.append(entry)
+            self._note(f"{name.replace('_', '-')}: {trial.name}", trial, error, str(entry))
         self.runner.verdict = replace(self.runner.verdict, withheld=tuple(self.withheld))
-        self._note(f"{name.replace('_', '-')}: {trial.name}", trial, error, str(entry))
 
     def _note(self, what: str, trial: Trial, error: float, outcome: str) -> None:
         self.comparisons.append(Comparison(what, trial.tokens, error, self.tolerance, outcome))

@@ -204,19 +204,17 @@ class Reference:
         self._logits: dict[Any, torch.Tensor] = {}
         self.ahead = 0.0
 
-    def prepare(self, trial: Trial) -> None:
-        """Read every state of a trial, and for a readout that reads one position run its forwards at once."""
-        for source, target in trial.rows:
-            places = [Place(layer, trial.sites[0]) for layer in trial.layers]
-            missing = [place for place in places if (source, place) not in self._states]
-            read = self.hooks.read(self.runner.prompt("s", source), missing) if missing else {}
-            self._states |= {(source, place): states[-1] for place, states in read.items()}
-            if trial.readout.name == "hidden":
-                written = [Place(layer, trial.sites[1]) for layer in self._written(trial)]
-                clean = self.hooks.read(self.runner.prompt("t", target), written)
-                self._states |= {("t", target, place): states[-2] for place, states in clean.items()}
-            keys = [key for key in self._keys(trial) if (source, target, *key) not in self._logits]
-            if trial.readout.name == "next_token" and keys:
+    def prepare(self, *trials: Trial) -> None:
+        """Read every state of some trials; where one position is read, run a row's forwards at once."""
+        wanted: dict[tuple[int, int], list[tuple[Place, Place]]] = {}
+        for trial in trials:
+            for source, target in trial.rows:
+                self._read(trial, source, target)
+                keys = self._keys(trial) if trial.readout.name == "next_token" else []
+                unknown = [key for key in keys if (source, target, *key) not in self._logits]
+                wanted.setdefault((source, target), []).extend(unknown)
+        for (source, target), keys in wanted.items():
+            if keys:
                 writes = [self.write(source, target, *key) for key in keys]
                 rows = self.hooks.logits(self.runner.prompt("t", target), [*writes, None])
                 self._logits |= {
@@ -225,6 +223,17 @@ class Reference:
                 self._logits[target] = rows[-1, -1]
                 before = rows[:, : abs(target) - 2]
                 self.ahead = max(self.ahead, _distance(before, before[:1].expand_as(before), rows))
+
+    def _read(self, trial: Trial, source: int, target: int) -> None:
+        """Read the states that a row of a trial writes, and those it writes over if they are asked for."""
+        places = [Place(layer, trial.sites[0]) for layer in trial.layers]
+        missing = [place for place in places if (source, place) not in self._states]
+        read = self.hooks.read(self.runner.prompt("s", source), missing) if missing else {}
+        self._states |= {(source, place): states[-1] for place, states in read.items()}
+        if trial.readout.name == "hidden":
+            written = [Place(layer, trial.sites[1]) for layer in self._written(trial)]
+            clean = self.hooks.read(self.runner.prompt("t", target), written)
+            self._states |= {("t", target, place): states[-2] for place, states in clean.items()}
 
     def _written(self, trial: Trial) -> tuple[int, ...]:
         return trial.layers if trial.target_layers == "same" else trial.target_layers
@@ -248,12 +257,12 @@ class Reference:
         source, target = trial.rows[cell.row]
         read = Place(cell.source_layer or 0, trial.sites[0])
         written = Place(cell.target_layer or 0, trial.sites[1])
-        write = self.write(source, target, read, written)
         if trial.readout.name == "next_token":
             logits = self._logits[target] if trial.cuts else self._logits[source, target, read, written]
             wanted = logits.log_softmax(-1)[raw["top_ids"]]
             below = float(((logits.amax() - logits[raw["top_ids"][0]]) / logits.std()).item())
             return max(below, _distance(torch.tensor(raw["top_probs"]).log(), wanted, logits))
+        write = self.write(source, target, read, written)
         if trial.readout.name == "hidden":
             clean = self._states["t", target, written]
             pairs = ((raw["hidden"], write.state), (raw["clean"], clean))
@@ -285,7 +294,8 @@ class Reference:
         An end counts as the likeliest of the ends.
         """
         tokens = raw["token_ids"]
-        logits = self.hooks.continued(prompt, tokens[: most - 1], write)
+        asked = "unpatched_token_probs" in raw
+        logits = self.hooks.continued(prompt, tokens[: most - 1], write, unpatched=asked)
         below = [row.amax() - row[token] for row, token in zip(logits, tokens, strict=False)]
         if raw["stopped"] == "eos":
             ends = [*self._ends, *([] if eos is None else [eos])]
@@ -294,9 +304,13 @@ class Reference:
             return float("inf")
         wanted = [row.log_softmax(-1)[token] for row, token in zip(logits, tokens, strict=False)]
         error = float((torch.stack(below).amax() / logits.std()).item())
-        if not tokens or "token_probs" not in raw:
+        if not (tokens and asked):
             return error
-        return max(error, _distance(torch.tensor(raw["token_probs"]).log(), torch.stack(wanted), logits))
+        clean = self.hooks.unpatched(prompt, tokens[: most - 1])
+        unpatched = [row.log_softmax(-1)[token] for row, token in zip(clean, tokens, strict=False)]
+        for name, logprobs in (("token_probs", wanted), ("unpatched_token_probs", unpatched)):
+            error = max(error, _distance(torch.tensor(raw[name]).log(), torch.stack(logprobs), logits))
+        return error
 
     @cached_property
     def _ends(self) -> list[int]:

@@ -11,7 +11,10 @@ import registry
 import registry_check
 import tiny
 import torch
+import transformers
 from plain import Plain
+
+from benchmarks import architectures
 
 #: One of each way in which a model's tokens depend on each other, and on what runs beside them.
 MECHANISMS = {
@@ -36,15 +39,23 @@ MECHANISMS = {
 
 
 NAMES = [
-    pytest.param(name, marks=() if name in MECHANISMS else pytest.mark.registry) for name in registry.names()
+    pytest.param(name, marks=() if name in MECHANISMS else pytest.mark.registry)
+    for name in dict.fromkeys([*registry.names(), *MECHANISMS])
 ]
+#: nnsight says of BERT and others that a part of them has the name of one of its own attributes.
+NAMESAKES = pytest.mark.filterwarnings("ignore:Module .* has a submodule named:UserWarning")
+VERSION = architectures.version_of(architectures.PAGE.read_text(encoding="utf-8"))
 
 
-@pytest.mark.filterwarnings(
-    "ignore:Module .* has a submodule named:UserWarning"
-)  # nnsight, of BERT and others
+def skip_unknown(name):
+    if name not in registry.names():
+        pytest.skip(f"transformers {transformers.__version__} does not know it")
+
+
+@NAMESAKES
 @pytest.mark.parametrize("name", NAMES)
 def test_model_type(name):
+    skip_unknown(name)
     if name in registry.NOT_BUILT:
         pytest.skip(registry.NOT_BUILT[name])
     verdict = registry_check.check(name)
@@ -55,9 +66,29 @@ def test_model_type(name):
         assert name not in registry.REFUSED, "it runs: take it from the table"
 
 
+@pytest.mark.skipif(
+    transformers.__version__ != VERSION, reason=f"docs/architectures.md is about transformers {VERSION}"
+)
+class TestPage:
+    """docs/architectures.md says what the command would write today."""
+
+    page = architectures.PAGE.read_text(encoding="utf-8")
+
+    @NAMESAKES
+    @pytest.mark.parametrize("name", NAMES)
+    def test_row(self, name):
+        found, written = architectures.family_of(name), architectures.read(self.page).get(name)
+        assert written == found, "run python -m benchmarks.architectures"
+
+    def test_has_every_model_type_and_nothing_else(self):
+        families = architectures.read(self.page)
+        assert sorted(families) == sorted(registry.names())
+        assert architectures.page_of(families) == self.page, "run python -m benchmarks.architectures"
+
+
 def test_each_model_is_small_and_the_same_again():
     """Most of the weights are the vocabulary, so building all of them costs seconds."""
-    for name in MECHANISMS:
+    for name in set(MECHANISMS) & set(registry.names()):
         weights = torch.cat([weight.flatten() for weight in registry.build(name).parameters()])
         assert len(weights) < 200_000, name
         again = torch.cat([weight.flatten() for weight in registry.build(name).parameters()])

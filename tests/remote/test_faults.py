@@ -18,11 +18,13 @@ from tables import assert_same_table
 
 import patchscope_nn as ps
 from patchscope_nn import jobs
+from patchscope_nn.backends import Ndif
 from patchscope_nn.errors import InputError, JobError, ModelError, ServerError
 from patchscope_nn.execute import run_prepared
 from patchscope_nn.jobs import Patience
 from patchscope_nn.ledger import Job, Ledger, now
 from patchscope_nn.prepare import prepare
+from patchscope_nn.proof import proven_on
 
 HURRIED = Patience(unreachable_s=3, unknown_s=3, stalled_s=3, give_up_s=30)
 
@@ -34,7 +36,8 @@ def here(folders):
 
 @pytest.fixture(scope="module")
 def away(ndif):
-    return ps.load(launch.TINY, weights=False)
+    """A model that is proven already, so that what goes wrong happens to the jobs of a run."""
+    return proven_on(ps.load(launch.TINY, weights=False), Ndif(ndif))
 
 
 def scope_of(**mapping):
