@@ -96,6 +96,6 @@ def test_texts_of_one_length_are_trained_on_where_padding_is_wrong(load):
     texts = [row for row in TEXTS if len(tiny.TOKENIZER(row["text"])["input_ids"]) == 6]
     models = (load(), load("mixed_lengths"))
     one, other = (ps.fit("tuned_lens", model=model, data=texts, **TRAINS) for model in models)
-    (pair,) = one.maps
+    (pair,) = one.pairs
     for name, value in one.parts(pair).items():
         assert torch.equal(value, other.parts(pair)[name])

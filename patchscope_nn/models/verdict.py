@@ -24,6 +24,7 @@ COSTS = {
     "memory_reuse": "each pass allocates its memory anew",
     "attention": "site: attention is refused",
     "mlp": "site: mlp is refused",
+    CUT: "target.write: cut is refused",
     PLAIN: "longer prompts are refused",
 }
 
