@@ -78,8 +78,8 @@ def _positions(patch):
     """Padding counts as positions."""
     true = rows.batch_of
 
-    def counted(prompts, info, width):
-        made = true(prompts, info, width)
+    def counted(prompts, info, width, **options):
+        made = true(prompts, info, width, **options)
         if "position_ids" in made:
             made["position_ids"] = torch.arange(made["input_ids"].shape[1]).expand(len(prompts), -1)
         return made

@@ -185,7 +185,7 @@ def test_a_fused_context_that_is_wrong_is_not_chosen_and_is_refused(plant):
     tables = [ps.run(scope, model=given, data=list(ROWS), context=context) for given, context in contexts]
     right, same, wrong = ([row["top_ids"] for row in table.rows] for table in tables)
     assert right == same != wrong
-    with pytest.raises(InputError, match=r"context='fused' is wrong for .*: next_token differs by"):
+    with pytest.raises(InputError, match=r"context='fused' is wrong for .*: choices differs by"):
         ps.run(scope, model=model, data=list(ROWS), context="fused")
 
 
