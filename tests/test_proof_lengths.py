@@ -318,3 +318,23 @@ def test_a_prompt_read_in_both_directions(run_cells):
                 logprobs = plain.follows(target, [more], **put)[0, :-1].log_softmax(-1)
                 expected = logprobs[range(len(more)), more].sum().item()
                 assert abs(given["choice_logprobs"][1] - expected) < 1e-3
+
+
+def test_a_prompt_that_is_too_long_for_a_dynamic_rotary_embedding_is_told_why():
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    config = entry("LlamaConfig", **SIZES | {"rope_parameters": rope, "max_position_embeddings": 20})
+    dynamic = transformers.AutoModelForCausalLM.from_config(config)
+    for module, why in ((dynamic, "its dynamic rotary embedding then depends on"), (make("window"), "")):
+        model = ps.load(module, tokenizer=tiny.TOKENIZER, proof=False)
+        longer = row_of(9, model.info.n_positions + 1)
+        with pytest.raises(InputError, match="reads at most") as caught:
+            planned(model, NextToken(), longer)
+        assert ("dynamic" in str(caught.value)) == bool(why)
+        assert why in str(caught.value)
+        assert planned(model, NextToken(), row_of(9, model.info.n_positions))
+
+
+def test_a_config_that_sets_no_limit_by_a_negative_number_sets_none():
+    module = make("window")
+    module.config.max_position_embeddings = -1  # as XLNet has it
+    assert ps.load(module, tokenizer=tiny.TOKENIZER, proof=False).info.n_positions is None
