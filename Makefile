@@ -17,7 +17,7 @@ demo: .venv/installed-demo
 test: .venv/installed-test lint
 	$(BIN)/python -m pytest -m "not registry"
 
-# Every model type that transformers knows, beside plain hooks: minutes.
+# Every model type that transformers knows, beside plain hooks and beside its row in docs/architectures.md.
 test-registry: .venv/installed-test
 	$(BIN)/python -m pytest tests/equivalence/test_registry.py
 

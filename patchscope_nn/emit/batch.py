@@ -149,7 +149,7 @@ def fused(model: Any, work: Work, backend: Any) -> dict[str, Any]:
     states: dict[int, torch.Tensor] = {}
     written: dict[int, Any] = {}
     first = len(source["inputs"]["input_ids"])
-    options = {name: max(value, source["options"][name]) for name, value in target["options"].items()}
+    options = {name: max(value, source["options"].get(name, 0)) for name, value in target["options"].items()}
     rows: Any = None  # where the backend does not wait, this is what is given
     with model.trace(backend=backend, **options) as tracer:
         meet = tracer.barrier(2)

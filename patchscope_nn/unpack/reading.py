@@ -46,7 +46,7 @@ def reading(
     numbers = [entry[0] for _, entries in reads for entry in entries]
     source = {
         "inputs": inputs,
-        "options": options_of(info, keep=1, cache=False),
+        "options": options_of(info, keep=None, cache=False),
         "whole": False,
         "reads": reads,
         "finals": [],

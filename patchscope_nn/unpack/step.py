@@ -110,10 +110,12 @@ def _source(plan: Plan, one: SourcePass, numbers: Mapping[State, int], info: Mod
             finals.append(entry)
         else:
             reads.append((state.layer, entry))
+    # Some models cut tokens off before their last blocks where few are unembedded.
+    lean = plan.optimisations.lean_readout and finals and not one.whole
     keep = width - min((positions[-1] for _, _, positions in finals), default=width - 1)
     return {
         "inputs": inputs,
-        "options": options_of(info, keep=None if one.whole else keep, cache=False),
+        "options": options_of(info, keep=keep if lean else None, cache=False),
         "whole": one.whole,
         "reads": by_layer(reads),
         "finals": [[number, row, positions[-1] - width] for number, row, positions in finals],
@@ -124,5 +126,5 @@ def _prefix(step: Step, info: ModelInfo, known: Any, *, keeps: bool) -> Work | N
     """How to run what a step's target prompts begin with, or its keys and values where they are known."""
     if not step.prefix:
         return None
-    options = options_of(info, keep=1, cache=True)
+    options = options_of(info, keep=None, cache=True)
     return {"inputs": batch_of([step.prefix], info, 0), "options": options, "known": known, "kept": keeps}

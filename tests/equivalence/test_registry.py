@@ -19,6 +19,7 @@ from benchmarks import architectures
 #: One of each way in which a model's tokens depend on each other, and on what runs beside them.
 MECHANISMS = {
     "gemma3_text": "sliding windows beside full attention",
+    "gemma4_text": "blocks that cut off tokens which are not unembedded",
     "gpt_neo": "local attention by a mask of its own",
     "llama4_text": "attention in chunks, and a temperature that counts positions",
     "phi3": "rotary factors chosen by the longest prompt of a pass",
