@@ -99,10 +99,14 @@ def load(tmp_path, monkeypatch):
     return lambda name: ps.load(make(name), tokenizer=tiny.TOKENIZER)
 
 
+#: Letters of which no two make a token.
+_LETTERS = "abcdfghjkmnopqrsuvwyz"
+
+
 def text(count, *, seed=0):
     """A text of so many tokens."""
     chooser = torch.Generator().manual_seed(1000 * seed + count)
-    return "".join("abcdefghijklmnopqrstuvwyz"[at] for at in torch.randint(25, (count,), generator=chooser))
+    return "".join(_LETTERS[at] for at in torch.randint(len(_LETTERS), (count,), generator=chooser))
 
 
 def row_of(source, target):
@@ -318,3 +322,23 @@ def test_a_prompt_read_in_both_directions(run_cells):
                 logprobs = plain.follows(target, [more], **put)[0, :-1].log_softmax(-1)
                 expected = logprobs[range(len(more)), more].sum().item()
                 assert abs(given["choice_logprobs"][1] - expected) < 1e-3
+
+
+def test_a_prompt_that_is_too_long_for_a_dynamic_rotary_embedding_is_told_why():
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    config = entry("LlamaConfig", **SIZES | {"rope_parameters": rope, "max_position_embeddings": 20})
+    dynamic = transformers.AutoModelForCausalLM.from_config(config)
+    for module, why in ((dynamic, "its dynamic rotary embedding then depends on"), (make("window"), "")):
+        model = ps.load(module, tokenizer=tiny.TOKENIZER, proof=False)
+        longer = row_of(9, model.info.n_positions + 1)
+        with pytest.raises(InputError, match="reads at most") as caught:
+            planned(model, NextToken(), longer)
+        assert ("dynamic" in str(caught.value)) == bool(why)
+        assert why in str(caught.value)
+        assert planned(model, NextToken(), row_of(9, model.info.n_positions))
+
+
+def test_a_config_that_sets_no_limit_by_a_negative_number_sets_none():
+    module = make("window")
+    module.config.max_position_embeddings = -1  # as XLNet has it
+    assert ps.load(module, tokenizer=tiny.TOKENIZER, proof=False).info.n_positions is None

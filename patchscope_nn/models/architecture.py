@@ -70,6 +70,7 @@ def find_architecture(module: Any, *, name: str) -> Architecture:
         # Gemma 4's "vision" is of images alone.
         causal=setting(module.config.get_text_config(), "use_bidirectional_attention")
         in (None, False, "vision"),
+        stretches=_stretches(module.config.get_text_config()),
     )
 
 
@@ -226,6 +227,19 @@ def setting(config: Any, name: str) -> Any:
         return getattr(config, name, None)
     except RuntimeError:  # transformers': this setting differs between blocks
         return getattr(config.per_layer_config[0], name, None)
+
+
+def longest_prompt(config: Any) -> int | None:
+    """The most tokens that a model reads, as its config says; None where it sets no limit."""
+    most = setting(config, "max_position_embeddings")
+    return most if isinstance(most, int) and most > 0 else None
+
+
+def _stretches(config: Any) -> bool:
+    rotary = setting(config, "rope_parameters")
+    given = rotary if isinstance(rotary, dict) else {}
+    kinds = [given, *(kind for kind in given.values() if isinstance(kind, dict))]
+    return any(kind.get("rope_type") == "dynamic" for kind in kinds)
 
 
 def _shapes(module: Any) -> list[tuple[int, ...]]:

@@ -34,6 +34,7 @@ class Architecture:
         kept: How many numbers a block keeps of a token in its cache; 0 where that is not known.
         causal: Whether a token of a prompt never sees those after it. Where it does, what is decoded still
             sees only what came before it: decoding goes on from the prompt's keys and values, token by token.
+        stretches: Whether its rotary factors change once it has read more tokens than its config names.
     """
 
     blocks: str
@@ -50,6 +51,7 @@ class Architecture:
     attends: bool = False
     kept: int = 0
     causal: bool = True
+    stretches: bool = False
 
     @property
     def masked(self) -> bool:

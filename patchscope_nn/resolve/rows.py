@@ -66,10 +66,15 @@ class Prompts:
         """Refuse a prompt that, with the tokens that come after it, is longer than the model reads."""
         info = self.model.info
         if info.n_positions is not None and len(encoded.ids) + more > info.n_positions:
+            # transformers keeps the factors of the longest prompt so far for those that are read next.
+            dynamic = (
+                ": the model could read on, but its dynamic rotary embedding then depends on the prompts "
+                "that it read before"
+            )
             raise InputError(
                 f"{self.side}.prompt has {len(encoded.ids)} tokens"
                 f"{f' and {more} more {of}' * bool(more)}; {info.name} reads at most {info.n_positions}.",
-                hint="Shorten the prompt.",
+                hint=f"Shorten the prompt{dynamic * info.architecture.stretches}.",
             )
 
 
