@@ -79,16 +79,27 @@ def read_next_token(
 
 
 def read_is_finite(row: dict[str, Any]) -> bool:
-    """Whether the numbers of a row are finite; `sound` is taken out of it.
+    """Whether the numbers of a row that are always finite are so; `sound` is taken out of it."""
+    sound = [row.pop("sound")] if "sound" in row else []
+    given = [row[name] for name in ("entropy_nats", "choice_probs", "hidden") if name in row]
+    return all(abs(number) < float("inf") for number in read_numbers([sound, given]))
 
-    A logit of -inf rules a token out, and is not among them.
+
+def read_has_nan(row: dict[str, Any]) -> bool:
+    """Whether a number of a row is NaN, or one of a state that was replaced is infinite.
+
+    A token with a logit of -inf is ruled out: its log-probability is infinite, and is a number.
     """
-    numbers = [row.pop("sound")] if "sound" in row else []
-    for name in ("entropy_nats", "choice_probs", "hidden"):
-        numbers += [row[name]] if name in row and row[name] is not None else []
-    while any(isinstance(number, list) for number in numbers):
-        numbers = [part for number in numbers for part in (number if isinstance(number, list) else [number])]
-    return all(abs(number) < float("inf") for number in numbers)
+    numbers = read_numbers([*row.values()])
+    infinite = any(abs(number) == float("inf") for number in read_numbers(row.get("clean")))
+    return infinite or any(number != number for number in numbers)  # noqa: PLR0124 (only a NaN does)
+
+
+def read_numbers(value: Any) -> list[float]:
+    """The numbers in nested lists."""
+    if isinstance(value, list):
+        return [number for part in value for number in read_numbers(part)]
+    return [value] if isinstance(value, float) else []
 
 
 def read_logits(

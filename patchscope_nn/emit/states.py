@@ -11,7 +11,13 @@ from typing import Any
 import torch
 
 from patchscope_nn.mappings import apply_mapping
-from patchscope_nn.readouts import read_choices, read_generate, read_is_finite, read_next_token
+from patchscope_nn.readouts import (
+    read_choices,
+    read_generate,
+    read_has_nan,
+    read_is_finite,
+    read_next_token,
+)
 from patchscope_nn.unpack import Work
 
 
@@ -160,6 +166,8 @@ def in_explained(
     """Say of each row whose numbers are not finite where the first such number was, as `not_finite`."""
     for cell, row in enumerate(rows):
         if read_is_finite(row):
+            if read_has_nan(row):
+                row["not_finite"] = "compared"
             continue
         numbers = [
             entry["state"]
@@ -169,9 +177,9 @@ def in_explained(
         ]
         row["not_finite"] = "logits"
         if cell in written and not written[cell][0].isfinite().all():
-            row["not_finite"] = "mapped"
+            row["not_finite"] = "written" if written[cell][1].isfinite().all() else "replaced"
         if any(not states[number].isfinite().all() for number in numbers):
-            row["not_finite"] = "state"
+            row["not_finite"] = "read"
     return rows
 
 
