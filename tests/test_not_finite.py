@@ -226,3 +226,22 @@ def test_a_quick_look_goes_on(model, capsys):
     assert all("was read is not finite" in says.error for says in look.says[1:])
     print_look(look, as_json=False)
     assert "was read is not finite" in capsys.readouterr().out
+
+
+def test_the_explorer_says_why_it_has_nothing_to_show(tmp_path):
+    from explorers import lenses
+
+    from patchscope_nn.explore.answers import Answers
+    from patchscope_nn.explore.copies import Options
+    from patchscope_nn.explore.views import GridView
+    from patchscope_nn.explore.worker import Ask
+
+    make().save_pretrained(tmp_path)
+    tiny.TOKENIZER.save_pretrained(tmp_path)
+    view = GridView(prompt=f"Paris {BAD}", source_model=str(tmp_path), target_model=str(tmp_path))
+    answers, told = Answers(lenses(), Options()), []
+    Ask(lambda ask: answers.grid(view, ask), told.append).run()
+    assert told[-1]["event"] == "error"
+    assert (
+        "cells have no result. The first: the hidden state that was read is not finite" in told[-1]["message"]
+    )
