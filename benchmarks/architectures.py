@@ -27,7 +27,8 @@ import transformers
 
 import patchscope_nn as ps
 from patchscope_nn.errors import InputError
-from patchscope_nn.models import COSTS, Verdict
+from patchscope_nn.models import COSTS, FUSED, Verdict
+from patchscope_nn.plan import Optimisations
 
 PAGE = Path(__file__).parent.parent / "docs" / "architectures.md"
 HEAD = """\
@@ -119,7 +120,8 @@ def _withheld(verdict: Verdict) -> str:
 def page_of(families: Mapping[str, Family]) -> str:
     """The page of some model types."""
     counts = [sum(family.section == section for family in families.values()) for section in INTROS]
-    costs = "\n".join(f"| `{name.replace('_', '-')}` | {cost} |" for name, cost in COSTS.items())
+    switches = [FUSED, *Optimisations.names()]
+    costs = "\n".join(f"| `{name.replace('_', '-')}` | {COSTS[name]} |" for name in switches)
     off, plain, refused, absent = counts
     head = HEAD.format(
         version=transformers.__version__,

@@ -228,7 +228,7 @@ def read_generate(
             break
         if leaving and gone * _LEAVING >= len(done):
             stay = (~done).nonzero()[:, 0]
-            cache.batch_select_indices(stay)
+            cache.reorder_cache(stay)  # unlike batch_select_indices it knows recurrent states
             alive, mask, token, done = alive[stay], mask[stay], token[stay], done[stay]
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
         where = {"position_ids": mask.sum(-1, keepdim=True) - 1} if numbered else {}

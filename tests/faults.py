@@ -66,13 +66,13 @@ def _late_entry(patch):
 
 def _leaving(patch):
     """Rows that stay go on from the keys and values of other rows."""
-    true = DynamicCache.batch_select_indices
+    true = DynamicCache.reorder_cache
 
     def others(cache, places):
         whole = torch.equal(places, torch.arange(int(places[0]), int(places[0]) + len(places)))
         return true(cache, places if whole and len(places) > 1 else places - 1)
 
-    patch.setattr(DynamicCache, "batch_select_indices", others)
+    patch.setattr(DynamicCache, "reorder_cache", others)
 
 
 def _positions(patch):

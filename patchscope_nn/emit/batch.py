@@ -180,6 +180,6 @@ def _in_fused_readout(model: Any, output: Any, one: Work, given: Work) -> list[d
         return in_explained(rows, one["writes"], states, written)
     logits, cache = output.logits[first:], output.get("past_key_values")
     if one["readout"]["name"] != "next_token":
-        cache.batch_select_indices(torch.arange(first, first + len(logits), device=logits.device))
+        cache.reorder_cache(torch.arange(first, first + len(logits), device=logits.device))
     rows = in_readout(model, one["readout"], in_positions(logits, one["positions"]), cache, states)
     return in_explained(rows, one["writes"], states, written)

@@ -67,7 +67,9 @@ def find_architecture(module: Any, *, name: str) -> Architecture:
         gives_tuples=block_run.gives is tuple,
         attends=block_run.attends,
         kept=block_run.kept,
-        causal=not setting(module.config.get_text_config(), "use_bidirectional_attention"),
+        # Gemma 4's "vision" is of images alone.
+        causal=setting(module.config.get_text_config(), "use_bidirectional_attention")
+        in (None, False, "vision"),
         stretches=_stretches(module.config.get_text_config()),
     )
 

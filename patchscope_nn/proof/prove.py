@@ -11,29 +11,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import Literal
 
 import torch
 
-from patchscope_nn.backends import is_out_of_memory
 from patchscope_nn.errors import ModelError
-from patchscope_nn.models import CUT, FUSED, PLAIN, Comparison, Model, Verdict, Withheld
-from patchscope_nn.plan import Optimisations
-from patchscope_nn.proof.hooks import Hooks
+from patchscope_nn.models import Model, Verdict
+from patchscope_nn.proof.checks import Checks
 from patchscope_nn.proof.prompts import thresholds
-from patchscope_nn.proof.trials import DECODED, Reference, Runner, Trial, readout_of
-from patchscope_nn.spec import Choices, Generate, Hidden, NextToken, Site
 
-#: What rounding may change in a logit, by dtype, in standard deviations of the logits; the rounding of the
-#: model itself is measured, and may raise it.
-_ROUNDING = {"float64": 1e-6, "float32": 5e-4, "float16": 3e-2, "bfloat16": 0.15}
-_TIMES_NOISE = 4
-#: The shortest prompts, in tokens: source and target.
-SHORT = (7, 6)
-#: The shortest prompt in which a token before the last can be patched behind another.
-_SHORTEST = 3
 #: Thresholds up to so many tokens are passed by the ordinary prompts.
 ORDINARY = 24
 #: How many operations the trials beyond a length may take, by the kind of the device, and about how many
@@ -42,9 +27,6 @@ _AFFORDABLE = {"cpu": 1.5e12, "cuda": 2e15}
 _FORWARDS = 20
 #: A small model has the operations, but attention grows with the square of its tokens.
 _LONGEST = {"cpu": 2048, "cuda": 16384}
-_ALL = Optimisations()
-#: What can be wrong in decoding alone; the others arrange how a prompt is read, which every readout does.
-OF_DECODING = ("cached_decoding", "mixed_lengths", "early_leaving")
 
 
 def prove(model: Model, *, key: str) -> Verdict:
@@ -65,7 +47,7 @@ def prove(model: Model, *, key: str) -> Verdict:
     ordinary = [length for length in lengths if length <= ORDINARY]
     larger = [length for length in lengths if length > ORDINARY]
     try:
-        proof = _Proof(model)
+        proof = Checks(model)
         proof.limit = larger[0] if larger else None
         proof.begin(ordinary)
     except (ModelError, MemoryError, torch.OutOfMemoryError):
@@ -99,278 +81,3 @@ def _affordable(model: Model, tokens: int) -> bool:
     if tokens > _LONGEST[device]:
         return False
     return 2 * weights * tokens * _FORWARDS <= _AFFORDABLE[device]
-
-
-def probed_layers(model: Model) -> tuple[int, ...]:
-    """The first, a middle and the last block, and the first block of every kind."""
-    blocks = model.module.get_submodule(model.info.architecture.blocks)
-    types = getattr(model.module.config.get_text_config(), "layer_types", None) or [None] * len(blocks)
-    windows = model.info.architecture.windows or (None,) * len(blocks)
-    first: dict[object, int] = {}
-    for layer, block in enumerate(blocks):
-        parts = tuple((name, type(part).__name__) for name, part in block.named_modules())
-        first.setdefault((parts, types[layer], windows[layer]), layer)
-    return tuple(sorted({0, len(blocks) // 2, len(blocks) - 1, *first.values()}))
-
-
-def _other(row: tuple[int, int]) -> tuple[int, int]:
-    """Two other prompts of the same lengths."""
-    return -row[0], -row[1]
-
-
-@dataclass
-class _Proof:
-    """One proof: what was compared so far, and what is off."""
-
-    model: Model
-    limit: int | None = None
-    withheld: list[Withheld] = field(default_factory=list)
-    comparisons: list[Comparison] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.layers = probed_layers(self.model)
-        self.middle = self.layers[len(self.layers) // 2]
-        self.runner, self.hooks = Runner(self.model), Hooks(self.model)
-        self.reference = Reference(self.runner, self.hooks)
-        self.tolerance = _ROUNDING.get(self.model.info.dtype, max(_ROUNDING.values()))
-        self.beyond = 0
-
-    def begin(self, lengths: Sequence[int]) -> None:
-        """Compare on ordinary prompts: short ones, and ones beyond some lengths; decoding crosses each."""
-        short = SHORT
-        source = max([short[0] + 4, *(length + 4 for length in lengths)])
-        target = source - 1
-        across = [(short[0], length) for length in lengths if length >= _SHORTEST]
-        self._measure_rounding()
-        rows = (short, (source, target))
-        # Two source prompts of one length share a pass also where those of several lengths may not.
-        three = (short, _other(short), (source, target))
-        first = Trial(readout=readout_of(NextToken), rows=three, layers=self.layers)
-        self._orient(first)
-        if lengths:
-            self._compare_lengths(short[1], source)
-        self._check_plain(replace(first, rows=rows[-1:]))
-        self._check(first)
-        self._check(Trial(readout=readout_of(Hidden), rows=rows[:1], layers=self.layers[:1]))
-        if self._has("attention") and self._has("mlp"):
-            self._check_sites()
-        self._check_mask(rows)
-        packs, longer = self.model.info.architecture.packs, (short[0], target)
-        self._decode(short, *across, *([] if packs else [longer]))
-        if packs:
-            self._decode_padded(short, longer)
-        self._check_fused()
-
-    def go_beyond(self, length: int) -> bool:
-        """Compare on both sides of a length; False where the model does not run there."""
-        self.beyond = length
-        short = SHORT
-        # Decoding crosses the length, and goes on behind it.
-        across, behind = (short[0], length), (length + 6, length + 4)
-        try:
-            self._compare_lengths(length, length + 4)
-            trial = Trial(readout=readout_of(NextToken), rows=(short, behind), layers=(self.middle,))
-            self.reference.prepare(trial)
-            self._check_plain(replace(trial, rows=(behind,)))
-            self._check(trial)
-            self._check_mask(trial.rows)
-            self._decode(across, behind)
-        except ModelError as error:
-            self.withheld.append(Withheld(PLAIN, None, length, error.message))
-            return False
-        except Exception:  # noqa: BLE001 (whatever stops it, no more than this length is proven)
-            return False
-        return True
-
-    def _decode(self, *rows: tuple[int, int]) -> None:
-        # Two prompts of one length, of which one ends before the other and leaves the batch.
-        two = (rows[0], _other(rows[0]), *rows[1:])
-        first, middle = self.layers[0], self.middle
-        self._check(Trial(readout=readout_of(Generate), rows=two, layers=(middle,)))
-        self._check(Trial(readout=readout_of(Choices), rows=rows, layers=(first,), target_layers=(middle,)))
-
-    def _decode_padded(self, *rows: tuple[int, int]) -> None:
-        """Compare what is decoded from rows of several lengths, on a model whose cells are mostly packed.
-
-        Its cells are rows where attention or an MLP is patched, and where packing is off.
-        """
-        first, middle = self.layers[:1], (self.middle,)
-        trial = Trial(readout=readout_of(Choices), rows=rows, layers=first, target_layers=middle)
-        self._check(trial, Optimisations(prefix_sharing=False, late_entry=False))
-
-    def _has(self, site: Site) -> bool:
-        return getattr(self.model.info.architecture, site) is not None
-
-    def _check_sites(self) -> None:
-        """Compare reads at one site and writes at another; a site that is wrong is off."""
-        first, middle = self.layers[:1], (self.middle,)
-        residual = Trial(readout=readout_of(NextToken), rows=(SHORT,), layers=first, target_layers=middle)
-        pairs: tuple[tuple[Site, Site], ...] = (("attention", "mlp"), ("mlp", "attention"))
-        trials = [replace(residual, sites=sites) for sites in pairs]
-        self.reference.prepare(*trials)
-        for trial in trials:
-            try:
-                self._check(trial)
-            except ModelError:
-                self.comparisons.pop()
-                self._find_wrong_sites(trial)
-
-    def _find_wrong_sites(self, trial: Trial) -> None:
-        """Try each site of a trial beside the residual stream."""
-        for site in trial.sites:
-            pairs: tuple[tuple[Site, Site], ...] = ((site, "residual"), ("residual", site))
-            for sites in pairs:
-                alone = replace(trial, sites=sites)
-                self.reference.prepare(alone)
-                error, problem = self._error(alone, Optimisations.none())
-                if problem and not self._off(site):
-                    self._withhold(site, alone, error, problem)
-
-    def _check_mask(self, rows: tuple[tuple[int, int], ...]) -> None:
-        """Compare a run with a mask of ours, in which a token does not see one that it never sees."""
-        if not (self.model.info.architecture.masked and self.hooks.causal) or self._off(CUT):
-            return
-        trial = Trial(readout=readout_of(NextToken), rows=rows[-1:], layers=self.layers, cuts=True)
-        error, problem = self._error(trial, Optimisations())
-        if problem:
-            self._withhold(CUT, trial, error, problem)
-        else:
-            self._note(f"plain path: {trial.name}", trial, error, "equal")
-
-    def _measure_rounding(self) -> None:
-        """In half precision, raise the tolerance where rounding alone changes more."""
-        if self.model.info.dtype in ("float16", "bfloat16"):
-            noise = self.hooks.noise(self.runner.prompt("t", SHORT[1]))
-            self.tolerance = max(self.tolerance, _TIMES_NOISE * noise) if noise < float("inf") else noise
-
-    def _orient(self, trial: Trial) -> None:
-        """Run the first trial's reference, and find out whether tokens of a prompt see those after them."""
-        self.reference.prepare(trial)
-        ahead = self.reference.ahead
-        if not (self.tolerance < float("inf") and ahead < float("inf")):
-            raise ModelError(
-                f"{self.model.info.name} gives numbers that are not finite in {self.model.info.dtype}.",
-                hint="Load it with another dtype, for example dtype='bfloat16' or 'float32'.",
-            )
-        if ahead > self.tolerance:
-            self.hooks.causal = self.hooks.incremental = False
-            architecture = replace(self.model.info.architecture, causal=False)
-            self.runner.model = replace(self.model, info=replace(self.model.info, architecture=architecture))
-
-    def _compare_lengths(self, count: int, longer_count: int) -> None:
-        """Find out whether a prompt says other things of its beginning when more follows it."""
-        prompt = self.runner.prompt("t", count)
-        longer = [*prompt, *self.runner.prompt("s", longer_count - count)]
-        alone, followed = (self.hooks.logits(ids, [None])[0, count - 1] for ids in (prompt, longer))
-        if float(((alone - followed).abs().amax() / alone.std()).item()) > self.tolerance:
-            self.hooks.incremental = False
-
-    def _check(self, trial: Trial, most: Optimisations = _ALL) -> None:
-        """Compare a trial with all optimisations, or most; find those to blame where it differs."""
-        self.reference.prepare(trial)
-        self.runner.verdict = Verdict(key="", limit=self.limit, withheld=tuple(self.withheld))
-        eos = self._end_of_some(trial)
-        error, problem = self._error(trial, most, eos=eos)
-        if problem:
-            self._find_guilty(trial, problem, most, eos=eos)
-        else:
-            used = "all optimisations" if most == _ALL else "rows of several lengths"
-            self._note(f"{used}: {trial.name}", trial, error, "equal")
-
-    def _check_fused(self) -> None:
-        """Compare a source and a target that share one forward, and what is decoded behind it."""
-        cached = [
-            kind for kind in (Choices, Generate) if not self._off("cached_decoding", readout_of(kind).name)
-        ]
-        readout = readout_of(NextToken)
-        if cached:
-            readout = readout_of(Choices) if Choices in cached else Generate(max_new_tokens=2)
-        # Prompts of one length share a forward also where those of several may not.
-        row = (SHORT[1], SHORT[1]) if self._off("mixed_lengths") else SHORT
-        first, middle = self.layers[:1], (self.middle,)
-        trial = Trial(readout=readout, rows=(row,), layers=first, target_layers=middle)
-        self.reference.prepare(trial)
-        error, problem = self._error(trial, _ALL, context="auto")
-        if problem:
-            self._withhold(FUSED, trial, error, problem)
-        else:
-            self._note(f"fused context: {trial.name}", trial, error, "equal")
-
-    def _check_plain(self, trial: Trial) -> None:
-        error, problem = self._error(trial, Optimisations.none())
-        self._note(f"plain path: {trial.name}", trial, error, "refused" if problem else "equal")
-        if problem:
-            raise ModelError(
-                f"{self.model.info.name} ({type(self.model.module).__name__}) cannot be traced correctly: "
-                f"even without any optimisation, {trial.name} {problem}, compared with plain hooks.",
-                hint="Please report the architecture.",
-            )
-
-    def _find_guilty(self, trial: Trial, problem: str, most: Optimisations, *, eos: int | None) -> None:
-        """Add one optimisation after the other to the plain path; those with which it differs are off."""
-        self._check_plain(trial)
-        used = Optimisations.none()
-        before = len(self.withheld)
-        for name in Optimisations.names():
-            tried = replace(used, **{name: getattr(most, name)})
-            wrong, reason = self._error(trial, tried, eos=eos) if tried != used else (0.0, "")
-            if reason:
-                # What is decoded from rows of several lengths was tried with one readout, and holds for both.
-                self._withhold(name, trial, wrong, reason, both=most != _ALL or name == "mixed_lengths")
-            else:
-                used = tried
-        if len(self.withheld) == before:
-            # Each in turn is equal, and all together were not: what differs is not reproducible.
-            raise ModelError(
-                f"{self.model.info.name}: {trial.name} {problem} with all optimisations in one run, and is "
-                "equal in the next: the model does not give the same numbers twice.",
-                hint="Look for dropout or other randomness in it; load(..., proof=False) skips the proof.",
-            )
-
-    def _error(
-        self,
-        trial: Trial,
-        optimisations: Optimisations,
-        *,
-        context: Literal["auto", "session"] = "session",
-        eos: int | None = None,
-    ) -> tuple[float, str]:
-        """The largest error of a run of a trial, and what is wrong with it; nothing where it is equal."""
-        try:
-            cells = self.runner.run(trial, optimisations, context=context, eos=eos)
-            error = max(self.reference.error(trial, cell, raw, eos=eos) for cell, raw in cells)
-        except Exception as failure:  # whatever an optimisation raises on this model, it is off for it
-            if is_out_of_memory(failure):
-                raise
-            reason = (str(failure).strip().splitlines() or [""])[0]
-            return float("inf"), f"raises {type(failure).__name__} ({reason[:120]})"
-        return error, "" if error <= self.tolerance else f"differs by {error:.2g} standard deviations"
-
-    def _end_of_some(self, trial: Trial) -> int | None:
-        """A token that the first row decodes, and the second, as long, does not: an end for one of them."""
-        decoded: list[list[int]] = [[] for _ in trial.rows[:2]]
-        for _ in range(DECODED - 1 if trial.readout.name == "generate" else 0):
-            for row, tokens in zip(trial.rows, decoded, strict=False):
-                tokens.append(self.reference.next_decoded(*row, trial.layers[0], tokens))
-            if len({tokens[-1] for tokens in decoded}) > 1:
-                return decoded[0][-1]
-        return None
-
-    def _off(self, name: str, readout: str | None = None) -> bool:
-        """Whether something is off: for a readout, or else for any."""
-        entries = [entry for entry in self.withheld if entry.optimisation == name]
-        return any(readout is None or entry.readout in (None, readout) for entry in entries)
-
-    def _withhold(self, name: str, trial: Trial, error: float, problem: str, *, both: bool = False) -> None:
-        """Switch something off: for the readout of a trial, or both that decode, or all."""
-        readouts: tuple[str | None, ...] = (None,)
-        if trial.readout.decodes and name in OF_DECODING:
-            readouts = ("generate", "choices") if both else (trial.readout.name,)
-        for readout in readouts:
-            entry = Withheld(name, readout, self.beyond, f"{trial.name} {problem}")
-            self.withheld.append(entry)
-            self._note(f"{name.replace('_', '-')}: {trial.name}", trial, error, str(entry))
-        self.runner.verdict = replace(self.runner.verdict, withheld=tuple(self.withheld))
-
-    def _note(self, what: str, trial: Trial, error: float, outcome: str) -> None:
-        self.comparisons.append(Comparison(what, trial.tokens, error, self.tolerance, outcome))

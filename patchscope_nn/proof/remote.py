@@ -17,13 +17,9 @@ import torch
 from patchscope_nn.errors import JobError, ModelError
 from patchscope_nn.models import Comparison, Model, Verdict, Withheld
 from patchscope_nn.plan import Optimisations
+from patchscope_nn.proof.checks import OF_DECODING, SHORT, probed_layers
 from patchscope_nn.proof.prompts import thresholds
-from patchscope_nn.proof.prove import (
-    OF_DECODING,
-    ORDINARY,
-    SHORT,
-    probed_layers,
-)
+from patchscope_nn.proof.prove import ORDINARY
 from patchscope_nn.proof.trials import Runner, Trial, readout_of
 from patchscope_nn.spec import Choices, Generate, Hidden, NextToken
 from patchscope_nn.unpack import Work
