@@ -78,30 +78,6 @@ def read_next_token(
     return [{name: values[row] for name, values in listed.items()} for row in range(len(logits))]
 
 
-def read_is_finite(row: dict[str, Any]) -> bool:
-    """Whether the numbers of a row that are always finite are so; `sound` is taken out of it."""
-    sound = [row.pop("sound")] if "sound" in row else []
-    given = [row[name] for name in ("entropy_nats", "choice_probs", "hidden") if name in row]
-    return all(abs(number) < float("inf") for number in read_numbers([sound, given]))
-
-
-def read_has_nan(row: dict[str, Any]) -> bool:
-    """Whether a number of a row is NaN, or one of a state that was replaced is infinite.
-
-    A token with a logit of -inf is ruled out: its log-probability is infinite, and is a number.
-    """
-    numbers = read_numbers([*row.values()])
-    infinite = any(abs(number) == float("inf") for number in read_numbers(row.get("clean")))
-    return infinite or any(number != number for number in numbers)  # noqa: PLR0124 (only a NaN does)
-
-
-def read_numbers(value: Any) -> list[float]:
-    """The numbers in nested lists."""
-    if isinstance(value, list):
-        return [number for part in value for number in read_numbers(part)]
-    return [value] if isinstance(value, float) else []
-
-
 def read_logits(
     logits: torch.Tensor, *, top_k: int, wanted: torch.Tensor, before: torch.Tensor | None = None
 ) -> dict[str, torch.Tensor]:

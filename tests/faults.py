@@ -70,7 +70,7 @@ def _leaving(patch):
 
     def others(cache, places):
         whole = torch.equal(places, torch.arange(int(places[0]), int(places[0]) + len(places)))
-        return true(cache, places if whole and len(places) > 1 else places - 1)
+        return true(cache, places if whole and len(places) > 1 else (places - 1).clamp_min(0))
 
     patch.setattr(DynamicCache, "reorder_cache", others)
 

@@ -184,7 +184,8 @@ def test_a_masked_vocabulary_is_no_error():
     module = tiny.make_module("gptj")
     with torch.no_grad():
         module.lm_head.bias[5:40] = -torch.inf
-    model = ps.load(module, tokenizer=tiny.TOKENIZER, proof=False)
+    model = ps.load(module, tokenizer=tiny.TOKENIZER)
+    assert model.info.verdict.withheld == ()
     reference = hooks.Reference(module, blocks="transformer.h", attention="attn", mlp="mlp")
     for name, readout in READOUTS.items():
         run = ps.run(scope_of(readout), model=model, data=[{"s": "Diana"}], controls=["unpatched"])
