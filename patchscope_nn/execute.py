@@ -38,7 +38,7 @@ from patchscope_nn.ledger import Ledger
 from patchscope_nn.metrics import references
 from patchscope_nn.models import ModelInfo, usable_memory
 from patchscope_nn.pace import JOBS
-from patchscope_nn.plan import Context, Optimisations, Plan, plan
+from patchscope_nn.plan import Context, Optimisations, Plan, packs, plan
 from patchscope_nn.prepare import Prepared, prepare, prove_elsewhere
 from patchscope_nn.probes import PROBE_COLUMNS, probe_columns
 from patchscope_nn.recipe import Recipe
@@ -242,37 +242,47 @@ class _Fleeting(NamedTuple):
 def _steps(
     prepared: Prepared, planned: Plan, backend: Backend, store: InMemory, fleet: _Fleeting
 ) -> Iterator[dict[int, dict[str, Any]]]:
-    """Table rows by the number of their cell, some at a time; smaller passes after one that was too large."""
+    """Table rows by the number of their cell, some at a time; smaller passes after one that was too large.
+
+    Numbers that are not finite spread through a packed sequence, so such cells run again as rows of a batch.
+    """
     tabulate = Tabulator(
         prepared.sweep, prepared.metrics, tokenizer=prepared.target.tokenizer, mapping=prepared.mapping.name
     )
     while True:
-        results = _results(prepared, planned, backend, store, fleet)
+        results, n_again = _results(prepared, planned, backend, store, fleet), 0
+        packed = packs(prepared.sweep, planned.optimisations)
+        budget, used = planned.budget, planned.optimisations
         try:
             for step in results:
                 # A step may run for many more cells than it holds.
                 while some := list(islice(step, _ROWS_AT_ONCE)):
-                    yield {
+                    rows = {
                         cell.number: tabulate.failed(cell, raw.reason)
                         if isinstance(raw, Failed)
                         else tabulate.row(cell, raw)
                         for cell, raw in some
+                        if isinstance(raw, Failed) or not (packed and "not_finite" in raw)
                     }
+                    n_again += len(some) - len(rows)
+                    yield rows
         except PassTooLargeError as error:
             if error.rows == 1:
                 raise
-            budget = planned.budget.halved(error.rows)
-            planned = plan(
-                prepared.sweep,
-                context=planned.context,
-                max_rows=budget.max_rows,
-                memory=budget.memory,
-                done=store.done,
-                remote=backend.remote,
-                optimisations=planned.optimisations,
-            )
+            budget = budget.halved(error.rows)
         else:
-            return
+            if not n_again:
+                return
+            used = replace(used, prefix_sharing=False, late_entry=False)
+        planned = plan(
+            prepared.sweep,
+            context=planned.context,
+            max_rows=budget.max_rows,
+            memory=budget.memory,
+            done=store.done,
+            remote=backend.remote,
+            optimisations=used,
+        )
 
 
 def _results(

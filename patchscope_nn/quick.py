@@ -27,14 +27,16 @@ class LayerSays:
         target_layer: l*.
         text: The description the model generated, up to the end of its line.
         next_token: The top token of the token-identity prompt.
-        probability: Its probability.
+        probability: Its probability; None where there is none.
+        error: Why there is nothing; None where there is.
     """
 
     layer: int | None
     target_layer: int | None
     text: str
     next_token: str
-    probability: float
+    probability: float | None
+    error: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,9 +132,10 @@ def _says(text: Any, token: Any) -> LayerSays:
     return LayerSays(
         layer=text["source_layer"],
         target_layer=text["target_layer"],
-        text=text["text"],
-        next_token=token["top_tokens"][0],
-        probability=token["top_probs"][0],
+        text=text["text"] or "",
+        next_token="" if token["error"] else token["top_tokens"][0],
+        probability=None if token["error"] else token["top_probs"][0],
+        error=text["error"] or token["error"],
     )
 
 

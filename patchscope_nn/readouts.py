@@ -78,19 +78,6 @@ def read_next_token(
     return [{name: values[row] for name, values in listed.items()} for row in range(len(logits))]
 
 
-def read_is_finite(row: dict[str, Any]) -> bool:
-    """Whether the numbers of a row are finite; `sound` is taken out of it.
-
-    A logit of -inf rules a token out, and is not among them.
-    """
-    numbers = [row.pop("sound")] if "sound" in row else []
-    for name in ("entropy_nats", "choice_probs", "hidden"):
-        numbers += [row[name]] if name in row and row[name] is not None else []
-    while any(isinstance(number, list) for number in numbers):
-        numbers = [part for number in numbers for part in (number if isinstance(number, list) else [number])]
-    return all(abs(number) < float("inf") for number in numbers)
-
-
 def read_logits(
     logits: torch.Tensor, *, top_k: int, wanted: torch.Tensor, before: torch.Tensor | None = None
 ) -> dict[str, torch.Tensor]:

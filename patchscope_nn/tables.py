@@ -109,16 +109,26 @@ class Tabulator:
 
     def _not_finite(self, cell: Cell, where: str) -> str:
         """Why a cell has no numbers: where the first one stopped being finite."""
-        sweep = self.sweep
-        if where == "state":
-            at = f"layer {cell.source_layer} of {sweep.source.name} ({sweep.source.dtype})"
-            return f"the hidden state that was read is not finite: {at}. Another dtype may help."
-        if where == "mapped":
-            return f"the state that was written is not finite: {self.mapping} made it so of a finite one."
-        return (
-            f"the logits of {sweep.target.name} ({sweep.target.dtype}) are not finite, though the state that "
-            "was written is. Another dtype may help."
-        )
+        source, target = (f"{info.name} ({info.dtype})" for info in (self.sweep.source, self.sweep.target))
+        if where == "read":
+            layer = -1 if cell.source_layer is None else cell.source_layer + self.sweep.shifts[0]
+            at = "the embedding" if layer < 0 else f"layer {layer}"
+            return f"the hidden state that was read is not finite: {at} of {source}. Another dtype may help."
+        if where == "written":
+            how = self.sweep.scope.target.mode
+            return (
+                "the state that was written is not finite, though the one that was read is: mapping "
+                f"{self.mapping}, scale {cell.scale:g}, write {how} made it so."
+            )
+        if where == "replaced":
+            return f"the hidden state that the write changes is not finite: {target}. Another dtype may help."
+        if where == "compared":
+            return (
+                "what the patched run is compared with is not finite: the logits, or the state that was "
+                f"replaced, of a run without the patch, of {source} or {target}. Another dtype may help."
+            )
+        patched = ", though the state that was written is" if cell.target_layer is not None else ""
+        return f"the logits of {target} are not finite{patched}. Another dtype may help."
 
     def failed(self, cell: Cell, reason: str) -> dict[str, Any]:
         """The row of a cell that has no result."""

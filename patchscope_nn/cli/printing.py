@@ -176,8 +176,9 @@ def print_look(look: Look, *, as_json: bool) -> None:
             layer = "embed" if one.layer < 0 else str(one.layer)
             name = layer if same else f"{layer} -> {one.target_layer}"
         style = "dim" if one.layer is None else None
-        said = _cell(one.text.strip(" :\n") or "…")
-        table.add_row(name, said, _cell(one.next_token), f"{one.probability:.2f}", style=style)
+        said = _cell(one.error or one.text.strip(" :\n") or "…")
+        probability = "" if one.probability is None else f"{one.probability:.2f}"
+        table.add_row(name, said, _cell(one.next_token), probability, style=style)
     where = ", ".join(f"{at} {token!r}" for at, token in zip(look.position, look.token, strict=True))
     show(_cell(f"{look.model} on {look.prompt!r}, token {where}"), "", table)
 

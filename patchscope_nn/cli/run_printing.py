@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ def print_run(run: Run, *, as_json: bool) -> None:
                 "folder": str(run.path),
                 "report": shown,
                 "cells": len(run.rows),
+                "failed": sum(_errors(run).values()),
                 "hash": run.manifest["hash"],
                 "elapsed_s": run.manifest["timings"]["elapsed_s"],
                 "summary": summary,
@@ -32,7 +34,14 @@ def print_run(run: Run, *, as_json: bool) -> None:
     if run.metrics:
         show(*_summary(run))
     show("", f"{len(run.rows)} cells in {run.path}")
+    for error, count in _errors(run).items():
+        show(f"{count} of them without numbers, which no mean counts: {error}")
     show(f"report: {shown}" if shown else "no report: pip install 'patchscope-nn[report]'")
+
+
+def _errors(run: Run) -> Counter[str]:
+    """How many cells have no result, by why."""
+    return Counter(row["error"] for row in run.rows if row["error"] is not None)
 
 
 def _summary(run: Run) -> Iterator[Any]:

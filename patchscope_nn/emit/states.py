@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from patchscope_nn.mappings import apply_mapping
-from patchscope_nn.readouts import read_choices, read_generate, read_is_finite, read_next_token
+from patchscope_nn.readouts import read_choices, read_generate, read_next_token
 from patchscope_nn.unpack import Work
 
 
@@ -159,7 +159,9 @@ def in_explained(
 ) -> list[dict[str, Any]]:
     """Say of each row whose numbers are not finite where the first such number was, as `not_finite`."""
     for cell, row in enumerate(rows):
-        if read_is_finite(row):
+        if in_is_finite(row):
+            if in_has_nan(row):
+                row["not_finite"] = "compared"
             continue
         numbers = [
             entry["state"]
@@ -169,10 +171,34 @@ def in_explained(
         ]
         row["not_finite"] = "logits"
         if cell in written and not written[cell][0].isfinite().all():
-            row["not_finite"] = "mapped"
+            row["not_finite"] = "written" if written[cell][1].isfinite().all() else "replaced"
         if any(not states[number].isfinite().all() for number in numbers):
-            row["not_finite"] = "state"
+            row["not_finite"] = "read"
     return rows
+
+
+def in_is_finite(row: dict[str, Any]) -> bool:
+    """Whether the numbers of a row that are always finite are so; `sound` is taken out of it."""
+    sound = [row.pop("sound")] if "sound" in row else []
+    given = [row[name] for name in ("entropy_nats", "choice_probs", "hidden") if name in row]
+    return all(abs(number) < float("inf") for number in in_numbers([sound, given]))
+
+
+def in_has_nan(row: dict[str, Any]) -> bool:
+    """Whether a number of a row is NaN, or one of a state that was replaced is infinite.
+
+    A token with a logit of -inf is ruled out: its log-probability is infinite, and is a number.
+    """
+    numbers = in_numbers([*row.values()])
+    infinite = any(abs(number) == float("inf") for number in in_numbers(row.get("clean")))
+    return infinite or any(number != number for number in numbers)  # noqa: PLR0124 (only a NaN does)
+
+
+def in_numbers(value: Any) -> list[float]:
+    """The numbers in nested lists."""
+    if isinstance(value, list):
+        return [number for part in value for number in in_numbers(part)]
+    return [value] if isinstance(value, float) else []
 
 
 def in_embedded(value: torch.Tensor, embedded: list[Any], states: dict[int, torch.Tensor]) -> None:

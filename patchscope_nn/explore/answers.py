@@ -6,6 +6,7 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from patchscope_nn.errors import RunError
 from patchscope_nn.execute import run_prepared
 from patchscope_nn.explore.copies import Options
 from patchscope_nn.explore.lenses import Lens
@@ -77,7 +78,7 @@ class Answers:
             view = view.model_copy(update={"positions": tuple(range(WINDOW))})
         recipe = view.recipe(self.lenses)
         prepared = self._prepare(recipe, source, target)
-        rows = self._run(prepared, ask, _Progress(ask, len(prepared.sweep.cells)))
+        rows = _whole(self._run(prepared, ask, _Progress(ask, len(prepared.sweep.cells))))
         cells = [
             {name: row[name] for name in ("top_tokens", "top_probs", "entropy_nats", "surprisal_nats")}
             | {"position": row["source_position"][0], "layer": row["source_layer"]}
@@ -100,7 +101,7 @@ class Answers:
         source, target = self._models(view, ask)
         prepared = self._prepare(view.recipe(), source, target)
         rows = self._run(prepared, ask, _Telling(ask, prepared))
-        for row in rows:
+        for row in _whole(rows):
             names = ("control", "text", "stopped", "source_token", "target_token", "target_position")
             ask.tell("said", **{name: row[name] for name in names}, target_layer=row["target_layer"])
 
@@ -165,6 +166,18 @@ class _Telling:
         text = cut(decode(list(ids), self.tokenizer), self.stop)
         control = self.sweep.cells[cell].control
         self.ask.tell("text", control=control, text=text, n_tokens=len(ids))
+
+
+def _whole(rows: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+    """Rows that the page can show.
+
+    Raises:
+        RunError: Some have no result.
+    """
+    failed = [row["error"] for row in rows if row["error"] is not None]
+    if failed:
+        raise RunError(f"{len(failed)} of {len(rows)} cells have no result. The first: {failed[0]}")
+    return rows
 
 
 def _is_hit(row: Mapping[str, Any]) -> bool | None:

@@ -8,7 +8,7 @@ from patchscope_nn.plan.budget import MAX_ROWS, MEMORY, Budget
 from patchscope_nn.plan.build import Plan, plan
 from patchscope_nn.plan.count import Counts, count, count_step, stages
 from patchscope_nn.plan.layout import Layout, Segment
-from patchscope_nn.plan.pack import from_cache, shares_attention
+from patchscope_nn.plan.pack import from_cache, packs, shares_attention
 from patchscope_nn.plan.passes import Context, Optimisations, SourcePass, State, Step, TargetPass
 from patchscope_nn.plan.sources import terms_of
 
@@ -29,6 +29,7 @@ __all__ = [
     "count",
     "count_step",
     "from_cache",
+    "packs",
     "plan",
     "shares_attention",
     "stages",

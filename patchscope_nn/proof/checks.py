@@ -10,7 +10,7 @@ from patchscope_nn.backends import is_out_of_memory
 from patchscope_nn.errors import ModelError
 from patchscope_nn.models import CUT, FUSED, PLAIN, Comparison, Model, Verdict, Withheld
 from patchscope_nn.plan import Optimisations
-from patchscope_nn.proof.hooks import Hooks
+from patchscope_nn.proof.hooks import Hooks, distance
 from patchscope_nn.proof.reference import Reference
 from patchscope_nn.proof.trials import DECODED, Runner, Trial, readout_of
 from patchscope_nn.spec import Choices, Generate, Hidden, NextToken, Site
@@ -189,7 +189,7 @@ class Checks:
         prompt = self.runner.prompt("t", count)
         longer = [*prompt, *self.runner.prompt("s", longer_count - count)]
         alone, followed = (self.hooks.logits(ids, [None])[0, count - 1] for ids in (prompt, longer))
-        if float(((alone - followed).abs().amax() / alone.std()).item()) > self.tolerance:
+        if distance(followed, alone, alone) > self.tolerance:
             self.hooks.incremental = False
 
     def _check(self, trial: Trial, most: Optimisations = _ALL) -> None:

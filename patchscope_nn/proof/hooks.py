@@ -89,7 +89,7 @@ class Hooks:
         if len(writes) == 1 or self._batches:
             return rows
         alone = self.logits(ids, writes[-1:])
-        self._batches = float((alone - rows[-1:]).abs().amax() / alone.std()) < _ALONE
+        self._batches = distance(rows[-1:], alone, alone) < _ALONE
         return rows if self._batches else self.logits(ids, writes)
 
     def continued(
@@ -178,7 +178,7 @@ class Hooks:
             shaken = self.logits(ids, [None])[0, -1]
         finally:
             handle.remove()
-        return float(((plain - shaken).abs().amax() / plain.std()).item())
+        return distance(shaken, plain, plain)
 
     def _forward(self, ids: torch.Tensor, **options: Any) -> Any:
         if not self.architecture.caches:
@@ -216,3 +216,19 @@ def _states_of(output: Any) -> torch.Tensor:
     if not isinstance(states, torch.Tensor):
         raise TypeError(f"a block gives a {type(states).__name__} in place of its states")
     return states
+
+
+def distance(got: torch.Tensor, wanted: torch.Tensor, scale: torch.Tensor) -> float:
+    """The largest difference, in standard deviations of `scale`; infinite where it is no finite number.
+
+    A logit of -inf rules a token out: two of these are equal, and no part of the scale.
+    """
+    got, wanted = got.cpu().float(), wanted.cpu().float()
+    difference = float((got - wanted).masked_fill(got == wanted, 0).abs().amax() / spread(scale))
+    return min(float("inf"), difference)  # so a NaN is infinite
+
+
+def spread(logits: torch.Tensor) -> torch.Tensor:
+    """The standard deviation of the logits that are finite; NaN where none is."""
+    finite = logits[logits.isfinite()].cpu().float()
+    return (finite - finite.mean()).square().mean().sqrt()

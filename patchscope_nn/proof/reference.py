@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from patchscope_nn.cells import Cell
-from patchscope_nn.proof.hooks import Hooks, Place, Write
+from patchscope_nn.proof.hooks import Hooks, Place, Write, distance, spread
 from patchscope_nn.proof.prompts import Numbers
 from patchscope_nn.proof.trials import CHOICES, Runner, Trial
 from patchscope_nn.unpack import eos_ids
@@ -47,7 +47,7 @@ class Reference:
                 }
                 self._logits[target] = rows[-1, -1]
                 before = rows[:, : abs(target) - 2]
-                self.ahead = max(self.ahead, _distance(before, before[:1].expand_as(before), rows))
+                self.ahead = max(self.ahead, distance(before, before[:1].expand_as(before), rows))
 
     def _read(self, trial: Trial, source: int, target: int) -> None:
         """Read the states that a row of a trial writes, and those it writes over if they are asked for."""
@@ -85,13 +85,13 @@ class Reference:
         if trial.readout.name == "next_token":
             logits = self._logits[target] if trial.cuts else self._logits[source, target, read, written]
             wanted = logits.log_softmax(-1)[raw["top_ids"]]
-            below = float(((logits.amax() - logits[raw["top_ids"][0]]) / logits.std()).item())
-            return max(below, _distance(torch.tensor(raw["top_probs"]).log(), wanted, logits))
+            below = float((logits.amax() - logits[raw["top_ids"][0]]).cpu() / spread(logits))
+            return max(below, distance(torch.tensor(raw["top_probs"]).log(), wanted, logits))
         write = self.write(source, target, read, written)
         if trial.readout.name == "hidden":
             clean = self._states["t", target, written]
             pairs = ((raw["hidden"], write.state), (raw["clean"], clean))
-            return max(_distance(torch.tensor(got[0]), want, want) for got, want in pairs)
+            return max(distance(torch.tensor(got[0]), want, want) for got, want in pairs)
         prompt = self.runner.prompt("t", target)
         if trial.readout.name == "choices":
             return self._choices_error(prompt, raw["choice_logprobs"], write)
@@ -108,7 +108,7 @@ class Reference:
             if count < max(CHOICES) and not (count == 1 and self.hooks.incremental):
                 logits = self.hooks.scored(prompt, more, write)
             wanted = logits.log_softmax(-1)[range(count), more].sum()
-            errors.append(_distance(torch.tensor(logprob), wanted, logits))
+            errors.append(distance(torch.tensor(logprob), wanted, logits))
         return max(errors)
 
     def _text_error(
@@ -128,13 +128,13 @@ class Reference:
         elif len(tokens) != most:
             return float("inf")
         wanted = [row.log_softmax(-1)[token] for row, token in zip(logits, tokens, strict=False)]
-        error = float((torch.stack(below).amax() / logits.std()).item())
+        error = float(torch.stack(below).amax().cpu() / spread(logits))
         if not (tokens and asked):
             return error
         clean = self.hooks.unpatched(prompt, tokens[: most - 1])
         unpatched = [row.log_softmax(-1)[token] for row, token in zip(clean, tokens, strict=False)]
         for name, logprobs in (("token_probs", wanted), ("unpatched_token_probs", unpatched)):
-            error = max(error, _distance(torch.tensor(raw[name]).log(), torch.stack(logprobs), logits))
+            error = max(error, distance(torch.tensor(raw[name]).log(), torch.stack(logprobs), logits))
         return error
 
     @cached_property
@@ -149,10 +149,3 @@ class Reference:
             write = self.write(source, target, place, place)
             logits = self.hooks.continued(self.runner.prompt("t", target), tokens, write)[-1]
         return int(logits.argmax().item())
-
-
-def _distance(got: torch.Tensor, wanted: torch.Tensor, scale: torch.Tensor) -> float:
-    """The largest difference, in standard deviations of `scale`; infinite where a number is not finite."""
-    wanted = wanted.cpu().float()
-    difference = (got.cpu().float() - wanted).abs().amax() / scale.cpu().float().std()
-    return float(difference.item()) if difference.isfinite() else float("inf")

@@ -174,6 +174,7 @@ def _apart(one: Any, other: Any, *, logs: bool) -> float:
     first, second = (torch.tensor(values, dtype=torch.float64).flatten() for values in (one, other))
     if first.shape != second.shape:
         return float("inf")
-    difference = (first.log() - second.log() if logs else first - second).abs()
+    first, second = (first.log(), second.log()) if logs else (first, second)
+    difference = (first - second).masked_fill(first == second, 0).abs()  # a token may be ruled out in both
     largest = float(difference.amax()) if len(difference) else 0.0
     return largest if math.isfinite(largest) else math.inf
