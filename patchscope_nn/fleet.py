@@ -131,6 +131,7 @@ class Fleet:
             self._launch()
             if not self._flights:
                 return
+            self._tell()
             before = [flight.latest for flight in self._flights]
             landed = False
             for flight in tuple(self._flights):
@@ -144,7 +145,6 @@ class Fleet:
                 pause, moved = self.patience.poll_s, time.monotonic()
             elif time.monotonic() - moved > self.patience.give_up_s:
                 raise jobs.nothing_moves(self.host, self.patience.give_up_s)
-            self._tell()
             if not landed:
                 time.sleep(pause)
                 pause = min(pause * 1.3, 10 * self.patience.poll_s)
