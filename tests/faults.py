@@ -68,11 +68,12 @@ def _leaving(patch):
     """Rows that stay go on from the keys and values of other rows."""
     true = DynamicCache.reorder_cache
 
-    def others(cache, places):
+    def reorder(cache, places):
         whole = torch.equal(places, torch.arange(int(places[0]), int(places[0]) + len(places)))
-        return true(cache, places if whole and len(places) > 1 else (places - 1).clamp_min(0))
+        others = torch.where(places > 0, places - 1, places + 1)
+        return true(cache, places if whole and len(places) > 1 else others)
 
-    patch.setattr(DynamicCache, "reorder_cache", others)
+    patch.setattr(DynamicCache, "reorder_cache", reorder)
 
 
 def _positions(patch):

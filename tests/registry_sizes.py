@@ -133,7 +133,7 @@ EXTRA = {
             "original_max_position_embeddings": THRESHOLD,
         }
     },
-    "gemma4_text": {"num_kv_shared_layers": 2},
+    "gemma4_text": {"num_kv_shared_layers": 2, "global_head_dim": 8},
     "gemma3n_text": {"intermediate_size": 48},
     "dots3_note_text": {
         "swa_num_attention_heads": 4,
