@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -80,7 +80,8 @@ def load(
             return _describe(name, _structure(name, place, tokenizer, revision, auto), tokenizer)
         if device_map is not None:
             options["device_map"] = device_map
-        module = auto.from_pretrained(place, dtype=dtype, **options)
+        module, found = auto.from_pretrained(place, dtype=dtype, output_loading_info=True, **options)
+    _refuse_random_weights(module, found["missing_keys"], name)
     _refuse_no_decoder(module, name)
     return _describe(name, _traced(module, tokenizer), tokenizer)
 
@@ -135,8 +136,11 @@ def _structure(name: str, place: str, tokenizer: Any, revision: str | None, auto
     from nnsight import TransformersModel
     from transformers import GenerationConfig
 
-    task = _TASK if auto.__name__ == "AutoModelForCausalLM" else "image-text-to-text"
-    traced = TransformersModel(place, task=task, tokenizer=tokenizer, revision=revision)
+    options: dict[str, Any] = {"task": _TASK}
+    if auto.__name__ != "AutoModelForCausalLM":
+        # A processor of images needs files and packages that texts can do without.
+        options = {"task": "image-text-to-text", "processor": tokenizer}
+    traced = TransformersModel(place, tokenizer=tokenizer, revision=revision, **options)
     with suppress(OSError):  # most have one, which tells what ends a text
         traced._module.generation_config = GenerationConfig.from_pretrained(place, revision=revision)  # noqa: SLF001 (as in Model.module)
     if name == builtin.NAME:
@@ -191,6 +195,17 @@ def _refuse_no_decoder(module: Any, name: str) -> None:
         raise ModelError(
             f"{name!r} ({type(module).__name__}) has no unembedding, so that nothing can be read from it.",
             hint="Load it with its language modelling head: AutoModelForCausalLM.",
+        )
+
+
+def _refuse_random_weights(module: Any, missing: Collection[str], name: str) -> None:
+    """Refuse a checkpoint without some of the model's weights: transformers makes these up at random."""
+    if missing:
+        shown = ", ".join(sorted(missing)[:3]) + ", ..." * (len(missing) > 3)  # noqa: PLR2004 (as many as are shown)
+        raise ModelError(
+            f"{name!r} lacks weights of a {type(module).__name__}, which would be random: {shown}.",
+            hint="Use a checkpoint that was saved with its language modelling head. If random weights are "
+            "what you want, load the model by transformers and give it as it is.",
         )
 
 
@@ -288,13 +303,18 @@ def _hint(name: str) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep transformers' loading bars out of the terminal; ours is the one the user watches."""
+    """Keep transformers' loading bars, and its reports of weights it does not need, out of the terminal."""
     from transformers.utils import logging
 
-    shown = logging.is_progress_bar_enabled()
+    def is_no_report(record: Any) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
+    shown, reports = logging.is_progress_bar_enabled(), logging.get_logger("transformers.modeling_utils")
     logging.disable_progress_bar()
+    reports.addFilter(is_no_report)
     try:
         yield
     finally:
+        reports.removeFilter(is_no_report)
         if shown:
             logging.enable_progress_bar()
