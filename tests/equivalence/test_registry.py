@@ -34,6 +34,7 @@ MECHANISMS = {
     "gemma3n_text": "several streams",
     "paligemma": "a prompt read in both directions",
     "bart": "the decoder of an encoder-decoder, which counts positions itself",
+    "whisper": "positions that count padding, but only where it decodes",
     "bert": "an encoder",
     "blip-2": "a model that needs an image",
 }
