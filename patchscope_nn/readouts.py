@@ -263,7 +263,7 @@ def read_unpatched(
     stepwise: bool,
     device: Any,
 ) -> None:
-    """Add to each row how likely its tokens are after T as it is: one forward over T and all of them.
+    """Add to each row how likely its tokens are after T as it is: one forward over T and all but the last.
 
     With `stepwise` each token is read after T from keys and values, so that T does not see it.
     """
@@ -273,16 +273,16 @@ def read_unpatched(
             said = torch.softmax(read_after(plain, prompt, ids[:, :-1], numbered=numbered)[0].float(), dim=-1)
             row["unpatched_token_probs"] = said[: ids.shape[1]].gather(-1, ids[0, :, None])[:, 0].tolist()
         return
-    whole = [prompt + row["token_ids"] for prompt, row in zip(prompts, rows, strict=True)]
+    whole = [prompt + row["token_ids"][:-1] for prompt, row in zip(prompts, rows, strict=True)]
     width = max(map(len, whole))
     ids = torch.tensor([[0] * (width - len(one)) + one for one in whole], device=device)
     mask = torch.tensor([[0] * (width - len(one)) + [1] * len(one) for one in whole], device=device)
     where = {"position_ids": (mask.cumsum(-1) - 1).clamp_min(0)} if numbered and not mask.all() else {}
     logits = plain(input_ids=ids, attention_mask=mask, **where).logits
     for place, row in enumerate(rows):
-        count = len(row["token_ids"])
-        said = torch.softmax(logits[place, width - count - 1 : width - 1].float(), dim=-1)
-        row["unpatched_token_probs"] = said.gather(-1, ids[place, width - count :, None])[:, 0].tolist()
+        tokens = torch.tensor(row["token_ids"], dtype=torch.long, device=device)
+        said = torch.softmax(logits[place, width - len(tokens) :].float(), dim=-1)
+        row["unpatched_token_probs"] = said.gather(-1, tokens[:, None])[:, 0].tolist()
 
 
 def read_after(

@@ -26,7 +26,8 @@ ROWS = (
 )
 PLACES = (-1, -2)
 CONTINUATIONS = (" Paris is", " Diana in the city")
-N_NEW = registry_sizes.WINDOW + 1  # more than a window of decoded tokens
+#: Decoding crosses a window, and behind the first target the threshold.
+N_NEW = registry_sizes.THRESHOLD - registry_sizes.WINDOW + 2
 TOP_K = 3
 TOLERANCE = 1e-3
 READOUTS = {
@@ -118,16 +119,15 @@ def _next_token(row, logits):
 
 
 def _text(row, expected):
-    tokens, margins, unpatched = expected
+    tokens, margins, patched, unpatched = expected
     text = tiny.TOKENIZER.decode(tokens)
     if row["text"] == text:
-        given = row.get("unpatched_token_probs", unpatched)
-        if (
-            len(given) == len(unpatched)
-            and not (torch.tensor(given) - torch.tensor(unpatched)).abs().gt(TOLERANCE).any()
-        ):
-            return None
-        return f"unpatched_token_probs {given}, expected {unpatched}"
+        for name, probs in (("token_probs", patched), ("unpatched_token_probs", unpatched)):
+            given = row.get(name, probs)
+            far = (torch.tensor(given) - torch.tensor(probs)).abs() if len(given) == len(probs) else None
+            if far is None or far.gt(TOLERANCE).any():
+                return f"{name} {given}, expected {probs}"
+        return None
     tie = next((step for step, margin in enumerate(margins) if margin < TOLERANCE), None)
     if tie is not None and row["text"].startswith(tiny.TOKENIZER.decode(tokens[:tie])):
         return None
@@ -160,7 +160,7 @@ def _expected(plain, name, row, place):
     values = {"next_token": _logits, "generate": _greedy, "choices": _scores}[name](follows)
     if name == "generate":
         unpatched = functools.cache(functools.partial(_unpatched, plain, tuple(prompt)))
-        values = [(tokens, margins, unpatched(tuple(tokens))) for tokens, margins in values]
+        values = [(*cell, unpatched(tuple(cell[0]))) for cell in values]
     return dict(zip(PAIRS, values, strict=True))
 
 
@@ -169,14 +169,18 @@ def _logits(follows):
 
 
 def _greedy(follows):
-    said, margins = [[] for _ in PAIRS], [[] for _ in PAIRS]
+    texts, margins, probs = ([[] for _ in PAIRS] for _ in range(3))
     for _ in range(N_NEW):
-        best = follows(said)[:, -1].softmax(-1).topk(2)
-        for ids, margin, tokens, probs in zip(said, margins, best.indices, best.values, strict=True):
-            ids.append(tokens[0].item())
-            margin.append((probs[0] - probs[1]).item())
-    ends = [ids.index(tiny.EOS_ID) if tiny.EOS_ID in ids else N_NEW for ids in said]
-    return [(ids[:end], margin) for ids, end, margin in zip(said, ends, margins, strict=True)]
+        best = follows(texts)[:, -1].softmax(-1).topk(2)
+        for place, (tokens, (first, second)) in enumerate(
+            zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        ):
+            texts[place].append(tokens[0])
+            margins[place].append(first - second)
+            probs[place].append(first)
+    ends = [ids.index(tiny.EOS_ID) if tiny.EOS_ID in ids else N_NEW for ids in texts]
+    cells = zip(texts, margins, probs, ends, strict=True)
+    return [(ids[:end], margin, likely[:end]) for ids, margin, likely, end in cells]
 
 
 def _unpatched(plain, prompt, tokens):

@@ -342,3 +342,13 @@ def test_a_config_that_sets_no_limit_by_a_negative_number_sets_none():
     module = make("window")
     module.config.max_position_embeddings = -1  # as XLNet has it
     assert ps.load(module, tokenizer=tiny.TOKENIZER, proof=False).info.n_positions is None
+
+
+def test_texts_of_a_trial_go_on_behind_the_ends_of_a_model():
+    module = registry.build("phi3")
+    ends = list(range(tiny.VOCAB_SIZE))
+    module.generation_config.eos_token_id = ends
+    verdict = prove(ps.load(module, tokenizer=tiny.TOKENIZER, proof=False), key="")
+    off = {(entry.optimisation, entry.readout) for entry in verdict.withheld}
+    assert ("cached_decoding", "generate") in off
+    assert module.generation_config.eos_token_id == ends

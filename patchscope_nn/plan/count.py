@@ -182,8 +182,8 @@ def _appended(planned: Plan, step: Step, one: TargetPass) -> int:
     again = 0 if from_cache(sweep, planned.optimisations) else target_width(planned, step, one)
     if isinstance(readout, Generate):  # the last token that is decoded is not read
         most = readout.max_new_tokens - 1
-        # How likely the tokens are without the patch takes one more forward over all of them.
-        plain = target_width(planned, step, one) + most + 1 if readout.relevancy else 0
+        # How likely the tokens are without the patch takes one more forward.
+        plain = target_width(planned, step, one) + most if readout.relevancy else 0
         return len(cells) * (plain + (sum(again + place for place in range(1, most + 1)) if again else most))
     if isinstance(readout, Choices):
         columns = zip(*(sweep.entries[cell.entry].continuations for cell in cells), strict=True)

@@ -83,7 +83,9 @@ class Checks:
             self._check_sites()
         self._check_mask(rows)
         packs, longer = self.model.info.architecture.packs, (short[0], target)
-        self._decode(short, *across, *([] if packs else [longer]))
+        self._decode(short, *([] if packs else [longer]), leaving=True)
+        if across:
+            self._decode(short, *across)
         if packs:
             self._decode_padded(short, longer)
         self._check_fused()
@@ -109,11 +111,13 @@ class Checks:
             return False
         return True
 
-    def _decode(self, *rows: tuple[int, int]) -> None:
-        # Two prompts of one length, of which one ends before the other and leaves the batch.
-        two = (rows[0], _other(rows[0]), *rows[1:])
+    def _decode(self, *rows: tuple[int, int], leaving: bool = False) -> None:
+        """Compare what is decoded behind prompts; with `leaving` a row ends, so rows may be short."""
         first, middle = self.layers[0], self.middle
-        self._check(Trial(readout=readout_of(Generate), rows=two, layers=(middle,)))
+        # Two prompts of one length, of which one ends before the other and leaves the batch.
+        two = (rows[0], _other(rows[0]), *rows[1:]) if leaving else rows
+        trial = Trial(readout=readout_of(Generate), rows=two, layers=(middle,))
+        self._check(trial, eos=self._end_of_some(trial) if leaving else None)
         self._check(Trial(readout=readout_of(Choices), rows=rows, layers=(first,), target_layers=(middle,)))
 
     def _decode_padded(self, *rows: tuple[int, int]) -> None:
@@ -192,11 +196,10 @@ class Checks:
         if distance(followed, alone, alone) > self.tolerance:
             self.hooks.incremental = False
 
-    def _check(self, trial: Trial, most: Optimisations = _ALL) -> None:
+    def _check(self, trial: Trial, most: Optimisations = _ALL, *, eos: int | None = None) -> None:
         """Compare a trial with all optimisations, or most; find those to blame where it differs."""
         self.reference.prepare(trial)
         self.runner.verdict = Verdict(key="", limit=self.limit, withheld=tuple(self.withheld))
-        eos = self._end_of_some(trial)
         error, problem = self._error(trial, most, eos=eos)
         if problem:
             self._find_guilty(trial, problem, most, eos=eos)
@@ -275,8 +278,9 @@ class Checks:
 
     def _end_of_some(self, trial: Trial) -> int | None:
         """A token that the first row decodes, and the second, as long, does not: an end for one of them."""
+        self.reference.prepare(trial)
         decoded: list[list[int]] = [[] for _ in trial.rows[:2]]
-        for _ in range(DECODED - 1 if trial.readout.name == "generate" else 0):
+        for _ in range(DECODED - 1):
             for row, tokens in zip(trial.rows, decoded, strict=False):
                 tokens.append(self.reference.next_decoded(*row, trial.layers[0], tokens))
             if len({tokens[-1] for tokens in decoded}) > 1:

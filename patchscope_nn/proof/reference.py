@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from functools import cached_property
 from typing import Any
 
 import torch
 
 from patchscope_nn.cells import Cell
 from patchscope_nn.proof.hooks import Hooks, Place, Write, distance, spread
-from patchscope_nn.proof.prompts import Numbers
 from patchscope_nn.proof.trials import CHOICES, Runner, Trial
-from patchscope_nn.unpack import eos_ids
 
 
 class Reference:
@@ -114,17 +110,13 @@ class Reference:
     def _text_error(
         self, prompt: list[int], raw: dict[str, Any], write: Write, *, most: int, eos: int | None
     ) -> float:
-        """How far below the top token each decoded one is, and how far off its probability.
-
-        An end counts as the likeliest of the ends.
-        """
+        """How far below the top token each decoded one is, and how far off its probability."""
         tokens = raw["token_ids"]
         asked = "unpatched_token_probs" in raw
         logits = self.hooks.continued(prompt, tokens[: most - 1], write, unpatched=asked)
         below = [row.amax() - row[token] for row, token in zip(logits, tokens, strict=False)]
         if raw["stopped"] == "eos":
-            ends = [*self._ends, *([] if eos is None else [eos])]
-            below.append(logits[len(tokens)].amax() - logits[len(tokens)][ends].amax())
+            below.append(logits[len(tokens)].amax() - logits[len(tokens)][eos])
         elif len(tokens) != most:
             return float("inf")
         wanted = [row.log_softmax(-1)[token] for row, token in zip(logits, tokens, strict=False)]
@@ -136,10 +128,6 @@ class Reference:
         for name, logprobs in (("token_probs", wanted), ("unpatched_token_probs", unpatched)):
             error = max(error, distance(torch.tensor(raw[name]).log(), torch.stack(logprobs), logits))
         return error
-
-    @cached_property
-    def _ends(self) -> list[int]:
-        return list(eos_ids(replace(self.runner.model, tokenizer=Numbers(0))))
 
     def next_decoded(self, source: int, target: int, layer: int, tokens: list[int]) -> int:
         """The token that a row decodes behind others."""

@@ -6,7 +6,8 @@ of optimisations; `reference.py` says what every cell should give.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
@@ -111,6 +112,20 @@ def readout_of(kind: type[Readout]) -> Readout:
     return Generate(max_new_tokens=DECODED, relevancy=True) if kind is Generate else Hidden(clean=True)
 
 
+@contextmanager
+def _endless(module: Any) -> Iterator[None]:
+    """While active, a model has no end of its own, so that texts reach the length that they are to cross."""
+    config: Any = getattr(module, "generation_config", None)
+    ends = getattr(config, "eos_token_id", None)
+    if ends is not None:
+        config.eos_token_id = None
+    try:
+        yield
+    finally:
+        if ends is not None:
+            config.eos_token_id = ends
+
+
 class Runner:
     """Runs trials of one model through the compiler.
 
@@ -149,8 +164,9 @@ class Runner:
         planned = plan(
             self._sweep(trial, model), context=context, memory=self.memory, optimisations=optimisations
         )
-        steps = execute(planned, source=model, target=model, mapping=_IDENTITY, backend=Local())
-        cells = [result for step in steps for result in step]
+        with _endless(model.module):
+            steps = execute(planned, source=model, target=model, mapping=_IDENTITY, backend=Local())
+            cells = [result for step in steps for result in step]
         return sorted(cells, key=lambda result: result[0].number)
 
     def works(self, trial: Trial, optimisations: Optimisations) -> Works:
@@ -158,9 +174,11 @@ class Runner:
         model = self._model(None)
         planned = plan(self._sweep(trial, model), context="session", remote=True, optimisations=optimisations)
         steps = [*planned.steps()]
-        made = [
-            unpack(planned, step, source=model, target=model, mapping=_IDENTITY, states={}) for step in steps
-        ]
+        with _endless(model.module):
+            made = [
+                unpack(planned, step, source=model, target=model, mapping=_IDENTITY, states={})
+                for step in steps
+            ]
         return Works(made, tuple((planned, step) for step in steps))
 
     def _model(self, eos: int | None) -> Model:
