@@ -24,9 +24,9 @@ NOT_BUILT = {
     "evolla": "it describes proteins; AutoModelForImageTextToText does not take its config",
 }
 
-#: Decoders that read a prompt otherwise than what they decode: PaliGemma reads it in both directions,
-#: Unlimited-OCR sees all of it beside a window of decoded tokens. Their own `generate` defines what is right.
-PREFIXES = ("paligemma", "unlimited_ocr")
+#: Decoders that read a prompt otherwise than what they decode: PaliGemma reads it in both directions. Their
+#: own `generate` defines what is right.
+PREFIXES = ("paligemma",)
 
 _ENCODERS = (
     *(
@@ -58,6 +58,7 @@ REFUSED = {
     "hrm_text": "its blocks run several times",
     "mllama": "some of its blocks run only with an image",
     "prophetnet": "its blocks run on the tokens and on guesses at the next ones",
+    "unlimited_ocr": "it sees all of a prompt, and only the latest of the tokens it decodes",
     "reformer": "its blocks give two halves of a state",
 }
 

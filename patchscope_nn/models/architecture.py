@@ -43,6 +43,12 @@ def find_architecture(module: Any, *, name: str) -> Architecture:
             f"{name!r} ({type(module).__name__}) has no {missing} that we can find.",
             hint="Please report the architecture; patchscope_nn/models/architecture.py is where it belongs.",
         )
+    if "reference_sliding_attention" in (setting(module.config.get_text_config(), "layer_types") or ()):
+        raise ModelError(
+            f"{name!r} ({type(module).__name__}): a decoded token sees all of the prompt, but only "
+            "the latest decoded ones. It is read in one way in a prompt, and in another when it is decoded.",
+            hint="Use a model whose windows are the same for both.",
+        )
     block = module.get_submodule(blocks)[0]
     # A list of modules is not called itself, so nothing can be read of it.
     inner = {path for path, part in block.named_children() if not isinstance(part, ModuleList)}
