@@ -107,9 +107,8 @@ def _withheld(verdict: Verdict) -> str:
     """What is off and what happens with it, without numbers: these vary from machine to machine."""
     found: dict[tuple[str, str], list[str]] = {}
     for entry in verdict.withheld:
-        longer = f" beyond {entry.beyond} tokens" if entry.beyond else ""
         problem = "an error" if " raises " in entry.why else "other numbers"
-        readouts = found.setdefault((f"{entry.optimisation.replace('_', '-')}{longer}", problem), [])
+        readouts = found.setdefault((f"{entry.name}{entry.longer}", problem), [])
         readouts += [entry.readout] if entry.readout else []
     named = ((f"{name} ({', '.join(sorted(of))})" if of else name, why) for (name, why), of in found.items())
     parts = sorted(f"{name}: {why}" for name, why in named)

@@ -197,7 +197,7 @@ def prepare(recipe: Recipe, **given: Any) -> Prepared | PreparedMethods:
     loader = _Once()
     of_methods = recipe.of_methods()
     # A row in which a column of any method is missing is left out of all, so that all have the same rows.
-    used = {column: field for one in of_methods.values() for column, field in used_columns(one).items()}
+    used = {column: field for method in of_methods.values() for column, field in used_columns(method).items()}
     methods = {
         name: prepare_one(one, loader=loader, also_used=used, **given) for name, one in of_methods.items()
     }

@@ -332,11 +332,13 @@ def prove_elsewhere(prepared: Prepared, backend: Backend) -> Prepared:
         The run, whose planner knows what was found.
     """
     places = (backend.source, backend.target) if isinstance(backend, Bridged) else (backend, backend)
-    models = [
-        proven_on(model, place) if isinstance(place, Ndif) else model
-        for model, place in zip((prepared.source, prepared.target), places, strict=True)
-    ]
-    source, target = models if prepared.source is not prepared.target else models[:1] * 2
+    source, target = prepared.source, prepared.target
+    if isinstance(places[0], Ndif):
+        source = proven_on(source, places[0])
+    if prepared.target is prepared.source:
+        target = source
+    elif isinstance(places[1], Ndif):
+        target = proven_on(target, places[1])
     if source is prepared.source and target is prepared.target:
         return prepared
     sweep = replace(prepared.sweep, source=source.info, target=target.info)

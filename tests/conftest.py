@@ -22,6 +22,7 @@ from patchscope_nn.cells import expand
 from patchscope_nn.mappings import resolve_mapping
 from patchscope_nn.models import load
 from patchscope_nn.plan import plan
+from patchscope_nn.proof import store
 
 # Tiny matrices gain nothing from threads, and lose much where several processes share the cores.
 torch.set_num_threads(1)
@@ -39,6 +40,14 @@ def cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PATCHSCOPE_CACHE", str(place))
         yield place
+
+
+@pytest.fixture
+def verdicts(monkeypatch, tmp_path):
+    """An empty store of verdicts: none is kept from one test to the next."""
+    place = tmp_path / "proofs"
+    monkeypatch.setattr(store, "folder", lambda: place)
+    return place
 
 
 @pytest.fixture(scope="session")

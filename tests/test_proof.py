@@ -14,7 +14,6 @@ import patchscope_nn as ps
 from patchscope_nn.errors import InputError, ModelError
 from patchscope_nn.models import COSTS
 from patchscope_nn.plan import Optimisations
-from patchscope_nn.proof import store
 from patchscope_nn.spec import Choices, Generate, Hidden, NextToken, Patchscope, Source, Target
 
 ROWS = (
@@ -30,12 +29,7 @@ READOUTS = {
 faulty = pytest.mark.parametrize("name", faults.FAULTS)
 
 
-@pytest.fixture(autouse=True)
-def verdicts(monkeypatch, tmp_path):
-    """No verdict is kept from one test to the next."""
-    place = tmp_path / "proofs"
-    monkeypatch.setattr(store, "folder", lambda: place)
-    return place
+pytestmark = pytest.mark.usefixtures("verdicts")
 
 
 @pytest.fixture

@@ -26,12 +26,7 @@ VERDICT = Verdict(
 )
 
 
-@pytest.fixture(autouse=True)
-def verdicts(monkeypatch, tmp_path):
-    """An empty store."""
-    place = tmp_path / "proofs"
-    monkeypatch.setattr(store, "folder", lambda: place)
-    return place
+pytestmark = pytest.mark.usefixtures("verdicts")
 
 
 @pytest.fixture

@@ -159,8 +159,9 @@ def in_explained(
 ) -> list[dict[str, Any]]:
     """Say of each row whose numbers are not finite where the first such number was, as `not_finite`."""
     for cell, row in enumerate(rows):
-        if in_is_finite(row):
-            if in_has_nan(row):
+        parts = written.get(cell, ())
+        if in_is_finite(row, parts):
+            if in_has_nan(row, parts):
                 row["not_finite"] = "compared"
             continue
         numbers = [
@@ -170,28 +171,34 @@ def in_explained(
             if entry["cell"] == cell and entry["state"] is not None
         ]
         row["not_finite"] = "logits"
-        if cell in written and not written[cell][0].isfinite().all():
-            row["not_finite"] = "written" if written[cell][1].isfinite().all() else "replaced"
+        if parts and not parts[0].isfinite().all():
+            row["not_finite"] = "written" if parts[1].isfinite().all() else "replaced"
         if any(not states[number].isfinite().all() for number in numbers):
             row["not_finite"] = "read"
     return rows
 
 
-def in_is_finite(row: dict[str, Any]) -> bool:
-    """Whether the numbers of a row that are always finite are so; `sound` is taken out of it."""
+def in_is_finite(row: dict[str, Any], parts: Any) -> bool:
+    """Whether the numbers of a row that are always finite are so; `sound` is taken out of it.
+
+    `parts` are the states that its cell wrote and replaced; those of `hidden` are looked at as tensors.
+    """
+    if "hidden" in row:
+        return not parts or bool(parts[0].float().isfinite().all())
     sound = [row.pop("sound")] if "sound" in row else []
-    given = [row[name] for name in ("entropy_nats", "choice_probs", "hidden") if name in row]
-    return all(abs(number) < float("inf") for number in in_numbers([sound, given]))
+    numbers = in_numbers([sound, *(row[name] for name in ("entropy_nats", "choice_probs") if name in row)])
+    return all(abs(number) < float("inf") for number in numbers)
 
 
-def in_has_nan(row: dict[str, Any]) -> bool:
-    """Whether a number of a row is NaN, or one of a state that was replaced is infinite.
+def in_has_nan(row: dict[str, Any], parts: Any) -> bool:
+    """Whether a number of a row is NaN, or a state that was replaced and is given is not finite.
 
     A token with a logit of -inf is ruled out: its log-probability is infinite, and is a number.
     """
+    if "hidden" in row:
+        return "clean" in row and bool(parts) and not parts[1].float().isfinite().all()
     numbers = in_numbers([*row.values()])
-    infinite = any(abs(number) == float("inf") for number in in_numbers(row.get("clean")))
-    return infinite or any(number != number for number in numbers)  # noqa: PLR0124 (only a NaN does)
+    return any(number != number for number in numbers)  # noqa: PLR0124 (only a NaN does)
 
 
 def in_numbers(value: Any) -> list[float]:

@@ -16,6 +16,7 @@ from patchscope_nn.errors import LayerError, ModelError
 from patchscope_nn.layers import EMBED, parse_layers, resolve_layers
 from patchscope_nn.models import TURN, Model
 from patchscope_nn.models.architecture import check_unembed, input_device, is_weightless, unembed
+from patchscope_nn.models.block import states_of, with_states
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -153,9 +154,7 @@ class Frozen:
             return self._blocks[0].register_forward_pre_hook(before, with_kwargs=True)
 
         def after(_module: Any, _given: Any, output: Any) -> Any:
-            if isinstance(output, tuple | list):
-                return type(output)((pass_on(layer, output[0]), *output[1:]))
-            return pass_on(layer, output)
+            return with_states(output, pass_on(layer, states_of(output)))
 
         return self._blocks[layer].register_forward_hook(after)
 

@@ -188,7 +188,9 @@ def parse_metric(value: Any) -> MetricUse:
         raise ValueError(f"{name!r} is no metric. {did_you_mean(str(name), list(METRICS))}")
     needed = METRICS[name].parameters
     parameters = parameters or {}
-    named = isinstance(parameters, Mapping) and all(isinstance(one, str | int) for one in parameters.values())
+    named = isinstance(parameters, Mapping) and all(
+        isinstance(column, str | int) for column in parameters.values()
+    )
     if not named or set(parameters) != set(needed):
         form = f"{{{name}: {{{', '.join(f'{one}: COLUMN' for one in needed)}}}}}" if needed else name
         raise ValueError(f"{name} is written {form}; given {parameters!r}")

@@ -79,15 +79,15 @@ def common_base(first: Any, second: Any) -> Any:
     Returns:
         What `load` takes; None where neither is an adapter, or they are made for different models.
     """
-    asked = (first, second)
-    bases = [_base_of(one) for one in asked]
+    models = (first, second)
+    bases = [_base_of(model) for model in models]
     roots = [
-        base or (one.info.name if isinstance(one, Model) else str(one))
-        for base, one in zip(bases, asked, strict=True)
+        base or (model.info.name if isinstance(model, Model) else str(model))
+        for base, model in zip(bases, models, strict=True)
     ]
     if roots[0] != roots[1] or not any(bases):
         return None
-    return next((one for base, one in zip(bases, asked, strict=True) if base is None), roots[0])
+    return next((model for base, model in zip(bases, models, strict=True) if base is None), roots[0])
 
 
 def wear_named(model: Model, asked: Any) -> Model:

@@ -8,7 +8,7 @@ from contextlib import suppress
 from typing import Any
 
 from patchscope_nn.errors import ModelError
-from patchscope_nn.models.block import run_block
+from patchscope_nn.models.block import run_block, states_of
 from patchscope_nn.models.info import Architecture, Sizes
 
 #: What blocks call their parts, where transformers has no interface for it. OPT's MLP is two linear
@@ -191,7 +191,7 @@ def check_unembed(module: Any, architecture: Architecture, *, name: str) -> None
         with torch.no_grad():
             ids = torch.tensor([[1, 2, 3]], device=input_device(module))
             logits = module(input_ids=ids, use_cache=False).logits
-            states = found[0][0] if isinstance(found[0], tuple | list) else found[0]
+            states = states_of(found[0])
             with suppress(RuntimeError):  # shapes that do not fit
                 ours = unembed(module, architecture, states)
                 if ours.shape == logits.shape and torch.allclose(ours, logits, rtol=1e-2, atol=1e-2):

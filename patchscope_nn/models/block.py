@@ -113,9 +113,19 @@ def _kept(cache: Any) -> Any:
     return next((layer for layer in layers if getattr(layer, "keys", None) is not None), None)
 
 
+def states_of(output: Any) -> Any:
+    """The states that a module gives: its output, or the first of several."""
+    return output[0] if isinstance(output, tuple | list) else output
+
+
+def with_states(output: Any, states: Any) -> Any:
+    """An output with other states in the place of its own."""
+    return type(output)((states, *output[1:])) if isinstance(output, tuple | list) else states
+
+
 def _check_states(output: Any, module: Any, *, name: str) -> None:
     """Refuse blocks whose output for one token is not one state of the model's width."""
-    states = output[0] if isinstance(output, tuple | list) else output
+    states = states_of(output)
     width = module.config.get_text_config().hidden_size
     shape = tuple(getattr(states, "shape", ()))
     if shape not in ((1, 1, width), (1, width)):

@@ -44,11 +44,19 @@ class Withheld(NamedTuple):
     beyond: int
     why: str
 
+    @property
+    def name(self) -> str:
+        """What is off, as messages spell it."""
+        return self.optimisation.replace("_", "-")
+
+    @property
+    def longer(self) -> str:
+        """Beyond which length it is off, in words; empty for every length."""
+        return f" beyond {self.beyond} tokens" if self.beyond else ""
+
     def __str__(self) -> str:
-        name = self.optimisation.replace("_", "-")
         where = f" for {self.readout}" if self.readout else ""
-        longer = f" beyond {self.beyond} tokens" if self.beyond else ""
-        return f"{name} is off{where}{longer}"
+        return f"{self.name} is off{where}{self.longer}"
 
 
 class Comparison(NamedTuple):
@@ -124,6 +132,10 @@ class Verdict:
             for entry in self.withheld
             if entry.readout in (None, readout) and (tokens > entry.beyond or not entry.beyond)
         )
+
+    def why(self, name: str) -> str | None:
+        """Why something is off, at some length or at all; None where it is not."""
+        return next((entry.why for entry in self.withheld if entry.optimisation == name), None)
 
     def withholds(self, optimisation: str, *, tokens: int) -> bool:
         """Whether an optimisation is off for any readout of prompts of so many tokens."""

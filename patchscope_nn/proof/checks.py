@@ -9,6 +9,7 @@ from typing import Literal
 from patchscope_nn.backends import is_out_of_memory
 from patchscope_nn.errors import ModelError
 from patchscope_nn.models import CUT, FUSED, PLAIN, Comparison, Model, Verdict, Withheld
+from patchscope_nn.models.architecture import setting
 from patchscope_nn.plan import Optimisations
 from patchscope_nn.proof.hooks import Hooks, distance
 from patchscope_nn.proof.reference import Reference
@@ -31,7 +32,7 @@ OF_DECODING = ("cached_decoding", "mixed_lengths", "early_leaving")
 def probed_layers(model: Model) -> tuple[int, ...]:
     """The first, a middle and the last block, and the first block of every kind."""
     blocks = model.module.get_submodule(model.info.architecture.blocks)
-    types = getattr(model.module.config.get_text_config(), "layer_types", None) or [None] * len(blocks)
+    types = setting(model.module.config.get_text_config(), "layer_types") or [None] * len(blocks)
     windows = model.info.architecture.windows or (None,) * len(blocks)
     first: dict[object, int] = {}
     for layer, block in enumerate(blocks):
@@ -162,11 +163,7 @@ class Checks:
         if not (self.model.info.architecture.masked and self.hooks.causal) or self._off(CUT):
             return
         trial = Trial(readout=readout_of(NextToken), rows=rows[-1:], layers=self.layers, cuts=True)
-        error, problem = self._error(trial, Optimisations())
-        if problem:
-            self._withhold(CUT, trial, error, problem)
-        else:
-            self._note(f"plain path: {trial.name}", trial, error, "equal")
+        self._settle(CUT, "plain path", trial, *self._error(trial, _ALL))
 
     def _measure_rounding(self) -> None:
         """In half precision, raise the tolerance where rounding alone changes more."""
@@ -220,11 +217,7 @@ class Checks:
         first, middle = self.layers[:1], (self.middle,)
         trial = Trial(readout=readout, rows=(row,), layers=first, target_layers=middle)
         self.reference.prepare(trial)
-        error, problem = self._error(trial, _ALL, context="auto")
-        if problem:
-            self._withhold(FUSED, trial, error, problem)
-        else:
-            self._note(f"fused context: {trial.name}", trial, error, "equal")
+        self._settle(FUSED, "fused context", trial, *self._error(trial, _ALL, context="auto"))
 
     def _check_plain(self, trial: Trial) -> None:
         error, problem = self._error(trial, Optimisations.none())
@@ -300,8 +293,15 @@ class Checks:
         for readout in readouts:
             entry = Withheld(name, readout, self.beyond, f"{trial.name} {problem}")
             self.withheld.append(entry)
-            self._note(f"{name.replace('_', '-')}: {trial.name}", trial, error, str(entry))
+            self._note(f"{entry.name}: {trial.name}", trial, error, str(entry))
         self.runner.verdict = replace(self.runner.verdict, withheld=tuple(self.withheld))
+
+    def _settle(self, name: str, what: str, trial: Trial, error: float, problem: str) -> None:
+        """Note that a trial is equal, or switch off what it was made to try."""
+        if problem:
+            self._withhold(name, trial, error, problem)
+        else:
+            self._note(f"{what}: {trial.name}", trial, error, "equal")
 
     def _note(self, what: str, trial: Trial, error: float, outcome: str) -> None:
         self.comparisons.append(Comparison(what, trial.tokens, error, self.tolerance, outcome))

@@ -14,6 +14,7 @@ import torch
 
 from patchscope_nn.errors import ModelError
 from patchscope_nn.models import Model, input_device
+from patchscope_nn.models.block import states_of, with_states
 
 #: A row of a batch may differ by so much from the same row alone, in standard deviations.
 _ALONE = 1e-2
@@ -193,7 +194,7 @@ class Hooks:
                 states = _states_of(output)
                 changed = states.clone()
                 changed.view(len(writes), width, -1)[row, write.position] = write.state.to(changed)
-                return type(output)((changed, *output[1:])) if isinstance(output, tuple | list) else changed
+                return with_states(output, changed)
 
             return hook
 
@@ -212,7 +213,7 @@ class Hooks:
 
 
 def _states_of(output: Any) -> torch.Tensor:
-    states = output[0] if isinstance(output, tuple | list) else output
+    states = states_of(output)
     if not isinstance(states, torch.Tensor):
         raise TypeError(f"a block gives a {type(states).__name__} in place of its states")
     return states

@@ -108,8 +108,7 @@ def _line(name: str, verdict: Verdict) -> str:
     """What is off and what that costs, in one line; empty where nothing is."""
     off: dict[str, list[str]] = {}
     for entry in verdict.withheld:
-        longer = f" beyond {entry.beyond} tokens" if entry.beyond else ""
-        where = off.setdefault(f"{entry.optimisation.replace('_', '-')}{longer}", [])
+        where = off.setdefault(f"{entry.name}{entry.longer}", [])
         where += [entry.readout] if entry.readout else []
     if not off:
         return ""

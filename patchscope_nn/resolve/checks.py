@@ -64,10 +64,10 @@ def check_write(scope: Patchscope, info: ModelInfo) -> None:
 
 
 def _check_cut(target: Target, info: ModelInfo) -> None:
-    wrong = info.verdict and next((e for e in info.verdict.withheld if e.optimisation == CUT), None)
+    wrong = info.verdict and info.verdict.why(CUT)
     if wrong:
         raise InputError(
-            f"target.write: cut is wrong for {info.name}: with a mask of ours {wrong.why}.",
+            f"target.write: cut is wrong for {info.name}: with a mask of ours {wrong}.",
             hint="Use write: zero, or another model.",
         )
     if not info.architecture.masked:
@@ -103,10 +103,10 @@ def check_site(name: str, side: Source | Target, info: ModelInfo) -> None:
     """Whether the model has the site."""
     if side.site == "residual":
         return
-    wrong = info.verdict and next((e for e in info.verdict.withheld if e.optimisation == side.site), None)
+    wrong = info.verdict and info.verdict.why(side.site)
     if wrong:
         raise InputError(
-            f"{name}.site={side.site!r}: reads and writes there are wrong for {info.name}: {wrong.why}.",
+            f"{name}.site={side.site!r}: reads and writes there are wrong for {info.name}: {wrong}.",
             hint="Use site: residual.",
         )
     if side.site != "before" and getattr(info.architecture, side.site) is None:
