@@ -42,11 +42,13 @@ def checked(function: _F) -> _F:
         with suppress(NameError):  # there, the names that annotations use are missing
             hints = get_type_hints(function)
         wrong = []
-        for name, value in bound.arguments.items():
+        for name, given in bound.arguments.items():
             hint = Any if signature.parameters[name].kind in _PACKED else hints.get(name, Any)
-            if not _fits(value, hint) and not isinstance(value, str):
-                bound.arguments[name] = plain(value)
-            if problem := _problem(bound.arguments[name], hint):
+            value, fits = given, _fits(given, hint)
+            if not fits and not isinstance(given, str):
+                bound.arguments[name] = value = plain(given)
+                fits = _fits(value, hint)
+            if problem := _problem(value, hint, fits=fits):
                 wrong.append(Problem(field=name, message=problem))
         if wrong:
             raise SpecError(wrong, origin=function.__qualname__.removesuffix(".__init__"))
@@ -70,9 +72,9 @@ def checked_class(kind: type[_T]) -> type[_T]:
     return kind
 
 
-def _problem(value: Any, hint: Any) -> str:
+def _problem(value: Any, hint: Any, *, fits: bool) -> str:
     """What is wrong with an argument; empty where nothing is. A path may be no text."""
-    if not _fits(value, hint):
+    if not fits:
         return f"should be {_words(hint)}; given {shown(value)}"
     return wrong_text(value) if isinstance(value, str) and Path not in get_args(hint) else ""
 
@@ -95,13 +97,18 @@ def _fits(value: Any, hint: Any) -> bool:
 def _holds(value: Any, parts: tuple[Any, ...]) -> bool:
     """Whether what a container holds is of the annotated types."""
     if isinstance(value, dict) and len(parts) > 1:
-        return all(_fits(key, parts[0]) and _fits(item, parts[1]) for key, item in value.items())
+        return _all_fit(value, parts[0]) and _all_fit(value.values(), parts[1])
     if not isinstance(value, list | tuple | set | dict):
         # An array is made plain first; another sequence may read each item from a file.
         return not hasattr(value, "tolist")
     if isinstance(value, tuple) and len(parts) > 1 and parts[-1] is not ...:
         return len(value) == len(parts) and all(map(_fits, value, parts))
-    return all(_fits(item, parts[0]) for item in value)
+    return _all_fit(value, parts[0])
+
+
+def _all_fit(values: Iterable[Any], hint: Any) -> bool:
+    """Whether each of some values is of an annotated type; the rows of a large run are looked at quickly."""
+    return hint is Any or {*map(type, values)} <= {hint} or all(_fits(value, hint) for value in values)
 
 
 _WORDS: dict[Any, str] = {

@@ -204,6 +204,8 @@ def in_has_nan(row: dict[str, Any], parts: Any) -> bool:
 def in_numbers(value: Any) -> list[float]:
     """The numbers in nested lists."""
     if isinstance(value, list):
+        if {*map(type, value)} == {float}:
+            return value
         return [number for part in value for number in in_numbers(part)]
     return [value] if isinstance(value, float) else []
 
