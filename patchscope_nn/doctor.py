@@ -65,11 +65,12 @@ def check_model(model: str) -> tuple[Finding, Verdict | None]:
     verdict = loaded.info.verdict
     if verdict is None:
         return Finding("model", "note", f"{model} is not proven: its weights are elsewhere"), None
+    took = f" (proven in {verdict.elapsed_s:.1f} s)"
     if not verdict.withheld:
         limit = "" if verdict.limit is None else f", up to {verdict.limit} tokens"
-        return Finding("model", "ok", f"{model}: everything equals plain hooks{limit}"), verdict
+        return Finding("model", "ok", f"{model}: everything equals plain hooks{limit}{took}"), verdict
     off = "; ".join(dict.fromkeys(map(str, verdict.withheld)))
-    return Finding("model", "note", f"{model}: {off}", "nothing to do: it is off by itself"), verdict
+    return Finding("model", "note", f"{model}: {off}{took}", "nothing to do: it is off by itself"), verdict
 
 
 def check_server(remote: bool | str, model: str) -> Iterator[Finding]:  # noqa: FBT001 (an option's value)

@@ -349,10 +349,10 @@ def print_findings(findings: Sequence[Finding], *, verdict: Verdict | None, as_j
 
 def _proof_table(verdict: Verdict) -> Any:
     """What the proof compared, with differences in standard deviations of the logits."""
-    table = grid("compared with plain hooks", "tokens", "difference", "rounding", "outcome")
-    for comparison in verdict.comparisons:
-        error, tolerance = (f"{number:.1e}" for number in (comparison.error, comparison.tolerance))
-        table.add_row(comparison.what, str(comparison.tokens), error, tolerance, _cell(comparison.outcome))
+    table = grid("compared with plain hooks", "blocks", "tokens", "difference", "rounding", "outcome")
+    for what, blocks, tokens, *differences, outcome in verdict.comparisons:
+        error, tolerance = (f"{number:.1e}" for number in differences)
+        table.add_row(what, str(blocks), str(tokens), error, tolerance, _cell(outcome))
     return table
 
 

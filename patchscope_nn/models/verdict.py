@@ -64,6 +64,7 @@ class Comparison(NamedTuple):
 
     Attributes:
         what: What was compared.
+        blocks: How many blocks ran: all of the model's, or a few where all are alike.
         tokens: The longest prompt of it, in tokens.
         error: The largest difference, in standard deviations of what was compared.
         tolerance: The largest difference that rounding explains.
@@ -71,6 +72,7 @@ class Comparison(NamedTuple):
     """
 
     what: str
+    blocks: int
     tokens: int
     error: float
     tolerance: float

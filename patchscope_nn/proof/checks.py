@@ -91,6 +91,13 @@ class Checks:
             self._decode_padded(short, longer)
         self._check_fused()
 
+    def compare_next_tokens(self) -> None:
+        """Compare next tokens of short prompts with all optimisations, and nothing else."""
+        self._measure_rounding()
+        trial = Trial(readout=readout_of(NextToken), rows=(SHORT,), layers=self.layers)
+        self._orient(trial)
+        self._check(trial)
+
     def go_beyond(self, length: int) -> bool:
         """Compare on both sides of a length; False where the model does not run there."""
         self.beyond = length
@@ -304,4 +311,5 @@ class Checks:
             self._note(f"{what}: {trial.name}", trial, error, "equal")
 
     def _note(self, what: str, trial: Trial, error: float, outcome: str) -> None:
-        self.comparisons.append(Comparison(what, trial.tokens, error, self.tolerance, outcome))
+        blocks = self.model.info.n_layers
+        self.comparisons.append(Comparison(what, blocks, trial.tokens, error, self.tolerance, outcome))

@@ -47,13 +47,14 @@ class Hooks:
             the keys and values of the prompt, token by token, as the model's own `generate` does.
         incremental: Whether one forward over a prompt and what follows it says the same as a forward for each
             token that follows.
+        batches: Whether a row of a batch is what it is alone; None until that is known.
     """
 
     def __init__(self, model: Model) -> None:
         self.name, self.module, self.architecture = model.info.name, model.module, model.info.architecture
         self.device = input_device(model.module)
         self.causal, self.incremental = model.info.architecture.causal, True
-        self._batches: bool | None = None  # whether a row of a batch is what it is alone, once that is known
+        self.batches: bool | None = None
         # What was run, by the prompt and what is written, then by what follows.
         self._known: dict[Any, dict[tuple[int, ...], torch.Tensor]] = {}
 
@@ -83,15 +84,15 @@ class Hooks:
 
     def logits(self, ids: Sequence[int], writes: Sequence[Write | None]) -> torch.Tensor:
         """The logits after every token, (n_writes, n_tokens, vocab), one row for each write."""
-        if len(writes) > 1 and self._batches is False:
+        if len(writes) > 1 and self.batches is False:
             return torch.cat([self.logits(ids, [write]) for write in writes])
         with self._written(writes, len(ids)):
             rows = self._forward(torch.tensor([list(ids)] * len(writes)), use_cache=False).logits.float()
-        if len(writes) == 1 or self._batches:
+        if len(writes) == 1 or self.batches:
             return rows
         alone = self.logits(ids, writes[-1:])
-        self._batches = distance(rows[-1:], alone, alone) < _ALONE
-        return rows if self._batches else self.logits(ids, writes)
+        self.batches = distance(rows[-1:], alone, alone) < _ALONE
+        return rows if self.batches else self.logits(ids, writes)
 
     def continued(
         self, ids: Sequence[int], more: Sequence[int], write: Write, *, unpatched: bool = False
@@ -231,5 +232,6 @@ def distance(got: torch.Tensor, wanted: torch.Tensor, scale: torch.Tensor) -> fl
 
 def spread(logits: torch.Tensor) -> torch.Tensor:
     """The standard deviation of the logits that are finite; NaN where none is."""
-    finite = logits[logits.isfinite()].cpu().float()
-    return (finite - finite.mean()).square().mean().sqrt()
+    finite = logits.isfinite()
+    kept = (logits if finite.all() else logits[finite]).cpu().float()
+    return (kept - kept.mean()).square().mean().sqrt()

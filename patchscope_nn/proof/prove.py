@@ -6,6 +6,9 @@
    plain path is compared too, and they are added to it one after the other: those that change a number are
    switched off.
 3. Both again beyond every length at which the config says that the model computes otherwise.
+
+Where all blocks are alike, this is done on a few of them, and the next tokens of the whole model are compared
+besides. Whatever differs is found on the whole model.
 """
 
 from __future__ import annotations
@@ -14,10 +17,12 @@ import time
 
 import torch
 
+from patchscope_nn.backends import is_out_of_memory
 from patchscope_nn.errors import ModelError
 from patchscope_nn.models import Model, Verdict
-from patchscope_nn.proof.checks import Checks
+from patchscope_nn.proof.checks import Checks, probed_layers
 from patchscope_nn.proof.prompts import thresholds
+from patchscope_nn.proof.short import shortened
 
 #: Thresholds up to so many tokens are passed by the ordinary prompts.
 ORDINARY = 24
@@ -43,6 +48,37 @@ def prove(model: Model, *, key: str) -> Verdict:
         ModelError: The plain path is not what plain hooks give, or its numbers are not finite.
     """
     started = time.monotonic()
+    proof = _short_proof(model) or _proof(model)
+    return Verdict(
+        key=key,
+        causal=proof.hooks.causal,
+        limit=proof.limit,
+        withheld=tuple(proof.withheld),
+        comparisons=tuple(proof.comparisons),
+        elapsed_s=round(time.monotonic() - started, 3),
+    )
+
+
+def _short_proof(model: Model) -> Checks | None:
+    """The checks of a few blocks of a model, and of the next tokens of all of it; None where any differs."""
+    short = shortened(model, probed_layers(model))
+    if short is None:
+        return None
+    whole = Checks(model)
+    try:
+        proof = _proof(short)
+        whole.hooks.batches = proof.hooks.batches
+        whole.compare_next_tokens()
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        return None
+    proof.comparisons[:0] = whole.comparisons
+    return None if whole.withheld or proof.withheld else proof
+
+
+def _proof(model: Model) -> Checks:
+    """All checks, on ordinary prompts and beyond every length that can be afforded."""
     lengths = thresholds(model)
     ordinary = [length for length in lengths if length <= ORDINARY]
     larger = [length for length in lengths if length > ORDINARY]
@@ -65,14 +101,7 @@ def prove(model: Model, *, key: str) -> Verdict:
         if not proof.go_beyond(length):
             proof.limit = length
             break
-    return Verdict(
-        key=key,
-        causal=proof.hooks.causal,
-        limit=proof.limit,
-        withheld=tuple(proof.withheld),
-        comparisons=tuple(proof.comparisons),
-        elapsed_s=round(time.monotonic() - started, 3),
-    )
+    return proof
 
 
 def _affordable(model: Model, tokens: int) -> bool:

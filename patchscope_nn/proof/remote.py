@@ -84,7 +84,14 @@ def prove_remotely(model: Model, run: Run, *, key: str) -> Verdict:
             withheld += off
             outcome = ", ".join(map(str, off))
         comparisons.append(
-            Comparison(f"all optimisations: {trial.name}", trial.tokens, error, _ROUNDING, outcome)
+            Comparison(
+                f"all optimisations: {trial.name}",
+                model.info.n_layers,
+                trial.tokens,
+                error,
+                _ROUNDING,
+                outcome,
+            )
         )
     return Verdict(
         key=key,

@@ -1,0 +1,94 @@
+"""A model made of a few blocks of another, where all its blocks are alike.
+
+What the compiler does with a block it does with every block that is like it. So most of a proof runs on few
+of its blocks: the same class, the same weights, and a fraction of the time.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from patchscope_nn import models
+from patchscope_nn.models import Model, is_offloaded
+
+#: A model of fewer blocks than this many times those that are kept is not worth the copy.
+_WORTH = 2
+
+
+def shortened(model: Model, layers: Sequence[int]) -> Model | None:
+    """A model of a few blocks of another; it shares their weights, and the other is left as it is.
+
+    Args:
+        model: The model, with its weights in this process.
+        layers: The blocks to keep.
+
+    Returns:
+        The short model; None where it would not be much shorter, where blocks differ in anything but their
+        weights and their place, or where the family cannot be put together so.
+    """
+    path = model.info.architecture.blocks
+    blocks = [*model.module.get_submodule(path)]
+    hooked = any(part._forward_hooks or part._forward_pre_hooks for part in model.module.modules())  # noqa: SLF001
+    if len(blocks) <= _WORTH * len(layers) or hooked or is_offloaded(model.module) or not _alike(blocks):
+        return None
+    try:
+        return models.load(_without_others(model.module, path, layers), tokenizer=model.tokenizer)
+    except Exception:  # noqa: BLE001 (whatever a family does with its blocks: then the whole model is proven)
+        return None
+
+
+def _without_others(module: Any, path: str, layers: Sequence[int]) -> Any:
+    """A copy of a module that has the same weights, and a few of its blocks."""
+    blocks = [*module.get_submodule(path)]
+    others = [block for layer, block in enumerate(blocks) if layer not in layers]
+    as_they_are = [*module.parameters(), *module.buffers(), *others]
+    short = copy.deepcopy(module, {id(one): one for one in as_they_are})
+    kept = [short.get_submodule(path)[layer] for layer in layers]
+    for part, name in _places([_settings(block) for block in blocks]):
+        for place, block in enumerate(kept):
+            setattr(block.get_submodule(part), name, place)
+    parent, _, name = path.rpartition(".")
+    setattr(short.get_submodule(parent), name, torch.nn.ModuleList(kept))
+    config = short.config.get_text_config()
+    for name, value in config.to_dict().items():
+        if isinstance(value, list | tuple) and len(value) == len(blocks):
+            setattr(config, name, [value[layer] for layer in layers])
+    config.num_hidden_layers = len(layers)
+    return short
+
+
+def _alike(blocks: Sequence[Any]) -> bool:
+    """Whether blocks are of the same parts, sizes and settings; only their place may differ."""
+    settings = [_settings(block) for block in blocks]
+    places = _places(settings)
+    plain = [{key: value for key, value in own.items() if key not in places} for own in settings]
+    parts = [_parts(block) for block in blocks]
+    return all(own == plain[0] for own in plain) and all(own == parts[0] for own in parts)
+
+
+def _settings(block: Any) -> dict[tuple[str, str], Any]:
+    """The plain values that a block's parts hold, by the part's path and the value's name."""
+    return {
+        (path, name): value
+        for path, part in block.named_modules()
+        for name, value in vars(part).items()
+        if isinstance(value, bool | int | float | str | None)
+    }
+
+
+def _places(settings: Sequence[dict[tuple[str, str], Any]]) -> list[tuple[str, str]]:
+    """Which of the blocks' settings is the place of the block."""
+    return [key for key in settings[0] if [own.get(key) for own in settings] == [*range(len(settings))]]
+
+
+def _parts(block: Any) -> list[Any]:
+    """The parts of a block, and the sizes of its weights."""
+    weights = [*block.named_parameters(), *block.named_buffers()]
+    return [
+        *((path, type(part)) for path, part in block.named_modules()),
+        *((path, weight.shape, weight.dtype, weight.device) for path, weight in weights),
+    ]
