@@ -23,7 +23,7 @@ test-registry: .venv/installed-test
 
 # What depends on transformers most, with the oldest that we support.
 test-oldest: .venv-oldest/installed
-	PYTHONPATH=$(CURDIR)/.venv-oldest $(BIN)/python -m pytest -m "not registry" tests/test_models.py tests/equivalence
+	PYTHONPATH=$(CURDIR)/.venv-oldest $(BIN)/python -m pytest -m "not registry" tests/models/test_models.py tests/equivalence
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .

@@ -17,10 +17,10 @@ import httpx
 import torch
 import uvicorn
 
-from patchscope_nn import builtin
 from patchscope_nn.explore.answers import Answers
 from patchscope_nn.explore.copies import Options
 from patchscope_nn.explore.lenses import lenses
+from patchscope_nn.models import builtin
 
 PROMPT = "Travellers who want to see the Eiffel Tower, which stands in Paris, should book a"
 N_TOKENS, TIMES = 20, 5

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 import patchscope_nn as ps
 
 LAYER = 12
-FOLDER = Path(ps.__file__).parent / "builtin_data"
+FOLDER = Path(ps.__file__).parent / "data" / "builtin"
 
 
 def main() -> None:

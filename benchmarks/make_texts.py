@@ -25,12 +25,12 @@ from typing import Any
 
 import torch
 
-from patchscope_nn.builtin import NAME
 from patchscope_nn.models import load
+from patchscope_nn.models.builtin import NAME
 
 SEED, BATCH, TEMPERATURE, TOP_K = 20240111, 96, 0.8, 50
 LEAST, MOST = 60, 120
-FILE = Path(__file__).parents[1] / "patchscope_nn" / "builtin_data" / "texts.jsonl"
+FILE = Path(__file__).parents[1] / "patchscope_nn" / "data" / "builtin" / "texts.jsonl"
 
 TOPICS = """
 lighthouses; the water cycle; a village bakery; tides; volcanoes; bees; the history of paper; bridges; the

@@ -21,11 +21,12 @@ from typing import Any
 
 import patchscope_nn as ps
 from benchmarks.speed.made import Scale, make
-from patchscope_nn import backends, execute
-from patchscope_nn.builtin import NAME
+from patchscope_nn.analysis.tables import Tabulator
+from patchscope_nn.backends import places, steps
 from patchscope_nn.models import load
-from patchscope_nn.runs import Run, RunFolder
-from patchscope_nn.tables import Tabulator
+from patchscope_nn.models.builtin import NAME
+from patchscope_nn.runs import execute
+from patchscope_nn.runs.folder import Run, RunFolder
 
 SPENT: Counter[str] = Counter()
 
@@ -39,8 +40,8 @@ def main() -> None:
     rows = -(-cells // model.info.n_layers)
     workload = make("W2", model, Scale(times=-(-rows // 200)))
     for owner, name, part in (
-        (backends, "emit", "passes"),
-        (backends, "unpack", "unpacking a step"),
+        (places, "emit", "passes"),
+        (steps, "unpack", "unpacking a step"),
         (execute, "plan", "planning"),
         (Tabulator, "row", "metrics and table rows"),
         (RunFolder, "append", "writing cells"),

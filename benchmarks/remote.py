@@ -31,7 +31,7 @@ from pandas.testing import assert_frame_equal
 
 import patchscope_nn as ps
 from benchmarks.speed.machine import MACHINE, describe
-from patchscope_nn.data import DataSpec, load_rows
+from patchscope_nn.data.rows import DataSpec, load_rows
 from patchscope_nn.models import Model
 
 TITLE = "# Remote against local\n"

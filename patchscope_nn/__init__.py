@@ -12,35 +12,36 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from patchscope_nn import prompts
     from patchscope_nn.errors import InputError, PatchscopeError, RunError
-    from patchscope_nn.experiments import Experiment, run
-    from patchscope_nn.fit import fit
+    from patchscope_nn.fitting import fit
     from patchscope_nn.mappings import Affine, Fitted, Provenance, Space
     from patchscope_nn.models import Model
     from patchscope_nn.plan import Optimisations
-    from patchscope_nn.positions import Each, Span
     from patchscope_nn.proof import load
-    from patchscope_nn.quick import explain
     from patchscope_nn.recipe import Recipe, load_recipe
-    from patchscope_nn.runs import Run, load_run
-    from patchscope_nn.spec import Choices, Generate, Hidden, NextToken, Patchscope, Source, Target
+    from patchscope_nn.runs.experiments import Experiment, run
+    from patchscope_nn.runs.explain import explain
+    from patchscope_nn.runs.folder import Run, load_run
+    from patchscope_nn.spec import Choices, Generate, Hidden, NextToken, Patchscope, Source, Target, prompts
+    from patchscope_nn.spec.positions import Each, Span
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "errors": ("InputError", "PatchscopeError", "RunError"),
-    "experiments": ("Experiment", "run"),
-    "quick": ("explain",),
     "mappings": ("Affine", "Fitted", "Provenance", "Space"),
     "models": ("Model",),
     "plan": ("Optimisations",),
-    "positions": ("Each", "Span"),
     "proof": ("load",),
     "recipe": ("Recipe", "load_recipe"),
-    "runs": ("Run", "load_run"),
+    "runs.experiments": ("Experiment", "run"),
+    "runs.explain": ("explain",),
+    "runs.folder": ("Run", "load_run"),
     "spec": ("Choices", "Generate", "Hidden", "NextToken", "Patchscope", "Source", "Target"),
+    "spec.positions": ("Each", "Span"),
 }
+#: Public names that are modules.
+_MODULES = {"fit": "fitting", "prompts": "spec.prompts"}
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
@@ -76,8 +77,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("fit", "prompts"):
-        return importlib.import_module(f"patchscope_nn.{name}")
+    if name in _MODULES:
+        return importlib.import_module(f"patchscope_nn.{_MODULES[name]}")
     if name not in _HOME_OF:
         raise AttributeError(f"module 'patchscope_nn' has no attribute {name!r}")
     return getattr(importlib.import_module(f"patchscope_nn.{_HOME_OF[name]}"), name)

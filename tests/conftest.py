@@ -16,13 +16,12 @@ import pytest
 import tiny
 import torch
 
-from patchscope_nn import builtin
-from patchscope_nn.backends import backend_for, execute
-from patchscope_nn.cells import expand
+from patchscope_nn.backends import backend_for, run_steps
 from patchscope_nn.mappings import resolve_mapping
-from patchscope_nn.models import load
+from patchscope_nn.models import builtin, load
 from patchscope_nn.plan import plan
 from patchscope_nn.proof import store
+from patchscope_nn.sweep import expand
 
 # Tiny matrices gain nothing from threads, and lose much where several processes share the cores.
 torch.set_num_threads(1)
@@ -83,7 +82,7 @@ def run_cells():
         mapping = resolve_mapping(
             scope.mapping, source=model.info, target=target.info, pairs=sweep.cells.pairs
         )
-        steps = execute(planned, source=model, target=target, mapping=mapping, backend=backend)
+        steps = run_steps(planned, source=model, target=target, mapping=mapping, backend=backend)
         ran = [(cell, readout) for step in steps for cell, readout in step]
         assert len({cell.number for cell, _ in ran}) == len(ran) == planned.n_cells
         return sorted(ran, key=lambda one: one[0].number)

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from patchscope_nn.emit import batch, packed
-from patchscope_nn.unpack import rows, segments, step
+from patchscope_nn.body import batch, packed
+from patchscope_nn.lower import rows, segments, step
 
 
 class Fault(NamedTuple):
@@ -86,7 +86,7 @@ def _positions(patch):
             made["position_ids"] = torch.arange(made["input_ids"].shape[1]).expand(len(prompts), -1)
         return made
 
-    reading = sys.modules["patchscope_nn.unpack.reading"]  # its function has its name
+    reading = sys.modules["patchscope_nn.lower.reading"]  # its function has its name
     for module in (rows, step, reading):
         patch.setattr(module, "batch_of", counted)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from benchmarks.quality import cross_model, entities, next_token
 from benchmarks.quality.models import load_named, short
-from patchscope_nn.builtin import NAME
+from patchscope_nn.models.builtin import NAME
 
 ACROSS = ("cross-model", "cross-model-entities")
 RESULTS = Path(__file__).parent / "results"

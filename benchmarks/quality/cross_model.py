@@ -22,8 +22,8 @@ from benchmarks.quality.contexts import SEED, contexts, passages
 from benchmarks.quality.intervals import Interval, interval
 from benchmarks.quality.models import short
 from benchmarks.quality.write import markdown, write_csv, write_page
-from patchscope_nn import prompts
 from patchscope_nn.models import Model
+from patchscope_nn.spec import prompts
 
 #: A penalty so large that the weight is nothing, and the bias the mean of the target's states.
 ENDLESS = 1e9

@@ -23,7 +23,7 @@ from benchmarks.quality.cross_model import chosen, fit, fitted_on
 from benchmarks.quality.intervals import Interval, interval, intervals
 from benchmarks.quality.models import short
 from benchmarks.quality.write import draw_curves, markdown, write_csv, write_page
-from patchscope_nn.data import DataSpec, load_rows
+from patchscope_nn.data.rows import DataSpec, load_rows
 from patchscope_nn.models import Model
 from patchscope_nn.recipe import Recipe
 

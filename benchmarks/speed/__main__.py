@@ -26,8 +26,8 @@ from benchmarks.speed.machine import describe
 from benchmarks.speed.made import MAKERS, make
 from benchmarks.speed.measure import Timing, rounds
 from benchmarks.speed.workloads import Workload
-from patchscope_nn.builtin import NAME
 from patchscope_nn.models import load
+from patchscope_nn.models.builtin import NAME
 
 
 def main() -> None:

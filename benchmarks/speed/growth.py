@@ -38,8 +38,8 @@ def point(name: str, times: int, *, threads: int) -> dict[str, Any]:
     from benchmarks.speed import ours
     from benchmarks.speed.made import Scale, make
     from benchmarks.speed.measure import timed
-    from patchscope_nn.builtin import NAME
     from patchscope_nn.models import load
+    from patchscope_nn.models.builtin import NAME
 
     torch.set_num_threads(threads)
     model = load(NAME)

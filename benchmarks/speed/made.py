@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 import torch
 
 from benchmarks.speed.workloads import SEED, Workload
-from patchscope_nn import prompts
-from patchscope_nn.data import DataSpec, load_rows
+from patchscope_nn.data.rows import DataSpec, load_rows
+from patchscope_nn.lower import eos_ids
 from patchscope_nn.mappings import Affine
 from patchscope_nn.models import Model
-from patchscope_nn.unpack import eos_ids
+from patchscope_nn.spec import prompts
 
 _SOURCE = "Diana, Princess of Wales"
 _SPEAKERS = ("Anna", "Bob", "Carl", "Dora", "Emil", "Fred", "Gina", "Hans", "Ida", "Jack", "Kate", "Leo")

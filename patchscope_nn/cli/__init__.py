@@ -9,6 +9,7 @@ import io
 import sys
 from typing import NoReturn
 
+from patchscope_nn._util.plain import wrong_text
 from patchscope_nn.cli.commands import app
 from patchscope_nn.cli.compare import compare
 from patchscope_nn.cli.explorer import explore
@@ -17,7 +18,6 @@ from patchscope_nn.cli.listing import lint, recipes
 from patchscope_nn.cli.printing import print_error
 from patchscope_nn.cli.report import report
 from patchscope_nn.errors import InputError, PatchscopeError, RunError
-from patchscope_nn.plain import wrong_text
 
 app.command()(report)
 app.command()(compare)

@@ -11,9 +11,9 @@ from typing import Annotated, Any
 import typer
 
 from patchscope_nn import __version__
+from patchscope_nn.backends.ndif.job_size import JOBS
 from patchscope_nn.cli import options, printing
 from patchscope_nn.cli.options import Context, LogLevel
-from patchscope_nn.pace import JOBS
 
 app = typer.Typer(
     help="Ask a language model, in its own words, what one of its hidden states means.",
@@ -61,8 +61,8 @@ def explain(
 ) -> None:
     """The quick look: layer by layer, what the model says a hidden state is."""
     with printing.waiting("loading the model", quiet=json):
-        from patchscope_nn.prepare import load_models
-        from patchscope_nn.quick import explain as quick_look
+        from patchscope_nn.runs.explain import explain as quick_look
+        from patchscope_nn.runs.prepare import load_models
 
         source, target = load_models(
             model=model,
@@ -121,8 +121,8 @@ def run(
     log_level: options.Level = LogLevel.warning,  # noqa: ARG001 (acted on by its callback)
 ) -> None:
     """Run a recipe. The same command again resumes it, and computes no finished cell twice."""
-    from patchscope_nn.experiments import Experiment, run_prepared
     from patchscope_nn.plan import Optimisations
+    from patchscope_nn.runs.experiments import Experiment, run_prepared
 
     used = Optimisations(
         deduplication=deduplication,
@@ -216,10 +216,10 @@ def plan(
 ) -> None:
     """Show what would run, before it runs: contexts, passes, rows and tokens."""
     from patchscope_nn.backends import backend_for
-    from patchscope_nn.bridge import traffic
-    from patchscope_nn.execute import plan_prepared
-    from patchscope_nn.experiments import PreparedMethods
+    from patchscope_nn.backends.crossing import traffic
     from patchscope_nn.plan import Optimisations
+    from patchscope_nn.runs.execute import plan_prepared
+    from patchscope_nn.runs.experiments import PreparedMethods
 
     used = Optimisations(
         deduplication=deduplication,
@@ -276,8 +276,8 @@ def jobs(
     json: options.Json = False,
 ) -> None:
     """List the jobs that a run sent to a server, and how they ended."""
-    from patchscope_nn.ledger import Ledger
-    from patchscope_nn.runs import read_manifest
+    from patchscope_nn.backends.ndif.job_log import Ledger
+    from patchscope_nn.runs.folder import read_manifest
 
     read_manifest(folder)
     printing.print_jobs(Ledger(folder).jobs(), as_json=json)
@@ -294,9 +294,9 @@ def doctor(
 
     With --model, the proof of the model: what was compared with plain hooks, and what is switched off for it.
     """
-    from patchscope_nn import builtin
     from patchscope_nn.backends import on_server
-    from patchscope_nn.doctor import check_here, check_model, check_server
+    from patchscope_nn.models import builtin
+    from patchscope_nn.runs.doctor import check_here, check_model, check_server
 
     findings = list(check_here())
     verdict = None
@@ -315,7 +315,7 @@ def doctor(
 
 def _leave_or_cancel(folder: Path) -> None:
     """Ask what becomes of the jobs that are on their way; where nobody can answer they are left."""
-    from patchscope_nn.ledger import Ledger
+    from patchscope_nn.backends.ndif.job_log import Ledger
 
     ledger = Ledger(folder)
     live = len(ledger.live())
@@ -341,8 +341,8 @@ def _wants_cancel(live: int) -> bool:
 
 def _run_folders(prepared: Any, folder: Path) -> list[Path]:
     """The folder of the run, or of each method's."""
-    from patchscope_nn.experiments import PreparedMethods
     from patchscope_nn.recipe import slug
+    from patchscope_nn.runs.experiments import PreparedMethods
 
     return (
         [folder / slug(name) for name in prepared.methods]
@@ -353,8 +353,8 @@ def _run_folders(prepared: Any, folder: Path) -> list[Path]:
 
 def _fitted(prepared: Any, *, command: str, quiet: bool) -> Any:
     """What was prepared, with its mappings fitted, where they are still to be."""
-    from patchscope_nn.execute import ready
-    from patchscope_nn.experiments import PreparedMethods
+    from patchscope_nn.runs.execute import ready
+    from patchscope_nn.runs.experiments import PreparedMethods
 
     if isinstance(prepared, PreparedMethods):
         methods = {name: _fitted(one, command=command, quiet=quiet) for name, one in prepared.methods.items()}
@@ -371,7 +371,7 @@ def _prepare(recipe: str, *, sets: list[str] | None, quiet: bool, **given: Any) 
 
     parsed = load_recipe(recipe, sets=sets or ())
     with printing.waiting("loading the model", quiet=quiet):
-        from patchscope_nn.experiments import PreparedMethods, prepare
+        from patchscope_nn.runs.experiments import PreparedMethods, prepare
 
         prepared = prepare(parsed, base=find(recipe).parent, **given)
     ones = prepared.methods.values() if isinstance(prepared, PreparedMethods) else (prepared,)

@@ -22,7 +22,7 @@ def compare(
 ) -> None:
     """Compare runs cell by cell: paired differences with intervals, in each metric."""
     from patchscope_nn.cli.comparing import print_compared
-    from patchscope_nn.experiments import compare_runs, load_runs, write_page
+    from patchscope_nn.runs.experiments import compare_runs, load_runs, write_page
 
     runs = load_runs(folders)
     found = compare_runs(runs, best=[one.value for one in best_over] if best_over else None)

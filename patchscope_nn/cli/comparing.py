@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from patchscope_nn.analysis.statistics import REAL
 from patchscope_nn.cli.printing import grid, mean_text, out_json, show
 from patchscope_nn.report.comparison import p_text
-from patchscope_nn.statistics import REAL
 
 if TYPE_CHECKING:
-    from patchscope_nn.comparison import Comparison
-    from patchscope_nn.experiments import Experiment
+    from patchscope_nn.analysis.comparison import Comparison
+    from patchscope_nn.runs.experiments import Experiment
 
 
 def print_experiment(experiment: Experiment, *, as_json: bool) -> None:

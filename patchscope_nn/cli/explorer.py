@@ -37,10 +37,10 @@ def explore(
         )
     # Before anything that imports nnsight; see there.
     from patchscope_nn.explore import server  # isort: skip
-    from patchscope_nn import builtin
     from patchscope_nn.explore.answers import Answers
     from patchscope_nn.explore.copies import Options
     from patchscope_nn.explore.lenses import lenses
+    from patchscope_nn.models import builtin
 
     answers = Answers(
         lenses(lens or ()),

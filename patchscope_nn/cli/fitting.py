@@ -206,7 +206,7 @@ def _through_text(
     json: options.Json = False,
     log_level: options.Level = LogLevel.warning,  # noqa: ARG001 (acted on by its callback)
 ) -> None:
-    from patchscope_nn.fit.through_text import KINDS
+    from patchscope_nn.fitting.trained.through_text import KINDS
     from patchscope_nn.spec import Source, Target
 
     kind = str(context.info_name)
@@ -308,7 +308,7 @@ def soft_prompt(
 
 
 def _fit(kind: str, *, data: str, out: Path, json: bool, **given: Any) -> None:
-    from patchscope_nn.fit.trained import fit_trained
+    from patchscope_nn.fitting.trained.fit import fit_trained
 
     progress = printing.Progress(f"fitting {kind}", quiet=json, unit="steps")
     command = shlex.join(["patchscope", *sys.argv[1:]])
@@ -317,14 +317,14 @@ def _fit(kind: str, *, data: str, out: Path, json: bool, **given: Any) -> None:
 
 
 def _model(name: str | None, dtype: str, device_map: str | None) -> Any:
-    from patchscope_nn import builtin
+    from patchscope_nn.models import builtin
     from patchscope_nn.proof import load
 
     return load(name or builtin.NAME, dtype=dtype, device_map=device_map)
 
 
 def _training(**given: Any) -> Any:
-    from patchscope_nn.fit.training import Training
+    from patchscope_nn.fitting.trained.training import Training
 
     return Training(**given)
 

@@ -40,8 +40,8 @@ def _closed(
 ) -> None:
     kind = str(context.info_name)
     with printing.waiting("loading the model", quiet=json):
-        from patchscope_nn.fit import fit_mapping
-        from patchscope_nn.prepare import load_models
+        from patchscope_nn.fitting import fit_mapping
+        from patchscope_nn.runs.prepare import load_models
 
         source, target = load_models(
             model=model,

@@ -11,7 +11,7 @@ from patchscope_nn.cli import options, printing
 
 def recipes(*, json: options.Json = False) -> None:
     """List the recipes that ship, and what each costs whole, on its default model."""
-    from patchscope_nn.costs import costs
+    from patchscope_nn.runs.costs import costs
 
     with printing.waiting("counting cells", quiet=json):
         found = costs()

@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from patchscope_nn.errors import PatchscopeError, Problem, SpecError
 
 if TYPE_CHECKING:
-    from patchscope_nn.bridge import Traffic
-    from patchscope_nn.costs import Cost
-    from patchscope_nn.doctor import Finding
-    from patchscope_nn.ledger import Job
+    from patchscope_nn.backends.crossing import Traffic
+    from patchscope_nn.backends.ndif.job_log import Job
     from patchscope_nn.mappings import ResolvedMapping
     from patchscope_nn.models import Verdict
     from patchscope_nn.plan import Plan
-    from patchscope_nn.quick import Look
     from patchscope_nn.recipe import Recipe
+    from patchscope_nn.runs.costs import Cost
+    from patchscope_nn.runs.doctor import Finding
+    from patchscope_nn.runs.explain import Look
 
 _PLAIN_EVERY_S = 5.0
 
@@ -142,7 +142,7 @@ def show(*things: Any) -> None:
 
 def mean_text(found: Mapping[str, Any] | None, *, sign: str = "") -> str:
     """A mean with its interval, of which a single row has none; `sign` is that of a format."""
-    from patchscope_nn.statistics import is_null
+    from patchscope_nn.analysis.statistics import is_null
 
     if found is None or is_null(found["mean"]):
         return ""

@@ -19,7 +19,7 @@ def report(
     json: options.Json = False,
 ) -> None:
     """Build the HTML report of a run, or of an experiment with all its methods, again."""
-    from patchscope_nn.experiments import Experiment, open_finished
+    from patchscope_nn.runs.experiments import Experiment, open_finished
 
     finished = open_finished(folder)
     pages = [finished.report()]

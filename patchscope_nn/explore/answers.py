@@ -6,18 +6,18 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from patchscope_nn.analysis.tables import cut
 from patchscope_nn.errors import RunError
-from patchscope_nn.execute import run_prepared
 from patchscope_nn.explore.copies import Options
 from patchscope_nn.explore.lenses import Lens
 from patchscope_nn.explore.views import WINDOW, CellView, GridView, View
 from patchscope_nn.explore.worker import Ask
 from patchscope_nn.models import Model
-from patchscope_nn.prepare import Prepared, load_models, prepare
-from patchscope_nn.prompts import decode, encode
 from patchscope_nn.recipe import Recipe
+from patchscope_nn.runs.execute import run_prepared
+from patchscope_nn.runs.prepare import Prepared, load_models, prepare
 from patchscope_nn.spec import Generate
-from patchscope_nn.tables import cut
+from patchscope_nn.spec.prompts import decode, encode
 
 #: How many pairs of models are kept; one that comes again after so many others is loaded again.
 _PAIRS_KEPT = 2

@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from patchscope_nn import prompts
 from patchscope_nn.errors import InputError
 from patchscope_nn.recipe import Recipe, load_recipe, shipped
-from patchscope_nn.spec import NextToken, Patchscope, Source, Target
+from patchscope_nn.spec import NextToken, Patchscope, Source, Target, prompts
 
 #: The lens whose target the page gives.
 OWN = "own"

@@ -23,14 +23,15 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp
 
-from patchscope_nn import __version__, prompts
-from patchscope_nn.data import BUILTIN, DataSpec, load_rows
+from patchscope_nn import __version__
+from patchscope_nn.data.rows import BUILTIN, DataSpec, load_rows
 from patchscope_nn.errors import InputError, PatchscopeError
 from patchscope_nn.explore.answers import Answers
 from patchscope_nn.explore.copies import as_python, as_yaml
 from patchscope_nn.explore.guard import Guard
 from patchscope_nn.explore.views import WINDOW, CellView, GridView, View
 from patchscope_nn.explore.worker import Ask, Event, Worker, as_event
+from patchscope_nn.spec import prompts
 
 _PAGE = Path(__file__).parent / "page"
 _LOOPBACK = "127.0.0.1"

@@ -8,13 +8,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from patchscope_nn import prompts
 from patchscope_nn.errors import InputError, did_you_mean
 from patchscope_nn.explore.lenses import OWN, Lens, own_lens
-from patchscope_nn.layers import LayerSelector, parse_layers
-from patchscope_nn.prompts import literal
 from patchscope_nn.recipe import Recipe
-from patchscope_nn.spec import Generate, NextToken, Source, Spec, Target
+from patchscope_nn.spec import Generate, NextToken, Source, Spec, Target, prompts
+from patchscope_nn.spec.layers import LayerSelector, parse_layers
+from patchscope_nn.spec.prompts import literal
 
 #: The most tokens of a prompt that one grid shows.
 WINDOW = 40

@@ -4,8 +4,8 @@ A mapping is resolved, before any context opens, to a `ResolvedMapping`: a kind 
 that travels into one. `apply_mapping` is the one function that runs there.
 """
 
+from patchscope_nn.body.mappings import Pair, Parts, apply_mapping, map_parts
 from patchscope_nn.mappings.affine import Affine
-from patchscope_nn.mappings.apply import Pair, Parts, apply_mapping, map_parts
 from patchscope_nn.mappings.fitted import Fitted, listed, pair_text
 from patchscope_nn.mappings.provenance import Provenance, Space
 from patchscope_nn.mappings.resolve import ResolvedMapping, resolve_mapping

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from patchscope_nn.arguments import checked_class
+from patchscope_nn._util.arguments import checked_class
 from patchscope_nn.errors import MappingError
 
 

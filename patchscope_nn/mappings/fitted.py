@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from patchscope_nn.arguments import checked_class
+from patchscope_nn._util.arguments import checked_class
+from patchscope_nn.body.mappings import Pair, Parts, map_parts
 from patchscope_nn.errors import MappingError
-from patchscope_nn.mappings.apply import Pair, Parts, map_parts
 from patchscope_nn.mappings.provenance import Provenance
 
 #: The key of the file's metadata that holds a JSON object.

@@ -9,8 +9,8 @@ from datetime import UTC, datetime
 from importlib import metadata
 from typing import Any
 
-from patchscope_nn.arguments import checked_class
-from patchscope_nn.mappings.apply import Pair
+from patchscope_nn._util.arguments import checked_class
+from patchscope_nn.body.mappings import Pair
 from patchscope_nn.models import ModelInfo
 
 _PACKAGES = ("patchscope-nn", "nnsight", "torch", "transformers", "tokenizers", "safetensors")

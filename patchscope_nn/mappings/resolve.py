@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
+from patchscope_nn.body.mappings import Pair, Parts
 from patchscope_nn.errors import MappingError
 from patchscope_nn.mappings.affine import Affine
-from patchscope_nn.mappings.apply import Pair, Parts
 from patchscope_nn.mappings.fitted import Fitted, listed
 from patchscope_nn.mappings.provenance import Space
 from patchscope_nn.mappings.published import PUBLISHED, load_published

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from patchscope_nn.arguments import checked_class
+from patchscope_nn._util.arguments import checked_class
 from patchscope_nn.models.verdict import Verdict
 
 #: The device of a model whose weights are not in this process.

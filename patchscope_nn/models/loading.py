@@ -7,8 +7,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from patchscope_nn import builtin
 from patchscope_nn.errors import ModelError, did_you_mean
+from patchscope_nn.models import builtin
 from patchscope_nn.models.architecture import (
     dtype_of,
     find_architecture,

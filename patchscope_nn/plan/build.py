@@ -20,7 +20,6 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from patchscope_nn.cells import Cell, Sweep
 from patchscope_nn.errors import InputError
 from patchscope_nn.models import FUSED, Withheld
 from patchscope_nn.plan.budget import MAX_ROWS, MEMORY, Budget
@@ -30,6 +29,7 @@ from patchscope_nn.plan.passes import Context, Optimisations, Step
 from patchscope_nn.plan.proven import allowed
 from patchscope_nn.plan.sources import Reader
 from patchscope_nn.spec import Generate
+from patchscope_nn.sweep import Cell, Sweep
 
 #: A step is what is lost together. Decoding makes its passes long; else more cells sort into better passes.
 _PASSES_PER_STEP, _DECODING_PASSES_PER_STEP = 8, 1

@@ -17,9 +17,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from patchscope_nn.cells import Cell, Sweep
-from patchscope_nn.layers import EMBED
 from patchscope_nn.spec import Hidden, read_position
+from patchscope_nn.spec.layers import EMBED
+from patchscope_nn.sweep import Cell, Sweep
 
 #: Trunks enter before block 0, as embeddings.
 START = EMBED - 1

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from patchscope_nn.cells import Sweep
 from patchscope_nn.spec import read_position
+from patchscope_nn.sweep import Sweep
 
 #: Fewer tokens than this are not worth a pass of their own.
 _SHORTEST = 2

@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from patchscope_nn.cells import Cell, Sweep
 from patchscope_nn.models import ELSEWHERE
 from patchscope_nn.plan.budget import Budget, Costs
 from patchscope_nn.plan.layout import branches_at, lay_out, needed_end
 from patchscope_nn.plan.passes import Optimisations, TargetPass
 from patchscope_nn.spec import Choices, Generate, read_position
+from patchscope_nn.sweep import Cell, Sweep
 
 #: With clean prompts among them, or where decoding goes on for long, a sequence may be this much longer.
 _LONGER = 4

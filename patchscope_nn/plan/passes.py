@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Literal, NamedTuple, TypeAlias
 
-from patchscope_nn.arguments import checked_class
-from patchscope_nn.cells import Cell
+from patchscope_nn._util.arguments import checked_class
 from patchscope_nn.plan.layout import Layout
+from patchscope_nn.sweep import Cell
 
 Context: TypeAlias = Literal["fused", "session", "nested", "bridged"]
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from patchscope_nn.cells import Sweep
 from patchscope_nn.errors import InputError
 from patchscope_nn.models import FUSED, PLAIN, ModelInfo, Withheld
 from patchscope_nn.plan.passes import Optimisations
 from patchscope_nn.spec import Generate
+from patchscope_nn.sweep import Sweep
 
 #: What depends on how prompts stand in a pass; the others only decide what is run again.
 _ARRANGED = ("mixed_lengths", "prefix_sharing", "late_entry", "shared_attention", "cached_decoding", FUSED)

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from patchscope_nn.cells import Cell, Sweep, Weighted
 from patchscope_nn.plan.budget import Budget, Costs
 from patchscope_nn.plan.passes import Optimisations, SourcePass, State
+from patchscope_nn.sweep import Cell, Sweep, Weighted
 
 
 def states_of(sweep: Sweep, cell: Cell) -> Iterator[State]:

@@ -10,12 +10,12 @@ from typing import Any
 
 from patchscope_nn import models
 from patchscope_nn.backends import Ndif
+from patchscope_nn.body.program import Work
 from patchscope_nn.errors import ServerError
 from patchscope_nn.models import COSTS, ELSEWHERE, Model, Verdict, is_offloaded
 from patchscope_nn.proof import store
 from patchscope_nn.proof.prove import prove
 from patchscope_nn.proof.remote import prove_remotely
-from patchscope_nn.unpack import Work
 
 _LOG = logging.getLogger(__name__)
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from patchscope_nn.cells import Cell
 from patchscope_nn.proof.hooks import Hooks, Place, Write, distance, spread
 from patchscope_nn.proof.trials import CHOICES, Runner, Trial
+from patchscope_nn.sweep import Cell
 
 
 class Reference:

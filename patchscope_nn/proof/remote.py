@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from patchscope_nn.body.program import Work
 from patchscope_nn.errors import JobError, ModelError
 from patchscope_nn.models import Comparison, Model, Verdict, Withheld
 from patchscope_nn.plan import Optimisations
@@ -22,7 +23,6 @@ from patchscope_nn.proof.prompts import thresholds
 from patchscope_nn.proof.prove import ORDINARY
 from patchscope_nn.proof.trials import Runner, Trial, readout_of
 from patchscope_nn.spec import Choices, Generate, Hidden, NextToken
-from patchscope_nn.unpack import Work
 
 #: The dtype there is not known here, so half precision is assumed.
 _ROUNDING = 0.15

@@ -11,8 +11,7 @@ from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 
-from patchscope_nn import builtin
-from patchscope_nn.models import Model, Verdict
+from patchscope_nn.models import Model, Verdict, builtin
 
 _VERSIONS = ("torch", "transformers", "nnsight")
 #: What of a config names a checkpoint and decides nothing.

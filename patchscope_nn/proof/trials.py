@@ -11,8 +11,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
-from patchscope_nn.backends import Local, execute, results_of
-from patchscope_nn.cells import Cell, Sweep, expand
+from patchscope_nn.backends import Local, results_of, run_steps
+from patchscope_nn.body.program import Work
+from patchscope_nn.lower import unpack
 from patchscope_nn.mappings import ResolvedMapping
 from patchscope_nn.models import Model, Verdict, usable_memory
 from patchscope_nn.plan import Optimisations, Plan, Step, plan
@@ -29,7 +30,7 @@ from patchscope_nn.spec import (
     Source,
     Target,
 )
-from patchscope_nn.unpack import Work, unpack
+from patchscope_nn.sweep import Cell, Sweep, expand
 
 #: The tokens that all target prompts of a trial begin with, so that there is a prefix to share.
 _PREFIX = 3
@@ -165,7 +166,7 @@ class Runner:
             self._sweep(trial, model), context=context, memory=self.memory, optimisations=optimisations
         )
         with _endless(model.module):
-            steps = execute(planned, source=model, target=model, mapping=_IDENTITY, backend=Local())
+            steps = run_steps(planned, source=model, target=model, mapping=_IDENTITY, backend=Local())
             cells = [result for step in steps for result in step]
         return sorted(cells, key=lambda result: result[0].number)
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from patchscope_nn.data import read_table
+from patchscope_nn.data.rows import read_table
 from patchscope_nn.errors import DataError, Problem, did_you_mean
 from patchscope_nn.metrics import MetricUse
-from patchscope_nn.positions import texts_of
-from patchscope_nn.prompts import PER_LAYER, PromptSpec, placeholders
 from patchscope_nn.recipe.model import Probe, Recipe
 from patchscope_nn.spec import Choices, Cut, NextToken, Patchscope
+from patchscope_nn.spec.positions import texts_of
+from patchscope_nn.spec.prompts import PER_LAYER, PromptSpec, placeholders
 
 
 def missing_columns(recipe: Recipe, *, base: Path | None = None) -> list[Problem]:

@@ -14,8 +14,8 @@ from typing import Any
 
 import yaml
 
+from patchscope_nn._util.plain import wrong_text
 from patchscope_nn.errors import Problem
-from patchscope_nn.plain import wrong_text
 
 try:
     from yaml import CSafeLoader as _SafeLoader

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
-from patchscope_nn.arguments import checked
+from patchscope_nn._util.arguments import checked
 from patchscope_nn.errors import InputError, Problem, SpecError, did_you_mean
 from patchscope_nn.recipe.changes import Change, apply_changes, parse_changes
 from patchscope_nn.recipe.columns import missing_columns

@@ -17,7 +17,7 @@ from pydantic import (
     model_validator,
 )
 
-from patchscope_nn.data import DataSpec
+from patchscope_nn.data.rows import DataSpec
 from patchscope_nn.errors import SpecError, did_you_mean
 from patchscope_nn.metrics import METRICS, MetricUse, check_metrics, parse_metric
 from patchscope_nn.recipe.methods import variants

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from patchscope_nn.data import DataSpec
+from patchscope_nn.data.rows import DataSpec
 from patchscope_nn.recipe.model import Probe, Recipe
 from patchscope_nn.spec import READOUTS, Corrupt, Fit, Source, Target, Train, Vector
 

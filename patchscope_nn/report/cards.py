@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from patchscope_nn.metrics import METRICS
-from patchscope_nn.plots import as_list, is_null, layer_name, numbers, token, visible
+from patchscope_nn.report.figures import as_list, is_null, layer_name, numbers, token, visible
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
-from patchscope_nn.plots import as_list, is_null, odds, reads_sink, token, visible
+from patchscope_nn.report.figures import as_list, is_null, odds, reads_sink, token, visible
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from patchscope_nn.comparison import Comparison
-from patchscope_nn.plots import metric_columns, visible
-from patchscope_nn.plots.comparison import comparison_curve
+from patchscope_nn.analysis.comparison import Comparison
+from patchscope_nn.analysis.statistics import REAL, is_null
 from patchscope_nn.report.cells import cells_json, script_json
+from patchscope_nn.report.figures import metric_columns, visible
+from patchscope_nn.report.figures.comparison import comparison_curve
 from patchscope_nn.report.page import MAX_CELLS, plotly_js, template, write_whole
 from patchscope_nn.report.summary import as_mapping, controls_said
-from patchscope_nn.statistics import REAL, is_null
 
 if TYPE_CHECKING:
     from collections.abc import Hashable

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from patchscope_nn.plots import (
+from patchscope_nn.analysis.statistics import best_over
+from patchscope_nn.report.cells import cell_said
+from patchscope_nn.report.figures import (
     REAL,
     by_scale,
     layer_means,
@@ -18,12 +20,10 @@ from patchscope_nn.plots import (
     visible,
     with_probe_controls,
 )
-from patchscope_nn.report.cells import cell_said
 from patchscope_nn.report.summary import as_mapping, summary
-from patchscope_nn.statistics import best_over
 
 if TYPE_CHECKING:
-    from patchscope_nn.comparison import Comparison
+    from patchscope_nn.analysis.comparison import Comparison
 
 _ROWS = 40
 _EXAMPLES = 6

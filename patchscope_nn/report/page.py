@@ -12,9 +12,9 @@ import jinja2
 import yaml
 from markupsafe import Markup
 
-from patchscope_nn.plots import figures, metric_columns, visible
 from patchscope_nn.report.cards import cards
 from patchscope_nn.report.cells import cells_json, script_json
+from patchscope_nn.report.figures import figures, metric_columns, visible
 from patchscope_nn.report.summary import as_mapping, controls_said, facts, summary
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 #: The most cells of which a page says everything; its figures of metrics are of all.
 MAX_CELLS = 12_000
 _ELSEWHERE = ("recipe", "references")  # what the page shows in other places
-_TEMPLATES = Path(__file__).parents[1] / "templates"
+_TEMPLATES = Path(__file__).parent / "templates"
 
 
 def write_report(

@@ -6,8 +6,9 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from patchscope_nn.analysis.statistics import best_over
 from patchscope_nn.metrics import METRICS
-from patchscope_nn.plots import (
+from patchscope_nn.report.figures import (
     REAL,
     by_scale,
     is_null,
@@ -19,7 +20,6 @@ from patchscope_nn.plots import (
     visible,
     with_probe_controls,
 )
-from patchscope_nn.statistics import best_over
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -7,7 +7,7 @@ writes it at (target prompt T, position i*, layer l*, model M*); the readout is 
 Nothing here imports torch, so a recipe can be checked in milliseconds.
 """
 
-from patchscope_nn.checking import Spec, problems
+from patchscope_nn._util.checking import Spec, problems
 from patchscope_nn.spec.fitting import FIT_KINDS, Fit, FitKind, fit_schema
 from patchscope_nn.spec.mapping import ALIGNED, NAMED_MAPPINGS, AnyMapping, dump_mapping
 from patchscope_nn.spec.readout import (

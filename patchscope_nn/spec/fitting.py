@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self, TypeAlias, get_args
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from patchscope_nn.checking import NAMED, Spec
+from patchscope_nn._util.checking import NAMED, Spec
 
 FitKind: TypeAlias = Literal["affine", "orthogonal", "low_rank", "scale"]
 FIT_KINDS: tuple[str, ...] = get_args(FitKind)

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 from pydantic import BeforeValidator, Discriminator, Field, PlainSerializer, Tag
 
-from patchscope_nn.checking import NAMED, Spec
+from patchscope_nn._util.checking import NAMED, Spec
 from patchscope_nn.errors import did_you_mean
 
 

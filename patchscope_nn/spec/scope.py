@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import model_validator
 
-from patchscope_nn.checking import Spec
+from patchscope_nn._util.checking import Spec
 from patchscope_nn.spec.mapping import AnyMapping
 from patchscope_nn.spec.readout import AnyReadout, Generate, NextToken
 from patchscope_nn.spec.sides import Source, Target

@@ -7,10 +7,10 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BeforeValidator, Field, PlainSerializer, WithJsonSchema, model_validator
 
-from patchscope_nn.checking import Spec
-from patchscope_nn.layers import SourceLayers, TargetLayers
-from patchscope_nn.positions import Positions
-from patchscope_nn.prompts import Prompt
+from patchscope_nn._util.checking import Spec
+from patchscope_nn.spec.layers import SourceLayers, TargetLayers
+from patchscope_nn.spec.positions import Positions
+from patchscope_nn.spec.prompts import Prompt
 from patchscope_nn.spec.write import Corrupt, Cut, Scales, Write
 
 #: What of a block is read or written: its output, its input, or the output of its attention or its MLP.

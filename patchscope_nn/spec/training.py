@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self, TypeAlias, get_args
 
 from pydantic import Field, model_validator
 
-from patchscope_nn.checking import NAMED, Spec
+from patchscope_nn._util.checking import NAMED, Spec
 
 #: To the last block of the model itself, fitted on texts.
 LensKind: TypeAlias = Literal["tuned_lens", "jacobian_lens"]

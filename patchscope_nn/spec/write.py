@@ -7,9 +7,9 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BeforeValidator, Field, PlainSerializer, WithJsonSchema
 
-from patchscope_nn.checking import NAMED, Spec
+from patchscope_nn._util.checking import NAMED, Spec
 from patchscope_nn.errors import did_you_mean
-from patchscope_nn.positions import POSITIONS_SCHEMA, Positions
+from patchscope_nn.spec.positions import POSITIONS_SCHEMA, Positions
 
 
 class Cut(Spec):

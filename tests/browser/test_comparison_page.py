@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from tables import NASTY, make_table
 
-from patchscope_nn.comparison import Compared, compare
+from patchscope_nn.analysis.comparison import Compared, compare
 from patchscope_nn.report import Side, write_comparison
 
 pytestmark = pytest.mark.browser

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,70 +14,13 @@ import patchscope_nn as ps
 
 PACKAGE = Path(ps.__file__).parent
 
-#: From left to right as data flows; a module imports only what stands to its left.
-ORDER = [
-    *(
-        "errors",
-        "plain",
-        "checking",
-        "arguments",
-        "layers",
-        "prompts",
-        "positions",
-        "spec",
-        "metrics",
-        "data_files",
-        "data",
-        "data_given",
-        "recipe",
-    ),
-    *(
-        "builtin",
-        "models",
-        "mappings",
-        "resolve",
-        "cells",
-        "vectors",
-        "plan",
-        "plan_text",
-        "unpack",
-    ),
-    *(
-        "bridge",
-        "readouts",
-        "emit",
-        "travel",
-        "jobs",
-        "backends",
-        "proof",
-        "fit",
-        "ledger",
-        "pace",
-        "fleet",
-        "tables",
-        "statistics",
-        "comparison",
-        "probes",
-        "ensembles",
-        "plots",
-        "report",
-    ),
-    *(
-        "rows",
-        "runs",
-        "prepare",
-        "execute",
-        "experiments",
-        "costs",
-        "quick",
-        "doctor",
-        "explore",
-        "cli",
-        "__main__",
-    ),
-]
-#: A method of a plan or a run may reach for how it is shown; only when it is called.
-SHOWN_LATER = {("plan", "plan_text"), ("runs", "plots"), ("runs", "report")}
+#: The order of the rooms, as docs/ARCHITECTURE.md gives it: its table's first column.
+ARCHITECTURE = PACKAGE.parent / "docs" / "ARCHITECTURE.md"
+ORDER = re.findall(r"^\| `(\w+)`", ARCHITECTURE.read_text(encoding="utf-8"), flags=re.MULTILINE)
+#: The modules that are no rooms.
+LOOSE = {"__init__", "__main__", "errors"}
+#: What `body` may import besides itself: what every server has.
+ON_SERVERS = {"torch", "nnsight", "transformers"}
 
 
 def home(file):
@@ -99,19 +43,42 @@ def test_nothing_imports_what_stands_to_its_right(file):
     own = home(file)
     assert own in ORDER, f"{own} has no place in the order of the house"
     for other, _ in imports(file):
-        if other in ("__version__", own) or (own, other) in SHOWN_LATER:
+        if other in ("__version__", own):
             continue
         assert ORDER.index(other) < ORDER.index(own), f"{own} imports {other}"
 
 
-def test_only_emit_opens_a_trace():
+def test_the_rooms_are_those_of_the_architecture():
+    rooms = {path.name for path in PACKAGE.iterdir() if path.is_dir() and [*path.glob("*.py")]}
+    assert len(ORDER) == len({*ORDER})
+    assert {*ORDER} == rooms | {"errors", "__main__"}
+    assert {path.stem for path in PACKAGE.glob("*.py")} == LOOSE
+
+
+def test_each_room_has_its_folder_of_tests():
+    folders = {path.name for path in (PACKAGE.parent / "tests").iterdir() if path.is_dir()}
+    assert {*ORDER} - {"errors", "__main__", "engines", "lower"} <= folders
+
+
+@pytest.mark.parametrize("file", sorted((PACKAGE / "body").glob("*.py")), ids=lambda file: file.name)
+def test_what_travels_imports_only_what_servers_have(file):
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        names = [node.module] if isinstance(node, ast.ImportFrom) else []
+        names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        for name in names:
+            top = name.partition(".")[0]
+            ours = name.startswith("patchscope_nn.body")
+            assert ours or top in ON_SERVERS or top in sys.stdlib_module_names, name
+
+
+def test_only_body_opens_a_trace():
     opening = {
         home(file)
         for file in FILES
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
         if isinstance(node, ast.Attribute) and node.attr in ("trace", "session", "generate", "edit", "scan")
     }
-    assert opening == {"emit"}
+    assert opening == {"body"}
 
 
 def test_a_file_stays_small():
@@ -153,13 +120,13 @@ def test_pure_modules_load_neither_torch_nor_pandas(statement):
 #: What a body runs on a server: the functions of these files that begin so.
 INSIDE = ("in_", "_in_")
 TRAVELS = {
-    "emit/__init__": INSIDE,
-    "emit/attention": INSIDE,
-    "emit/states": INSIDE,
-    "emit/batch": INSIDE,
-    "emit/packed": INSIDE,
-    "readouts": ("",),
-    "mappings/apply": ("",),
+    "body/contexts": INSIDE,
+    "body/attention": INSIDE,
+    "body/states": INSIDE,
+    "body/batch": INSIDE,
+    "body/packed": INSIDE,
+    "body/readouts": ("",),
+    "body/mappings": ("",),
 }
 #: What they may name besides each other. transformers, and so its cache, is on every server.
 ALLOWED = {"Any", "torch", "nnsight", "copy", "SimpleNamespace", "DynamicCache", "TorchFunctionMode"}

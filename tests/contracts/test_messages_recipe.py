@@ -4,7 +4,7 @@ import textwrap
 
 import pytest
 
-from patchscope_nn.data import BUILTIN
+from patchscope_nn.data.rows import BUILTIN
 from patchscope_nn.errors import InputError, SpecError
 from patchscope_nn.recipe import lint, load_recipe, shipped
 

@@ -11,7 +11,7 @@ import torch
 
 import patchscope_nn as ps
 from patchscope_nn.errors import SpecError
-from patchscope_nn.fit.training import Training
+from patchscope_nn.fitting.trained.training import Training
 
 WRONG: dict[str, Any] = {
     "None": None,

@@ -9,12 +9,12 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from patchscope_nn import Optimisations
-from patchscope_nn.cells import expand
-from patchscope_nn.emit import attention, packed
-from patchscope_nn.emit.attention import in_attending, in_attention
+from patchscope_nn.body import attention, packed
+from patchscope_nn.body.attention import in_attending, in_attention
+from patchscope_nn.lower import segments
 from patchscope_nn.plan import plan
 from patchscope_nn.spec import NextToken, Patchscope, Source, Target
-from patchscope_nn.unpack import segments
+from patchscope_nn.sweep import expand
 
 N_TOKENS, D_HEAD = 6, 8
 #: What each of six tokens sees behind the prefix; the last two are one cell's, the first of them its patch.

@@ -12,13 +12,13 @@ from sklearn.linear_model import Ridge
 from sklearn.metrics import r2_score
 
 from patchscope_nn.backends import backend_for
-from patchscope_nn.data import DataSpec
-from patchscope_nn.fit.run import fit_mapping, fit_pairs
-from patchscope_nn.fit.score import Scores
-from patchscope_nn.fit.solve import ALPHAS, solve
-from patchscope_nn.fit.states import Paired, Pairing
-from patchscope_nn.fit.sums import Sums
-from patchscope_nn.fit.texts import read_texts
+from patchscope_nn.data.rows import DataSpec
+from patchscope_nn.fitting.closed.fit import fit_mapping, fit_pairs
+from patchscope_nn.fitting.closed.score import Scores
+from patchscope_nn.fitting.closed.solve import ALPHAS, solve
+from patchscope_nn.fitting.closed.states import Paired, Pairing
+from patchscope_nn.fitting.closed.sums import Sums
+from patchscope_nn.fitting.texts import read_texts
 from patchscope_nn.models import load
 from patchscope_nn.spec import Fit
 

@@ -9,10 +9,10 @@ import tiny
 import torch
 
 from patchscope_nn import backends
-from patchscope_nn.bridge import in_place_of, size, target_half, traffic, weights
-from patchscope_nn.execute import plan_prepared, run_prepared
+from patchscope_nn.backends.crossing import in_place_of, size, target_half, traffic, weights
 from patchscope_nn.plan import Optimisations
-from patchscope_nn.prepare import prepare
+from patchscope_nn.runs.execute import plan_prepared, run_prepared
+from patchscope_nn.runs.prepare import prepare
 from patchscope_nn.spec import Generate, Hidden, NextToken, Patchscope, Source, Target
 
 ROWS = ({"s": "The Eiffel Tower is in", "t": "Diana is in Paris x ->"}, {"s": "Diana is", "t": "x is"})

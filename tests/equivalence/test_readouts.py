@@ -10,8 +10,8 @@ import pytest
 import tiny
 import torch
 
+from patchscope_nn.body.readouts import top_logits
 from patchscope_nn.models import load
-from patchscope_nn.readouts import top_logits
 from patchscope_nn.spec import Choices, Generate, Hidden, NextToken, Patchscope, Source, Target
 
 ROWS = (

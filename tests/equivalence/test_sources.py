@@ -10,11 +10,11 @@ from by_hand import Hand, ids_of, same_in_every_way
 from safetensors.torch import save_file
 
 import patchscope_nn as ps
-from patchscope_nn.cells import expand
 from patchscope_nn.errors import DataError, InputError, PositionError, SpecError
 from patchscope_nn.models import load
 from patchscope_nn.plan import Optimisations
 from patchscope_nn.spec import Generate, Hidden, NextToken, Patchscope, Source, Target
+from patchscope_nn.sweep import expand
 
 ROWS = (
     {"s": "The Eiffel Tower", "b": "The", "t": "Diana is in x ->", "kind": "place"},

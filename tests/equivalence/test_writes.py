@@ -11,11 +11,11 @@ import tiny
 import torch
 from by_hand import Hand, ids_of, same_in_every_way
 
-from patchscope_nn.cells import expand
 from patchscope_nn.errors import InputError, SpecError
 from patchscope_nn.models import Model
 from patchscope_nn.plan import Optimisations
 from patchscope_nn.spec import Choices, Generate, Hidden, NextToken, Patchscope, Source, Target
+from patchscope_nn.sweep import expand
 
 ROWS = (
     {"s": "The Eiffel Tower", "t": "Diana is in x ->", "a": " Paris"},

@@ -11,7 +11,7 @@ import sys
 import launch
 import pytest
 
-from patchscope_nn.ledger import Ledger
+from patchscope_nn.backends.ndif.job_log import Ledger
 
 SWEEP = (
     *("run", "next-token", "--limit", "1", "--set", "source.layer=all"),

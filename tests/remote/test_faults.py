@@ -17,14 +17,14 @@ import pytest
 from tables import assert_same_table
 
 import patchscope_nn as ps
-from patchscope_nn import jobs
 from patchscope_nn.backends import Ndif
+from patchscope_nn.backends.ndif import client
+from patchscope_nn.backends.ndif.client import Patience
+from patchscope_nn.backends.ndif.job_log import Job, Ledger, now
 from patchscope_nn.errors import InputError, JobError, ModelError, ServerError
-from patchscope_nn.execute import run_prepared
-from patchscope_nn.jobs import Patience
-from patchscope_nn.ledger import Job, Ledger, now
-from patchscope_nn.prepare import prepare
 from patchscope_nn.proof import proven_on
+from patchscope_nn.runs.execute import run_prepared
+from patchscope_nn.runs.prepare import prepare
 
 HURRIED = Patience(unreachable_s=3, unknown_s=3, stalled_s=3, give_up_s=30)
 
@@ -95,7 +95,7 @@ def test_a_model_that_the_hub_does_not_know(ndif, folders):
 
 
 def test_a_model_that_the_server_cannot_deploy(ndif, away, monkeypatch):
-    monkeypatch.setattr(jobs, "_key", lambda _model: away.traced.to_model_key().replace("tiny", "gone"))
+    monkeypatch.setattr(client, "_key", lambda _model: away.traced.to_model_key().replace("tiny", "gone"))
     with pytest.raises(ModelError, match=r"cannot run this model.*doctor --remote"):
         table(away, remote=ndif, patience=Patience())
 
@@ -276,7 +276,7 @@ def test_a_result_of_an_unexpected_shape(ndif, away, tmp_path):
     with pytest.raises(JobError, match=r"results for \[2\] cells.*doctor --remote"):
         table(away, remote=ndif, out=folder)
     with pytest.raises(JobError, match="a result of an unexpected shape"):
-        jobs.fetch(ndif, jobs.look(ndif, job.id), "fused")
+        client.fetch(ndif, client.look(ndif, job.id), "fused")
 
 
 def test_a_live_job_is_fetched_and_not_run_again(ndif, away, expected, tmp_path):

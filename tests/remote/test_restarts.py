@@ -14,11 +14,11 @@ import pytest
 from tables import assert_same_table
 
 import patchscope_nn as ps
+from patchscope_nn.backends.ndif.client import Patience
+from patchscope_nn.backends.ndif.job_log import Ledger
 from patchscope_nn.errors import ServerError
-from patchscope_nn.execute import run_prepared
-from patchscope_nn.jobs import Patience
-from patchscope_nn.ledger import Ledger
-from patchscope_nn.prepare import prepare
+from patchscope_nn.runs.execute import run_prepared
+from patchscope_nn.runs.prepare import prepare
 
 pytestmark = pytest.mark.slow
 PATIENCE = Patience(unreachable_s=60, unknown_s=8, stalled_s=8, give_up_s=120)

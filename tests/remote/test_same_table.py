@@ -12,8 +12,8 @@ from own_mappings import Bent, doubled
 from tables import assert_same_table
 
 import patchscope_nn as ps
-from patchscope_nn import builtin
-from patchscope_nn.ledger import Ledger
+from patchscope_nn.backends.ndif.job_log import Ledger
+from patchscope_nn.models import builtin
 from patchscope_nn.recipe import load_recipe, shipped
 
 BUILTIN, TINY = launch.BUILTIN, launch.TINY

@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # tests/, for `tin
 import launch
 import tiny
 
-from patchscope_nn import builtin
+from patchscope_nn.models import builtin
 
 #: Sizes of their own, so that a mapping between the two models is no square.
 D_MODEL, N_LAYERS = 48, 6

@@ -1,0 +1,144 @@
+"""The arguments of public functions, checked against their annotations before anything runs."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import types
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+
+from patchscope_nn._util.plain import plain, shown, wrong_text
+from patchscope_nn.errors import Problem, SpecError
+
+# No ParamSpec: it cannot travel to a server by value, as this module does where a user's class names it.
+_F = TypeVar("_F", bound=Callable[..., Any])
+_T = TypeVar("_T")
+
+
+_PACKED = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+
+
+def checked(function: _F) -> _F:
+    """Make a function check its arguments.
+
+    Numbers of numpy, torch and pandas become Python's own where those are asked for.
+
+    Args:
+        function: The function. What its `**options` hold is left to the function they are passed on to.
+
+    Returns:
+        The function; it raises `SpecError` with every argument that is of a wrong type.
+    """
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind(*args, **kwargs)
+        hints: dict[str, Any] = {}
+        # Not kept: a class that travels to a server takes what its methods hold with it.
+        with suppress(NameError):  # there, the names that annotations use are missing
+            hints = get_type_hints(function)
+        wrong = []
+        for name, given in bound.arguments.items():
+            hint = Any if signature.parameters[name].kind in _PACKED else hints.get(name, Any)
+            value, fits = given, _fits(given, hint)
+            if not fits and not isinstance(given, str):
+                bound.arguments[name] = value = plain(given)
+                fits = _fits(value, hint)
+            if problem := _problem(value, hint, fits=fits):
+                wrong.append(Problem(field=name, message=problem))
+        if wrong:
+            raise SpecError(wrong, origin=function.__qualname__.removesuffix(".__init__"))
+        return function(*bound.args, **bound.kwargs)
+
+    return cast("_F", call)
+
+
+def checked_class(kind: type[_T]) -> type[_T]:
+    """Make a class check the arguments of its constructor and of its own public methods.
+
+    `forward` is left as it is: it runs inside traces, and on servers.
+    """
+    for name, member in list(vars(kind).items()):
+        if (name.startswith("_") and name != "__init__") or name == "forward":
+            continue
+        if isinstance(member, classmethod):
+            setattr(kind, name, classmethod(checked(member.__func__)))
+        elif inspect.isfunction(member):
+            setattr(kind, name, checked(member))
+    return kind
+
+
+def _problem(value: Any, hint: Any, *, fits: bool) -> str:
+    """What is wrong with an argument; empty where nothing is. A path may be no text."""
+    if not fits:
+        return f"should be {_words(hint)}; given {shown(value)}"
+    return wrong_text(value) if isinstance(value, str) and Path not in get_args(hint) else ""
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of an annotated type; a boolean is no number, and a text no list."""
+    kind, parts = get_origin(hint) or hint, get_args(hint)
+    if kind is Any or getattr(kind, "_is_protocol", False):
+        return True
+    if kind in (Union, types.UnionType):
+        return any(_fits(value, part) for part in parts)
+    if kind is Literal:
+        return any(type(value) is type(part) and value == part for part in parts)
+    if kind in (int, float):
+        return isinstance(value, int | kind) and not isinstance(value, bool)
+    text = kind in (Sequence, Iterable) and isinstance(value, str | bytes)
+    return isinstance(value, kind) and not text and (not parts or _holds(value, parts))
+
+
+def _holds(value: Any, parts: tuple[Any, ...]) -> bool:
+    """Whether what a container holds is of the annotated types."""
+    if isinstance(value, dict) and len(parts) > 1:
+        return _all_fit(value, parts[0]) and _all_fit(value.values(), parts[1])
+    if not isinstance(value, list | tuple | set | dict):
+        # An array is made plain first; another sequence may read each item from a file.
+        return not hasattr(value, "tolist")
+    if isinstance(value, tuple) and len(parts) > 1 and parts[-1] is not ...:
+        return len(value) == len(parts) and all(map(_fits, value, parts))
+    return _all_fit(value, parts[0])
+
+
+def _all_fit(values: Iterable[Any], hint: Any) -> bool:
+    """Whether each of some values is of an annotated type; the rows of a large run are looked at quickly."""
+    return hint is Any or {*map(type, values)} <= {hint} or all(_fits(value, hint) for value in values)
+
+
+_WORDS: dict[Any, str] = {
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    bool: "True or False",
+    Path: "a path",
+    type(None): "None",
+    Mapping: "a mapping",
+    Sequence: "a list",
+    Iterable: "a list",
+    tuple: "a tuple",
+    Callable: "a function",
+}
+
+
+def _words(hint: Any) -> str:
+    """An annotated type in words."""
+    *first, last = _alternatives(hint)
+    return f"{', '.join(first)} or {last}" if first else last
+
+
+def _alternatives(hint: Any) -> list[str]:
+    kind, parts = get_origin(hint) or hint, get_args(hint)
+    if kind in (Union, types.UnionType):
+        return [words for part in parts for words in _alternatives(part)]
+    if kind is Literal:
+        return [repr(part) for part in parts]
+    words = _WORDS.get(kind) or f"a {kind.__name__}"
+    if kind not in (Sequence, Iterable, tuple) or Any in parts or not parts:
+        return [words]
+    return [f"{words} of {' and '.join(_words(part) for part in parts if part is not ...)}"]

@@ -1,0 +1,273 @@
+"""Results as a table: one tidy row for a cell, with the columns of every run in one order.
+
+The control is null for the real cell. Layers and positions are resolved: blocks from 0 (-1 is the input of
+block 0), positions from the left, as lists, since several tokens may be patched together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+from patchscope_nn.metrics import MetricUse, compute_metrics
+from patchscope_nn.spec import Choices, Generate, Hidden, NextToken, Readout
+from patchscope_nn.spec.prompts import decode
+from patchscope_nn.sweep import Cell, Sweep
+
+PLACES = (
+    "row",
+    "control",
+    "source_prompt",
+    "source_position",
+    "source_token",
+    "source_layer",
+    "target_prompt",
+    "target_position",
+    "target_token",
+    "target_layer",
+    "source_model",
+    "target_model",
+    "mapping",
+    "scale",
+    "sample",
+)
+#: The columns each readout gives, in order.
+READINGS: dict[type[Readout], tuple[str, ...]] = {
+    NextToken: (
+        "top_tokens",
+        "top_ids",
+        "top_probs",
+        "entropy_nats",
+        "reference_tokens",
+        "reference_ids",
+        "reference_logprobs",
+        "reference_ranks",
+        "surprisal_nats",
+        "nll_nats",
+        "kl_nats",
+        "source_top_ids",
+    ),
+    Generate: ("text", "stopped", "token_probs", "unpatched_token_probs"),
+    Choices: ("choices", "choice_logprobs", "choice_probs", "choice"),
+    Hidden: ("hidden", "clean"),
+}
+
+
+_TEXTS_KEPT = 2**15
+
+
+def readings_of(readout: Readout) -> tuple[str, ...]:
+    """The columns of a readout: those it always gives, and those it is asked for."""
+    left_out: tuple[str, ...] = ()
+    if isinstance(readout, Generate) and not readout.relevancy:
+        left_out = ("token_probs", "unpatched_token_probs")
+    if isinstance(readout, Hidden) and not readout.clean:
+        left_out = ("clean",)
+    return tuple(name for name in READINGS[type(readout)] if name not in left_out)
+
+
+def columns_of(readout: Readout, uses: Sequence[MetricUse]) -> list[str]:
+    """The names of a run's columns, in order."""
+    readings = readings_of(readout)
+    metrics = [use.name for use in uses if use.name not in readings]
+    return [*PLACES, *readings, *metrics, "error"]
+
+
+class Tabulator:
+    """Makes the table's rows; what many cells share, it says once.
+
+    Args:
+        sweep: The sweep.
+        uses: The metrics.
+        tokenizer: The target model's.
+        mapping: The mapping's name.
+    """
+
+    def __init__(self, sweep: Sweep, uses: Sequence[MetricUse], *, tokenizer: Any, mapping: str) -> None:
+        self.sweep, self.uses, self.mapping = sweep, uses, mapping
+        self._tokenizer = tokenizer
+        self._text = lru_cache(maxsize=_TEXTS_KEPT)(lambda token: decode([token], tokenizer))
+
+    def row(self, cell: Cell, raw: Mapping[str, Any]) -> dict[str, Any]:
+        """One cell's row.
+
+        Args:
+            cell: The cell.
+            raw: What its readout gave inside the context.
+
+        Returns:
+            The columns of `columns_of`, by name.
+        """
+        if "not_finite" in raw:
+            return self.failed(cell, self._not_finite(cell, raw["not_finite"]))
+        readings = self._readings(cell, raw)
+        metrics = compute_metrics(self.uses, readings, self.sweep.rows[cell.row])
+        return {**self._places(cell), **readings, **metrics, "error": None}
+
+    def _not_finite(self, cell: Cell, where: str) -> str:
+        """Why a cell has no numbers: where the first one stopped being finite."""
+        source, target = (f"{info.name} ({info.dtype})" for info in (self.sweep.source, self.sweep.target))
+        if where == "read":
+            layer = -1 if cell.source_layer is None else cell.source_layer + self.sweep.shifts[0]
+            at = "the embedding" if layer < 0 else f"layer {layer}"
+            return f"the hidden state that was read is not finite: {at} of {source}. Another dtype may help."
+        if where == "written":
+            how = self.sweep.scope.target.mode
+            return (
+                "the state that was written is not finite, though the one that was read is: mapping "
+                f"{self.mapping}, scale {cell.scale:g}, write {how} made it so."
+            )
+        if where == "replaced":
+            return f"the hidden state that the write changes is not finite: {target}. Another dtype may help."
+        if where == "compared":
+            return (
+                "what the patched run is compared with is not finite: the logits, or the state that was "
+                f"replaced, of a run without the patch, of {source} or {target}. Another dtype may help."
+            )
+        patched = ", though the state that was written is" if cell.target_layer is not None else ""
+        return f"the logits of {target} are not finite{patched}. Another dtype may help."
+
+    def failed(self, cell: Cell, reason: str) -> dict[str, Any]:
+        """The row of a cell that has no result."""
+        names = columns_of(self.sweep.scope.readout, self.uses)
+        return {**dict.fromkeys(names), **self._places(cell), "error": reason}
+
+    def _places(self, cell: Cell) -> dict[str, Any]:
+        sweep, read = self.sweep, cell.source_positions
+        number = cell.source_prompt
+        source = None if number is None or number < 0 else sweep.source_prompts[number]
+        target = sweep.target_prompts[cell.target_prompt]
+        return {
+            "row": cell.row,
+            "control": cell.control,
+            "source_prompt": None if number is None else sweep.source_text(number),
+            "source_position": None if read is None or source is None else list(read),
+            "source_token": None if source is None or read is None else [source.tokens[at] for at in read],
+            "source_layer": None if cell.source_layer is None else cell.source_layer + sweep.shifts[0],
+            "target_prompt": target.text,
+            "target_position": list(cell.target_positions),
+            "target_token": [target.tokens[at] for at in cell.target_positions],
+            "target_layer": None if cell.target_layer is None else cell.target_layer + sweep.shifts[1],
+            "source_model": sweep.source.name,
+            "target_model": sweep.target.name,
+            "mapping": self.mapping,
+            "scale": cell.scale,
+            "sample": cell.sample,
+        }
+
+    def _readings(self, cell: Cell, raw: Mapping[str, Any]) -> dict[str, Any]:
+        readout = self.sweep.scope.readout
+        if isinstance(readout, NextToken):
+            named = {
+                "top_tokens": self._texts(raw["top_ids"]),
+                "reference_tokens": self._texts(raw.get("reference_ids")),
+            }
+            return {name: named.get(name, raw.get(name)) for name in READINGS[NextToken]}
+        if isinstance(readout, Generate):
+            whole = decode(raw["token_ids"], self._tokenizer)
+            text = cut(whole, readout.stop)
+            said = {"text": text, "stopped": raw["stopped"] if text == whole else "stop"}
+            return {name: said.get(name, raw.get(name)) for name in readings_of(readout)}
+        if isinstance(readout, Choices):
+            choices = self.sweep.entries[cell.entry].choices
+            best = max(range(len(choices)), key=lambda place: raw["choice_logprobs"][place])
+            return {"choices": list(choices), **raw, "choice": choices[best]}
+        return dict(raw)
+
+    def _texts(self, ids: Sequence[int] | None) -> list[str] | None:
+        return None if ids is None else [self._text(one) for one in ids]
+
+
+def cut(text: str, stop: str | None) -> str:
+    """A generated text up to its stop string, wherever the tokens' borders fall."""
+    return text.partition(stop)[0] if stop else text
+
+
+def frame(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Any:
+    """Rows as a pandas DataFrame with the run's columns; layers are nullable integers."""
+    import pandas as pd
+
+    table = pd.DataFrame({name: [row.get(name) for row in rows] for name in names}, columns=list(names))
+    for name in ("source_layer", "target_layer"):
+        table[name] = table[name].astype("Int64")
+    for name in ("control", "error"):
+        table[name] = table[name].astype(object).where(table[name].notna(), None)
+    return table
+
+
+def light_frame(rows: Iterable[Mapping[str, Any]], names: Sequence[str], *, metrics: Sequence[str]) -> Any:
+    """Rows as a DataFrame that says where each cell is and its metrics, and leaves empty what was read of it.
+
+    What many cells have in common is held once, so that a hundred thousand cells take some 20 MB.
+    """
+    kept = [name for name in names if name in (*PLACES, "error") or name in metrics]
+    texts: dict[str, str] = {}
+    lists: dict[tuple[Any, ...], list[Any]] = {}
+
+    def shared(value: Any) -> Any:
+        if isinstance(value, str):
+            return texts.setdefault(value, value)
+        return lists.setdefault(tuple(value), value) if isinstance(value, list) else value
+
+    return frame([{name: shared(row.get(name)) for name in kept} for row in rows], names)
+
+
+_LISTS = {
+    **dict.fromkeys(
+        ("source_position", "target_position", "top_ids", "reference_ids", "source_top_ids"), "int64"
+    ),
+    **dict.fromkeys(("source_token", "target_token", "top_tokens", "reference_tokens", "choices"), "string"),
+    **dict.fromkeys(("top_probs", "reference_logprobs", "choice_logprobs", "choice_probs"), "double"),
+    **dict.fromkeys(("token_probs", "unpatched_token_probs"), "double"),
+    "reference_ranks": "int64",
+}
+_TEXTS = (
+    *("control", "source_prompt", "target_prompt", "source_model", "target_model", "mapping"),
+    *("text", "stopped", "choice", "error"),
+    "probe_choice",
+)
+_INTEGERS = ("row", "source_layer", "target_layer", "sample")
+
+
+def arrow_schema(names: Sequence[str]) -> Any:
+    """The pyarrow schema of a run's columns: one for every part of a table that is written in parts."""
+    import pyarrow as pa
+
+    def kind(name: str) -> Any:
+        if name in _LISTS:
+            return pa.list_(pa.type_for_alias(_LISTS[name]))
+        if name in ("hidden", "clean"):
+            return pa.list_(pa.list_(pa.float32()))
+        if name in _TEXTS:
+            return pa.string()
+        return pa.int64() if name in _INTEGERS else pa.float64()
+
+    return pa.schema([(name, kind(name)) for name in names])
+
+
+_ROWS_AT_ONCE = 1000
+
+
+def write_parquet(rows: Sequence[Mapping[str, Any]], names: Sequence[str], file: Path) -> None:
+    """Write a table part by part, so that it is never held whole.
+
+    Args:
+        rows: The rows, which may be read as they are asked for.
+        names: The run's columns.
+        file: The parquet file.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    schema, taken = arrow_schema(names), iter(rows)
+    parts = (
+        pa.Table.from_pandas(frame(some, names), schema=schema, preserve_index=False)
+        for some in iter(lambda: list(islice(taken, _ROWS_AT_ONCE)), [])
+    )
+    first = next(parts, schema.empty_table())
+    with pq.ParquetWriter(file, first.schema) as writer:
+        for part in chain((first,), parts):
+            writer.write_table(part)

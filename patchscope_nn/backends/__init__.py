@@ -1,0 +1,39 @@
+"""Where a step runs: here, through the rehearsal of a server, on NDIF, or its two models in two places.
+
+places.py     the places, and which of them options name
+steps.py      a plan's steps, one after the other
+crossing.py   what travels between two places
+ndif/         jobs on an NDIF server
+"""
+
+from patchscope_nn.backends.places import (
+    Backend,
+    Bridged,
+    Local,
+    Ndif,
+    Rehearsal,
+    backend_for,
+    on_server,
+)
+from patchscope_nn.backends.steps import (
+    Listener,
+    PassTooLargeError,
+    is_out_of_memory,
+    results_of,
+    run_steps,
+)
+
+__all__ = [
+    "Backend",
+    "Bridged",
+    "Listener",
+    "Local",
+    "Ndif",
+    "PassTooLargeError",
+    "Rehearsal",
+    "backend_for",
+    "is_out_of_memory",
+    "on_server",
+    "results_of",
+    "run_steps",
+]

@@ -1,0 +1,139 @@
+"""Backends: where a step's context is opened. One method, so that a test can stand in for a cluster."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from patchscope_nn.backends.crossing import in_place_of, source_half, target_half
+from patchscope_nn.backends.ndif import client
+from patchscope_nn.body.program import Work
+from patchscope_nn.engines import Results, emit
+from patchscope_nn.models import Model
+from patchscope_nn.plan import Context
+
+
+class Backend(Protocol):
+    """Runs one step."""
+
+    @property
+    def name(self) -> str:
+        """How manifests call it."""
+
+    @property
+    def remote(self) -> bool:
+        """Whether each request runs one model only."""
+
+    def run(self, context: Context, work: Work, *, source: Model, target: Model) -> Results:
+        """Open the context, run the step, and give back what `emit` gives."""
+
+
+@dataclass(frozen=True)
+class Local:
+    """The models are in this process."""
+
+    name: str = "local"
+    remote: bool = False
+
+    def run(self, context: Context, work: Work, *, source: Model, target: Model) -> Results:
+        """Run a step in this process."""
+        if context == "bridged":
+            return Bridged(self, self).run(context, work, source=source, target=target)
+        return emit(context, work, source=source.traced, target=target.traced)
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """nnsight's rehearsal of a remote run: the request is serialised, read back, and run in this process.
+
+    Passing it is necessary for a remote run, not sufficient.
+    """
+
+    name: str = "rehearsal"
+    remote: bool = True
+
+    def run(self, context: Context, work: Work, *, source: Model, target: Model) -> Results:
+        """Take a step through nnsight's serialisation."""
+        from nnsight.intervention.backends.local import LocalSimulationBackend
+
+        if context == "bridged":
+            return Bridged(self, self).run(context, work, source=source, target=target)
+        backend = LocalSimulationBackend(target.traced)
+        return emit(context, work, source=source.traced, target=target.traced, backend=backend)
+
+
+@dataclass(frozen=True)
+class Ndif:
+    """A model on an NDIF server; each step is a job.
+
+    Attributes:
+        host: The server's URL.
+    """
+
+    host: str
+    name: str = "ndif"
+    remote: bool = True
+
+    def run(self, context: Context, work: Work, *, source: Model, target: Model) -> Results:
+        """Send a step as a job, and wait for it."""
+        if context == "bridged":
+            return Bridged(self, self).run(context, work, source=source, target=target)
+        return client.wait(self.host, client.submit(self.host, context, work, target), context)
+
+
+@dataclass(frozen=True)
+class Bridged:
+    """Source and target in two places: the states of the one travel as values to the other.
+
+    Attributes:
+        source: Where M runs.
+        target: Where M* runs.
+    """
+
+    source: Backend
+    target: Backend
+    remote: bool = True
+
+    @property
+    def name(self) -> str:
+        """Both names."""
+        return f"{self.source.name} -> {self.target.name}"
+
+    def run(self, context: Context, work: Work, *, source: Model, target: Model) -> Results:  # noqa: ARG002
+        """Run the source's half, then the target's."""
+        return self.target.run("session", self.read(work, source=source), source=target, target=target)
+
+    def read(self, work: Work, *, source: Model) -> Work:
+        """Run the source's half of a step, and give the target's."""
+        read = self.source.run("session", source_half(work), source=source, target=source)
+        return target_half(work, in_place_of(work, read["kept"]))
+
+
+def backend_for(
+    remote: bool | str,  # noqa: FBT001 (the value of an option, as users give it)
+    source_remote: bool | str | None = None,  # noqa: FBT001 (the same)
+) -> Backend:
+    """The backend that options name.
+
+    Args:
+        remote: Where M* runs. False: in this process; True: on the NDIF that nnsight is configured for; a
+            URL: on that one; `local`: the rehearsal.
+        source_remote: Where M runs; None is where M* does.
+
+    Raises:
+        InputError: Any other value.
+    """
+    target = _place(remote)
+    source = target if source_remote is None else _place(source_remote)
+    return target if source == target else Bridged(source, target)
+
+
+def on_server(remote: bool | str | None) -> bool:  # noqa: FBT001 (the value of an option, as users give it)
+    """Whether an option names a server, and not this process."""
+    return remote not in (False, None, "local")
+
+
+def _place(remote: bool | str) -> Backend:  # noqa: FBT001 (the same)
+    if remote is False:
+        return Local()
+    return Rehearsal() if remote == "local" else Ndif(client.host_of(remote))

@@ -1,0 +1,13 @@
+"""Everything that runs inside an nnsight context, and travels to a server.
+
+Only torch, nnsight and transformers are imported here, because a server has nothing else.
+
+    program.py    what a body is given: one step of a plan, as plain values
+    contexts.py   opens the nnsight contexts
+    batch.py      runs prompts as padded rows
+    packed.py     runs prompts as segments of one sequence
+    states.py     reads and writes hidden states
+    attention.py  attention to a shared prefix
+    mappings.py   applies a mapping
+    readouts.py   what is read from logits
+"""

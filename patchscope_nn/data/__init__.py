@@ -1,0 +1,1 @@
+"""Data rows: files, data frames, the Hugging Face Hub, and the data that ships. No torch."""

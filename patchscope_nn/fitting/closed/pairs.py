@@ -1,0 +1,90 @@
+"""Which pairs of layers are fitted."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from patchscope_nn.errors import LayerError
+from patchscope_nn.mappings import Pair
+from patchscope_nn.spec.layers import EMBED, parse_layers, resolve_layers
+
+_NAMED = ("same", "last", "cross")
+_PAIR = re.compile(r"^(embed|-?\d+):(embed|-?\d+)$")
+
+
+def parse_pairs(
+    pairs: str | Sequence[Any],
+    *,
+    n_source: int,
+    n_target: int,
+    source_layers: Any = "all",
+    target_layers: Any = "all",
+    one_model: bool = False,
+) -> tuple[Pair, ...]:
+    """The pairs (l, l*) that are named.
+
+    Args:
+        pairs: `same` (l to l* = l), `last` (l to the last block), `cross` (every l to every l*), or pairs:
+            `"3:5"`, `"embed:0,3:5"`, `[(3, 5)]`; negative numbers count from the end.
+        n_source: The number of blocks of the source model.
+        n_target: Of the target model.
+        source_layers: The l of `same`, `last` and `cross`, as in `Source.layer`.
+        target_layers: The l* of `cross`.
+        one_model: Whether both are one model, in which a layer needs no map to itself.
+
+    Returns:
+        The pairs, sorted.
+
+    Raises:
+        LayerError: They are none of these, lie outside the models, or there are none.
+    """
+    if isinstance(pairs, str) and pairs in _NAMED:
+        sources = _layers(source_layers, n_layers=n_source, field="source_layers")
+        targets = _layers(target_layers, n_layers=n_target, field="target_layers")
+        found = {
+            "same": [(layer, layer) for layer in sources if layer < n_target],
+            "last": [(layer, n_target - 1) for layer in sources],
+            "cross": [(layer, target) for layer in sources for target in targets],
+        }[pairs]
+    else:
+        items = pairs.split(",") if isinstance(pairs, str) else pairs
+        found = [_pair(item, n_source=n_source, n_target=n_target) for item in items]
+    if one_model:
+        found = [pair for pair in found if pair[0] != pair[1]]
+    if not found:
+        raise LayerError(
+            f"pairs={pairs!r} leaves nothing to fit"
+            + (": a layer of one model needs no map to itself." if one_model else "."),
+            hint="Use pairs last or cross, name some as l:l*, or name another target model.",
+        )
+    return tuple(sorted(set(found)))
+
+
+def _layers(selector: Any, *, n_layers: int, field: str) -> tuple[int, ...]:
+    try:
+        parsed = parse_layers(selector)
+    except ValueError as error:
+        raise LayerError(f"{field}: {error}.") from None
+    return resolve_layers(parsed, n_layers=n_layers, field=field)
+
+
+def _pair(item: Any, *, n_source: int, n_target: int) -> Pair:
+    match = _PAIR.match(item.strip()) if isinstance(item, str) else None
+    found = match.groups() if match else item
+    if isinstance(found, str) or not isinstance(found, Sequence) or len(found) != 2:  # noqa: PLR2004 (l, l*)
+        raise LayerError(
+            f"{item!r} is no pair of layers.",
+            hint=f"Use {', '.join(_NAMED)}, or pairs like 3:5 or embed:0, separated by commas.",
+        )
+    source, target = (_layer(one) for one in found)
+    return (
+        resolve_layers(source, n_layers=n_source, field="pairs: l")[0],
+        resolve_layers(target, n_layers=n_target, field="pairs: l*")[0],
+    )
+
+
+def _layer(one: Any) -> int | str:
+    """`embed` by its name, which is all that `resolve_layers` takes for it."""
+    return "embed" if one == "embed" or (isinstance(one, int) and one == EMBED) else int(one)

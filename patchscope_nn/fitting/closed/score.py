@@ -1,0 +1,75 @@
+"""How well maps do on texts that were held out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from patchscope_nn.fitting.closed.solve import Solution
+from patchscope_nn.fitting.closed.states import Paired
+from patchscope_nn.mappings import Pair, map_parts
+
+
+class Scores:
+    """Sums over held-out states, from which the numbers of each pair come.
+
+    Args:
+        solutions: The maps.
+    """
+
+    def __init__(self, solutions: Mapping[Pair, Solution]) -> None:
+        self.solutions = solutions
+        self.n = 0
+        self._errors = dict.fromkeys(solutions, 0.0)
+        self._cosines = dict.fromkeys(solutions, 0.0)
+        self._of_mean = dict.fromkeys(solutions, 0.0)
+        self._targets: dict[int, Spread] = {}
+
+    def add(self, states: Paired) -> None:
+        """Map a batch of states and compare."""
+        self.n += len(next(iter(states.source.values())))
+        targets = {layer: found.cpu().double() for layer, found in states.target.items()}
+        for layer in {pair[1] for pair in self.solutions}:
+            self._targets.setdefault(layer, Spread()).add(targets[layer])
+        for pair, solution in self.solutions.items():
+            x, y = states.source[pair[0]].cpu().float(), targets[pair[1]]
+            mapped = map_parts(solution.parts, x).double()
+            self._errors[pair] += float(((mapped - y) ** 2).sum())
+            self._cosines[pair] += float(torch.cosine_similarity(mapped, y, dim=-1).sum())
+            mean = solution.mean.double()
+            self._of_mean[pair] += float(torch.cosine_similarity(mean.expand_as(y), y, dim=-1).sum())
+
+    def numbers(self) -> dict[Pair, dict[str, float]]:
+        """By pair, over all held-out states.
+
+        Returns:
+            `fraction_of_variance`: 1 - sum |f(x) - y|^2 / sum |y - mean of y|^2; `cosine`: the mean cosine of
+            f(x) and y; `cosine_of_mean`: that of y and the mean state that was fitted on, which knows nothing
+            of x; `n`: how many states.
+        """
+        return {
+            pair: {
+                "fraction_of_variance": 1 - self._errors[pair] / self._targets[pair[1]].variance,
+                "cosine": self._cosines[pair] / self.n,
+                "cosine_of_mean": self._of_mean[pair] / self.n,
+                "n": self.n,
+            }
+            for pair in self.solutions
+        }
+
+
+class Spread:
+    """The summed squared distance of states to their mean, streamed (Chan et al. 1983)."""
+
+    def __init__(self) -> None:
+        self.n, self.mean, self.variance = 0, torch.zeros(()), 0.0
+
+    def add(self, states: torch.Tensor) -> None:
+        """Add (n, d_model) states in float64."""
+        count, mean = len(states), states.mean(0)
+        inner = float(((states - mean) ** 2).sum())
+        apart = float(((mean - self.mean) ** 2).sum()) * self.n * count / (self.n + count)
+        self.variance += inner + apart
+        self.mean = self.mean + (mean - self.mean) * count / (self.n + count)
+        self.n += count

@@ -1,0 +1,1 @@
+"""Mappings and prompts that are trained, or differentiated, through a frozen model."""

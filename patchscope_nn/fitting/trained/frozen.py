@@ -1,0 +1,208 @@
+"""A model with its weights held still: plain hooks read and write its states, and gradients pass through.
+
+Only fitting differentiates, and only here; every other run goes through the compiler (`plan`, `emit`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from patchscope_nn.errors import LayerError, ModelError
+from patchscope_nn.models import TURN, Model
+from patchscope_nn.models.architecture import check_unembed, input_device, is_weightless, unembed
+from patchscope_nn.models.block import states_of, with_states
+from patchscope_nn.spec.layers import EMBED, parse_layers, resolve_layers
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Tokens:
+    """Sequences of token ids in one batch, padded on the right.
+
+    Attributes:
+        ids: (batch, position) token ids; whatever stands after a sequence's end is padding.
+        lengths: (batch,) how many of them are the sequence's own.
+    """
+
+    ids: torch.Tensor
+    lengths: tuple[int, ...]
+
+    @property
+    def mask(self) -> torch.Tensor:
+        """(batch, position), 1 where a token is a sequence's own."""
+        own = torch.arange(self.ids.shape[1]) < torch.tensor(self.lengths)[:, None]
+        return own.long().to(self.ids.device)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Write:
+    """States that are written into a batch.
+
+    Attributes:
+        layer: The block whose output they replace; `EMBED` for the input of block 0.
+        positions: (batch, n_patched) positions.
+        states: (batch, n_patched, d_model); (batch, 1, d_model) is one state at all of a row's positions.
+    """
+
+    layer: int
+    positions: Sequence[Sequence[int]]
+    states: torch.Tensor
+
+    def into(self, residual: torch.Tensor) -> torch.Tensor:
+        """The residual stream, (batch, position, d_model), with the states in their place."""
+        columns = torch.tensor([list(row) for row in self.positions], device=residual.device)
+        rows = torch.arange(len(columns), device=residual.device)[:, None]
+        residual = residual.clone()
+        residual[rows, columns] = self.states.to(residual).expand(*columns.shape, -1)
+        return residual
+
+
+class Frozen:
+    """A model's forward, open to reads, writes and gradients; made by `frozen`.
+
+    Attributes:
+        model: The model.
+        last: The number of its last block.
+    """
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.last = model.info.n_layers - 1
+        self._blocks = model.module.get_submodule(model.info.architecture.blocks)
+        self._keeps = "logits_to_keep" in model.info.architecture.arguments
+
+    @property
+    def device(self) -> Any:
+        """Where its tokens, and the tensors of a map, belong."""
+        return input_device(self.model.module)
+
+    def batch(self, sequences: Sequence[Sequence[int]]) -> Tokens:
+        """Put sequences of token ids into one batch."""
+        longest = max(map(len, sequences))
+        self._check_batch(sequences, longest)
+        padded = [[*ids, *([0] * (longest - len(ids)))] for ids in sequences]
+        return Tokens(ids=torch.tensor(padded, device=self.device), lengths=tuple(map(len, sequences)))
+
+    def _check_batch(self, sequences: Sequence[Sequence[int]], longest: int) -> None:
+        """Refuse a batch of texts that may not share a pass, as the model's proof found."""
+        verdict, several = self.model.info.verdict, ""
+        if verdict is None:
+            return
+        if len(sequences) > 1 and not verdict.batches:
+            several = "several texts"
+        elif len({*map(len, sequences)}) > 1 and verdict.withholds("mixed_lengths", tokens=longest):
+            several = "texts of different lengths"
+        if several:
+            raise ModelError(
+                f"{self.model.info.name} is wrong where one pass reads {several}, as its proof found, and "
+                "this kind of mapping is trained on such passes.",
+                hint="Train it on texts of one length, or fit a mapping in closed form."
+                if verdict.batches
+                else "Fit a mapping in closed form.",
+            )
+
+    def unembed(self, states: torch.Tensor) -> torch.Tensor:
+        """The logits the model makes of states of its last block, (..., d_model) -> (..., vocab_size)."""
+        return unembed(self.model.module, self.model.info.architecture, states)
+
+    def run(
+        self, tokens: Tokens, *, read: Collection[int], writes: Sequence[Write] = (), leaf: int | None = None
+    ) -> dict[int, torch.Tensor]:
+        """Run the model once.
+
+        Args:
+            tokens: What it reads.
+            read: The layers whose states are wanted; `EMBED` for the input of block 0.
+            writes: What is written; a layer is read after it is written.
+            leaf: The layer whose states the gradient is taken for; nothing before it is kept for backward.
+
+        Returns:
+            For each layer of `read`, (batch, position, d_model).
+        """
+        found: dict[int, torch.Tensor] = {}
+
+        def pass_on(layer: int, states: torch.Tensor) -> torch.Tensor:
+            for write in writes:
+                if write.layer == layer:
+                    states = write.into(states)
+            if layer == leaf:
+                states = states.detach().requires_grad_()
+            if layer in read:
+                found[layer] = states
+            return states
+
+        layers = {*read, *(write.layer for write in writes), *(() if leaf is None else (leaf,))}
+        with ExitStack() as hooks:
+            for layer in layers:
+                hooks.callback(self._hook(layer, pass_on).remove)
+            kept = {"logits_to_keep": 1} if self._keeps else {}
+            self.model.module(input_ids=tokens.ids, attention_mask=tokens.mask, use_cache=False, **kept)
+        return found
+
+    def _hook(self, layer: int, pass_on: Any) -> Any:
+        if layer == EMBED:
+
+            def before(_module: Any, given: Any, named: Any) -> Any:
+                if given:
+                    return (pass_on(layer, given[0]), *given[1:]), named
+                return given, named | {"hidden_states": pass_on(layer, named["hidden_states"])}
+
+            return self._blocks[0].register_forward_pre_hook(before, with_kwargs=True)
+
+        def after(_module: Any, _given: Any, output: Any) -> Any:
+            return with_states(output, pass_on(layer, states_of(output)))
+
+        return self._blocks[layer].register_forward_hook(after)
+
+
+def choose_layers(model: Model, layers: Any) -> tuple[int, ...]:
+    """The layers a selector names: an int, `all`, `embed`, a range such as `0:10`, or a list of these.
+
+    Raises:
+        LayerError: It is no selector, or names a layer outside the model.
+    """
+    try:
+        selector = parse_layers(layers)
+    except ValueError as error:
+        raise LayerError(f"layer={layers!r} {error}.") from None
+    return resolve_layers(selector, n_layers=model.info.n_layers, field="layer")
+
+
+@contextmanager
+def frozen(model: Model, *, unembeds: bool = True) -> Iterator[Frozen]:
+    """Hold a model's weights still, and give them back as they were. Other threads wait.
+
+    Args:
+        model: A model whose weights are in this process.
+        unembeds: Whether its final norm and unembedding are needed, and so checked.
+
+    Yields:
+        Its forward.
+
+    Raises:
+        ModelError: The weights are elsewhere, or what follows its last block is not known.
+    """
+    module = model.module
+    if is_weightless(module):
+        raise ModelError(
+            f"{model.info.name!r} has no weights in this process, and fitting needs them.",
+            hint="Load the model here (without --remote); what is fitted can then be used anywhere.",
+        )
+    with TURN:
+        if unembeds:
+            check_unembed(module, model.info.architecture, name=model.info.name)
+        learning = [weight for weight in module.parameters() if weight.requires_grad]
+        training = module.training
+        module.eval()
+        try:
+            for weight in learning:
+                weight.requires_grad_(False)
+            yield Frozen(model)
+        finally:
+            for weight in learning:
+                weight.requires_grad_()
+            module.train(training)

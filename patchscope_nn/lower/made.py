@@ -1,0 +1,63 @@
+"""The states of a step that are written: read, given, or made of several."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from patchscope_nn.plan import Plan, State, terms_of
+from patchscope_nn.sweep import Cell
+from patchscope_nn.sweep.vectors import load_soft_prompt, load_vector
+
+
+class Made:
+    """The states that are written: those that are read, and those that are made of them.
+
+    Attributes:
+        numbers: States that are read.
+        given: Vectors from files, by number.
+        sums: What is made: `[number, [[number of a state, weight], ...], whether its mean is taken]`.
+    """
+
+    def __init__(self, plan: Plan, numbers: Mapping[State, int]) -> None:
+        self.sweep, self.numbers = plan.sweep, numbers
+        self.given: dict[int, torch.Tensor] = {}
+        self.sums: list[list[Any]] = []
+        self._next = len(numbers)
+        self._known: dict[Any, int] = {}
+        self._vectors: dict[int, int] = {}
+        soft = plan.sweep.scope.target.soft_prompt
+        self.soft = self._given(load_soft_prompt(soft)) if soft else None
+
+    def number(self, cell: Cell, layer: int | None) -> int | None:
+        """The number of what a cell writes of a layer; None where it writes no state."""
+        terms = terms_of(cell)
+        if not terms:
+            return None
+        mean = self.sweep.scope.source.mean == "positions"
+        if len(terms) == 1 and not cell.terms and not mean:
+            return self._one(terms[0][0], terms[0][1], layer)
+        key = (terms, layer)
+        if key not in self._known:
+            parts = [[self._one(prompt, at, layer), weight] for prompt, at, weight in terms]
+            self._known[key] = self._take()
+            self.sums.append([self._known[key], parts, mean])
+        return self._known[key]
+
+    def _one(self, prompt: int, positions: tuple[int, ...], layer: int | None) -> int:
+        if prompt >= 0:
+            return self.numbers[State(prompt, positions, layer)]
+        if prompt not in self._vectors:
+            self._vectors[prompt] = self._given(load_vector(self.sweep.vectors[-1 - prompt]))
+        return self._vectors[prompt]
+
+    def _given(self, value: torch.Tensor) -> int:
+        number = self._take()
+        self.given[number] = value
+        return number
+
+    def _take(self) -> int:
+        self._next += 1
+        return self._next - 1

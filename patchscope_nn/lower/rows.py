@@ -1,0 +1,148 @@
+"""Prompts as rows of padded batches, in plain values."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from patchscope_nn.body.program import Work
+from patchscope_nn.lower.asked import readout_of
+from patchscope_nn.lower.made import Made
+from patchscope_nn.models import Model, ModelInfo
+from patchscope_nn.plan import Plan, from_cache
+from patchscope_nn.spec import read_position
+from patchscope_nn.sweep import Cell
+
+
+def batch_of(rows: Sequence[tuple[int, ...]], info: ModelInfo, width: int, *, numbered: bool = False) -> Work:
+    """Left-padded ids, their mask and positions, as keyword arguments of the model.
+
+    Args:
+        rows: The ids of each row.
+        info: The model.
+        width: The width of the batch that these rows are a part of; 0 where they are all of it.
+        numbered: Whether positions are given also where no row is padded.
+    """
+    numbered = numbered or width > 0
+    width = max(width, *(len(row) for row in rows))
+    ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    # Without padding a model counts its own positions, which in some families do not begin at 0.
+    if "position_ids" in info.architecture.arguments and (numbered or not mask.all()):
+        inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp_min(0)
+    return inputs
+
+
+def by_layer(entries: Iterable[tuple[int, Any]]) -> list[list[Any]]:
+    """Entries grouped by layer, in the order a forward reaches them (the embedding's -1 first)."""
+    groups: dict[int, list[Any]] = {}
+    for layer, entry in entries:
+        groups.setdefault(layer, []).append(entry)
+    return [[layer, groups[layer]] for layer in sorted(groups)]
+
+
+def options_of(info: ModelInfo, *, keep: int | None, cache: bool) -> Work:
+    """`keep` is how many positions, from the end, are unembedded; None for all."""
+    options: Work = {"use_cache": cache} if info.architecture.caches else {}
+    if keep is not None and "logits_to_keep" in info.architecture.arguments:
+        options["logits_to_keep"] = keep
+    return options
+
+
+def target_rows(plan: Plan, cells: Sequence[Cell], made: Made, target: Model, width: int) -> Work:
+    """A target pass as rows of a padded batch."""
+    prompts = [plan.sweep.target_prompts[cell.target_prompt].ids for cell in cells]
+    decodes = plan.sweep.scope.readout.decodes
+    cached = decodes and from_cache(plan.sweep, plan.optimisations)
+    # Decoded tokens are numbered from 0 on, so the prompt whose keys and values they see is numbered too.
+    inputs = batch_of(prompts, target.info, width, numbered=cached)
+    padded = inputs["input_ids"].shape[1]
+    shifts = [padded - len(prompt) for prompt in prompts]
+    writes = [
+        (layer, entry)
+        for row, (cell, shift) in enumerate(zip(cells, shifts, strict=True))
+        for layer, entry in writes_of(cell, row, [shift + at for at in cell.target_positions], made, row)
+    ]
+    readout = readout_of(plan, cells, made.numbers, target)
+    readout["mask"] = inputs["attention_mask"]
+    asked, modes = plan.sweep.scope.readout, plan.sweep.scope.target
+    positions = [read_position(asked, len(prompt)) - len(prompt) for prompt in prompts]
+    return {
+        "layout": None,
+        "cells": len(cells),
+        "inputs": inputs,
+        "options": options_of(
+            target.info, keep=-min(positions) if plan.optimisations.lean_readout else None, cache=cached
+        ),
+        "writes": by_layer(writes),
+        "embedded": [
+            _embedded(plan, cell, row, shift, made)
+            for row, (cell, shift) in enumerate(zip(cells, shifts, strict=True))
+        ]
+        if modes.corrupt or modes.soft_prompt
+        else [],
+        "cuts": by_layer(_cuts(plan, cells, shifts)),
+        "windows": list(target.info.architecture.windows),
+        "names": [name for name in target.info.architecture.block_arguments if name != "self"],
+        "rereads": decodes and not cached,
+        "steps": decodes and modes.every_step,
+        "positions": positions,
+        "readout": readout,
+    }
+
+
+def writes_of(
+    cell: Cell, row: int, positions: list[int], made: Made, place: int
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """By layer what a cell writes: `state` by number, `seed` of random numbers or None, and where."""
+    target = made.sweep.scope.target
+    if target.cut is not None:
+        return
+    seeded = cell.control == "random" or target.mode == "noise"
+    sweep = made.sweep
+    for (layer, target_layer), pair in zip(sweep.writes(cell), sweep.pairs(cell), strict=True):
+        yield (
+            target_layer,
+            {
+                "state": made.number(cell, layer),
+                "row": row,
+                "positions": positions,
+                "seed": cell.seed if seeded else None,
+                "pair": pair,
+                "scale": cell.scale,
+                "cell": place,
+            },
+        )
+
+
+def _embedded(plan: Plan, cell: Cell, row: int, shift: int, made: Made) -> dict[str, Any]:
+    """What is done to the embeddings of a row: learned ones at its beginning, then noise."""
+    corrupt = plan.sweep.scope.target.corrupt
+    entry = plan.sweep.entries[cell.entry]
+    # One draw of noise is the same for all cells of a prompt, so that they differ in the patch alone.
+    seed = f"{plan.sweep.seed} {cell.sample} {plan.sweep.target_prompts[cell.target_prompt].ids}"
+    return {
+        "row": row,
+        "start": shift,
+        "end": shift + len(plan.sweep.target_prompts[cell.target_prompt].ids),
+        "soft": made.soft if not entry.text_only else None,
+        "noise": corrupt.noise if corrupt and entry.corrupted else 0.0,
+        "positions": [shift + at for at in entry.corrupted],
+        "seed": int.from_bytes(hashlib.sha256(seed.encode()).digest()[:7]),
+    }
+
+
+def _cuts(plan: Plan, cells: Sequence[Cell], shifts: Sequence[int]) -> Iterator[tuple[int, list[Any]]]:
+    """By layer [row, tokens, tokens that these do not see]; a token that sees nothing else sees itself."""
+    if plan.sweep.scope.target.cut is None:
+        return
+    for row, (cell, shift) in enumerate(zip(cells, shifts, strict=True)):
+        for _, layer in plan.sweep.writes(cell):
+            yield (
+                layer,
+                [row, [shift + at for at in cell.target_positions], [shift + at for at in cell.unseen]],
+            )

@@ -1,0 +1,143 @@
+"""Target prompts as segments of one sequence (see `plan/layout.py`), in plain values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from patchscope_nn.body.program import Work
+from patchscope_nn.lower.asked import readout_of
+from patchscope_nn.lower.made import Made
+from patchscope_nn.lower.rows import by_layer, writes_of
+from patchscope_nn.models import Model
+from patchscope_nn.plan import Layout, Plan, Segment, shares_attention
+from patchscope_nn.spec import read_position
+from patchscope_nn.spec.layers import EMBED
+from patchscope_nn.sweep import Cell
+
+
+def target_segments(plan: Plan, cells: Sequence[Cell], layout: Layout, made: Made, target: Model) -> Work:
+    """A target pass as segments of one sequence."""
+    segments, info = layout.segments, target.info
+    ids = [
+        token
+        for segment in segments
+        for token in plan.sweep.target_prompts[segment.prompt].ids[segment.first : segment.last]
+    ]
+    positions = [at for segment in segments for at in range(segment.first, segment.last)]
+    inputs: Work = {"input_ids": torch.tensor([ids])}
+    if "position_ids" in info.architecture.arguments:
+        inputs["position_ids"] = torch.tensor([positions])
+    writes: list[tuple[int, Any]] = []
+    for place, cell in enumerate(cells):
+        if cell.target_layer is not None:
+            branch = segments[layout.of_cell[place]]
+            tokens = [branch.at(at) for at in cell.target_positions]
+            writes += writes_of(cell, 0, tokens, made, place)
+    readout = readout_of(plan, cells, made.numbers, target)
+    read = [_read_token(plan, cell, segments[at]) for cell, at in zip(cells, layout.of_cell, strict=True)]
+    decodes = plan.sweep.scope.readout.decodes
+    if decodes:
+        readout["mask"] = torch.ones(len(cells), len(plan.sweep.target_prompts[cells[0].target_prompt].ids))
+        readout["mask"] = readout["mask"].long()
+    options: Work = {"use_cache": True}
+    if plan.optimisations.lean_readout and "logits_to_keep" in info.architecture.arguments:
+        options["logits_to_keep"] = torch.tensor(read)
+    own = (
+        _own(layout)
+        if shares_attention(plan.sweep, plan.optimisations, cells, prefix=layout.prefix)
+        else None
+    )
+    return {
+        "cells": len(cells),
+        "inputs": inputs,
+        "options": options,
+        "writes": by_layer(writes),
+        "readout": readout,
+        "layout": {
+            "depth": layout.depth,
+            "entering": layout.running(EMBED),
+            "bases": _bases(segments),
+            "prefix": layout.prefix,
+            "n_tokens": layout.n_tokens,
+            "own": own,
+            "allowed": None if own is not None else _allowed(layout),
+            "key_positions": torch.tensor([*range(layout.prefix), *positions]),
+            "windows": list(info.architecture.windows),
+            "tuples": info.architecture.gives_tuples,
+            "names": [name for name in info.architecture.block_arguments if name != "self"],
+            "read": read,
+            "rows": _rows(layout, readout["mask"].shape[1]) if decodes else None,
+        },
+    }
+
+
+def _read_token(plan: Plan, cell: Cell, segment: Segment) -> int:
+    whole = len(plan.sweep.target_prompts[cell.target_prompt].ids)
+    return segment.at(read_position(plan.sweep.scope.readout, whole))
+
+
+def _bases(segments: Sequence[Segment]) -> dict[int, list[int]]:
+    """By layer, for each token that joins after it, where the clean token it stands for is; -1 for none."""
+    found: dict[int, list[int]] = {}
+    for segment in segments:
+        if segment.enters > EMBED:
+            trunk = None if segment.trunk is None else segments[segment.trunk]
+            found.setdefault(segment.enters, []).extend(
+                -1 if trunk is None or at >= trunk.last else trunk.at(at)
+                for at in range(segment.first, segment.last)
+            )
+    return found
+
+
+def _allowed(layout: Layout) -> torch.Tensor:
+    """(n_tokens, n_prefix + n_tokens): whether a token attends to another."""
+    prefix, total = layout.prefix, layout.n_tokens
+    allowed = torch.zeros(total, prefix + total, dtype=torch.bool)
+    allowed[:, :prefix] = True
+    for segment in layout.segments:
+        size = segment.last - segment.first
+        rows = slice(segment.offset, segment.offset + size)
+        own = prefix + segment.offset
+        allowed[rows, own : own + size] = torch.ones(size, size, dtype=torch.bool).tril()
+        if segment.trunk is not None:
+            trunk = layout.segments[segment.trunk]
+            start = prefix + trunk.offset
+            allowed[rows, start : start + min(segment.first, trunk.last) - trunk.first] = True
+    return allowed
+
+
+def _own(layout: Layout) -> torch.Tensor:
+    """(n_tokens, n_own): which tokens of the sequence, behind the prefix, each sees; -1 for none."""
+    seen = []
+    for segment in layout.segments:
+        before: list[int] = []
+        if segment.trunk is not None:
+            trunk = layout.segments[segment.trunk]
+            before = list(range(trunk.offset, trunk.offset + min(segment.first, trunk.last) - trunk.first))
+        seen += [
+            [*before, *range(segment.offset, segment.offset + at + 1)]
+            for at in range(segment.last - segment.first)
+        ]
+    most = max(map(len, seen))
+    return torch.tensor([one + [-1] * (most - len(one)) for one in seen])
+
+
+def _rows(layout: Layout, width: int) -> Work:
+    """Where the tokens of each cell's whole prompt stand among prefix and segments: (n_cells, n_tokens).
+
+    `own` follows the cell's branch, `clean` its trunk; `enters` tells from which block on it is the branch.
+    """
+    own, clean, enters = [], [], []
+    for at in layout.of_cell:
+        segment = layout.segments[at]
+        trunk = segment if segment.trunk is None else layout.segments[segment.trunk]
+        shared = list(range(layout.prefix))
+        of_trunk = [*shared, *(layout.prefix + trunk.at(one) for one in range(layout.prefix, width))]
+        of_branch = [layout.prefix + segment.at(one) for one in range(segment.first, width)]
+        clean.append(of_trunk)
+        own.append([*of_trunk[: segment.first], *of_branch])
+        enters.append(segment.enters)
+    return {"own": torch.tensor(own), "clean": torch.tensor(clean), "enters": torch.tensor(enters)}

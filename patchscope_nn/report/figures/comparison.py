@@ -1,0 +1,147 @@
+"""A metric of several runs: by layer as curves, or as points where the best was taken over the layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from patchscope_nn.analysis.statistics import REAL
+from patchscope_nn.report.figures.style import (
+    COLOURS,
+    LINES,
+    OTHER_LINE,
+    faint,
+    layer_ticks,
+    metric_title,
+    panel,
+    plotly,
+    style,
+)
+from patchscope_nn.report.figures.table import controls_of, layer_name
+from patchscope_nn.report.figures.text import escape
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+_SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x")
+
+
+def comparison_curve(layers: pd.DataFrame, *, metric: str, names: Sequence[str]) -> go.Figure:
+    """Mean of a metric by source layer: a line with its band for each run, its controls dashed.
+
+    Where no run has layers, since the best was taken over them, every mean is a point with its interval.
+
+    Args:
+        layers: `statistics.layer_means` of each run, with columns run and metric.
+        metric: The metric.
+        names: The runs, in order.
+
+    Raises:
+        InputError: Plotly is not installed.
+    """
+    figure = plotly().Figure()
+    means = layers[layers["metric"] == metric]
+    axis = next((one for one in ("source_layer", "target_layer") if means[one].notna().any()), None)
+    place = "best over layers" if axis is None else f"by {axis.replace('_', ' ')}"
+    legend = {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0}
+    style(figure, title=f"{metric} {place}", height=440, legend=legend)
+    if axis is None:
+        figure.add_traces(list(_points(means, metric=metric, names=names)))
+        figure.update_xaxes(tickvals=list(range(len(names))), ticktext=list(map(escape, names)))
+        figure.update_xaxes(range=[-0.5, len(names) - 0.5])
+    else:
+        ticks = sorted(means[axis].dropna().unique())
+        for index, name in enumerate(names):
+            own = means[means["run"] == name]
+            figure.add_traces(list(_curves(own, axis=axis, ticks=ticks, index=index, metric=metric)))
+        figure.update_xaxes(title=axis.replace("_", " "), **layer_ticks(ticks))
+        figure.update_xaxes(range=[ticks[0] - 0.5, ticks[-1] + 0.5])
+    figure.update_yaxes(title=metric_title(metric))
+    if means["mean"].between(0, 1).all() and not metric.endswith("_nats"):
+        figure.update_yaxes(range=[-0.02, 1.05])
+    return figure
+
+
+def _curves(
+    means: pd.DataFrame, *, axis: str, ticks: Sequence[float], index: int, metric: str
+) -> Iterator[go.Scatter]:
+    """The lines of one run, the band of the real cells under them."""
+    colour, symbol = COLOURS[index % len(COLOURS)], _SYMBOLS[index % len(_SYMBOLS)]
+    for control in controls_of(means):
+        own = means[means["control"] == control].sort_values(axis)
+        if own[axis].isna().all():
+            own = own.loc[own.index.repeat(len(ticks))].assign(**{axis: ticks})
+        name = str(own["run"].iloc[0])
+        if control == REAL and own["low"].notna().any():
+            banded = own[own["low"].notna()]
+            yield plotly().Scatter(
+                x=[*banded[axis], *banded[axis][::-1]],
+                y=[*banded["high"], *banded["low"][::-1]],
+                fill="toself",
+                fillcolor=faint(colour, opacity=0.16),
+                line={"width": 0},
+                hoverinfo="skip",
+                showlegend=False,
+            )
+        at = [f"layer {layer_name(layer)}" for layer in own[axis]]
+        yield plotly().Scatter(
+            x=own[axis].tolist(),
+            y=own["mean"].tolist(),
+            name=_name(name, control),
+            mode="lines+markers" if control == REAL else "lines",
+            line={
+                "color": colour,
+                "dash": LINES.get(control, OTHER_LINE)[1],
+                "width": 2.5 if control == REAL else 1.5,
+            },
+            marker={"size": 7, "symbol": symbol},
+            text=_hovers(own, control=control, metric=metric, at=at),
+            hovertemplate="%{text}<extra></extra>",
+        )
+
+
+def _points(means: pd.DataFrame, *, metric: str, names: Sequence[str]) -> Iterator[go.Scatter]:
+    """The means of each kind of cell: the runs across, the kinds beside one another."""
+    controls = controls_of(means)
+    for number, control in enumerate(controls):
+        own = means[means["control"] == control]
+        shift = 0.5 * (number - (len(controls) - 1) / 2) / len(controls)
+        where = [names.index(name) for name in own["run"]]
+        yield plotly().Scatter(
+            x=[place + shift for place in where],
+            y=own["mean"].tolist(),
+            name=panel(control),
+            mode="markers",
+            marker={
+                "size": 11,
+                "symbol": _SYMBOLS[number % len(_SYMBOLS)] + ("" if control == REAL else "-open"),
+                "color": LINES.get(control, OTHER_LINE)[0],
+            },
+            error_y={
+                "type": "data",
+                "symmetric": False,
+                "array": (own["high"] - own["mean"]).fillna(0).tolist(),
+                "arrayminus": (own["mean"] - own["low"]).fillna(0).tolist(),
+            },
+            text=_hovers(own, control=control, metric=metric, at=[""] * len(own)),
+            hovertemplate="%{text}<extra></extra>",
+        )
+
+
+def _name(run: str, control: str) -> str:
+    return escape(run if control == REAL else f"{run}: {control} (control)")
+
+
+def _hovers(means: pd.DataFrame, *, control: str, metric: str, at: Sequence[str]) -> list[str]:
+    said = []
+    for mean, where in zip(means.to_dict("records"), at, strict=True):
+        spread = "" if pd.isna(mean["low"]) else f" [{mean['low']:.3g}, {mean['high']:.3g}]"
+        place = ", ".join(part for part in (_plain(mean["run"], control), where) if part)
+        said.append(f"{escape(place)}<br>{escape(metric)} {mean['mean']:.3g}{spread}, {mean['n_rows']} rows")
+    return said
+
+
+def _plain(run: Any, control: str) -> str:
+    return str(run) if control == REAL else f"{run}, {control}"

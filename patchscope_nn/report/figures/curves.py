@@ -1,0 +1,164 @@
+"""A metric by layer with its controls, as a curve: a panel for each scale that the states were written at."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import pandas as pd
+
+from patchscope_nn.analysis.statistics import REAL
+from patchscope_nn.report.figures.maps import Panel, heatmaps, mean_text, rows_with_positions
+from patchscope_nn.report.figures.style import (
+    LINES,
+    OTHER_LINE,
+    faint,
+    layer_ticks,
+    metric_title,
+    panel,
+    plotly,
+    style,
+)
+from patchscope_nn.report.figures.table import by_scale, controls_of, layer_axis, layer_means, layer_name
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+_PANEL_WIDTH = 330
+_LOG = 20  # ranks that span more than this are drawn by their logarithm
+
+
+def layer_curve(table: pd.DataFrame, *, metric: str) -> go.Figure:
+    """Mean of a metric by source layer with its 95 % bootstrap band, and every control as its own line.
+
+    A control that reads no layer (`unpatched`) is a horizontal line. A single source layer written at
+    several target layers is drawn by target layer; several of both are drawn by `layer_pair_heatmap`.
+    Several scales are panels beside one another, on one axis.
+
+    Args:
+        table: The tidy table.
+        metric: A column with numbers.
+
+    Raises:
+        InputError: The table has no such metric, or plotly is not installed.
+    """
+    plotly()
+    means = {name: layer_means(part, metric=metric) for name, part in by_scale(table).items()}
+    whole = pd.concat(means.values())
+    axis = layer_axis(whole)
+    if axis is None:
+        return _pairs(means, metric=metric)
+    from plotly.subplots import make_subplots
+
+    figure = make_subplots(1, len(means), subplot_titles=list(means), shared_yaxes=True)
+    layers = sorted(whole[axis].dropna().unique()) or [0.0]
+    for number, part in enumerate(means.values(), start=1):
+        for trace in _curves(part, axis=axis, metric=metric, layers=layers):
+            figure.add_trace(trace.update(showlegend=number == 1), row=1, col=number)
+    place = axis.replace("_", " ")
+    legend = {"orientation": "h", "y": 1.02 if len(means) == 1 else 1.12, "yanchor": "bottom", "x": 0}
+    title = f"{metric} by {place}{' and scale' if len(means) > 1 else ''}, mean over {_averaged(table)}"
+    width = {"width": 90 + _PANEL_WIDTH * len(means)} if len(means) > 1 else {}
+    style(figure, title=title, height=400, hovermode="x", legend=legend, **width)
+    figure.update_xaxes(title=place, range=[layers[0] - 0.5, layers[-1] + 0.5], **layer_ticks(layers))
+    figure.update_yaxes(title=metric_title(metric), col=1)
+    if whole["mean"].between(0, 1).all() and not metric.endswith("_nats"):
+        figure.update_yaxes(range=[-0.02, 1.05])
+    if metric == "rank" and whole["mean"].max() > _LOG * whole["mean"].min():
+        figure.update_yaxes(type="log", dtick=1)
+    return figure
+
+
+def _averaged(table: pd.DataFrame) -> str:
+    """What a mean by layer is over, in words."""
+    real = table[table["source_layer"].notna()]
+    over = ["data rows"]
+    if "source_position" in real.columns and rows_with_positions(real):
+        over.append("positions")
+    if "sample" in real.columns and len(real["sample"].unique()) > 1:
+        over.append("samples of the noise")
+    return " and ".join([", ".join(over[:-1]), over[-1]]) if len(over) > 1 else over[0]
+
+
+def _curves(means: pd.DataFrame, *, axis: str, metric: str, layers: list[float]) -> Iterator[go.Scatter]:
+    for control in controls_of(means):
+        own = means[means["control"] == control].sort_values(axis)
+        if own[axis].isna().all():
+            own = own.loc[own.index.repeat(len(layers))].assign(**{axis: layers})
+        yield from _curve(own, axis=axis, control=control, metric=metric)
+
+
+def _curve(means: pd.DataFrame, *, axis: str, control: str, metric: str) -> Iterator[go.Scatter]:
+    """One line, and for the real cells the band under it."""
+    graph = plotly()
+    colour, dash = LINES.get(control, OTHER_LINE)
+    banded = means[means["low"].notna()]
+    if control == REAL and not banded.empty:
+        yield graph.Scatter(
+            x=[*banded[axis], *banded[axis][::-1]],
+            y=[*banded["high"], *banded["low"][::-1]],
+            fill="toself",
+            fillcolor=faint(colour, opacity=0.22),
+            line={"width": 0},
+            mode="lines",
+            hoverinfo="skip",
+            name="95 % interval",
+        )
+    hover = [
+        mean_text(mean, f"{control}, layer {layer_name(mean[axis])}: {metric}")
+        for mean in means.to_dict("records")
+    ]
+    yield graph.Scatter(
+        x=means[axis].tolist(),
+        y=means["mean"].tolist(),
+        name=panel(control),
+        mode="lines+markers" if control == REAL or len(means) == 1 else "lines",
+        line={"color": colour, "dash": dash, "width": 2.5 if control == REAL else 2},
+        marker={"size": 6},
+        text=hover,
+        hovertemplate="%{text}<extra></extra>",
+    )
+
+
+def layer_pair_heatmap(table: pd.DataFrame, *, metric: str) -> go.Figure:
+    """Mean of a metric for each source layer (across) and target layer (up), one panel for each control.
+
+    Args:
+        table: The tidy table of a sweep that crosses source and target layers.
+        metric: A column with numbers.
+
+    Raises:
+        InputError: The table has no such metric, or plotly is not installed.
+    """
+    plotly()  # its absence is said before anything is computed
+    parts = by_scale(table)
+    return _pairs({name: layer_means(part, metric=metric) for name, part in parts.items()}, metric=metric)
+
+
+def _pairs(parts: dict[str, pd.DataFrame], *, metric: str) -> go.Figure:
+    panels: list[Panel] = []
+    across: dict[str, float] = {}
+    for name, means in parts.items():
+        layered = means[means["source_layer"].notna()]
+        across |= means[means["source_layer"].isna()].set_index("control")["mean"].to_dict()
+        for control in controls_of(layered):
+            cells = layered[layered["control"] == control]
+            hover = [
+                mean_text(
+                    mean,
+                    ", ".join(filter(None, (mean["control"], name))),
+                    f"source layer {layer_name(mean['source_layer'])},"
+                    f" target layer {layer_name(mean['target_layer'])}",
+                    metric,
+                )
+                for mean in cells.to_dict("records")
+            ]
+            title = ", ".join(filter(None, (panel(control), name)))
+            cells = cells.assign(x=cells["source_layer"], y=cells["target_layer"], hover=hover)
+            panels.append(Panel(title, cells, cells["control"] == REAL))
+    aside = "".join(f"; {control} (control): {mean:.3g}" for control, mean in across.items())
+    figure = heatmaps(panels, title=f"{metric} by source and target layer{aside}", metric=metric)
+    whole = pd.concat([one.cells for one in panels]) if panels else pd.DataFrame({"x": [], "y": []})
+    figure.update_xaxes(title="source layer", **layer_ticks(sorted(whole["x"].unique())))
+    figure.update_yaxes(title="target layer", **layer_ticks(sorted(whole["y"].unique())))
+    return figure

@@ -1,0 +1,146 @@
+"""The text heatmap: what each state says, data rows (or tokens) down and layers across."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from patchscope_nn.report.figures.lines import MAX_ROWS, text_lines
+from patchscope_nn.report.figures.said import SAID, Cells, read_cells
+from patchscope_nn.report.figures.scale import Scale, limits
+from patchscope_nn.report.figures.style import colour_axis, plotly, style
+from patchscope_nn.report.figures.table import layer_axis, layer_name
+from patchscope_nn.report.figures.text import escape, text_width
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+_CIVIDIS_MIDDLE = 0.48  # white reads better below it, black above
+_FLAT = [[0.0, "#3b496c"], [1.0, "#3b496c"]]
+#: The bar lies above on the left: of a wide figure the right end may be out of view.
+_BAR_PLACE = {"orientation": "h", "x": 0, "xanchor": "left", "y": 1, "yanchor": "bottom", "ypad": 6}
+_BAR_SIZE = {"thickness": 10, "lenmode": "pixels", "len": 240, "nticks": 5}
+
+
+class _Spot(NamedTuple):
+    """A place of the grid, and the index of the cell that stands there."""
+
+    x: int
+    y: int
+    cell: int
+
+
+def text_heatmap(table: pd.DataFrame, *, value: str | None = None) -> go.Figure:
+    """What each cell says: data rows (or tokens of one prompt) down, layers across, shaded by a number.
+
+    A control that reads no layer (unpatched, text-only) is a line on top where it is the same for all rows,
+    and else a column on the left; the other controls are lines at the bottom when there is room for them.
+    Each scale has its line; of several samples of the noise the first is shown. Cells that failed are
+    crosses. At most 40 rows are drawn, and the title says when there are more.
+
+    Args:
+        table: The tidy table of a next_token, generate or choices readout.
+        value: The column that shades the cells; by default the probability of what is said, or for
+            generated text its first metric.
+
+    Raises:
+        InputError: The readout says nothing in words, `value` is no column, or plotly is not installed.
+    """
+    graph = plotly()
+    cells = read_cells(table, value=value)
+    lines, n_rows = text_lines(table, cells=cells)
+    columns = sorted({layer for line in lines for layer in line.cells})
+    place = {layer: x for x, layer in enumerate(columns)}
+    spots = [
+        _Spot(place[layer], y, cell) for y, line in enumerate(lines) for layer, cell in line.cells.items()
+    ]
+    figure = graph.Figure(list(_traces(spots, cells=cells, shape=(len(lines), len(columns)))))
+    shaded = f", shaded by {cells.scale}" if cells.scale else ""
+    cut = f" (first {MAX_ROWS} of {n_rows} rows)" if n_rows > MAX_ROWS else ""
+    n_samples = table["sample"].nunique() if "sample" in table.columns else 1
+    sample = f", the first of {n_samples} samples" if n_samples > 1 else ""
+    title = f"{SAID[cells.said].capitalize()} for each state{shaded}{sample}{cut}"
+    cell_width = max([34, *(8 + 7 * text_width(cells.label(spot.cell)) for spot in spots)])
+    style(figure, title=title, height=160 + 25 * len(lines), width=230 + cell_width * len(columns))
+    if cells.scale:
+        scale = Scale(*limits(cells.shades))
+        bar = colour_axis(scale, title=escape(cells.scale), side="top", **_BAR_PLACE, **_BAR_SIZE)
+        figure.update_layout(coloraxis=bar)
+    axis = (layer_axis(table) or "source_layer").replace("_", " ")
+    figure.update_xaxes(
+        title={"text": axis, "standoff": 12}, **_ticks([layer_name(layer) for layer in columns])
+    )
+    figure.update_yaxes(**_ticks([line.name for line in lines], down=True))
+    return figure
+
+
+def _ticks(names: Sequence[str], *, down: bool = False) -> dict[str, Any]:
+    """An axis with one name for each line or column; that of the lines begins on top."""
+    ends = [-0.5, len(names) - 0.5]
+    return {
+        "showgrid": False,
+        "tickvals": list(range(len(names))),
+        "ticktext": list(map(escape, names)),
+        "range": ends[::-1] if down else ends,
+    }
+
+
+def _traces(spots: Sequence[_Spot], *, cells: Cells, shape: tuple[int, int]) -> Iterator[Any]:
+    """The cells by how they are written: without a number, on dark and on bright shades, and the failed."""
+    low, high = limits(cells.shades)
+    groups: dict[str, list[_Spot]] = {"flat": [], "dark": [], "bright": [], "failed": []}
+    for spot in spots:
+        share = (cells.shades[spot.cell] - low) / (high - low)
+        if not cells.label(spot.cell):
+            groups["failed"].append(spot)
+        elif not np.isfinite(share):
+            groups["flat"].append(spot)
+        else:
+            groups["bright" if share > _CIVIDIS_MIDDLE else "dark"].append(spot)
+    flat, shaded = {"colorscale": _FLAT, "showscale": False}, {"coloraxis": "coloraxis"}
+    for kind, ink, fill in (
+        ("flat", "#ffffff", flat),
+        ("dark", "#ffffff", shaded),
+        ("bright", "#000000", shaded),
+    ):
+        if groups[kind]:
+            yield _words(groups[kind], cells=cells, shape=shape, ink=ink, **fill)
+    if groups["failed"]:
+        yield _crosses(groups["failed"], cells=cells)
+
+
+def _words(
+    spots: Sequence[_Spot], *, cells: Cells, shape: tuple[int, int], ink: str, **fill: Any
+) -> go.Heatmap:
+    """Labelled cells in one ink; the rest of the grid stays empty."""
+    z, text, hover = np.full(shape, np.nan), np.full(shape, "", object), np.full(shape, "", object)
+    for x, y, cell in spots:
+        z[y, x] = cells.shades[cell] if "coloraxis" in fill else 0.0
+        text[y, x], hover[y, x] = escape(cells.label(cell)), cells.hover(cell)
+    return plotly().Heatmap(
+        z=z,
+        text=text,
+        hovertext=hover,
+        texttemplate="%{text}",
+        textfont={"size": 11, "color": ink},
+        hovertemplate="%{hovertext}<extra></extra>",
+        hoverongaps=False,
+        xgap=1,
+        ygap=1,
+        **fill,
+    )
+
+
+def _crosses(spots: Sequence[_Spot], *, cells: Cells) -> go.Scatter:
+    return plotly().Scatter(
+        x=[spot.x for spot in spots],
+        y=[spot.y for spot in spots],
+        mode="markers",
+        marker={"symbol": "x-thin", "size": 9, "line": {"width": 2, "color": "#d55e00"}},
+        hovertext=[cells.hover(spot.cell) for spot in spots],
+        hovertemplate="%{hovertext}<extra></extra>",
+        showlegend=False,
+    )

@@ -1,0 +1,289 @@
+"""Publication figures: a figure of the page drawn again by matplotlib, as PDF, SVG or PNG. No browser.
+
+What a figure shows is decided once, in the plotly figure: here its traces are drawn, with the same colours,
+dashes and texts. Fonts are embedded in the PDF; in the SVG letters are outlines.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from patchscope_nn.errors import FolderError, InputError
+from patchscope_nn.report.figures.glyphs import families, printable
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+FORMATS = ("pdf", "svg", "png")
+_DPI = 200
+_PIXELS = 96  # of the page, in an inch
+_WIDTH = 760  # pixels, of a figure as wide as the page
+_INK, _GRID = "#1c2129", "#d9dde3"
+_DASHES: dict[str, Any] = {
+    "solid": "-",
+    "dash": (0, (5, 2)),
+    "dot": (0, (1, 1.5)),
+    "dashdot": (0, (5, 1.5, 1, 1.5)),
+    "longdash": (0, (9, 2.5)),
+    "longdashdot": (0, (9, 2, 1, 2)),
+}
+_MARKERS = {"circle": "o", "square": "s", "diamond": "D", "triangle-up": "^", "cross": "P", "x": "X"}
+_STYLE = {
+    "pdf.fonttype": 42,  # TrueType, embedded: letters stay letters
+    "svg.fonttype": "path",
+    "svg.hashsalt": "patchscope",
+    "text.parse_math": False,
+    "font.size": 8,
+    "axes.titlesize": 8,
+    "axes.edgecolor": _INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "text.color": _INK,
+    "axes.labelcolor": _INK,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+}
+
+
+def save_figures(
+    drawn: Sequence[tuple[str, go.Figure]], folder: str | Path, *, formats: Sequence[str] = FORMATS
+) -> list[Path]:
+    """Write figures as files `01-title.pdf`, ...; a folder that is there keeps what else it holds.
+
+    Args:
+        drawn: Titles and figures, as `figures` gives them.
+        folder: The folder; it is made if need be.
+        formats: Of `pdf`, `svg` and `png`.
+
+    Returns:
+        The files, figure by figure.
+
+    Raises:
+        InputError: matplotlib is not installed, or a format is none of these.
+    """
+    wrong = [name for name in formats if name not in FORMATS]
+    if wrong:
+        raise InputError(f"formats={wrong} cannot be written.", hint=f"Use some of {', '.join(FORMATS)}.")
+    matplotlib()
+    place = Path(folder)
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FolderError(
+            f"{place} cannot be made: {error.strerror}.", hint="Name another folder."
+        ) from error
+    files = []
+    for number, (title, figure) in enumerate(drawn, start=1):
+        # Dates would make each writing of the same figure another file.
+        stamps = {"pdf": {"CreationDate": None}, "svg": {"Date": None}, "png": {}}
+        with matplotlib().rc_context(_STYLE | {"font.family": families()}):
+            paper = draw(figure)
+            for name in formats:
+                file = place / f"{number:02}-{_slug(title)}.{name}"
+                paper.savefig(file, format=name, dpi=_DPI, metadata=stamps[name])
+                files.append(file)
+    return files
+
+
+def matplotlib() -> Any:
+    """The module matplotlib, loaded when the first figure is written.
+
+    Raises:
+        InputError: It is not installed.
+    """
+    try:
+        import matplotlib as mpl
+    except ImportError as error:
+        raise InputError(
+            "Publication figures need matplotlib, which is not installed.",
+            hint="pip install 'patchscope-nn[figures]'",
+        ) from error
+    return mpl
+
+
+def _slug(title: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")[:60] or "figure"
+
+
+def draw(figure: go.Figure) -> Figure:
+    """Draw a figure of the page with matplotlib.
+
+    Args:
+        figure: Any figure of `patchscope_nn.report.figures`.
+
+    Returns:
+        A matplotlib figure that no window knows of.
+    """
+    from matplotlib.figure import Figure
+
+    layout = figure.layout
+    size = ((layout.width or _WIDTH) / _PIXELS, (layout.height + 40) / _PIXELS)
+    paper = Figure(figsize=size, layout="constrained")
+    places = _places(figure)
+    lines, columns = (1 + max((spot[side] for spot in places.values()), default=0) for side in (0, 1))
+    grid = paper.subplots(lines, columns, squeeze=False)
+    used = {key: grid[line, column] for key, (line, column) in places.items()}
+    for axes in grid.flat:
+        if not any(axes is one for one in used.values()):
+            axes.set_axis_off()
+    names = [_plain(note.text) for note in layout.annotations]
+    for index, (key, axes) in enumerate(used.items()):
+        image = None
+        for trace in figure.data:
+            if (trace.xaxis or "x", trace.yaxis or "y") == key:
+                image = (_heatmap if trace.type == "heatmap" else _scatter)(axes, trace, layout) or image
+        shared = _axis(layout, key[1]).matches is not None
+        if shared:
+            axes.sharey(next(iter(used.values())))
+        _axes(axes, layout, key=key, shared=shared)
+        if index < len(names):
+            axes.set_title(names[index])
+        if image is not None and index == len(used) - 1:
+            _colour_bar(paper, image, figure, list(used.values()))
+    paper.suptitle(_wrapped(_plain(layout.title.text), width=size[0]), x=0.01, ha="left", fontsize=9)
+    handles, labels = next(iter(used.values())).get_legend_handles_labels() if used else ([], [])
+    if handles:
+        paper.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)), frameon=False)
+    return paper
+
+
+def _colour_bar(paper: Figure, image: Any, figure: go.Figure, axes: Sequence[Axes]) -> None:
+    """The bar of all heatmaps; an end is pointed where cells lie beyond it."""
+    colours = figure.layout.coloraxis
+    shown = [np.asarray(trace.z, dtype=float) for trace in figure.data if trace.coloraxis is not None]
+    below = any(np.any(values < colours.cmin) for values in shown)
+    above = any(np.any(values > colours.cmax) for values in shown)
+    extend = {(True, True): "both", (True, False): "min", (False, True): "max"}.get((below, above), "neither")
+    title = _plain(colours.colorbar.title.text or "")
+    bar = paper.colorbar(image, ax=axes, label=title, shrink=0.8, pad=0.02, extend=extend)
+    if colours.colorbar.tickvals is not None:
+        bar.set_ticks(
+            list(colours.colorbar.tickvals), labels=[_plain(text) for text in colours.colorbar.ticktext]
+        )
+
+
+def _places(figure: go.Figure) -> dict[tuple[str, str], tuple[int, int]]:
+    """The (line, column) of each pair of axes that has a trace, from where the page has them."""
+    keys = list(dict.fromkeys((trace.xaxis or "x", trace.yaxis or "y") for trace in figure.data))
+    lefts = {key: _axis(figure.layout, key[0]).domain or (0, 1) for key in keys}
+    bottoms = {key: _axis(figure.layout, key[1]).domain or (0, 1) for key in keys}
+    columns = sorted({round(left[0], 6) for left in lefts.values()})
+    lines = sorted({round(bottom[0], 6) for bottom in bottoms.values()}, reverse=True)
+    return {
+        key: (lines.index(round(bottoms[key][0], 6)), columns.index(round(lefts[key][0], 6))) for key in keys
+    }
+
+
+def _axis(layout: Any, name: str) -> Any:
+    return layout[f"{name[0]}axis{name[1:]}"]
+
+
+def _axes(axes: Axes, layout: Any, *, key: tuple[str, str], shared: bool) -> None:
+    """Titles, ticks, ranges and scales of both axes."""
+    from matplotlib.ticker import NullFormatter
+
+    for side, name in zip("xy", key, strict=True):
+        given = _axis(layout, name)
+        if given.type == "log":
+            getattr(axes, f"set_{side}scale")("log")
+            getattr(axes, f"{side}axis").set_major_formatter("{x:g}")
+            getattr(axes, f"{side}axis").set_minor_formatter(NullFormatter())
+        if given.title.text:
+            getattr(axes, f"set_{side}label")(_plain(given.title.text))
+        if given.tickvals is not None:
+            ticks = [_plain(text) for text in given.ticktext]
+            getattr(axes, f"set_{side}ticks")(list(given.tickvals), ticks, rotation=-(given.tickangle or 0))
+        if given.showticklabels is False:
+            getattr(axes, f"{side}axis").set_tick_params(labelleft=False, labelbottom=False)
+        if given.range is not None:
+            getattr(axes, f"set_{side}lim")(*given.range)
+    if shared:
+        axes.tick_params(labelleft=False)
+    if not axes.collections:  # a heatmap is one
+        axes.grid(visible=True, color=_GRID, linewidth=0.5)
+        axes.set_axisbelow(True)
+
+
+def _scatter(axes: Axes, trace: Any, layout: Any) -> None:  # noqa: ARG001 (drawn like a heatmap)
+    """A line, a band, or points with their intervals."""
+    x, y = np.asarray(trace.x, dtype=float), np.asarray(trace.y, dtype=float)
+    label = _plain(trace.name or "") if trace.showlegend is not False else ""
+    if trace.fill == "toself":
+        axes.fill(x, y, color=_colour(trace.fillcolor), linewidth=0, label=label or None)
+        return
+    lined, marked = "lines" in (trace.mode or "lines"), "markers" in (trace.mode or "")
+    symbol = str(trace.marker.symbol or "circle")
+    colour = trace.line.color if lined else trace.marker.color or trace.marker.line.color
+    options: dict[str, Any] = {
+        "color": _colour(colour),
+        "linestyle": _DASHES[trace.line.dash or "solid"] if lined else "none",
+        "linewidth": 0.6 * (trace.line.width or 2),
+        "marker": ("x" if symbol == "x-thin" else _MARKERS[symbol.removesuffix("-open")]) if marked else "",
+        "markersize": 0.5 * float(trace.marker.size or 6),
+        "label": label or None,
+    }
+    if symbol.endswith("-open"):
+        options["markerfacecolor"] = "none"
+    if trace.error_y.array is not None:
+        spread = [np.asarray(trace.error_y.arrayminus), np.asarray(trace.error_y.array)]
+        axes.errorbar(x, y, yerr=spread, capsize=2, **options)
+    else:
+        axes.plot(x, y, **options)
+
+
+def _heatmap(axes: Axes, trace: Any, layout: Any) -> Any:
+    """The cells, and the words on them; what is to have a colour bar."""
+    from matplotlib.colors import ListedColormap
+
+    values = np.ma.masked_invalid(np.asarray(trace.z, dtype=float))
+    flat = trace.coloraxis is None
+    colours = ListedColormap([trace.colorscale[0][1]]) if flat else "cividis"
+    low, high = (0.0, 1.0) if flat else (layout.coloraxis.cmin, layout.coloraxis.cmax)
+    x, y = (
+        np.arange(size) if given is None else np.asarray(given, dtype=float)
+        for given, size in ((trace.x, values.shape[1]), (trace.y, values.shape[0]))
+    )
+    edge = {"edgecolors": "white", "linewidth": 0.4} if trace.xgap else {}
+    options: dict[str, Any] = {"cmap": colours, "vmin": low, "vmax": high, **edge}
+    image = axes.pcolormesh(_edges(x), _edges(y), values, **options)
+    if trace.texttemplate:
+        for line, column in zip(*np.nonzero(~np.ma.getmaskarray(values)), strict=True):
+            words = _plain(trace.text[line][column])
+            ink = {"color": trace.textfont.color, "fontsize": 6, "ha": "center", "va": "center"}
+            axes.text(x[column], y[line], words, clip_on=True, **ink)
+    return None if flat else image
+
+
+def _edges(centres: np.ndarray) -> np.ndarray:
+    """The borders between cells, half way; that of a single one is half a unit off."""
+    if len(centres) == 1:
+        return np.array([centres[0] - 0.5, centres[0] + 0.5])
+    middles = (centres[1:] + centres[:-1]) / 2
+    return np.concatenate([[2 * centres[0] - middles[0]], middles, [2 * centres[-1] - middles[-1]]])
+
+
+def _colour(given: str) -> Any:
+    """`#rrggbb` or `rgba(...)` as matplotlib has it."""
+    if not given.startswith("rgba"):
+        return given
+    red, green, blue, opacity = map(float, re.findall(r"[\d.]+", given))
+    return (red / 255, green / 255, blue / 255, opacity)
+
+
+def _plain(text: str) -> str:
+    """A text of the page's as it reads, its line breaks kept, of characters that the fonts have."""
+    lines = re.split("<br>", text)
+    return "\n".join(printable(html.unescape(re.sub(r"<[^>]*>", "", line))) for line in lines)
+
+
+def _wrapped(text: str, *, width: float) -> str:
+    return "\n".join(textwrap.wrap(text, width=max(30, int(width * 13))))

@@ -1,0 +1,139 @@
+"""What one cell says: in a few letters, as a number that shades it, and in full when it is pointed at."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from patchscope_nn.analysis.statistics import is_null, numbers
+from patchscope_nn.errors import InputError
+from patchscope_nn.report.figures.table import as_list, layer_name, metric_columns, reads_sink
+from patchscope_nn.report.figures.text import shorten, token, wrap
+
+#: The columns that say something in words, and what a figure calls them.
+SAID = {"top_tokens": "top next token", "text": "generated text", "choice": "chosen option"}
+LABEL_WIDTH = 12
+_SENTENCE_WIDTH = 20  # of generated text, whose first words are too long for the width of a token
+_PROMPT_WIDTH, _TEXT_WIDTH = 140, 300
+
+Cell = Mapping[Any, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cells:
+    """A table's cells, and what is shown of each; cells are named by their index.
+
+    Attributes:
+        records: The table's rows.
+        said: The column that says something in words.
+        shades: The number that shades each cell, or NaN.
+        scale: The name of that number; None where nothing is shaded.
+    """
+
+    records: Sequence[Cell]
+    said: str
+    shades: np.ndarray
+    scale: str | None
+
+    def label(self, index: int) -> str:
+        """What a cell says, in a few letters; empty where it failed."""
+        cell = self.records[index]
+        words = as_list(cell[self.said])
+        if not words or not is_null(cell.get("error")):
+            return ""
+        text = str(words[0])
+        if self.said == "text":
+            # A description begins after the colon that few-shot prompts put before it.
+            return shorten(text.strip(" ").removeprefix(":").strip(" "), width=_SENTENCE_WIDTH) or "(empty)"
+        return shorten(text.strip(" "), width=LABEL_WIDTH) or ("␣" if text else "(empty)")
+
+    def alike(self, indices: Sequence[int]) -> bool:
+        """Whether cells are drawn alike: one label, and one shade but for rounding."""
+        shades = self.shades[list(indices)]
+        labels = {self.label(index) for index in indices}
+        return len(labels) <= 1 and np.allclose(shades, shades[:1], rtol=0, atol=1e-4, equal_nan=True)
+
+    def hover(self, index: int) -> str:
+        """Everything about a cell, as escaped hover text."""
+        cell = self.records[index]
+        return "<br>".join(map(wrap, (*_origin(cell), *_answer(cell, scale=self.scale))))
+
+
+def read_cells(table: pd.DataFrame, *, value: str | None) -> Cells:
+    """The cells of a table whose readout says something in words.
+
+    Args:
+        table: The tidy table.
+        value: The column that shades the cells; None takes what fits the readout.
+
+    Raises:
+        InputError: The readout says nothing in words, or `value` is no column.
+    """
+    said = next((column for column in SAID if column in table.columns), None)
+    if said is None:
+        raise InputError("This table has no text.", hint="Use the readout next_token, generate or choices.")
+    shades, scale = _shades(table, value=value)
+    return Cells(records=table.to_dict("records"), said=said, shades=shades, scale=scale)
+
+
+def _shades(table: pd.DataFrame, *, value: str | None) -> tuple[np.ndarray, str | None]:
+    """The number that shades each cell (NaN where there is none), and its name."""
+    if value is not None and value not in table.columns:
+        raise InputError(f"value={value!r} is not a column of this table.", hint="Use a column with numbers.")
+    if value is None and "top_probs" in table.columns:
+        first = [(as_list(probs) or [np.nan])[0] for probs in table["top_probs"]]
+        return np.asarray(first, dtype=float), "probability"
+    if value is None and "choice_probs" in table.columns:
+        columns = (table["choices"], table["choice_probs"], table["choice"])
+        chosen = [
+            dict(zip(as_list(names), as_list(probs), strict=False)).get(choice, np.nan)
+            for names, probs, choice in zip(*columns, strict=True)
+        ]
+        return np.asarray(chosen, dtype=float), "probability"
+    name = value or next(iter(metric_columns(table)), None)
+    return (np.full(len(table), np.nan), None) if name is None else (numbers(table[name]), name)
+
+
+def odds(cell: Cell) -> list[str]:
+    """The top tokens, or the choices, with their probabilities: `' Paris' 0.93`."""
+    top = zip(as_list(cell.get("top_tokens")), as_list(cell.get("top_probs")), strict=False)
+    choices = zip(as_list(cell.get("choices")), as_list(cell.get("choice_probs")), strict=False)
+    return [f"{token(text)} {probability:.3g}" for text, probability in (*top, *choices)]
+
+
+def _origin(cell: Cell) -> Iterator[str]:
+    """Where a cell's state was taken from, and where it was put."""
+    patched = not is_null(cell["source_layer"])
+    if not is_null(cell["control"]):
+        yield f"control: {cell['control']}"
+    yield f"source: {shorten(cell['source_prompt'], width=_PROMPT_WIDTH, tail=True)}"
+    if patched:
+        yield f"read: {_place(cell, side='source')}"
+    yield f"{'written to' if patched else 'target'}: {_place(cell, side='target')}"
+    if reads_sink(cell):
+        yield "position 0 is an attention sink: its state says little"
+
+
+def _place(cell: Cell, *, side: str) -> str:
+    tokens = " ".join(token(text) for text in as_list(cell.get(f"{side}_token")))
+    at = ", ".join(map(str, as_list(cell.get(f"{side}_position"))))
+    layer = as_list(cell.get(f"{side}_layer"))
+    return f"{tokens or 'token'} at position {at}{f', layer {layer_name(*layer)}' if layer else ''}"
+
+
+def _answer(cell: Cell, *, scale: str | None) -> Iterator[str]:
+    """What a cell's readout gave: probabilities, numbers and text."""
+    likely = odds(cell)[:10]
+    if likely:
+        yield f"most likely: {', '.join(likely)}"
+    for name in dict.fromkeys((scale, "surprisal_nats", "nll_nats")):
+        number = cell.get(name)
+        if isinstance(number, int | float) and not is_null(number):
+            yield f"{name}: {number:.3g}"
+    for name in ("text", "error"):
+        if not is_null(cell.get(name)):
+            yield f"{name}: {shorten(cell[name], width=_TEXT_WIDTH)}"

@@ -1,0 +1,115 @@
+"""What all figures share: plotly itself, inks that can be read on light and dark pages, axes of layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from patchscope_nn.analysis.statistics import REAL
+from patchscope_nn.errors import InputError
+from patchscope_nn.metrics import METRICS
+from patchscope_nn.report.figures.scale import Scale
+from patchscope_nn.report.figures.table import layer_name
+from patchscope_nn.report.figures.text import escape, wrap
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+#: Okabe and Ito's colours, those that can be seen on white and on near-black.
+COLOURS = ("#2b8cc4", "#e69f00", "#cc79a7", "#009e73", "#d55e00", "#8a8f98")
+#: The colour and dash of each kind of cell, the same in all figures.
+LINES = {
+    REAL: ("#2b8cc4", "solid"),
+    "unpatched": ("#8a8f98", "dashdot"),
+    "random": ("#e69f00", "dash"),
+    "shuffled": ("#cc79a7", "dot"),
+    "text-only": ("#009e73", "longdash"),
+    # Those of a linear probe.
+    "commonest class": ("#8a8f98", "dashdot"),
+    "shuffled labels": ("#cc79a7", "dot"),
+}
+OTHER_LINE = ("#d55e00", "longdashdot")
+_INK = "#7a7f87"  # one grey that can be read on white and on near-black
+_AXIS = {"gridcolor": "rgba(128,128,128,0.22)", "zeroline": False, "automargin": True}
+_LAYOUT = {
+    "paper_bgcolor": "rgba(0,0,0,0)",
+    "plot_bgcolor": "rgba(0,0,0,0)",
+    "font": {"color": _INK, "size": 12},
+    "hoverlabel": {
+        "bgcolor": "#1f2430",
+        "bordercolor": "#5b6270",
+        "font": {"color": "#f4f5f7", "size": 12},
+        "align": "left",
+    },
+    "modebar": {
+        "bgcolor": "rgba(0,0,0,0)",
+        "remove": ["sendChartToCloud"],
+        "color": _INK,
+        "activecolor": "#2b8cc4",
+    },
+    "margin": {"l": 56, "r": 16, "t": 64, "b": 48},
+}
+_ROOM = 8  # with fewer blocks than this, the tick "embed" has room beside the tick "0"
+
+
+def plotly() -> Any:
+    """The module plotly.graph_objects, loaded when the first figure is drawn.
+
+    Raises:
+        InputError: Plotly is not installed.
+    """
+    try:
+        import plotly.graph_objects as module
+    except ImportError as error:
+        raise InputError(
+            "Figures need plotly, which is not installed.", hint="pip install 'patchscope-nn[report]'"
+        ) from error
+    return module
+
+
+def style(figure: go.Figure, *, title: str, **layout: Any) -> None:
+    """Make a figure transparent, and grey where it writes."""
+    heading = {"text": escape(title), "x": 0, "xref": "paper", "font": {"size": 15}}
+    figure.update_layout(title=heading, **_LAYOUT, **layout)
+    figure.update_xaxes(**_AXIS)
+    figure.update_yaxes(**_AXIS)
+
+
+def faint(colour: str, *, opacity: float) -> str:
+    """A colour `#rrggbb` that what lies under it shows through."""
+    red, green, blue = (int(colour[start : start + 2], 16) for start in (1, 3, 5))
+    return f"rgba({red},{green},{blue},{opacity})"
+
+
+def panel(control: str) -> str:
+    """What a figure calls a kind of cells, escaped."""
+    return control if control == REAL else escape(f"{control} (control)")
+
+
+def metric_title(metric: str) -> str:
+    """What an axis calls a metric: the title that the registry gives it, or else its column."""
+    titles = {"probe_accuracy": "Accuracy of the probe"}
+    return wrap(METRICS[metric].title if metric in METRICS else titles.get(metric, metric), width=38)
+
+
+def layer_ticks(layers: Sequence[float]) -> dict[str, Any]:
+    """At most about sixteen ticks, so that they stay apart on a narrow page; "embed" has room beside it."""
+    blocks = [layer for layer in layers if layer >= 0]
+    step = -(-len(blocks) // 16)
+    ticks = blocks[::step] if step else []
+    if -1 in layers:
+        ticks = [-1.0, *(tick for tick in ticks if tick > step or len(blocks) < _ROOM)]
+    return {"tickvals": ticks, "ticktext": [layer_name(tick) for tick in ticks]}
+
+
+def colour_axis(scale: Scale, *, title: str, side: str, **bar: Any) -> dict[str, Any]:
+    """A colour scale and its bar.
+
+    Args:
+        scale: Its ends.
+        title: The bar's, escaped.
+        side: Where the bar has its title.
+        **bar: The bar's place and size.
+    """
+    bar["title"] = {"text": title, "side": side}
+    return {"colorscale": "Cividis", "cmin": scale.low, "cmax": scale.high, "colorbar": bar | scale.ticks()}

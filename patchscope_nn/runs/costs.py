@@ -1,0 +1,62 @@
+"""What a recipe costs on its default model, before anything runs: counted from its cells, without weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any, NamedTuple
+
+from patchscope_nn.data.rows import load_rows
+from patchscope_nn.errors import InputError
+from patchscope_nn.models import Model, load
+from patchscope_nn.runs.prepare import prepare
+from patchscope_nn.recipe import Recipe, find, load_recipe, shipped
+from patchscope_nn.spec import Generate
+
+
+class Cost(NamedTuple):
+    """What a whole recipe runs, all its methods together.
+
+    Attributes:
+        rows: Data rows.
+        cells: Cells, those of controls included.
+        decoded_tokens: The most tokens that are decoded.
+        fits: Whether a mapping is fitted first, where it is not kept from an earlier run.
+    """
+
+    rows: int
+    cells: int
+    decoded_tokens: int
+    fits: bool
+
+
+def costs() -> list[tuple[Recipe, Cost | str]]:
+    """Every recipe that ships, and what it costs; of each model config and tokenizer are loaded, once."""
+    once = cache(lambda name: load(name, weights=False))
+    return [(one, cost(one, loader=lambda model, **_: once(model))) for one in map(load_recipe, shipped())]
+
+
+def cost(recipe: Recipe, *, loader: Callable[..., Model]) -> Cost | str:
+    """Count a recipe that ships.
+
+    Args:
+        recipe: The recipe.
+        loader: What loads its model, as `models.load` does.
+
+    Returns:
+        The cost; or why it cannot be counted here: the tokenizer is not there, or a package is missing.
+    """
+    given: dict[str, Any] = {"loader": loader, "base": find(recipe.name).parent}
+    try:
+        of = [prepare(one, **given) for one in (recipe.of_methods() or {"": recipe}).values()]
+        rows = 1 if recipe.data is None else len(load_rows(recipe.data, base=given["base"]))
+    except InputError as error:
+        return error.message
+    sizes = [len(one.sweep.cells) for one in of]
+    readouts = [one.sweep.scope.readout for one in of]
+    decoded = sum(
+        size * readout.max_new_tokens
+        for size, readout in zip(sizes, readouts, strict=True)
+        if isinstance(readout, Generate)
+    )
+    return Cost(rows=rows, cells=sum(sizes), decoded_tokens=decoded, fits=any(one.fit for one in of))

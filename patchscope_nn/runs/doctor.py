@@ -1,0 +1,161 @@
+"""Is everything in place? Each check says what it found, and where something is wrong, what mends it."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Iterator
+from importlib import metadata
+from typing import Any, Literal, NamedTuple
+
+from patchscope_nn.models import builtin
+from patchscope_nn.backends.ndif import client
+from patchscope_nn.errors import PatchscopeError
+from patchscope_nn.models import Verdict
+
+#: What decides numbers or module paths on both sides; another Python does not, since source travels.
+_MATTERS = ("nnsight", "torch", "transformers")
+_TIMEOUT_S = 30.0
+
+
+class Finding(NamedTuple):
+    """One check.
+
+    Attributes:
+        what: What was looked at.
+        state: `ok`, `note` (works, but look) or `wrong`.
+        found: What was found.
+        mend: The command, or act, that mends it.
+    """
+
+    what: str
+    state: Literal["ok", "note", "wrong"]
+    found: str
+    mend: str = ""
+
+
+def check_here() -> Iterator[Finding]:
+    """Versions and the builtin model."""
+    yield Finding("Python", "ok", platform.python_version())
+    for name in _MATTERS:
+        yield Finding(name, "ok", metadata.version(name))
+    there = builtin.weights_file() is not None or builtin.folder() is not None
+    yield Finding(
+        "builtin model",
+        "ok" if there else "note",
+        "its weights are installed" if there else "its weights are not installed; the Hub is asked for it",
+        "" if there else builtin.INSTALL,
+    )
+
+
+def check_model(model: str) -> tuple[Finding, Verdict | None]:
+    """A model's proof: that it loads, and that the compiler gives what plain hooks give.
+
+    Args:
+        model: Its id, folder or builtin name.
+
+    Returns:
+        The finding, and the verdict; None where the model is refused.
+    """
+    from patchscope_nn.proof import load
+
+    try:
+        loaded = load(model)
+    except PatchscopeError as error:
+        return Finding("model", "wrong", error.message, error.hint), None
+    verdict = loaded.info.verdict
+    if verdict is None:
+        return Finding("model", "note", f"{model} is not proven: its weights are elsewhere"), None
+    took = f" (proven in {verdict.elapsed_s:.1f} s)"
+    if not verdict.withheld:
+        limit = "" if verdict.limit is None else f", up to {verdict.limit} tokens"
+        return Finding("model", "ok", f"{model}: everything equals plain hooks{limit}{took}"), verdict
+    off = "; ".join(dict.fromkeys(map(str, verdict.withheld)))
+    return Finding("model", "note", f"{model}: {off}{took}", "nothing to do: it is off by itself"), verdict
+
+
+def check_server(remote: bool | str, model: str) -> Iterator[Finding]:  # noqa: FBT001 (an option's value)
+    """A server: reachable, key, versions, models, and a round trip.
+
+    Args:
+        remote: Which, as in `run`.
+        model: The model that is asked for.
+    """
+    import httpx
+
+    host = client.host_of(remote)
+    try:
+        with client.explained(host):
+            httpx.get(f"{host}/ping", timeout=_TIMEOUT_S).raise_for_status()
+            yield Finding("server", "ok", f"{host} answers")
+            httpx.get(f"{host}/connected", timeout=_TIMEOUT_S).raise_for_status()
+            yield Finding("cluster", "ok", "the server reaches its cluster")
+            yield _key(host)
+            yield from _versions(_get(host, "/env"))
+            yield from _models(_get(host, "/status"), model)
+        yield from _round_trip(host, model)
+    except PatchscopeError as error:
+        yield Finding("server", "wrong", error.message, error.hint)
+
+
+def _get(host: str, path: str) -> dict[str, Any]:
+    import httpx
+
+    answer = httpx.get(f"{host}{path}", headers=client.headers(), timeout=_TIMEOUT_S)
+    answer.raise_for_status()
+    return dict(answer.json())
+
+
+def _key(host: str) -> Finding:
+    who = _get(host, "/whoami").get("email")
+    if who:
+        return Finding("key", "ok", f"valid, of {who}")
+    if client.headers():
+        found = "there is one, which the server does not know; it may ask for none"
+        return Finding("key", "note", found, "export NDIF_API_KEY=... with a key from https://login.ndif.us")
+    mend = "export NDIF_API_KEY=... with a key from https://login.ndif.us"
+    return Finding("key", "note", "there is none; the server may ask for none", mend)
+
+
+def _versions(there: dict[str, Any]) -> Iterator[Finding]:
+    python = str(there.get("python_version", "?")).split()[0]
+    yield Finding("Python there", "ok", f"{python} (source travels: it need not be the one here)")
+    for name in _MATTERS:
+        ours, theirs = metadata.version(name), str(there.get("packages", {}).get(name, "none"))
+        same = ours.split("+")[0] == theirs.split("+", maxsplit=1)[0]
+        # A model's parts move between nnsight's minor versions, and transformers' major ones.
+        counts = 2 if name == "nnsight" else 1
+        near = ours.split(".")[:counts] == theirs.split(".")[:counts]
+        state: Literal["ok", "note", "wrong"] = "ok" if same else "note" if near else "wrong"
+        mend = "" if same else f"pip install '{name}=={theirs}'"
+        yield Finding(f"{name} there", state, theirs if same else f"{theirs}, here {ours}", mend)
+
+
+def _models(status: dict[str, Any], model: str) -> Iterator[Finding]:
+    running = {
+        str(one.get("repo_id")): one
+        for one in status.get("deployments", {}).values()
+        if one.get("application_state") == "RUNNING"
+    }
+    listed = ", ".join(sorted(running)) or "none"
+    yield Finding("models that run", "ok", listed)
+    wanted = builtin.HUB_ID if model == builtin.NAME else model
+    if (found := running.get(wanted)) is None:
+        said = f"{wanted} does not run; the server may deploy it when it is asked for"
+        yield Finding("your model", "note", said, f"--model with one that runs: {listed}")
+        return
+    limit = found.get("execution_timeout_seconds")
+    limited = f", {limit:g} s a job" if limit else ""
+    yield Finding("your model", "ok", f"{wanted} runs, in {found.get('dtype') or 'a dtype unknown'}{limited}")
+
+
+def _round_trip(host: str, model: str) -> Iterator[Finding]:
+    from patchscope_nn.runs.execute import run
+    from patchscope_nn.spec import NextToken, Patchscope, Source, Target
+
+    scope = Patchscope(
+        source=Source(prompt="Paris", layer=0), target=Target(prompt="x", layer=0), readout=NextToken(top_k=1)
+    )
+    started = time.monotonic()
+    said = run(scope, model=model, remote=host).table()["top_tokens"][0][0]
+    yield Finding("one cell", "ok", f"{said!r} after {time.monotonic() - started:.1f} s")

