@@ -1,6 +1,6 @@
 """python -m benchmarks.overhead: where the time of a run of 100,000 cells goes, on the builtin model.
 
-W2 with more contexts, two metrics, into a folder: what the passes take, and what planning, unpacking, tables
+W2 with more contexts, two metrics, into a folder: what the passes take, and what planning, lowering, tables
 and metrics, writing, progress and the report take beside them.
 """
 
@@ -41,7 +41,7 @@ def main() -> None:
     workload = make("W2", model, Scale(times=-(-rows // 200)))
     for owner, name, part in (
         (places, "emit", "passes"),
-        (steps, "unpack", "unpacking a step"),
+        (steps, "lower", "lowering a step"),
         (execute, "plan", "planning"),
         (Tabulator, "row", "metrics and table rows"),
         (RunFolder, "append", "writing cells"),

@@ -1,6 +1,6 @@
 """Faults that a test plants in the compiler: each makes some optimisations give other numbers than the rest.
 
-A fault replaces a function that bodies or `unpack` call by its name, so it takes effect inside traces too.
+A fault replaces a function that bodies or `lower` call by its name, so it takes effect inside traces too.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def _shared_attention(patch):
 
     def fewer(layout):
         own = true(layout)
-        own[(own >= 0).sum(1) > 1, 0] = -1
+        own["real"][own["real"].sum(1) > 1, 0] = False
         return own
 
     patch.setattr(segments, "_own", fewer)
@@ -38,7 +38,7 @@ def _shared_attention(patch):
 def _packed_windows(patch):
     """Packed passes forget the windows of blocks."""
     true = packed._in_mask
-    patch.setattr(packed, "_in_mask", lambda work, hidden, _, masks: true(work, hidden, None, masks))
+    patch.setattr(packed, "_in_mask", lambda target, hidden, _, masks: true(target, hidden, None, masks))
 
 
 def _prefix(patch):
@@ -59,7 +59,10 @@ def _late_entry(patch):
     true = segments._bases
 
     def shifted(layout):
-        return {layer: [max(0, place - 1) for place in places] for layer, places in true(layout).items()}
+        return {
+            layer: [place if place is None else max(0, place - 1) for place in places]
+            for layer, places in true(layout).items()
+        }
 
     patch.setattr(segments, "_bases", shifted)
 
@@ -110,9 +113,9 @@ def _fused(patch):
     """In a fused trace a row gives what the one before it says."""
     true = batch._in_fused_readout
 
-    def shifted(model, output, *args):
+    def shifted(model, output, *args, **options):
         output.logits = output.logits.roll(1, 0)
-        return true(model, output, *args)
+        return true(model, output, *args, **options)
 
     patch.setattr(batch, "_in_fused_readout", shifted)
 

@@ -137,13 +137,12 @@ class Tabulator:
 
     def _places(self, cell: Cell) -> dict[str, Any]:
         sweep, read = self.sweep, cell.source_positions
-        number = cell.source_prompt
-        source = None if number is None or number < 0 else sweep.source_prompts[number]
+        source = sweep.source_prompts[cell.source] if isinstance(cell.source, int) else None
         target = sweep.target_prompts[cell.target_prompt]
         return {
             "row": cell.row,
             "control": cell.control,
-            "source_prompt": None if number is None else sweep.source_text(number),
+            "source_prompt": None if cell.source is None else sweep.source_text(cell.source),
             "source_position": None if read is None or source is None else list(read),
             "source_token": None if source is None or read is None else [source.tokens[at] for at in read],
             "source_layer": None if cell.source_layer is None else cell.source_layer + sweep.shifts[0],

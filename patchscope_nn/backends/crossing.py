@@ -6,13 +6,13 @@ bytes: its weights then stay here.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
-from patchscope_nn.body.program import Work
+from patchscope_nn.body.program import PackedProgram, Read, RowsProgram, StepProgram, Write
 from patchscope_nn.mappings import Pair, ResolvedMapping, apply_mapping
 from patchscope_nn.plan import Plan, State, Step
 
@@ -27,93 +27,113 @@ class Crossing(NamedTuple):
 
     Attributes:
         states: The source's states, or these mapped, and its distributions: tensors by number.
-        mapping: What is left to do to them there, as in a step's `how`.
+        mapping: The kind of the mapping that is left to be applied there, and its weights.
         renumbered: Where a state is mapped here once for each pair of layers, the number of each.
         left: The numbers of the states that stay here then.
     """
 
     states: dict[int, torch.Tensor]
-    mapping: list[Any]
+    mapping: tuple[str, Any]
     renumbered: Mapping[Use, int] = {}
     left: frozenset[int] = frozenset()
 
 
-def source_half(work: Work) -> Work:
-    """What reads the states of a step, and gives all of them back."""
+def source_half(program: StepProgram) -> StepProgram:
+    """The half of a step that reads its states, and returns all of them."""
+    read = [entry["state"] for entries in _reads(program) for entry in entries]
     return {
-        **work,
+        **program,
         "targets": [],
-        "carried": {},
+        "given": {},
         "prefix": None,
-        "keep": work["fresh"],
+        "keep": read,
         "sums": [],
-        "how": {**work["how"], "mapping": ["identity", None]},
+        "writing": {**program["writing"], "mapping": "identity", "weights": None},
     }
 
 
-def target_half(work: Work, crossing: Crossing) -> Work:
-    """What writes the states that crossed."""
-    known = {number: state for number, state in work["carried"].items() if number not in crossing.left}
+def _reads(program: StepProgram) -> Iterator[list[Read]]:
+    for source in program["sources"]:
+        yield from source["reads"].values()
+        yield source["finals"]
+
+
+def target_half(program: StepProgram, crossing: Crossing) -> StepProgram:
+    """The half of a step that writes the states that crossed."""
+    known = {number: state for number, state in program["given"].items() if number not in crossing.left}
+    kind, weights_left = crossing.mapping
     return {
-        **work,
+        **program,
         "sources": [],
-        "targets": [_renumbered(one, crossing.renumbered) for one in work["targets"]],
-        "carried": {**known, **crossing.states},
-        "how": {**work["how"], "mapping": crossing.mapping},
+        "targets": [_renumbered(target, crossing.renumbered) for target in program["targets"]],
+        "given": {**known, **crossing.states},
+        "writing": {**program["writing"], "mapping": kind, "weights": weights_left},
     }
 
 
-def _renumbered(one: Work, numbers: Mapping[Use, int]) -> Work:
-    """A target pass that writes states which were mapped here for their own pair of layers."""
+def _renumbered(
+    target: RowsProgram | PackedProgram, numbers: Mapping[Use, int]
+) -> RowsProgram | PackedProgram:
+    """A target pass that writes states which were mapped here, each for its own pair of layers."""
     if not numbers:
-        return one
-    writes = [
-        [layer, [{**entry, "state": numbers[entry["state"], tuple(entry["pair"])]} for entry in entries]]
-        for layer, entries in one["writes"]
-    ]
-    return {**one, "writes": writes}
+        return target
+    changed = target.copy()
+    changed["writes"] = {
+        layer: [_with_number(write, numbers) for write in writes]
+        for layer, writes in target["writes"].items()
+    }
+    return changed
 
 
-def in_place_of(work: Work, states: Mapping[int, torch.Tensor]) -> Crossing:
-    """Map states here, where that sends fewer bytes than to send them with their mapping.
+def _with_number(write: Write, numbers: Mapping[Use, int]) -> Write:
+    if write["state"] is None:
+        return write
+    return {**write, "state": numbers[write["state"], write["pair"]]}
+
+
+def in_place_of(program: StepProgram, states: Mapping[int, torch.Tensor]) -> Crossing:
+    """Map states here, if that sends fewer bytes than sending them with their mapping.
 
     Args:
-        work: The step.
-        states: What its source gave: hidden states and distributions, by number.
+        program: The step.
+        states: What its source half returned: hidden states and distributions, by number.
 
     Returns:
         What crosses.
     """
-    kind, call = work["how"]["mapping"]
+    kind, call = program["writing"]["mapping"], program["writing"]["weights"]
     if kind == "pairs":
-        return _in_place_of_pairs(work, states)
-    numbers = {entry[0] for one in work["sources"] for _, reads in one["reads"] for entry in reads}
+        return _in_place_of_pairs(program, states)
+    numbers = {
+        read["state"] for source in program["sources"] for reads in source["reads"].values() for read in reads
+    }
     hidden = {number: states[number] for number in numbers if number in states}
     mapped = {}
     for number, state in hidden.items() if kind == "call" else ():
         with torch.no_grad():
             mapped[number] = apply_mapping(kind, call, state, state.new_zeros(()))
-    # What is added up, is mapped afterwards.
-    shared = bool(work["carried"] or work["keep"] or work["sums"])
+    # States are summed before they are mapped, so sums cannot be mapped on this side.
+    shared = bool(program["given"] or program["keep"] or program["sums"])
     if maps_here(kind, call, states=size(hidden), mapped=size(mapped), shared=shared):
-        return Crossing({**states, **mapped}, ["identity", None])
-    return Crossing(dict(states), work["how"]["mapping"])
+        return Crossing({**states, **mapped}, ("identity", None))
+    return Crossing(dict(states), (kind, call))
 
 
-def _in_place_of_pairs(work: Work, states: Mapping[int, torch.Tensor]) -> Crossing:
-    """The same, of a mapping with weights for each pair of layers: a state may be mapped several times."""
-    maps, known = work["how"]["mapping"][1], {**work["carried"], **states}
+def _in_place_of_pairs(program: StepProgram, states: Mapping[int, torch.Tensor]) -> Crossing:
+    """`in_place_of` for a mapping with weights for each pair of layers; a state may be mapped for several."""
+    maps, known = program["writing"]["weights"], {**program["given"], **states}
+    whole = Crossing(dict(states), ("pairs", maps))
+    if program["sums"]:  # as in `in_place_of`
+        return whole
     uses: list[Use] = sorted(
         {
-            (entry["state"], tuple(entry["pair"]))
-            for one in work["targets"]
-            for _, entries in one["writes"]
-            for entry in entries
-            if entry["state"] is not None
+            (write["state"], write["pair"])
+            for target in program["targets"]
+            for writes in target["writes"].values()
+            for write in writes
+            if write["state"] is not None
         }
     )
-    if work["sums"]:  # what is added up, is mapped afterwards
-        return Crossing(dict(states), work["how"]["mapping"])
     renumbered = {use: number for number, use in enumerate(uses, start=max(known, default=-1) + 1)}
     with torch.no_grad():
         mapped = {
@@ -122,12 +142,12 @@ def _in_place_of_pairs(work: Work, states: Mapping[int, torch.Tensor]) -> Crossi
             )
             for number, pair in uses
         }
-    left = frozenset(number for number, _ in uses) - frozenset(work["keep"])
+    left = frozenset(number for number, _ in uses) - frozenset(program["keep"])
     stays = size({number: known[number] for number in left})
     if not uses or size(mapped) > stays + weights(maps):
-        return Crossing(dict(states), work["how"]["mapping"])
+        return whole
     sent = {number: state for number, state in states.items() if number not in left}
-    return Crossing({**sent, **mapped}, ["identity", None], renumbered, left)
+    return Crossing({**sent, **mapped}, ("identity", None), renumbered, left)
 
 
 def maps_here(kind: str, call: Any, *, states: int, mapped: int, shared: bool) -> bool:
@@ -218,10 +238,10 @@ def _with_pairs(
     source, target = planned.sweep.source, planned.sweep.target
     crossing = {*step.carried, *(state for one in step.sources for state in one.states)}
     uses = {
-        (State(cell.source_prompt, cell.source_positions, pair[0]), pair)
+        (State(cell.source, cell.source_positions, pair[0]), pair)
         for cell in step.cells
         for pair in planned.sweep.pairs(cell)
-        if cell.source_prompt is not None and cell.source_positions is not None
+        if isinstance(cell.source, int) and cell.source_positions is not None
     }
     left = {state for state, _ in uses} - set(step.kept)
     number, finals = source.bytes_per_number, sum(state.layer is None for state in crossing)

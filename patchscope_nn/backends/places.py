@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from patchscope_nn.backends.crossing import in_place_of, source_half, target_half
 from patchscope_nn.backends.ndif import client
-from patchscope_nn.body.program import Work
-from patchscope_nn.engines import Results, emit
+from patchscope_nn.body.contexts import Hear
+from patchscope_nn.body.program import Results, StepProgram
+from patchscope_nn.engines import emit
 from patchscope_nn.models import Model
 from patchscope_nn.plan import Context
 
@@ -24,8 +26,20 @@ class Backend(Protocol):
     def remote(self) -> bool:
         """Whether each request runs one model only."""
 
-    def run(self, context: Context, work: Work, *, source: Model, target: Model) -> Results:
-        """Open the context, run the step, and give back what `emit` gives."""
+    def run(
+        self,
+        context: Context,
+        program: StepProgram,
+        *,
+        source: Model,
+        target: Model,
+        hear: Sequence[Hear] = (),
+    ) -> Results:
+        """Open the context, run the step, and return its results.
+
+        `hear` has a function for each target pass, to be called while it runs; only a backend that runs in
+        this process calls them.
+        """
 
 
 @dataclass(frozen=True)
@@ -35,11 +49,19 @@ class Local:
     name: str = "local"
     remote: bool = False
 
-    def run(self, context: Context, work: Work, *, source: Model, target: Model) -> Results:
+    def run(
+        self,
+        context: Context,
+        program: StepProgram,
+        *,
+        source: Model,
+        target: Model,
+        hear: Sequence[Hear] = (),
+    ) -> Results:
         """Run a step in this process."""
         if context == "bridged":
-            return Bridged(self, self).run(context, work, source=source, target=target)
-        return emit(context, work, source=source.traced, target=target.traced)
+            return Bridged(self, self).run(context, program, source=source, target=target, hear=hear)
+        return emit(context, program, source=source.traced, target=target.traced, hear=hear)
 
 
 @dataclass(frozen=True)
@@ -52,14 +74,22 @@ class Rehearsal:
     name: str = "rehearsal"
     remote: bool = True
 
-    def run(self, context: Context, work: Work, *, source: Model, target: Model) -> Results:
+    def run(
+        self,
+        context: Context,
+        program: StepProgram,
+        *,
+        source: Model,
+        target: Model,
+        hear: Sequence[Hear] = (),  # noqa: ARG002 (nothing is heard from a server)
+    ) -> Results:
         """Take a step through nnsight's serialisation."""
         from nnsight.intervention.backends.local import LocalSimulationBackend
 
         if context == "bridged":
-            return Bridged(self, self).run(context, work, source=source, target=target)
+            return Bridged(self, self).run(context, program, source=source, target=target)
         backend = LocalSimulationBackend(target.traced)
-        return emit(context, work, source=source.traced, target=target.traced, backend=backend)
+        return emit(context, program, source=source.traced, target=target.traced, backend=backend)
 
 
 @dataclass(frozen=True)
@@ -74,11 +104,19 @@ class Ndif:
     name: str = "ndif"
     remote: bool = True
 
-    def run(self, context: Context, work: Work, *, source: Model, target: Model) -> Results:
+    def run(
+        self,
+        context: Context,
+        program: StepProgram,
+        *,
+        source: Model,
+        target: Model,
+        hear: Sequence[Hear] = (),  # noqa: ARG002 (nothing is heard from a server)
+    ) -> Results:
         """Send a step as a job, and wait for it."""
         if context == "bridged":
-            return Bridged(self, self).run(context, work, source=source, target=target)
-        return client.wait(self.host, client.submit(self.host, context, work, target), context)
+            return Bridged(self, self).run(context, program, source=source, target=target)
+        return client.wait(self.host, client.submit(self.host, context, program, target), context)
 
 
 @dataclass(frozen=True)
@@ -99,14 +137,23 @@ class Bridged:
         """Both names."""
         return f"{self.source.name} -> {self.target.name}"
 
-    def run(self, context: Context, work: Work, *, source: Model, target: Model) -> Results:  # noqa: ARG002
+    def run(
+        self,
+        context: Context,  # noqa: ARG002 (each half is a session)
+        program: StepProgram,
+        *,
+        source: Model,
+        target: Model,
+        hear: Sequence[Hear] = (),
+    ) -> Results:
         """Run the source's half, then the target's."""
-        return self.target.run("session", self.read(work, source=source), source=target, target=target)
+        half = self.read(program, source=source)
+        return self.target.run("session", half, source=target, target=target, hear=hear)
 
-    def read(self, work: Work, *, source: Model) -> Work:
-        """Run the source's half of a step, and give the target's."""
-        read = self.source.run("session", source_half(work), source=source, target=source)
-        return target_half(work, in_place_of(work, read["kept"]))
+    def read(self, program: StepProgram, *, source: Model) -> StepProgram:
+        """Run the source's half of a step, and return the target's."""
+        read = self.source.run("session", source_half(program), source=source, target=source)
+        return target_half(program, in_place_of(program, read["kept"]))
 
 
 def backend_for(

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
 
 from patchscope_nn.backends.places import Backend
-from patchscope_nn.body.program import Work
-from patchscope_nn.engines import Results
+from patchscope_nn.body.contexts import Hear
+from patchscope_nn.body.program import Results, StepProgram
 from patchscope_nn.errors import RunError
-from patchscope_nn.lower import unpack
+from patchscope_nn.lower import lower
 from patchscope_nn.mappings import ResolvedMapping
 from patchscope_nn.models import Model, memory_reused
 from patchscope_nn.plan import Plan, State, Step
@@ -92,7 +92,7 @@ def _run_steps(
     states: dict[State, torch.Tensor] = {}
     prefix: tuple[tuple[int, ...], Any] = ((), None)
     for step in plan.steps():
-        work = unpack(
+        program = lower(
             plan,
             step,
             source=source,
@@ -102,15 +102,10 @@ def _run_steps(
             prefix=prefix[1] if prefix[0] == step.prefix else None,
             keeps_prefix=not backend.remote,
         )
-        if listener is not None:
-            for one, passed in zip(step.targets, work["targets"], strict=True):
-                cells = [step.cells[place] for place in one.cells]
-                passed["readout"]["heard"] = _heard(plan, cells, passed["readout"], listener)
+        hear = [] if listener is None else [*_hear(plan, step, program, listener)]
         with _memory_watched(step):
-            results = backend.run(step.context, work, source=source, target=target)
-        fresh = [state for one in step.sources for state in one.states]
-        numbers = {state: place for place, state in enumerate([*step.carried, *fresh])}
-        states.update({state: results["kept"][numbers[state]] for state in step.kept})
+            results = backend.run(step.context, program, source=source, target=target, hear=hear)
+        states.update({state: results["kept"][step.numbers[state]] for state in step.kept})
         for state in step.dropped:
             del states[state]
         if results["prefix"] is not None:
@@ -118,15 +113,19 @@ def _run_steps(
         yield results_of(plan, step, results)
 
 
-def _heard(
-    plan: Plan, cells: Sequence[Cell], readout: Work, listener: Listener
-) -> Callable[[list[int], list[int]], None]:
-    """What a pass is to call: first with nothing, then at each step with rows and their tokens."""
+def _hear(plan: Plan, step: Step, program: StepProgram, listener: Listener) -> Iterator[Hear]:
+    """For each target pass a function that tells the listener of its cells."""
+    for target_pass, target in zip(step.targets, program["targets"], strict=True):
+        cells = [step.cells[index] for index in target_pass.cells]
+        yield _teller(plan, cells, set(target["readout"].get("eos", ())), listener)
+
+
+def _teller(plan: Plan, cells: Sequence[Cell], ends: set[int], listener: Listener) -> Hear:
+    """A function for one target pass (see `body.contexts.Hear`)."""
     numbers = [(cell.number, *plan.copies.get(cell.number, ())) for cell in cells]
-    ends = set(readout.get("eos", ()))
     texts: list[list[int]] = [[] for _ in cells]
 
-    def heard(rows: list[int], ids: list[int]) -> None:
+    def hear(rows: list[int], ids: list[int]) -> None:
         if not rows:
             listener.read(sum(map(len, numbers)))
         for row, token in zip(rows, ids, strict=True):
@@ -135,7 +134,7 @@ def _heard(
                 for number in numbers[row]:
                     listener.decoded(number, texts[row])
 
-    return heard
+    return hear
 
 
 def results_of(plan: Plan, step: Step, results: Results) -> Iterator[tuple[Cell, dict[str, Any]]]:

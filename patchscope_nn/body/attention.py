@@ -12,14 +12,16 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from patchscope_nn.body.program import OwnTokens
 
-def in_attending(cache: Any, prefix: int, own: torch.Tensor) -> Any:
+
+def in_attending(cache: Any, prefix: int, own: OwnTokens) -> Any:
     """A context in which the block of its `layer` attends so.
 
     Args:
         cache: The keys and values the blocks keep; attention is to these.
         prefix: How many of them, the first ones, every token sees.
-        own: What else each token sees, (n_tokens, n_own) places behind the prefix; -1 for none.
+        own: What else each token sees.
 
     Returns:
         The context, to be entered once a block: set `layer` before, and find in `calls` how often a block
@@ -48,7 +50,7 @@ def in_attention(
     keys: torch.Tensor,
     values: torch.Tensor,
     prefix: int,
-    own: torch.Tensor,
+    own: OwnTokens,
     *,
     scale: float | None,
 ) -> torch.Tensor:
@@ -59,7 +61,7 @@ def in_attention(
         keys: (1, n_kv_heads, prefix + n_tokens, d_head).
         values: The same.
         prefix: How many keys, the first ones, every token sees.
-        own: (n_tokens or more, n_own) places behind the prefix; -1 for none.
+        own: The tokens behind the prefix that each one attends to, for n_tokens or more.
         scale: What products of queries and keys are multiplied with; None is d_head ** -0.5.
 
     Returns:
@@ -69,7 +71,7 @@ def in_attention(
     groups = keys.shape[1]
     scale = size**-0.5 if scale is None else scale
     queries = queries.reshape(groups, heads // groups, count, size)
-    seen, norm = _in_own(queries, keys[0, :, prefix:], values[0, :, prefix:], own[:count], scale)
+    seen, norm = _in_own(queries, keys[0, :, prefix:], values[0, :, prefix:], own, scale)
     if prefix:
         # PyTorch has no public function that gives the normaliser too.
         shared, shared_norm = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(  # noqa: SLF001
@@ -81,15 +83,20 @@ def in_attention(
 
 
 def _in_own(
-    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, own: torch.Tensor, scale: float
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    own: OwnTokens,
+    scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of each token to its own ones, and the logarithm of the normaliser.
 
     Queries are (n_kv_heads, n_heads of each, n_tokens, d_head), keys and values without the second.
     """
-    columns = own.unbind(1)
+    count = queries.shape[2]
+    columns = own["places"][:count].unbind(1)
     scores = torch.stack([(queries * keys[:, None, column]).sum(-1) for column in columns], dim=-1)
-    scores = (scores.float() * scale).masked_fill(own < 0, -torch.inf)
+    scores = (scores.float() * scale).masked_fill(~own["real"][:count], -torch.inf)
     norm = scores.logsumexp(-1, keepdim=True)
     weights = (scores - norm).exp().to(values)
     seen = sum(weights[..., place, None] * values[:, None, column] for place, column in enumerate(columns))

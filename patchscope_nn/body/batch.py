@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import nnsight
 import torch
 
-from patchscope_nn.body.program import Work
+from patchscope_nn.body.program import RowsProgram, SitePath, SourceProgram, Writing
 from patchscope_nn.body.states import (
     in_blocks,
     in_cut,
@@ -23,65 +24,83 @@ from patchscope_nn.body.states import (
 )
 
 
-def in_source(model: Any, one: Work, paths: dict[str, str]) -> dict[int, torch.Tensor]:
-    """Read a batch of source prompts; the forward stops where nothing more is asked of it."""
+def in_source(model: Any, source: SourceProgram, site: SitePath) -> dict[int, torch.Tensor]:
+    """Run a batch of source prompts and read its states; the forward pass stops after the last of them."""
     states: dict[int, torch.Tensor] = {}
-    with model.trace(**one["inputs"], **one["options"]) as tracer:
-        for layer, reads in one["reads"]:
-            states.update(in_read(in_site(model, paths, layer, one), reads))
-        if one["finals"] or one["whole"]:
-            states.update(in_finals(model.output.logits, one["finals"]))
+    shape = source["inputs"]["input_ids"].shape
+    with model.trace(**source["inputs"], **source["options"]) as tracer:
+        for layer, reads in source["reads"].items():
+            states.update(in_read(in_site(model, site, layer, shape), reads))
+        if source["finals"] or source["whole"]:
+            states.update(in_finals(model.output.logits, source["finals"]))
         else:
             tracer.stop()
     return states
 
 
 def in_target(
-    model: Any, one: Work, states: dict[int, torch.Tensor], paths: dict[str, str], how: Work
+    model: Any,
+    target: RowsProgram,
+    states: dict[int, torch.Tensor],
+    site: SitePath,
+    writing: Writing,
+    *,
+    hear: Any,
 ) -> list[dict[str, Any]]:
-    """Read a batch of target prompts with the states written into it, and read out what it says."""
-    with model.trace(**one["inputs"], **one["options"]) as tracer:
-        written = in_patched(model, one, states, paths, how)
-        if one["readout"]["name"] == "hidden":
-            rows = in_hidden(one["cells"], written, clean=one["readout"]["clean"])
+    """Run a batch of target prompts with the states written into them, and read them out."""
+    readout, inputs = target["readout"], target["inputs"]
+    with model.trace(**inputs, **target["options"]) as tracer:
+        written = in_patched(model, target, states, site, writing, inputs=inputs)
+        if readout["name"] == "hidden":
+            rows = in_hidden(target["cells"], written, clean=readout["clean"])
             tracer.stop()
-        elif one["rereads"] or one["steps"]:
-            logits = in_positions(model.output.logits, one["positions"]).clone()
+        elif target["rereads"] or target["every_step"]:
+            logits = in_positions(model.output.logits, target["positions"]).clone()
             cache = model.output.get("past_key_values")
         else:
-            logits = in_positions(model.output.logits, one["positions"])
-            rows = in_readout(model, one["readout"], logits, model.output.get("past_key_values"), states)
-    if one["rereads"]:
-        forward = in_rereading(model, one, states, paths, how)
-        rows = in_readout(
-            forward, one["readout"], logits, one["inputs"]["input_ids"], states, plain=in_plain(model)
-        )
-    elif one["steps"]:
-        forward = in_stepping(model, one, states, paths, how)
-        rows = in_readout(forward, one["readout"], logits, cache, states, plain=in_plain(model))
-    return in_explained(rows, one["writes"], states, written)
+            logits = in_positions(model.output.logits, target["positions"])
+            rows = in_readout(model, readout, logits, model.output.get("past_key_values"), states, hear=hear)
+    if target["rereads"]:
+        forward = in_rereading(model, target, states, site, writing)
+        ids = inputs["input_ids"]
+        rows = in_readout(forward, readout, logits, ids, states, plain=in_plain(model), hear=hear)
+    elif target["every_step"]:
+        forward = in_stepping(model, target, states, site, writing)
+        rows = in_readout(forward, readout, logits, cache, states, plain=in_plain(model), hear=hear)
+    return in_explained(rows, target["writes"], states, written)
 
 
 def in_patched(
-    model: Any, one: Work, states: dict[int, torch.Tensor], paths: dict[str, str], how: Work
+    model: Any,
+    target: RowsProgram,
+    states: dict[int, torch.Tensor],
+    site: SitePath,
+    writing: Writing,
+    *,
+    inputs: dict[str, torch.Tensor],
 ) -> dict[int, Any]:
-    """Do all that is done to T, block by block; give what was written, and over what, by cell."""
+    """Apply embeddings, cuts and writes block by block; return {cell: [new state, previous state]}.
+
+    `inputs` are the pass's own, or those of a later forward pass that reads its prompts again.
+    """
     written: dict[int, Any] = {}
-    if one["embedded"]:
-        in_embedded(in_site(model, paths, -1, one), one["embedded"], states)
-    cuts, writes = dict(one["cuts"]), dict(one["writes"])
+    shape = inputs["input_ids"].shape
+    if target["embedded"]:
+        in_embedded(in_site(model, site, -1, shape), target["embedded"], states)
+    cuts, writes = target["cuts"], target["writes"]
     for layer in sorted({*cuts, *writes}):
         if layer in cuts:
-            in_cut(in_blocks(model, paths)[layer], cuts[layer], one, layer)
+            block = in_blocks(model, site)[layer]
+            in_cut(block, cuts[layer], inputs["attention_mask"], target["names"], target["windows"][layer])
         if layer in writes:
-            found = in_write(in_site(model, paths, layer, one), writes[layer], states, how)
-            # Of a window the first write is told of.
-            written.update({cell: part for cell, part in found.items() if cell not in written})
+            parts = in_write(in_site(model, site, layer, shape), writes[layer], states, writing)
+            # If several layers are written, the first write is reported.
+            written.update({cell: part for cell, part in parts.items() if cell not in written})
     return written
 
 
 def in_plain(model: Any) -> Any:
-    """A model without any patch, as a function, where no trace is open."""
+    """The model without any patch, as a function to be called outside of a trace."""
 
     def forward(**given: Any) -> Any:
         with model.trace(**given):
@@ -93,18 +112,17 @@ def in_plain(model: Any) -> Any:
 
 
 def in_stepping(
-    model: Any, one: Work, states: dict[int, torch.Tensor], paths: dict[str, str], how: Work
+    model: Any, target: RowsProgram, states: dict[int, torch.Tensor], site: SitePath, writing: Writing
 ) -> Any:
-    """A model that writes at every token it decodes, as a function; of several states it writes the last."""
+    """The model as a function that writes at every token it decodes; of several states it writes the last."""
     last = {number: state[-1:] for number, state in states.items()}
 
     def forward(input_ids: torch.Tensor, **given: Any) -> Any:
-        places = list(range(input_ids.shape[1]))
-        here = {**one, "inputs": {"input_ids": input_ids}}
+        columns = list(range(input_ids.shape[1]))
         with model.trace(input_ids=input_ids, **given):
-            for layer, writes in one["writes"]:
-                stepped = [{**write, "positions": places} for write in writes]
-                in_write(in_site(model, paths, layer, here), stepped, last, how)
+            for layer, writes in target["writes"].items():
+                stepped: Any = [{**write, "positions": columns} for write in writes]
+                in_write(in_site(model, site, layer, input_ids.shape), stepped, last, writing)
             logits = model.output.logits.clone()
             cache = model.output.past_key_values
         return SimpleNamespace(logits=logits, past_key_values=cache)
@@ -113,9 +131,9 @@ def in_stepping(
 
 
 def in_rereading(
-    model: Any, one: Work, states: dict[int, torch.Tensor], paths: dict[str, str], how: Work
+    model: Any, target: RowsProgram, states: dict[int, torch.Tensor], site: SitePath, writing: Writing
 ) -> Any:
-    """A model that keeps no keys and values, as a function that takes the ids read so far for these.
+    """The model as a function that keeps no cache: it takes the ids read so far in the place of one.
 
     It reads the prompt again, with the patch; the tokens behind it are not patched. Its logits begin with
     those after the last token that was read before.
@@ -125,10 +143,10 @@ def in_rereading(
         ids = torch.cat([past_key_values.to(input_ids.device), input_ids], dim=1)
         mask = given["attention_mask"]
         inputs = {"input_ids": ids, "attention_mask": mask}
-        if "position_ids" in one["inputs"]:
+        if "position_ids" in target["inputs"]:
             inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp_min(0)
-        with model.trace(**inputs, **{name: False for name in one["options"] if name == "use_cache"}):
-            in_patched(model, {**one, "inputs": inputs}, states, paths, how)
+        with model.trace(**inputs, **{name: False for name in target["options"] if name == "use_cache"}):
+            in_patched(model, target, states, site, writing, inputs=inputs)
             logits = model.output.logits[:, -input_ids.shape[1] - 1 :].clone()
         return SimpleNamespace(logits=logits, past_key_values=ids)
 
@@ -140,46 +158,57 @@ def in_positions(logits: torch.Tensor, positions: list[int]) -> torch.Tensor:
     return logits[list(range(len(logits))), positions]
 
 
-def fused(model: Any, work: Work, backend: Any) -> dict[str, Any]:
-    """Source rows and target rows in one batch: at each block the source is read, then the target written."""
-    source, target = work["sources"][0], work["targets"][0]
-    site, site_written = work["source_paths"], work["target_paths"]
-    reads, writes = dict(source["reads"]), dict(target["writes"])
+def fused(model: Any, program: Any, backend: Any, hear: Sequence[Any]) -> dict[str, Any]:
+    """Run source and target rows as one batch: at each block the source is read, then the target written."""
+    source, target, heard = program["sources"][0], program["targets"][0], hear[0] if hear else None
+    reads, writes = source["reads"], target["writes"]
     layers = sorted({*reads, *writes})
     states: dict[int, torch.Tensor] = {}
     written: dict[int, Any] = {}
-    first = len(source["inputs"]["input_ids"])
+    shape, shape_written = source["inputs"]["input_ids"].shape, target["inputs"]["input_ids"].shape
+    first = shape[0]
     options = {name: max(value, source["options"].get(name, 0)) for name, value in target["options"].items()}
-    rows: Any = None  # where the backend does not wait, this is what is given
+    rows: Any = None  # if the backend does not wait, this is returned
     with model.trace(backend=backend, **options) as tracer:
         meet = tracer.barrier(2)
         with tracer.invoke(**source["inputs"]):
             for layer in layers:
                 if layer in reads:
-                    states.update(in_read(in_site(model, site, layer, source), reads[layer]))
+                    value = in_site(model, program["source_site"], layer, shape)
+                    states.update(in_read(value, reads[layer]))
                 meet()
         with tracer.invoke(**target["inputs"]):
             for layer in layers:
                 meet()
                 if layer in writes:
-                    value = in_site(model, site_written, layer, target, first=first)
-                    written.update(in_write(value, writes[layer], states, work["how"]))
+                    value = in_site(model, program["target_site"], layer, shape_written, first=first)
+                    written.update(in_write(value, writes[layer], states, program["writing"]))
         with tracer.invoke():
             states.update(in_finals(model.output.logits, source["finals"]))
-            given = {"states": states, "written": written, "first": first}
-            rows = nnsight.save(_in_fused_readout(model, model.output, target, given))
+            rows = nnsight.save(
+                _in_fused_readout(model, model.output, target, states, written, first=first, hear=heard)
+            )
     return {"passes": [rows], "kept": {}, "prefix": None}
 
 
-def _in_fused_readout(model: Any, output: Any, one: Work, given: Work) -> list[dict[str, Any]]:
+def _in_fused_readout(
+    model: Any,
+    output: Any,
+    target: RowsProgram,
+    states: dict[int, torch.Tensor],
+    written: dict[int, Any],
+    *,
+    first: int,
+    hear: Any,
+) -> list[dict[str, Any]]:
     """Read out the target's rows, which stand behind the source's, from row `first` on."""
-    first = given["first"]
-    written, states = given["written"], given["states"]
-    if one["readout"]["name"] == "hidden":
-        rows = in_hidden(one["cells"], written, clean=one["readout"]["clean"])
-        return in_explained(rows, one["writes"], states, written)
+    readout = target["readout"]
+    if readout["name"] == "hidden":
+        rows = in_hidden(target["cells"], written, clean=readout["clean"])
+        return in_explained(rows, target["writes"], states, written)
     logits, cache = output.logits[first:], output.get("past_key_values")
-    if one["readout"]["name"] != "next_token":
+    if readout["name"] != "next_token":
         cache.reorder_cache(torch.arange(first, first + len(logits), device=logits.device))
-    rows = in_readout(model, one["readout"], in_positions(logits, one["positions"]), cache, states)
-    return in_explained(rows, one["writes"], states, written)
+    logits = in_positions(logits, target["positions"])
+    rows = in_readout(model, readout, logits, cache, states, hear=hear)
+    return in_explained(rows, target["writes"], states, written)

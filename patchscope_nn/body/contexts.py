@@ -9,60 +9,69 @@ travel as values inside the target's (two sessions, which `backends` runs)
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import nnsight
 
 from patchscope_nn.body.batch import fused, in_source, in_target
 from patchscope_nn.body.packed import in_packed, in_prefix
-from patchscope_nn.body.program import Work
+from patchscope_nn.body.program import Results, StepProgram
 from patchscope_nn.body.states import in_sums
 
-#: What a context gives back: the readouts of each target pass, row by row, and the states that go out.
-Results = dict[str, Any]
+#: Called while a target pass runs in this process, with rows and the token that each has just decoded; first
+#: with two empty lists, once the prompts have been read.
+Hear = Callable[[list[int], list[int]], None]
 
 
-def open_context(context: str, work: Work, source: Any, target: Any, backend: Any) -> Results:
-    """Open a context and run a step in it; `engines.transformers.emit` has the arguments."""
+def open_context(
+    context: str, program: Any, source: Any, target: Any, *, backend: Any, hear: Sequence[Hear]
+) -> Any:
+    """Open a context and run a step in it; `engines.transformers.emit` explains the arguments."""
     if context == "fused":
-        return fused(target, work, backend)
+        return fused(target, program, backend, hear)
     if context == "session":
-        return _session(target, work, backend)
-    return _nested(source, target, work)
+        return _session(target, program, backend, hear)
+    return _nested(source, target, program, hear)
 
 
-def _session(model: Any, work: Work, backend: Any) -> Results:
+def _session(model: Any, program: Any, backend: Any, hear: Sequence[Hear]) -> Any:
     results: Any = None
     with model.session(backend=backend):
-        results = nnsight.save(_in_series(model, work))
+        results = nnsight.save(_in_series(model, program, hear))
     return results  # noqa: RET504 (a context's body binds a name; it cannot return)
 
 
-def _in_series(model: Any, work: Work) -> Any:
+def _in_series(model: Any, program: Any, hear: Sequence[Hear]) -> Any:
     """Run a step, or all steps of a series; each is independent of the others."""
-    if "series" in work:
-        return [_in_session(model, model, step) for step in work["series"]]
-    return _in_session(model, model, work)
+    if "series" in program:
+        return [_in_session(model, model, step, hear) for step in program["series"]]
+    return _in_session(model, model, program, hear)
 
 
-def _nested(source: Any, target: Any, work: Work) -> Results:
+def _nested(source: Any, target: Any, program: Any, hear: Sequence[Hear]) -> Results:
     with target.session():
-        results = nnsight.save(_in_session(source, target, work))
+        results = nnsight.save(_in_session(source, target, program, hear))
     return results  # noqa: RET504 (the same)
 
 
-def _in_session(source: Any, target: Any, work: Work) -> Results:
+def _in_session(source: Any, target: Any, program: StepProgram, hear: Sequence[Hear]) -> Results:
     """Run a step's source passes, then its target passes. Runs inside a context, as all `in_...` do."""
-    states = dict(work["carried"])
-    for one in work["sources"]:
-        states.update(in_source(source, one, work["source_paths"]))
-    states.update(in_sums(states, work["sums"]))
-    prefix = in_prefix(target, work["prefix"], work["target_paths"]) if work["prefix"] else None
-    passes = [
-        in_target(target, one, states, work["target_paths"], work["how"])
-        if one["layout"] is None
-        else in_packed(target, one, states, work["target_paths"], work["how"], prefix=prefix)
-        for one in work["targets"]
-    ]
-    kept = {number: states[number].clone() for number in work["keep"]}
-    return {"passes": passes, "kept": kept, "prefix": prefix if prefix and work["prefix"]["kept"] else None}
+    states = dict(program["given"])
+    for source_pass in program["sources"]:
+        states.update(in_source(source, source_pass, program["source_site"]))
+    states.update(in_sums(states, program["sums"]))
+    site, writing, prefix = program["target_site"], program["writing"], None
+    if program["prefix"] is not None:
+        prefix = in_prefix(target, program["prefix"], site)
+    passes = []
+    for number, target_pass in enumerate(program["targets"]):
+        heard = hear[number] if hear else None
+        if target_pass["layout"] == "rows":
+            rows = in_target(target, target_pass, states, site, writing, hear=heard)
+        else:
+            rows = in_packed(target, target_pass, states, site, writing, prefix=prefix, hear=heard)
+        passes.append(rows)
+    kept = {number: states[number].clone() for number in program["keep"]}
+    returned = prefix if program["prefix"] is not None and program["prefix"]["kept"] else None
+    return {"passes": passes, "kept": kept, "prefix": returned}

@@ -14,73 +14,74 @@ import torch
 from transformers import DynamicCache
 
 from patchscope_nn.body.attention import in_attending
-from patchscope_nn.body.program import Work
+from patchscope_nn.body.program import CellRows, PackedProgram, PrefixProgram, SitePath, Writing
 from patchscope_nn.body.states import in_blocks, in_explained, in_hidden, in_readout, in_write
 
 
-def in_prefix(model: Any, one: Work, paths: dict[str, str]) -> Any:
-    """Run the tokens that all target prompts of a step begin with; give their keys and values."""
-    if one["known"] is not None:
-        return one["known"]
+def in_prefix(model: Any, prefix: PrefixProgram, site: SitePath) -> Any:
+    """Run the tokens that all target prompts of a step begin with; return their keys and values."""
+    if prefix["known"] is not None:
+        return prefix["known"]
     # A cache without a config keeps every token of every block, whatever its window: masks see to that.
     cache = DynamicCache()
-    with model.trace(**one["inputs"], **one["options"], past_key_values=cache) as tracer:
-        in_blocks(model, paths)[-1].output  # noqa: B018 (waiting for it is the point: then all have run)
+    with model.trace(**prefix["inputs"], **prefix["options"], past_key_values=cache) as tracer:
+        in_blocks(model, site)[-1].output  # noqa: B018 (waiting for it is the point: then all have run)
         tracer.stop()
     return cache
 
 
 def in_packed(
     model: Any,
-    one: Work,
+    target: PackedProgram,
     states: dict[int, torch.Tensor],
-    paths: dict[str, str],
-    how: Work,
+    site: SitePath,
+    writing: Writing,
     *,
     prefix: Any,
+    hear: Any,
 ) -> list[dict[str, Any]]:
-    """Run a pass's segments with the states written into them, and read out what they say."""
-    packed, writes = one["layout"], dict(one["writes"])
+    """Run a pass's segments with the states written into them, and read them out."""
+    writes, readout = target["writes"], target["readout"]
     written: dict[int, Any] = {}
     masks: dict[Any, torch.Tensor] = {}
     cache = DynamicCache() if prefix is None else _in_fork(prefix)
     attending = None
-    if packed["own"] is not None:
-        attending = in_attending(cache, packed["prefix"], packed["own"])
-    with model.trace(**one["inputs"], **one["options"], past_key_values=cache) as tracer:
-        blocks = in_blocks(model, paths)
-        for layer in range(packed["depth"]):
+    if target["own"] is not None:
+        attending = in_attending(cache, target["prefix"], target["own"])
+    with model.trace(**target["inputs"], **target["options"], past_key_values=cache) as tracer:
+        blocks = in_blocks(model, site)
+        for layer in range(target["depth"]):
             args, kwargs = blocks[layer].inputs
             if layer == 0:
-                hidden = args[0][:, : packed["entering"]].clone()
+                hidden = args[0][:, : target["entering"]].clone()
                 if -1 in writes:
-                    written.update(in_write(hidden, writes[-1], states, how))
+                    written.update(in_write(hidden, writes[-1], states, writing))
             if hidden.shape[1]:
-                given = dict(zip(packed["names"], args, strict=False)) | kwargs
-                given = _in_narrowed(given, hidden, packed["n_tokens"])
+                given = dict(zip(target["names"], args, strict=False)) | kwargs
+                given = _in_narrowed(given, hidden, target["n_tokens"])
                 if attending is None or hidden.device.type != "cpu":
-                    given["attention_mask"] = _in_mask(packed, hidden, packed["windows"][layer], masks)
+                    given["attention_mask"] = _in_mask(target, hidden, target["windows"][layer], masks)
                     output = blocks[layer](**given)
                 else:
                     output = _in_attended(blocks[layer], given, attending, layer)
-                hidden = output[0] if packed["tuples"] else output
-            hidden = _in_joined(hidden, packed["bases"].get(layer))
+                hidden = output[0] if target["tuples"] else output
+            hidden = _in_joined(hidden, target["bases"].get(layer))
             if layer in writes:
-                found = in_write(hidden, writes[layer], states, how)
-                # Of a window the first write is told of.
-                written.update({cell: part for cell, part in found.items() if cell not in written})
-            after = hidden if layer + 1 == packed["depth"] else args[0]
-            blocks[layer].skip((after, None) if packed["tuples"] else after)
-        if one["readout"]["name"] == "hidden":
-            rows = in_hidden(one["cells"], written, clean=one["readout"]["clean"])
+                parts = in_write(hidden, writes[layer], states, writing)
+                # If several layers are written, the first write is reported.
+                written.update({cell: part for cell, part in parts.items() if cell not in written})
+            after = hidden if layer + 1 == target["depth"] else args[0]
+            blocks[layer].skip((after, None) if target["tuples"] else after)
+        if readout["name"] == "hidden":
+            rows = in_hidden(target["cells"], written, clean=readout["clean"])
             tracer.stop()
         else:
             logits = model.output.logits[0]
-            if "logits_to_keep" not in one["options"]:
-                logits = logits[packed["read"]]
-            kept = _in_rows(cache, packed["rows"]) if packed["rows"] else None
-            rows = in_readout(model, one["readout"], logits, kept, states)
-    return in_explained(rows, one["writes"], states, written)
+            if "logits_to_keep" not in target["options"]:
+                logits = logits[target["read"]]
+            kept = _in_rows(cache, target["rows"]) if target["rows"] is not None else None
+            rows = in_readout(model, readout, logits, kept, states, hear=hear)
+    return in_explained(rows, writes, states, written)
 
 
 def _in_fork(prefix: Any) -> Any:
@@ -121,50 +122,57 @@ def _in_narrow(value: Any, count: int, total: int) -> Any:
 
 
 def _in_mask(
-    packed: Work, hidden: torch.Tensor, window: int | None, masks: dict[Any, torch.Tensor]
+    target: PackedProgram, hidden: torch.Tensor, window: int | None, masks: dict[Any, torch.Tensor]
 ) -> torch.Tensor:
-    """What may attend to what, as a mask to be added: (1, 1, n_running, n_prefix + n_running)."""
-    count, keys = hidden.shape[1], packed["key_positions"]
+    """Which token attends to which, as a mask to be added: (1, 1, n_running, n_prefix + n_running).
+
+    `masks` keeps the last one: it serves every block with as many tokens and the same window.
+    """
+    count, keys = hidden.shape[1], target["key_positions"]
     if (count, window) not in masks:
-        masks.clear()
-        seen = packed["prefix"] + count
-        allowed = _in_allowed(packed)[:count, :seen]
+        seen = target["prefix"] + count
+        everything = masks["allowed"] if "allowed" in masks else _in_allowed(target)
+        allowed = everything[:count, :seen]
         if window is not None:
-            positions = keys[packed["prefix"] :][:count]
+            positions = keys[target["prefix"] :][:count]
             allowed = allowed & (positions[:, None] - keys[None, :seen] < window)
         mask = torch.zeros(allowed.shape, dtype=hidden.dtype, device=hidden.device)
         mask.masked_fill_(~allowed.to(hidden.device), torch.finfo(hidden.dtype).min)
+        masks.clear()
+        masks["allowed"] = everything
         masks[count, window] = mask[None, None]
     return masks[count, window]
 
 
-def _in_allowed(packed: Work) -> torch.Tensor:
+def _in_allowed(target: PackedProgram) -> torch.Tensor:
     """(n_tokens, n_prefix + n_tokens): whether a token attends to another."""
-    if packed["allowed"] is None:
-        prefix, own = packed["prefix"], packed["own"]
-        allowed = torch.zeros(len(own), prefix + len(own), dtype=torch.bool)
-        allowed[:, :prefix] = True
-        rows, columns = (own >= 0).nonzero(as_tuple=True)
-        allowed[rows, prefix + own[rows, columns]] = True
-        packed["allowed"] = allowed
-    return packed["allowed"]
+    if target["allowed"] is not None:
+        return target["allowed"]
+    prefix = target["prefix"]
+    own: Any = target["own"]
+    places, real = own["places"], own["real"]
+    allowed = torch.zeros(len(places), prefix + len(places), dtype=torch.bool)
+    allowed[:, :prefix] = True
+    rows, columns = real.nonzero(as_tuple=True)
+    allowed[rows, prefix + places[rows, columns]] = True
+    return allowed
 
 
-def _in_joined(hidden: torch.Tensor, bases: list[int] | None) -> torch.Tensor:
-    """The tokens that run, and those that join here, as the clean tokens they stand for.
+def _in_joined(hidden: torch.Tensor, bases: list[int | None] | None) -> torch.Tensor:
+    """The tokens that run, and behind them those that join here, each starting from its unpatched token.
 
-    A base of -1 has none, since it is about to be written.
+    A token without a base is about to be written, and starts from zeros.
     """
     if not bases:
         return hidden
     fresh = hidden.new_zeros(1, len(bases), hidden.shape[2])
-    known = [place for place, base in enumerate(bases) if base >= 0]
+    known = [place for place, base in enumerate(bases) if base is not None]
     if known:
         fresh[:, known] = hidden[:, [bases[place] for place in known]]
     return torch.cat([hidden, fresh], dim=1)
 
 
-def _in_rows(cache: Any, rows: Work) -> Any:
+def _in_rows(cache: Any, rows: CellRows) -> Any:
     """The keys and values of each cell's whole prompt, a row for each: decoding goes on from them.
 
     In the blocks that a cell's own tokens did not run through they are the clean prompt's.

@@ -1,7 +1,7 @@
 """Reading and writing hidden states, inside a context.
 
-Functions named `in_...` run inside a context, on whatever machine that is: they take what `unpack` made
-(ints, strings, lists, tensors) and use torch, nnsight and functions of this package that take the same.
+Functions named `in_...` run inside a context, on whatever machine that is. They take parts of a program (see
+`program.py`), and use torch, nnsight and other functions of `body`.
 """
 
 from __future__ import annotations
@@ -11,107 +11,120 @@ from typing import Any
 import torch
 
 from patchscope_nn.body.mappings import apply_mapping
-from patchscope_nn.body.program import Work
+from patchscope_nn.body.program import Cut, Embedded, Read, SitePath, Sum, Write, Writing
 from patchscope_nn.body.readouts import read_choices, read_generate, read_next_token
 
 
-def in_blocks(model: Any, paths: dict[str, str]) -> Any:
+def in_blocks(model: Any, site: SitePath) -> Any:
     """The list of decoder blocks."""
     part = model
-    for name in paths["blocks"].split("."):
+    for name in site["blocks"].split("."):
         part = getattr(part, name)
     return part
 
 
-def in_site(model: Any, paths: dict[str, str], layer: int, one: Work, *, first: int = 0) -> Any:
-    """The tensor at a layer, (batch, n_tokens, d_model). Modules give it, or a tuple or list that begins so.
+def in_site(model: Any, site: SitePath, layer: int, shape: Any, *, first: int = 0) -> Any:
+    """The states at a site of a layer, (batch, n_tokens, d_model), as a view that can be written to.
 
-    OPT's MLP gives it flat, (batch * n_tokens, d_model); of a flat tensor nnsight does not know which rows
-    are this invoke's, so that in a fused trace those from `first` on are taken here.
+    A module returns them alone, or first in a tuple or list. OPT's MLP returns them flat, (batch * n_tokens,
+    d_model); nnsight cannot tell which rows of a flat tensor belong to an invoke, so a fused trace takes
+    those from `first` on here.
+
+    Args:
+        model: The model.
+        site: Where in a block.
+        layer: The block; -1 is the input of block 0.
+        shape: (batch, n_tokens) of the pass.
+        first: The first row of this invoke in the batch.
     """
-    blocks = in_blocks(model, paths)
+    blocks = in_blocks(model, site)
     if layer < 0:
         return blocks[0].input
     part = blocks[layer]
-    for name in paths["part"].split(".") if paths["part"] else ():
+    for name in site["part"].split(".") if site["part"] else ():
         part = getattr(part, name)
     value = part.output
     value = value[0] if isinstance(value, tuple | list) else value
     if value.ndim > 2:  # noqa: PLR2004 (the flat one has two dimensions)
         return value
-    batch, width = one["inputs"]["input_ids"].shape
+    batch, width = shape
     value = value.view(-1, width, value.shape[-1])
     return value if len(value) == batch else value[first : first + batch]
 
 
-def in_read(value: torch.Tensor, reads: list[Any]) -> dict[int, torch.Tensor]:
+def in_read(value: torch.Tensor, reads: list[Read]) -> dict[int, torch.Tensor]:
     """States by number, each (n_positions, d_model)."""
-    rows = [row for _, row, positions in reads for _ in positions]
-    gathered = value[rows, [at for _, _, positions in reads for at in positions]]
-    parts = gathered.split([len(positions) for _, _, positions in reads])
-    return {number: part for (number, _, _), part in zip(reads, parts, strict=True)}
+    counts = [len(read["positions"]) for read in reads]
+    rows = [read["row"] for read in reads for _ in read["positions"]]
+    gathered = value[rows, [position for read in reads for position in read["positions"]]]
+    return {read["state"]: part for read, part in zip(reads, gathered.split(counts), strict=True)}
 
 
-def in_finals(logits: torch.Tensor, finals: list[Any]) -> dict[int, torch.Tensor]:
+def in_finals(logits: torch.Tensor, finals: list[Read]) -> dict[int, torch.Tensor]:
     """Unpatched next-token log-probabilities by number, each (vocab,)."""
     if not finals:
         return {}
-    read = logits[[row for _, row, _ in finals], [position for _, _, position in finals]]
-    logprobs = torch.log_softmax(read.float(), dim=-1)
-    return {number: one for (number, *_), one in zip(finals, logprobs, strict=True)}
+    last = logits[[read["row"] for read in finals], [read["positions"][-1] for read in finals]]
+    logprobs = torch.log_softmax(last.float(), dim=-1)
+    return {read["state"]: row for read, row in zip(finals, logprobs, strict=True)}
 
 
-def in_sums(states: dict[int, torch.Tensor], sums: list[Any]) -> dict[int, torch.Tensor]:
-    """States that are made of others: weighted sums, and means over their positions."""
+def in_sums(states: dict[int, torch.Tensor], sums: list[Sum]) -> dict[int, torch.Tensor]:
+    """States that are made of others: weighted sums, perhaps of means over positions."""
     made = {}
-    for number, parts, mean in sums:
-        terms = [states[one].mean(0, keepdim=True) if mean else states[one] for one, _ in parts]
-        total = terms[0] * parts[0][1]
-        for term, (_, weight) in zip(terms[1:], parts[1:], strict=True):
-            total = total + term.to(total) * weight
-        made[number] = total
+    for entry in sums:
+        total: Any = None
+        for number, weight in entry["terms"]:
+            term = states[number].mean(0, keepdim=True) if entry["mean"] else states[number]
+            total = term * weight if total is None else total + term.to(total) * weight
+        made[entry["state"]] = total
     return made
 
 
 def in_write(
-    value: torch.Tensor, writes: list[Any], states: dict[int, torch.Tensor], how: Work
+    value: torch.Tensor, writes: list[Write], states: dict[Any, torch.Tensor], writing: Writing
 ) -> dict[int, list[torch.Tensor]]:
-    """Write the mapped states of one layer, all rows at once; give, by cell, what stands there and stood."""
-    rows = [one["row"] for one in writes for _ in one["positions"]]
-    places = [at for one in writes for at in one["positions"]]
-    counts = [len(one["positions"]) for one in writes]
-    clean = value[rows, places]
+    """Map the states of one layer and write them, all rows at once.
+
+    Returns:
+        {cell: [new state, previous state]}, each (n_positions, d_model).
+    """
+    mode = writing["mode"]
+    rows = [write["row"] for write in writes for _ in write["positions"]]
+    columns = [position for write in writes for position in write["positions"]]
+    counts = [len(write["positions"]) for write in writes]
+    clean = value[rows, columns]
     mapped = clean
-    if how["mode"] not in ("zero", "noise"):
-        # One state is written at all positions; several are, one to one.
-        incoming = [states[one["state"]].expand(len(one["positions"]), -1) for one in writes]
-        together = torch.cat([one.to(value.device) for one in incoming])
-        pairs = [one["pair"] for one in writes for _ in one["positions"]]
-        mapped = apply_mapping(how["mapping"][0], how["mapping"][1], together, clean, pairs)
-    parts, there = list(mapped.split(counts)), clean.split(counts)
-    for place, one in enumerate(writes):
-        if one["seed"] is not None:
-            noise = how["mode"] == "noise"
-            alike = not noise and len(states[one["state"]]) == 1
-            parts[place] = in_random(parts[place], one["seed"], matched=not noise, alike=alike)
-        if how["mode"] == "add_matched":
-            norms = [part.norm(dim=-1, keepdim=True) for part in (there[place], parts[place])]
-            parts[place] = parts[place] * (norms[0] / norms[1])
-        if one["scale"] != 1:
-            parts[place] = parts[place] * one["scale"]
-    written = in_mode(how["mode"], how["amount"], clean, torch.cat(parts))
-    value[rows, places] = written
-    both = zip(written.split(counts), there, strict=True)
-    return {one["cell"]: list(two) for one, two in zip(writes, both, strict=True)}
+    if mode not in ("zero", "noise"):
+        # One state is written at all positions; several are written one to one.
+        incoming = [states[write["state"]].expand(len(write["positions"]), -1) for write in writes]
+        together = torch.cat([state.to(value.device) for state in incoming])
+        pairs = [write["pair"] for write in writes for _ in write["positions"]]
+        mapped = apply_mapping(writing["mapping"], writing["weights"], together, clean, pairs)
+    parts, previous = list(mapped.split(counts)), clean.split(counts)
+    for number, write in enumerate(writes):
+        if write["seed"] is not None:
+            noise = mode == "noise"
+            alike = not noise and len(states[write["state"]]) == 1
+            parts[number] = in_random(parts[number], write["seed"], matched=not noise, alike=alike)
+        if mode == "add_matched":
+            norms = [part.norm(dim=-1, keepdim=True) for part in (previous[number], parts[number])]
+            parts[number] = parts[number] * (norms[0] / norms[1])
+        if write["scale"] != 1:
+            parts[number] = parts[number] * write["scale"]
+    written = in_mode(mode, writing["amount"], clean, torch.cat(parts))
+    value[rows, columns] = written
+    both = zip(written.split(counts), previous, strict=True)
+    return {write["cell"]: [*pair] for write, pair in zip(writes, both, strict=True)}
 
 
 def in_mode(mode: str, amount: float, clean: torch.Tensor, mapped: torch.Tensor) -> torch.Tensor:
-    """What stands there after the write.
+    """The states after the write.
 
     Args:
         mode: The name of the write.
         amount: Its number.
-        clean: (n, d_model) what stood there.
+        clean: (n, d_model) the previous states.
         mapped: (n, d_model) f(h), matched and scaled; for `noise` numbers of mean 0 and variance 1.
     """
     if mode in ("add", "add_matched"):
@@ -143,21 +156,24 @@ def in_random(states: torch.Tensor, seed: int, *, matched: bool = True, alike: b
 
 
 def in_hidden(cells: int, written: dict[int, Any], *, clean: bool) -> list[dict[str, Any]]:
-    """What was written for each cell of a pass, and what stood there; an unpatched one has nothing."""
+    """The new state of each cell of a pass, and with `clean` the previous one; None in an unpatched cell."""
     names = ["hidden", "clean"][: 1 + clean]
     return [
         {
-            name: written[cell][place].float().tolist() if cell in written else None
-            for place, name in enumerate(names)
+            name: written[cell][index].float().tolist() if cell in written else None
+            for index, name in enumerate(names)
         }
         for cell in range(cells)
     ]
 
 
 def in_explained(
-    rows: list[dict[str, Any]], writes: list[Any], states: dict[int, torch.Tensor], written: dict[int, Any]
+    rows: list[dict[str, Any]],
+    writes: dict[int, list[Write]],
+    states: dict[int, torch.Tensor],
+    written: dict[int, Any],
 ) -> list[dict[str, Any]]:
-    """Say of each row whose numbers are not finite where the first such number was, as `not_finite`."""
+    """Add `not_finite` to each row with a number that is not finite: where the first such number arose."""
     for cell, row in enumerate(rows):
         parts = written.get(cell, ())
         if in_is_finite(row, parts):
@@ -165,10 +181,10 @@ def in_explained(
                 row["not_finite"] = "compared"
             continue
         numbers = [
-            entry["state"]
-            for _, entries in writes
-            for entry in entries
-            if entry["cell"] == cell and entry["state"] is not None
+            write["state"]
+            for entries in writes.values()
+            for write in entries
+            if write["cell"] == cell and write["state"] is not None
         ]
         row["not_finite"] = "logits"
         if parts and not parts[0].isfinite().all():
@@ -210,37 +226,47 @@ def in_numbers(value: Any) -> list[float]:
     return [value] if isinstance(value, float) else []
 
 
-def in_embedded(value: torch.Tensor, embedded: list[Any], states: dict[int, torch.Tensor]) -> None:
-    """Put learned embeddings at the beginning of rows, and noise on others."""
-    for one in embedded:
-        row, start = one["row"], one["start"]
-        if one["soft"] is not None:
-            soft = states[one["soft"]].to(value)
+def in_embedded(value: torch.Tensor, embedded: list[Embedded], states: dict[int, torch.Tensor]) -> None:
+    """Put soft prompts at the beginning of rows, and noise on the embeddings of others."""
+    for change in embedded:
+        row, start = change["row"], change["start"]
+        if change["soft"] is not None:
+            soft = states[change["soft"]].to(value)
             value[row, start : start + len(soft)] = soft
-        if one["noise"]:
-            places = one["positions"]
-            noise = in_random(value[row, places], one["seed"], matched=False)
-            # Where T is read again, what was decoded stands behind it.
-            own = value[row, start : one["end"]]
-            value[row, places] = value[row, places] + one["noise"] * own.std() * noise
+        if change["noise"]:
+            columns = change["positions"]
+            noise = in_random(value[row, columns], change["seed"], matched=False)
+            # If T is read again, decoded tokens follow it, which do not count.
+            spread = value[row, start : change["end"]].std()
+            value[row, columns] = value[row, columns] + change["noise"] * spread * noise
 
 
-def in_cut(block: Any, cuts: list[Any], one: Work, layer: int) -> None:
-    """Give a block an attention mask without the edges that are cut."""
+def in_cut(
+    block: Any, cuts: list[Cut], attention_mask: torch.Tensor, names: list[str], window: int | None
+) -> None:
+    """Give a block an attention mask without the edges that are cut.
+
+    Args:
+        block: The block.
+        cuts: The edges.
+        attention_mask: (batch, width) which columns are tokens, and no padding.
+        names: The names of the block's positional arguments.
+        window: How many tokens back a token sees in this block; None for all.
+    """
     args, kwargs = block.inputs
-    given = dict(zip(one["names"], args, strict=False)) | kwargs
-    hidden, window = given.pop(one["names"][0]), one["windows"][layer]
-    real = one["inputs"]["attention_mask"].to(hidden.device).bool()
+    given = dict(zip(names, args, strict=False)) | kwargs
+    hidden = given.pop(names[0])
+    real = attention_mask.to(hidden.device).bool()
     batch, width = real.shape
     allowed = torch.ones(width, width, dtype=torch.bool, device=hidden.device).tril()
     if window is not None:
         allowed = allowed & torch.ones_like(allowed).triu(1 - window)
     allowed = allowed[None] & real[:, None, :]
-    # A padding token sees itself: a softmax over nothing would be no number.
+    # A padding token sees itself: a softmax over nothing would be NaN.
     allowed = allowed | torch.eye(width, dtype=torch.bool, device=hidden.device)[None]
-    for row, tokens, unseen in cuts:
-        for token in tokens:
-            allowed[row, token, [at for at in unseen if at != token]] = False
+    for cut in cuts:
+        for token in cut["positions"]:
+            allowed[cut["row"], token, [unseen for unseen in cut["unseen"] if unseen != token]] = False
     mask = torch.zeros(batch, 1, width, width, dtype=hidden.dtype, device=hidden.device)
     given["attention_mask"] = mask.masked_fill(~allowed[:, None], torch.finfo(hidden.dtype).min)
     block.inputs = ((hidden,), given)
@@ -248,29 +274,30 @@ def in_cut(block: Any, cuts: list[Any], one: Work, layer: int) -> None:
 
 def in_readout(
     model: Any,
-    readout: Work,
+    readout: dict[str, Any],
     logits: torch.Tensor,
     cache: Any,
     states: dict[int, torch.Tensor],
     *,
     plain: Any = None,
+    hear: Any = None,
 ) -> list[dict[str, Any]]:
     """Call the readout a pass asks for. The prompt has been read: nothing from here on is patched.
 
     Args:
         model: M*, as a function.
-        readout: What `unpack` made of it; `mask` is the attention mask of the prompts behind `cache`.
+        readout: What its kind needs; `mask` is the attention mask of the prompts behind `cache`.
         logits: (n_cells, vocab) at the positions that are read.
         cache: Keys and values, a row for each cell; only for readouts that decode.
         states: What source passes read, for the reference distributions.
         plain: M* without any patch, as a function, where `model` is not that.
+        hear: Called while the pass runs (see `contexts.Hear`); None for nothing.
 
     Returns:
         One dict for each cell.
     """
-    heard = readout.get("heard")
-    if heard is not None:
-        heard([], [])
+    if hear is not None:
+        hear([], [])
     if readout["name"] == "next_token":
         return read_next_token(
             logits,
@@ -309,5 +336,5 @@ def in_readout(
         stepwise=readout["stepwise"],
         plain=plain or model,
         prompts=readout["prompts"],
-        heard=heard,
+        heard=hear,
     )

@@ -1,6 +1,5 @@
 """How a step addresses a model: one adapter for each kind of engine."""
 
-from patchscope_nn.body.contexts import Results
 from patchscope_nn.engines.transformers import emit
 
-__all__ = ["Results", "emit"]
+__all__ = ["emit"]

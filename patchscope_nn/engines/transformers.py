@@ -2,39 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import nnsight
 import torch
 
-from patchscope_nn.body.contexts import Results, open_context
-from patchscope_nn.body.program import Work
+from patchscope_nn.body.contexts import Hear, open_context
+from patchscope_nn.body.program import Series, StepProgram
 from patchscope_nn.models import in_turn
 from patchscope_nn.plan import Context
 
 
 @in_turn
-def emit(context: Context, work: Work, *, source: Any, target: Any, backend: Any = None) -> Results:
-    """Open a context and run a step in it.
+def emit(
+    context: Context,
+    program: StepProgram | Series,
+    *,
+    source: Any,
+    target: Any,
+    backend: Any = None,
+    hear: Sequence[Hear] = (),
+) -> Any:
+    """Open a context and run a step, or a series of steps, in it.
 
     Args:
         context: Which one.
-        work: What `unpack` made of the step.
+        program: The step.
         source: M, an nnsight model.
         target: M*, an nnsight model; the same object where there is one model.
         backend: An nnsight backend that takes the step elsewhere; None runs it in this process. One that
-            does not wait gives nothing back here.
+            does not wait returns nothing here.
+        hear: For each target pass a function that is called while it runs in this process; or none.
 
     Returns:
-        `passes`: for each target pass a list of readouts, one for each row; `kept`: tensors by number;
-        `prefix`: the keys and values of its prefix, where the step was asked for them.
+        The step's `Results`; for a series a list of them.
     """
     # A body is shipped by the source of its functions; without this they would be looked up by name.
     nnsight.register("patchscope_nn")
     with torch.no_grad(), _untracked(source, target):
-        return open_context(context, work, source, target, backend)
+        return open_context(context, program, source, target, backend=backend, hear=hear)
 
 
 @contextmanager

@@ -6,18 +6,19 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from patchscope_nn.body.program import Work
 from patchscope_nn.models import Model
 from patchscope_nn.plan import Plan, State, from_cache
 from patchscope_nn.spec import Choices, Generate, Hidden, NextToken
 from patchscope_nn.sweep import Cell
 
 
-def readout_of(plan: Plan, cells: Sequence[Cell], numbers: Mapping[State, int], target: Model) -> Work:
+def readout_of(
+    plan: Plan, cells: Sequence[Cell], numbers: Mapping[State, int], target: Model
+) -> dict[str, Any]:
     """What a pass's readout is asked for."""
     readout, entries = plan.sweep.scope.readout, plan.sweep.entries
     arguments = target.info.architecture.arguments
-    work: Work = {
+    work: dict[str, Any] = {
         "name": readout.name,
         "clean": isinstance(readout, Hidden) and readout.clean,
         "numbered": "position_ids" in arguments,

@@ -7,27 +7,28 @@ from typing import Any
 
 import torch
 
+from patchscope_nn.body.program import Sum
 from patchscope_nn.plan import Plan, State, terms_of
-from patchscope_nn.sweep import Cell
+from patchscope_nn.sweep import Cell, Source, VectorAt
 from patchscope_nn.sweep.vectors import load_soft_prompt, load_vector
 
 
-class Made:
+class WrittenStates:
     """The states that are written: those that are read, and those that are made of them.
 
     Attributes:
         numbers: States that are read.
         given: Vectors from files, by number.
-        sums: What is made: `[number, [[number of a state, weight], ...], whether its mean is taken]`.
+        sums: The states that are made of others.
     """
 
     def __init__(self, plan: Plan, numbers: Mapping[State, int]) -> None:
         self.sweep, self.numbers = plan.sweep, numbers
         self.given: dict[int, torch.Tensor] = {}
-        self.sums: list[list[Any]] = []
+        self.sums: list[Sum] = []
         self._next = len(numbers)
         self._known: dict[Any, int] = {}
-        self._vectors: dict[int, int] = {}
+        self._vectors: dict[VectorAt, int] = {}
         soft = plan.sweep.scope.target.soft_prompt
         self.soft = self._given(load_soft_prompt(soft)) if soft else None
 
@@ -41,17 +42,17 @@ class Made:
             return self._one(terms[0][0], terms[0][1], layer)
         key = (terms, layer)
         if key not in self._known:
-            parts = [[self._one(prompt, at, layer), weight] for prompt, at, weight in terms]
+            parts = [(self._one(prompt, positions, layer), weight) for prompt, positions, weight in terms]
             self._known[key] = self._take()
-            self.sums.append([self._known[key], parts, mean])
+            self.sums.append({"state": self._known[key], "terms": parts, "mean": mean})
         return self._known[key]
 
-    def _one(self, prompt: int, positions: tuple[int, ...], layer: int | None) -> int:
-        if prompt >= 0:
-            return self.numbers[State(prompt, positions, layer)]
-        if prompt not in self._vectors:
-            self._vectors[prompt] = self._given(load_vector(self.sweep.vectors[-1 - prompt]))
-        return self._vectors[prompt]
+    def _one(self, source: Source, positions: tuple[int, ...], layer: int | None) -> int:
+        if not isinstance(source, VectorAt):
+            return self.numbers[State(source, positions, layer)]
+        if source not in self._vectors:
+            self._vectors[source] = self._given(load_vector(source))
+        return self._vectors[source]
 
     def _given(self, value: torch.Tensor) -> int:
         number = self._take()

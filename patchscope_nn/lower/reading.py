@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
-from patchscope_nn.body.program import Work
+from patchscope_nn.body.program import Read, SitePath, SourceProgram, StepProgram, identity_writing
 from patchscope_nn.lower.rows import batch_of, options_of
 from patchscope_nn.lower.step import paths_of
 from patchscope_nn.models import ModelInfo
@@ -19,57 +18,65 @@ def reading(
     info: ModelInfo,
     *,
     site: str = "residual",
-) -> Work:
-    """Unpack what reads states, and gives all of them back.
+) -> StepProgram:
+    """A step that reads states of prompts and returns all of them.
 
     Args:
         rows: Token ids, and the positions that are read of them, from the left.
         layers: The layers that are read; -1 is the input of block 0.
         info: The model.
-        site: What of a block.
+        site: Which states of a block.
 
     Returns:
-        A step, as `unpack` gives it; `gathered` takes its states apart.
+        The program; `gathered` takes its states apart.
     """
     inputs = batch_of([ids for ids, _ in rows], info, 0)
     width = inputs["input_ids"].shape[1]
-    reads: list[Any] = [
-        [
-            layer,
-            [
-                [place * len(rows) + row, row, [width - len(ids) + at for at in positions]]
-                for row, (ids, positions) in enumerate(rows)
-            ],
+    reads: dict[int, list[Read]] = {
+        layer: [
+            {
+                "state": index * len(rows) + row,
+                "row": row,
+                "positions": [width - len(ids) + position for position in positions],
+            }
+            for row, (ids, positions) in enumerate(rows)
         ]
-        for place, layer in enumerate(sorted(set(layers)))
-    ]
-    numbers = [entry[0] for _, entries in reads for entry in entries]
-    source = {
+        for index, layer in enumerate(sorted(set(layers)))
+    }
+    source: SourceProgram = {
         "inputs": inputs,
         "options": options_of(info, keep=None, cache=False),
         "whole": False,
         "reads": reads,
         "finals": [],
     }
-    return {
+    return nothing(paths_of(info, site)) | {
         "sources": [source],
+        "keep": [read["state"] for entries in reads.values() for read in entries],
+    }
+
+
+def nothing(site: SitePath | None = None) -> StepProgram:
+    """A step that does nothing; as a job it shows whether a server still works."""
+    path: SitePath = site or {"blocks": "", "part": ""}
+    return {
+        "sources": [],
         "targets": [],
         "prefix": None,
-        "carried": {},
+        "given": {},
         "sums": [],
-        "fresh": numbers,
-        "keep": numbers,
-        "how": {"mapping": ["identity", None], "mode": "replace", "amount": 0.0},
-        "source_paths": paths_of(info, site),
-        "target_paths": paths_of(info, site),
+        "keep": [],
+        "writing": identity_writing(),
+        "source_site": path,
+        "target_site": path,
     }
 
 
 def gathered(kept: dict[int, torch.Tensor], layers: Sequence[int], *, n_rows: int) -> dict[int, torch.Tensor]:
-    """What `reading` read, by layer.
+    """The states that `reading` read, by layer.
 
     Args:
-        kept: What the step gave.
+        kept: The states that the step returned.
         layers: As in `reading`.
         n_rows: The number of rows it read.
 
@@ -77,6 +84,6 @@ def gathered(kept: dict[int, torch.Tensor], layers: Sequence[int], *, n_rows: in
         For each layer (n_positions, d_model) in the order of the rows.
     """
     return {
-        layer: torch.cat([kept[place * n_rows + row] for row in range(n_rows)])
-        for place, layer in enumerate(sorted(set(layers)))
+        layer: torch.cat([kept[index * n_rows + row] for row in range(n_rows)])
+        for index, layer in enumerate(sorted(set(layers)))
     }

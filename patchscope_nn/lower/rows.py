@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from patchscope_nn.body.program import Work
+from patchscope_nn.body.program import Cut, Embedded, RowsProgram, Write
 from patchscope_nn.lower.asked import readout_of
-from patchscope_nn.lower.made import Made
+from patchscope_nn.lower.made import WrittenStates
 from patchscope_nn.models import Model, ModelInfo
 from patchscope_nn.plan import Plan, from_cache
 from patchscope_nn.spec import read_position
 from patchscope_nn.sweep import Cell
 
 
-def batch_of(rows: Sequence[tuple[int, ...]], info: ModelInfo, width: int, *, numbered: bool = False) -> Work:
+def batch_of(
+    rows: Sequence[tuple[int, ...]], info: ModelInfo, width: int, *, numbered: bool = False
+) -> dict[str, torch.Tensor]:
     """Left-padded ids, their mask and positions, as keyword arguments of the model.
 
     Args:
@@ -37,23 +39,28 @@ def batch_of(rows: Sequence[tuple[int, ...]], info: ModelInfo, width: int, *, nu
     return inputs
 
 
-def by_layer(entries: Iterable[tuple[int, Any]]) -> list[list[Any]]:
-    """Entries grouped by layer, in the order a forward reaches them (the embedding's -1 first)."""
-    groups: dict[int, list[Any]] = {}
+_Entry = TypeVar("_Entry")
+
+
+def by_layer(entries: Iterable[tuple[int, _Entry]]) -> dict[int, list[_Entry]]:
+    """Entries grouped by layer, in the order a forward pass reaches them (the embedding's -1 first)."""
+    groups: dict[int, list[_Entry]] = {}
     for layer, entry in entries:
         groups.setdefault(layer, []).append(entry)
-    return [[layer, groups[layer]] for layer in sorted(groups)]
+    return {layer: groups[layer] for layer in sorted(groups)}
 
 
-def options_of(info: ModelInfo, *, keep: int | None, cache: bool) -> Work:
-    """`keep` is how many positions, from the end, are unembedded; None for all."""
-    options: Work = {"use_cache": cache} if info.architecture.caches else {}
+def options_of(info: ModelInfo, *, keep: int | None, cache: bool) -> dict[str, Any]:
+    """Further arguments of the model; `keep` of the last positions are unembedded, or all (None)."""
+    options: dict[str, Any] = {"use_cache": cache} if info.architecture.caches else {}
     if keep is not None and "logits_to_keep" in info.architecture.arguments:
         options["logits_to_keep"] = keep
     return options
 
 
-def target_rows(plan: Plan, cells: Sequence[Cell], made: Made, target: Model, width: int) -> Work:
+def target_rows(
+    plan: Plan, cells: Sequence[Cell], made: WrittenStates, target: Model, width: int
+) -> RowsProgram:
     """A target pass as rows of a padded batch."""
     prompts = [plan.sweep.target_prompts[cell.target_prompt].ids for cell in cells]
     decodes = plan.sweep.scope.readout.decodes
@@ -72,7 +79,7 @@ def target_rows(plan: Plan, cells: Sequence[Cell], made: Made, target: Model, wi
     asked, modes = plan.sweep.scope.readout, plan.sweep.scope.target
     positions = [read_position(asked, len(prompt)) - len(prompt) for prompt in prompts]
     return {
-        "layout": None,
+        "layout": "rows",
         "cells": len(cells),
         "inputs": inputs,
         "options": options_of(
@@ -89,16 +96,16 @@ def target_rows(plan: Plan, cells: Sequence[Cell], made: Made, target: Model, wi
         "windows": list(target.info.architecture.windows),
         "names": [name for name in target.info.architecture.block_arguments if name != "self"],
         "rereads": decodes and not cached,
-        "steps": decodes and modes.every_step,
+        "every_step": decodes and modes.every_step,
         "positions": positions,
         "readout": readout,
     }
 
 
 def writes_of(
-    cell: Cell, row: int, positions: list[int], made: Made, place: int
-) -> Iterator[tuple[int, dict[str, Any]]]:
-    """By layer what a cell writes: `state` by number, `seed` of random numbers or None, and where."""
+    cell: Cell, row: int, positions: list[int], made: WrittenStates, index: int
+) -> Iterator[tuple[int, Write]]:
+    """Yield (layer, write) for all that a cell writes; `index` counts the cell within its pass."""
     target = made.sweep.scope.target
     if target.cut is not None:
         return
@@ -114,12 +121,12 @@ def writes_of(
                 "seed": cell.seed if seeded else None,
                 "pair": pair,
                 "scale": cell.scale,
-                "cell": place,
+                "cell": index,
             },
         )
 
 
-def _embedded(plan: Plan, cell: Cell, row: int, shift: int, made: Made) -> dict[str, Any]:
+def _embedded(plan: Plan, cell: Cell, row: int, shift: int, made: WrittenStates) -> Embedded:
     """What is done to the embeddings of a row: learned ones at its beginning, then noise."""
     corrupt = plan.sweep.scope.target.corrupt
     entry = plan.sweep.entries[cell.entry]
@@ -136,13 +143,17 @@ def _embedded(plan: Plan, cell: Cell, row: int, shift: int, made: Made) -> dict[
     }
 
 
-def _cuts(plan: Plan, cells: Sequence[Cell], shifts: Sequence[int]) -> Iterator[tuple[int, list[Any]]]:
-    """By layer [row, tokens, tokens that these do not see]; a token that sees nothing else sees itself."""
+def _cuts(plan: Plan, cells: Sequence[Cell], shifts: Sequence[int]) -> Iterator[tuple[int, Cut]]:
+    """Yield (layer, cut) for every row; a token that sees nothing else sees itself."""
     if plan.sweep.scope.target.cut is None:
         return
     for row, (cell, shift) in enumerate(zip(cells, shifts, strict=True)):
         for _, layer in plan.sweep.writes(cell):
             yield (
                 layer,
-                [row, [shift + at for at in cell.target_positions], [shift + at for at in cell.unseen]],
+                {
+                    "row": row,
+                    "positions": [shift + position for position in cell.target_positions],
+                    "unseen": [shift + position for position in cell.unseen],
+                },
             )

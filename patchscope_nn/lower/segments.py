@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from patchscope_nn.body.program import Work
+from patchscope_nn.body.program import CellRows, OwnTokens, PackedProgram, Write
 from patchscope_nn.lower.asked import readout_of
-from patchscope_nn.lower.made import Made
+from patchscope_nn.lower.made import WrittenStates
 from patchscope_nn.lower.rows import by_layer, writes_of
 from patchscope_nn.models import Model
 from patchscope_nn.plan import Layout, Plan, Segment, shares_attention
@@ -18,7 +18,9 @@ from patchscope_nn.spec.layers import EMBED
 from patchscope_nn.sweep import Cell
 
 
-def target_segments(plan: Plan, cells: Sequence[Cell], layout: Layout, made: Made, target: Model) -> Work:
+def target_segments(
+    plan: Plan, cells: Sequence[Cell], layout: Layout, made: WrittenStates, target: Model
+) -> PackedProgram:
     """A target pass as segments of one sequence."""
     segments, info = layout.segments, target.info
     ids = [
@@ -27,10 +29,10 @@ def target_segments(plan: Plan, cells: Sequence[Cell], layout: Layout, made: Mad
         for token in plan.sweep.target_prompts[segment.prompt].ids[segment.first : segment.last]
     ]
     positions = [at for segment in segments for at in range(segment.first, segment.last)]
-    inputs: Work = {"input_ids": torch.tensor([ids])}
+    inputs = {"input_ids": torch.tensor([ids])}
     if "position_ids" in info.architecture.arguments:
         inputs["position_ids"] = torch.tensor([positions])
-    writes: list[tuple[int, Any]] = []
+    writes: list[tuple[int, Write]] = []
     for place, cell in enumerate(cells):
         if cell.target_layer is not None:
             branch = segments[layout.of_cell[place]]
@@ -42,35 +44,30 @@ def target_segments(plan: Plan, cells: Sequence[Cell], layout: Layout, made: Mad
     if decodes:
         readout["mask"] = torch.ones(len(cells), len(plan.sweep.target_prompts[cells[0].target_prompt].ids))
         readout["mask"] = readout["mask"].long()
-    options: Work = {"use_cache": True}
+    options: dict[str, Any] = {"use_cache": True}
     if plan.optimisations.lean_readout and "logits_to_keep" in info.architecture.arguments:
         options["logits_to_keep"] = torch.tensor(read)
-    own = (
-        _own(layout)
-        if shares_attention(plan.sweep, plan.optimisations, cells, prefix=layout.prefix)
-        else None
-    )
+    separately = shares_attention(plan.sweep, plan.optimisations, cells, prefix=layout.prefix)
     return {
+        "layout": "packed",
         "cells": len(cells),
         "inputs": inputs,
         "options": options,
         "writes": by_layer(writes),
         "readout": readout,
-        "layout": {
-            "depth": layout.depth,
-            "entering": layout.running(EMBED),
-            "bases": _bases(segments),
-            "prefix": layout.prefix,
-            "n_tokens": layout.n_tokens,
-            "own": own,
-            "allowed": None if own is not None else _allowed(layout),
-            "key_positions": torch.tensor([*range(layout.prefix), *positions]),
-            "windows": list(info.architecture.windows),
-            "tuples": info.architecture.gives_tuples,
-            "names": [name for name in info.architecture.block_arguments if name != "self"],
-            "read": read,
-            "rows": _rows(layout, readout["mask"].shape[1]) if decodes else None,
-        },
+        "windows": list(info.architecture.windows),
+        "names": [name for name in info.architecture.block_arguments if name != "self"],
+        "depth": layout.depth,
+        "entering": layout.running(EMBED),
+        "bases": _bases(segments),
+        "prefix": layout.prefix,
+        "n_tokens": layout.n_tokens,
+        "own": _own(layout) if separately else None,
+        "allowed": None if separately else _allowed(layout),
+        "key_positions": torch.tensor([*range(layout.prefix), *positions]),
+        "tuples": info.architecture.gives_tuples,
+        "read": read,
+        "rows": _rows(layout, readout["mask"].shape[1]) if decodes else None,
     }
 
 
@@ -79,17 +76,17 @@ def _read_token(plan: Plan, cell: Cell, segment: Segment) -> int:
     return segment.at(read_position(plan.sweep.scope.readout, whole))
 
 
-def _bases(segments: Sequence[Segment]) -> dict[int, list[int]]:
-    """By layer, for each token that joins after it, where the clean token it stands for is; -1 for none."""
-    found: dict[int, list[int]] = {}
+def _bases(segments: Sequence[Segment]) -> dict[int, list[int | None]]:
+    """By layer, for each token that joins after it, the place of the unpatched token it starts from."""
+    bases: dict[int, list[int | None]] = {}
     for segment in segments:
         if segment.enters > EMBED:
             trunk = None if segment.trunk is None else segments[segment.trunk]
-            found.setdefault(segment.enters, []).extend(
-                -1 if trunk is None or at >= trunk.last else trunk.at(at)
+            bases.setdefault(segment.enters, []).extend(
+                None if trunk is None or at >= trunk.last else trunk.at(at)
                 for at in range(segment.first, segment.last)
             )
-    return found
+    return bases
 
 
 def _allowed(layout: Layout) -> torch.Tensor:
@@ -109,8 +106,8 @@ def _allowed(layout: Layout) -> torch.Tensor:
     return allowed
 
 
-def _own(layout: Layout) -> torch.Tensor:
-    """(n_tokens, n_own): which tokens of the sequence, behind the prefix, each sees; -1 for none."""
+def _own(layout: Layout) -> OwnTokens:
+    """The tokens behind the prefix that each token sees."""
     seen = []
     for segment in layout.segments:
         before: list[int] = []
@@ -122,10 +119,13 @@ def _own(layout: Layout) -> torch.Tensor:
             for at in range(segment.last - segment.first)
         ]
     most = max(map(len, seen))
-    return torch.tensor([one + [-1] * (most - len(one)) for one in seen])
+    return {
+        "places": torch.tensor([tokens + [0] * (most - len(tokens)) for tokens in seen]),
+        "real": torch.tensor([[True] * len(tokens) + [False] * (most - len(tokens)) for tokens in seen]),
+    }
 
 
-def _rows(layout: Layout, width: int) -> Work:
+def _rows(layout: Layout, width: int) -> CellRows:
     """Where the tokens of each cell's whole prompt stand among prefix and segments: (n_cells, n_tokens).
 
     `own` follows the cell's branch, `clean` its trunk; `enters` tells from which block on it is the branch.

@@ -86,10 +86,9 @@ class Packer:
 
         def entry(place: int) -> tuple[Any, ...]:
             cell = cells[place]
-            layer = cell.target_layer
             # Cells that need a trunk stand beside those that need the same one.
-            trunk = cell.target_prompt if branches_at(cell) > shared else -1
-            return self._lengths(cell), trunk, -2 if layer is None else layer
+            trunk = (cell.target_prompt,) if branches_at(cell) > shared else ()
+            return self._lengths(cell), trunk, _layer_key(cell)
 
         late = self.optimisations.late_entry
         return tuple(
@@ -105,9 +104,8 @@ class Packer:
         mixed = self.optimisations.mixed_lengths
 
         def entry(place: int) -> tuple[Any, ...]:
-            layer = cells[place].target_layer
             alike = () if mixed else self._lengths(cells[place])
-            return self.row_tokens(cells[place]), alike, -2 if layer is None else layer
+            return self.row_tokens(cells[place]), alike, _layer_key(cells[place])
 
         def fits(batch: Sequence[int]) -> bool:
             longest = cells[batch[-1]]  # and is read as far back as any, since they are sorted
@@ -208,3 +206,8 @@ def cut(items: Sequence[int], fits: Callable[[Sequence[int]], bool]) -> Iterator
         batch.append(item)
     if batch:
         yield tuple(batch)
+
+
+def _layer_key(cell: Cell) -> tuple[int, ...]:
+    """Sorts cells by l*; unpatched ones come first."""
+    return () if cell.target_layer is None else (cell.target_layer,)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Literal, NamedTuple, TypeAlias
 
 from patchscope_nn._util.arguments import checked_class
@@ -82,6 +83,12 @@ class Step:
     kept: tuple[State, ...] = ()
     dropped: tuple[State, ...] = ()
     prefix: tuple[int, ...] = ()
+
+    @cached_property
+    def numbers(self) -> dict[State, int]:
+        """The state numbers of the step's program: of the states it takes over, then of those it reads."""
+        fresh = (state for source_pass in self.sources for state in source_pass.states)
+        return {state: number for number, state in enumerate([*self.carried, *fresh])}
 
 
 @checked_class

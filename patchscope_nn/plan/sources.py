@@ -11,14 +11,14 @@ from typing import NamedTuple
 
 from patchscope_nn.plan.budget import Budget, Costs
 from patchscope_nn.plan.passes import Optimisations, SourcePass, State
-from patchscope_nn.sweep import Cell, Sweep, Weighted
+from patchscope_nn.sweep import Cell, Sweep, VectorAt, Weighted
 
 
 def states_of(sweep: Sweep, cell: Cell) -> Iterator[State]:
     """What a cell needs of source passes."""
     for layer, _ in sweep.writes(cell):
         for prompt, positions, _ in terms_of(cell):
-            if prompt >= 0:
+            if not isinstance(prompt, VectorAt):
                 yield State(prompt, positions, layer)
     if cell.reference is not None:
         prompt, position = cell.reference
@@ -27,9 +27,9 @@ def states_of(sweep: Sweep, cell: Cell) -> Iterator[State]:
 
 def terms_of(cell: Cell) -> tuple[Weighted, ...]:
     """What is added up to the state a cell writes: nothing, one state, or several."""
-    if cell.source_prompt is None or cell.source_positions is None:
+    if cell.source is None or cell.source_positions is None:
         return ()
-    return cell.terms or ((cell.source_prompt, cell.source_positions, 1.0),)
+    return cell.terms or ((cell.source, cell.source_positions, 1.0),)
 
 
 class Reads(NamedTuple):
@@ -118,7 +118,7 @@ class Reader:
                 if read == prompt:
                     for positions in places:
                         yield from (State(prompt, positions, layer) for layer in cells.layers)
-                        if cells.compares and prompt == self.sweep.entries[entry].source_prompt:
+                        if cells.compares and prompt == self.sweep.entries[entry].source:
                             yield State(prompt, positions[-1:], None)
 
     def _batches(self, fresh: dict[int, dict[State, None]]) -> Iterator[SourcePass]:

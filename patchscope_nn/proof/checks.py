@@ -13,15 +13,15 @@ from patchscope_nn.models.architecture import setting
 from patchscope_nn.plan import Optimisations
 from patchscope_nn.proof.hooks import Hooks, distance
 from patchscope_nn.proof.reference import Reference
-from patchscope_nn.proof.trials import DECODED, Runner, Trial, readout_of
+from patchscope_nn.proof.trials import DECODED, Lengths, Runner, Trial, readout_of
 from patchscope_nn.spec import Choices, Generate, Hidden, NextToken, Site
 
 #: What rounding may change in a logit, by dtype, in standard deviations of the logits; the rounding of the
 #: model itself is measured, and may raise it.
 _ROUNDING = {"float64": 1e-6, "float32": 5e-4, "float16": 3e-2, "bfloat16": 0.15}
 _TIMES_NOISE = 4
-#: The shortest prompts, in tokens: source and target.
-SHORT = (7, 6)
+#: The shortest prompts.
+SHORT = Lengths(7, 6)
 #: The shortest prompt in which a token before the last can be patched behind another.
 _SHORTEST = 3
 _ALL = Optimisations()
@@ -39,11 +39,6 @@ def probed_layers(model: Model) -> tuple[int, ...]:
         parts = tuple((name, type(part).__name__) for name, part in block.named_modules())
         first.setdefault((parts, types[layer], windows[layer]), layer)
     return tuple(sorted({0, len(blocks) // 2, len(blocks) - 1, *first.values()}))
-
-
-def _other(row: tuple[int, int]) -> tuple[int, int]:
-    """Two other prompts of the same lengths."""
-    return -row[0], -row[1]
 
 
 @dataclass
@@ -66,24 +61,24 @@ class Checks:
     def begin(self, lengths: Sequence[int]) -> None:
         """Compare on ordinary prompts: short ones, and ones beyond some lengths; decoding crosses each."""
         short = SHORT
-        source = max([short[0] + 4, *(length + 4 for length in lengths)])
+        source = max([short.source + 4, *(length + 4 for length in lengths)])
         target = source - 1
-        across = [(short[0], length) for length in lengths if length >= _SHORTEST]
+        across = [Lengths(short.source, length) for length in lengths if length >= _SHORTEST]
         self._measure_rounding()
-        rows = (short, (source, target))
+        rows = (short, Lengths(source, target))
         # Two source prompts of one length share a pass also where those of several lengths may not.
-        three = (short, _other(short), (source, target))
+        three = (short, short._replace(other=True), Lengths(source, target))
         first = Trial(readout=readout_of(NextToken), rows=three, layers=self.layers)
         self._orient(first)
         if lengths:
-            self._compare_lengths(short[1], source)
+            self._compare_lengths(short.target, source)
         self._check_plain(replace(first, rows=rows[-1:]))
         self._check(first)
         self._check(Trial(readout=readout_of(Hidden), rows=rows[:1], layers=self.layers[:1]))
         if self._has("attention") and self._has("mlp"):
             self._check_sites()
         self._check_mask(rows)
-        packs, longer = self.model.info.architecture.packs, (short[0], target)
+        packs, longer = self.model.info.architecture.packs, Lengths(short.source, target)
         self._decode(short, *([] if packs else [longer]), leaving=True)
         if across:
             self._decode(short, *across)
@@ -103,7 +98,7 @@ class Checks:
         self.beyond = length
         short = SHORT
         # Decoding crosses the length, and goes on behind it.
-        across, behind = (short[0], length), (length + 6, length + 4)
+        across, behind = Lengths(short.source, length), Lengths(length + 6, length + 4)
         try:
             self._compare_lengths(length, length + 4)
             trial = Trial(readout=readout_of(NextToken), rows=(short, behind), layers=(self.middle,))
@@ -119,16 +114,16 @@ class Checks:
             return False
         return True
 
-    def _decode(self, *rows: tuple[int, int], leaving: bool = False) -> None:
+    def _decode(self, *rows: Lengths, leaving: bool = False) -> None:
         """Compare what is decoded behind prompts; with `leaving` a row ends, so rows may be short."""
         first, middle = self.layers[0], self.middle
         # Two prompts of one length, of which one ends before the other and leaves the batch.
-        two = (rows[0], _other(rows[0]), *rows[1:]) if leaving else rows
+        two = (rows[0], rows[0]._replace(other=True), *rows[1:]) if leaving else rows
         trial = Trial(readout=readout_of(Generate), rows=two, layers=(middle,))
         self._check(trial, eos=self._end_of_some(trial) if leaving else None)
         self._check(Trial(readout=readout_of(Choices), rows=rows, layers=(first,), target_layers=(middle,)))
 
-    def _decode_padded(self, *rows: tuple[int, int]) -> None:
+    def _decode_padded(self, *rows: Lengths) -> None:
         """Compare what is decoded from rows of several lengths, on a model whose cells are mostly packed.
 
         Its cells are rows where attention or an MLP is patched, and where packing is off.
@@ -165,7 +160,7 @@ class Checks:
                 if problem and not self._off(site):
                     self._withhold(site, alone, error, problem)
 
-    def _check_mask(self, rows: tuple[tuple[int, int], ...]) -> None:
+    def _check_mask(self, rows: tuple[Lengths, ...]) -> None:
         """Compare a run with a mask of ours, in which a token does not see one that it never sees."""
         if not (self.model.info.architecture.masked and self.hooks.causal) or self._off(CUT):
             return
@@ -175,7 +170,7 @@ class Checks:
     def _measure_rounding(self) -> None:
         """In half precision, raise the tolerance where rounding alone changes more."""
         if self.model.info.dtype in ("float16", "bfloat16"):
-            noise = self.hooks.noise(self.runner.prompt("t", SHORT[1]))
+            noise = self.hooks.noise(self.runner.target_prompt(SHORT))
             self.tolerance = max(self.tolerance, _TIMES_NOISE * noise) if noise < float("inf") else noise
 
     def _orient(self, trial: Trial) -> None:
@@ -194,8 +189,9 @@ class Checks:
 
     def _compare_lengths(self, count: int, longer_count: int) -> None:
         """Find out whether a prompt says other things of its beginning when more follows it."""
-        prompt = self.runner.prompt("t", count)
-        longer = [*prompt, *self.runner.prompt("s", longer_count - count)]
+        row = Lengths(longer_count - count, count)
+        prompt = self.runner.target_prompt(row)
+        longer = [*prompt, *self.runner.source_prompt(row)]
         alone, followed = (self.hooks.logits(ids, [None])[0, count - 1] for ids in (prompt, longer))
         if distance(followed, alone, alone) > self.tolerance:
             self.hooks.incremental = False
@@ -220,7 +216,7 @@ class Checks:
         if cached:
             readout = readout_of(Choices) if Choices in cached else Generate(max_new_tokens=2)
         # Prompts of one length share a forward also where those of several may not.
-        row = (SHORT[1], SHORT[1]) if self._off("mixed_lengths") else SHORT
+        row = Lengths(SHORT.target, SHORT.target) if self._off("mixed_lengths") else SHORT
         first, middle = self.layers[:1], (self.middle,)
         trial = Trial(readout=readout, rows=(row,), layers=first, target_layers=middle)
         self.reference.prepare(trial)
@@ -282,7 +278,7 @@ class Checks:
         decoded: list[list[int]] = [[] for _ in trial.rows[:2]]
         for _ in range(DECODED - 1):
             for row, tokens in zip(trial.rows, decoded, strict=False):
-                tokens.append(self.reference.next_decoded(*row, trial.layers[0], tokens))
+                tokens.append(self.reference.next_decoded(row, trial.layers[0], tokens))
             if len({tokens[-1] for tokens in decoded}) > 1:
                 return decoded[0][-1]
         return None

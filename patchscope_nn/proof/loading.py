@@ -10,7 +10,6 @@ from typing import Any
 
 from patchscope_nn import models
 from patchscope_nn.backends import Ndif
-from patchscope_nn.body.program import Work
 from patchscope_nn.errors import ServerError
 from patchscope_nn.models import COSTS, ELSEWHERE, Model, Verdict, is_offloaded
 from patchscope_nn.proof import store
@@ -76,11 +75,11 @@ def proven_on(model: Model, backend: Ndif) -> Model:
     if model.info.device != ELSEWHERE or model.info.verdict is not None:
         return model
 
-    def run(work: Work) -> Any:
+    def run(program: Any) -> Any:
         try:
-            return backend.run("session", work, source=model, target=model)
+            return backend.run("session", program, source=model, target=model)
         except ServerError:  # a result that can no longer be fetched, or a server that was restarted
-            return backend.run("session", work, source=model, target=model)
+            return backend.run("session", program, source=model, target=model)
 
     return _kept_or_made(
         model, store.structure_key(model, host=backend.host), lambda key: prove_remotely(model, run, key=key)

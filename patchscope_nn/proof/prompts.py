@@ -46,20 +46,21 @@ class Numbers:
         return {}
 
 
-def random_ids(model: Model, count: int, *, seed: int) -> list[int]:
+def random_ids(model: Model, count: int, *, seed: int, other: bool = False) -> list[int]:
     """Random ids of a model's tokenizer, without those that have a meaning of their own.
 
     Args:
         model: The model.
         count: How many.
         seed: What the choice starts from.
+        other: True for another choice.
 
     Returns:
         (count,) token ids.
     """
     special = {*_special(model.module.config), *getattr(model.tokenizer, "all_special_ids", ())}
     size = min(len(model.tokenizer), model.info.vocab_size)
-    chooser = random.Random(f"{seed} {count}")  # noqa: S311 (a seeded choice, no secret)
+    chooser = random.Random(f"{seed} {count} {other}")  # noqa: S311 (a seeded choice, no secret)
     ordinary = [token for token in chooser.sample(range(size), min(size, 64)) if token not in special]
     return chooser.choices(ordinary or range(size), k=count)
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from patchscope_nn.proof.hooks import Hooks, Place, Write, distance, spread
-from patchscope_nn.proof.trials import CHOICES, Runner, Trial
+from patchscope_nn.proof.trials import CHOICES, Lengths, Runner, Trial
 from patchscope_nn.sweep import Cell
 
 
@@ -27,34 +27,31 @@ class Reference:
 
     def prepare(self, *trials: Trial) -> None:
         """Read every state of some trials; where one position is read, run a row's forwards at once."""
-        wanted: dict[tuple[int, int], list[tuple[Place, Place]]] = {}
+        wanted: dict[Lengths, list[tuple[Place, Place]]] = {}
         for trial in trials:
-            for source, target in trial.rows:
-                self._read(trial, source, target)
+            for row in trial.rows:
+                self._read(trial, row)
                 keys = self._keys(trial) if trial.readout.name == "next_token" else []
-                unknown = [key for key in keys if (source, target, *key) not in self._logits]
-                wanted.setdefault((source, target), []).extend(unknown)
-        for (source, target), keys in wanted.items():
+                wanted.setdefault(row, []).extend(key for key in keys if (row, *key) not in self._logits)
+        for row, keys in wanted.items():
             if keys:
-                writes = [self.write(source, target, *key) for key in keys]
-                rows = self.hooks.logits(self.runner.prompt("t", target), [*writes, None])
-                self._logits |= {
-                    (source, target, *key): row[-1] for key, row in zip(keys, rows, strict=False)
-                }
-                self._logits[target] = rows[-1, -1]
-                before = rows[:, : abs(target) - 2]
+                writes = [self.write(row, *key) for key in keys]
+                rows = self.hooks.logits(self.runner.target_prompt(row), [*writes, None])
+                self._logits |= {(row, *key): logits[-1] for key, logits in zip(keys, rows, strict=False)}
+                self._logits[row] = rows[-1, -1]
+                before = rows[:, : row.target - 2]
                 self.ahead = max(self.ahead, distance(before, before[:1].expand_as(before), rows))
 
-    def _read(self, trial: Trial, source: int, target: int) -> None:
+    def _read(self, trial: Trial, row: Lengths) -> None:
         """Read the states that a row of a trial writes, and those it writes over if they are asked for."""
         places = [Place(layer, trial.sites[0]) for layer in trial.layers]
-        missing = [place for place in places if (source, place) not in self._states]
-        read = self.hooks.read(self.runner.prompt("s", source), missing) if missing else {}
-        self._states |= {(source, place): states[-1] for place, states in read.items()}
+        missing = [place for place in places if (row, place) not in self._states]
+        read = self.hooks.read(self.runner.source_prompt(row), missing) if missing else {}
+        self._states |= {(row, place): states[-1] for place, states in read.items()}
         if trial.readout.name == "hidden":
             written = [Place(layer, trial.sites[1]) for layer in self._written(trial)]
-            clean = self.hooks.read(self.runner.prompt("t", target), written)
-            self._states |= {("t", target, place): states[-2] for place, states in clean.items()}
+            clean = self.hooks.read(self.runner.target_prompt(row), written)
+            self._states |= {("clean", row, place): states[-2] for place, states in clean.items()}
 
     def _written(self, trial: Trial) -> tuple[int, ...]:
         return trial.layers if trial.target_layers == "same" else trial.target_layers
@@ -69,26 +66,26 @@ class Reference:
             for other in trial.target_layers
         ]
 
-    def write(self, source: int, target: int, read: Place, written: Place) -> Write:
+    def write(self, row: Lengths, read: Place, written: Place) -> Write:
         """The write of a cell."""
-        return Write(written, abs(target) - 2, self._states[source, read])
+        return Write(written, row.target - 2, self._states[row, read])
 
     def error(self, trial: Trial, cell: Cell, raw: dict[str, Any], *, eos: int | None = None) -> float:
         """How far a cell's readout is from the reference, in standard deviations of what is compared."""
-        source, target = trial.rows[cell.row]
+        row = trial.rows[cell.row]
         read = Place(cell.source_layer or 0, trial.sites[0])
         written = Place(cell.target_layer or 0, trial.sites[1])
         if trial.readout.name == "next_token":
-            logits = self._logits[target] if trial.cuts else self._logits[source, target, read, written]
+            logits = self._logits[row] if trial.cuts else self._logits[row, read, written]
             wanted = logits.log_softmax(-1)[raw["top_ids"]]
             below = float((logits.amax() - logits[raw["top_ids"][0]]).cpu() / spread(logits))
             return max(below, distance(torch.tensor(raw["top_probs"]).log(), wanted, logits))
-        write = self.write(source, target, read, written)
+        write = self.write(row, read, written)
         if trial.readout.name == "hidden":
-            clean = self._states["t", target, written]
+            clean = self._states["clean", row, written]
             pairs = ((raw["hidden"], write.state), (raw["clean"], clean))
             return max(distance(torch.tensor(got[0]), want, want) for got, want in pairs)
-        prompt = self.runner.prompt("t", target)
+        prompt = self.runner.target_prompt(row)
         if trial.readout.name == "choices":
             return self._choices_error(prompt, raw["choice_logprobs"], write)
         return self._text_error(prompt, raw, write, most=trial.decoded, eos=eos)
@@ -129,11 +126,11 @@ class Reference:
             error = max(error, distance(torch.tensor(raw[name]).log(), torch.stack(logprobs), logits))
         return error
 
-    def next_decoded(self, source: int, target: int, layer: int, tokens: list[int]) -> int:
+    def next_decoded(self, row: Lengths, layer: int, tokens: list[int]) -> int:
         """The token that a row decodes behind others."""
         place = Place(layer)
-        logits = None if tokens else self._logits.get((source, target, place, place))
+        logits = None if tokens else self._logits.get((row, place, place))
         if logits is None:
-            write = self.write(source, target, place, place)
-            logits = self.hooks.continued(self.runner.prompt("t", target), tokens, write)[-1]
+            write = self.write(row, place, place)
+            logits = self.hooks.continued(self.runner.target_prompt(row), tokens, write)[-1]
         return int(logits.argmax().item())

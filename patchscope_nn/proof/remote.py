@@ -14,14 +14,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from patchscope_nn.body.program import Work
+from patchscope_nn.body.program import Series, StepProgram
 from patchscope_nn.errors import JobError, ModelError
 from patchscope_nn.models import Comparison, Model, Verdict, Withheld
 from patchscope_nn.plan import Optimisations
 from patchscope_nn.proof.checks import OF_DECODING, SHORT, probed_layers
 from patchscope_nn.proof.prompts import thresholds
 from patchscope_nn.proof.prove import ORDINARY
-from patchscope_nn.proof.trials import Runner, Trial, readout_of
+from patchscope_nn.proof.trials import Lengths, Runner, Trial, readout_of
 from patchscope_nn.spec import Choices, Generate, Hidden, NextToken
 
 #: The dtype there is not known here, so half precision is assumed.
@@ -29,7 +29,7 @@ _ROUNDING = 0.15
 #: Longer prompts than this are not sent, in tokens.
 _LONGEST = 4096
 #: Runs a step there, and gives what `emit` gives; of a series a list.
-Run = Callable[[Work], Any]
+Run = Callable[[StepProgram | Series], Any]
 
 
 class _Asked(NamedTuple):
@@ -107,10 +107,10 @@ def _trials(model: Model, ordinary: Sequence[int], beyond: int) -> list[Trial]:
     """The trials of ordinary prompts, or those beyond a length."""
     layers = probed_layers(model)
     middle = layers[len(layers) // 2]
-    longest = max([SHORT[0] + 4, *(length + 4 for length in ordinary), beyond + 6 if beyond else 0])
-    rows = (SHORT, (longest, longest - 1))
-    across = ((SHORT[0], beyond), rows[1]) if beyond else rows
-    three = (*rows, (-SHORT[0], -SHORT[1]))
+    longest = max([SHORT.source + 4, *(length + 4 for length in ordinary), beyond + 6 if beyond else 0])
+    rows = (SHORT, Lengths(longest, longest - 1))
+    across = (Lengths(SHORT.source, beyond), rows[1]) if beyond else rows
+    three = (*rows, SHORT._replace(other=True))
     return [
         Trial(readout=readout_of(NextToken), rows=three, layers=(middle,) if beyond else layers),
         *([] if beyond else [Trial(readout=readout_of(Hidden), rows=rows, layers=layers[:2])]),
@@ -138,11 +138,11 @@ def _guilty(
 
 def _run(runner: Runner, asked: Sequence[_Asked], run: Run) -> list[list[dict[str, Any]] | str]:
     """The readouts of some trials, cell by cell, in one job; of one that fails, in a job of its own, why."""
-    works = [runner.works(entry.trial, entry.used) for entry in asked]
+    programs = [runner.programs(entry.trial, entry.used) for entry in asked]
     try:
-        series = [step for made in works for step in made.steps]
-        parts = iter(run({"series": series, "how": series[0]["how"]}))
-        return [made.rows([next(parts) for _ in made.steps]) for made in works]
+        series = [step for made in programs for step in made.steps]
+        parts = iter(run({"series": series}))
+        return [made.rows([next(parts) for _ in made.steps]) for made in programs]
     except JobError as error:
         if len(asked) == 1:
             return [error.message]

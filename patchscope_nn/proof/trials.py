@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 from patchscope_nn.backends import Local, results_of, run_steps
-from patchscope_nn.body.program import Work
-from patchscope_nn.lower import unpack
+from patchscope_nn.body.program import StepProgram
+from patchscope_nn.lower import lower
 from patchscope_nn.mappings import ResolvedMapping
 from patchscope_nn.models import Model, Verdict, usable_memory
 from patchscope_nn.plan import Optimisations, Plan, Step, plan
@@ -43,15 +43,29 @@ Results = list[tuple[Cell, dict[str, Any]]]
 _IDENTITY = ResolvedMapping(name="identity", kind="identity")
 
 
-class Works(NamedTuple):
-    """A trial as steps in plain values.
+class Lengths(NamedTuple):
+    """The prompts of one data row of a trial, by their lengths in tokens.
 
     Attributes:
-        steps: What `emit` takes, a step each.
+        source: Tokens of the source prompt.
+        target: Tokens of the target prompt.
+        other: True for prompts that differ from the usual ones of these lengths.
+    """
+
+    source: int
+    target: int
+    other: bool = False
+
+
+class Programs(NamedTuple):
+    """A trial as the programs of its steps.
+
+    Attributes:
+        steps: The programs.
         plans: The plan and the step that each was made of.
     """
 
-    steps: list[Work]
+    steps: list[StepProgram]
     plans: tuple[tuple[Plan, Step], ...]
 
     def rows(self, results: Sequence[Any]) -> list[dict[str, Any]]:
@@ -70,8 +84,7 @@ class Trial:
 
     Attributes:
         readout: What is read.
-        rows: For each data row the number of tokens of its source and target prompt; a negative number is of
-            another prompt that is as long.
+        rows: The prompts of each data row.
         layers: l.
         target_layers: l*; `same` pairs it with l.
         sites: What of a block is read, and what is written.
@@ -80,7 +93,7 @@ class Trial:
     """
 
     readout: Readout
-    rows: tuple[tuple[int, int], ...]
+    rows: tuple[Lengths, ...]
     layers: tuple[int, ...]
     target_layers: tuple[int, ...] | Literal["same"] = "same"
     sites: tuple[Site, Site] = ("residual", "residual")
@@ -101,7 +114,7 @@ class Trial:
     def tokens(self) -> int:
         """The longest prompt, appended tokens included."""
         more = max(CHOICES) if isinstance(self.readout, Choices) else self.decoded
-        return max(max(abs(source), abs(target) + more) for source, target in self.rows)
+        return max(max(row.source, row.target + more) for row in self.rows)
 
 
 def readout_of(kind: type[Readout]) -> Readout:
@@ -140,16 +153,19 @@ class Runner:
         self.memory = usable_memory(model.info)
         self.ids = {name: random_ids(model, 64, seed=seed) for seed, name in enumerate("st")}
 
-    def prompt(self, side: str, count: int) -> list[int]:
-        """A random prompt; target prompts begin alike, and differ at their end."""
-        if side == "t":
-            return [*self.ids["t"][:_PREFIX], *random_ids(self.model, abs(count), seed=count)[_PREFIX:]]
-        return random_ids(self.model, abs(count), seed=-count)
+    def source_prompt(self, row: Lengths) -> list[int]:
+        """A random prompt."""
+        return random_ids(self.model, row.source, seed=-row.source, other=row.other)
 
-    def row(self, source: int, target: int) -> dict[str, str]:
+    def target_prompt(self, row: Lengths) -> list[int]:
+        """A random prompt; all begin alike, and differ behind that."""
+        ids = random_ids(self.model, row.target, seed=row.target, other=row.other)
+        return [*self.ids["t"][:_PREFIX], *ids[_PREFIX:]]
+
+    def row(self, lengths: Lengths) -> dict[str, str]:
         """A data row of a trial: its prompts and its choices, as texts of numbers."""
         columns = {f"c{number}": self.ids["s"][-count:] for number, count in enumerate(CHOICES)}
-        columns |= {"s": self.prompt("s", source), "t": self.prompt("t", target)}
+        columns |= {"s": self.source_prompt(lengths), "t": self.target_prompt(lengths)}
         return {name: "".join(f" {token}" for token in ids) for name, ids in columns.items()}
 
     def run(
@@ -170,17 +186,17 @@ class Runner:
             cells = [result for step in steps for result in step]
         return sorted(cells, key=lambda result: result[0].number)
 
-    def works(self, trial: Trial, optimisations: Optimisations) -> Works:
+    def programs(self, trial: Trial, optimisations: Optimisations) -> Programs:
         """The steps of a trial for a machine that is elsewhere."""
         model = self._model(None)
         planned = plan(self._sweep(trial, model), context="session", remote=True, optimisations=optimisations)
         steps = [*planned.steps()]
         with _endless(model.module):
             made = [
-                unpack(planned, step, source=model, target=model, mapping=_IDENTITY, states={})
+                lower(planned, step, source=model, target=model, mapping=_IDENTITY, states={})
                 for step in steps
             ]
-        return Works(made, tuple((planned, step) for step in steps))
+        return Programs(made, tuple((planned, step) for step in steps))
 
     def _model(self, eos: int | None) -> Model:
         return replace(
@@ -201,5 +217,5 @@ class Runner:
             ),
             readout=trial.readout,
         )
-        data = [self.row(*lengths) for lengths in trial.rows]
+        data = [self.row(lengths) for lengths in trial.rows]
         return expand(scope, rows=data, source=model, target=model)

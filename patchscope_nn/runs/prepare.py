@@ -89,7 +89,7 @@ class Prepared:
         """The source prompt of each data row."""
         found: dict[int, str] = {}
         for entry in self.sweep.entries:
-            found.setdefault(entry.row, self.sweep.source_text(entry.source_prompt))
+            found.setdefault(entry.row, self.sweep.source_text(entry.source))
         return list(found.values())
 
     @property

@@ -7,7 +7,7 @@ vectors.py   states that are given and not read
 """
 
 from patchscope_nn.sweep.cells import Cell, Cells, Weighted
-from patchscope_nn.sweep.entry import Entry, Row, Term, Together, VectorAt
+from patchscope_nn.sweep.entry import Entry, Row, Source, Term, Together, VectorAt
 from patchscope_nn.sweep.expand import Sweep, expand
 from patchscope_nn.sweep.resolve import Resolver
 
@@ -17,6 +17,7 @@ __all__ = [
     "Entry",
     "Resolver",
     "Row",
+    "Source",
     "Sweep",
     "Term",
     "Together",

@@ -13,11 +13,11 @@ from typing import Any, NamedTuple, overload
 
 from patchscope_nn.errors import LayerError, PositionError
 from patchscope_nn.spec import STATELESS, Control, NextToken
-from patchscope_nn.sweep.entry import Entry, Together
+from patchscope_nn.sweep.entry import Entry, Source, Together, VectorAt, prompt_of
 from patchscope_nn.sweep.resolve import Resolver
 
-#: One of several states that are added up: its prompt, its positions, and what it is multiplied with.
-Weighted = tuple[int, Together, float]
+#: One of several states that are added up: its source, its positions, and what it is multiplied with.
+Weighted = tuple[Source, Together, float]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,7 +32,7 @@ class Cell:
         row: The data row it answers for.
         entry: The entry of that row (see `resolve.Entry`).
         control: None for the real cell, else the control's name.
-        source_prompt: S, a number in `Sweep.source_prompts`; -1 - v is the vector v of `Sweep.vectors`.
+        source: S, the number of a prompt in `Sweep.source_prompts`; or a vector from a file.
         source_positions: i, from the left; several are patched together.
         source_layer: l; -1 is the input of block 0.
         terms: Where several states are added up, all of them; else empty.
@@ -51,7 +51,7 @@ class Cell:
     row: int
     entry: int
     control: Control | None
-    source_prompt: int | None
+    source: Source | None
     source_positions: Together | None
     source_layer: int | None
     terms: tuple[Weighted, ...]
@@ -75,7 +75,7 @@ class _Unpatched(NamedTuple):
 class _Patch(NamedTuple):
     """What is written where: what is read, l, i*, l*, what it is multiplied with; None for nothing."""
 
-    source: tuple[int, Together, tuple[Weighted, ...]] | None
+    source: tuple[Source, Together, tuple[Weighted, ...]] | None
     layer: int | None
     target_positions: Together
     target_layer: int | None
@@ -115,7 +115,6 @@ class Cells(Sequence[Cell]):
         stateful = (one for one in controls if one not in STATELESS)
         self._kinds: tuple[Control | None, ...] = (None, *stateful)
         self._unpatched_too = "unpatched" in controls
-        self._vectors = [str(one) for one in resolver.vectors]
         self._said = repr((resolver.scope.model_dump(mode="json"), seed)).encode()
         target = resolver.scope.target
         self._writes_state = target.needs_state
@@ -176,8 +175,8 @@ class Cells(Sequence[Cell]):
         """Yield every (S, positions i) that the cells of an entry read."""
         for one in (entry, *(() if self._others is None else (self._others[entry],))):
             found = self._entries[one]
-            if found.source_prompt >= 0:
-                yield found.source_prompt, found.source_positions
+            if not isinstance(found.source, VectorAt):
+                yield found.source, found.source_positions
             yield from ((term.prompt, term.positions) for term in found.terms)
 
     def _all_layers(self, depth: int) -> list[tuple[int, int]]:
@@ -268,12 +267,12 @@ class Cells(Sequence[Cell]):
         return self._entries[entry]
 
     @staticmethod
-    def _read(one: Entry, at: int) -> tuple[int, Together, tuple[Weighted, ...]]:
+    def _read(one: Entry, at: int) -> tuple[Source, Together, tuple[Weighted, ...]]:
         positions = one.source_positions[at]
         if not one.terms:
-            return one.source_prompt, positions, ()
+            return one.source, positions, ()
         more = ((term.prompt, term.positions[at], term.weight) for term in one.terms)
-        return one.source_prompt, positions, ((one.source_prompt, positions, one.weight), *more)
+        return one.source, positions, ((one.source, positions, one.weight), *more)
 
     def _make(
         self,
@@ -285,15 +284,15 @@ class Cells(Sequence[Cell]):
     ) -> Cell:
         """`positions` are the entry's own, of which the last is compared."""
         one = self._entries[entry]
-        prompt, read, terms = patch.source or (None, None, ())
+        source, read, terms = patch.source or (None, None, ())
         compares = self._resolver.compares
         digest = self._entry_digest(entry).copy()
         compared = positions if compares else None
         # A vector is the same one for every l.
-        layer = None if prompt is not None and prompt < 0 else patch.layer
-        said: tuple[Any, ...] = (control, self._said_of(prompt), read, layer, *patch[2:4], compared)
+        layer = None if isinstance(source, VectorAt) else patch.layer
+        said: tuple[Any, ...] = (control, self._fingerprint(source), read, layer, *patch[2:4], compared)
         if terms or patch.scale != 1 or patch.sample:
-            weighted = [(self._said_of(term), *rest) for term, *rest in terms]
+            weighted = [(self._fingerprint(term), *rest) for term, *rest in terms]
             said = (*said, weighted, *patch[4:])
         digest.update(repr(said).encode())
         seed = int.from_bytes(digest.digest()[:7])
@@ -305,7 +304,7 @@ class Cells(Sequence[Cell]):
             row=one.row,
             entry=entry,
             control=control,
-            source_prompt=prompt,
+            source=source,
             source_positions=read,
             source_layer=patch.layer,
             terms=terms,
@@ -315,20 +314,20 @@ class Cells(Sequence[Cell]):
             scale=patch.scale,
             sample=patch.sample,
             unseen=unseen,
-            reference=(one.source_prompt, positions[-1]) if compares else None,
+            reference=(prompt_of(one.source), positions[-1]) if compares else None,
             seed=seed,
         )
 
-    def _said_of(self, prompt: int | None) -> str | None:
-        """What a source is, whatever its number."""
-        if prompt is None:
+    def _fingerprint(self, source: Source | None) -> str | None:
+        """A digest of a source's content, independent of its number."""
+        if source is None:
             return None
-        return self._resolver.sources.digests[prompt] if prompt >= 0 else self._vectors[-1 - prompt]
+        return str(source) if isinstance(source, VectorAt) else self._resolver.sources.digests[source]
 
     def _make_entry_digest(self, entry: int) -> Any:
         """What is the same for all cells of an entry, whichever it is."""
         one, resolver = self._entries[entry], self._resolver
-        reference = resolver.sources.digests[one.source_prompt] if resolver.compares else None
+        reference = self._fingerprint(one.source) if resolver.compares else None
         target = resolver.targets.digests[one.target_prompt]
         said = repr((target, reference, one.reference_ids, one.continuations, one.corrupted, one.unseen))
         return hashlib.sha256(self._said + said.encode())

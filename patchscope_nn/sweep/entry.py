@@ -23,6 +23,21 @@ class VectorAt(NamedTuple):
         return f"{self.file}{f':{self.key}' if self.key else ''}{place}"
 
 
+#: What a state is taken from: a source prompt, by its number, or a vector in a file.
+Source = int | VectorAt
+
+
+def prompt_of(source: Source | None) -> int:
+    """The number of a source that is a prompt.
+
+    Raises:
+        TypeError: It is not one.
+    """
+    if isinstance(source, int):
+        return source
+    raise TypeError(f"{source!r} is not a source prompt")
+
+
 class Term(NamedTuple):
     """One of several states that are added up to what is written.
 
@@ -46,7 +61,7 @@ class Entry:
 
     Attributes:
         row: The data row.
-        source_prompt: S, a number; -1 - v is the vector v of the sweep.
+        source: S, the number of a prompt; or a vector from a file.
         source_positions: i, one for each cell.
         weight: What the state is multiplied with; not 1 where `terms` are added to it.
         terms: What is added to it.
@@ -62,7 +77,7 @@ class Entry:
     """
 
     row: int
-    source_prompt: int
+    source: Source
     source_positions: tuple[Together, ...]
     weight: float = 1.0
     terms: tuple[Term, ...] = ()

@@ -17,7 +17,7 @@ from patchscope_nn.models import Model, ModelInfo
 from patchscope_nn.spec import Control, Patchscope
 from patchscope_nn.spec.prompts import Encoded, dropped_notice
 from patchscope_nn.sweep.cells import Cell, Cells
-from patchscope_nn.sweep.entry import Entry, Row, Term, VectorAt
+from patchscope_nn.sweep.entry import Entry, Row, Source, Term, VectorAt, prompt_of
 from patchscope_nn.sweep.resolve import Resolver
 
 
@@ -57,9 +57,9 @@ class Sweep:
         dropped = dict.fromkeys(prompt.dropped for prompt in (*self.source_prompts, *self.target_prompts))
         return tuple(dropped_notice(names) for names in dropped if names)
 
-    def source_text(self, number: int) -> str:
+    def source_text(self, source: Source) -> str:
         """A source as text: its prompt, or where its vector is."""
-        return self.source_prompts[number].text if number >= 0 else str(self.vectors[-1 - number])
+        return str(source) if isinstance(source, VectorAt) else self.source_prompts[source].text
 
     def pairs(self, cell: Cell) -> Iterator[tuple[int, int]]:
         """Yield every (l, l*) a cell's state is mapped for: a window of one state maps it once."""
@@ -197,7 +197,7 @@ def _mean(entries: Sequence[Entry], *, row: int, entry: Entry) -> Entry:
             hint="Name one position.",
         )
     weight = 1 / len(entries)
-    terms = [Term(one.source_prompt, one.source_positions, weight) for one in entries[1:]]
+    terms = [Term(prompt_of(one.source), one.source_positions, weight) for one in entries[1:]]
     terms += [
         Term(term.prompt, term.positions, term.weight * weight) for one in entries for term in one.terms
     ]
@@ -205,7 +205,7 @@ def _mean(entries: Sequence[Entry], *, row: int, entry: Entry) -> Entry:
 
 
 def _apart_from_source(one: Entry) -> Entry:
-    return replace(one, row=0, source_prompt=0, source_positions=(), weight=1.0, terms=())
+    return replace(one, row=0, source=0, source_positions=(), weight=1.0, terms=())
 
 
 def _others(scope: Patchscope, entries: Sequence[Entry], *, seed: int) -> tuple[int, ...]:
@@ -241,5 +241,5 @@ def _can_stand_in(other: Entry, one: Entry, *, averaged: bool) -> bool:
         [1 if averaged else len(together) for together in entry.source_positions] for entry in (other, one)
     ]
     fits = all(size == sizes[0][min(place, len(sizes[0]) - 1)] for place, size in enumerate(sizes[1]))
-    another = (other.source_prompt, other.terms) != (one.source_prompt, one.terms)
+    another = (other.source, other.terms) != (one.source, one.terms)
     return another and fits

@@ -25,7 +25,7 @@ from patchscope_nn.spec.prompts import (
     render,
 )
 from patchscope_nn.sweep.checks import check_site, check_text_only, check_write, compares, embeds
-from patchscope_nn.sweep.entry import Entry, Row, Term, Together, VectorAt
+from patchscope_nn.sweep.entry import Entry, Row, Source, Term, Together, VectorAt, prompt_of
 
 
 class Prompts:
@@ -107,7 +107,7 @@ class Resolver:
         more = readout.max_new_tokens if isinstance(readout, Generate) else 0
         self.sources = Prompts("source", source, more=0)
         self.targets = Prompts("target", target, more=more)
-        self.vectors: dict[VectorAt, int] = {}
+        self.vectors: dict[VectorAt, None] = {}
         self.compares = isinstance(readout, NextToken) and compares(scope, readout, source, target)
         self.shift, self.target_shift = (int(one.site == "before") for one in (scope.source, scope.target))
         if not scope.target.needs_state:
@@ -149,7 +149,7 @@ class Resolver:
                 entries.append(
                     replace(
                         entry,
-                        source_prompt=source,
+                        source=source,
                         source_positions=positions,
                         terms=terms,
                         layer=place,
@@ -159,7 +159,7 @@ class Resolver:
                 entries += self._bare(row, entries[-1])
         return entries
 
-    def _source(self, row: Row) -> tuple[int, tuple[Together, ...], tuple[Term, ...]]:
+    def _source(self, row: Row) -> tuple[Source, tuple[Together, ...], tuple[Term, ...]]:
         """S, i, and what is taken off."""
         source = self.scope.source
         if source.vector is not None:
@@ -184,7 +184,7 @@ class Resolver:
             )
         return number, positions, (Term(other, taken, -1.0),)
 
-    def _vector(self, vector: Vector, row: Row) -> int:
+    def _vector(self, vector: Vector, row: Row) -> VectorAt:
         index = vector.index
         if isinstance(index, str):
             said = str(render(index, row, field="source.vector.index"))
@@ -195,7 +195,8 @@ class Resolver:
                 )
             index = int(said)
         at = VectorAt(vector.file, vector.key, index)
-        return -1 - self.vectors.setdefault(at, len(self.vectors))
+        self.vectors[at] = None
+        return at
 
     def _target(self, prompt: PromptSpec | None, row: Row) -> int:
         """T."""
@@ -218,7 +219,7 @@ class Resolver:
         corrupt, cut = self.scope.target.corrupt, self.scope.target.cut
         return Entry(
             row=number,
-            source_prompt=0,
+            source=0,
             source_positions=(),
             target_prompt=target,
             target_positions=() if bare else self._target_positions(written, row),
@@ -239,7 +240,7 @@ class Resolver:
 
     def _bare(self, row: Row, entry: Entry) -> Iterator[Entry]:
         """For every (i, i*): T with the source's text, up to i, in place of i*; where T = S, T as it is."""
-        read = self.sources.encoded[entry.source_prompt]
+        read = self.sources.encoded[prompt_of(entry.source)]
         own = self.scope.target.prompt is None and not self.scope.target.prompts
         for positions in entry.source_positions:
             for written in entry.target_positions or (positions,):
@@ -250,7 +251,7 @@ class Resolver:
                     last = (len(self.targets.encoded[prompt].ids) - 1,)
                 yield replace(
                     self._entry(row, entry.row, prompt, bare=True),
-                    source_prompt=entry.source_prompt,
+                    source=entry.source,
                     source_positions=(positions,),
                     target_positions=(last,),
                     text_only=True,

@@ -12,15 +12,16 @@ from pandas.testing import assert_frame_equal
 
 import patchscope_nn as ps
 from patchscope_nn import backends
+from patchscope_nn.backends import places
 from patchscope_nn.backends.crossing import Traffic, in_place_of, size, traffic, weights
 from patchscope_nn.backends.ndif import client
 from patchscope_nn.backends.ndif.client import Seen, failure, host_of
 from patchscope_nn.backends.ndif.job_log import Job, Ledger
 from patchscope_nn.backends.ndif.job_size import Pace
 from patchscope_nn.backends.ndif.portability import check_travels
-from patchscope_nn.backends.ndif.scheduler import _NOTHING
 from patchscope_nn.cli import commands, printing
 from patchscope_nn.errors import InputError, JobError, MappingError, ModelError, ServerError
+from patchscope_nn.lower import nothing
 from patchscope_nn.runs.execute import plan_prepared, run_prepared
 from patchscope_nn.runs.prepare import prepare
 
@@ -98,21 +99,21 @@ def test_what_a_server_says_becomes_an_error(said, kind, text):
 
 def test_the_job_that_asks_after_a_server_is_one_that_runs(tiny_model):
     model = tiny_model()
-    found = backends.backend_for("local").run("session", _NOTHING, source=model, target=model)
+    found = backends.backend_for("local").run("session", nothing(), source=model, target=model)
     assert found == {"passes": [], "kept": {}, "prefix": None}
 
 
-def work_of(mapping):
-    read = {"reads": [[0, [[0, 0, [1]]]]]}
-    how = {"mapping": ["call", mapping]}
-    return {"how": how, "carried": {}, "sums": [], "keep": [], "sources": [read]}
+def program_of(mapping):
+    source = {"reads": {0: [{"state": 0, "row": 0, "positions": [1]}]}, "finals": []}
+    writing = {"mapping": "call", "weights": mapping}
+    return nothing() | {"writing": writing, "sources": [source]}
 
 
 @pytest.mark.parametrize(("widths", "here"), [((8, 16), True), ((16, 8), True)])
 def test_a_mapping_with_weights_runs_here(widths, here):
     """Its weights are more bytes than the wider states."""
     mapping = ps.Affine(torch.ones(widths[1], widths[0]))
-    crossing = in_place_of(work_of(mapping), {0: torch.ones(1, widths[0]), 1: torch.ones(99)})
+    crossing = in_place_of(program_of(mapping), {0: torch.ones(1, widths[0]), 1: torch.ones(99)})
     assert (crossing.mapping[0] == "identity") is here
     assert crossing.states[0].shape == (1, widths[1])
     assert crossing.states[1].shape == (99,)  # a distribution is no state, and is not mapped
@@ -122,7 +123,7 @@ def test_a_function_that_widens_states_runs_there():
     def widened(states):
         return torch.cat([states, states], dim=-1)
 
-    crossing = in_place_of(work_of(widened), {0: torch.ones(1, 4)})
+    crossing = in_place_of(program_of(widened), {0: torch.ones(1, 4)})
     assert crossing.mapping[1] is widened
     assert crossing.states[0].shape == (1, 4)
 
@@ -157,12 +158,12 @@ def test_what_a_plan_says_crosses_is_what_crosses(case, max_rows, remote, tiny_m
     planned = plan_prepared(prepared, remote=remote == "local", **options)
     crossed = []
 
-    def crossing(work, states):
-        found = in_place_of(work, states)
-        crossed.append((size(work["carried"] | found.states), found.mapping))
+    def crossing(program, states):
+        found = in_place_of(program, states)
+        crossed.append((size(program["given"] | found.states), found.mapping))
         return found
 
-    monkeypatch.setattr(backends, "in_place_of", crossing)
+    monkeypatch.setattr(places, "in_place_of", crossing)
     bridged = run_prepared(prepared, remote=remote, **options).table()
     said = traffic(planned, prepared.mapping)
     weighed = [weights(call) for _, (_, call) in crossed]

@@ -9,6 +9,7 @@ import tiny
 import torch
 
 from patchscope_nn import backends
+from patchscope_nn.backends import places
 from patchscope_nn.backends.crossing import in_place_of, size, target_half, traffic, weights
 from patchscope_nn.plan import Optimisations
 from patchscope_nn.runs.execute import plan_prepared, run_prepared
@@ -113,13 +114,13 @@ def test_between_two_models_the_maps_run_where_fewer_bytes_cross(  # noqa: PLR09
     planned = plan_prepared(prepared, remote=remote == "local", **options)
     crossed = []
 
-    def crossing(work, states):
-        found = in_place_of(work, states)
-        half = target_half(work, found)
-        crossed.append((size(half["carried"]), weights(found.mapping[1]), found.mapping[0]))
+    def crossing(program, states):
+        found = in_place_of(program, states)
+        half = target_half(program, found)
+        crossed.append((size(half["given"]), weights(found.mapping[1]), found.mapping[0]))
         return found
 
-    monkeypatch.setattr(backends, "in_place_of", crossing)
+    monkeypatch.setattr(places, "in_place_of", crossing)
     bridged = run_prepared(prepared, remote=remote, **options)
     said = traffic(planned, prepared.mapping)
     assert said.steps == len(crossed)
@@ -142,15 +143,18 @@ def test_only_the_pairs_of_a_step_travel(tiny_model, monkeypatch):
     seen = []
     run = backends.Rehearsal.run
 
-    def looking(self, context, work, **models):
-        maps = work["how"]["mapping"][1]
+    def looking(self, context, program, **models):
+        maps = program["writing"]["weights"]
         written = {
-            tuple(entry["pair"]) for one in work["targets"] for _, some in one["writes"] for entry in some
+            write["pair"]
+            for target in program["targets"]
+            for writes in target["writes"].values()
+            for write in writes
         }
         assert maps.keys() == written
         assert all(isinstance(one, torch.Tensor) for parts in maps.values() for one in parts.values())
         seen.append(set(maps))
-        return run(self, context, work, **models)
+        return run(self, context, program, **models)
 
     monkeypatch.setattr(backends.Rehearsal, "run", looking)
     run_prepared(prepared, remote="local", max_rows=1)

@@ -74,8 +74,8 @@ def sweeps(draw, model):
 
 
 def needs(cell):
-    if cell.source_prompt is not None:
-        yield State(cell.source_prompt, cell.source_positions, cell.source_layer)
+    if cell.source is not None:
+        yield State(cell.source, cell.source_positions, cell.source_layer)
     if cell.reference is not None:
         yield State(cell.reference[0], (cell.reference[1],), None)
 

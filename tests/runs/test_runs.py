@@ -50,11 +50,11 @@ class Counting:
     def __init__(self, *, dies_after: int | None = None):
         self.rows, self.steps, self.dies_after = 0, 0, dies_after
 
-    def run(self, context, work, *, source, target):
+    def run(self, context, program, *, source, target, hear):
         if self.steps == self.dies_after:
             raise KeyboardInterrupt
         self.steps += 1
-        found = backends.Local().run(context, work, source=source, target=target)
+        found = backends.Local().run(context, program, source=source, target=target, hear=hear)
         self.rows += sum(len(rows) for rows in found["passes"])
         return found
 
@@ -253,12 +253,12 @@ class Cramped(Counting):
         super().__init__()
         self.holds, self.error, self.refused = holds, error, []
 
-    def run(self, context, work, *, source, target):
-        rows = max(one["cells"] for one in work["targets"])
+    def run(self, context, program, *, source, target, hear):
+        rows = max(one["cells"] for one in program["targets"])
         if rows > self.holds:
             self.refused.append(rows)
             raise self.error
-        return super().run(context, work, source=source, target=target)
+        return super().run(context, program, source=source, target=target, hear=hear)
 
 
 OUT_OF_MEMORY = [

@@ -119,9 +119,9 @@ def test_controls_are_counted_as_promised(model):
     for cell in sweep.cells:
         own = cell.control != "shuffled"
         if cell.control == "unpatched":
-            assert (cell.source_prompt, cell.source_layer, cell.target_layer) == (None, None, None)
+            assert (cell.source, cell.source_layer, cell.target_layer) == (None, None, None)
         else:
-            assert cell.source_prompt == (cell.row if own else 1 - cell.row)
+            assert cell.source == (cell.row if own else 1 - cell.row)
         assert cell.target_prompt == cell.row
 
 
@@ -144,7 +144,7 @@ def test_a_shuffled_state_is_compared_with_the_row_it_is_shown_to(model):
     scope = scope_of(source={"layer": 1}, readout=NextToken(reference="source"))
     sweep = sweep_of(scope, model, controls=["shuffled"])
     shuffled = [cell for cell in sweep.cells if cell.control == "shuffled"]
-    assert [(cell.source_prompt, cell.source_positions, cell.reference) for cell in shuffled] == [
+    assert [(cell.source, cell.source_positions, cell.reference) for cell in shuffled] == [
         (1, (6,), (0, 2)),
         (0, (2,), (1, 6)),
     ]
@@ -153,7 +153,7 @@ def test_a_shuffled_state_is_compared_with_the_row_it_is_shown_to(model):
 def test_rows_of_one_source_prompt_are_no_stand_ins(model):
     rows = [{"s": "Diana", "t": "x"}, {"s": "Diana", "t": "x is"}, {"s": "Paris", "t": "x"}]
     sweep = sweep_of(scope_of(source={"layer": 0}), model, rows=rows, controls=["shuffled"])
-    assert [cell.source_prompt for cell in sweep.cells if cell.control == "shuffled"][:2] == [1, 1]
+    assert [cell.source for cell in sweep.cells if cell.control == "shuffled"][:2] == [1, 1]
     with pytest.raises(
         DataError, match=r"controls: shuffled shows data row 0 the state of another row .* Give more rows"
     ):
@@ -180,7 +180,7 @@ def test_a_cell_is_the_same_however_it_is_asked_for(data, tiny_model):
     assert [sweep.cells[number] for number in range(len(cells))] == cells
     assert [cell for entry in range(len(sweep.entries)) for cell in sweep.cells.of_entry(entry)] == cells
     assert (sweep.cells[-1], sweep.cells[1:3]) == (cells[-1], tuple(cells[1:3]))
-    read = {(cell.source_prompt, cell.source_positions) for cell in cells if cell.source_layer is not None}
+    read = {(cell.source, cell.source_positions) for cell in cells if cell.source_layer is not None}
     said = [sweep.cells.sources(row) for row in range(len(rows))]
     assert read == {(prompt, one) for row in said for prompt, places in row for one in places}
     again = sweep_of(scope, tiny_model("llama"), rows=rows, controls=sorted(controls))
@@ -470,7 +470,7 @@ def test_text_only_puts_the_text_in_the_place_of_the_state(source, target, texts
     bare = [cell for cell in sweep.cells if cell.control == "text-only"]
     assert [sweep.target_prompts[cell.target_prompt].text for cell in bare] == texts
     for cell in bare:
-        assert (cell.source_prompt, cell.source_layer, cell.target_layer, cell.terms) == (None,) * 3 + ((),)
+        assert (cell.source, cell.source_layer, cell.target_layer, cell.terms) == (None,) * 3 + ((),)
     assert [cell.control for cell in sweep.cells] == ([None, "random"] * 4 + ["text-only"]) * 2
 
 
@@ -542,7 +542,7 @@ def test_what_writes_no_state_is_where_it_writes(model):
     """l is then l*, and there is no source to speak of."""
     scope = scope_of(source={"layer": "all"}, target={"layer": [1, 3], "write": "zero"})
     sweep = sweep_of(scope, model, rows=ROWS[:1])
-    assert [(cell.source_prompt, cell.source_layer, cell.target_layer) for cell in sweep.cells] == [
+    assert [(cell.source, cell.source_layer, cell.target_layer) for cell in sweep.cells] == [
         (None, 1, 1),
         (None, 3, 3),
     ]
@@ -551,7 +551,7 @@ def test_what_writes_no_state_is_where_it_writes(model):
 def test_a_mean_is_shown_another_of_any_length(model):
     scope = scope_of(source={"position": {"start": 0}, "mean": "positions", "layer": 0})
     sweep = sweep_of(scope, model, controls=["shuffled"])
-    assert [cell.source_prompt for cell in sweep.cells] == [0, 1, 1, 0]
+    assert [cell.source for cell in sweep.cells] == [0, 1, 1, 0]
     assert [len(cell.source_positions) for cell in sweep.cells] == [3, 7, 7, 3]
 
 

@@ -1,7 +1,7 @@
 """NDIF: one request out, its state, and its result; every fault as an error that says what to do next.
 
 NDIF is asked through nnsight's own client. A request names one model, and what it takes with it has been
-looked through (`travel.py`) before it is sent.
+looked through (`portability.py`) before it is sent.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from patchscope_nn.backends.ndif.portability import check_travels
-from patchscope_nn.body.program import Work
-from patchscope_nn.engines import Results, emit
+from patchscope_nn.body.program import Results, Series, StepProgram
+from patchscope_nn.engines import emit
 from patchscope_nn.errors import InputError, JobError, ModelError, ServerError
 from patchscope_nn.models import Model
 from patchscope_nn.plan import Context
@@ -58,13 +58,13 @@ def host_of(remote: bool | str) -> str:  # noqa: FBT001 (the value of an option,
     return host
 
 
-def submit(host: str, context: Context, work: Work, model: Model) -> str:
+def submit(host: str, context: Context, program: StepProgram | Series, model: Model) -> str:
     """Send a context as one job, and do not wait for it.
 
     Args:
         host: The server.
         context: `session` or `fused`.
-        work: What `unpack` made of it.
+        program: The step.
         model: The one model that the request names.
 
     Returns:
@@ -78,12 +78,14 @@ def submit(host: str, context: Context, work: Work, model: Model) -> str:
 
     if context not in ("session", "fused"):
         raise InputError(f"a request names one model; context={context!r} runs two.", hint="Use bridged.")
-    check_travels(work["how"]["mapping"][1])
+    steps: Any = program.get("series", [program])
+    for step in steps:
+        check_travels(step["writing"]["weights"])
     with explained(host):
         env = model.traced._remoteable_get_env()  # noqa: SLF001 (what nnsight's own remote=True sends)
         backend = RemoteBackend(_key(model), host=host, env=env, blocking=False)
         backend.display.enabled = False
-        emit(context, work, source=model.traced, target=model.traced, backend=backend)
+        emit(context, program, source=model.traced, target=model.traced, backend=backend)
     return str(backend.job_id)
 
 
@@ -230,13 +232,15 @@ def look_again(host: str, job: str, patience: Patience) -> Seen:
     return _persisting(patience)(look, host, job)
 
 
-def submit_again(host: str, context: Context, work: Work, model: Model, patience: Patience) -> str:
+def submit_again(
+    host: str, context: Context, program: StepProgram | Series, model: Model, patience: Patience
+) -> str:
     """Send a job, and send it again while the server does not answer.
 
     Raises:
         ServerError: It did not answer for too long.
     """
-    return _persisting(patience)(submit, host, context, work, model)
+    return _persisting(patience)(submit, host, context, program, model)
 
 
 def _persisting(patience: Patience) -> Any:

@@ -25,10 +25,9 @@ from patchscope_nn.backends.ndif import client
 from patchscope_nn.backends.ndif.client import Patience, Seen
 from patchscope_nn.backends.ndif.job_log import End, Job, Ledger, Passes, now
 from patchscope_nn.backends.ndif.job_size import Pace
-from patchscope_nn.body.program import Work
-from patchscope_nn.engines import Results
+from patchscope_nn.body.program import Results, StepProgram
 from patchscope_nn.errors import JobError, ServerError
-from patchscope_nn.lower import unpack
+from patchscope_nn.lower import lower, nothing
 from patchscope_nn.mappings import ResolvedMapping
 from patchscope_nn.models import Model
 from patchscope_nn.plan import Plan, Step, plan
@@ -38,12 +37,6 @@ from patchscope_nn.sweep import Cell
 _TRIES = 4
 #: So many single cells may fail before any has a result; then it is not the cells.
 _GUILTY = 4
-#: A job that does nothing, and tells whether a server still works.
-_NOTHING: dict[str, Any] = {
-    "sources": [], "targets": [], "prefix": None, "carried": {}, "sums": [], "keep": [],
-    "how": {"mapping": ["identity", None]},
-    "source_paths": {}, "target_paths": {},
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -60,12 +53,12 @@ Rows = Iterator[tuple[Cell, "dict[str, Any] | Failed"]]
 class _Flight:
     """A job on its way: when it last moved, and the probe that asks after it.
 
-    Of one that reads the source of a step, `step` and `work` are what goes on with its states.
+    Of one that reads the source of a step, `step` and `program` are what goes on with its states.
     """
 
     job: Job
     step: Step | None = None
-    work: Work | None = None
+    program: StepProgram | None = None
     moved: float = field(default_factory=time.monotonic)
     latest: tuple[str, str] = ("", "")
     probe: str | None = None
@@ -179,28 +172,28 @@ class Fleet:
             self._send(step)
 
     def _send(self, step: Step) -> None:
-        work = unpack(
+        program = lower(
             self.planned, step, source=self.source, target=self.target, mapping=self.mapping, states={}
         )
         if step.context != "bridged":
             context: Literal["fused", "session"] = "fused" if step.context == "fused" else "session"
-            self._submit(step, work, context=context)
+            self._submit(step, program, context=context)
             return
         reader = self.backend.source if isinstance(self.backend, Bridged) else self.backend
-        half = source_half(work)
+        half = source_half(program)
         if isinstance(reader, Ndif):
             sent = client.submit_again(reader.host, "session", half, self.source, self.patience)
-            self._away(_Flight(self._job(sent, reader.host, "read", step), step, work))
+            self._away(_Flight(self._job(sent, reader.host, "read", step), step, program))
         else:
-            self._write(step, work, reader.run("session", half, source=self.source, target=self.source))
+            self._write(step, program, reader.run("session", half, source=self.source, target=self.source))
 
-    def _write(self, step: Step, work: Work, read: Results) -> None:
+    def _write(self, step: Step, program: StepProgram, read: Results) -> None:
         """Send the target's half of a bridged step, whose source has been read."""
-        crossing = in_place_of(work, read["kept"])
-        self._submit(step, target_half(work, crossing), context="session")
+        crossing = in_place_of(program, read["kept"])
+        self._submit(step, target_half(program, crossing), context="session")
 
-    def _submit(self, step: Step, work: Work, *, context: Literal["fused", "session"]) -> None:
-        sent = client.submit_again(self.host, context, work, self.target, self.patience)
+    def _submit(self, step: Step, program: StepProgram, *, context: Literal["fused", "session"]) -> None:
+        sent = client.submit_again(self.host, context, program, self.target, self.patience)
         self._away(_Flight(self._job(sent, self.host, context, step)))
 
     def _job(self, sent: str, host: str, context: Literal["fused", "session", "read"], step: Step) -> Job:
@@ -239,8 +232,8 @@ class Fleet:
             self._lost(flight, error.message)
             return None
         self._flights.remove(flight)
-        if flight.step is not None and flight.work is not None:
-            self._write(flight.step, flight.work, results)
+        if flight.step is not None and flight.program is not None:
+            self._write(flight.step, flight.program, results)
             return iter(()), "done", ""
         self._succeeded = True
         seconds, size = (seen.cost or {}).get("runtime"), len(pickle.dumps(results["passes"]))
@@ -321,7 +314,7 @@ class Fleet:
         """Send a job that does nothing; if it runs while the older one waits, that one is forgotten."""
         host, model = flight.job.host, self.target if flight.step is None else self.source
         if flight.probe is None:
-            flight.probe = client.submit_again(host, "session", _NOTHING, model, self.patience)
+            flight.probe = client.submit_again(host, "session", nothing(), model, self.patience)
             return
         if client.look_again(host, flight.probe, self.patience).status == "COMPLETED":
             again = client.look_again(host, flight.job.id, self.patience)

@@ -133,8 +133,8 @@ class Pairing:
         backend = self.backend
         if isinstance(backend, Bridged):
             backend = backend.target if side else backend.source
-        work = reading(rows, layers, model.info, site=self.sites[side])
-        kept = backend.run("session", work, source=model, target=model)["kept"]
+        program = reading(rows, layers, model.info, site=self.sites[side])
+        kept = backend.run("session", program, source=model, target=model)["kept"]
         return gathered(kept, layers, n_rows=len(rows))
 
 
