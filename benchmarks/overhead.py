@@ -22,7 +22,8 @@ from typing import Any
 import patchscope_nn as ps
 from benchmarks.speed.made import Scale, make
 from patchscope_nn.analysis.tables import Tabulator
-from patchscope_nn.backends import places, steps
+from patchscope_nn.backends import steps
+from patchscope_nn.engines.transformers import Transformers
 from patchscope_nn.models import load
 from patchscope_nn.models.builtin import NAME
 from patchscope_nn.runs import execute
@@ -40,7 +41,7 @@ def main() -> None:
     rows = -(-cells // model.info.n_layers)
     workload = make("W2", model, Scale(times=-(-rows // 200)))
     for owner, name, part in (
-        (places, "emit", "passes"),
+        (Transformers, "run", "passes"),
         (steps, "lower", "lowering a step"),
         (execute, "plan", "planning"),
         (Tabulator, "row", "metrics and table rows"),

@@ -10,7 +10,7 @@ from patchscope_nn.backends.crossing import in_place_of, source_half, target_hal
 from patchscope_nn.backends.ndif import client
 from patchscope_nn.body.contexts import Hear
 from patchscope_nn.body.program import Results, StepProgram
-from patchscope_nn.engines import emit
+from patchscope_nn.engines import engine_of
 from patchscope_nn.models import Model
 from patchscope_nn.plan import Context
 
@@ -61,7 +61,8 @@ class Local:
         """Run a step in this process."""
         if context == "bridged":
             return Bridged(self, self).run(context, program, source=source, target=target, hear=hear)
-        return emit(context, program, source=source.traced, target=target.traced, hear=hear)
+        results: Results = engine_of(target).run(context, program, source=source, target=target, hear=hear)
+        return results
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,10 @@ class Rehearsal:
         if context == "bridged":
             return Bridged(self, self).run(context, program, source=source, target=target)
         backend = LocalSimulationBackend(target.traced)
-        return emit(context, program, source=source.traced, target=target.traced, backend=backend)
+        results: Results = engine_of(target).run(
+            context, program, source=source, target=target, backend=backend
+        )
+        return results
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ Hear = Callable[[list[int], list[int]], None]
 def open_context(
     context: str, program: Any, source: Any, target: Any, *, backend: Any, hear: Sequence[Hear]
 ) -> Any:
-    """Open a context and run a step in it; `engines.transformers.emit` explains the arguments."""
+    """Open a context and run a step in it; `engines.Engine.run` explains the arguments."""
     if context == "fused":
         return fused(target, program, backend, hear)
     if context == "session":

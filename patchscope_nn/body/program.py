@@ -85,6 +85,7 @@ class Write(TypedDict):
 class Embedded(TypedDict):
     """What is done to the embeddings of one row."""
 
+    #: Row in the batch.
     row: int
     #: First column of the prompt, and the one after its last.
     start: int
@@ -95,12 +96,14 @@ class Embedded(TypedDict):
     noise: float
     #: The columns that get the noise.
     positions: list[int]
+    #: Seed of the noise.
     seed: int
 
 
 class Cut(TypedDict):
-    """Attention edges that are cut in one row: none of `positions` sees any of `unseen`."""
+    """Attention edges that are cut in one row."""
 
+    #: Row in the batch; none of its columns `positions` attends to any of its columns `unseen`.
     row: int
     positions: list[int]
     unseen: list[int]
@@ -127,6 +130,7 @@ class TargetProgram(TypedDict):
 class RowsProgram(TargetProgram):
     """A target pass over a padded batch: one row for each cell."""
 
+    #: Tells it from a packed pass.
     layout: Literal["rows"]
     #: Changes to embeddings.
     embedded: list[Embedded]
@@ -163,6 +167,7 @@ class OwnTokens(TypedDict):
 class PackedProgram(TargetProgram):
     """A target pass over one sequence that holds the segments of all its cells (see `plan/layout.py`)."""
 
+    #: Tells it from a pass over rows.
     layout: Literal["packed"]
     #: How many blocks run.
     depth: int
@@ -192,6 +197,7 @@ class PackedProgram(TargetProgram):
 class PrefixProgram(TypedDict):
     """The tokens that all packed target prompts of a step begin with."""
 
+    #: As in `SourceProgram`; a batch of one row.
     inputs: dict[str, torch.Tensor]
     options: dict[str, Any]
     #: Its keys and values where an earlier step has computed them; None where this step does.
@@ -216,8 +222,10 @@ class Writing(TypedDict):
 class StepProgram(TypedDict):
     """One step: source passes, then target passes that use what those read."""
 
+    #: The passes, in the order in which they run.
     sources: list[SourceProgram]
     targets: list[RowsProgram | PackedProgram]
+    #: What the packed target passes begin with; None if they share nothing.
     prefix: PrefixProgram | None
     #: States that come in, by number: from earlier steps, or from files.
     given: dict[int, torch.Tensor]
@@ -225,14 +233,17 @@ class StepProgram(TypedDict):
     sums: list[Sum]
     #: Numbers of the states that the step returns.
     keep: list[int]
+    #: How states are mapped and written.
     writing: Writing
+    #: Where states are read, and where they are written.
     source_site: SitePath
     target_site: SitePath
 
 
 class Series(TypedDict):
-    """Several steps that run in one context, independently of each other."""
+    """Several steps that run in one context."""
 
+    #: The steps; none uses states of another.
     series: list[StepProgram]
 
 

@@ -1,5 +1,20 @@
-"""How a step addresses a model: one adapter for each kind of engine."""
+"""How a step runs on a model: one engine for each kind of model.
 
-from patchscope_nn.engines.transformers import emit
+engine.py        the contract
+transformers.py  transformers models, in this process or on NDIF
+"""
 
-__all__ = ["emit"]
+from patchscope_nn.engines.engine import Engine
+from patchscope_nn.engines.transformers import Transformers
+from patchscope_nn.models import Model
+
+#: The engines by name.
+ENGINES: dict[str, Engine] = {"transformers": Transformers()}
+
+
+def engine_of(model: Model) -> Engine:
+    """The engine that runs a model."""
+    return ENGINES[model.info.engine]
+
+
+__all__ = ["ENGINES", "Engine", "engine_of"]

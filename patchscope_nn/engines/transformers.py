@@ -11,38 +11,40 @@ import torch
 
 from patchscope_nn.body.contexts import Hear, open_context
 from patchscope_nn.body.program import Series, StepProgram
-from patchscope_nn.models import in_turn
+from patchscope_nn.models import Feature, Model, ModelInfo, in_turn
 from patchscope_nn.plan import Context
 
 
-@in_turn
-def emit(
-    context: Context,
-    program: StepProgram | Series,
-    *,
-    source: Any,
-    target: Any,
-    backend: Any = None,
-    hear: Sequence[Hear] = (),
-) -> Any:
-    """Open a context and run a step, or a series of steps, in it.
+class Transformers:
+    """The engine of transformers models."""
 
-    Args:
-        context: Which one.
-        program: The step.
-        source: M, an nnsight model.
-        target: M*, an nnsight model; the same object where there is one model.
-        backend: An nnsight backend that takes the step elsewhere; None runs it in this process. One that
-            does not wait returns nothing here.
-        hear: For each target pass a function that is called while it runs in this process; or none.
+    name = "transformers"
 
-    Returns:
-        The step's `Results`; for a series a list of them.
-    """
-    # A body is shipped by the source of its functions; without this they would be looked up by name.
-    nnsight.register("patchscope_nn")
-    with torch.no_grad(), _untracked(source, target):
-        return open_context(context, program, source, target, backend=backend, hear=hear)
+    def supports(self, info: ModelInfo, feature: Feature) -> bool:
+        """As its architecture says, which was found by structure at load."""
+        return info.supports(feature)
+
+    def opens(self, context: Context) -> bool:
+        """Whether it can run a step in a context; a bridged step runs as two sessions."""
+        return context in ("fused", "session", "nested")
+
+    @in_turn
+    def run(
+        self,
+        context: Context,
+        program: StepProgram | Series,
+        *,
+        source: Model,
+        target: Model,
+        backend: Any = None,
+        hear: Sequence[Hear] = (),
+    ) -> Any:
+        """Run a step, or a series of steps, as `Engine.run` says."""
+        # A body is shipped by the source of its functions; without this they would be looked up by name.
+        nnsight.register("patchscope_nn")
+        traced = source.traced, target.traced
+        with torch.no_grad(), _untracked(*traced):
+            return open_context(context, program, *traced, backend=backend, hear=hear)
 
 
 @contextmanager

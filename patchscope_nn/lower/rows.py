@@ -34,7 +34,7 @@ def batch_of(
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
     inputs = {"input_ids": ids, "attention_mask": mask}
     # Without padding a model counts its own positions, which in some families do not begin at 0.
-    if "position_ids" in info.architecture.arguments and (numbered or not mask.all()):
+    if info.supports("positions") and (numbered or not mask.all()):
         inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp_min(0)
     return inputs
 
@@ -52,8 +52,8 @@ def by_layer(entries: Iterable[tuple[int, _Entry]]) -> dict[int, list[_Entry]]:
 
 def options_of(info: ModelInfo, *, keep: int | None, cache: bool) -> dict[str, Any]:
     """Further arguments of the model; `keep` of the last positions are unembedded, or all (None)."""
-    options: dict[str, Any] = {"use_cache": cache} if info.architecture.caches else {}
-    if keep is not None and "logits_to_keep" in info.architecture.arguments:
+    options: dict[str, Any] = {"use_cache": cache} if info.supports("cache") else {}
+    if keep is not None and info.supports("few_logits"):
         options["logits_to_keep"] = keep
     return options
 

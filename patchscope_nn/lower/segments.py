@@ -30,7 +30,7 @@ def target_segments(
     ]
     positions = [at for segment in segments for at in range(segment.first, segment.last)]
     inputs = {"input_ids": torch.tensor([ids])}
-    if "position_ids" in info.architecture.arguments:
+    if info.supports("positions"):
         inputs["position_ids"] = torch.tensor([positions])
     writes: list[tuple[int, Write]] = []
     for place, cell in enumerate(cells):
@@ -45,7 +45,7 @@ def target_segments(
         readout["mask"] = torch.ones(len(cells), len(plan.sweep.target_prompts[cells[0].target_prompt].ids))
         readout["mask"] = readout["mask"].long()
     options: dict[str, Any] = {"use_cache": True}
-    if plan.optimisations.lean_readout and "logits_to_keep" in info.architecture.arguments:
+    if plan.optimisations.lean_readout and info.supports("few_logits"):
         options["logits_to_keep"] = torch.tensor(read)
     separately = shares_attention(plan.sweep, plan.optimisations, cells, prefix=layout.prefix)
     return {

@@ -7,7 +7,15 @@ Parts are found through transformers' own interfaces (`get_decoder`, `get_input_
 
 from patchscope_nn.models.adapter import common_base, wear, wear_named
 from patchscope_nn.models.architecture import find_architecture, input_device, is_offloaded
-from patchscope_nn.models.info import ELSEWHERE, Architecture, Model, ModelInfo, Sizes, same_vocabulary
+from patchscope_nn.models.info import (
+    ELSEWHERE,
+    Architecture,
+    Feature,
+    Model,
+    ModelInfo,
+    Sizes,
+    same_vocabulary,
+)
 from patchscope_nn.models.loading import load
 from patchscope_nn.models.memory import memory_reused, usable_memory
 from patchscope_nn.models.turns import TURN, in_turn
@@ -22,6 +30,7 @@ __all__ = [
     "TURN",
     "Architecture",
     "Comparison",
+    "Feature",
     "Model",
     "ModelInfo",
     "Sizes",

@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypeAlias, cast
 
 from patchscope_nn._util.arguments import checked_class
 from patchscope_nn.models.verdict import Verdict
 
 #: The device of a model whose weights are not in this process.
 ELSEWHERE = "remote"
+
+
+#: What the planner and the checks may ask of a model:
+#: `cache`            a forward pass can go on from the keys and values of an earlier one
+#: `causal`           a token of a prompt never attends to those after it
+#: `cut`              attention edges can be cut: blocks take a mask, and what they see without one is known
+#: `few_logits`       only some positions can be unembedded
+#: `packing`          blocks can run one by one on segments of a sequence (see `plan/layout.py`)
+#: `positions`        it takes the position of each token
+#: `shared_attention` attention to a shared prefix can be computed separately
+Feature: TypeAlias = Literal[
+    "cache", "causal", "cut", "few_logits", "packing", "positions", "shared_attention"
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,15 +67,19 @@ class Architecture:
     stretches: bool = False
 
     @property
-    def masked(self) -> bool:
-        """Whether attention edges can be cut: blocks take a mask, and what they see without one is known."""
-        takes = self.attention is not None and "attention_mask" in self.block_arguments
-        return takes and bool(self.windows) and self.causal
-
-    @property
-    def caches(self) -> bool:
-        """Whether a forward can go on from an earlier one's keys and values."""
-        return "past_key_values" in self.arguments
+    def features(self) -> frozenset[Feature]:
+        """What can be done with the model."""
+        masks = self.attention is not None and "attention_mask" in self.block_arguments
+        known = {
+            "cache": "past_key_values" in self.arguments,
+            "causal": self.causal,
+            "cut": masks and bool(self.windows) and self.causal,
+            "few_logits": "logits_to_keep" in self.arguments,
+            "packing": self.packs and self.causal,
+            "positions": "position_ids" in self.arguments,
+            "shared_attention": self.attends,
+        }
+        return frozenset(cast("Feature", name) for name, there in known.items() if there)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +119,7 @@ class ModelInfo:
         architecture: Where the parts are.
         sizes: How large they are.
         verdict: What the proof at load found out; None where the model was not proven.
+        engine: The name of the engine that runs it.
     """
 
     name: str
@@ -117,6 +135,11 @@ class ModelInfo:
     architecture: Architecture
     sizes: Sizes
     verdict: Verdict | None = None
+    engine: str = "transformers"
+
+    def supports(self, feature: Feature) -> bool:
+        """Whether something can be done with the model."""
+        return feature in self.architecture.features
 
     @property
     def bytes_per_number(self) -> int:

@@ -303,7 +303,7 @@ def _fuse(planned: Plan, *, forced: bool) -> Step | None:
 
 
 def _why_no_cache(sweep: Sweep) -> str:
-    caches = sweep.target.architecture.caches
+    caches = sweep.target.supports("cache")
     return "cached_decoding is off" if caches else f"{sweep.target.family} keeps none"
 
 

@@ -25,10 +25,10 @@ FEW_OWN = 8
 def packs(sweep: Sweep, optimisations: Optimisations) -> bool:
     """Whether the cells of a sweep go as segments of one sequence."""
     wanted = optimisations.prefix_sharing or optimisations.late_entry
-    target, architecture = sweep.scope.target, sweep.target.architecture
+    target = sweep.scope.target
     possible = target.site in ("residual", "before") and not target.alters
     decodes = not sweep.scope.readout.decodes or from_cache(sweep, optimisations)
-    return wanted and possible and decodes and architecture.packs and architecture.causal
+    return wanted and possible and decodes and sweep.target.supports("packing")
 
 
 def from_cache(sweep: Sweep, optimisations: Optimisations) -> bool:
@@ -37,9 +37,8 @@ def from_cache(sweep: Sweep, optimisations: Optimisations) -> bool:
     A write at every decoded token is defined on keys and values. So is what a model that is not causal over
     its prompt decodes.
     """
-    architecture = sweep.target.architecture
-    needed = sweep.scope.target.every_step or not architecture.causal
-    return architecture.caches and (optimisations.cached_decoding or needed)
+    needed = sweep.scope.target.every_step or not sweep.target.supports("causal")
+    return sweep.target.supports("cache") and (optimisations.cached_decoding or needed)
 
 
 def shares_attention(
@@ -51,9 +50,8 @@ def shares_attention(
     model elsewhere the device is not known here; the pass itself looks, and makes a mask where it is no CPU.
     """
     info = sweep.target
-    if not (
-        optimisations.shared_attention and info.architecture.attends and info.device in {"cpu", ELSEWHERE}
-    ):
+    possible = info.supports("shared_attention") and info.device in {"cpu", ELSEWHERE}
+    if not (optimisations.shared_attention and possible):
         return False
     longest = max(needed_end(sweep, cell) for cell in cells)
     windows = (window for window in info.architecture.windows if window is not None)

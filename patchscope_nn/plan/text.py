@@ -94,7 +94,7 @@ def _facts(planned: Plan, totals: Counts) -> Iterator[str]:
     yield from (f"note: {notice}" for notice in sweep.notices)
     if not packs(sweep, planned.optimisations) and planned.n_cells:
         yield f"note: {_why_padded(planned)}, so that every cell is a row of a padded batch of whole prompts"
-    if sweep.scope.readout.decodes and not sweep.target.architecture.caches:
+    if sweep.scope.readout.decodes and not sweep.target.supports("cache"):
         name = sweep.target.family
         yield f"note: {name} keeps no keys and values: each token that is decoded reads its prompt again"
     for entry in planned.withheld:
@@ -155,9 +155,9 @@ def _why_padded(planned: Plan) -> str:
             "every_step": target.every_step,
         }
         return f"target.{next(name for name, given in asked.items() if given)} is done to whole prompts"
-    if not sweep.target.architecture.causal:
+    if not sweep.target.supports("causal"):
         return f"tokens of a prompt of {sweep.target.name} see those after them"
-    if not sweep.target.architecture.packs:
+    if not sweep.target.supports("packing"):
         return f"the blocks of {sweep.target.family} cannot be run on segments of a sequence"
     return "each decoded token reads its prompt again"
 

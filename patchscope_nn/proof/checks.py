@@ -162,7 +162,7 @@ class Checks:
 
     def _check_mask(self, rows: tuple[Lengths, ...]) -> None:
         """Compare a run with a mask of ours, in which a token does not see one that it never sees."""
-        if not (self.model.info.architecture.masked and self.hooks.causal) or self._off(CUT):
+        if not (self.model.info.supports("cut") and self.hooks.causal) or self._off(CUT):
             return
         trial = Trial(readout=readout_of(NextToken), rows=rows[-1:], layers=self.layers, cuts=True)
         self._settle(CUT, "plain path", trial, *self._error(trial, _ALL))

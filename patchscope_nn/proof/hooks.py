@@ -183,7 +183,7 @@ class Hooks:
         return distance(shaken, plain, plain)
 
     def _forward(self, ids: torch.Tensor, **options: Any) -> Any:
-        if not self.architecture.caches:
+        if "cache" not in self.architecture.features:
             options.pop("use_cache")
         with torch.no_grad():
             return self.module(input_ids=ids.to(self.device), **options)

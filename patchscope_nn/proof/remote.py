@@ -28,7 +28,7 @@ from patchscope_nn.spec import Choices, Generate, Hidden, NextToken
 _ROUNDING = 0.15
 #: Longer prompts than this are not sent, in tokens.
 _LONGEST = 4096
-#: Runs a step there, and gives what `emit` gives; of a series a list.
+#: Runs a step there and returns its results; of a series a list of them.
 Run = Callable[[StepProgram | Series], Any]
 
 

@@ -32,10 +32,10 @@ def compares(scope: Patchscope, readout: NextToken, source: Model, target: Model
 
 def check_write(scope: Patchscope, info: ModelInfo) -> None:
     """What the target's modes ask of the model, and of each other."""
-    target, architecture = scope.target, info.architecture
+    target = scope.target
     if target.cut is not None:
         _check_cut(target, info)
-    if target.every_step and not architecture.caches:
+    if target.every_step and not info.supports("cache"):
         raise InputError(
             f"target.every_step writes while decoding from keys and values, and {info.family} keeps none.",
             hint="Leave every_step out.",
@@ -70,7 +70,7 @@ def _check_cut(target: Target, info: ModelInfo) -> None:
             f"target.write: cut is wrong for {info.name}: with a mask of ours {wrong}.",
             hint="Use write: zero, or another model.",
         )
-    if not info.architecture.masked:
+    if not info.supports("cut"):
         raise InputError(
             f"target.write: cut needs blocks with an attention that takes a mask we can make; those of "
             f"{info.name} ({info.family}) are not such.",

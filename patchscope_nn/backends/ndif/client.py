@@ -14,7 +14,7 @@ from typing import Any
 
 from patchscope_nn.backends.ndif.portability import check_travels
 from patchscope_nn.body.program import Results, Series, StepProgram
-from patchscope_nn.engines import emit
+from patchscope_nn.engines import engine_of
 from patchscope_nn.errors import InputError, JobError, ModelError, ServerError
 from patchscope_nn.models import Model
 from patchscope_nn.plan import Context
@@ -85,7 +85,7 @@ def submit(host: str, context: Context, program: StepProgram | Series, model: Mo
         env = model.traced._remoteable_get_env()  # noqa: SLF001 (what nnsight's own remote=True sends)
         backend = RemoteBackend(_key(model), host=host, env=env, blocking=False)
         backend.display.enabled = False
-        emit(context, program, source=model.traced, target=model.traced, backend=backend)
+        engine_of(model).run(context, program, source=model, target=model, backend=backend)
     return str(backend.job_id)
 
 
@@ -108,7 +108,7 @@ def look(host: str, job: str) -> Seen:
 
 
 def fetch(host: str, seen: Seen, context: Context) -> Results:
-    """The result of a job that is completed, as `emit` gives it.
+    """The result of a job that is completed, as a backend returns it.
 
     Raises:
         ServerError: It cannot be fetched, or no longer.

@@ -1,6 +1,6 @@
 """A model with its weights held still: plain hooks read and write its states, and gradients pass through.
 
-Only fitting differentiates, and only here; every other run goes through the compiler (`plan`, `emit`).
+Only fitting differentiates, and only here; every other run goes through the compiler.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class Frozen:
         self.model = model
         self.last = model.info.n_layers - 1
         self._blocks = model.module.get_submodule(model.info.architecture.blocks)
-        self._keeps = "logits_to_keep" in model.info.architecture.arguments
+        self._keeps = model.info.supports("few_logits")
 
     @property
     def device(self) -> Any:

@@ -1,0 +1,16 @@
+"""Every engine does what the contract asks."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+from conformance import check_engine
+
+from patchscope_nn.engines import ENGINES
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_the_engine_of_transformers_models(family, tiny_model, run_cells):
+    model = tiny_model(family)
+    assert set(ENGINES) == {"transformers"}
+    check_engine(model, tiny.reference(family), run_cells, tokenizer=tiny.TOKENIZER, eos=[tiny.EOS_ID])
