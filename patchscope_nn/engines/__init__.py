@@ -17,4 +17,4 @@ def engine_of(model: Model) -> Engine:
     return ENGINES[model.info.engine]
 
 
-__all__ = ["ENGINES", "Engine", "engine_of"]
+__all__ = ["ENGINES", "Engine", "Transformers", "engine_of"]
