@@ -276,11 +276,11 @@ def jobs(
     json: options.Json = False,
 ) -> None:
     """List the jobs that a run sent to a server, and how they ended."""
-    from patchscope_nn.backends.ndif.job_log import Ledger
+    from patchscope_nn.backends.ndif.job_log import JobLog
     from patchscope_nn.runs.folder import read_manifest
 
     read_manifest(folder)
-    printing.print_jobs(Ledger(folder).jobs(), as_json=json)
+    printing.print_jobs(JobLog(folder).jobs(), as_json=json)
 
 
 @app.command()
@@ -315,12 +315,12 @@ def doctor(
 
 def _leave_or_cancel(folder: Path) -> None:
     """Ask what becomes of the jobs that are on their way; where nobody can answer they are left."""
-    from patchscope_nn.backends.ndif.job_log import Ledger
+    from patchscope_nn.backends.ndif.job_log import JobLog
 
-    ledger = Ledger(folder)
-    live = len(ledger.live())
+    job_log = JobLog(folder)
+    live = len(job_log.live())
     if live and sys.stdin.isatty() and _wants_cancel(live):
-        ledger.drop()
+        job_log.drop()
         printing.note("Cancelled: their results will not be fetched. (A server that has begun one ends it.)")
     elif live:
         printing.note(f"{live} jobs are left on their server; the same command fetches them.")

@@ -32,9 +32,9 @@ from patchscope_nn.backends import (
     backend_for,
     run_steps,
 )
-from patchscope_nn.backends.ndif.scheduler import Failed, Fleet
+from patchscope_nn.backends.ndif.scheduler import Failed, Scheduler
 from patchscope_nn.backends.ndif.client import Patience
-from patchscope_nn.backends.ndif.job_log import Ledger
+from patchscope_nn.backends.ndif.job_log import JobLog
 from patchscope_nn.metrics import references
 from patchscope_nn.models import ModelInfo, usable_memory
 from patchscope_nn.backends.ndif.job_size import JOBS
@@ -146,12 +146,12 @@ def run_prepared(
     started = time.monotonic()
     with _uncollected(), InMemory() if out is None else open_folder(Path(out), manifest) as store:
         before = len(store.done)
-        fleet = _Fleeting(Ledger(store.path), jobs, patience or Patience(), notice, listener)
+        options = _JobOptions(JobLog(store.path), jobs, patience or Patience(), notice, listener)
         # What is on its way is not planned again; without a server nobody would fetch it.
-        live = fleet.ledger.live() if _is_away(backend) else ()
+        live = options.job_log.live() if _is_away(backend) else ()
         done = store.done.union(*(job.cells for job in live if job.context != "read"))
         planned = todo(done=done) if done else whole
-        for rows in _steps(prepared, planned, backend, store, fleet):
+        for rows in _steps(prepared, planned, backend, store, options):
             store.append(rows)
             if progress:
                 progress(len(store.done), len(prepared.sweep.cells))
@@ -229,10 +229,10 @@ def plan_prepared(prepared: Prepared, *, memory: int | None = None, **options: A
     return plan(prepared.sweep, memory=memory, **options)
 
 
-class _Fleeting(NamedTuple):
+class _JobOptions(NamedTuple):
     """How jobs are kept on their way, and who hears of steps in this process."""
 
-    ledger: Ledger
+    job_log: JobLog
     width: int
     patience: Patience
     notice: Callable[[str], None] | None
@@ -240,7 +240,7 @@ class _Fleeting(NamedTuple):
 
 
 def _steps(
-    prepared: Prepared, planned: Plan, backend: Backend, store: InMemory, fleet: _Fleeting
+    prepared: Prepared, planned: Plan, backend: Backend, store: InMemory, options: _JobOptions
 ) -> Iterator[dict[int, dict[str, Any]]]:
     """Table rows by the number of their cell, some at a time; smaller passes after one that was too large.
 
@@ -250,7 +250,7 @@ def _steps(
         prepared.sweep, prepared.metrics, tokenizer=prepared.target.tokenizer, mapping=prepared.mapping.name
     )
     while True:
-        results, n_again = _results(prepared, planned, backend, store, fleet), 0
+        results, n_again = _results(prepared, planned, backend, store, options), 0
         packed = packs(prepared.sweep, planned.optimisations)
         budget, used = planned.budget, planned.optimisations
         try:
@@ -286,7 +286,7 @@ def _steps(
 
 
 def _results(
-    prepared: Prepared, planned: Plan, backend: Backend, store: InMemory, fleet: _Fleeting
+    prepared: Prepared, planned: Plan, backend: Backend, store: InMemory, options: _JobOptions
 ) -> Iterator[Any]:
     """The cells with their readouts, a step or a job at a time."""
     if not _is_away(backend):
@@ -296,19 +296,19 @@ def _results(
             target=prepared.target,
             mapping=prepared.mapping,
             backend=backend,
-            listener=fleet.listener,
+            listener=options.listener,
         )
-    return Fleet(
+    return Scheduler(
         planned,
         source=prepared.source,
         target=prepared.target,
         mapping=prepared.mapping,
         backend=backend,
-        ledger=fleet.ledger,
+        job_log=options.job_log,
         done=store.done,
-        width=fleet.width,
-        patience=fleet.patience,
-        notice=fleet.notice,
+        width=options.width,
+        patience=options.patience,
+        notice=options.notice,
     ).results()
 
 

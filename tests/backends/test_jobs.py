@@ -15,9 +15,9 @@ from patchscope_nn import backends
 from patchscope_nn.backends import places
 from patchscope_nn.backends.crossing import Traffic, in_place_of, size, traffic, weights
 from patchscope_nn.backends.ndif import client
-from patchscope_nn.backends.ndif.client import Seen, failure, host_of
-from patchscope_nn.backends.ndif.job_log import Job, Ledger
-from patchscope_nn.backends.ndif.job_size import Pace
+from patchscope_nn.backends.ndif.client import JobStatus, failure, host_of
+from patchscope_nn.backends.ndif.job_log import Job, JobLog
+from patchscope_nn.backends.ndif.job_size import JobSize
 from patchscope_nn.backends.ndif.portability import check_travels
 from patchscope_nn.cli import commands, printing
 from patchscope_nn.errors import InputError, JobError, MappingError, ModelError, ServerError
@@ -92,7 +92,7 @@ def test_a_remote_that_is_no_url():
     ],
 )
 def test_what_a_server_says_becomes_an_error(said, kind, text):
-    found = failure("http://x", Seen(status="ERROR", said=said))
+    found = failure("http://x", JobStatus(status="ERROR", description=said))
     assert type(found) is kind
     assert text in str(found)
 
@@ -226,49 +226,49 @@ def test_a_model_without_its_weights_is_described_as_the_one_with(tmp_path, tiny
 
 
 def test_a_small_run_is_one_job():
-    pace = Pace(900)
-    assert not pace.learning
-    assert pace.most is None
+    size = JobSize(900)
+    assert not size.learning
+    assert size.most is None
 
 
 def test_a_large_run_begins_with_a_short_job_and_learns_from_it():
-    pace = Pace(100_000)
-    assert pace.learning
-    assert pace.most == 256
-    pace.took(256, seconds=2.56, result_bytes=2560)
-    assert not pace.learning
-    assert pace.most == 3000  # thirty seconds' worth
-    pace.took(3000, seconds=60.0, result_bytes=30_000)  # slower than it was thought
-    assert pace.most == 2000
-    assert pace.left_s(1000) == pytest.approx(15.0)
-    assert pace.result_bytes == 32_560
+    size = JobSize(100_000)
+    assert size.learning
+    assert size.most == 256
+    size.took(256, seconds=2.56, result_bytes=2560)
+    assert not size.learning
+    assert size.most == 3000  # thirty seconds' worth
+    size.took(3000, seconds=60.0, result_bytes=30_000)  # slower than it was thought
+    assert size.most == 2000
+    assert size.left_s(1000) == pytest.approx(15.0)
+    assert size.result_bytes == 32_560
 
 
 def test_a_job_grows_as_jobs_turn_out_to_be_quick():
-    pace = Pace(100_000)
-    pace.took(256, seconds=25.6, result_bytes=1)
-    before = pace.most
-    pace.took(before, seconds=before * 0.01, result_bytes=1)
-    assert pace.most > before
+    size = JobSize(100_000)
+    size.took(256, seconds=25.6, result_bytes=1)
+    before = size.most
+    size.took(before, seconds=before * 0.01, result_bytes=1)
+    assert size.most > before
 
 
 def test_a_job_carries_no_more_than_a_server_allows_or_a_result_should_hold():
-    pace = Pace(100_000)
-    pace.took(256, seconds=0.256, result_bytes=256 * 2**20)
-    assert pace.most == 32
-    pace.too_long(20)
-    assert pace.most == 10
-    small = Pace(900)
+    size = JobSize(100_000)
+    size.took(256, seconds=0.256, result_bytes=256 * 2**20)
+    assert size.most == 32
+    size.too_long(20)
+    assert size.most == 10
+    small = JobSize(900)
     small.too_long(900)
     assert small.most == 450
 
 
 def test_a_server_that_does_not_say_what_a_job_took_is_not_asked_to_be_quick():
-    pace = Pace(100_000)
-    pace.took(256, seconds=None, result_bytes=0)
-    assert not pace.learning
-    assert pace.most is None
-    assert pace.left_s(10) is None
+    size = JobSize(100_000)
+    size.took(256, seconds=None, result_bytes=0)
+    assert not size.learning
+    assert size.most is None
+    assert size.left_s(10) is None
 
 
 @pytest.fixture
@@ -277,11 +277,11 @@ def interrupted(tmp_path, monkeypatch, capsys):
 
     Without an answer standard input is no terminal.
     """
-    ledger = Ledger(tmp_path)
+    job_log = JobLog(tmp_path)
     for number in range(3):
         passes = (((number,),),)
-        ledger.sent(Job(id=f"job-{number}", host="http://x", context="session", passes=passes, sent=""))
-    ledger.ended("job-0", "done")
+        job_log.sent(Job(id=f"job-{number}", host="http://x", context="session", passes=passes, sent=""))
+    job_log.ended("job-0", "done")
 
     class Terminal(io.StringIO):
         def isatty(self):
@@ -293,7 +293,7 @@ def interrupted(tmp_path, monkeypatch, capsys):
         commands._leave_or_cancel(tmp_path)
         said = capsys.readouterr()
         assert not said.out.strip()  # click leaves the blank before the answer to readline
-        return said.err, [job.state for job in Ledger(tmp_path).jobs()]
+        return said.err, [job.state for job in JobLog(tmp_path).jobs()]
 
     return interrupt
 
@@ -302,15 +302,15 @@ def test_a_ledger_that_is_read_is_not_changed_and_a_half_line_goes_before_the_ne
     """A run may be writing while `patchscope jobs` reads."""
     file = tmp_path / "jobs.jsonl"
     job = Job(id="one", host="http://x", context="session", passes=(((0,),),), sent="")
-    Ledger(tmp_path).sent(job)
+    JobLog(tmp_path).sent(job)
     with file.open("a") as stream:
         stream.write('{"id": "two", "ho')
     before = file.read_bytes()
-    found = Ledger(tmp_path)
+    found = JobLog(tmp_path)
     assert found.jobs() == (job,)
     assert file.read_bytes() == before
     found.ended("one", "done")
-    assert [one.state for one in Ledger(tmp_path).jobs()] == ["done"]
+    assert [one.state for one in JobLog(tmp_path).jobs()] == ["done"]
     assert file.read_text().count("\n") == 2
 
 
@@ -357,5 +357,5 @@ def test_a_second_interrupt_leaves_the_jobs(interrupted, monkeypatch, tmp_path):
 
 
 def test_without_live_jobs_nobody_is_asked(interrupted, tmp_path):
-    Ledger(tmp_path).drop()
+    JobLog(tmp_path).drop()
     assert interrupted("cancel") == ("", ["done", "dropped", "dropped"])

@@ -11,7 +11,7 @@ import sys
 import launch
 import pytest
 
-from patchscope_nn.backends.ndif.job_log import Ledger
+from patchscope_nn.backends.ndif.job_log import JobLog
 
 SWEEP = (
     *("run", "next-token", "--limit", "1", "--set", "source.layer=all"),
@@ -56,7 +56,7 @@ def test_a_sweep_is_one_request_and_its_key_is_written_nowhere(key, ndif, tmp_pa
     """Thirty layers by thirty: one job, whose result is small."""
     folder = tmp_path / "run"
     done = patchscope(*SWEEP, "--remote", ndif, "--out", str(folder), NDIF_API_KEY=key)
-    (job,) = Ledger(folder).jobs()
+    (job,) = JobLog(folder).jobs()
     assert len(job.cells) == 900
     for file in folder.rglob("*"):
         assert not file.is_file() or key.encode() not in file.read_bytes(), file

@@ -20,7 +20,7 @@ import patchscope_nn as ps
 from patchscope_nn.backends import Ndif
 from patchscope_nn.backends.ndif import client
 from patchscope_nn.backends.ndif.client import Patience
-from patchscope_nn.backends.ndif.job_log import Job, Ledger, now
+from patchscope_nn.backends.ndif.job_log import Job, JobLog, now
 from patchscope_nn.errors import InputError, JobError, ModelError, ServerError
 from patchscope_nn.proof import proven_on
 from patchscope_nn.runs.execute import run_prepared
@@ -63,7 +63,7 @@ def expected(here):
 
 
 def states(folder):
-    return [job.state for job in Ledger(folder).jobs()]
+    return [job.state for job in JobLog(folder).jobs()]
 
 
 def test_many_jobs_at_a_time(ndif, away, expected, tmp_path):
@@ -258,7 +258,7 @@ def test_an_unknown_job_is_sent_again(ndif, away, expected, tmp_path):
     (folder / "cells.jsonl").unlink()
     (folder / "jobs.jsonl").unlink()
     numbers = tuple((number,) for number in range(len(prepared.sweep.cells)))
-    Ledger(folder).sent(Job(id="0" * 32, host=ndif, context="session", passes=(numbers,), sent=now()))
+    JobLog(folder).sent(Job(id="0" * 32, host=ndif, context="session", passes=(numbers,), sent=now()))
     assert_same_table(table(away, remote=ndif, out=folder), expected)
     assert states(folder)[0] == "lost"
     assert set(states(folder)[1:]) == {"done"}
@@ -269,10 +269,10 @@ def test_a_result_of_an_unexpected_shape(ndif, away, tmp_path):
     prepared = prepare(scope_of(), model=away, data=ROWS, remote=ndif)
     folder = tmp_path / "run"
     run_prepared(prepared, out=folder, remote=ndif)
-    job = Ledger(folder).jobs()[0]
+    job = JobLog(folder).jobs()[0]
     (folder / "cells.jsonl").unlink()
     (folder / "jobs.jsonl").unlink()
-    Ledger(folder).sent(replace(job, passes=(((0,), (1,)),), state="live"))
+    JobLog(folder).sent(replace(job, passes=(((0,), (1,)),), state="live"))
     with pytest.raises(JobError, match=r"results for \[2\] cells.*doctor --remote"):
         table(away, remote=ndif, out=folder)
     with pytest.raises(JobError, match="a result of an unexpected shape"):
@@ -287,7 +287,7 @@ def test_a_live_job_is_fetched_and_not_run_again(ndif, away, expected, tmp_path)
     (folder / "jobs.jsonl").write_text(lines[0] + "\n")  # as if killed after it was sent
     (folder / "cells.jsonl").unlink()
     assert_same_table(table(away, remote=ndif, out=folder), expected)
-    assert len(Ledger(folder).jobs()) == len(lines) // 2
+    assert len(JobLog(folder).jobs()) == len(lines) // 2
 
 
 def test_a_killed_client_loses_and_repeats_nothing(ndif, expected, tmp_path):

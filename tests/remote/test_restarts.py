@@ -15,7 +15,7 @@ from tables import assert_same_table
 
 import patchscope_nn as ps
 from patchscope_nn.backends.ndif.client import Patience
-from patchscope_nn.backends.ndif.job_log import Ledger
+from patchscope_nn.backends.ndif.job_log import JobLog
 from patchscope_nn.errors import ServerError
 from patchscope_nn.runs.execute import run_prepared
 from patchscope_nn.runs.prepare import prepare
@@ -71,7 +71,7 @@ def meanwhile(tmp_path):
     def later(do):
         def watch():
             end = time.monotonic() + 60
-            while len(Ledger(tmp_path / "run").live()) < MANY["jobs"] and time.monotonic() < end:
+            while len(JobLog(tmp_path / "run").live()) < MANY["jobs"] and time.monotonic() < end:
                 time.sleep(0.05)
             do()
 
@@ -93,7 +93,7 @@ def test_the_api_is_restarted_while_jobs_wait(ndif, away, expected, meanwhile, t
     """What waited reads QUEUED for ever; a job that was sent later runs, which tells."""
     meanwhile(lambda: restart("api"))
     assert_same_table(table(away, remote=ndif, out=tmp_path / "run", **MANY), expected)
-    ends = [job.state for job in Ledger(tmp_path / "run").jobs()]
+    ends = [job.state for job in JobLog(tmp_path / "run").jobs()]
     assert "lost" in ends
     assert set(ends) == {"lost", "done"}
 
@@ -150,7 +150,7 @@ def test_a_time_limit_makes_jobs_smaller(ndif, away, expected, tmp_path):
         launch.up()
         folder = tmp_path / "run"
         assert_same_table(table(away, remote=ndif, out=folder, max_rows=2, jobs=1), expected)
-        found = Ledger(folder).jobs()
+        found = JobLog(folder).jobs()
         assert any("execution timeout" in job.said for job in found)
         assert {job.state for job in found} == {"failed", "done"}
         assert len(found[-1].cells) == 1

@@ -12,7 +12,7 @@ from own_mappings import Bent, doubled
 from tables import assert_same_table
 
 import patchscope_nn as ps
-from patchscope_nn.backends.ndif.job_log import Ledger
+from patchscope_nn.backends.ndif.job_log import JobLog
 from patchscope_nn.models import builtin
 from patchscope_nn.recipe import load_recipe, shipped
 
@@ -126,21 +126,21 @@ def test_two_models_in_all_places(pair, source_remote, remote, ndif, models):
 
 
 def test_reading_the_source_is_a_job_too(ndif, models, tmp_path):
-    """In the ledger, and where its client died, lost: nobody could go on with its states."""
+    """In the job_log, and where its client died, lost: nobody could go on with its states."""
     scope = scope_of("next_token", mapping=ps.Affine(torch.eye(576)[:, :WIDTH], torch.zeros(576)))
     away = {"source_model": models(TINY, weights=False), "target_model": models(BUILTIN, weights=False)}
     here = {name: models(model, weights=True) for name, model in zip(away, (TINY, BUILTIN), strict=True)}
     found = ps.run(scope, data=ROWS, out=tmp_path / "run", remote=ndif, max_rows=2, jobs=2, **away).table()
     assert_same(found, ps.run(scope, data=ROWS, **here).table())
-    jobs = Ledger(tmp_path / "run").jobs()
+    jobs = JobLog(tmp_path / "run").jobs()
     kinds = [job.context for job in jobs]
     assert kinds.count("read") == kinds.count("session") == len(kinds) / 2
     assert {job.state for job in jobs} == {"done"}
     cells = tmp_path / "run/cells.jsonl"
     cells.write_text("".join(cells.read_text().splitlines(keepends=True)[:-1]))
-    Ledger(tmp_path / "run").sent(replace(jobs[0], id="of-a-client-that-died", state="live"))
+    JobLog(tmp_path / "run").sent(replace(jobs[0], id="of-a-client-that-died", state="live"))
     assert_same(ps.run(scope, data=ROWS, out=tmp_path / "run", remote=ndif, **away).table(), found)
-    states = {job.id: job.state for job in Ledger(tmp_path / "run").jobs()}
+    states = {job.id: job.state for job in JobLog(tmp_path / "run").jobs()}
     assert states.pop("of-a-client-that-died") == "lost"
     assert set(states.values()) == {"done"}
 
@@ -203,7 +203,7 @@ def test_a_large_run_begins_with_a_short_job(ndif, models, tmp_path):
     away = ps.run(scope, model=models(TINY, weights=False), data=rows, remote=ndif, out=tmp_path / "run")
     assert len(local.rows) > 1024
     assert_same(away.table(), local.table())
-    sizes = [len(job.cells) for job in Ledger(tmp_path / "run").jobs()]
+    sizes = [len(job.cells) for job in JobLog(tmp_path / "run").jobs()]
     assert sizes[0] == 256
     assert sum(sizes) == len(local.rows)
     assert max(sizes[1:]) > 256

@@ -1,7 +1,7 @@
-"""NDIF: one request out, its state, and its result; every fault as an error that says what to do next.
+"""The client of an NDIF server: send a job, ask for its status, fetch its result.
 
-NDIF is asked through nnsight's own client. A request names one model, and what it takes with it has been
-looked through (`portability.py`) before it is sent.
+Requests go through nnsight's own client. A request names one model. Everything that is sent with it is
+checked first (`portability.py`). Every failure becomes an error that says what to do next.
 """
 
 from __future__ import annotations
@@ -24,42 +24,42 @@ _REFUSED = (400, 401, 403)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Seen:
-    """What a server says of a job.
+class JobStatus:
+    """The status of a job, as its server reports it.
 
     Attributes:
         status: `UNKNOWN`, or NDIF's `RECEIVED`, `QUEUED`, `PROVISIONING`, `DEPLOYING`, `DISPATCHED`,
             `RUNNING`, `COMPLETED`, `ERROR`.
-        said: Its description: a place in the queue, or why it failed.
-        data: Where the result is, of a job that is completed.
-        cost: What it took, as the server counts.
+        description: The place in the queue, or why the job failed.
+        data: Where the result of a completed job is.
+        cost: What the job used, as the server counts it.
     """
 
     status: str
-    said: str = ""
+    description: str = ""
     data: Any = None
     cost: dict[str, Any] | None = None
 
 
 def host_of(remote: bool | str) -> str:  # noqa: FBT001 (the value of an option, as users give it)
-    """The URL that an option names; True is the one nnsight is configured for.
+    """The URL that the option `remote` names; True stands for the server that nnsight is configured for.
 
     Raises:
-        InputError: It is no URL.
+        InputError: It is not a URL.
     """
     from nnsight import CONFIG
 
     host = str(CONFIG.API.HOST if remote is True else remote).rstrip("/")
     if not host.startswith(("http://", "https://")):
         raise InputError(
-            f"remote={remote!r} is no server.",
+            f"remote={remote!r} is not a server.",
             hint="Give True for the configured NDIF, a URL (https://...), or 'local' to rehearse.",
         )
     return host
 
 
 def submit(host: str, context: Context, program: StepProgram | Series, model: Model) -> str:
-    """Send a context as one job, and do not wait for it.
+    """Send a step as one job, without waiting for it.
 
     Args:
         host: The server.
@@ -71,7 +71,7 @@ def submit(host: str, context: Context, program: StepProgram | Series, model: Mo
         The job's id.
 
     Raises:
-        InputError: The request would not run there, and has not been sent; or the key is refused.
+        InputError: The step cannot run on a server, and was not sent; or the key is refused.
         ServerError: The server cannot be reached.
     """
     from nnsight.intervention.backends.remote import RemoteBackend
@@ -89,8 +89,8 @@ def submit(host: str, context: Context, program: StepProgram | Series, model: Mo
     return str(backend.job_id)
 
 
-def look(host: str, job: str) -> Seen:
-    """Ask what became of a job.
+def look(host: str, job: str) -> JobStatus:
+    """Ask for the status of a job.
 
     Raises:
         ServerError: The server cannot be reached.
@@ -101,18 +101,20 @@ def look(host: str, job: str) -> Seen:
     with explained(host):
         answer = httpx.get(f"{host}/response/{job}", headers=headers(), timeout=_TIMEOUT_S)
         if answer.status_code == httpx.codes.NOT_FOUND:
-            return Seen(status="UNKNOWN")
+            return JobStatus(status="UNKNOWN")
         answer.raise_for_status()
         found = ResponseModel.model_validate_json(answer.text)
-    return Seen(status=found.status.value, said=found.description, data=found.data, cost=found.meta)
+    return JobStatus(
+        status=found.status.value, description=found.description, data=found.data, cost=found.meta
+    )
 
 
-def fetch(host: str, seen: Seen, context: Context) -> Results:
-    """The result of a job that is completed, as a backend returns it.
+def fetch(host: str, seen: JobStatus, context: Context) -> Results:
+    """The result of a completed job, as a backend returns it.
 
     Raises:
-        ServerError: It cannot be fetched, or no longer.
-        JobError: It is no result of ours.
+        ServerError: It cannot be fetched, or is no longer there.
+        JobError: It does not have the form of a result.
     """
     from nnsight.intervention.backends.remote import RemoteBackend
 
@@ -132,7 +134,7 @@ def fetch(host: str, seen: Seen, context: Context) -> Results:
 
 
 def _key(model: Model) -> str:
-    """What a server knows a model by; the Hub is asked how its id is spelled."""
+    """The key by which a server knows a model; the Hub is asked for the exact spelling of its id."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
     try:
@@ -151,7 +153,7 @@ def _key(model: Model) -> str:
 
 
 def headers() -> dict[str, str]:
-    """The key, where nnsight is given one."""
+    """The API key, if nnsight has one."""
     from nnsight import CONFIG
 
     return {"ndif-api-key": CONFIG.API.APIKEY} if CONFIG.API.APIKEY else {}
@@ -159,7 +161,7 @@ def headers() -> dict[str, str]:
 
 @contextmanager
 def explained(host: str, *, result: bool = False) -> Iterator[None]:
-    """Turn what a request raises into one message; a server's own words are kept."""
+    """Turn the exceptions of a request into one error each; the server's own words are kept."""
     import httpx
     from nnsight.intervention.backends.remote import RemoteError
 
@@ -206,14 +208,14 @@ def _refused(host: str, code: int, said: str, *, result: bool) -> InputError | S
 
 @dataclass(frozen=True, kw_only=True)
 class Patience:
-    """How long to wait for what, in seconds.
+    """How long to wait, in seconds.
 
     Attributes:
-        poll_s: Between two looks, at first; it grows to ten times that.
+        poll_s: Between two status requests, at first; it grows to ten times that.
         unreachable_s: For a server that does not answer.
-        unknown_s: For a job that its server does not know, which may be because it is new.
-        stalled_s: For a job in the queue that does not move, before it is asked after.
-        give_up_s: For anything to move at all.
+        unknown_s: For a job that the server does not know; it may be too new.
+        stalled_s: For a queued job whose status does not change, before a liveness job is sent.
+        give_up_s: For any job to change its status.
     """
 
     poll_s: float = 0.1
@@ -223,8 +225,8 @@ class Patience:
     give_up_s: float = 1800
 
 
-def look_again(host: str, job: str, patience: Patience) -> Seen:
-    """Ask what became of a job, and ask again while the server does not answer.
+def look_again(host: str, job: str, patience: Patience) -> JobStatus:
+    """Ask for the status of a job, again and again while the server does not answer.
 
     Raises:
         ServerError: It did not answer for too long.
@@ -235,7 +237,7 @@ def look_again(host: str, job: str, patience: Patience) -> Seen:
 def submit_again(
     host: str, context: Context, program: StepProgram | Series, model: Model, patience: Patience
 ) -> str:
-    """Send a job, and send it again while the server does not answer.
+    """Send a job, again and again while the server does not answer.
 
     Raises:
         ServerError: It did not answer for too long.
@@ -269,8 +271,8 @@ def wait(host: str, job: str, context: Context, *, patience: Patience | None = N
             return fetch(host, seen, context)
         if seen.status == "ERROR":
             raise failure(host, seen)
-        if (seen.status, seen.said) != latest:
-            latest, moved = (seen.status, seen.said), time.monotonic()
+        if (seen.status, seen.description) != latest:
+            latest, moved = (seen.status, seen.description), time.monotonic()
         elif time.monotonic() - moved > patience.give_up_s:
             raise nothing_moves(host, patience.give_up_s)
         time.sleep(pause)
@@ -278,27 +280,27 @@ def wait(host: str, job: str, context: Context, *, patience: Patience | None = N
 
 
 def nothing_moves(host: str, seconds: float) -> ServerError:
-    """What to say of a server that answers, and does nothing."""
+    """The error for a server that answers, but runs nothing."""
     return ServerError(
         f"{host} answers, but no job has moved for {seconds:.0f} s: its dispatcher may be down.",
         hint=f"Ask its operator. {_AGAIN}",
     )
 
 
-#: What a server says of a job that it did not run to its end, and would run another time.
+#: Texts in the description of a job that failed through no fault of its own, and can be sent again.
 _PASSING = ("try again later", "evicted", "cancelled", "preempted", "payload could not be read", "restart")
 _DEPLOYING = ("Could not deploy this model",)
 _TOO_LONG = ("execution timeout",)
 
 
-def too_long(seen: Seen) -> bool:
-    """Whether a job failed because it took longer than its server allows."""
-    return any(text in seen.said for text in _TOO_LONG)
+def too_long(seen: JobStatus) -> bool:
+    """True if a job failed because it exceeded the time limit of its server."""
+    return any(text in seen.description for text in _TOO_LONG)
 
 
-def failure(host: str, seen: Seen) -> JobError | ServerError | ModelError:
-    """The error of a job that failed: its own fault, the server's, or that of who asked for the model."""
-    said = seen.said.strip()
+def failure(host: str, seen: JobStatus) -> JobError | ServerError | ModelError:
+    """The error for a failed job: the job's own fault, the server's, or a model that it cannot run."""
+    said = seen.description.strip()
     if any(text in said for text in _DEPLOYING):
         return ModelError(
             f"{host} cannot run this model: {said.splitlines()[0]}.",

@@ -1,7 +1,7 @@
-"""The jobs of a run, in its folder: `jobs.jsonl`, a line for each that was sent, and one for how it ended.
+"""The jobs of a run, in `jobs.jsonl` of its folder: one line when a job is sent, and one when it ends.
 
-A job is written down before anything else is done, so that whoever dies, the next one finds it. Which cells
-each of its results is for is written with it: a plan made later may cut the cells otherwise.
+A job is written down before anything else happens, so that a run that is started again finds it. The cells of
+each of its results are written with it, because a later plan may divide the cells differently.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ class Job:
     """A job that was sent.
 
     Attributes:
-        id: What its server calls it.
-        host: The server.
-        context: `session` or `fused`; `read` where it reads the states of another model's source.
-        passes: For each pass, and each of its results, the numbers of the cells it is for.
-        sent: When.
+        id: Its id on the server.
+        host: The server's URL.
+        context: `session` or `fused`; `read` if it only reads source states, for a target on another server.
+        passes: For each pass and each of its results, the numbers of the cells that the result belongs to.
+        sent: When it was sent, in UTC.
         state: `live`, or how it ended.
-        said: Why it ended so, in the server's words.
+        said: The server's reason for that.
     """
 
     id: str
@@ -43,12 +43,12 @@ class Job:
 
     @property
     def cells(self) -> tuple[int, ...]:
-        """The numbers of all its cells."""
+        """The numbers of all cells of the job."""
         return tuple(number for rows in self.passes for row in rows for number in row)
 
 
-class Ledger:
-    """The jobs of one run; without a folder they are kept in memory.
+class JobLog:
+    """The jobs of one run. Without a folder they are kept in memory only.
 
     Args:
         folder: The run's folder.
@@ -63,23 +63,23 @@ class Ledger:
                 self._take(line)
 
     def jobs(self) -> tuple[Job, ...]:
-        """All of them, in the order in which they were sent."""
+        """All jobs, in the order in which they were sent."""
         return tuple(self._jobs.values())
 
     def live(self) -> tuple[Job, ...]:
-        """Those that were sent and have not ended."""
+        """The jobs that were sent and have not ended."""
         return tuple(job for job in self._jobs.values() if job.state == "live")
 
     def sent(self, job: Job) -> None:
-        """Write down a job that was sent."""
+        """Record that a job was sent."""
         self._write(asdict(job))
 
     def ended(self, job: str, state: End, said: str = "") -> None:
-        """Write down how a job ended."""
+        """Record how a job ended."""
         self._write({"id": job, "state": state, "said": said})
 
     def drop(self) -> int:
-        """Forget the live jobs: nobody will fetch them. Tells how many they were."""
+        """Mark all live jobs as dropped, because nobody will fetch them. Returns their number."""
         live = self.live()
         for job in live:
             self.ended(job.id, "dropped", "cancelled by its user")
@@ -104,12 +104,12 @@ class Ledger:
 
 
 def now() -> str:
-    """The time, as it is written down."""
+    """The current time in UTC, as the log holds it."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _whole_lines(file: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a file, without one that is half written; another process may be writing it."""
+    """The complete lines of a file. Another process may be writing the last one."""
     with file.open("rb") as stream:
         for line in stream:
             if line.endswith(b"\n"):
@@ -117,9 +117,9 @@ def _whole_lines(file: Path) -> Iterator[dict[str, Any]]:
 
 
 def _cut_half_line(file: Path) -> None:
-    """Cut off a line that a killed process left half written; only for who writes the file next."""
+    """Remove a last line that a killed process left incomplete. Only a writer may do this."""
     if file.exists():
-        said = file.read_bytes()
-        whole = said.rfind(b"\n") + 1
-        if whole < len(said):
-            os.truncate(file, whole)
+        content = file.read_bytes()
+        complete = content.rfind(b"\n") + 1
+        if complete < len(content):
+            os.truncate(file, complete)

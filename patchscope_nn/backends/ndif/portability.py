@@ -1,6 +1,6 @@
-"""Whether a mapping can travel to a server, found out before anything is sent.
+"""Checks, before anything is sent, that a mapping can run on a server.
 
-A server has torch, nnsight and transformers, and no module of the user's that does not come with the request.
+A server has torch, nnsight and transformers. A module of the user's is there only if it is sent along.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from typing import Any
 
 from patchscope_nn.errors import MappingError
 
-#: What every server has; anything else has to travel.
+#: The packages that every server has; everything else has to be sent.
 _ON_SERVERS = frozenset({"torch", "numpy", "nnsight", "cloudpickle", "transformers", "patchscope_nn"})
 
 
 def check_travels(call: Callable[..., Any] | Mapping[Any, Any] | None) -> None:
-    """Refuse a mapping that would not run on a server, before anything is sent. Bare tensors always do.
+    """Refuse a mapping that could not run on a server. Tensors always can.
 
     Raises:
-        MappingError: It needs a module that is not sent with it, or another model.
+        MappingError: It needs a module that is not sent with it, or it holds a model.
     """
     if call is None or isinstance(call, Mapping):
         return
@@ -32,8 +32,8 @@ def check_travels(call: Callable[..., Any] | Mapping[Any, Any] | None) -> None:
     nnsight.register("patchscope_nn")
     _register_local(call)
 
-    class Looking(CustomCloudPickler):
-        """Looks at everything that would be sent."""
+    class Visitor(CustomCloudPickler):
+        """Visits every object that would be sent."""
 
         def persistent_id(self, obj: Any) -> Any:
             if isinstance(obj, Envoy):
@@ -49,7 +49,7 @@ def check_travels(call: Callable[..., Any] | Mapping[Any, Any] | None) -> None:
                 raise _missing(needed.__name__.split(".")[0])
             return super().persistent_id(obj)
 
-    Looking(io.BytesIO(), protocol=4).dump(call)
+    Visitor(io.BytesIO(), protocol=4).dump(call)
 
 
 def _missing(root: str) -> MappingError:
@@ -70,7 +70,7 @@ def _travels(module: str) -> bool:
 
 
 def _register_local(call: Any) -> None:
-    """A mapping from a file of the user's, and no installed package, travels without being told to."""
+    """Send a module of the user's along, unless it belongs to an installed package."""
     import nnsight
 
     named = call if isinstance(call, FunctionType) else type(call)

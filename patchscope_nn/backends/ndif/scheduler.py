@@ -1,13 +1,13 @@
-"""A plan as jobs on a server, several on their way at a time; nothing is lost, and nothing counted twice.
+"""Runs a plan as jobs on a server, several at a time. No cell is lost, and none is counted twice.
 
-    sent        its id is in the ledger before anything else happens; of two models on servers, first the one
-                that reads the source, and when its states are here, the one that writes the target
-    completed   its rows are written, then it is marked as done
-    lost        the server knows it no longer, or passes it over: its cells are sent again
-    failed      by its own fault: it is halved until the guilty cell is found, which is written down as failed
+    sent        The job's id is written to the job log before anything else happens. If both models are on
+                servers, a first job reads the source states; when they are here, a second one writes them.
+    completed   Its rows are written, then it is marked as done.
+    lost        The server does not know it any more, or never runs it. Its cells are sent again.
+    failed      Through its own fault. It is halved until the guilty cell is found, and recorded as failed.
 
-A server that was restarted leaves jobs in the queue that it has forgotten. Jobs of one model run in the order
-in which they were sent: one that waits while a later one has run will wait for ever.
+A server that was restarted may leave jobs in the queue that it has forgotten. Jobs of one model run in the
+order in which they were sent. So a job that still waits after a later one has run will wait forever.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from typing import Any, Literal
 from patchscope_nn.backends import Bridged, Ndif
 from patchscope_nn.backends.crossing import in_place_of, source_half, target_half
 from patchscope_nn.backends.ndif import client
-from patchscope_nn.backends.ndif.client import Patience, Seen
-from patchscope_nn.backends.ndif.job_log import End, Job, Ledger, Passes, now
-from patchscope_nn.backends.ndif.job_size import Pace
+from patchscope_nn.backends.ndif.client import JobStatus, Patience
+from patchscope_nn.backends.ndif.job_log import End, Job, JobLog, Passes, now
+from patchscope_nn.backends.ndif.job_size import JobSize
 from patchscope_nn.body.program import Results, StepProgram
 from patchscope_nn.errors import JobError, ServerError
 from patchscope_nn.lower import lower, nothing
@@ -33,15 +33,15 @@ from patchscope_nn.models import Model
 from patchscope_nn.plan import Plan, Step, plan
 from patchscope_nn.sweep import Cell
 
-#: How often cells are sent again for what is not their fault.
+#: How often cells are sent again after failures that are not their fault.
 _TRIES = 4
-#: So many single cells may fail before any has a result; then it is not the cells.
+#: If this many single cells fail before any has a result, the cause is not in the cells.
 _GUILTY = 4
 
 
 @dataclass(frozen=True)
 class Failed:
-    """In place of a readout: why there is none."""
+    """A failed cell's reason, stored in place of its readout."""
 
     reason: str
 
@@ -51,9 +51,15 @@ Rows = Iterator[tuple[Cell, "dict[str, Any] | Failed"]]
 
 @dataclass
 class _Flight:
-    """A job on its way: when it last moved, and the probe that asks after it.
+    """A job that was sent and has not ended.
 
-    Of one that reads the source of a step, `step` and `program` are what goes on with its states.
+    Attributes:
+        job: The job.
+        step: For a job that only reads source states, the step that goes on with them.
+        program: The program of that step.
+        moved: When its status last changed.
+        latest: Its latest status and description.
+        liveness: Id of a liveness job that was sent after it.
     """
 
     job: Job
@@ -61,24 +67,24 @@ class _Flight:
     program: StepProgram | None = None
     moved: float = field(default_factory=time.monotonic)
     latest: tuple[str, str] = ("", "")
-    probe: str | None = None
+    liveness: str | None = None
 
 
-class Fleet:
-    """The jobs of a plan.
+class Scheduler:
+    """Sends the jobs of a plan and collects their results.
 
     Args:
-        planned: The plan, without the cells of jobs that are live.
+        planned: The plan, without the cells of live jobs.
         source: M.
         target: M*.
         mapping: f.
         backend: Where they run: M* on a server.
-        ledger: The run's client.
-        done: The numbers of the cells that are finished; the caller adds to it as rows are given.
-        width: How many jobs may be on their way at a time.
-        patience: How long to wait for what.
-        notice: Called with a line about what the jobs do, at each look at them. What it raises ends the run,
-            and leaves its jobs where they are.
+        job_log: The run's job log.
+        done: Numbers of the finished cells. The caller adds to it as rows are yielded.
+        width: How many jobs may run or wait at a time.
+        patience: How long to wait.
+        notice: Called with one line about the state of the jobs, each time they are checked. An exception
+            that it raises ends the run and leaves its jobs on the server.
     """
 
     def __init__(
@@ -89,34 +95,34 @@ class Fleet:
         target: Model,
         mapping: ResolvedMapping,
         backend: Ndif | Bridged,
-        ledger: Ledger,
+        job_log: JobLog,
         done: Collection[int],
         width: int,
         patience: Patience,
         notice: Callable[[str], None] | None = None,
     ) -> None:
         self.planned, self.source, self.target, self.mapping = planned, source, target, mapping
-        self.backend, self.ledger, self.done = backend, ledger, done
+        self.backend, self.job_log, self.done = backend, job_log, done
         self.width, self.patience, self.notice = width, patience, notice
         ends = backend.target if isinstance(backend, Bridged) else backend
         if not isinstance(ends, Ndif):
-            raise TypeError("a fleet's target is on a server")
+            raise TypeError("the target of jobs is not on a server")
         self.host = ends.host
-        self._flights = [_Flight(job) for job in ledger.live() if job.context != "read"]
-        for job in ledger.live():
-            if job.context == "read":  # whoever was to go on with its states is gone
-                ledger.ended(job.id, "lost", "the run that read them has ended")
+        self._flights = [_Flight(job) for job in job_log.live() if job.context != "read"]
+        for job in job_log.live():
+            if job.context == "read":  # the process that waited for its states is gone
+                job_log.ended(job.id, "lost", "the run that read them has ended")
         self._again: deque[Step] = deque()
         self._steps = planned.steps()
         self._tries: Counter[int] = Counter()
-        self.pace = Pace(planned.n_cells)
+        self.size = JobSize(planned.n_cells)
         self._succeeded, self._guilty = False, 0
 
     def results(self) -> Iterator[Rows]:
-        """Run all jobs; give the cells of each as it ends, to be written before the next is asked for.
+        """Run all jobs, and yield the cells of each as it ends. They must be written before the next is asked for.
 
         Raises:
-            ServerError: The server cannot be reached, or nothing moves; its jobs stay in the ledger.
+            ServerError: The server cannot be reached, or nothing moves; its jobs stay in the job_log.
             JobError: Jobs fail whatever their cells are.
             ModelError: The server cannot run the model.
         """
@@ -127,46 +133,47 @@ class Fleet:
                 return
             self._tell()
             before = [flight.latest for flight in self._flights]
-            landed = False
+            ended = False
             for flight in tuple(self._flights):
-                found = self._attend(flight)
-                if found is not None:
-                    rows, state, said = found
+                outcome = self._check(flight)
+                if outcome is not None:
+                    rows, state, reason = outcome
                     yield rows
-                    self.ledger.ended(flight.job.id, state, said)
-                    landed = True
-            if landed or before != [flight.latest for flight in self._flights]:
+                    self.job_log.ended(flight.job.id, state, reason)
+                    ended = True
+            if ended or before != [flight.latest for flight in self._flights]:
                 pause, moved = self.patience.poll_s, time.monotonic()
             elif time.monotonic() - moved > self.patience.give_up_s:
                 raise client.nothing_moves(self.host, self.patience.give_up_s)
-            if not landed:
+            if not ended:
                 time.sleep(pause)
                 pause = min(pause * 1.3, 10 * self.patience.poll_s)
 
     def _tell(self) -> None:
-        if self.notice and self._flights:
-            states = Counter(flight.latest[0].lower() or "sent" for flight in self._flights)
-            first = next(
-                (said for _, said in (flight.latest for flight in self._flights) if "osition" in said), ""
-            )
-            said = [", ".join(f"{number} {state}" for state, number in states.items())]
-            said[0] += f" ({first.rstrip('.')})" if first else ""
-            if self.pace.result_bytes:
-                said.append(f"{self.pace.result_bytes / 2**10:,.0f} KiB of results")
-            left = self.pace.left_s(len(self.planned.sweep.cells) - len(self.done))
-            if left is not None:
-                said.append(f"about {left:,.0f} s of work left there, and the queue")
-            self.notice(f"jobs: {'; '.join(said)}")
+        """Call `notice` with one line about the jobs."""
+        if not (self.notice and self._flights):
+            return
+        latest = [flight.latest for flight in self._flights]
+        states = Counter(status.lower() or "sent" for status, _ in latest)
+        queue = next((description for _, description in latest if "osition" in description), "")
+        parts = [", ".join(f"{number} {state}" for state, number in states.items())]
+        parts[0] += f" ({queue.rstrip('.')})" if queue else ""
+        if self.size.result_bytes:
+            parts.append(f"{self.size.result_bytes / 2**10:,.0f} KiB of results")
+        left = self.size.left_s(len(self.planned.sweep.cells) - len(self.done))
+        if left is not None:
+            parts.append(f"about {left:,.0f} s of work left there, and the queue")
+        self.notice(f"jobs: {'; '.join(parts)}")
 
     def _launch(self) -> None:
-        """Send jobs while there is room."""
-        while len(self._flights) < (1 if self.pace.learning else self.width):
+        """Send jobs until `width` of them are on the server."""
+        while len(self._flights) < (1 if self.size.learning else self.width):
             step = self._again.popleft() if self._again else next(self._steps, None)
             if step is None:
                 return
-            most = self.pace.most
+            most = self.size.most
             if most is not None and len(step.cells) > most:
-                # What is left over stays in one piece: by then it may be known how large a job should be.
+                # The rest stays in one piece: by then the right size of a job may be known.
                 self._cut([(cell.number,) for cell in step.cells], most)
                 continue
             self._send(step)
@@ -188,7 +195,7 @@ class Fleet:
             self._write(step, program, reader.run("session", half, source=self.source, target=self.source))
 
     def _write(self, step: Step, program: StepProgram, read: Results) -> None:
-        """Send the target's half of a bridged step, whose source has been read."""
+        """Send the target half of a bridged step whose source states are here."""
         crossing = in_place_of(program, read["kept"])
         self._submit(step, target_half(program, crossing), context="session")
 
@@ -200,7 +207,7 @@ class Fleet:
         return Job(id=sent, host=host, context=context, passes=self._numbers(step), sent=now())
 
     def _away(self, flight: _Flight) -> None:
-        self.ledger.sent(flight.job)
+        self.job_log.sent(flight.job)
         self._flights.append(flight)
 
     def _numbers(self, step: Step) -> Passes:
@@ -208,23 +215,27 @@ class Fleet:
         cells = [[step.cells[place].number for place in one.cells] for one in step.targets]
         return tuple(tuple((number, *copies.get(number, ())) for number in one) for one in cells)
 
-    def _attend(self, flight: _Flight) -> tuple[Rows, End, str] | None:
-        """Look after a job; the rows it gives, and how it ended, where it ended with rows."""
+    def _check(self, flight: _Flight) -> tuple[Rows, End, str] | None:
+        """Check a job. If it ended with rows: the rows, how it ended, and the server's reason."""
         seen = client.look_again(flight.job.host, flight.job.id, self.patience)
-        if (seen.status, seen.said) != flight.latest:
-            flight.latest, flight.moved, flight.probe = (seen.status, seen.said), time.monotonic(), None
+        if (seen.status, seen.description) != flight.latest:
+            flight.latest, flight.moved, flight.liveness = (
+                (seen.status, seen.description),
+                time.monotonic(),
+                None,
+            )
         if seen.status == "COMPLETED":
-            return self._land(flight, seen)
+            return self._collect(flight, seen)
         if seen.status == "ERROR":
             return self._failed(flight, seen)
         waited = time.monotonic() - flight.moved
         if seen.status == "UNKNOWN" and waited > self.patience.unknown_s:
             self._lost(flight, "the server does not know it")
         elif seen.status in ("QUEUED", "RECEIVED", "UNKNOWN") and waited > self.patience.stalled_s:
-            self._ask_after(flight)
+            self._send_liveness_job(flight)
         return None
 
-    def _land(self, flight: _Flight, seen: Seen) -> tuple[Rows, End, str] | None:
+    def _collect(self, flight: _Flight, seen: JobStatus) -> tuple[Rows, End, str] | None:
         try:
             context: Literal["fused", "session"] = "fused" if flight.job.context == "fused" else "session"
             results = client.fetch(flight.job.host, seen, context)
@@ -237,11 +248,11 @@ class Fleet:
             return iter(()), "done", ""
         self._succeeded = True
         seconds, size = (seen.cost or {}).get("runtime"), len(pickle.dumps(results["passes"]))
-        self.pace.took(len(flight.job.cells), seconds=seconds, result_bytes=size)
+        self.size.took(len(flight.job.cells), seconds=seconds, result_bytes=size)
         return self._rows(flight.job, results), "done", ""
 
     def _rows(self, job: Job, results: Results) -> Rows:
-        """The cells of a job with their readouts, without those that are written already."""
+        """The cells of a job with their readouts, without cells that are already written."""
         shapes = [len(rows) for rows in results["passes"]], [len(rows) for rows in job.passes]
         if shapes[0] != shapes[1]:
             raise JobError(
@@ -254,31 +265,31 @@ class Fleet:
                     (self.planned.sweep.cells[number], row) for number in cells if number not in self.done
                 )
 
-    def _failed(self, flight: _Flight, seen: Seen) -> tuple[Rows, End, str] | None:
+    def _failed(self, flight: _Flight, seen: JobStatus) -> tuple[Rows, End, str] | None:
         error = client.failure(flight.job.host, seen)
         if isinstance(error, ServerError):
             self._lost(flight, error.message)
             return None
         if not isinstance(error, JobError):
-            self.ledger.ended(flight.job.id, "failed", error.message)
+            self.job_log.ended(flight.job.id, "failed", error.message)
             raise error
         self._flights.remove(flight)
         rows = [row for one in flight.job.passes for row in one]
         if client.too_long(seen):
-            self.pace.too_long(len(rows))
+            self.size.too_long(len(rows))
         if len(rows) > 1:
-            self.ledger.ended(flight.job.id, "failed", seen.said)
+            self.job_log.ended(flight.job.id, "failed", seen.description)
             self._cut(rows, -(-len(rows) // 2))
             return None
         self._guilty += 1
         if self._guilty >= _GUILTY and not self._succeeded:
-            self.ledger.ended(flight.job.id, "failed", seen.said)
+            self.job_log.ended(flight.job.id, "failed", seen.description)
             raise error
         failed = [(self.planned.sweep.cells[number], Failed(error.message)) for number in rows[0]]
-        return iter(failed), "failed", seen.said
+        return iter(failed), "failed", seen.description
 
     def _cut(self, rows: Iterable[tuple[int, ...]], size: int) -> None:
-        """Plan the cells of some rows again, in two pieces, the first of so many."""
+        """Plan the cells of some rows again, in two pieces; the first has `size` rows."""
         rows = list(rows)
         for piece in (rows[size:], rows[:size]):
             self._again.extendleft(reversed([*self._plan(piece).steps()]))
@@ -298,9 +309,9 @@ class Fleet:
         )
 
     def _lost(self, flight: _Flight, why: str) -> None:
-        """Send the cells of a job again."""
+        """Send the cells of a lost job again."""
         self._flights.remove(flight)
-        self.ledger.ended(flight.job.id, "lost", why)
+        self.job_log.ended(flight.job.id, "lost", why)
         first = min(flight.job.cells)
         self._tries[first] += 1
         if self._tries[first] >= _TRIES:
@@ -310,13 +321,13 @@ class Fleet:
             )
         self._again.extend(self._plan(row for rows in flight.job.passes for row in rows).steps())
 
-    def _ask_after(self, flight: _Flight) -> None:
-        """Send a job that does nothing; if it runs while the older one waits, that one is forgotten."""
+    def _send_liveness_job(self, flight: _Flight) -> None:
+        """Send a job that does nothing. If it runs while the older one waits, that one is lost."""
         host, model = flight.job.host, self.target if flight.step is None else self.source
-        if flight.probe is None:
-            flight.probe = client.submit_again(host, "session", nothing(), model, self.patience)
+        if flight.liveness is None:
+            flight.liveness = client.submit_again(host, "session", nothing(), model, self.patience)
             return
-        if client.look_again(host, flight.probe, self.patience).status == "COMPLETED":
+        if client.look_again(host, flight.liveness, self.patience).status == "COMPLETED":
             again = client.look_again(host, flight.job.id, self.patience)
-            if (again.status, again.said) == flight.latest:
+            if (again.status, again.description) == flight.latest:
                 self._lost(flight, "the server has forgotten it: a later job has run, and it has not")
