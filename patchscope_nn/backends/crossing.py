@@ -1,7 +1,7 @@
-"""A step of two models, cut into the half that reads the source and the half that writes the target.
+"""Divides a step of two models into the half that reads the source and the half that writes the target.
 
-States cross as values. A mapping of the user's own runs on this side of the crossing where that sends fewer
-bytes: its weights then stay here.
+Between the two halves, states travel as values. A mapping of the user's own is applied before they travel if
+that sends fewer bytes; then its weights stay here.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ Use: TypeAlias = tuple[int, Pair]
 
 
 class Crossing(NamedTuple):
-    """What crosses to the target with a step.
+    """What is sent to the target with a step.
 
     Attributes:
-        states: The source's states, or these mapped, and its distributions: tensors by number.
+        states: Source states (mapped or not) and distributions: tensors by state number.
         mapping: The kind of the mapping that is left to be applied there, and its weights.
-        renumbered: Where a state is mapped here once for each pair of layers, the number of each.
-        left: The numbers of the states that stay here then.
+        renumbered: If states were mapped here, once for each pair of layers: the number of each result.
+        left: Numbers of the states that are then not sent.
     """
 
     states: dict[int, torch.Tensor]
@@ -151,28 +151,28 @@ def _in_place_of_pairs(program: StepProgram, states: Mapping[int, torch.Tensor])
 
 
 def maps_here(kind: str, call: Any, *, states: int, mapped: int, shared: bool) -> bool:
-    """Whether a step's states are mapped before they cross: where they are then no more bytes.
+    """True if a step's states are mapped before they travel, because that sends no more bytes.
 
     Args:
         kind: The kind of the mapping.
         call: Its function.
         states: The bytes of the hidden states.
         mapped: Their bytes once they are mapped.
-        shared: Whether another step uses some of them, which are mapped once, there.
+        shared: True if another step uses some of them too; then they are mapped on the other side.
     """
     return kind == "call" and states > 0 and not shared and mapped <= states + weights(call)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Traffic:
-    """What crosses to M* in all steps of a plan.
+    """What is sent to M* in all steps of a plan.
 
     Attributes:
-        steps: Steps with anything that crosses.
-        states: Hidden states that cross, one for each position.
-        distributions: Next-token distributions of M that cross.
-        bytes: All of it, with the mapping's weights where they cross.
-        mapped_here: Steps whose states are mapped before they cross.
+        steps: Steps that send anything.
+        states: Hidden states that are sent, counted by position.
+        distributions: Next-token distributions of M that are sent.
+        bytes: Bytes of all of it, including the mapping's weights if they are sent.
+        mapped_here: Steps whose states are mapped before they are sent.
         mapping: The mapping's name.
         weights: The bytes of the mapping's weights; each step that is not mapped here sends them, or of a
             mapping with weights for each pair of layers those of its own pairs.
@@ -188,7 +188,7 @@ class Traffic:
 
 
 def traffic(planned: Plan, mapping: ResolvedMapping) -> Traffic | None:
-    """What will cross between two models, before anything runs; None where they share a context.
+    """Predicts what will be sent between two models; None if they share a context.
 
     Args:
         planned: The plan.
@@ -234,7 +234,7 @@ def traffic(planned: Plan, mapping: ResolvedMapping) -> Traffic | None:
 def _with_pairs(
     found: Traffic, planned: Plan, step: Step, mapping: ResolvedMapping, *, made: bool
 ) -> Traffic:
-    """What crosses with one more step, of a mapping with weights for each pair of layers."""
+    """Adds a step of a mapping that has weights for each pair of layers."""
     source, target = planned.sweep.source, planned.sweep.target
     crossing = {*step.carried, *(state for one in step.sources for state in one.states)}
     uses = {
@@ -265,17 +265,17 @@ def _with_pairs(
 
 
 def _positions(states: Iterable[State]) -> int:
-    """How many hidden states they are, one for each position."""
+    """The number of hidden states, counted by position."""
     return sum(len(state.positions) for state in states if state.layer is not None)
 
 
 def size(states: Mapping[int, torch.Tensor]) -> int:
-    """The bytes of tensors."""
+    """The size of tensors in bytes."""
     return sum(state.numel() * state.element_size() for state in states.values())
 
 
 def weights(call: Any) -> int:
-    """The bytes of a mapping's weights; 0 of a function's."""
+    """The size of a mapping's weights in bytes; 0 for a function."""
     if isinstance(call, Mapping):
         return sum(one.numel() * one.element_size() for parts in call.values() for one in parts.values())
     if not isinstance(call, torch.nn.Module):

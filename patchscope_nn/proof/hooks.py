@@ -1,7 +1,7 @@
-"""The reference of the proof: a model's own forward under plain PyTorch hooks, without nnsight.
+"""The reference of the proof: the model's own forward pass under plain PyTorch hooks, without nnsight.
 
-Every forward reads a whole prompt, without padding; the rows of a batch are one prompt with different writes,
-where a row of a batch is what it is alone.
+Every forward pass reads a whole prompt, without padding. The rows of a batch hold the same prompt with
+different writes, but only if rows of a batch do not influence each other.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from patchscope_nn.errors import ModelError
 from patchscope_nn.models import Model, input_device
 from patchscope_nn.models.block import states_of, with_states
 
-#: A row of a batch may differ by so much from the same row alone, in standard deviations.
+#: How far a row of a batch may be from the same row alone, in standard deviations.
 _ALONE = 1e-2
 
 
 class Place(NamedTuple):
-    """Where a state is: the output of a block, or of its attention or MLP."""
+    """The site of a state: the output of a block, or of its attention or MLP."""
 
     layer: int
     site: str = "residual"
 
 
 class Write(NamedTuple):
-    """A state that replaces what is at a place and position, (d_model,)."""
+    """A state, (d_model,), that replaces the one at a place and position."""
 
     place: Place
     position: int
@@ -36,18 +36,18 @@ class Write(NamedTuple):
 
 
 class _Done(Exception):  # noqa: N818 (it is no error: it ends a forward once everything has been read)
-    """Raised by a hook."""
+    """Raised by a hook, once everything has been read."""
 
 
 class Hooks:
-    """A transformers model, open to reads and writes.
+    """A transformers model whose states can be read and written.
 
     Attributes:
-        causal: Whether a token of a prompt never sees those after it; where it does, decoding goes on from
-            the keys and values of the prompt, token by token, as the model's own `generate` does.
-        incremental: Whether one forward over a prompt and what follows it says the same as a forward for each
-            token that follows.
-        batches: Whether a row of a batch is what it is alone; None until that is known.
+        causal: True if a token of a prompt never attends to those after it. If it does, decoding continues
+            from the keys and values of the prompt, token by token, as the model's own `generate` does.
+        incremental: True if one forward pass over a prompt and its continuation gives the same as one pass
+            for each token of the continuation.
+        batches: True if a row of a batch is the same as that row alone; None until that is known.
     """
 
     def __init__(self, model: Model) -> None:
@@ -55,11 +55,11 @@ class Hooks:
         self.device = input_device(model.module)
         self.causal, self.incremental = model.info.architecture.causal, True
         self.batches: bool | None = None
-        # What was run, by the prompt and what is written, then by what follows.
+        # Logits of earlier passes: by prompt and write, then by the tokens that follow.
         self._known: dict[Any, dict[tuple[int, ...], torch.Tensor]] = {}
 
     def read(self, ids: Sequence[int], places: Sequence[Place]) -> dict[Place, torch.Tensor]:
-        """The states at some places, each (n_tokens, d_model); nothing runs behind the last of them."""
+        """The states at some places, each (n_tokens, d_model). The pass stops after the last of them."""
         states: dict[Place, torch.Tensor] = {}
 
         def keep(place: Place) -> Any:
@@ -97,13 +97,13 @@ class Hooks:
     def continued(
         self, ids: Sequence[int], more: Sequence[int], write: Write, *, unpatched: bool = False
     ) -> torch.Tensor:
-        """The logits that decide each token that follows a prompt, and the one after them.
+        """The logits that decide each token after a prompt, and one more token.
 
         Args:
             ids: The prompt.
-            more: What follows it.
-            write: What is written into the prompt.
-            unpatched: Whether `unpatched` will be asked for the same; then one forward serves both.
+            more: The tokens after it.
+            write: The state that is written into the prompt.
+            unpatched: True if `unpatched` will be called with the same; then one forward pass serves both.
 
         Returns:
             (len(more) + 1, vocab).
@@ -125,7 +125,7 @@ class Hooks:
         return known[tuple(more)]
 
     def unpatched(self, ids: Sequence[int], more: Sequence[int]) -> torch.Tensor:
-        """The logits of each token that follows a prompt as it is, and of the one after them, in one forward.
+        """As `continued`, for the prompt without a write, in one forward pass.
 
         Returns:
             (len(more) + 1, vocab).
@@ -141,12 +141,12 @@ class Hooks:
     def _begun(
         self, known: Mapping[tuple[int, ...], torch.Tensor], more: Sequence[int]
     ) -> torch.Tensor | None:
-        """The logits of the beginning of something longer that was run; None where nothing was."""
+        """The logits of `more` from an earlier pass over something that begins with it; None if there is none."""
         longer = (after for after in known if self.incremental and after[: len(more)] == tuple(more))
         return next((known[after][: len(more) + 1] for after in longer), None)
 
     def scored(self, ids: Sequence[int], more: Sequence[int], write: Write) -> torch.Tensor:
-        """The logits that score each token of a continuation: those of one forward over all of it.
+        """The logits that score each token of a continuation, from one forward pass over all of it.
 
         Returns:
             (len(more), vocab).
@@ -167,7 +167,7 @@ class Hooks:
         return torch.stack(rows).float()
 
     def noise(self, ids: Sequence[int]) -> float:
-        """How much rounding the embeddings once more changes the logits, in standard deviations."""
+        """How far one more rounding of the embeddings moves the logits, in standard deviations."""
         embeddings = self.module.get_input_embeddings()
 
         def shake(_module: Any, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
@@ -216,14 +216,14 @@ class Hooks:
 def _states_of(output: Any) -> torch.Tensor:
     states = states_of(output)
     if not isinstance(states, torch.Tensor):
-        raise TypeError(f"a block gives a {type(states).__name__} in place of its states")
+        raise TypeError(f"a block returns a {type(states).__name__} instead of its states")
     return states
 
 
 def distance(got: torch.Tensor, wanted: torch.Tensor, scale: torch.Tensor) -> float:
-    """The largest difference, in standard deviations of `scale`; infinite where it is no finite number.
+    """The largest difference, in standard deviations of `scale`; infinite if a number is not finite.
 
-    A logit of -inf rules a token out: two of these are equal, and no part of the scale.
+    A logit of -inf excludes a token. Two of these are equal, and neither is part of the scale.
     """
     got, wanted = got.cpu().float(), wanted.cpu().float()
     difference = float((got - wanted).masked_fill(got == wanted, 0).abs().amax() / spread(scale))
@@ -231,7 +231,7 @@ def distance(got: torch.Tensor, wanted: torch.Tensor, scale: torch.Tensor) -> fl
 
 
 def spread(logits: torch.Tensor) -> torch.Tensor:
-    """The standard deviation of the logits that are finite; NaN where none is."""
+    """The standard deviation of the finite logits; NaN if there are none."""
     finite = logits.isfinite()
     kept = (logits if finite.all() else logits[finite]).cpu().float()
     return (kept - kept.mean()).square().mean().sqrt()

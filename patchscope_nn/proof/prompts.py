@@ -9,18 +9,18 @@ from typing import Any
 
 from patchscope_nn.models import Model
 
-#: Names of config fields that hold a number of tokens beyond which a model computes otherwise.
+#: Names of config fields that hold a number of tokens beyond which a model computes differently.
 _LENGTH = re.compile(r"window|chunk|local|floor|extent|span|original_max_position|block_size|max_seq")
-#: Fields whose names match, and that are no length in tokens.
+#: Names that match, but do not hold a length in tokens.
 _NO_LENGTH = re.compile(r"layers|pattern|ratio|theta|base_freq|vision|patch|image|audio|head|expert")
-#: Rotary embeddings whose factors do not depend on the length of a prompt.
+#: Kinds of rotary embedding whose factors do not depend on the length of the prompt.
 _STATIC_ROPE = ("default", "linear", "yarn", "llama3", "proportional", "mrope")
 
 
 class Numbers:
-    """A tokenizer whose texts are token ids: ` 12 57` is the ids 12 and 57.
+    """A tokenizer whose texts are token ids: the text ` 12 57` has the ids 12 and 57.
 
-    With it a prompt of any ids goes through the same compiler as a user's text.
+    It lets prompts of random ids go through the same compiler as a user's texts.
     """
 
     is_fast = False
@@ -31,7 +31,7 @@ class Numbers:
         self.size, self.eos_token_id = size, eos
 
     def __call__(self, text: str, **_options: Any) -> dict[str, list[int]]:
-        """Encode a text; what is not a number has no token."""
+        """Encode a text; words that are not numbers have no token."""
         return {"input_ids": [int(word) for word in text.split() if word.isdecimal()]}
 
     def __len__(self) -> int:
@@ -42,18 +42,18 @@ class Numbers:
         return "".join(f" {token}" for token in ids)
 
     def get_vocab(self) -> dict[str, int]:
-        """Its vocabulary, which no trial asks for."""
+        """Its vocabulary, which no trial needs."""
         return {}
 
 
 def random_ids(model: Model, count: int, *, seed: int, other: bool = False) -> list[int]:
-    """Random ids of a model's tokenizer, without those that have a meaning of their own.
+    """Random ids of a model's tokenizer, without special tokens.
 
     Args:
         model: The model.
         count: How many.
-        seed: What the choice starts from.
-        other: True for another choice.
+        seed: Seed of the random choice.
+        other: True for another choice with the same seed.
 
     Returns:
         (count,) token ids.
@@ -66,16 +66,17 @@ def random_ids(model: Model, count: int, *, seed: int, other: bool = False) -> l
 
 
 def _special(config: Any) -> Iterator[int]:
-    """The ids that a config gives a meaning: ends, padding, images."""
+    """The ids that a config uses for special purposes: end of text, padding, images."""
     for name, value in _fields(config.to_dict()):
         if re.search(r"token_(id|index)$|_token$", name) and isinstance(value, int):
             yield value
 
 
 def thresholds(model: Model) -> list[int]:
-    """The longest prompts, in tokens, before the config of a model says that something changes, ascending.
+    """The lengths, in tokens and ascending, beyond which a model may compute differently, as its config says.
 
-    A field says at which length that is, and a family whether that length itself is still as shorter ones.
+    Families differ in whether the length that a field names still belongs to the shorter ones. So each result
+    is one token below the field.
     """
     config = model.module.config.get_text_config().to_dict()
     most = model.info.n_positions
@@ -93,7 +94,7 @@ def thresholds(model: Model) -> list[int]:
 
 
 def _fields(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """The fields of a config and of what it holds; a static rotary embedding names no length that matters."""
+    """The fields of a config and of nested ones. Lengths of static rotary embeddings are left out."""
     for name, value in config.items():
         if isinstance(value, Mapping):
             static = value.get("rope_type", value.get("type")) in _STATIC_ROPE

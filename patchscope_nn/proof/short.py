@@ -1,7 +1,7 @@
-"""A model made of a few blocks of another, where all its blocks are alike.
+"""Builds a short model from a few blocks of another one whose blocks are all alike.
 
-What the compiler does with a block it does with every block that is like it. So most of a proof runs on few
-of its blocks: the same class, the same weights, and a fraction of the time.
+The compiler treats blocks that are alike in the same way. So most of a proof can run on few of them: the
+class and the weights are the same, and it takes a fraction of the time.
 """
 
 from __future__ import annotations

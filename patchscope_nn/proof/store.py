@@ -1,4 +1,4 @@
-"""Where verdicts are kept: a file for each structure of a model, in the user's cache folder."""
+"""Stores verdicts in the user's cache folder, one file for each structure of a model."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from pathlib import Path
 from patchscope_nn.models import Model, Verdict, builtin
 
 _VERSIONS = ("torch", "transformers", "nnsight")
-#: What of a config names a checkpoint and decides nothing.
+#: Config fields that only name a checkpoint and do not change what it computes.
 _NAMES = ("_name_or_path", "transformers_version", "id2label", "label2id", "architectures")
 
 
 def folder() -> Path:
-    """The folder of the verdicts."""
+    """The folder of verdicts."""
     return builtin.cache_folder() / "proofs"
 
 
 def structure_key(model: Model, *, host: str = "") -> str:
-    """Hex digest of everything that decides what is proven of a model, but its weights.
+    """A hex digest of everything that decides a model's verdict, except its weights.
 
     Args:
         model: The model.
-        host: The server that has its weights; empty where they are in this process.
+        host: The server that has its weights; empty if they are in this process.
 
     Returns:
         A digest of its class, config, attention implementation, dtype and device, of the versions of torch,
@@ -50,7 +50,7 @@ def structure_key(model: Model, *, host: str = "") -> str:
 
 @functools.cache
 def _code_digest() -> str:
-    """Hex digest of this package's source: other code may be wrong on other models."""
+    """A hex digest of this package's source: different code may be wrong on different models."""
     package = Path(__file__).parent.parent
     digest = hashlib.sha256()
     for file in sorted(package.rglob("*.py")):
@@ -59,7 +59,7 @@ def _code_digest() -> str:
 
 
 def known(key: str) -> Verdict | None:
-    """The verdict that is kept under a key; None where there is none that can be read."""
+    """The verdict that is stored under a key; None if there is none, or it cannot be read."""
     try:
         return Verdict.parse(json.loads((folder() / f"{key}.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError):
@@ -67,7 +67,7 @@ def known(key: str) -> Verdict | None:
 
 
 def keep(verdict: Verdict) -> None:
-    """Keep a verdict; where the folder cannot be written, it is proven again next time."""
+    """Store a verdict. If the folder cannot be written to, the model is proven again next time."""
     file = folder() / f"{verdict.key}.json"
     draft = file.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
     with suppress(OSError):

@@ -119,7 +119,7 @@ class Scheduler:
         self._succeeded, self._guilty = False, 0
 
     def results(self) -> Iterator[Rows]:
-        """Run all jobs, and yield the cells of each as it ends. They must be written before the next is asked for.
+        """Run all jobs, and yield the cells of each as it ends. Write them before you ask for the next.
 
         Raises:
             ServerError: The server cannot be reached, or nothing moves; its jobs stay in the job_log.
