@@ -141,7 +141,7 @@ class Hooks:
     def _begun(
         self, known: Mapping[tuple[int, ...], torch.Tensor], more: Sequence[int]
     ) -> torch.Tensor | None:
-        """The logits of `more` from an earlier pass over something that begins with it; None if there is none."""
+        """The logits of `more` from an earlier pass that begins with it; None if there is none."""
         longer = (after for after in known if self.incremental and after[: len(more)] == tuple(more))
         return next((known[after][: len(more) + 1] for after in longer), None)
 
