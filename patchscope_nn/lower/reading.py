@@ -11,6 +11,7 @@ from patchscope_nn.body.program import Work
 from patchscope_nn.lower.rows import batch_of, options_of
 from patchscope_nn.lower.step import paths_of
 from patchscope_nn.models import ModelInfo
+from patchscope_nn.spec import RESIDUAL
 
 
 def reading(
@@ -18,7 +19,7 @@ def reading(
     layers: Sequence[int],
     info: ModelInfo,
     *,
-    site: str = "residual",
+    site: str = RESIDUAL.name,
 ) -> Work:
     """Unpack what reads states, and gives all of them back.
 
@@ -26,7 +27,7 @@ def reading(
         rows: Token ids, and the positions that are read of them, from the left.
         layers: The layers that are read; -1 is the input of block 0.
         info: The model.
-        site: What of a block.
+        site: The name of the site.
 
     Returns:
         A step, as `unpack` gives it; `gathered` takes its states apart.
