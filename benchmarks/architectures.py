@@ -28,6 +28,7 @@ import transformers
 import patchscope_nn as ps
 from patchscope_nn.errors import InputError
 from patchscope_nn.models import COSTS, FUSED, Verdict
+from patchscope_nn.spec import SITES
 from patchscope_nn.plan import Optimisations
 
 PAGE = Path(__file__).parent.parent / "docs" / "architectures.md"
@@ -95,9 +96,7 @@ def family_of(model_type: str) -> Family:
     info, verdict = model.info, model.info.verdict
     off = {entry.optimisation for entry in verdict.withheld}
     there = [
-        site
-        for site in ("attention", "mlp")
-        if getattr(info.architecture, site) is not None and site not in off
+        site.name for site in SITES.values() if info.architecture.part(site) and site.name not in off
     ]
     text = _withheld(verdict)
     return Family(OFF if text else PLAIN, text, " and ".join(there) or "none")
