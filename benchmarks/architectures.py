@@ -29,6 +29,7 @@ import patchscope_nn as ps
 from patchscope_nn.errors import InputError
 from patchscope_nn.models import COSTS, FUSED, Verdict
 from patchscope_nn.plan import Optimisations
+from patchscope_nn.spec import SITES
 
 PAGE = Path(__file__).parent.parent / "docs" / "architectures.md"
 HEAD = """\
@@ -94,11 +95,7 @@ def family_of(model_type: str) -> Family:
         return Family(REFUSED, registry.REFUSED.get(model_type, error.message))
     info, verdict = model.info, model.info.verdict
     off = {entry.optimisation for entry in verdict.withheld}
-    there = [
-        site
-        for site in ("attention", "mlp")
-        if getattr(info.architecture, site) is not None and site not in off
-    ]
+    there = [site.name for site in SITES.values() if info.architecture.part(site) and site.name not in off]
     text = _withheld(verdict)
     return Family(OFF if text else PLAIN, text, " and ".join(there) or "none")
 

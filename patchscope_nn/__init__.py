@@ -22,7 +22,18 @@ if TYPE_CHECKING:
     from patchscope_nn.runs.experiments import Experiment, run
     from patchscope_nn.runs.explain import explain
     from patchscope_nn.runs.folder import Run, load_run
-    from patchscope_nn.spec import Choices, Generate, Hidden, NextToken, Patchscope, Source, Target, prompts
+    from patchscope_nn.spec import (
+        Choices,
+        Generate,
+        Hidden,
+        NextToken,
+        Patchscope,
+        Site,
+        Source,
+        Target,
+        prompts,
+        register_site,
+    )
     from patchscope_nn.spec.positions import Each, Span
 
 __version__ = "0.1.0"
@@ -37,7 +48,10 @@ _HOMES = {
     "runs.experiments": ("Experiment", "run"),
     "runs.explain": ("explain",),
     "runs.folder": ("Run", "load_run"),
-    "spec": ("Choices", "Generate", "Hidden", "NextToken", "Patchscope", "Source", "Target"),
+    "spec": (
+        *("Choices", "Generate", "Hidden", "NextToken", "Patchscope", "Site", "Source", "Target"),
+        "register_site",
+    ),
     "spec.positions": ("Each", "Span"),
 }
 #: Public names that are modules.
@@ -62,6 +76,7 @@ __all__ = [
     "Recipe",
     "Run",
     "RunError",
+    "Site",
     "Source",
     "Space",
     "Span",
@@ -72,6 +87,7 @@ __all__ = [
     "load_recipe",
     "load_run",
     "prompts",
+    "register_site",
     "run",
 ]
 

@@ -21,6 +21,7 @@ from patchscope_nn.mappings import resolve_mapping
 from patchscope_nn.models import builtin, load
 from patchscope_nn.plan import plan
 from patchscope_nn.proof import store
+from patchscope_nn.spec import SITES
 from patchscope_nn.sweep import expand
 
 # Tiny matrices gain nothing from threads, and lose much where several processes share the cores.
@@ -79,8 +80,9 @@ def run_cells():
         sweep = expand(scope, rows=rows, controls=controls, source=model, target=target, seed=seed)
         backend = backend_for(remote)
         planned = plan(sweep, remote=backend.remote, **options)
+        sites = tuple(SITES[side.site].space for side in (scope.source, scope.target))
         mapping = resolve_mapping(
-            scope.mapping, source=model.info, target=target.info, pairs=sweep.cells.pairs
+            scope.mapping, source=model.info, target=target.info, pairs=sweep.cells.pairs, sites=sites
         )
         steps = run_steps(planned, source=model, target=target, mapping=mapping, backend=backend)
         ran = [(cell, readout) for step in steps for cell, readout in step]

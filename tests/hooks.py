@@ -18,10 +18,11 @@ EMBED = -1
 
 
 class Site(NamedTuple):
-    """A place in a model: the output of a block or of a part of it; layer -1 is the input of block 0."""
+    """A place in a model: the output or the input of a block or of its part; layer -1 is the embedding."""
 
     layer: int
     part: str = ""
+    end: str = "output"
 
 
 class Patch(NamedTuple):
@@ -73,21 +74,24 @@ class Reference:
     def _hooked(self, site, change):
         """Pass what a site gives, as (1, n_tokens, d_model), through a function."""
 
+        def shaped(states):
+            return change(states if states.ndim == 3 else states[None]).view_as(states)
+
         def before(_module, args, kwargs):
             if args:
-                return (change(args[0]), *args[1:]), kwargs
-            return args, kwargs | {"hidden_states": change(kwargs["hidden_states"])}
+                return (shaped(args[0]), *args[1:]), kwargs
+            return args, kwargs | {"hidden_states": shaped(kwargs["hidden_states"])}
 
         def after(_module, _args, output):
             first = output[0] if isinstance(output, tuple) else output
-            changed = change(first if first.ndim == 3 else first[None]).view_as(first)
+            changed = shaped(first)
             return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
-        if site.layer == EMBED:
-            handle = self.blocks[0].register_forward_pre_hook(before, with_kwargs=True)
+        module = self.blocks[max(site.layer, 0)].get_submodule(site.part)
+        if site.layer == EMBED or site.end == "input":
+            handle = module.register_forward_pre_hook(before, with_kwargs=True)
         else:
-            block = self.blocks[site.layer]
-            handle = block.get_submodule(site.part).register_forward_hook(after)
+            handle = module.register_forward_hook(after)
         try:
             yield
         finally:
@@ -155,9 +159,10 @@ def identity(states, clean):
 class Pair:
     """Two models and a scope (read as plain attributes): what the reference says of a cell."""
 
-    def __init__(self, scope, source, target=None, *, tokenizer, f=identity, eos=()):
+    def __init__(self, scope, source, target=None, *, tokenizer, f=identity, eos=(), sites=None):
         self.scope, self.source, self.target = scope, source, target or source
         self.tokenizer, self.f, self.eos = tokenizer, f, eos
+        self.sites = sites or {}  # by name: the place of a layer at a site
         self._once = {}  # what a model is at a place is one fact, however many cells ask for it
 
     def expected(self, cell, row):
@@ -188,8 +193,11 @@ class Pair:
         return self._once[key]
 
     def _site(self, side, layer):
+        name = getattr(self.scope, side).site
+        if name in self.sites:
+            return self.sites[name](layer)
         parts = {"residual": "", "attention": self._part(side, 0), "mlp": self._part(side, 1)}
-        return Site(layer, parts[getattr(self.scope, side).site])
+        return Site(layer, parts[name])
 
     def _part(self, side, number):
         return getattr(self, side).parts[number]

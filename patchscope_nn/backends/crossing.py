@@ -15,6 +15,7 @@ import torch
 from patchscope_nn.body.program import PackedProgram, Read, RowsProgram, StepProgram, Write
 from patchscope_nn.mappings import Pair, ResolvedMapping, apply_mapping
 from patchscope_nn.plan import Plan, State, Step
+from patchscope_nn.spec import SITES
 
 #: The bytes of a log-probability; they are float32 whatever the model is.
 _LOGPROB = 4
@@ -196,8 +197,9 @@ def traffic(planned: Plan, mapping: ResolvedMapping) -> Traffic | None:
     """
     if planned.context != "bridged":
         return None
-    source, target = planned.sweep.source, planned.sweep.target
+    source = planned.sweep.source
     asked, written = planned.sweep.scope.source, planned.sweep.scope.target
+    read_width, written_width = _widths(planned)
     made = any((asked.vector, asked.minus, asked.mean, written.soft_prompt))
     found = Traffic(mapping=mapping.name, weights=weights(mapping.maps or mapping.call))
     for step in planned.steps():
@@ -212,11 +214,11 @@ def traffic(planned: Plan, mapping: ResolvedMapping) -> Traffic | None:
         mapped_here = maps_here(
             mapping.kind,
             mapping.call,
-            states=hidden * source.d_model * number,
-            mapped=hidden * target.d_model * number,
+            states=hidden * read_width * number,
+            mapped=hidden * written_width * number,
             shared=bool(step.carried or step.kept) or made,
         )
-        width = target.d_model if mapped_here else source.d_model
+        width = written_width if mapped_here else read_width
         found = replace(
             found,
             steps=found.steps + bool(crossing),
@@ -235,7 +237,8 @@ def _with_pairs(
     found: Traffic, planned: Plan, step: Step, mapping: ResolvedMapping, *, made: bool
 ) -> Traffic:
     """Adds a step of a mapping that has weights for each pair of layers."""
-    source, target = planned.sweep.source, planned.sweep.target
+    source = planned.sweep.source
+    read_width, written_width = _widths(planned)
     crossing = {*step.carried, *(state for one in step.sources for state in one.states)}
     uses = {
         (State(cell.source, cell.source_positions, pair[0]), pair)
@@ -248,7 +251,7 @@ def _with_pairs(
     sent = weights(mapping.within(pair for _, pair in uses))
     stays = _positions(left)
     maps_here = sum(len(state.positions) for state, _ in uses)
-    mapped, raw = maps_here * target.d_model * number, stays * source.d_model * number
+    mapped, raw = maps_here * written_width * number, stays * read_width * number
     here = bool(uses) and not made and mapped <= raw + sent
     hidden = _positions(crossing) - (stays if here else 0)
     return replace(
@@ -257,11 +260,18 @@ def _with_pairs(
         states=found.states + hidden + (maps_here if here else 0),
         distributions=found.distributions + finals,
         bytes=found.bytes
-        + hidden * source.d_model * number
+        + hidden * read_width * number
         + (mapped if here else sent)
         + finals * source.vocab_size * _LOGPROB,
         mapped_here=found.mapped_here + here,
     )
+
+
+def _widths(planned: Plan) -> tuple[int, int]:
+    """The sizes of the states that are read, and of those that are written."""
+    sweep = planned.sweep
+    read, written = SITES[sweep.scope.source.site], SITES[sweep.scope.target.site]
+    return sweep.source.width(read), sweep.target.width(written)
 
 
 def _positions(states: Iterable[State]) -> int:

@@ -24,6 +24,8 @@ class SitePath(TypedDict):
     blocks: str
     #: Path of a part inside a block, for example `self_attn`; empty for the block itself.
     part: str
+    #: Which of its tensors: `output` or `input`.
+    end: str
 
 
 class Read(TypedDict):

@@ -43,7 +43,12 @@ def in_site(model: Any, site: SitePath, layer: int, shape: Any, *, first: int = 
     part = blocks[layer]
     for name in site["part"].split(".") if site["part"] else ():
         part = getattr(part, name)
-    value = part.output
+    if site["end"] == "input":
+        # Other modules may take the same tensor; a write must not reach them.
+        part.input = part.input.clone()
+        value = part.input
+    else:
+        value = part.output
     value = value[0] if isinstance(value, tuple | list) else value
     if value.ndim > 2:  # noqa: PLR2004 (the flat one has two dimensions)
         return value

@@ -77,7 +77,7 @@ class PlannedFit(Planned):
 
     def shapes(self, pair: Pair) -> dict[str, tuple[int, ...]]:  # noqa: ARG002 (all pairs have the same)
         """The shapes of a pair's tensors, by name."""
-        d_in, d_out = self.source.info.d_model, self.target.info.d_model
+        d_in, d_out = self.pairing.widths
         if self.options.kind == "scale":
             return {"scale": (1,)}
         if (rank := self.options.rank) is not None:
@@ -103,7 +103,7 @@ def plan_fit(
         source: M.
         target: M*.
         pairs: The (l, l*) of the run.
-        sites: What of a block is read on each side.
+        sites: The name of the site that is read on each side.
         remote: Where M* runs.
         source_remote: Where M runs.
         base: The folder that relative data files start from.

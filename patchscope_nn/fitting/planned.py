@@ -26,7 +26,7 @@ class Planned(ABC):
     Attributes:
         source: M.
         target: M*; the same object where there is one model.
-        sites: What of a block is read on each side.
+        sites: The name of the site that is read on each side.
         pairs: The pairs of the run.
         key: Hex digest of everything that decides the maps.
         file: Where it is kept.

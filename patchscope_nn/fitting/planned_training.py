@@ -29,7 +29,7 @@ from patchscope_nn.fitting.trained.through_text import KINDS, find_pairs
 from patchscope_nn.fitting.trained.training import Training
 from patchscope_nn.mappings import Fitted, Pair
 from patchscope_nn.models import ELSEWHERE, Model
-from patchscope_nn.spec import LENS_KINDS, Patchscope, Source, Target, Train
+from patchscope_nn.spec import LENS_KINDS, RESIDUAL, Patchscope, Source, Target, Train
 from patchscope_nn.spec.layers import EMBED
 
 #: Raised where a training of the same options would give other maps than before.
@@ -158,7 +158,7 @@ def plan_training(
         source: M.
         target: M*.
         pairs: The (l, l*) of the run.
-        sites: What of a block is read on each side.
+        sites: The name of the site that is read on each side.
         base: The folder that relative data files start from.
 
     Returns:
@@ -247,12 +247,13 @@ def _check_lens(
     away: bool,
 ) -> None:
     one = same_model(source, target) or (away and identity(source)[:2] == identity(target)[:2])
-    if not one or sites != ("residual", "residual"):
+    if not one or {*sites} != {RESIDUAL.name}:
         given = f"sites {' and '.join(sites)}" if one else f"{source.info.name} and {target.info.name}"
         raise MappingError(
             f"train.kind={options.kind} maps outputs of a model's blocks to its own last block; this run has "
             f"{given}.",
-            hint="Take one model and site: residual on both sides; between two models use {fit: affine}.",
+            hint=f"Take one model and site: {RESIDUAL.name} on both sides; between two models use "
+            "{fit: affine}.",
         )
     last = target.info.n_layers - 1
     if beyond := sorted({layer for _, layer in pairs} - {last}):

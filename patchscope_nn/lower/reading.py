@@ -10,6 +10,7 @@ from patchscope_nn.body.program import Read, SitePath, SourceProgram, StepProgra
 from patchscope_nn.lower.rows import batch_of, options_of
 from patchscope_nn.lower.step import paths_of
 from patchscope_nn.models import ModelInfo
+from patchscope_nn.spec import RESIDUAL
 
 
 def reading(
@@ -17,7 +18,7 @@ def reading(
     layers: Sequence[int],
     info: ModelInfo,
     *,
-    site: str = "residual",
+    site: str = RESIDUAL.name,
 ) -> StepProgram:
     """A step that reads states of prompts and returns all of them.
 
@@ -25,7 +26,7 @@ def reading(
         rows: Token ids, and the positions that are read of them, from the left.
         layers: The layers that are read; -1 is the input of block 0.
         info: The model.
-        site: Which states of a block.
+        site: The name of the site.
 
     Returns:
         The program; `gathered` takes its states apart.
@@ -58,7 +59,7 @@ def reading(
 
 def nothing(site: SitePath | None = None) -> StepProgram:
     """A step that does nothing; as a job it shows whether a server still works."""
-    path: SitePath = site or {"blocks": "", "part": ""}
+    path: SitePath = site or {"blocks": "", "part": "", "end": "output"}
     return {
         "sources": [],
         "targets": [],

@@ -12,6 +12,7 @@ from patchscope_nn.lower.segments import target_segments
 from patchscope_nn.mappings import ResolvedMapping
 from patchscope_nn.models import Model, ModelInfo
 from patchscope_nn.plan import Plan, SourcePass, State, Step
+from patchscope_nn.spec import SITES
 
 
 def lower(
@@ -79,12 +80,17 @@ def _fused_width(plan: Plan, step: Step) -> int:
 
 
 def paths_of(info: ModelInfo, site: str) -> SitePath:
-    """Where a site is, as text: the list of blocks, and the part inside one (empty for its output).
+    """Where a site is: the list of blocks, the part inside one (empty for the block), and its end.
 
-    The input of a block is the output of the one below, by whose number it goes here.
+    The input of a block is the output of the one below, whose number it has here.
     """
-    part = "" if site in ("residual", "before") else getattr(info.architecture, site)
-    return {"blocks": info.architecture.blocks, "part": part or ""}
+    found = SITES[site]
+    part = info.architecture.part(found)
+    return {
+        "blocks": info.architecture.blocks,
+        "part": part.path if part else "",
+        "end": "output" if found.in_stream else found.end,
+    }
 
 
 def _source(

@@ -12,6 +12,7 @@ from typing import Any
 from patchscope_nn._util.arguments import checked_class
 from patchscope_nn.body.mappings import Pair
 from patchscope_nn.models import ModelInfo
+from patchscope_nn.spec import RESIDUAL, site_named
 
 _PACKAGES = ("patchscope-nn", "nnsight", "torch", "transformers", "tokenizers", "safetensors")
 
@@ -26,19 +27,20 @@ class Space:
         revision: The commit of a Hub model, where known.
         dtype: The dtype its states were read in.
         d_model: The size of a state.
-        site: What of a block: `residual`, `attention` or `mlp`.
+        site: The name of the site; the input of blocks is the residual stream, as their output is.
     """
 
     name: str
     d_model: int
     revision: str | None = None
     dtype: str = "float32"
-    site: str = "residual"
+    site: str = RESIDUAL.name
 
     @classmethod
-    def of(cls, info: ModelInfo, *, site: str = "residual") -> Space:
+    def of(cls, info: ModelInfo, *, site: str = RESIDUAL.name) -> Space:
         """The space of a model that is loaded."""
-        return cls(name=info.name, revision=info.revision, dtype=info.dtype, d_model=info.d_model, site=site)
+        width = info.width(site_named(site))
+        return cls(name=info.name, revision=info.revision, dtype=info.dtype, d_model=width, site=site)
 
     def __str__(self) -> str:
         revision = f" at {self.revision}" if self.revision else ""

@@ -19,7 +19,7 @@ from patchscope_nn.mappings.fitted import Fitted, listed
 from patchscope_nn.mappings.provenance import Space
 from patchscope_nn.mappings.published import PUBLISHED, load_published
 from patchscope_nn.models import ModelInfo
-from patchscope_nn.spec import NAMED_MAPPINGS, dump_mapping
+from patchscope_nn.spec import NAMED_MAPPINGS, RESIDUAL, dump_mapping
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -55,7 +55,7 @@ def resolve_mapping(
     source: ModelInfo,
     target: ModelInfo,
     pairs: Sequence[Pair] = (),
-    sites: tuple[str, str] = ("residual", "residual"),
+    sites: tuple[str, str] = (RESIDUAL.name, RESIDUAL.name),
 ) -> ResolvedMapping:
     """Load a mapping and check, on one state of zeros and one of ones, that it fits between two models.
 
@@ -64,7 +64,7 @@ def resolve_mapping(
         source: The model whose states it takes.
         target: The model whose hidden space it maps to.
         pairs: Every (l, l*) it will be asked for; a fitted mapping needs a map for each.
-        sites: What of a block is read, and what is written.
+        sites: The names of the sites that are read and written.
 
     Returns:
         The mapping, resolved.
@@ -73,20 +73,22 @@ def resolve_mapping(
         MappingError: It cannot be loaded, does not take (n, d_model) to (n, d_model of the target), or has
             no map for one of the pairs.
     """
+    spaces = Space.of(source, site=sites[0]), Space.of(target, site=sites[1])
     if mapping in NAMED_MAPPINGS:
-        if source.d_model != target.d_model:
+        width, other_width = (space.d_model for space in spaces)
+        if width != other_width:
             raise MappingError(
-                f"mapping: {mapping} needs hidden states of one size; the source's have {source.d_model} "
-                f"({source.name}), the target's {target.d_model} ({target.name}).",
+                f"mapping: {mapping} needs hidden states of one size; the source's have {width} "
+                f"({source.name}), the target's {other_width} ({target.name}).",
                 hint="Give an affine mapping: {affine: weights.safetensors}.",
             )
         return ResolvedMapping(name=mapping, kind=mapping)
     if isinstance(mapping, Fitted):
-        return _resolve_fitted(mapping, "fitted", source=source, target=target, pairs=pairs, sites=sites)
+        return _resolve_fitted(mapping, "fitted", spaces=spaces, pairs=pairs)
     if isinstance(mapping, tuple) and mapping[0] == "fitted":
         fitted = Fitted.load(mapping[1], pairs=pairs or None)
         name = f"fitted:{Path(mapping[1]).name}"
-        found = _resolve_fitted(fitted, name, source=source, target=target, pairs=pairs, sites=sites)
+        found = _resolve_fitted(fitted, name, spaces=spaces, pairs=pairs)
         with Path(mapping[1]).open("rb") as opened:
             digest = hashlib.file_digest(opened, "sha256").hexdigest()
         return replace(found, about={"file": str(mapping[1]), "sha256": digest, **found.about})
@@ -94,9 +96,9 @@ def resolve_mapping(
         kind, place = mapping
         lens = load_published(kind, place, info=source)
         name = f"{kind}:{Path(place).name}"
-        return _resolve_fitted(lens, name, source=source, target=target, pairs=pairs, sites=sites)
+        return _resolve_fitted(lens, name, spaces=spaces, pairs=pairs)
     call, name = _load(mapping)
-    _check_shape(call, name, source=source, target=target)
+    _check_shape(call, name, *spaces)
     return ResolvedMapping(name=name, kind="call", call=call, digest=_digest(call))
 
 
@@ -104,24 +106,22 @@ def _resolve_fitted(
     fitted: Fitted,
     name: str,
     *,
-    source: ModelInfo,
-    target: ModelInfo,
+    spaces: tuple[Space, Space],
     pairs: Sequence[Pair],
-    sites: tuple[str, str],
 ) -> ResolvedMapping:
     """Check a fitted mapping against the models and layers of a sweep, and keep the maps it needs."""
     notices = []
-    sides = (("source", fitted.about.source_model, source), ("target", fitted.about.target_model, target))
-    for (side, fit, info), site in zip(sides, sites, strict=True):
-        if fit.d_model != info.d_model or fit.site != site:
+    fits = fitted.about.source_model, fitted.about.target_model
+    for side, fit, space in zip(("source", "target"), fits, spaces, strict=True):
+        if (fit.d_model, fit.site) != (space.d_model, space.site):
             raise MappingError(
                 f"mapping {name} was fitted for the {side} {fit}, site {fit.site}; this run's is "
-                f"{Space.of(info)}, site {site}.",
+                f"{space}, site {space.site}.",
                 hint="Fit one for these models: patchscope fit.",
             )
-        if (fit.name, fit.revision) != (info.name, info.revision):
+        if (fit.name, fit.revision) != (space.name, space.revision):
             notices.append(
-                f"mapping {name} was fitted for the {side} {fit}; this run's is {Space.of(info)}. Unless "
+                f"mapping {name} was fitted for the {side} {fit}; this run's is {space}. Unless "
                 "these have the same weights, it maps states of a kind it was not fitted on."
             )
     wanted = tuple(dict.fromkeys(pairs)) or fitted.pairs
@@ -165,7 +165,7 @@ def _load(mapping: Any) -> tuple[Callable[[torch.Tensor], torch.Tensor], str]:
     return call, name
 
 
-def _check_shape(call: Any, name: str, *, source: ModelInfo, target: ModelInfo) -> None:
+def _check_shape(call: Any, name: str, source: Space, target: Space) -> None:
     states = torch.stack([torch.zeros(source.d_model), torch.ones(source.d_model)])
     if isinstance(call, torch.nn.Module) and (first := next(_tensors(call), None)) is not None:
         states = states.to(first)

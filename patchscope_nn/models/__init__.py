@@ -19,7 +19,7 @@ from patchscope_nn.models.info import (
 from patchscope_nn.models.loading import load
 from patchscope_nn.models.memory import memory_reused, usable_memory
 from patchscope_nn.models.turns import TURN, in_turn
-from patchscope_nn.models.verdict import COSTS, CUT, FUSED, PLAIN, Comparison, Verdict, Withheld
+from patchscope_nn.models.verdict import COSTS, CUT, FUSED, PLAIN, Comparison, Verdict, Withheld, cost_of
 
 __all__ = [
     "COSTS",
@@ -37,6 +37,7 @@ __all__ = [
     "Verdict",
     "Withheld",
     "common_base",
+    "cost_of",
     "find_architecture",
     "in_turn",
     "input_device",

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
 from patchscope_nn.errors import ModelError
 from patchscope_nn.models.block import run_block, states_of
-from patchscope_nn.models.info import Architecture, Sizes
+from patchscope_nn.models.info import Architecture, Part, Sizes
 
-#: What blocks call their parts, where transformers has no interface for it. OPT's MLP is two linear
-#: layers in the block itself, of which the second gives the MLP's output.
-_ATTENTION = ("self_attn", "attn", "attention", "self_attention")
-_MLP = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "fc2")
+#: What models call their final norm, for which transformers has no interface. What blocks call their parts
+#: stands in `spec/sites.py`.
 _FINAL_NORM = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "norm_f")
 
 
@@ -31,8 +30,6 @@ def find_architecture(module: Any, *, name: str) -> Architecture:
     Raises:
         ModelError: The blocks or the unembedding are not to be found.
     """
-    from torch.nn import ModuleList
-
     paths = {id(part): path for path, part in module.named_modules()}
     decoder = module.get_decoder()
     inside = f"{paths[id(decoder)]}." if paths.get(id(decoder)) else ""
@@ -50,19 +47,16 @@ def find_architecture(module: Any, *, name: str) -> Architecture:
             hint="Use a model whose windows are the same for both.",
         )
     block = module.get_submodule(blocks)[0]
-    # A list of modules is not called itself, so nothing can be read of it.
-    inner = {path for path, part in block.named_children() if not isinstance(part, ModuleList)}
     block_arguments = tuple(inspect.signature(block.forward).parameters)
     windows = _windows(module.config.get_text_config(), len(module.get_submodule(blocks)))
     outer = {part for part, _ in decoder.named_children()}
-    norm = _first(_FINAL_NORM, outer)
+    norm = next((name for name in _FINAL_NORM if name in outer), None)
     block_run = run_block(
         module, block, device=input_device(module), weightless=is_weightless(module), name=name
     )
     return Architecture(
         blocks=blocks,
-        attention=_first(_ATTENTION, inner),
-        mlp=_first(_MLP, inner),
+        parts=_parts(block, block_run.widths, module.config.get_text_config().hidden_size),
         final_norm=f"{inside}{norm}" if norm else None,
         embed=paths[id(module.get_input_embeddings())],
         unembed=paths[id(unembed)],
@@ -77,6 +71,20 @@ def find_architecture(module: Any, *, name: str) -> Architecture:
         causal=setting(module.config.get_text_config(), "use_bidirectional_attention")
         in (None, False, "vision"),
         stretches=_stretches(module.config.get_text_config()),
+    )
+
+
+def _parts(block: Any, widths: Mapping[str, tuple[int, int]], d_model: int) -> tuple[Part, ...]:
+    """The modules inside a block; one whose widths were not seen is taken to be as wide as the block.
+
+    A list of modules is not called itself, so it has no output.
+    """
+    from torch.nn import ModuleList
+
+    return tuple(
+        Part(path, *widths.get(path, (d_model, d_model)))
+        for path, part in block.named_modules()
+        if path and not isinstance(part, ModuleList)
     )
 
 
@@ -295,7 +303,3 @@ def refuse_shared_scales(module: Any, *, name: str) -> None:
                 "tokens after it and on the other prompts of its batch.",
                 hint="Use the model as it was before, or quantise its weights alone (bitsandbytes, torchao).",
             )
-
-
-def _first(names: tuple[str, ...], present: set[str]) -> str | None:
-    return next((name for name in names if name in present), None)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 from patchscope_nn.errors import ModelError
@@ -17,11 +18,14 @@ class BlockRun(NamedTuple):
         attends: Whether it calls PyTorch's `scaled_dot_product_attention` once, with the keys and values that
             it keeps.
         kept: How many numbers it keeps of the token; 0 where it keeps no keys and values.
+        widths: For each module inside the block that has one state for the token at its first input and at
+            its output, the widths of these; empty where the model did not run.
     """
 
     gives: type | None
     attends: bool
     kept: int
+    widths: Mapping[str, tuple[int, int]]
 
 
 class _Done(Exception):  # noqa: N818 (it is no error: it ends a forward once the block has run)
@@ -48,6 +52,7 @@ def run_block(module: Any, block: Any, *, device: Any, weightless: bool, name: s
     from torch.overrides import TorchFunctionMode
 
     outputs: list[Any] = []
+    widths: dict[str, tuple[int, int]] = {}
     attended: list[tuple[int, int]] = []
 
     class Noting(TorchFunctionMode):
@@ -66,7 +71,7 @@ def run_block(module: Any, block: Any, *, device: Any, weightless: bool, name: s
         for options in _attempts(device, weightless=weightless):
             attended.clear()
             try:
-                with torch.no_grad(), Noting():
+                with torch.no_grad(), Noting(), _measuring(block, widths):
                     module(**options)
             except _Done:
                 break
@@ -76,7 +81,7 @@ def run_block(module: Any, block: Any, *, device: Any, weightless: bool, name: s
         handle.remove()
     if not outputs:
         if weightless or problem is None:
-            return BlockRun(None, attends=False, kept=0)
+            return BlockRun(None, attends=False, kept=0, widths={})
         raise ModelError(
             f"{name!r} ({type(module).__name__}) does not run on the token ids of a text alone: "
             f"{type(problem).__name__}: {str(problem).strip().splitlines()[0][:200]}",
@@ -89,7 +94,27 @@ def run_block(module: Any, block: Any, *, device: Any, weightless: bool, name: s
         gives=next((kind for kind in (torch.Tensor, tuple) if isinstance(outputs[0], kind)), None),
         attends=len(attended) == 1 and same,
         kept=0 if layer is None else layer.keys.numel() + layer.values.numel(),
+        widths=widths,
     )
+
+
+@contextmanager
+def _measuring(block: Any, widths: dict[str, tuple[int, int]]) -> Iterator[None]:
+    """While active, the widths of one token's states at the modules inside a block are put into `widths`."""
+
+    def measure(path: str) -> Any:
+        def hook(_module: Any, args: Any, kwargs: Any, output: Any) -> None:
+            width = _width(first_input(args, kwargs)), _width(states_of(output))
+            if all(width):
+                widths[path] = width
+
+        return hook
+
+    with ExitStack() as stack:
+        for path, part in block.named_modules():
+            if path:
+                stack.callback(part.register_forward_hook(measure(path), with_kwargs=True).remove)
+        yield
 
 
 def _attempts(device: Any, *, weightless: bool) -> Iterator[dict[str, Any]]:
@@ -116,6 +141,17 @@ def _kept(cache: Any) -> Any:
 def states_of(output: Any) -> Any:
     """The states that a module gives: its output, or the first of several."""
     return output[0] if isinstance(output, tuple | list) else output
+
+
+def first_input(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """What nnsight calls a module's `input`: its first positional argument, or else its first keyword's."""
+    return args[0] if args else next(iter(kwargs.values()), None)
+
+
+def _width(states: Any) -> int:
+    """The width of the one state of a token, (1, 1, width) or (1, width); 0 for anything else."""
+    shape = tuple(getattr(states, "shape", ()))
+    return shape[-1] if len(shape) in (2, 3) and {*shape[:-1]} == {1} else 0
 
 
 def with_states(output: Any, states: Any) -> Any:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, cast
+from typing import Any, Literal, NamedTuple, TypeAlias, cast
 
 from patchscope_nn._util.arguments import checked_class
+from patchscope_nn.errors import ModelError
 from patchscope_nn.models.verdict import Verdict
+from patchscope_nn.spec.sites import ATTENTION, RESIDUAL, Site
 
+#: Modules that are numbered, such as the hundreds of experts of a mixture, are left out of messages.
+_NUMBERED = re.compile(r"\.\d+(\.|$)")
 #: The device of a model whose weights are not in this process.
 ELSEWHERE = "remote"
 
@@ -25,14 +30,27 @@ Feature: TypeAlias = Literal[
 ]
 
 
+class Part(NamedTuple):
+    """A module inside a block.
+
+    Attributes:
+        path: Its dotted path inside the block.
+        takes: The width of its first input.
+        gives: The width of its output.
+    """
+
+    path: str
+    takes: int
+    gives: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
     """Where a model keeps its parts, as dotted module paths.
 
     Attributes:
         blocks: The list of decoder blocks.
-        attention: The attention module, inside a block; None where blocks have none.
-        mlp: The MLP, inside a block; None where blocks have none.
+        parts: The modules inside the first block, which stands for all.
         final_norm: The norm between the last block and the unembedding; None where there is none.
         embed: The token embedding.
         unembed: The linear map to the vocabulary.
@@ -51,8 +69,7 @@ class Architecture:
     """
 
     blocks: str
-    attention: str | None
-    mlp: str | None
+    parts: tuple[Part, ...]
     final_norm: str | None
     embed: str
     unembed: str
@@ -66,10 +83,15 @@ class Architecture:
     causal: bool = True
     stretches: bool = False
 
+    def part(self, site: Site) -> Part | None:
+        """The module that a site is at; None for the block itself, and where blocks have no such module."""
+        parts = {part.path: part for part in self.parts}
+        return next((parts[path] for path in site.modules if path in parts), None)
+
     @property
     def features(self) -> frozenset[Feature]:
         """What can be done with the model."""
-        masks = self.attention is not None and "attention_mask" in self.block_arguments
+        masks = self.part(ATTENTION) is not None and "attention_mask" in self.block_arguments
         known = {
             "cache": "past_key_values" in self.arguments,
             "causal": self.causal,
@@ -110,7 +132,7 @@ class ModelInfo:
         revision: The commit of a Hub model, where known.
         family: transformers' `model_type`.
         n_layers: The number of decoder blocks.
-        d_model: The size of a hidden state.
+        d_model: The width of the residual stream.
         vocab_size: The number of logits.
         n_positions: The longest prompt, in tokens; None where the config sets no limit.
         dtype: The weights' dtype, for example `float32`.
@@ -140,6 +162,30 @@ class ModelInfo:
     def supports(self, feature: Feature) -> bool:
         """Whether something can be done with the model."""
         return feature in self.architecture.features
+
+    def lacks(self, site: Site) -> str | None:
+        """Why the model does not have a site; None where it has it."""
+        architecture = self.architecture
+        if site.in_stream or architecture.part(site) is not None:
+            return None
+        there = [part.path for part in architecture.parts if not _NUMBERED.search(part.path)]
+        return (
+            f"the blocks of {self.name} ({self.family}) have no such module: none of "
+            f"{', '.join(site.modules)}. They have {', '.join(there) or 'no modules'}."
+        )
+
+    def width(self, site: Site) -> int:
+        """The size of the states at a site.
+
+        Raises:
+            ModelError: The model does not have the site.
+        """
+        if missing := self.lacks(site):
+            raise ModelError(f"site {site.name!r}: {missing}", hint=f"Use {RESIDUAL.name}.")
+        part = self.architecture.part(site)
+        if part is None:
+            return self.d_model
+        return part.takes if site.end == "input" else part.gives
 
     @property
     def bytes_per_number(self) -> int:

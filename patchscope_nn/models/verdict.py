@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 #: The names under which a verdict withholds the fused context, cuts of attention edges, and any run at all.
 #: The other names are those of `Optimisations` and of sites.
 FUSED, CUT, PLAIN = "fused", "cut", "every run"
-#: What it costs that a thing is off.
+#: What it costs that a thing is off; of a site `cost_of` says it.
 COSTS = {
     FUSED: "source and target run in separate passes",
     "deduplication": "equal cells run once each",
@@ -22,11 +22,14 @@ COSTS = {
     "cached_decoding": "each decoded token reads its prompt again",
     "early_leaving": "rows that met their end stay in the batch",
     "memory_reuse": "each pass allocates its memory anew",
-    "attention": "site: attention is refused",
-    "mlp": "site: mlp is refused",
     CUT: "target.write: cut is refused",
     PLAIN: "longer prompts are refused",
 }
+
+
+def cost_of(name: str) -> str:
+    """What it costs that an optimisation, a site or anything else with a name here is off."""
+    return COSTS.get(name, f"site: {name} is refused")
 
 
 class Withheld(NamedTuple):

@@ -28,7 +28,7 @@ from patchscope_nn.plan.pack import Packer, from_cache
 from patchscope_nn.plan.passes import Context, Optimisations, Step
 from patchscope_nn.plan.proven import allowed
 from patchscope_nn.plan.sources import Reader
-from patchscope_nn.spec import Generate
+from patchscope_nn.spec import SITES, Generate
 from patchscope_nn.sweep import Cell, Sweep
 
 #: A step is what is lost together. Decoding makes its passes long; else more cells sort into better passes.
@@ -326,9 +326,7 @@ def _in_order(sweep: Sweep, cell: Cell, read: Collection[int | None]) -> bool:
     """Whether a forward that reads these layers, for all its cells, can still write where this cell asks."""
     if cell.source_layer is None or cell.target_layer is None:
         return True
-    sites = {
-        "residual" if one == "before" else one for one in (sweep.scope.source.site, sweep.scope.target.site)
-    }
-    if len(sites) > 1 and cell.target_layer in read:
+    read_site, written_site = (SITES[side.site] for side in (sweep.scope.source, sweep.scope.target))
+    if read_site.space != written_site.space and cell.target_layer in read:
         return False
     return cell.source_layer <= cell.target_layer

@@ -13,7 +13,7 @@ from patchscope_nn.models import ELSEWHERE
 from patchscope_nn.plan.budget import Budget, Costs
 from patchscope_nn.plan.layout import branches_at, lay_out, needed_end
 from patchscope_nn.plan.passes import Optimisations, TargetPass
-from patchscope_nn.spec import Choices, Generate, read_position
+from patchscope_nn.spec import SITES, Choices, Generate, read_position
 from patchscope_nn.sweep import Cell, Sweep
 
 #: With clean prompts among them, or where decoding goes on for long, a sequence may be this much longer.
@@ -26,7 +26,7 @@ def packs(sweep: Sweep, optimisations: Optimisations) -> bool:
     """Whether the cells of a sweep go as segments of one sequence."""
     wanted = optimisations.prefix_sharing or optimisations.late_entry
     target = sweep.scope.target
-    possible = target.site in ("residual", "before") and not target.alters
+    possible = SITES[target.site].packs and not target.alters
     decodes = not sweep.scope.readout.decodes or from_cache(sweep, optimisations)
     return wanted and possible and decodes and sweep.target.supports("packing")
 

@@ -9,12 +9,12 @@ from dataclasses import replace
 from itertools import islice
 from typing import Any
 
-from patchscope_nn.models import COSTS, ELSEWHERE, ModelInfo
+from patchscope_nn.models import ELSEWHERE, ModelInfo, cost_of
 from patchscope_nn.plan.build import Plan
 from patchscope_nn.plan.count import Counts, count, count_step, source_width, stages, target_width
 from patchscope_nn.plan.pack import packs
 from patchscope_nn.plan.passes import Step
-from patchscope_nn.spec import Generate
+from patchscope_nn.spec import SITES, Generate
 
 _SHOWN = 6
 _UNITS = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
@@ -98,8 +98,7 @@ def _facts(planned: Plan, totals: Counts) -> Iterator[str]:
         name = sweep.target.family
         yield f"note: {name} keeps no keys and values: each token that is decoded reads its prompt again"
     for entry in planned.withheld:
-        cost = COSTS.get(entry.optimisation, "")
-        yield f"note: {entry} ({entry.why}), so {cost}"
+        yield f"note: {entry} ({entry.why}), so {cost_of(entry.optimisation)}"
     for info in dict.fromkeys((sweep.source, sweep.target)):
         if info.verdict is None:
             later = ": its first job carries the proof" if info.device == ELSEWHERE else ""
@@ -145,7 +144,7 @@ def _why_padded(planned: Plan) -> str:
     if not (used.prefix_sharing or used.late_entry):
         return "prefix sharing and late entry are off"
     target = sweep.scope.target
-    if target.site not in ("residual", "before"):
+    if not SITES[target.site].packs:
         return f"target.site={target.site!r} is written inside a block"
     if target.alters:
         asked = {

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from patchscope_nn.backends import is_out_of_memory
 from patchscope_nn.errors import ModelError
-from patchscope_nn.models import CUT, FUSED, PLAIN, Comparison, Model, Verdict, Withheld
+from patchscope_nn.models import CUT, FUSED, PLAIN, Comparison, Model, ModelInfo, Verdict, Withheld
 from patchscope_nn.models.architecture import setting
 from patchscope_nn.plan import Optimisations
 from patchscope_nn.proof.hooks import Hooks, distance
 from patchscope_nn.proof.reference import Reference
 from patchscope_nn.proof.trials import DECODED, Lengths, Runner, Trial, readout_of
-from patchscope_nn.spec import Choices, Generate, Hidden, NextToken, Site
+from patchscope_nn.spec import RESIDUAL, SITES, Choices, Generate, Hidden, NextToken, Site
 
 #: What rounding may change in a logit, by dtype, in standard deviations of the logits; the rounding of the
 #: model itself is measured, and may raise it.
@@ -39,6 +39,24 @@ def probed_layers(model: Model) -> tuple[int, ...]:
         parts = tuple((name, type(part).__name__) for name, part in block.named_modules())
         first.setdefault((parts, types[layer], windows[layer]), layer)
     return tuple(sorted({0, len(blocks) // 2, len(blocks) - 1, *first.values()}))
+
+
+def paired_sites(info: ModelInfo) -> Iterator[tuple[Site, Site]]:
+    """Sites that are read and sites that are written, so that each site of a model is tried both ways.
+
+    Two sites are paired where their states have one width. The residual stream is tried by other trials.
+    """
+    groups: dict[int, list[Site]] = {}
+    for site in SITES.values():
+        if info.architecture.part(site) is not None:
+            groups.setdefault(info.width(site), []).append(site)
+    for width, sites in groups.items():
+        beside = [RESIDUAL] if width == info.d_model else []
+        read = [site for site in sites if site.readable] or beside
+        written = [site for site in sites if site.writable] or beside
+        # Where one of the lists is empty, such states cannot be compared without a mapping.
+        for place in range(max(len(read), len(written)) if read and written else 0):
+            yield read[place % len(read)], written[(place + 1) % len(written)]
 
 
 @dataclass
@@ -75,8 +93,7 @@ class Checks:
         self._check_plain(replace(first, rows=rows[-1:]))
         self._check(first)
         self._check(Trial(readout=readout_of(Hidden), rows=rows[:1], layers=self.layers[:1]))
-        if self._has("attention") and self._has("mlp"):
-            self._check_sites()
+        self._check_sites()
         self._check_mask(rows)
         packs, longer = self.model.info.architecture.packs, Lengths(short.source, target)
         self._decode(short, *([] if packs else [longer]), leaving=True)
@@ -126,21 +143,17 @@ class Checks:
     def _decode_padded(self, *rows: Lengths) -> None:
         """Compare what is decoded from rows of several lengths, on a model whose cells are mostly packed.
 
-        Its cells are rows where attention or an MLP is patched, and where packing is off.
+        Its cells are rows where a site inside a block is written, and where packing is off.
         """
         first, middle = self.layers[:1], (self.middle,)
         trial = Trial(readout=readout_of(Choices), rows=rows, layers=first, target_layers=middle)
         self._check(trial, Optimisations(prefix_sharing=False, late_entry=False))
 
-    def _has(self, site: Site) -> bool:
-        return getattr(self.model.info.architecture, site) is not None
-
     def _check_sites(self) -> None:
-        """Compare reads at one site and writes at another; a site that is wrong is off."""
+        """Compare reads at one site inside a block and writes at another; a site that is wrong is off."""
         first, middle = self.layers[:1], (self.middle,)
         residual = Trial(readout=readout_of(NextToken), rows=(SHORT,), layers=first, target_layers=middle)
-        pairs: tuple[tuple[Site, Site], ...] = (("attention", "mlp"), ("mlp", "attention"))
-        trials = [replace(residual, sites=sites) for sites in pairs]
+        trials = [replace(residual, sites=sites) for sites in paired_sites(self.model.info)]
         self.reference.prepare(*trials)
         for trial in trials:
             try:
@@ -150,15 +163,18 @@ class Checks:
                 self._find_wrong_sites(trial)
 
     def _find_wrong_sites(self, trial: Trial) -> None:
-        """Try each site of a trial beside the residual stream."""
-        for site in trial.sites:
-            pairs: tuple[tuple[Site, Site], ...] = ((site, "residual"), ("residual", site))
-            for sites in pairs:
+        """Try each site of a trial beside the residual stream, or a site of another width beside itself."""
+        info = self.model.info
+        for site in dict.fromkeys(trial.sites):
+            other = RESIDUAL if info.width(site) == info.d_model else site
+            for sites in dict.fromkeys([(site, other), (other, site)]):
+                if self._off(site.name) or not (sites[0].readable and sites[1].writable):
+                    continue
                 alone = replace(trial, sites=sites)
                 self.reference.prepare(alone)
                 error, problem = self._error(alone, Optimisations.none())
-                if problem and not self._off(site):
-                    self._withhold(site, alone, error, problem)
+                if problem:
+                    self._withhold(site.name, alone, error, problem)
 
     def _check_mask(self, rows: tuple[Lengths, ...]) -> None:
         """Compare a run with a mask of ours, in which a token does not see one that it never sees."""

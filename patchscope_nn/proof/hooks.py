@@ -6,7 +6,7 @@ different writes, but only if rows of a batch do not influence each other.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, NamedTuple
 
@@ -14,17 +14,18 @@ import torch
 
 from patchscope_nn.errors import ModelError
 from patchscope_nn.models import Model, input_device
-from patchscope_nn.models.block import states_of, with_states
+from patchscope_nn.models.block import first_input, states_of, with_states
+from patchscope_nn.spec import RESIDUAL, Site
 
 #: How far a row of a batch may be from the same row alone, in standard deviations.
 _ALONE = 1e-2
 
 
 class Place(NamedTuple):
-    """The site of a state: the output of a block, or of its attention or MLP."""
+    """Where a state is."""
 
     layer: int
-    site: str = "residual"
+    site: Site = RESIDUAL
 
 
 class Write(NamedTuple):
@@ -63,16 +64,17 @@ class Hooks:
         states: dict[Place, torch.Tensor] = {}
 
         def keep(place: Place) -> Any:
-            def hook(_module: Any, _inputs: Any, output: Any) -> None:
-                states[place] = _states_of(output).view(len(ids), -1).clone()
+            def see(found: torch.Tensor) -> torch.Tensor:
+                states[place] = found.view(len(ids), -1).clone()
                 if len(states) == len(places):
                     raise _Done
+                return found
 
-            return hook
+            return see
 
         with ExitStack() as stack, suppress(_Done):
             for place in places:
-                stack.callback(self._part(place).register_forward_hook(keep(place)).remove)
+                stack.callback(self._hook(place, keep(place)).remove)
             self._forward(torch.tensor([list(ids)]), use_cache=False)
         if silent := [place.layer for place in places if place not in states]:
             raise ModelError(
@@ -191,32 +193,42 @@ class Hooks:
     @contextmanager
     def _written(self, writes: Sequence[Write | None], width: int) -> Iterator[None]:
         def put(row: int, write: Write) -> Any:
-            def hook(_module: Any, _inputs: Any, output: Any) -> Any:
-                states = _states_of(output)
+            def change(states: torch.Tensor) -> torch.Tensor:
                 changed = states.clone()
                 changed.view(len(writes), width, -1)[row, write.position] = write.state.to(changed)
-                return with_states(output, changed)
+                return changed
 
-            return hook
+            return change
 
         with ExitStack() as stack:
             for row, write in enumerate(writes):
                 if write is not None:
-                    part = self._part(write.place)
-                    stack.callback(part.register_forward_hook(put(row, write)).remove)
+                    stack.callback(self._hook(write.place, put(row, write)).remove)
             yield
 
-    def _part(self, place: Place) -> Any:
+    def _hook(self, place: Place, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+        """Pass the states at a place through a function; returns the handle of the hook."""
         block = self.module.get_submodule(self.architecture.blocks)[place.layer]
-        return (
-            block if place.site == "residual" else block.get_submodule(getattr(self.architecture, place.site))
-        )
+        part = self.architecture.part(place.site)
+        module = block.get_submodule(part.path) if part else block
+
+        def at_output(_module: Any, _args: Any, output: Any) -> Any:
+            return with_states(output, change(_tensor(states_of(output))))
+
+        def at_input(_module: Any, args: Any, kwargs: Any) -> Any:
+            changed = change(_tensor(first_input(args, kwargs)))
+            if args:
+                return (changed, *args[1:]), kwargs
+            return args, kwargs | {next(iter(kwargs)): changed}
+
+        if place.site.end == "input":
+            return module.register_forward_pre_hook(at_input, with_kwargs=True)
+        return module.register_forward_hook(at_output)
 
 
-def _states_of(output: Any) -> torch.Tensor:
-    states = states_of(output)
+def _tensor(states: Any) -> torch.Tensor:
     if not isinstance(states, torch.Tensor):
-        raise TypeError(f"a block returns a {type(states).__name__} instead of its states")
+        raise TypeError(f"a module has a {type(states).__name__} instead of its states")
     return states
 
 

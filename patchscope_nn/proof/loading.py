@@ -11,7 +11,7 @@ from typing import Any
 from patchscope_nn import models
 from patchscope_nn.backends import Ndif
 from patchscope_nn.errors import ServerError
-from patchscope_nn.models import COSTS, ELSEWHERE, Model, Verdict, is_offloaded
+from patchscope_nn.models import ELSEWHERE, Model, Verdict, cost_of, is_offloaded
 from patchscope_nn.proof import store
 from patchscope_nn.proof.prove import prove
 from patchscope_nn.proof.remote import prove_remotely
@@ -113,7 +113,7 @@ def _line(name: str, verdict: Verdict) -> str:
         return ""
     parts = [f"{what} ({', '.join(where)})" if where else what for what, where in off.items()]
     names = dict.fromkeys(entry.optimisation for entry in verdict.withheld)
-    costs = "; ".join(COSTS[name] for name in names if name in COSTS)
+    costs = "; ".join(cost_of(name) for name in names)
     return (
         f"{name}: off because they would change a number: {', '.join(parts)}. "
         f"The cost: {costs}. See: patchscope doctor --model {name}"

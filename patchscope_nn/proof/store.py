@@ -12,6 +12,7 @@ from importlib import metadata
 from pathlib import Path
 
 from patchscope_nn.models import Model, Verdict, builtin
+from patchscope_nn.spec import SITES
 
 _VERSIONS = ("torch", "transformers", "nnsight")
 #: Config fields that only name a checkpoint and do not change what it computes.
@@ -32,7 +33,7 @@ def structure_key(model: Model, *, host: str = "") -> str:
 
     Returns:
         A digest of its class, config, attention implementation, dtype and device, of the versions of torch,
-        transformers and nnsight, and of this package's code.
+        transformers and nnsight, of this package's code, and of the registered sites.
     """
     module = model.module
     config = {name: value for name, value in module.config.to_dict().items() if name not in _NAMES}
@@ -44,6 +45,7 @@ def structure_key(model: Model, *, host: str = "") -> str:
         host or model.info.device.partition(":")[0],
         [(name, metadata.version(name)) for name in _VERSIONS],
         _code_digest(),
+        [*map(repr, SITES.values())],
     ]
     return hashlib.sha256(json.dumps(decides, sort_keys=True, default=str).encode()).hexdigest()[:24]
 

@@ -19,6 +19,7 @@ from patchscope_nn.models import Model, Verdict, usable_memory
 from patchscope_nn.plan import Optimisations, Plan, Step, plan
 from patchscope_nn.proof.prompts import Numbers, random_ids
 from patchscope_nn.spec import (
+    RESIDUAL,
     Choices,
     Cut,
     Generate,
@@ -87,7 +88,7 @@ class Trial:
         rows: The prompts of each data row.
         layers: l.
         target_layers: l*; `same` pairs it with l.
-        sites: What of a block is read, and what is written.
+        sites: The sites that are read and written.
         cuts: Whether, instead of a write, attention is cut to a token that is not seen anyway. The run then
             equals one without a patch.
     """
@@ -96,13 +97,14 @@ class Trial:
     rows: tuple[Lengths, ...]
     layers: tuple[int, ...]
     target_layers: tuple[int, ...] | Literal["same"] = "same"
-    sites: tuple[Site, Site] = ("residual", "residual")
+    sites: tuple[Site, Site] = (RESIDUAL, RESIDUAL)
     cuts: bool = False
 
     @property
     def name(self) -> str:
         """The readout, and the sites where they are not the residual stream."""
-        sites = "" if set(self.sites) == {"residual"} else f", {self.sites[0]} to {self.sites[1]}"
+        read, written = self.sites
+        sites = "" if read == written == RESIDUAL else f", {read.name} to {written.name}"
         return f"{self.readout.name}{sites}{', attention mask' if self.cuts else ''}"
 
     @property
@@ -207,12 +209,12 @@ class Runner:
 
     def _sweep(self, trial: Trial, model: Model) -> Sweep:
         scope = Patchscope(
-            source=Source(prompt="{s}", layer=trial.layers, site=trial.sites[0]),
+            source=Source(prompt="{s}", layer=trial.layers, site=trial.sites[0].name),
             target=Target(
                 prompt="{t}",
                 position=-2,
                 layer=trial.target_layers,
-                site=trial.sites[1],
+                site=trial.sites[1].name,
                 write=("cut", Cut(position=-1)) if trial.cuts else "replace",
             ),
             readout=trial.readout,

@@ -20,6 +20,7 @@ from patchscope_nn.report.figures import (
     visible,
     with_probe_controls,
 )
+from patchscope_nn.spec import RESIDUAL, SITES
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -135,14 +136,18 @@ def _opening(table: pd.DataFrame, *, manifest: Mapping[str, Any]) -> str:
             f"In {prompts}, attention from one place to another was cut in blocks around {_layers(table)},"
             f" and {asked}."
         )
-    states = {"attention": "Outputs of attention", "mlp": "Outputs of MLPs"}.get(
-        str(as_mapping(recipe.get("source")).get("site")), "Hidden states"
-    )
+    states = _states(as_mapping(recipe.get("source")).get("site") or RESIDUAL.name)
     noise = ", some of whose embeddings were made noise" if aimed.get("corrupt") else ""
     return (
         f"{states} of {_list(source)} at {_layers(table)} were taken from {prompts} and written into a"
         f" target prompt{noise}, on which {asked}."
     )
+
+
+def _states(name: str) -> str:
+    """What the states at a site are called; the site may not be registered where the report is made."""
+    site = SITES.get(name)
+    return (site and site.label) or f"States at {name}"
 
 
 def _counts(table: pd.DataFrame, *, controls: Sequence[str]) -> str:

@@ -27,7 +27,7 @@ from patchscope_nn.models import Model, common_base, wear, wear_named
 from patchscope_nn.analysis.probes import check_probe
 from patchscope_nn.proof import load, proven, proven_on
 from patchscope_nn.recipe import Recipe, asked_columns, find, load_recipe
-from patchscope_nn.spec import ALIGNED, Control, Fit, Patchscope, Train
+from patchscope_nn.spec import ALIGNED, SITES, Control, Fit, Patchscope, Train
 from patchscope_nn.sweep.vectors import check_vectors
 
 #: False: this process; `local`: the rehearsal; True: the NDIF that nnsight is configured for; or a URL.
@@ -241,9 +241,7 @@ def _mapping(
     asked = scope.mapping
     if asked == ALIGNED:
         asked = "identity" if same_model(source, target) else Fit()
-    # The input of a block is the output of the one before, and its layer is counted so.
-    sites = (one.site for one in (scope.source, scope.target))
-    read, written = ("residual" if site == "before" else site for site in sites)
+    read, written = (SITES[side.site].space for side in (scope.source, scope.target))
     if isinstance(asked, Fit | Train):
         places: dict[str, Any] = {"source": source, "target": target, "pairs": pairs}
         places |= {"sites": (read, written), "base": base}

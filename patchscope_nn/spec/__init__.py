@@ -22,16 +22,21 @@ from patchscope_nn.spec.readout import (
     read_position,
 )
 from patchscope_nn.spec.scope import Patchscope
-from patchscope_nn.spec.sides import STATELESS, Control, Site, Source, Target, Vector
+from patchscope_nn.spec.sides import STATELESS, Control, Source, Target, Vector
+from patchscope_nn.spec.sites import ATTENTION, MLP, RESIDUAL, SITES, Site, register_site, site_named
 from patchscope_nn.spec.training import LENS_KINDS, TRAIN_KINDS, Train, train_schema
 from patchscope_nn.spec.write import Corrupt, Cut
 
 __all__ = [
     "ALIGNED",
+    "ATTENTION",
     "FIT_KINDS",
     "LENS_KINDS",
+    "MLP",
     "NAMED_MAPPINGS",
     "READOUTS",
+    "RESIDUAL",
+    "SITES",
     "STATELESS",
     "TRAIN_KINDS",
     "AnyMapping",
@@ -58,5 +63,7 @@ __all__ = [
     "fit_schema",
     "problems",
     "read_position",
+    "register_site",
+    "site_named",
     "train_schema",
 ]

@@ -11,10 +11,9 @@ from patchscope_nn._util.checking import Spec
 from patchscope_nn.spec.layers import SourceLayers, TargetLayers
 from patchscope_nn.spec.positions import Positions
 from patchscope_nn.spec.prompts import Prompt
+from patchscope_nn.spec.sites import RESIDUAL, SiteName
 from patchscope_nn.spec.write import Corrupt, Cut, Scales, Write
 
-#: What of a block is read or written: its output, its input, or the output of its attention or its MLP.
-Site: TypeAlias = Literal["residual", "before", "attention", "mlp"]
 #: `unpatched`: T as it is. `random`: a random state of the same norm. `shuffled`: another row's state.
 #: `text-only`: T with the source's text (a chat after its template) in the place of the patched tokens, and
 #: no state.
@@ -80,7 +79,8 @@ class Source(Spec):
         prompt: S: a text, chat messages, or token ids; `{column}` placeholders are filled by the data.
         position: i: an index, a text of the prompt, a span, a list, `{every: text}`, or `{each: ...}`.
         layer: l: a block, a list, a range, `all` or `embed`.
-        site: `residual` (the block's output), `before` (its input), `attention` or `mlp`.
+        site: `residual` (the block's output), `before` (its input), `attention`, `mlp`, or a site of your own
+            (docs/extending/site.md).
         model: M: a Hugging Face id, a folder, or `builtin:...`; None takes the run's model.
         mean: `positions`: the mean of the states at i is taken, one vector; `rows`: the mean over all data
             rows, which then make one; `{rows: column}`: the mean over the rows of each value of a column.
@@ -91,7 +91,7 @@ class Source(Spec):
     prompt: Prompt | None = None
     position: Positions = -1
     layer: SourceLayers = "all"
-    site: Site = "residual"
+    site: SiteName = RESIDUAL.name
     model: str | None = None
     mean: AnyMean = None
     minus: Prompt | None = None
@@ -117,7 +117,7 @@ class Target(Spec):
         position: i*, as in `Source`; None is the source's own position where T = S, else the last token.
             Several tokens take several states one to one, or each the same one.
         layer: l*, as in `Source`; `same` pairs l* with l, anything else is crossed with it.
-        site: `residual`, `before`, `attention` or `mlp`.
+        site: `residual`, `before`, `attention`, `mlp`, or a site of your own.
         model: M*; None is the source's model.
         adapter: A LoRA adapter (peft) that M* wears: a folder or a Hugging Face id.
         write: How: `replace`; `add`; `add_matched` (added with the norm of the state it is added to);
@@ -138,7 +138,7 @@ class Target(Spec):
     combine: Literal["intersect", "average"] = "intersect"
     position: Positions | None = None
     layer: TargetLayers = "same"
-    site: Site = "residual"
+    site: SiteName = RESIDUAL.name
     model: str | None = None
     adapter: str | None = None
     write: Write = "replace"

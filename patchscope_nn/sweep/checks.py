@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from patchscope_nn.errors import InputError
 from patchscope_nn.models import CUT, Model, ModelInfo, same_vocabulary
-from patchscope_nn.spec import NextToken, Patchscope, Source, Target
+from patchscope_nn.spec import RESIDUAL, SITES, NextToken, Patchscope, Source, Target
 from patchscope_nn.spec.layers import LayerSelector
 
 
@@ -76,8 +76,9 @@ def _check_cut(target: Target, info: ModelInfo) -> None:
             f"{info.name} ({info.family}) are not such.",
             hint="Use write: zero, or another model.",
         )
-    if embeds(target.layer) or target.site != "residual":
-        given = f"target.site: {target.site}" if target.site != "residual" else "target.layer: embed"
+    cuts = SITES[target.site].cuts
+    if embeds(target.layer) or not cuts:
+        given = "target.layer: embed" if cuts else f"target.site: {target.site}"
         raise InputError(
             f"target.write: cut is made in the attention of the blocks l*, and {given} is another place.",
             hint="Leave it out.",
@@ -100,24 +101,25 @@ def check_text_only(scope: Patchscope) -> None:
 
 
 def check_site(name: str, side: Source | Target, info: ModelInfo) -> None:
-    """Whether the model has the site."""
-    if side.site == "residual":
-        return
-    wrong = info.verdict and info.verdict.why(side.site)
+    """Whether the model has the site, and the site allows what this side does there."""
+    site = SITES[side.site]
+    given, instead = f"{name}.site={site.name!r}", f"site: {RESIDUAL.name}"
+    wrong = info.verdict and info.verdict.why(site.name)
     if wrong:
         raise InputError(
-            f"{name}.site={side.site!r}: reads and writes there are wrong for {info.name}: {wrong}.",
-            hint="Use site: residual.",
+            f"{given}: reads and writes there are wrong for {info.name}: {wrong}.", hint=f"Use {instead}."
         )
-    if side.site != "before" and getattr(info.architecture, side.site) is None:
+    if missing := info.lacks(site):
+        raise InputError(f"{given}: {missing}", hint=f"Use {instead}.")
+    if not (site.readable if isinstance(side, Source) else site.writable):
         raise InputError(
-            f"{name}.site={side.site!r}: the blocks of {info.name} ({info.family}) have no such module.",
-            hint="Use site: residual.",
+            f"{given}: states there can be {'written' if isinstance(side, Source) else 'read'} only.",
+            hint=f"Use {instead}.",
         )
-    if embeds(side.layer):
+    if embeds(side.layer) and not site.embeds:
         raise InputError(
-            f"{name}.layer='embed' is the input of block 0, which has no {side.site}.",
-            hint=f"Leave 'embed' out, or use {name}.site: residual.",
+            f"{name}.layer='embed' is the input of block 0, which has no {site.name}.",
+            hint=f"Leave 'embed' out, or use {name}.{instead}.",
         )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from patchscope_nn.errors import InputError
 from patchscope_nn.models import Model
-from patchscope_nn.spec import Choices, Generate, NextToken, Patchscope, Vector
+from patchscope_nn.spec import RESIDUAL, SITES, Choices, Generate, NextToken, Patchscope, Vector
 from patchscope_nn.spec.layers import resolve_layers
 from patchscope_nn.spec.positions import fill, resolve_positions
 from patchscope_nn.spec.prompts import (
@@ -85,7 +85,8 @@ class Resolver:
         layers: l, the same for every row: blocks whose output is read, or `EMBED`; where no state is written,
             l*, if that is given.
         target_layers: l*, or None for `same`.
-        shift, target_shift: 1 where l or l* means the input of its block, else 0.
+        shift, target_shift: How many blocks below l and l* the blocks are whose output is meant, as their
+            sites say.
         compares: Whether the source's own next-token distribution is to be read.
         sources: The distinct S.
         targets: The distinct T.
@@ -95,11 +96,12 @@ class Resolver:
     def __init__(self, scope: Patchscope, source: Model, target: Model, *, text_only: bool = False) -> None:
         check_site("source", scope.source, source.info)
         check_site("target", scope.target, target.info)
-        if scope.target.layer == "same" and scope.target.site != "residual" and embeds(scope.source.layer):
+        read_site, written_site = (SITES[side.site] for side in (scope.source, scope.target))
+        if scope.target.layer == "same" and not written_site.embeds and embeds(scope.source.layer):
             raise InputError(
                 f"target.layer='same' writes at 'embed', the input of block 0, which has no "
                 f"{scope.target.site}.",
-                hint="Leave 'embed' out of source.layer, or use target.site: residual.",
+                hint=f"Leave 'embed' out of source.layer, or use target.site: {RESIDUAL.name}.",
             )
         check_write(scope, target.info)
         self.scope, self.target, self.text_only = scope, target, text_only
@@ -109,7 +111,7 @@ class Resolver:
         self.targets = Prompts("target", target, more=more)
         self.vectors: dict[VectorAt, None] = {}
         self.compares = isinstance(readout, NextToken) and compares(scope, readout, source, target)
-        self.shift, self.target_shift = (int(one.site == "before") for one in (scope.source, scope.target))
+        self.shift, self.target_shift = read_site.offset, written_site.offset
         if not scope.target.needs_state:
             self.shift = self.target_shift
         layers = resolve_layers(scope.source.layer, n_layers=source.info.n_layers, field="source.layer")

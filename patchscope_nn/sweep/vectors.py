@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from patchscope_nn.errors import MappingError
+from patchscope_nn.spec import SITES
 from patchscope_nn.sweep.entry import VectorAt
 
 if TYPE_CHECKING:
@@ -63,8 +64,9 @@ def check_vectors(sweep: Sweep) -> str:
         MappingError: One does not fit, or cannot be read.
     """
     files = dict.fromkeys(at.file for at in sweep.vectors)
+    width = sweep.source.width(SITES[sweep.scope.source.site])
     for at in sweep.vectors:
-        _fits(load_vector(at), sweep.source.d_model, sweep.source.name, str(at))
+        _fits(load_vector(at), width, sweep.source.name, str(at))
     soft = sweep.scope.target.soft_prompt
     if soft:
         files[soft] = None

@@ -12,6 +12,7 @@ import torch
 import patchscope_nn as ps
 from patchscope_nn.errors import SpecError
 from patchscope_nn.fitting.trained.training import Training
+from patchscope_nn.spec import MLP
 
 WRONG: dict[str, Any] = {
     "None": None,
@@ -89,6 +90,7 @@ CONSTRUCTORS = {
     "Provenance": SPACES,
     "Recipe": RECIPE,
     "Run": {"manifest": {}, "rows": []},
+    "Site": {"name": "x"},
     "Source": {"prompt": "x"},
     "Space": SPACE,
     "Span": {"start": 1},
@@ -133,6 +135,7 @@ def calls(tiny_model, tmp_path_factory) -> dict[str, Call]:
         "Run.summary": Call(run.summary, {}),
         "Run.report": Call(run.report, page),
         "Run.save_figures": Call(run.save_figures, figures),
+        "register_site": Call(ps.register_site, {"site": MLP}),
         "Space.of": Call(ps.Space.of, {"info": model.info}),
         "explain": Call(ps.explain, look, MODELS),
         "fit": Call(ps.fit, scale, FIT),

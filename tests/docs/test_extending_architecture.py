@@ -10,13 +10,13 @@ import pytest
 import tiny
 
 import patchscope_nn as ps
-from patchscope_nn.models import architecture
+from patchscope_nn.spec import SITES
 
 PAGE = Path(__file__).parents[2] / "docs" / "extending" / "architecture.md"
 
 
 def test_a_part_of_another_name_is_found_once_the_name_is_known(monkeypatch, run_cells):
-    monkeypatch.setattr(architecture, "_MLP", architecture._MLP)  # put back afterwards
+    monkeypatch.setitem(SITES, "mlp", SITES["mlp"])  # put back afterwards
     example = {}
     (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
     exec(compile(code, str(PAGE), "exec"), example)  # noqa: S102 (the page's own example)

@@ -347,7 +347,7 @@ def weightless(model, **parts):
     [
         pytest.param(
             {"write": {"cut": {"position": 0}}},
-            {"attention": None},
+            {"parts": ()},
             "target.write: cut needs blocks with an attention that takes a mask we can make; those of "
             "LlamaForCausalLM (llama) are not such. Use write: zero, or another model.",
             id="cut without an attention",

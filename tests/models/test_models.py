@@ -22,6 +22,7 @@ from transformers import (
 
 from patchscope_nn.errors import ModelError
 from patchscope_nn.models import find_architecture, load, memory_reused, same_vocabulary
+from patchscope_nn.spec import ATTENTION, MLP
 
 NORMS = {
     "llama": "model.norm",
@@ -62,7 +63,8 @@ nnsight_renames = pytest.mark.filterwarnings("ignore:Module .* has a submodule n
 def test_parts_are_found(family, tiny_model):
     kind, info = tiny.FAMILIES[family], tiny_model(family).info
     found, module = info.architecture, tiny_model(family).module
-    assert (found.blocks, found.attention, found.mlp) == (kind.blocks, kind.attention, kind.mlp)
+    parts = [found.part(site).path for site in (ATTENTION, MLP)]
+    assert [found.blocks, *parts] == [kind.blocks, kind.attention, kind.mlp]
     assert found.final_norm == NORMS[family]
     assert module.get_submodule(found.embed) is module.get_input_embeddings()
     assert module.get_submodule(found.unembed) is module.get_output_embeddings()

@@ -15,6 +15,7 @@ from plain import Plain
 
 import patchscope_nn as ps
 from patchscope_nn.errors import ModelError
+from patchscope_nn.spec import ATTENTION, MLP
 
 #: Model types, and the class that a real checkpoint is saved as, where `registry.build` makes another.
 CHECKPOINTS = {
@@ -91,7 +92,8 @@ def test_a_checkpoint_runs_and_equals_plain_hooks(name, checkpoint, said):
     architecture, module = model.info.architecture, build(name)
     found = Plain(module, n_layers=registry_sizes.N_LAYERS)
     blocks = next(path for path, part in found.module.named_modules() if part is found.blocks)
-    plain = hooks.Reference(module, blocks=blocks, attention=architecture.attention, mlp=architecture.mlp)
+    attention, mlp = (architecture.part(site).path for site in (ATTENTION, MLP))
+    plain = hooks.Reference(module, blocks=blocks, attention=attention, mlp=mlp)
     pair = hooks.Pair(SCOPE, plain, tokenizer=tiny.TOKENIZER)
     rows = ps.run(SCOPE, model=model, data=list(ROWS)).rows
     assert len(rows) == 8

@@ -18,7 +18,7 @@ from patchscope_nn.models import Model
 from patchscope_nn.plan import Budget, Optimisations, State, count, plan, stages
 from patchscope_nn.plan.budget import Costs
 from patchscope_nn.plan.count import source_width, target_width
-from patchscope_nn.spec import Choices, Generate, Hidden, NextToken, Patchscope, Source, Target
+from patchscope_nn.spec import ATTENTION, Choices, Generate, Hidden, NextToken, Patchscope, Source, Target
 from patchscope_nn.sweep import expand
 
 TEXTS = ("The Tower is", "Diana", " Paris", " is in", "The city of Paris is in the", "The Eiffel Tower x ->")
@@ -302,7 +302,7 @@ def counted(model):
 
     blocks = model.module.get_submodule(model.info.architecture.blocks)
     # nnsight gives a block that is skipped the shell's own output; only what really runs has an attention.
-    parts = [block.get_submodule(model.info.architecture.attention) for block in blocks]
+    parts = [block.get_submodule(model.info.architecture.part(ATTENTION).path) for block in blocks]
     hooks = [part.register_forward_hook(at_block) for part in parts]
     hooks.append(model.module.get_input_embeddings().register_forward_hook(at_embedding))
     try:

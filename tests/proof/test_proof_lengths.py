@@ -20,7 +20,17 @@ from patchscope_nn.models import PLAIN
 from patchscope_nn.plan import plan
 from patchscope_nn.proof import prove
 from patchscope_nn.proof.prompts import thresholds
-from patchscope_nn.spec import Choices, Generate, Hidden, NextToken, Patchscope, Source, Target
+from patchscope_nn.spec import (
+    ATTENTION,
+    MLP,
+    Choices,
+    Generate,
+    Hidden,
+    NextToken,
+    Patchscope,
+    Source,
+    Target,
+)
 from patchscope_nn.sweep import expand
 
 SIZES = {
@@ -234,7 +244,7 @@ def test_cells_are_right_on_both_sides_of_a_length(name, readout, load, run_cell
         *(row_of(length + 1, length + 1), row_of(length + 6, length + 5), row_of(6, length + 5)),
     ]
     scope, model = scope_of(READOUTS[readout]), load(name)
-    attention, mlp = model.info.architecture.attention, model.info.architecture.mlp
+    attention, mlp = (model.info.architecture.part(site).path for site in (ATTENTION, MLP))
     reference = hooks.Reference(make(name), blocks=blocks, attention=attention, mlp=mlp)
     pair = hooks.Pair(scope, reference, tokenizer=tiny.TOKENIZER, eos=[tiny.EOS_ID])
     for some in (rows, rows[:2]):

@@ -16,6 +16,7 @@ import torch
 import patchscope_nn as ps
 from patchscope_nn.models import Comparison, Verdict, Withheld
 from patchscope_nn.proof import loading, store
+from patchscope_nn.spec import SITES, Site
 
 VERDICT = Verdict(
     key="key",
@@ -96,12 +97,14 @@ def changed(monkeypatch, what):
         monkeypatch.setattr(metadata, "version", lambda name: "9.9" if name == "torch" else true(name))
     if what == "code":
         monkeypatch.setattr(store, "_code_digest", lambda: "other")
+    if what == "sites":
+        monkeypatch.setitem(SITES, "gate", Site(name="gate", modules=("mlp.gate_proj",)))
     if what == "class":
         module.__class__ = type("OtherForCausalLM", (type(module),), {})
     return load(module=module, proof=False)
 
 
-@pytest.mark.parametrize("what", ["dtype", "attention", "config", "version", "code", "class"])
+@pytest.mark.parametrize("what", ["dtype", "attention", "config", "version", "code", "class", "sites"])
 def test_what_decides_a_verdict_is_in_its_key(what, monkeypatch):
     before = store.structure_key(load(proof=False))
     assert store.structure_key(load(proof=False)) == before

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from patchscope_nn.errors import DataError, InputError, LayerError, PositionError
 from patchscope_nn.models import Model
+from patchscope_nn.models.info import Part
 from patchscope_nn.spec import Choices, Generate, Hidden, NextToken, Patchscope, Source, Target
 from patchscope_nn.sweep import expand
 
@@ -337,9 +338,12 @@ def test_same_needs_a_target_as_deep(model):
 
 
 def test_blocks_without_the_site(model):
-    parts = replace(model.info.architecture, mlp=None)
+    parts = replace(model.info.architecture, parts=(Part("self_attn", 32, 32), Part("experts.0", 32, 32)))
     other = replace(model, info=replace(model.info, architecture=parts))
-    message = r"^target\.site='mlp': the blocks of LlamaForCausalLM \(llama\) have no such module\. Use site"
+    message = (
+        r"^target\.site='mlp': the blocks of LlamaForCausalLM \(llama\) have no such module: none of mlp, "
+        r"feed_forward, ffn, block_sparse_moe, fc2\. They have self_attn\. Use site: residual\."
+    )
     with pytest.raises(InputError, match=message):
         expand(scope_of(target={"site": "mlp"}), rows=ROWS, source=model, target=other)
 

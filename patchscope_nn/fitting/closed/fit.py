@@ -19,7 +19,7 @@ from patchscope_nn.fitting.closed.sums import Sums, size
 from patchscope_nn.fitting.texts import DEFAULT_DATA, Texts, read_texts
 from patchscope_nn.mappings import Fitted, Pair, Provenance, Space
 from patchscope_nn.proof import load
-from patchscope_nn.spec import Fit, FitKind
+from patchscope_nn.spec import RESIDUAL, Fit, FitKind
 
 Progress = Callable[[int, int], None]
 Notice = Callable[[str], None]
@@ -40,7 +40,7 @@ def fit_mapping(
     target_layers: Any = "all",
     data: Any = None,
     held_out: Any = 0.2,
-    sites: tuple[str, str] = ("residual", "residual"),
+    sites: tuple[str, str] = (RESIDUAL.name, RESIDUAL.name),
     remote: bool | str = False,
     source_remote: bool | str | None = None,
     base: Path | None = None,
@@ -66,7 +66,7 @@ def fit_mapping(
         target_layers: The l* of `cross`.
         data: The texts, as `run` takes data; None is texts that ship with this package.
         held_out: The share of the texts that is held out; or data of its own.
-        sites: What of a block is read on each side.
+        sites: The name of the site that is read on each side.
         remote: Where the target runs, as in `run`; states then come back as values.
         source_remote: Where the source runs; None is where the target does.
         base: The folder that relative data files start from.
@@ -148,7 +148,8 @@ def fit_pairs(
     source, target = pairing.source.info, pairing.target.info
     solutions = {pair: itself() for pair in pairs if pairing.is_one(pair)}
     pairs = [pair for pair in pairs if pair not in solutions]
-    chunks = list(_chunks(pairs, source.d_model, target.d_model))
+    d_in, d_out = pairing.widths
+    chunks = list(_chunks(pairs, d_in, d_out))
     each = len(texts.fitted) + len(texts.choosing)
     count = _Count(progress, len(chunks) * each + len(texts.held_out))
     for chunk in chunks:
@@ -166,7 +167,7 @@ def fit_pairs(
     if not scores.n:
         raise _no_places("held out")
     if notice:
-        for said in _notices(options, scores.solutions, source.d_model):
+        for said in _notices(options, scores.solutions, d_in):
             notice(said)
     n = solutions[pairs[0]].n
     return Fitted(

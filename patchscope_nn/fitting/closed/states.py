@@ -14,7 +14,7 @@ from patchscope_nn.fitting.closed.align import aligned
 from patchscope_nn.lower import gathered, reading
 from patchscope_nn.mappings import Pair
 from patchscope_nn.models import Model, ModelInfo
-from patchscope_nn.spec import Fit
+from patchscope_nn.spec import Fit, site_named
 from patchscope_nn.spec.prompts import encode
 
 #: Texts that are sorted by length together, and the most tokens of one pass.
@@ -51,7 +51,7 @@ class Pairing:
         source: M.
         target: M*; the same object where there is one model, which is then run once.
         backend: Where the models run.
-        sites: What of a block is read on each side.
+        sites: The name of the site that is read on each side.
         options: How many positions of how many tokens are taken, and the seed.
         skip: How many tokens at a text's beginning are left out; position 0 is an attention sink.
     """
@@ -101,6 +101,12 @@ class Pairing:
     def is_one(self, pair: Pair) -> bool:
         """Whether a pair is a place of one model and itself."""
         return self.source is self.target and self.sites[0] == self.sites[1] and pair[0] == pair[1]
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """The sizes of the states of the source and of the target."""
+        read, other = map(site_named, self.sites)
+        return self.source.info.width(read), self.target.info.width(other)
 
     @property
     def _one_tokenizer(self) -> bool:
