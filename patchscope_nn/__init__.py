@@ -18,11 +18,12 @@ if TYPE_CHECKING:
     from patchscope_nn.models import Model
     from patchscope_nn.plan import Optimisations
     from patchscope_nn.proof import load
+    from patchscope_nn.readouts import Choices, Generate, Hidden, NextToken
     from patchscope_nn.recipe import Recipe, load_recipe
     from patchscope_nn.runs.experiments import Experiment, run
     from patchscope_nn.runs.explain import explain
     from patchscope_nn.runs.folder import Run, load_run
-    from patchscope_nn.spec import Choices, Generate, Hidden, NextToken, Patchscope, Source, Target, prompts
+    from patchscope_nn.spec import Patchscope, Readout, Source, Target, prompts, register_readout
     from patchscope_nn.spec.positions import Each, Span
 
 __version__ = "0.1.0"
@@ -33,11 +34,12 @@ _HOMES = {
     "models": ("Model",),
     "plan": ("Optimisations",),
     "proof": ("load",),
+    "readouts": ("Choices", "Generate", "Hidden", "NextToken"),
     "recipe": ("Recipe", "load_recipe"),
     "runs.experiments": ("Experiment", "run"),
     "runs.explain": ("explain",),
     "runs.folder": ("Run", "load_run"),
-    "spec": ("Choices", "Generate", "Hidden", "NextToken", "Patchscope", "Source", "Target"),
+    "spec": ("Patchscope", "Readout", "Source", "Target", "register_readout"),
     "spec.positions": ("Each", "Span"),
 }
 #: Public names that are modules.
@@ -59,6 +61,7 @@ __all__ = [
     "Patchscope",
     "PatchscopeError",
     "Provenance",
+    "Readout",
     "Recipe",
     "Run",
     "RunError",
@@ -72,6 +75,7 @@ __all__ = [
     "load_recipe",
     "load_run",
     "prompts",
+    "register_readout",
     "run",
 ]
 

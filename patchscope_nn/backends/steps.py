@@ -123,7 +123,7 @@ def _heard(
 ) -> Callable[[list[int], list[int]], None]:
     """What a pass is to call: first with nothing, then at each step with rows and their tokens."""
     numbers = [(cell.number, *plan.copies.get(cell.number, ())) for cell in cells]
-    ends = set(readout.get("eos", ()))
+    ends = set(readout["eos"])
     texts: list[list[int]] = [[] for _ in cells]
 
     def heard(rows: list[int], ids: list[int]) -> None:

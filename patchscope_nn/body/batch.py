@@ -15,7 +15,6 @@ from patchscope_nn.body.states import (
     in_embedded,
     in_explained,
     in_finals,
-    in_hidden,
     in_read,
     in_readout,
     in_site,
@@ -42,24 +41,28 @@ def in_target(
     """Read a batch of target prompts with the states written into it, and read out what it says."""
     with model.trace(**one["inputs"], **one["options"]) as tracer:
         written = in_patched(model, one, states, paths, how)
-        if one["readout"]["name"] == "hidden":
-            rows = in_hidden(one["cells"], written, clean=one["readout"]["clean"])
+        if not one["readout"]["unembeds"]:
+            rows = in_readout(model, one["readout"], None, None, states=states, written=written)
             tracer.stop()
         elif one["rereads"] or one["steps"]:
             logits = in_positions(model.output.logits, one["positions"]).clone()
             cache = model.output.get("past_key_values")
         else:
             logits = in_positions(model.output.logits, one["positions"])
-            rows = in_readout(model, one["readout"], logits, model.output.get("past_key_values"), states)
+            cache = model.output.get("past_key_values")
+            rows = in_readout(model, one["readout"], logits, cache, states=states, written=written)
     if one["rereads"]:
         forward = in_rereading(model, one, states, paths, how)
+        ids = one["inputs"]["input_ids"]
         rows = in_readout(
-            forward, one["readout"], logits, one["inputs"]["input_ids"], states, plain=in_plain(model)
+            forward, one["readout"], logits, ids, states=states, written=written, plain=in_plain(model)
         )
     elif one["steps"]:
         forward = in_stepping(model, one, states, paths, how)
-        rows = in_readout(forward, one["readout"], logits, cache, states, plain=in_plain(model))
-    return in_explained(rows, one["writes"], states, written)
+        rows = in_readout(
+            forward, one["readout"], logits, cache, states=states, written=written, plain=in_plain(model)
+        )
+    return in_explained(rows, one, states, written)
 
 
 def in_patched(
@@ -175,11 +178,13 @@ def _in_fused_readout(model: Any, output: Any, one: Work, given: Work) -> list[d
     """Read out the target's rows, which stand behind the source's, from row `first` on."""
     first = given["first"]
     written, states = given["written"], given["states"]
-    if one["readout"]["name"] == "hidden":
-        rows = in_hidden(one["cells"], written, clean=one["readout"]["clean"])
-        return in_explained(rows, one["writes"], states, written)
+    if not one["readout"]["unembeds"]:
+        rows = in_readout(model, one["readout"], None, None, states=states, written=written)
+        return in_explained(rows, one, states, written)
     logits, cache = output.logits[first:], output.get("past_key_values")
-    if one["readout"]["name"] != "next_token":
+    if one["readout"]["decodes"]:
         cache.reorder_cache(torch.arange(first, first + len(logits), device=logits.device))
-    rows = in_readout(model, one["readout"], in_positions(logits, one["positions"]), cache, states)
-    return in_explained(rows, one["writes"], states, written)
+    rows = in_readout(
+        model, one["readout"], in_positions(logits, one["positions"]), cache, states=states, written=written
+    )
+    return in_explained(rows, one, states, written)

@@ -15,7 +15,7 @@ from transformers import DynamicCache
 
 from patchscope_nn.body.attention import in_attending
 from patchscope_nn.body.program import Work
-from patchscope_nn.body.states import in_blocks, in_explained, in_hidden, in_readout, in_write
+from patchscope_nn.body.states import in_blocks, in_explained, in_readout, in_write
 
 
 def in_prefix(model: Any, one: Work, paths: dict[str, str]) -> Any:
@@ -71,16 +71,16 @@ def in_packed(
                 written.update({cell: part for cell, part in found.items() if cell not in written})
             after = hidden if layer + 1 == packed["depth"] else args[0]
             blocks[layer].skip((after, None) if packed["tuples"] else after)
-        if one["readout"]["name"] == "hidden":
-            rows = in_hidden(one["cells"], written, clean=one["readout"]["clean"])
+        if not one["readout"]["unembeds"]:
+            rows = in_readout(model, one["readout"], None, None, states=states, written=written)
             tracer.stop()
         else:
             logits = model.output.logits[0]
             if "logits_to_keep" not in one["options"]:
                 logits = logits[packed["read"]]
             kept = _in_rows(cache, packed["rows"]) if packed["rows"] else None
-            rows = in_readout(model, one["readout"], logits, kept, states)
-    return in_explained(rows, one["writes"], states, written)
+            rows = in_readout(model, one["readout"], logits, kept, states=states, written=written)
+    return in_explained(rows, one, states, written)
 
 
 def _in_fork(prefix: Any) -> Any:

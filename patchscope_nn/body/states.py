@@ -6,13 +6,13 @@ Functions named `in_...` run inside a context, on whatever machine that is: they
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from patchscope_nn.body.mappings import apply_mapping
 from patchscope_nn.body.program import Work
-from patchscope_nn.body.readouts import read_choices, read_generate, read_next_token
 
 
 def in_blocks(model: Any, paths: dict[str, str]) -> Any:
@@ -142,31 +142,19 @@ def in_random(states: torch.Tensor, seed: int, *, matched: bool = True, alike: b
     return noise * (states.norm(dim=-1, keepdim=True) / noise.norm(dim=-1, keepdim=True))
 
 
-def in_hidden(cells: int, written: dict[int, Any], *, clean: bool) -> list[dict[str, Any]]:
-    """What was written for each cell of a pass, and what stood there; an unpatched one has nothing."""
-    names = ["hidden", "clean"][: 1 + clean]
-    return [
-        {
-            name: written[cell][place].float().tolist() if cell in written else None
-            for place, name in enumerate(names)
-        }
-        for cell in range(cells)
-    ]
-
-
 def in_explained(
-    rows: list[dict[str, Any]], writes: list[Any], states: dict[int, torch.Tensor], written: dict[int, Any]
+    rows: list[dict[str, Any]], one: Work, states: dict[int, torch.Tensor], written: dict[int, Any]
 ) -> list[dict[str, Any]]:
     """Say of each row whose numbers are not finite where the first such number was, as `not_finite`."""
     for cell, row in enumerate(rows):
         parts = written.get(cell, ())
-        if in_is_finite(row, parts):
-            if in_has_nan(row, parts):
+        if in_is_finite(row, parts, one["readout"]):
+            if in_has_nan(row, parts, one["readout"]):
                 row["not_finite"] = "compared"
             continue
         numbers = [
             entry["state"]
-            for _, entries in writes
+            for _, entries in one["writes"]
             for entry in entries
             if entry["cell"] == cell and entry["state"] is not None
         ]
@@ -178,25 +166,26 @@ def in_explained(
     return rows
 
 
-def in_is_finite(row: dict[str, Any], parts: Any) -> bool:
-    """Whether the numbers of a row that are always finite are so; `sound` is taken out of it.
+def in_is_finite(row: dict[str, Any], parts: Any, readout: Work) -> bool:
+    """True if what a row was read from is finite; `sound` is taken out of the row.
 
-    `parts` are the states that its cell wrote and replaced; those of `hidden` are looked at as tensors.
+    `parts` are the states that its cell wrote and replaced. They are all that a readout reads which does not
+    unembed, and are faster to look at than its lists.
     """
-    if "hidden" in row:
+    if not readout["unembeds"]:
         return not parts or bool(parts[0].float().isfinite().all())
     sound = [row.pop("sound")] if "sound" in row else []
-    numbers = in_numbers([sound, *(row[name] for name in ("entropy_nats", "choice_probs") if name in row)])
+    numbers = in_numbers([sound, *(row[name] for name in readout["finite"] if name in row)])
     return all(abs(number) < float("inf") for number in numbers)
 
 
-def in_has_nan(row: dict[str, Any], parts: Any) -> bool:
-    """Whether a number of a row is NaN, or a state that was replaced and is given is not finite.
+def in_has_nan(row: dict[str, Any], parts: Any, readout: Work) -> bool:
+    """True if a number of a row is NaN, or a replaced state that the readout looks at is not finite.
 
     A token with a logit of -inf is ruled out: its log-probability is infinite, and is a number.
     """
-    if "hidden" in row:
-        return "clean" in row and bool(parts) and not parts[1].float().isfinite().all()
+    if not readout["unembeds"]:
+        return bool(readout["clean"] and parts) and not parts[1].float().isfinite().all()
     numbers = in_numbers([*row.values()])
     return any(number != number for number in numbers)  # noqa: PLR0124 (only a NaN does)
 
@@ -249,20 +238,22 @@ def in_cut(block: Any, cuts: list[Any], one: Work, layer: int) -> None:
 def in_readout(
     model: Any,
     readout: Work,
-    logits: torch.Tensor,
+    logits: Any,
     cache: Any,
-    states: dict[int, torch.Tensor],
     *,
+    states: dict[int, torch.Tensor],
+    written: dict[int, Any],
     plain: Any = None,
 ) -> list[dict[str, Any]]:
-    """Call the readout a pass asks for. The prompt has been read: nothing from here on is patched.
+    """Call the body of the readout. The prompt has been read: nothing from here on is patched.
 
     Args:
         model: M*, as a function.
-        readout: What `unpack` made of it; `mask` is the attention mask of the prompts behind `cache`.
-        logits: (n_cells, vocab) at the positions that are read.
+        readout: What `lower` made of it; `mask` is the attention mask of the prompts behind `cache`.
+        logits: (n_cells, vocab) at the positions that are read; None for a readout that does not unembed.
         cache: Keys and values, a row for each cell; only for readouts that decode.
         states: What source passes read, for the reference distributions.
+        written: By cell, what was written and what it replaced.
         plain: M* without any patch, as a function, where `model` is not that.
 
     Returns:
@@ -271,43 +262,20 @@ def in_readout(
     heard = readout.get("heard")
     if heard is not None:
         heard([], [])
-    if readout["name"] == "next_token":
-        return read_next_token(
-            logits,
-            top_k=readout["top_k"],
-            references=readout["references"],
-            source_logprobs={number: states[number] for number in readout["before"]},
-            compared=readout["before"],
-            from_source=readout["from_source"],
-        )
-    mask = readout["mask"].to(logits.device)
-    if readout["name"] == "choices":
-        return read_choices(
-            model,
-            logits,
-            cache,
-            mask,
-            numbered=readout["numbered"],
-            continuations=readout["continuations"],
-            rereads=readout["rereads"],
-            stepwise=readout["stepwise"],
-        )
-    return read_generate(
-        model,
-        logits,
-        cache,
-        mask,
-        extra=readout["extra"],
-        numbered=readout["numbered"],
-        max_new_tokens=readout["max_new_tokens"],
-        eos=readout["eos"],
-        stops=readout["stops"],
-        temperature=readout["temperature"],
-        seeds=readout["seeds"],
-        leaving=readout["leaving"],
-        mixed=readout["mixed"],
-        stepwise=readout["stepwise"],
+    known = ("n_cells", "numbered", "extra", "eos", "leaving", "mixed", "rereads", "stepwise")
+    run = SimpleNamespace(
+        forward=model,
         plain=plain or model,
-        prompts=readout["prompts"],
+        logits=logits,
+        cache=cache,
+        mask=readout["mask"].to(logits.device) if readout["decodes"] else None,
+        states=states,
+        written=written,
         heard=heard,
+        **{name: readout[name] for name in known},
     )
+    rows = readout["read"](run, **readout["asked"])
+    if readout["unembeds"] and not readout["finite"]:
+        for row, top in zip(rows, logits.float().amax(-1).tolist(), strict=True):
+            row["sound"] = top
+    return rows

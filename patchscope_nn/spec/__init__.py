@@ -10,16 +10,13 @@ Nothing here imports torch, so a recipe can be checked in milliseconds.
 from patchscope_nn._util.checking import Spec, problems
 from patchscope_nn.spec.fitting import FIT_KINDS, Fit, FitKind, fit_schema
 from patchscope_nn.spec.mapping import ALIGNED, NAMED_MAPPINGS, AnyMapping, dump_mapping
-from patchscope_nn.spec.readout import (
-    READOUTS,
+from patchscope_nn.spec.readout import ColumnType, PassCells, Readout, Tokens, read_position
+from patchscope_nn.spec.readout_kinds import (
     AnyReadout,
-    Choices,
-    Generate,
-    Hidden,
-    NextToken,
-    Readout,
     dump_readout,
-    read_position,
+    kinds_in,
+    readout_kinds,
+    register_readout,
 )
 from patchscope_nn.spec.scope import Patchscope
 from patchscope_nn.spec.sides import STATELESS, Control, Site, Source, Target, Vector
@@ -31,32 +28,33 @@ __all__ = [
     "FIT_KINDS",
     "LENS_KINDS",
     "NAMED_MAPPINGS",
-    "READOUTS",
     "STATELESS",
     "TRAIN_KINDS",
     "AnyMapping",
     "AnyReadout",
-    "Choices",
+    "ColumnType",
     "Control",
     "Corrupt",
     "Cut",
     "Fit",
     "FitKind",
-    "Generate",
-    "Hidden",
-    "NextToken",
+    "PassCells",
     "Patchscope",
     "Readout",
     "Site",
     "Source",
     "Spec",
     "Target",
+    "Tokens",
     "Train",
     "Vector",
     "dump_mapping",
     "dump_readout",
     "fit_schema",
+    "kinds_in",
     "problems",
     "read_position",
+    "readout_kinds",
+    "register_readout",
     "train_schema",
 ]

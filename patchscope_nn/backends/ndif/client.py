@@ -79,6 +79,8 @@ def submit(host: str, context: Context, work: Work, model: Model) -> str:
     if context not in ("session", "fused"):
         raise InputError(f"a request names one model; context={context!r} runs two.", hint="Use bridged.")
     check_travels(work["how"]["mapping"][1])
+    for body in {target["readout"]["read"] for target in work.get("targets", ())}:
+        check_travels(body, what="readout's body")
     with explained(host):
         env = model.traced._remoteable_get_env()  # noqa: SLF001 (what nnsight's own remote=True sends)
         backend = RemoteBackend(_key(model), host=host, env=env, blocking=False)
