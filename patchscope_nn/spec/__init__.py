@@ -11,7 +11,7 @@ from patchscope_nn._util.checking import Spec, problems
 from patchscope_nn.spec.fitting import FIT_KINDS, Fit, FitKind, fit_schema
 from patchscope_nn.spec.mapping import ALIGNED, NAMED_MAPPINGS, AnyMapping, dump_mapping
 from patchscope_nn.spec.readout import ColumnType, PassCells, Readout, Tokens, read_position
-from patchscope_nn.spec.readout_kinds import (
+from patchscope_nn.spec.readout_registry import (
     AnyReadout,
     dump_readout,
     kinds_in,

@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 
 from patchscope_nn._util.checking import Spec
 from patchscope_nn.spec.mapping import AnyMapping
-from patchscope_nn.spec.readout_kinds import AnyReadout, default_readout
+from patchscope_nn.spec.readout_registry import AnyReadout, default_readout
 from patchscope_nn.spec.sides import Source, Target
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ import patchscope_nn as ps
 from patchscope_nn.errors import InputError, SpecError
 from patchscope_nn.recipe import lint
 from patchscope_nn.runs.conformance import check_readout
-from patchscope_nn.spec import readout_kinds
+from patchscope_nn.spec import readout_kinds, readout_registry
 
 ROOT = Path(__file__).parents[2]
 COLUMNS = {"a": " Paris", "b": " the city of"}
@@ -163,6 +164,42 @@ def test_what_a_kind_lacks_is_said_when_it_is_registered(attributes, message):
     with pytest.raises(InputError, match=message):
         ps.register_readout(kind(**attributes))
     assert "mine" not in readout_kinds()
+
+
+@pytest.fixture
+def installing(monkeypatch):
+    """installing(value): an installed package offers a kind; what it registered is forgotten afterwards."""
+    kinds, named = dict(readout_registry._KINDS), dict(readout_registry.NAMED)
+
+    def install(value):
+        entry = EntryPoint(name="mine", value=value, group=readout_registry.ENTRY_POINTS)
+        monkeypatch.setattr(readout_registry, "entry_points", lambda group: [entry])
+        readout_registry._installed.cache_clear()
+
+    yield install
+    readout_registry._KINDS.clear()
+    readout_registry._KINDS.update(kinds)
+    readout_registry.NAMED.clear()
+    readout_registry.NAMED.update(named)
+
+
+def test_a_kind_of_an_installed_package_is_known_by_name(installing, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "Mine", kind(name="mine"), raising=False)
+    installing(f"{__name__}:Mine")
+    scope = ps.Patchscope(source=ps.Source(prompt="x"), readout="mine")
+    assert type(scope.readout).__name__ == "Mine"
+    assert [*readout_kinds()][-1] == "mine"
+
+
+def test_a_package_whose_kind_cannot_be_loaded_is_told_and_stops_nothing(installing):
+    installing("no_such_module:Mine")
+    with pytest.warns(
+        UserWarning, match=r"The readout 'mine' of an installed package \(no_such_module:Mine\)"
+    ):
+        assert "mine" not in readout_kinds()
+    installing("max_logit:read_max_logit")
+    with pytest.warns(UserWarning, match="is not a subclass of patchscope_nn.Readout"):
+        readout_kinds()
 
 
 def test_a_body_that_cannot_be_imported_is_said_before_anything_runs(tiny_model, monkeypatch):

@@ -83,10 +83,11 @@ def metric_columns(table: pd.DataFrame, *, declared: Iterable[Any] = ()) -> list
         table: The tidy table.
         declared: A recipe's `metrics`: names, or {name: parameters}. `surprisal` also means `surprisal_nats`.
     """
-    of_readouts = {name for kind in readout_kinds().values() for name in kind.columns}
+    of_readouts = (name for kind in readout_kinds().values() for name in kind.columns)
+    no_metrics = {*PLACES, *of_readouts, "error"}
     names = [name for entry in declared for name in ([entry] if isinstance(entry, str) else entry)]
     wanted = [column for name in names for column in (name, f"{name}_nats")]
-    wanted += [str(column) for column in table.columns if column not in {*PLACES, *of_readouts, "error"}]
+    wanted += [str(column) for column in table.columns if column not in no_metrics]
     return [
         column
         for column in dict.fromkeys(wanted)

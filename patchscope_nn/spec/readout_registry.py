@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import re
+import warnings
 from collections.abc import Mapping
 from importlib.metadata import EntryPoint, entry_points
 from typing import Annotated, Any, TypeVar
@@ -125,22 +126,19 @@ def _shipped() -> None:
 @functools.cache
 def _installed() -> None:
     for entry in entry_points(group=ENTRY_POINTS):
-        register_readout(_load(entry))
+        try:
+            register_readout(_loaded(entry))
+        except Exception as error:  # noqa: BLE001 (a package that nobody asked for must not stop a run)
+            warnings.warn(
+                f"The readout {entry.name!r} of an installed package ({entry.value}) cannot be used: {error}",
+                stacklevel=2,
+            )
 
 
-def _load(entry: EntryPoint) -> type[Readout]:
-    try:
-        kind = entry.load()
-    except Exception as error:
-        raise InputError(
-            f"the readout {entry.name!r} of an installed package ({entry.value}) cannot be loaded: {error}.",
-            hint="Mend or uninstall that package.",
-        ) from error
+def _loaded(entry: EntryPoint) -> type[Readout]:
+    kind = entry.load()
     if not (isinstance(kind, type) and issubclass(kind, Readout)):
-        raise InputError(
-            f"the entry point {entry.name!r} ({entry.value}) is not a kind of readout.",
-            hint="It should name a subclass of patchscope_nn.Readout.",
-        )
+        raise InputError(f"{entry.value} is not a subclass of patchscope_nn.Readout.")
     return kind
 
 
@@ -185,4 +183,6 @@ AnyReadout = Annotated[
 
 def kinds_in(columns: Any) -> list[type[Readout]]:
     """The kinds whose columns a table has, in the order in which they are listed."""
-    return [kind for kind in readout_kinds().values() if (kind.says or next(iter(kind.columns))) in columns]
+    _shipped()
+    _installed()
+    return [kind for kind in _KINDS.values() if (kind.says or next(iter(kind.columns))) in columns]
