@@ -18,20 +18,19 @@ if TYPE_CHECKING:
     from patchscope_nn.models import Model
     from patchscope_nn.plan import Optimisations
     from patchscope_nn.proof import load
+    from patchscope_nn.readouts import Choices, Generate, Hidden, NextToken
     from patchscope_nn.recipe import Recipe, load_recipe
     from patchscope_nn.runs.experiments import Experiment, run
     from patchscope_nn.runs.explain import explain
     from patchscope_nn.runs.folder import Run, load_run
     from patchscope_nn.spec import (
-        Choices,
-        Generate,
-        Hidden,
-        NextToken,
         Patchscope,
+        Readout,
         Site,
         Source,
         Target,
         prompts,
+        register_readout,
         register_site,
     )
     from patchscope_nn.spec.positions import Each, Span
@@ -44,13 +43,14 @@ _HOMES = {
     "models": ("Model",),
     "plan": ("Optimisations",),
     "proof": ("load",),
+    "readouts": ("Choices", "Generate", "Hidden", "NextToken"),
     "recipe": ("Recipe", "load_recipe"),
     "runs.experiments": ("Experiment", "run"),
     "runs.explain": ("explain",),
     "runs.folder": ("Run", "load_run"),
     "spec": (
-        *("Choices", "Generate", "Hidden", "NextToken", "Patchscope", "Site", "Source", "Target"),
-        "register_site",
+        *("Patchscope", "Readout", "Site", "Source", "Target"),
+        *("register_readout", "register_site"),
     ),
     "spec.positions": ("Each", "Span"),
 }
@@ -73,6 +73,7 @@ __all__ = [
     "Patchscope",
     "PatchscopeError",
     "Provenance",
+    "Readout",
     "Recipe",
     "Run",
     "RunError",
@@ -87,6 +88,7 @@ __all__ = [
     "load_recipe",
     "load_run",
     "prompts",
+    "register_readout",
     "register_site",
     "run",
 ]

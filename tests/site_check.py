@@ -22,18 +22,8 @@ from patchscope_nn.errors import InputError
 from patchscope_nn.mappings import resolve_mapping
 from patchscope_nn.plan import Optimisations, plan
 from patchscope_nn.proof import load
-from patchscope_nn.spec import (
-    RESIDUAL,
-    SITES,
-    Choices,
-    Generate,
-    Hidden,
-    NextToken,
-    Patchscope,
-    Site,
-    Source,
-    Target,
-)
+from patchscope_nn.readouts import Choices, Generate, Hidden, NextToken
+from patchscope_nn.spec import RESIDUAL, SITES, Patchscope, Site, Source, Target
 from patchscope_nn.sweep import expand
 
 #: Two lengths, so that passes are padded; the target prompts share a prefix.

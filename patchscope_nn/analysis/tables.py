@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from patchscope_nn.metrics import MetricUse, compute_metrics
-from patchscope_nn.spec import Choices, Generate, Hidden, NextToken, Readout
+from patchscope_nn.spec import ColumnType, Readout, readout_kinds
 from patchscope_nn.spec.prompts import decode
 from patchscope_nn.sweep import Cell, Sweep
 
@@ -34,46 +34,24 @@ PLACES = (
     "scale",
     "sample",
 )
-#: The columns each readout gives, in order.
-READINGS: dict[type[Readout], tuple[str, ...]] = {
-    NextToken: (
-        "top_tokens",
-        "top_ids",
-        "top_probs",
-        "entropy_nats",
-        "reference_tokens",
-        "reference_ids",
-        "reference_logprobs",
-        "reference_ranks",
-        "surprisal_nats",
-        "nll_nats",
-        "kl_nats",
-        "source_top_ids",
-    ),
-    Generate: ("text", "stopped", "token_probs", "unpatched_token_probs"),
-    Choices: ("choices", "choice_logprobs", "choice_probs", "choice"),
-    Hidden: ("hidden", "clean"),
-}
-
-
 _TEXTS_KEPT = 2**15
-
-
-def readings_of(readout: Readout) -> tuple[str, ...]:
-    """The columns of a readout: those it always gives, and those it is asked for."""
-    left_out: tuple[str, ...] = ()
-    if isinstance(readout, Generate) and not readout.relevancy:
-        left_out = ("token_probs", "unpatched_token_probs")
-    if isinstance(readout, Hidden) and not readout.clean:
-        left_out = ("clean",)
-    return tuple(name for name in READINGS[type(readout)] if name not in left_out)
 
 
 def columns_of(readout: Readout, uses: Sequence[MetricUse]) -> list[str]:
     """The names of a run's columns, in order."""
-    readings = readings_of(readout)
-    metrics = [use.name for use in uses if use.name not in readings]
-    return [*PLACES, *readings, *metrics, "error"]
+    metrics = [use.name for use in uses if use.name not in readout.given]
+    return [*PLACES, *readout.given, *metrics, "error"]
+
+
+class _Tokens:
+    """Token ids as text, as `spec.Tokens` describes them; the texts of single tokens are kept."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self.token = lru_cache(maxsize=_TEXTS_KEPT)(lambda token_id: decode([token_id], tokenizer))
+
+    def text(self, ids: Sequence[int]) -> str:
+        return decode(ids, self._tokenizer)
 
 
 class Tabulator:
@@ -88,8 +66,7 @@ class Tabulator:
 
     def __init__(self, sweep: Sweep, uses: Sequence[MetricUse], *, tokenizer: Any, mapping: str) -> None:
         self.sweep, self.uses, self.mapping = sweep, uses, mapping
-        self._tokenizer = tokenizer
-        self._text = lru_cache(maxsize=_TEXTS_KEPT)(lambda token: decode([token], tokenizer))
+        self._tokens = _Tokens(tokenizer)
 
     def row(self, cell: Cell, raw: Mapping[str, Any]) -> dict[str, Any]:
         """One cell's row.
@@ -103,7 +80,8 @@ class Tabulator:
         """
         if "not_finite" in raw:
             return self.failed(cell, self._not_finite(cell, raw["not_finite"]))
-        readings = self._readings(cell, raw)
+        texts = self.sweep.entries[cell.entry].choices
+        readings = self.sweep.scope.readout.tabulate(raw, self._tokens, texts)
         metrics = compute_metrics(self.uses, readings, self.sweep.rows[cell.row])
         return {**self._places(cell), **readings, **metrics, "error": None}
 
@@ -157,33 +135,6 @@ class Tabulator:
             "sample": cell.sample,
         }
 
-    def _readings(self, cell: Cell, raw: Mapping[str, Any]) -> dict[str, Any]:
-        readout = self.sweep.scope.readout
-        if isinstance(readout, NextToken):
-            named = {
-                "top_tokens": self._texts(raw["top_ids"]),
-                "reference_tokens": self._texts(raw.get("reference_ids")),
-            }
-            return {name: named.get(name, raw.get(name)) for name in READINGS[NextToken]}
-        if isinstance(readout, Generate):
-            whole = decode(raw["token_ids"], self._tokenizer)
-            text = cut(whole, readout.stop)
-            said = {"text": text, "stopped": raw["stopped"] if text == whole else "stop"}
-            return {name: said.get(name, raw.get(name)) for name in readings_of(readout)}
-        if isinstance(readout, Choices):
-            choices = self.sweep.entries[cell.entry].choices
-            best = max(range(len(choices)), key=lambda place: raw["choice_logprobs"][place])
-            return {"choices": list(choices), **raw, "choice": choices[best]}
-        return dict(raw)
-
-    def _texts(self, ids: Sequence[int] | None) -> list[str] | None:
-        return None if ids is None else [self._text(one) for one in ids]
-
-
-def cut(text: str, stop: str | None) -> str:
-    """A generated text up to its stop string, wherever the tokens' borders fall."""
-    return text.partition(stop)[0] if stop else text
-
 
 def frame(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Any:
     """Rows as a pandas DataFrame with the run's columns; layers are nullable integers."""
@@ -214,37 +165,31 @@ def light_frame(rows: Iterable[Mapping[str, Any]], names: Sequence[str], *, metr
     return frame([{name: shared(row.get(name)) for name in kept} for row in rows], names)
 
 
-_LISTS = {
-    **dict.fromkeys(
-        ("source_position", "target_position", "top_ids", "reference_ids", "source_top_ids"), "int64"
-    ),
-    **dict.fromkeys(("source_token", "target_token", "top_tokens", "reference_tokens", "choices"), "string"),
-    **dict.fromkeys(("top_probs", "reference_logprobs", "choice_logprobs", "choice_probs"), "double"),
-    **dict.fromkeys(("token_probs", "unpatched_token_probs"), "double"),
-    "reference_ranks": "int64",
+#: What the other columns hold; one that stands nowhere is a metric, a number.
+_TYPES: dict[str, ColumnType] = {
+    **dict.fromkeys(("row", "source_layer", "target_layer", "sample"), "integer"),
+    **dict.fromkeys(("source_position", "target_position"), "integers"),
+    **dict.fromkeys(("source_token", "target_token"), "texts"),
+    **dict.fromkeys(("control", "source_prompt", "target_prompt", "source_model", "target_model"), "text"),
+    **dict.fromkeys(("mapping", "error", "probe_choice"), "text"),
 }
-_TEXTS = (
-    *("control", "source_prompt", "target_prompt", "source_model", "target_model", "mapping"),
-    *("text", "stopped", "choice", "error"),
-    "probe_choice",
-)
-_INTEGERS = ("row", "source_layer", "target_layer", "sample")
 
 
 def arrow_schema(names: Sequence[str]) -> Any:
     """The pyarrow schema of a run's columns: one for every part of a table that is written in parts."""
     import pyarrow as pa
 
-    def kind(name: str) -> Any:
-        if name in _LISTS:
-            return pa.list_(pa.type_for_alias(_LISTS[name]))
-        if name in ("hidden", "clean"):
-            return pa.list_(pa.list_(pa.float32()))
-        if name in _TEXTS:
-            return pa.string()
-        return pa.int64() if name in _INTEGERS else pa.float64()
-
-    return pa.schema([(name, kind(name)) for name in names])
+    types = {name: kind for readout in readout_kinds().values() for name, kind in readout.columns.items()}
+    arrow = {
+        "text": pa.string(),
+        "number": pa.float64(),
+        "integer": pa.int64(),
+        "texts": pa.list_(pa.string()),
+        "numbers": pa.list_(pa.float64()),
+        "integers": pa.list_(pa.int64()),
+        "states": pa.list_(pa.list_(pa.float32())),
+    }
+    return pa.schema([(name, arrow[(types | _TYPES).get(name, "number")]) for name in names])
 
 
 _ROWS_AT_ONCE = 1000

@@ -9,5 +9,6 @@ Only torch, nnsight and transformers are imported here, because a server has not
     states.py     reads and writes hidden states
     attention.py  attention to a shared prefix
     mappings.py   applies a mapping
-    readouts.py   what is read from logits
+    readouts.py   what is read of a patched run
+    decoding.py   reads tokens behind a prompt
 """

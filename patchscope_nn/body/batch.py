@@ -16,7 +16,6 @@ from patchscope_nn.body.states import (
     in_embedded,
     in_explained,
     in_finals,
-    in_hidden,
     in_read,
     in_readout,
     in_site,
@@ -51,23 +50,25 @@ def in_target(
     readout, inputs = target["readout"], target["inputs"]
     with model.trace(**inputs, **target["options"]) as tracer:
         written = in_patched(model, target, states, site, writing, inputs=inputs)
-        if readout["name"] == "hidden":
-            rows = in_hidden(target["cells"], written, clean=readout["clean"])
+        if not readout["unembeds"]:
+            rows = in_readout(model, readout, None, None, states=states, written=written)
             tracer.stop()
         elif target["rereads"] or target["every_step"]:
             logits = in_positions(model.output.logits, target["positions"]).clone()
             cache = model.output.get("past_key_values")
         else:
             logits = in_positions(model.output.logits, target["positions"])
-            rows = in_readout(model, readout, logits, model.output.get("past_key_values"), states, hear=hear)
-    if target["rereads"]:
-        forward = in_rereading(model, target, states, site, writing)
-        ids = inputs["input_ids"]
-        rows = in_readout(forward, readout, logits, ids, states, plain=in_plain(model), hear=hear)
-    elif target["every_step"]:
-        forward = in_stepping(model, target, states, site, writing)
-        rows = in_readout(forward, readout, logits, cache, states, plain=in_plain(model), hear=hear)
-    return in_explained(rows, target["writes"], states, written)
+            cache = model.output.get("past_key_values")
+            rows = in_readout(model, readout, logits, cache, states=states, written=written, hear=hear)
+    if target["rereads"] or target["every_step"]:
+        if target["rereads"]:
+            cache = inputs["input_ids"]
+            forward = in_rereading(model, target, states, site, writing)
+        else:
+            forward = in_stepping(model, target, states, site, writing)
+        read = {"states": states, "written": written, "plain": in_plain(model), "hear": hear}
+        rows = in_readout(forward, readout, logits, cache, **read)
+    return in_explained(rows, target, states, written)
 
 
 def in_patched(
@@ -203,12 +204,12 @@ def _in_fused_readout(
 ) -> list[dict[str, Any]]:
     """Read out the target's rows, which stand behind the source's, from row `first` on."""
     readout = target["readout"]
-    if readout["name"] == "hidden":
-        rows = in_hidden(target["cells"], written, clean=readout["clean"])
-        return in_explained(rows, target["writes"], states, written)
+    if not readout["unembeds"]:
+        rows = in_readout(model, readout, None, None, states=states, written=written)
+        return in_explained(rows, target, states, written)
     logits, cache = output.logits[first:], output.get("past_key_values")
-    if readout["name"] != "next_token":
+    if readout["decodes"]:
         cache.reorder_cache(torch.arange(first, first + len(logits), device=logits.device))
     logits = in_positions(logits, target["positions"])
-    rows = in_readout(model, readout, logits, cache, states, hear=hear)
-    return in_explained(rows, target["writes"], states, written)
+    rows = in_readout(model, readout, logits, cache, states=states, written=written, hear=hear)
+    return in_explained(rows, target, states, written)

@@ -15,7 +15,7 @@ from transformers import DynamicCache
 
 from patchscope_nn.body.attention import in_attending
 from patchscope_nn.body.program import CellRows, PackedProgram, PrefixProgram, SitePath, Writing
-from patchscope_nn.body.states import in_blocks, in_explained, in_hidden, in_readout, in_write
+from patchscope_nn.body.states import in_blocks, in_explained, in_readout, in_write
 
 
 def in_prefix(model: Any, prefix: PrefixProgram, site: SitePath) -> Any:
@@ -72,16 +72,16 @@ def in_packed(
                 written.update({cell: part for cell, part in parts.items() if cell not in written})
             after = hidden if layer + 1 == target["depth"] else args[0]
             blocks[layer].skip((after, None) if target["tuples"] else after)
-        if readout["name"] == "hidden":
-            rows = in_hidden(target["cells"], written, clean=readout["clean"])
+        if not readout["unembeds"]:
+            rows = in_readout(model, readout, None, None, states=states, written=written)
             tracer.stop()
         else:
             logits = model.output.logits[0]
             if "logits_to_keep" not in target["options"]:
                 logits = logits[target["read"]]
             kept = _in_rows(cache, target["rows"]) if target["rows"] is not None else None
-            rows = in_readout(model, readout, logits, kept, states, hear=hear)
-    return in_explained(rows, writes, states, written)
+            rows = in_readout(model, readout, logits, kept, states=states, written=written, hear=hear)
+    return in_explained(rows, target, states, written)
 
 
 def _in_fork(prefix: Any) -> Any:

@@ -12,7 +12,8 @@ the packed sequence.
 
 from __future__ import annotations
 
-from typing import Any, Literal, TypedDict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, Protocol, TypedDict
 
 import torch
 
@@ -111,6 +112,31 @@ class Cut(TypedDict):
     unseen: list[int]
 
 
+class ReadoutProgram(TypedDict):
+    """What a target pass reads: the kind's own body and arguments, and what a `PatchedRun` needs to know."""
+
+    #: The function that reads it: `read(run, **asked)` with a `PatchedRun`. It travels by its source.
+    read: Callable[..., list[dict[str, Any]]]
+    #: Its keyword arguments, as the kind's `lower` gives them.
+    asked: dict[str, Any]
+    #: As the attributes of the kind say (see `spec.Readout`); `clean` is `looks_at_replaced`.
+    unembeds: bool
+    decodes: bool
+    finite: list[str]
+    clean: bool
+    #: As in `PatchedRun`.
+    n_cells: int
+    numbered: bool
+    extra: dict[str, Any]
+    eos: list[int]
+    leaving: bool
+    mixed: bool
+    rereads: bool
+    stepwise: bool
+    #: (n_cells, n_tokens) the attention mask of the prompts; None if nothing is decoded.
+    mask: torch.Tensor | None
+
+
 class TargetProgram(TypedDict):
     """What every target pass has: rows of a padded batch, or segments of one sequence."""
 
@@ -121,8 +147,8 @@ class TargetProgram(TypedDict):
     options: dict[str, Any]
     #: What is written, by layer, in ascending order of layers.
     writes: dict[int, list[Write]]
-    #: What the readout needs, as its kind makes it.
-    readout: dict[str, Any]
+    #: What is read from it.
+    readout: ReadoutProgram
     #: The attention window of each block; None where it sees everything.
     windows: list[int | None]
     #: The names of a block's positional arguments.
@@ -258,6 +284,51 @@ class Results(TypedDict):
     kept: dict[int, torch.Tensor]
     #: The prefix's keys and values; None where they were not asked for.
     prefix: Any
+
+
+class PatchedRun(Protocol):
+    """What a readout's body is given: a pass whose target prompts have been read, with the patch.
+
+    Nothing from here on is patched, unless `target.every_step` asks for it.
+
+    Attributes:
+        n_cells: The cells of the pass. A body returns one dict of plain values for each, in their order.
+        logits: (n_cells, vocab) where T is read; None for a readout that does not unembed.
+        forward: M* as a function of the keyword arguments of its own `forward`.
+        plain: M* without any patch, as such a function.
+        cache: The prompts' keys and values, a row for each cell; only for a readout that decodes.
+        mask: (n_cells, n_tokens) the prompts' attention mask, 0 where a row is padded; as `cache`.
+        states: By number what was read of M: (n_positions, d_model) states and (vocab,) log-probabilities.
+        written: By cell the (n_positions, d_model) states that were written and those they replaced; there is
+            no entry for a cell that is not patched.
+        numbered: True if `forward` takes position_ids.
+        extra: More keyword arguments for a `forward` whose last logits alone are read.
+        eos: Ids that end a text.
+        leaving: True if rows that have ended may leave the batch.
+        mixed: True if rows of different lengths may share a forward.
+        rereads: True if `forward` reads the prompt again and takes its ids for `cache`. Its logits then begin
+            with those after the last token that was read before.
+        stepwise: True if tokens behind the prompt must be read one by one, each seeing only those before it.
+        heard: Called at each step of decoding with the rows that go on and the token of each; None elsewhere
+            than in this process.
+    """
+
+    n_cells: int
+    logits: torch.Tensor
+    forward: Callable[..., Any]
+    plain: Callable[..., Any]
+    cache: Any
+    mask: torch.Tensor
+    states: Mapping[int, torch.Tensor]
+    written: Mapping[int, Sequence[torch.Tensor]]
+    numbered: bool
+    extra: dict[str, Any]
+    eos: list[int]
+    leaving: bool
+    mixed: bool
+    rereads: bool
+    stepwise: bool
+    heard: Callable[[list[int], list[int]], None] | None
 
 
 def identity_writing() -> Writing:

@@ -1,17 +1,18 @@
 """What is read from a patched run. These functions run inside a context, on whatever machine that is.
 
 So they take and give plain lists and tensors, use torch alone, and know nothing of this package's classes.
-`forward` is the model as a function of keyword arguments; `logits` are those after the prompt, which was
-read once, with the patch; `cache` holds its keys and values. What comes later is never patched.
+Each kind of readout names its body here, which takes the run and the kind's own options (see `PatchedRun`).
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import torch
+
+from patchscope_nn.body.decoding import read_continued, read_unpatched
+from patchscope_nn.body.program import PatchedRun
 
 #: Taking rows out copies the cache of those that stay; it pays once one in so many has ended.
 _LEAVING = 8
@@ -24,32 +25,31 @@ _NOTHING = -1e4
 
 
 def read_next_token(
-    logits: torch.Tensor,
+    run: PatchedRun,
     *,
     top_k: int,
     references: list[list[int]],
-    source_logprobs: dict[int, torch.Tensor],
     compared: list[int],
     from_source: bool,
 ) -> list[dict[str, Any]]:
     """The next token's distribution, and what it says of reference tokens.
 
     Args:
-        logits: (batch, vocab).
+        run: The patched run.
         top_k: How many tokens to keep.
         references: For each row the ids of its reference tokens, as many for each; may be empty.
-        source_logprobs: By number (vocab,) log p_source, an unpatched source's at position i.
-        compared: For each row the number of its own; empty where nothing is compared.
+        compared: For each row the number of its own source distribution; empty where nothing is compared.
         from_source: Whether the reference is the source's own top token.
 
     Returns:
         One dict for each row; log-probabilities and entropies in nats, ranks from 1.
     """
+    logits = run.logits
     wanted = torch.tensor(references, dtype=torch.long, device=logits.device)
     before = None
     if compared:
-        numbers = list(source_logprobs)
-        before = torch.stack([source_logprobs[number].to(logits.device) for number in numbers])
+        numbers = list(dict.fromkeys(compared))
+        before = torch.stack([run.states[number].to(logits.device) for number in numbers])
         place = {number: at for at, number in enumerate(numbers)}
         own = torch.tensor([place[number] for number in compared], device=logits.device)
         if from_source:
@@ -128,52 +128,31 @@ def top_logits(scores: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Te
 
 
 def read_generate(
-    forward: Callable[..., Any],
-    logits: torch.Tensor,
-    cache: Any,
-    mask: torch.Tensor,
+    run: PatchedRun,
     *,
-    extra: dict[str, Any],
-    numbered: bool,
     max_new_tokens: int,
-    eos: list[int],
     stops: list[int],
     temperature: float,
     seeds: list[int],
-    leaving: bool,
-    mixed: bool,
-    stepwise: bool,
-    plain: Callable[..., Any],
     prompts: list[list[int]] | None,
-    heard: Callable[[list[int], list[int]], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Decode each row until it meets an end, a stop or the limit.
 
     Args:
-        forward: The model.
-        logits: (batch, vocab) after the prompt.
-        cache: The keys and values of the prompt.
-        mask: (batch, n_tokens) the prompt's attention mask, 0 where a row is padded.
-        extra: More keyword arguments of `forward`.
-        numbered: Whether `forward` takes position_ids.
+        run: The patched run.
         max_new_tokens: The most tokens to decode.
-        eos: Ids that end a text and are no part of it.
         stops: Ids of tokens that hold the stop string; the text is cut later, on the client.
         temperature: 0 is greedy; else the tokens are sampled by the Gumbel-max trick, with each row's own
             noise, so that a row's text does not depend on its batch.
         seeds: One seed for each row.
-        leaving: Whether rows that met their end leave the batch.
-        mixed: Whether rows of different lengths may share a forward.
-        stepwise: Whether tokens of a text go one by one, each seeing only those before it.
-        plain: The model without any patch.
         prompts: For each row the ids of T, where it is asked how likely its tokens are; else None.
-        heard: Called at each step with the rows that go on, and the token of each; only in this process.
 
     Returns:
         One dict for each row: `token_ids`; `stopped`, which is `eos`, `stop` or `length`; `sound`, the sum of
         the top logits, which is a finite number if they are; where asked, for each token `token_probs`, and
         `unpatched_token_probs` after T as it is.
     """
+    logits, cache, mask, eos = run.logits, run.cache, run.mask, run.eos
     batch = logits.shape[0]
     noises = [torch.Generator().manual_seed(seed) for seed in seeds]
     ends = torch.tensor([*eos, *stops], dtype=torch.long, device=logits.device)
@@ -196,25 +175,25 @@ def read_generate(
             of_token = torch.softmax(logits.float(), dim=-1).gather(-1, token[:, None])[:, 0]
             likely = likely.scatter(0, alive, of_token)
             probs.append(likely)
-        if heard is not None:
-            heard(alive[~done].tolist(), token[~done].tolist())
+        if run.heard is not None:
+            run.heard(alive[~done].tolist(), token[~done].tolist())
         done = done | torch.isin(token, ends)
         gone = int(done.sum())
         if step + 1 == max_new_tokens or gone == len(done):
             break
-        if leaving and gone * _LEAVING >= len(done):
+        if run.leaving and gone * _LEAVING >= len(done):
             stay = (~done).nonzero()[:, 0]
             cache.reorder_cache(stay)  # unlike batch_select_indices it knows recurrent states
             alive, mask, token, done = alive[stay], mask[stay], token[stay], done[stay]
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-        where = {"position_ids": mask.sum(-1, keepdim=True) - 1} if numbered else {}
-        output = forward(
+        where = {"position_ids": mask.sum(-1, keepdim=True) - 1} if run.numbered else {}
+        output = run.forward(
             input_ids=token[:, None],
             attention_mask=mask,
             past_key_values=cache,
             use_cache=True,
             **where,
-            **extra,
+            **run.extra,
         )
         logits, cache = output.logits[:, -1], output.past_key_values
     said = zip(torch.stack(chosen, dim=1).tolist(), sound.tolist(), strict=True)
@@ -222,8 +201,10 @@ def read_generate(
     if prompts is not None:
         for row, own in zip(rows, torch.stack(probs, dim=1).tolist(), strict=True):
             row["token_probs"] = own[: len(row["token_ids"])]
-        for some in read_alike(rows, prompts, mixed=mixed):
-            read_unpatched(plain, *some, numbered=numbered, stepwise=stepwise, device=logits.device)
+        for some in read_alike(rows, prompts, mixed=run.mixed):
+            read_unpatched(
+                run.plain, *some, numbered=run.numbered, stepwise=run.stepwise, device=logits.device
+            )
     return rows
 
 
@@ -254,104 +235,12 @@ def read_alike(rows: list[dict[str, Any]], prompts: list[list[int]], *, mixed: b
     return list(groups.values())
 
 
-def read_unpatched(
-    plain: Callable[..., Any],
-    rows: list[dict[str, Any]],
-    prompts: list[list[int]],
-    *,
-    numbered: bool,
-    stepwise: bool,
-    device: Any,
-) -> None:
-    """Add to each row how likely its tokens are after T as it is: one forward over T and all but the last.
-
-    With `stepwise` each token is read after T from keys and values, so that T does not see it.
-    """
-    if stepwise:
-        for row, prompt in zip(rows, prompts, strict=True):
-            ids = torch.tensor([row["token_ids"]], dtype=torch.long, device=device)
-            said = torch.softmax(read_after(plain, prompt, ids[:, :-1], numbered=numbered)[0].float(), dim=-1)
-            row["unpatched_token_probs"] = said[: ids.shape[1]].gather(-1, ids[0, :, None])[:, 0].tolist()
-        return
-    whole = [prompt + row["token_ids"][:-1] for prompt, row in zip(prompts, rows, strict=True)]
-    width = max(map(len, whole))
-    ids = torch.tensor([[0] * (width - len(one)) + one for one in whole], device=device)
-    mask = torch.tensor([[0] * (width - len(one)) + [1] * len(one) for one in whole], device=device)
-    where = {"position_ids": (mask.cumsum(-1) - 1).clamp_min(0)} if numbered and not mask.all() else {}
-    logits = plain(input_ids=ids, attention_mask=mask, **where).logits
-    for place, row in enumerate(rows):
-        tokens = torch.tensor(row["token_ids"], dtype=torch.long, device=device)
-        said = torch.softmax(logits[place, width - len(tokens) :].float(), dim=-1)
-        row["unpatched_token_probs"] = said.gather(-1, tokens[:, None])[:, 0].tolist()
-
-
-def read_after(
-    plain: Callable[..., Any], prompt: list[int], ids: torch.Tensor, *, numbered: bool
-) -> torch.Tensor:
-    """The logits after a prompt and after each token that follows it one by one, (1, n + 1, vocab)."""
-    whole = torch.tensor([prompt], device=ids.device)
-    mask = torch.ones_like(whole)
-    where = {"position_ids": mask.cumsum(-1) - 1} if numbered else {}
-    output = plain(input_ids=whole, attention_mask=mask, use_cache=True, **where)
-    return read_continued(
-        plain, output.logits[:, -1], output.past_key_values, mask, ids, numbered=numbered, stepwise=True
-    )
-
-
-def read_continued(
-    forward: Callable[..., Any],
-    logits: torch.Tensor,
-    cache: Any,
-    mask: torch.Tensor,
-    ids: torch.Tensor,
-    *,
-    numbered: bool,
-    stepwise: bool,
-) -> torch.Tensor:
-    """The logits after a prompt and after each token that follows it, (batch, n + 1, vocab).
-
-    Args:
-        forward: The model.
-        logits: (batch, vocab) after the prompt.
-        cache: The keys and values of the prompt; they grow.
-        mask: (batch, n_tokens) the prompt's attention mask.
-        ids: (batch, n) what follows; n may be 0.
-        numbered: Whether `forward` takes position_ids.
-        stepwise: Whether the tokens go one by one.
-    """
-    parts = [logits[:, None]]
-    for part in ids.split(1 if stepwise else max(1, ids.shape[1]), dim=1) if ids.shape[1] else ():
-        before = mask.sum(-1, keepdim=True)
-        mask = torch.cat([mask, mask.new_ones(part.shape)], dim=1)
-        where = {"position_ids": before + torch.arange(part.shape[1], device=ids.device)} if numbered else {}
-        output = forward(input_ids=part, attention_mask=mask, past_key_values=cache, use_cache=True, **where)
-        cache = output.past_key_values
-        parts.append(output.logits)
-    return torch.cat(parts, dim=1)
-
-
-def read_choices(
-    forward: Callable[..., Any],
-    logits: torch.Tensor,
-    cache: Any,
-    mask: torch.Tensor,
-    *,
-    numbered: bool,
-    continuations: list[list[list[int]]],
-    rereads: bool,
-    stepwise: bool,
-) -> list[dict[str, Any]]:
+def read_choices(run: PatchedRun, *, continuations: list[list[list[int]]]) -> list[dict[str, Any]]:
     """The summed log-probability of each row's continuations, and these normalised over the choices.
 
     Args:
-        forward: The model.
-        logits: (batch, vocab) after the prompt.
-        cache: The keys and values of the prompt; left as they are.
-        mask: (batch, n_tokens) the prompt's attention mask.
-        numbered: Whether `forward` takes position_ids.
+        run: The patched run; its cache is left as it is.
         continuations: (batch, n_choices, n) token ids.
-        rereads: Whether `forward` reads the prompt again; then all of a choice is scored by one forward.
-        stepwise: Whether the tokens of a choice go one by one, each seeing only those before it.
 
     Returns:
         One dict for each row: `choice_logprobs` in nats, and `choice_probs`, which sum to 1.
@@ -360,16 +249,24 @@ def read_choices(
     for choice in range(len(continuations[0])):
         rows = [row[choice] for row in continuations]
         longest = max(len(row) for row in rows)
-        ids = torch.tensor([row + [row[-1]] * (longest - len(row)) for row in rows], device=logits.device)
+        ids = torch.tensor([row + [row[-1]] * (longest - len(row)) for row in rows], device=run.logits.device)
         counted = torch.tensor([[place < len(row) for place in range(longest)] for row in rows]).to(
             ids.device
         )
-        if rereads:
-            whole = torch.cat([mask, mask.new_ones(len(rows), longest)], dim=1)
-            scores = forward(input_ids=ids, attention_mask=whole, past_key_values=cache).logits[:, :-1]
+        if run.rereads:
+            # A forward that reads the prompt again scores all of a choice.
+            mask = torch.cat([run.mask, run.mask.new_ones(len(rows), longest)], dim=1)
+            output = run.forward(input_ids=ids, attention_mask=mask, past_key_values=run.cache)
+            scores = output.logits[:, :-1]
         else:
             scores = read_continued(
-                forward, logits, copy.deepcopy(cache), mask, ids[:, :-1], numbered=numbered, stepwise=stepwise
+                run.forward,
+                run.logits,
+                copy.deepcopy(run.cache),
+                run.mask,
+                ids[:, :-1],
+                numbered=run.numbered,
+                stepwise=run.stepwise,
             )
         logprobs = torch.log_softmax(scores.float(), dim=-1)
         of_ids = logprobs.gather(-1, ids[:, :, None])[:, :, 0]
@@ -378,4 +275,16 @@ def read_choices(
     return [
         {"choice_logprobs": one, "choice_probs": probs}
         for one, probs in zip(summed.tolist(), torch.softmax(summed, dim=-1).tolist(), strict=True)
+    ]
+
+
+def read_hidden(run: PatchedRun, *, clean: bool) -> list[dict[str, Any]]:
+    """What was written for each cell, and with `clean` what stood there; an unpatched cell has nothing."""
+    names = ["hidden", "clean"][: 1 + clean]
+    return [
+        {
+            name: run.written[cell][place].float().tolist() if cell in run.written else None
+            for place, name in enumerate(names)
+        }
+        for cell in range(run.n_cells)
     ]

@@ -6,13 +6,23 @@ Functions named `in_...` run inside a context, on whatever machine that is. They
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from patchscope_nn.body.mappings import apply_mapping
-from patchscope_nn.body.program import Cut, Embedded, Read, SitePath, Sum, Write, Writing
-from patchscope_nn.body.readouts import read_choices, read_generate, read_next_token
+from patchscope_nn.body.program import (
+    Cut,
+    Embedded,
+    Read,
+    ReadoutProgram,
+    SitePath,
+    Sum,
+    TargetProgram,
+    Write,
+    Writing,
+)
 
 
 def in_blocks(model: Any, site: SitePath) -> Any:
@@ -160,35 +170,23 @@ def in_random(states: torch.Tensor, seed: int, *, matched: bool = True, alike: b
     return noise * (states.norm(dim=-1, keepdim=True) / noise.norm(dim=-1, keepdim=True))
 
 
-def in_hidden(cells: int, written: dict[int, Any], *, clean: bool) -> list[dict[str, Any]]:
-    """The new state of each cell of a pass, and with `clean` the previous one; None in an unpatched cell."""
-    names = ["hidden", "clean"][: 1 + clean]
-    return [
-        {
-            name: written[cell][index].float().tolist() if cell in written else None
-            for index, name in enumerate(names)
-        }
-        for cell in range(cells)
-    ]
-
-
 def in_explained(
     rows: list[dict[str, Any]],
-    writes: dict[int, list[Write]],
+    target: TargetProgram,
     states: dict[int, torch.Tensor],
     written: dict[int, Any],
 ) -> list[dict[str, Any]]:
     """Add `not_finite` to each row with a number that is not finite: where the first such number arose."""
     for cell, row in enumerate(rows):
         parts = written.get(cell, ())
-        if in_is_finite(row, parts):
-            if in_has_nan(row, parts):
+        if in_is_finite(row, parts, target["readout"]):
+            if in_has_nan(row, parts, target["readout"]):
                 row["not_finite"] = "compared"
             continue
         numbers = [
             write["state"]
-            for entries in writes.values()
-            for write in entries
+            for writes in target["writes"].values()
+            for write in writes
             if write["cell"] == cell and write["state"] is not None
         ]
         row["not_finite"] = "logits"
@@ -199,25 +197,26 @@ def in_explained(
     return rows
 
 
-def in_is_finite(row: dict[str, Any], parts: Any) -> bool:
-    """Whether the numbers of a row that are always finite are so; `sound` is taken out of it.
+def in_is_finite(row: dict[str, Any], parts: Any, readout: ReadoutProgram) -> bool:
+    """True if what a row was read from is finite; `sound` is taken out of the row.
 
-    `parts` are the states that its cell wrote and replaced; those of `hidden` are looked at as tensors.
+    `parts` are the states that its cell wrote and replaced. They are all that a readout reads which does not
+    unembed, and are faster to look at than its lists.
     """
-    if "hidden" in row:
+    if not readout["unembeds"]:
         return not parts or bool(parts[0].float().isfinite().all())
     sound = [row.pop("sound")] if "sound" in row else []
-    numbers = in_numbers([sound, *(row[name] for name in ("entropy_nats", "choice_probs") if name in row)])
+    numbers = in_numbers([sound, *(row[name] for name in readout["finite"] if name in row)])
     return all(abs(number) < float("inf") for number in numbers)
 
 
-def in_has_nan(row: dict[str, Any], parts: Any) -> bool:
-    """Whether a number of a row is NaN, or a state that was replaced and is given is not finite.
+def in_has_nan(row: dict[str, Any], parts: Any, readout: ReadoutProgram) -> bool:
+    """True if a number of a row is NaN, or a replaced state that the readout looks at is not finite.
 
     A token with a logit of -inf is ruled out: its log-probability is infinite, and is a number.
     """
-    if "hidden" in row:
-        return "clean" in row and bool(parts) and not parts[1].float().isfinite().all()
+    if not readout["unembeds"]:
+        return bool(readout["clean"] and parts) and not parts[1].float().isfinite().all()
     numbers = in_numbers([*row.values()])
     return any(number != number for number in numbers)  # noqa: PLR0124 (only a NaN does)
 
@@ -279,22 +278,24 @@ def in_cut(
 
 def in_readout(
     model: Any,
-    readout: dict[str, Any],
-    logits: torch.Tensor,
+    readout: ReadoutProgram,
+    logits: Any,
     cache: Any,
-    states: dict[int, torch.Tensor],
     *,
+    states: dict[int, torch.Tensor],
+    written: dict[int, Any],
     plain: Any = None,
     hear: Any = None,
 ) -> list[dict[str, Any]]:
-    """Call the readout a pass asks for. The prompt has been read: nothing from here on is patched.
+    """Call the body of the readout. The prompt has been read: nothing from here on is patched.
 
     Args:
         model: M*, as a function.
-        readout: What its kind needs; `mask` is the attention mask of the prompts behind `cache`.
-        logits: (n_cells, vocab) at the positions that are read.
+        readout: What is read.
+        logits: (n_cells, vocab) at the positions that are read; None for a readout that does not unembed.
         cache: Keys and values, a row for each cell; only for readouts that decode.
         states: What source passes read, for the reference distributions.
+        written: By cell, what was written and what it replaced.
         plain: M* without any patch, as a function, where `model` is not that.
         hear: Called while the pass runs (see `contexts.Hear`); None for nothing.
 
@@ -303,43 +304,20 @@ def in_readout(
     """
     if hear is not None:
         hear([], [])
-    if readout["name"] == "next_token":
-        return read_next_token(
-            logits,
-            top_k=readout["top_k"],
-            references=readout["references"],
-            source_logprobs={number: states[number] for number in readout["before"]},
-            compared=readout["before"],
-            from_source=readout["from_source"],
-        )
-    mask = readout["mask"].to(logits.device)
-    if readout["name"] == "choices":
-        return read_choices(
-            model,
-            logits,
-            cache,
-            mask,
-            numbered=readout["numbered"],
-            continuations=readout["continuations"],
-            rereads=readout["rereads"],
-            stepwise=readout["stepwise"],
-        )
-    return read_generate(
-        model,
-        logits,
-        cache,
-        mask,
-        extra=readout["extra"],
-        numbered=readout["numbered"],
-        max_new_tokens=readout["max_new_tokens"],
-        eos=readout["eos"],
-        stops=readout["stops"],
-        temperature=readout["temperature"],
-        seeds=readout["seeds"],
-        leaving=readout["leaving"],
-        mixed=readout["mixed"],
-        stepwise=readout["stepwise"],
+    known = ("n_cells", "numbered", "extra", "eos", "leaving", "mixed", "rereads", "stepwise")
+    run = SimpleNamespace(
+        forward=model,
         plain=plain or model,
-        prompts=readout["prompts"],
+        logits=logits,
+        cache=cache,
+        mask=None if readout["mask"] is None else readout["mask"].to(logits.device),
+        states=states,
+        written=written,
         heard=hear,
+        **{name: readout[name] for name in known},  # type: ignore[literal-required]
     )
+    rows = readout["read"](run, **readout["asked"])
+    if readout["unembeds"] and not readout["finite"]:
+        for row, top in zip(rows, logits.float().amax(-1).tolist(), strict=True):
+            row["sound"] = top
+    return rows

@@ -6,17 +6,16 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from patchscope_nn.analysis.tables import cut
 from patchscope_nn.errors import RunError
 from patchscope_nn.explore.copies import Options
 from patchscope_nn.explore.lenses import Lens
-from patchscope_nn.explore.views import WINDOW, CellView, GridView, View
+from patchscope_nn.explore.views import STOP, WINDOW, CellView, GridView, View
 from patchscope_nn.explore.worker import Ask
 from patchscope_nn.models import Model
+from patchscope_nn.readouts.generate import cut
 from patchscope_nn.recipe import Recipe
 from patchscope_nn.runs.execute import run_prepared
 from patchscope_nn.runs.prepare import Prepared, load_models, prepare
-from patchscope_nn.spec import Generate
 from patchscope_nn.spec.prompts import decode, encode
 
 #: How many pairs of models are kept; one that comes again after so many others is loaded again.
@@ -154,8 +153,6 @@ class _Telling:
 
     def __init__(self, ask: Ask, prepared: Prepared) -> None:
         self.ask, self.sweep, self.tokenizer = ask, prepared.sweep, prepared.target.tokenizer
-        readout = prepared.sweep.scope.readout
-        self.stop = readout.stop if isinstance(readout, Generate) else None
 
     def read(self, count: int) -> None:
         """The prompts have been read; the first tokens come next."""
@@ -163,7 +160,7 @@ class _Telling:
 
     def decoded(self, cell: int, ids: Sequence[int]) -> None:
         """Tell the text so far."""
-        text = cut(decode(list(ids), self.tokenizer), self.stop)
+        text = cut(decode(list(ids), self.tokenizer), STOP)
         control = self.sweep.cells[cell].control
         self.ask.tell("text", control=control, text=text, n_tokens=len(ids))
 

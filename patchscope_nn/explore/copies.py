@@ -13,10 +13,11 @@ from patchscope_nn.recipe import Recipe, dump
 from patchscope_nn.spec import dump_mapping
 
 _WIDTH = 100
-_SHOWN = {
-    "next_token": ["source_position", "source_token", "source_layer", "top_tokens", "top_probs"],
-    "generate": ["control", "source_layer", "target_layer", "text"],
-}
+#: Where the cells of a grid are, and those of one state beside its controls.
+_OF_GRID, _OF_CELL = (
+    ("source_position", "source_token", "source_layer"),
+    ("control", "source_layer", "target_layer"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,11 +86,12 @@ def as_python(recipe: Recipe, options: Options) -> str:
     given = {"model": recipe.model, "controls": tuple(recipe.controls), **options.given()}
     if recipe.target.model is not None:  # `model` stands for both
         given = {"source_model": given.pop("model"), **given}
+    shown = [*(_OF_CELL if recipe.controls else _OF_GRID), *(readout.odds or (readout.says,))]
     outer = "".join(f"    {name}={value!r},\n" for name, value in given.items() if value != ())
     return (
         "# From `patchscope explore`.\nimport patchscope_nn as ps\n\n"
         f"run = ps.run(\n    ps.Patchscope(\n{inner}    ),\n{outer})\n"
-        f"print(run.table()[{_SHOWN[readout.name]!r}].to_string())\n"
+        f"print(run.table()[{shown!r}].to_string())\n"
     )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from patchscope_nn.errors import InputError
 from patchscope_nn.recipe import Recipe, load_recipe, shipped
-from patchscope_nn.spec import NextToken, Patchscope, Source, Target, prompts
+from patchscope_nn.spec import Patchscope, Source, Target, prompts
 
 #: The lens whose target the page gives.
 OWN = "own"
@@ -84,7 +84,7 @@ def _lens(recipe: Recipe, name: str) -> Lens:
 
 def _why_not(recipe: Recipe) -> str | None:
     """What keeps a recipe from being a lens."""
-    if not isinstance(recipe.readout, NextToken):
+    if recipe.readout.odds is None or recipe.readout.decodes:
         return f"it reads {recipe.readout.name}"
     if isinstance(recipe.mapping, tuple):
         return "its mapping is a file"

@@ -10,14 +10,17 @@ from pydantic import BeforeValidator, Field
 
 from patchscope_nn.errors import InputError, did_you_mean
 from patchscope_nn.explore.lenses import OWN, Lens, own_lens
+from patchscope_nn.readouts import Generate, NextToken
 from patchscope_nn.recipe import Recipe
-from patchscope_nn.spec import Generate, NextToken, Source, Spec, Target, prompts
+from patchscope_nn.spec import Source, Spec, Target, prompts
 from patchscope_nn.spec.layers import LayerSelector, parse_layers
 from patchscope_nn.spec.prompts import literal
 
 #: The most tokens of a prompt that one grid shows.
 WINDOW = 40
 _TOP_K = 5
+#: One line is one entry of the few-shot list, as in the recipe entity-description.
+STOP = "\n"
 _INTEGER = re.compile(r"-?\d+")
 
 
@@ -104,7 +107,7 @@ class GridView(View):
             source=Source(prompt=literal(self.prompt), position=position, site=scope.source.site),
             target=scope.target.model_copy(update={"model": self.other_model}),
             mapping=scope.mapping,
-            readout=NextToken(top_k=_TOP_K, reference=reference, position=_read_at(scope.readout)),
+            readout=NextToken(top_k=_TOP_K, reference=reference, position=scope.readout.reads_at),
         )
 
     def _lens(self, lenses: Mapping[str, Lens]) -> Lens:
@@ -116,10 +119,6 @@ class GridView(View):
                 hint=f"{did_you_mean(self.lens, [*lenses, OWN])} More come with --lens RECIPE.",
             )
         return lenses[self.lens]
-
-
-def _read_at(readout: Any) -> int:
-    return int(readout.position)
 
 
 class CellView(View):
@@ -145,7 +144,6 @@ class CellView(View):
             model=self.source_model,
             source=Source(prompt=literal(self.prompt), position=self.position, layer=self.layer),
             target=self.target.target(self.other_model),
-            # One line is one entry of the few-shot list, as in the recipe entity-description.
-            readout=Generate(max_new_tokens=self.max_new_tokens, stop="\n"),
+            readout=Generate(max_new_tokens=self.max_new_tokens, stop=STOP),
             controls=("unpatched", "random"),
         )

@@ -3,63 +3,105 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from patchscope_nn.body.program import ReadoutProgram
+from patchscope_nn.errors import InputError
 from patchscope_nn.models import Model
 from patchscope_nn.plan import Plan, State, from_cache
-from patchscope_nn.spec import Choices, Generate, Hidden, NextToken
+from patchscope_nn.spec import Readout
 from patchscope_nn.sweep import Cell
 
 
 def readout_of(
-    plan: Plan, cells: Sequence[Cell], numbers: Mapping[State, int], target: Model
-) -> dict[str, Any]:
-    """What a pass's readout is asked for."""
-    readout, entries = plan.sweep.scope.readout, plan.sweep.entries
-    arguments = target.info.architecture.arguments
-    work: dict[str, Any] = {
-        "name": readout.name,
-        "clean": isinstance(readout, Hidden) and readout.clean,
-        "numbered": "position_ids" in arguments,
-        "extra": {"logits_to_keep": 1} if "logits_to_keep" in arguments else {},
+    plan: Plan, cells: Sequence[Cell], numbers: Mapping[State, int], target: Model, mask: Any
+) -> ReadoutProgram:
+    """What a target pass reads.
+
+    Args:
+        plan: The plan.
+        cells: The cells of the pass.
+        numbers: The numbers of the states that its step reads.
+        target: M*.
+        mask: (n_cells, n_tokens) the attention mask of the prompts.
+
+    Returns:
+        That part of the program.
+    """
+    readout, used = plan.sweep.scope.readout, plan.optimisations
+    cached = from_cache(plan.sweep, used)
+    return {
+        "read": body_of(readout),
+        "asked": readout.lower(_PassCells(plan, cells, numbers, target)),
+        "unembeds": readout.unembeds,
+        "decodes": readout.decodes,
+        "finite": list(readout.finite),
+        "clean": readout.looks_at_replaced,
+        "n_cells": len(cells),
+        "numbered": target.info.supports("positions"),
+        "extra": {"logits_to_keep": 1} if target.info.supports("few_logits") else {},
+        "eos": list(eos_ids(target)),
+        "leaving": used.early_leaving and cached and not plan.sweep.scope.target.every_step,
+        "mixed": used.mixed_lengths,
+        "rereads": not cached,
+        "stepwise": not target.info.supports("causal"),
+        "mask": mask if readout.decodes else None,
     }
-    if isinstance(readout, NextToken):
-        before = [
-            numbers[State(cell.reference[0], (cell.reference[1],), None)]
-            for cell in cells
-            if cell.reference is not None
-        ]
-        work |= {
-            "top_k": readout.top_k,
-            "references": [list(entries[cell.entry].reference_ids) for cell in cells],
-            "before": before,
-            "from_source": readout.reference == "source",
-        }
-    elif isinstance(readout, Generate):
-        work |= {
-            "max_new_tokens": readout.max_new_tokens,
-            "eos": list(eos_ids(target)),
-            "stops": list(stop_ids(target.tokenizer, readout.stop) if readout.stop else ()),
-            "temperature": readout.temperature,
-            "seeds": [cell.seed for cell in cells],
-            "leaving": plan.optimisations.early_leaving
-            and from_cache(plan.sweep, plan.optimisations)
-            and not plan.sweep.scope.target.every_step,
-            "mixed": plan.optimisations.mixed_lengths,
-            "stepwise": not target.info.architecture.causal,
-            "prompts": [list(plan.sweep.target_prompts[cell.target_prompt].ids) for cell in cells]
-            if readout.relevancy
-            else None,
-        }
-    elif isinstance(readout, Choices):
-        continuations = [[list(ids) for ids in entries[cell.entry].continuations] for cell in cells]
-        work |= {
-            "continuations": continuations,
-            "rereads": not from_cache(plan.sweep, plan.optimisations),
-            "stepwise": not target.info.architecture.causal,
-        }
-    return work
+
+
+def body_of(readout: Readout) -> Callable[..., Any]:
+    """The function that reads a readout inside a context.
+
+    Raises:
+        InputError: It cannot be imported.
+    """
+    module, _, name = readout.body.partition(":")
+    try:
+        body: Callable[..., Any] = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise InputError(
+            f"the body {readout.body!r} of the readout {readout.name} cannot be imported: {error}.",
+            hint="Write module:function, and run where Python finds the module (PYTHONPATH).",
+        ) from error
+    return body
+
+
+@dataclass(frozen=True)
+class _PassCells:
+    """The cells of a pass, as `spec.PassCells` describes them."""
+
+    plan: Plan
+    cells: Sequence[Cell]
+    numbers: Mapping[State, int]
+    target: Model
+
+    @property
+    def seeds(self) -> list[int]:
+        return [cell.seed for cell in self.cells]
+
+    @property
+    def prompts(self) -> list[list[int]]:
+        return [list(self.plan.sweep.target_prompts[cell.target_prompt].ids) for cell in self.cells]
+
+    @property
+    def reference_ids(self) -> list[list[int]]:
+        return [list(self.plan.sweep.entries[cell.entry].reference_ids) for cell in self.cells]
+
+    @property
+    def continuations(self) -> list[list[list[int]]]:
+        entries = self.plan.sweep.entries
+        return [[list(ids) for ids in entries[cell.entry].continuations] for cell in self.cells]
+
+    @property
+    def compared(self) -> list[int]:
+        references = (cell.reference for cell in self.cells if cell.reference is not None)
+        return [self.numbers[State(prompt, (position,), None)] for prompt, position in references]
+
+    def token_ids_with(self, text: str) -> list[int]:
+        return list(stop_ids(self.target.tokenizer, text))
 
 
 def eos_ids(model: Model) -> tuple[int, ...]:

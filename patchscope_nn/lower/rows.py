@@ -74,8 +74,7 @@ def target_rows(
         for row, (cell, shift) in enumerate(zip(cells, shifts, strict=True))
         for layer, entry in writes_of(cell, row, [shift + at for at in cell.target_positions], made, row)
     ]
-    readout = readout_of(plan, cells, made.numbers, target)
-    readout["mask"] = inputs["attention_mask"]
+    readout = readout_of(plan, cells, made.numbers, target, inputs["attention_mask"])
     asked, modes = plan.sweep.scope.readout, plan.sweep.scope.target
     positions = [read_position(asked, len(prompt)) - len(prompt) for prompt in prompts]
     return {

@@ -38,12 +38,10 @@ def target_segments(
             branch = segments[layout.of_cell[place]]
             tokens = [branch.at(at) for at in cell.target_positions]
             writes += writes_of(cell, 0, tokens, made, place)
-    readout = readout_of(plan, cells, made.numbers, target)
     read = [_read_token(plan, cell, segments[at]) for cell, at in zip(cells, layout.of_cell, strict=True)]
     decodes = plan.sweep.scope.readout.decodes
-    if decodes:
-        readout["mask"] = torch.ones(len(cells), len(plan.sweep.target_prompts[cells[0].target_prompt].ids))
-        readout["mask"] = readout["mask"].long()
+    width = len(plan.sweep.target_prompts[cells[0].target_prompt].ids)
+    mask = torch.ones(len(cells), width, dtype=torch.long)
     options: dict[str, Any] = {"use_cache": True}
     if plan.optimisations.lean_readout and info.supports("few_logits"):
         options["logits_to_keep"] = torch.tensor(read)
@@ -54,7 +52,7 @@ def target_segments(
         "inputs": inputs,
         "options": options,
         "writes": by_layer(writes),
-        "readout": readout,
+        "readout": readout_of(plan, cells, made.numbers, target, mask),
         "windows": list(info.architecture.windows),
         "names": [name for name in info.architecture.block_arguments if name != "self"],
         "depth": layout.depth,
@@ -67,7 +65,7 @@ def target_segments(
         "key_positions": torch.tensor([*range(layout.prefix), *positions]),
         "tuples": info.architecture.gives_tuples,
         "read": read,
-        "rows": _rows(layout, readout["mask"].shape[1]) if decodes else None,
+        "rows": _rows(layout, width) if decodes else None,
     }
 
 

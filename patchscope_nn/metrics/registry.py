@@ -22,7 +22,8 @@ from patchscope_nn.metrics.values import (
     rouge_l,
     top_k_overlap,
 )
-from patchscope_nn.spec import Choices, Generate, Hidden, NextToken, Readout
+from patchscope_nn.readouts import Choices, Generate, Hidden, NextToken
+from patchscope_nn.spec import Readout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,10 +203,11 @@ def check_metrics(uses: Sequence[MetricUse], readout: Readout) -> list[str]:
     found = []
     for use in uses:
         metric = METRICS[use.name]
-        if not isinstance(readout, metric.readout):
+        if readout.name != metric.readout.name:
             found.append(f"{use.name} reads {metric.readout.name}, and the readout is {readout.name}")
-        elif metric.reference and isinstance(readout, NextToken) and readout.reference is None:
-            found.append(f"{use.name} needs readout.next_token.reference, for example reference: source")
+        elif metric.reference and not (readout.from_source or readout.texts):
+            field = f"readout.{readout.name}.{readout.texts_field}"
+            found.append(f"{use.name} needs {field}, for example {readout.texts_field}: source")
         elif metric.option is not None and not getattr(readout, metric.option):
             found.append(f"{use.name} needs readout.{readout.name}.{metric.option}: true")
     return found

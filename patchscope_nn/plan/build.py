@@ -28,7 +28,7 @@ from patchscope_nn.plan.pack import Packer, from_cache
 from patchscope_nn.plan.passes import Context, Optimisations, Step
 from patchscope_nn.plan.proven import allowed
 from patchscope_nn.plan.sources import Reader
-from patchscope_nn.spec import SITES, Generate
+from patchscope_nn.spec import SITES
 from patchscope_nn.sweep import Cell, Sweep
 
 #: A step is what is lost together. Decoding makes its passes long; else more cells sort into better passes.
@@ -318,8 +318,7 @@ def _fuses(sweep: Sweep) -> bool:
     """Whether source and target may share a forward: what is written is one state, once."""
     source, target = sweep.scope.source, sweep.scope.target
     made = source.vector or source.minus or source.mean or not target.needs_state
-    relevancy = isinstance(sweep.scope.readout, Generate) and sweep.scope.readout.relevancy
-    return not (made or relevancy or target.alters or target.window > 1)
+    return not (made or sweep.scope.readout.runs_unpatched or target.alters or target.window > 1)
 
 
 def _in_order(sweep: Sweep, cell: Cell, read: Collection[int | None]) -> bool:

@@ -15,7 +15,6 @@ from patchscope_nn.models import ModelInfo
 from patchscope_nn.plan.build import Plan, plan
 from patchscope_nn.plan.pack import from_cache
 from patchscope_nn.plan.passes import Optimisations, SourcePass, Step, TargetPass
-from patchscope_nn.spec import Choices, Generate, Hidden
 
 
 class Counts(NamedTuple):
@@ -151,7 +150,7 @@ def _target(planned: Plan, step: Step, one: TargetPass) -> Counts:
         tokens, keys = layout.n_tokens, layout.prefix + layout.n_tokens
         blocks = sum(layout.running(layer - 1) for layer in range(layout.depth))
     read = rows if lean else tokens
-    if isinstance(sweep.scope.readout, Hidden):  # it stops where the last state is written
+    if not sweep.scope.readout.unembeds:  # it stops where the last state is written
         layers = [layer for place in one.cells for _, layer in sweep.writes(step.cells[place])]
         read, tokens = 0, tokens if layers else 0
         blocks = tokens * (1 + max(layers, default=-1)) if layout is None else blocks
@@ -180,12 +179,12 @@ def _appended(planned: Plan, step: Step, one: TargetPass) -> int:
     sweep, cells = planned.sweep, [step.cells[place] for place in one.cells]
     readout = sweep.scope.readout
     again = 0 if from_cache(sweep, planned.optimisations) else target_width(planned, step, one)
-    if isinstance(readout, Generate):  # the last token that is decoded is not read
-        most = readout.max_new_tokens - 1
+    if readout.decoded:  # the last token that is decoded is not read
+        most = readout.decoded - 1
         # How likely the tokens are without the patch takes one more forward.
-        plain = target_width(planned, step, one) + most if readout.relevancy else 0
+        plain = target_width(planned, step, one) + most if readout.runs_unpatched else 0
         return len(cells) * (plain + (sum(again + place for place in range(1, most + 1)) if again else most))
-    if isinstance(readout, Choices):
+    if readout.appends:
         columns = zip(*(sweep.entries[cell.entry].continuations for cell in cells), strict=True)
         longest = [max(map(len, column)) for column in columns]
         # The first token of a choice is scored by the prompt's own pass, unless the prompt is read again.

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from patchscope_nn.spec import Hidden, read_position
+from patchscope_nn.spec import read_position
 from patchscope_nn.spec.layers import EMBED
 from patchscope_nn.sweep import Cell, Sweep
 
@@ -87,7 +87,7 @@ def needed_end(sweep: Sweep, cell: Cell) -> int:
     """How many tokens of its target prompt a cell needs: all it writes, and as far as it is read."""
     whole = len(sweep.target_prompts[cell.target_prompt].ids)
     written = max(cell.target_positions) + 1
-    if isinstance(sweep.scope.readout, Hidden):
+    if not sweep.scope.readout.unembeds:
         return written
     return max(
         written, whole if sweep.scope.readout.decodes else read_position(sweep.scope.readout, whole) + 1
@@ -103,7 +103,7 @@ def needs_clean(sweep: Sweep, cell: Cell) -> bool:
     scope = sweep.scope
     written = len(cell.target_positions) == needed_end(sweep, cell) - branches_at(cell)
     looks = scope.mapping == "target_norm" or scope.target.mode != "replace"
-    looks = looks or (isinstance(scope.readout, Hidden) and scope.readout.clean)
+    looks = looks or scope.readout.looks_at_replaced
     return scope.readout.decodes or not written or looks
 
 
@@ -175,7 +175,7 @@ def _place(
         for number, cell in enumerate(cells)
     )
     depth = sweep.target.n_layers
-    if isinstance(sweep.scope.readout, Hidden):  # what was written can be read where it was written
+    if not sweep.scope.readout.unembeds:  # what was written can be read where it was written
         written = [max(cell.target_layer, 0) for cell in cells if cell.target_layer is not None]
         depth = 1 + max(written, default=-1)  # the input of block 0 is written where block 0 begins
     return Layout(prefix=prefix, depth=depth, segments=tuple(segments), of_cell=tuple(read))

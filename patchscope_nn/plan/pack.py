@@ -13,7 +13,7 @@ from patchscope_nn.models import ELSEWHERE
 from patchscope_nn.plan.budget import Budget, Costs
 from patchscope_nn.plan.layout import branches_at, lay_out, needed_end
 from patchscope_nn.plan.passes import Optimisations, TargetPass
-from patchscope_nn.spec import SITES, Choices, Generate, read_position
+from patchscope_nn.spec import SITES, read_position
 from patchscope_nn.sweep import Cell, Sweep
 
 #: With clean prompts among them, or where decoding goes on for long, a sequence may be this much longer.
@@ -186,12 +186,8 @@ class Packer:
 
 def appended(sweep: Sweep, cell: Cell) -> int:
     """How many tokens, at the most, a readout puts behind a cell's prompt."""
-    readout = sweep.scope.readout
-    if isinstance(readout, Generate):
-        return readout.max_new_tokens
-    if isinstance(readout, Choices):
-        return max(len(ids) for ids in sweep.entries[cell.entry].continuations)
-    return 0
+    continuations = sweep.entries[cell.entry].continuations
+    return max([sweep.scope.readout.decoded, *map(len, continuations)])
 
 
 def cut(items: Sequence[int], fits: Callable[[Sequence[int]], bool]) -> Iterator[tuple[int, ...]]:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from patchscope_nn.errors import InputError
 from patchscope_nn.models import FUSED, PLAIN, ModelInfo, Withheld
 from patchscope_nn.plan.passes import Optimisations
-from patchscope_nn.spec import Generate
+from patchscope_nn.spec import Readout
 from patchscope_nn.sweep import Sweep
 
 #: What depends on how prompts stand in a pass; the others only decide what is run again.
@@ -59,7 +59,7 @@ def _withheld(sweep: Sweep) -> Iterator[Withheld]:
     of_source = _of(sweep.source, None, source)
     yield from (entry for entry in of_source if entry.optimisation in (*_OF_SOURCES, PLAIN))
     target = _longest_target(sweep)
-    yield from _of(sweep.target, sweep.scope.readout.name, target)
+    yield from _of(sweep.target, sweep.scope.readout, target)
     verdict = sweep.target.verdict
     most = None if verdict is None else verdict.longest_packed
     if most is not None and 2 * target > most:
@@ -68,12 +68,17 @@ def _withheld(sweep: Sweep) -> Iterator[Withheld]:
         yield from (Withheld(name, None, most // 2, why) for name in _PACKING)
 
 
-def _of(info: ModelInfo, readout: str | None, tokens: int) -> Iterator[Withheld]:
-    """What a model's verdict withholds; `readout` None is for what any readout withholds."""
+def _of(info: ModelInfo, readout: Readout | None, tokens: int) -> Iterator[Withheld]:
+    """What a model's verdict withholds; `readout` None is for what any readout withholds.
+
+    For a kind that decodes and that the proof does not try, what is wrong with any other is withheld.
+    """
     verdict = info.verdict
     if verdict is None:
         return
-    for name in {entry.readout for entry in verdict.withheld} if readout is None else (readout,):
+    known = readout is not None and (readout.proven or not readout.decodes)
+    names = {readout.name} if known and readout else {entry.readout for entry in verdict.withheld}
+    for name in names:
         yield from verdict.off(readout=name or "", tokens=tokens)
     if verdict.limit is not None and tokens > verdict.limit:
         why = f"the proof tried no more than {verdict.limit} tokens"
@@ -82,8 +87,7 @@ def _of(info: ModelInfo, readout: str | None, tokens: int) -> Iterator[Withheld]
 
 def _longest_target(sweep: Sweep) -> int:
     """The longest target prompt, with the tokens that its readout appends."""
-    readout = sweep.scope.readout
-    more = readout.max_new_tokens if isinstance(readout, Generate) else 0
+    more = sweep.scope.readout.decoded
     return max(
         (
             len(sweep.target_prompts[entry.target_prompt].ids)

@@ -14,7 +14,7 @@ from patchscope_nn.plan.build import Plan
 from patchscope_nn.plan.count import Counts, count, count_step, source_width, stages, target_width
 from patchscope_nn.plan.pack import packs
 from patchscope_nn.plan.passes import Step
-from patchscope_nn.spec import SITES, Generate
+from patchscope_nn.spec import SITES
 
 _SHOWN = 6
 _UNITS = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
@@ -83,7 +83,7 @@ def _facts(planned: Plan, totals: Counts) -> Iterator[str]:
         f"source: {totals.source_passes} passes, {totals.source_rows} prompts, "
         f"{totals.source_tokens} tokens with padding, {totals.states} states read"
     )
-    more = f", then up to {readout.max_new_tokens} each" if isinstance(readout, Generate) else ""
+    more = f", then up to {readout.decoded} each" if readout.decoded else ""
     yield (
         f"target: {totals.target_passes} passes, {totals.target_rows} rows, "
         f"{totals.target_tokens} tokens{more}"

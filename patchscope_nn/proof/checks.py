@@ -14,7 +14,8 @@ from patchscope_nn.plan import Optimisations
 from patchscope_nn.proof.hooks import Hooks, distance
 from patchscope_nn.proof.reference import Reference
 from patchscope_nn.proof.trials import DECODED, Lengths, Runner, Trial, readout_of
-from patchscope_nn.spec import RESIDUAL, SITES, Choices, Generate, Hidden, NextToken, Site
+from patchscope_nn.readouts import Choices, Generate, Hidden, NextToken
+from patchscope_nn.spec import RESIDUAL, SITES, Site
 
 #: What rounding may change in a logit, by dtype, in standard deviations of the logits; the rounding of the
 #: model itself is measured, and may raise it.

@@ -22,7 +22,7 @@ from patchscope_nn.proof.checks import OF_DECODING, SHORT, probed_layers
 from patchscope_nn.proof.prompts import thresholds
 from patchscope_nn.proof.prove import ORDINARY
 from patchscope_nn.proof.trials import Lengths, Runner, Trial, readout_of
-from patchscope_nn.spec import Choices, Generate, Hidden, NextToken
+from patchscope_nn.readouts import Choices, Generate, Hidden, NextToken
 
 #: The dtype there is not known here, so half precision is assumed.
 _ROUNDING = 0.15

@@ -18,19 +18,8 @@ from patchscope_nn.mappings import ResolvedMapping
 from patchscope_nn.models import Model, Verdict, usable_memory
 from patchscope_nn.plan import Optimisations, Plan, Step, plan
 from patchscope_nn.proof.prompts import Numbers, random_ids
-from patchscope_nn.spec import (
-    RESIDUAL,
-    Choices,
-    Cut,
-    Generate,
-    Hidden,
-    NextToken,
-    Patchscope,
-    Readout,
-    Site,
-    Source,
-    Target,
-)
+from patchscope_nn.readouts import Choices, Generate, Hidden, NextToken
+from patchscope_nn.spec import RESIDUAL, Cut, Patchscope, Readout, Site, Source, Target
 from patchscope_nn.sweep import Cell, Sweep, expand
 
 #: The tokens that all target prompts of a trial begin with, so that there is a prefix to share.
@@ -110,12 +99,12 @@ class Trial:
     @property
     def decoded(self) -> int:
         """How many tokens it decodes; 0 for a readout that does not."""
-        return self.readout.max_new_tokens if isinstance(self.readout, Generate) else 0
+        return self.readout.decoded
 
     @property
     def tokens(self) -> int:
         """The longest prompt, appended tokens included."""
-        more = max(CHOICES) if isinstance(self.readout, Choices) else self.decoded
+        more = max(CHOICES) if self.readout.appends else self.decoded
         return max(max(row.source, row.target + more) for row in self.rows)
 
 

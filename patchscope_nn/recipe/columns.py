@@ -9,7 +9,7 @@ from patchscope_nn.data.rows import read_table
 from patchscope_nn.errors import DataError, Problem, did_you_mean
 from patchscope_nn.metrics import MetricUse
 from patchscope_nn.recipe.model import Probe, Recipe
-from patchscope_nn.spec import Choices, Cut, NextToken, Patchscope
+from patchscope_nn.spec import Cut, Patchscope
 from patchscope_nn.spec.positions import texts_of
 from patchscope_nn.spec.prompts import PER_LAYER, PromptSpec, placeholders
 
@@ -80,9 +80,5 @@ def _templates(scope: Patchscope | Recipe) -> Iterator[tuple[str, PromptSpec]]:
         yield from ((field, text) for text in texts_of(position))
     if source.vector is not None and isinstance(source.vector.index, str):
         yield "source.vector.index", source.vector.index
-    if isinstance(readout, Choices):
-        for number, text in enumerate(readout.continuations):
-            yield f"readout.choices.continuations.{number}", text
-    if isinstance(readout, NextToken) and isinstance(readout.reference, tuple):
-        for number, text in enumerate(readout.reference):
-            yield f"readout.next_token.reference.{number}", text
+    for number, text in enumerate(readout.texts):
+        yield f"readout.{readout.name}.{readout.texts_field}.{number}", text

@@ -20,19 +20,19 @@ from pydantic import (
 from patchscope_nn.data.rows import DataSpec
 from patchscope_nn.errors import SpecError, did_you_mean
 from patchscope_nn.metrics import METRICS, MetricUse, check_metrics, parse_metric
+from patchscope_nn.readouts import NextToken
 from patchscope_nn.recipe.methods import variants
 from patchscope_nn.spec import (
     AnyMapping,
     AnyReadout,
     Control,
     Fit,
-    Hidden,
-    NextToken,
     Patchscope,
     Source,
     Spec,
     Target,
     Train,
+    dump_readout,
 )
 
 _SLUG = re.compile(r"[a-z0-9]+(?:-[a-z0-9]+)*")
@@ -119,8 +119,8 @@ def _probe(probe: Probe | None, info: ValidationInfo) -> Probe | None:
     given = info.data
     if probe is None or not {"readout", "source", "target", "mapping"} <= set(given):
         return probe
-    if not isinstance(given["readout"], Hidden):
-        raise ValueError(  # noqa: TRY004 (pydantic's own protocol)
+    if "hidden" not in given["readout"].columns:
+        raise ValueError(
             f"reads hidden states, and the readout is {given['readout'].name}; write readout: hidden"
         )
     target = given["target"]
@@ -249,8 +249,8 @@ def dump(recipe: Recipe) -> dict[str, Any]:
     """A recipe as its YAML holds it, defaults left out; `Recipe(**dump(recipe)) == recipe`."""
     plain = recipe.model_dump(mode="json", exclude_defaults=True)
     if "readout" in plain:
-        fields = recipe.readout.model_dump(mode="json", exclude_defaults=True)
-        plain["readout"] = {recipe.readout.name: fields} if fields else recipe.readout.name
+        ((name, fields),) = dump_readout(recipe.readout, exclude_defaults=True).items()
+        plain["readout"] = {name: fields} if fields else name
     return plain
 
 

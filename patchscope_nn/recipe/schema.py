@@ -10,7 +10,7 @@ from pydantic import BaseModel
 
 from patchscope_nn.data.rows import DataSpec
 from patchscope_nn.recipe.model import Probe, Recipe
-from patchscope_nn.spec import READOUTS, Corrupt, Fit, Source, Target, Train, Vector
+from patchscope_nn.spec import Corrupt, Fit, Source, Target, Train, Vector, readout_kinds
 
 _DIALECT = "https://json-schema.org/draft/2020-12/schema"
 _ENTRY = re.compile(r"^    (\w+): (.*(?:\n {8}.*)*)", re.MULTILINE)
@@ -27,9 +27,14 @@ def json_schema() -> dict[str, Any]:
     """
     schema = Recipe.model_json_schema(mode="validation")
     _document(schema, Recipe)
-    for model in (DataSpec, Source, Target, Vector, Corrupt, Probe, *READOUTS.values()):
+    kinds = readout_kinds()
+    for kind in kinds.values():
+        form = kind.model_json_schema(mode="validation")
+        schema["$defs"] |= {**form.pop("$defs", {}), kind.__name__: form}
+    schema["$defs"] = dict(sorted(schema["$defs"].items()))
+    models: list[type[BaseModel]] = [DataSpec, Source, Target, Vector, Corrupt, Probe, *kinds.values()]
+    for model in models:
         _document(schema["$defs"][model.__name__], model)
-    _accept_one_text(schema["$defs"]["NextToken"]["properties"]["reference"])
     source, target = schema["$defs"]["Source"], schema["$defs"]["Target"]
     source["properties"]["vector"] = _or_its_file(source["properties"]["vector"])
     source["oneOf"] = [_given(name) for name in ("prompt", "vector")]
@@ -61,9 +66,9 @@ def _document_fit(mapping: dict[str, Any]) -> None:
 
 def _readouts() -> list[dict[str, Any]]:
     """A readout's bare name where it needs no field, or `{name: fields}`."""
-    bare = [name for name, model in READOUTS.items() if not _required(model)]
+    bare = [name for name, model in readout_kinds().items() if not _required(model)]
     forms: list[dict[str, Any]] = [{"enum": bare}]
-    for name, model in READOUTS.items():
+    for name, model in readout_kinds().items():
         fields: dict[str, Any] = {"$ref": f"#/$defs/{model.__name__}"}
         if name in bare:  # `generate:` with nothing after it
             fields = {"anyOf": [fields, {"type": "null"}]}
@@ -91,13 +96,6 @@ def _given(name: str, form: dict[str, Any] | None = None) -> dict[str, Any]:
 def _or_its_file(vector: dict[str, Any]) -> dict[str, Any]:
     """A vector's file stands for the vector."""
     return vector | {"anyOf": [{"type": "string", "minLength": 1}, *vector["anyOf"]]}
-
-
-def _accept_one_text(schema: dict[str, Any]) -> None:
-    """A single text stands for a list of one; `source` is one of them."""
-    for form in schema["anyOf"]:
-        if form.get("const") == "source":
-            del form["const"]
 
 
 def _document(schema: dict[str, Any], model: type[BaseModel]) -> None:

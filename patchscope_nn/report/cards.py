@@ -9,6 +9,7 @@ import numpy as np
 
 from patchscope_nn.metrics import METRICS
 from patchscope_nn.report.figures import as_list, is_null, layer_name, numbers, token, visible
+from patchscope_nn.spec import kinds_in
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -55,12 +56,14 @@ def cards(
     Without a metric it is that of the middle cell.
 
     Args:
-        table: The tidy table; without a column `text` there are no cards.
+        table: The tidy table; there are no cards where its readout gives no running text.
         references: Of each data row, from the first, the columns that its metrics compare with.
         metric: The metric column that says which text is best.
     """
-    if "text" not in table.columns:
+    column = next((kind.says for kind in kinds_in(table.columns) if kind.sentences), None)
+    if column is None:
         return []
+    table = table.rename(columns={column: "text"})
     made = []
     for row in list(dict.fromkeys(table["row"]))[:MAX_CARDS]:
         own = table[table["row"] == row]

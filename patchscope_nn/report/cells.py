@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 from markupsafe import Markup
 
 from patchscope_nn.report.figures import as_list, is_null, odds, reads_sink, token, visible
+from patchscope_nn.spec import kinds_in
 
 if TYPE_CHECKING:
     import pandas as pd
 
 TABLE_BYTES = 2_000_000  # with plotly's 4.8 MB and the figures, a report stays under 8 MB
 _TEXT_LIMITS = (4000, 1000, 300, 120, 60)
-_NUMBERS = ("entropy_nats", "surprisal_nats", "nll_nats")
-_TEXTS = ("stopped", "mapping", "source_model", "target_model", "error")
+_TEXTS = ("mapping", "source_model", "target_model", "error")
 
 Cell = Mapping[Any, Any]
 Column = dict[str, Any]
@@ -69,7 +69,7 @@ def _columns(records: Sequence[Cell], *, metrics: Sequence[str]) -> Iterator[Col
     names = list(records[0]) if records else []
 
     def texts(name: str, *, detail: bool = True) -> Column:
-        values = [_text(record.get(name)) for record in records]
+        values = [_written(record.get(name)) for record in records]
         return _column(name.replace("_", " "), values, detail=detail)
 
     def counts(name: str, *, label: str = "", kind: str = "number", detail: bool = False) -> Column:
@@ -93,9 +93,11 @@ def _columns(records: Sequence[Cell], *, metrics: Sequence[str]) -> Iterator[Col
     yield texts("target_prompt")
     yield _column("token written", [_quoted(record, side="target") for record in records], detail=True)
     yield _column("most likely", ["  ".join(odds(record)) for record in records], detail=True)
-    yield from (counts(name, detail=True) for name in _NUMBERS if name in names and name not in metrics)
-    asked = [" ".join(map(token, as_list(record.get("reference_tokens")))) for record in records]
-    yield _column("reference tokens", asked, detail=True)
+    for kind in kinds_in(names):
+        for name in kind.details:
+            if name in names and name not in metrics:
+                number = kind.columns[name] in ("number", "integer")
+                yield counts(name, detail=True) if number else texts(name)
     yield from (texts(name) for name in _TEXTS if name in names)
 
 
@@ -119,8 +121,18 @@ def _quoted(cell: Cell, *, side: str) -> str:
 
 def cell_said(cell: Cell) -> str:
     """What a cell answers: its top token, text or choice; empty where there is none."""
-    top = as_list(cell.get("top_tokens"))
-    return token(top[0]) if top else _text(cell.get("text", cell.get("choice")))
+    kinds = (kind for kind in kinds_in(cell) if as_list(cell.get(kind.says)))
+    kind = next(kinds, None)
+    if kind is None:
+        return ""
+    answer = as_list(cell[kind.says])[0]
+    return token(answer) if kind.columns[kind.says] == "texts" else _text(answer)
+
+
+def _written(value: Any) -> str:
+    """A text, or several in quotes."""
+    values = as_list(value)
+    return " ".join(map(token, values)) if not isinstance(value, str) and values else _text(value)
 
 
 def _text(value: Any) -> str:

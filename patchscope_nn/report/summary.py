@@ -20,17 +20,10 @@ from patchscope_nn.report.figures import (
     visible,
     with_probe_controls,
 )
-from patchscope_nn.spec import RESIDUAL, SITES
+from patchscope_nn.spec import RESIDUAL, SITES, Readout, kinds_in
 
 if TYPE_CHECKING:
     import pandas as pd
-
-_QUESTIONS = {
-    "top_tokens": "which token comes next",
-    "text": "to go on writing",
-    "choice": "to choose one of the given answers",
-    "hidden": "nothing yet: the mapped states themselves were kept",
-}
 
 _CONTROLS = {
     "unpatched": "the target prompt as it is, into which nothing is written",
@@ -122,7 +115,7 @@ def _opening(table: pd.DataFrame, *, manifest: Mapping[str, Any]) -> str:
     named = as_mapping(as_mapping(manifest.get("models")).get("source")).get("name")
     source = _distinct(table, column="source_model") or [named or "a model"]
     target = _distinct(table, column="target_model") or source
-    question = next((_QUESTIONS[column] for column in _QUESTIONS if column in table.columns), "what it says")
+    question = next((kind.question for kind in kinds_in(table.columns)), Readout.question)
     prompts = _count(
         len(_distinct(table[table["source_layer"].notna()], column="source_prompt")), "source prompt"
     )

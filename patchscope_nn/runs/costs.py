@@ -11,7 +11,6 @@ from patchscope_nn.errors import InputError
 from patchscope_nn.models import Model, load
 from patchscope_nn.runs.prepare import prepare
 from patchscope_nn.recipe import Recipe, find, load_recipe, shipped
-from patchscope_nn.spec import Generate
 
 
 class Cost(NamedTuple):
@@ -53,10 +52,5 @@ def cost(recipe: Recipe, *, loader: Callable[..., Model]) -> Cost | str:
     except InputError as error:
         return error.message
     sizes = [len(one.sweep.cells) for one in of]
-    readouts = [one.sweep.scope.readout for one in of]
-    decoded = sum(
-        size * readout.max_new_tokens
-        for size, readout in zip(sizes, readouts, strict=True)
-        if isinstance(readout, Generate)
-    )
+    decoded = sum(len(one.sweep.cells) * one.sweep.scope.readout.decoded for one in of)
     return Cost(rows=rows, cells=sum(sizes), decoded_tokens=decoded, fits=any(one.fit for one in of))

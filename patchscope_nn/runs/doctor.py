@@ -151,7 +151,8 @@ def _models(status: dict[str, Any], model: str) -> Iterator[Finding]:
 
 def _round_trip(host: str, model: str) -> Iterator[Finding]:
     from patchscope_nn.runs.execute import run
-    from patchscope_nn.spec import NextToken, Patchscope, Source, Target
+    from patchscope_nn.readouts import NextToken
+    from patchscope_nn.spec import Patchscope, Source, Target
 
     scope = Patchscope(
         source=Source(prompt="Paris", layer=0), target=Target(prompt="x", layer=0), readout=NextToken(top_k=1)

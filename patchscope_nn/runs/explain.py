@@ -15,7 +15,8 @@ from patchscope_nn._util.arguments import checked
 from patchscope_nn.runs.execute import Progress, run
 from patchscope_nn.runs.prepare import load_models
 from patchscope_nn.runs.folder import Run
-from patchscope_nn.spec import Generate, NextToken, Patchscope, Readout, Source, Target
+from patchscope_nn.readouts import Generate, NextToken
+from patchscope_nn.spec import Patchscope, Readout, Source, Target
 
 
 @dataclass(frozen=True, kw_only=True)

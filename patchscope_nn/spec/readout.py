@@ -1,156 +1,177 @@
-"""Readouts: what is read from the patched run."""
+"""The contract of a readout: what is read from the patched run.
+
+A kind of readout is one class, in one file of `readouts/` or in a user's own. Everything the package needs to
+know of a kind stands here: the sweep, the planner, tables and figures ask these attributes, and never which
+kind it is. docs/extending/readout.md has a worked example.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, TypeAlias
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal, Protocol, TypeAlias
 
-from pydantic import BeforeValidator, Discriminator, Field, PlainSerializer, Tag
+from patchscope_nn._util.checking import Spec
+from patchscope_nn.spec.sides import Target
 
-from patchscope_nn._util.checking import NAMED, Spec
-from patchscope_nn.errors import did_you_mean
-
-
-def _texts(value: Any) -> Any:
-    """One text stands for a list of one, and a list for a tuple; the rest is left to the type check."""
-    if isinstance(value, str):
-        return (value,)
-    return tuple(value) if isinstance(value, list) else value
+#: What a column of the table holds. `states` is a list of vectors; the other plurals are lists, too.
+ColumnType: TypeAlias = Literal["text", "number", "integer", "texts", "numbers", "integers", "states"]
 
 
-def _reference(value: Any) -> Any:
-    return value if value == "source" else _texts(value)
+class PassCells(Protocol):
+    """What a kind is told of the cells of one pass, in their order."""
+
+    @property
+    def seeds(self) -> list[int]:
+        """For each cell the seed of its random numbers."""
+
+    @property
+    def prompts(self) -> list[list[int]]:
+        """For each cell the token ids of T."""
+
+    @property
+    def reference_ids(self) -> list[list[int]]:
+        """For each cell the first token id of each of the readout's `texts`, where these are not appended."""
+
+    @property
+    def continuations(self) -> list[list[list[int]]]:
+        """For each cell the token ids of each of the readout's `texts`, where these are appended."""
+
+    @property
+    def compared(self) -> list[int]:
+        """For each cell the number of its source distribution in `PatchedRun.states`; empty for none."""
+
+    def token_ids_with(self, text: str) -> list[int]:
+        """The ids of the tokens whose own text holds `text`."""
 
 
-class NextToken(Spec):
-    """Readout: the distribution of the next token after a position of T.
+class Tokens(Protocol):
+    """Token ids of the target model as text."""
 
-    Gives `top_tokens`, `top_ids`, `top_probs` and `entropy_nats`; with a reference also
-    `reference_tokens`, `reference_logprobs`, `reference_ranks` (1 is the top) and the two numbers that
-    are both called surprisal: `surprisal_nats`, -log p_source(top token of the patched run), the paper's
-    (section 4.1), and `nll_nats`, -log p_patched(first reference token). Where source and target share a
-    vocabulary also `kl_nats`, KL(p_source || p_patched), and `source_top_ids`.
+    def token(self, token_id: int) -> str:
+        """The text of one token."""
 
-    Attributes:
-        top_k: How many tokens to keep.
-        reference: `source` for the source model's own next token after position i of S, unpatched; or
-            texts, of which the first token counts; None for none.
-        position: Where T is read; an index, -1 is the last token.
+    def text(self, ids: Sequence[int]) -> str:
+        """The text of several tokens in a row."""
+
+
+class Readout(Spec):
+    """The base of every kind of readout.
+
+    A subclass declares its options as fields, sets the class attributes below where they differ from the
+    defaults, and is registered by `register_readout`. Its docstring goes into the JSON Schema.
+
+    Class attributes, what it is:
+        name: Its name in YAML, in lower-case letters, digits and underscores.
+        body: The function that reads it, as `module:function`. It takes a `body.program.PatchedRun`, and what
+            `lower` gives as keyword arguments. It returns one dict of plain values for each cell: the raw
+            readout. It is imported when a step is prepared, and travels as source to where the model runs, so
+            it may use torch and functions of its own module, and nothing else.
+        columns: The table's columns and what each holds. The first one belongs to this kind alone.
+
+    Class attributes, what the planner has to know:
+        unembeds: True if the body reads logits. Otherwise the forward stops at the last write, and the body
+            finds in `PatchedRun.written` what was written.
+        decodes: True if the body runs the model further, from the keys and values of the prompt.
+        appends: True if `texts` are put behind T and scored there. Otherwise only their first tokens count.
+        proven: True if the proof of a model tries this kind by name. What the proof finds wrong with any
+            kind that decodes stays off for a kind that it does not try.
+        finite: The raw values that are finite exactly where the model's logits are. Without any, the logits
+            that the body is given are looked at instead.
+
+    Class attributes, what figures and pages have to know:
+        says: The column that says in words what the state means; empty if none does.
+        title: What a figure calls that column.
+        question: What the target model is asked, to complete "the model was asked ...".
+        sentences: True if `says` is running text, and not a token or an option.
+        odds: The columns of the likely answers and of their probabilities, which shade figures; or None.
+        details: The columns that a page shows of a cell when it is opened.
     """
 
-    name: ClassVar[str] = "next_token"
+    name: ClassVar[str]
+    body: ClassVar[str]
+    columns: ClassVar[Mapping[str, ColumnType]]
+
+    unembeds: ClassVar[bool] = True
     decodes: ClassVar[bool] = False
-    top_k: Annotated[int, Field(ge=1, le=1000)] = 5
-    reference: Annotated[tuple[str, ...] | Literal["source"] | None, BeforeValidator(_reference)] = None
-    position: int = -1
+    appends: ClassVar[bool] = False
+    proven: ClassVar[bool] = False
+    finite: ClassVar[tuple[str, ...]] = ()
 
+    says: ClassVar[str] = ""
+    title: ClassVar[str] = ""
+    question: ClassVar[str] = "what it says"
+    sentences: ClassVar[bool] = False
+    odds: ClassVar[tuple[str, str] | None] = None
+    details: ClassVar[tuple[str, ...]] = ()
 
-class Generate(Spec):
-    """Readout: the text the patched model goes on with; T is patched only while it is read.
+    @property
+    def reads_at(self) -> int:
+        """Where T is read: a position, -1 is the last token."""
+        return -1
 
-    Gives `text` and `stopped` (`stop`, `eos` or `length`).
+    @property
+    def decoded(self) -> int:
+        """The most tokens that are decoded for one cell."""
+        return 0
 
-    Attributes:
-        max_new_tokens: The most tokens to decode.
-        stop: Text that ends the generation; it is left out of `text`.
-        temperature: 0 decodes greedily; above 0 samples, with noise that depends only on the seed and
-            the cell, never on the batch.
-        seed: The seed of sampling.
-        relevancy: Give also `token_probs`, how likely each decoded token was, and `unpatched_token_probs`,
-            how likely it is for T without the patch (Chen et al. 2024, arXiv 2403.10949, section 3.2).
-    """
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """Texts that go to the body as token ids; a data row fills their `{column}` placeholders."""
+        return ()
 
-    name: ClassVar[str] = "generate"
-    decodes: ClassVar[bool] = True
-    max_new_tokens: Annotated[int, Field(ge=1)] = 20
-    stop: Annotated[str, Field(min_length=1)] | None = None
-    temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
-    seed: Annotated[int, Field(ge=0)] = 0
-    relevancy: bool = False
+    @property
+    def texts_field(self) -> str:
+        """The field that holds `texts`, for messages."""
+        return "texts"
 
+    @property
+    def from_source(self) -> bool:
+        """True if the readout needs the source model's own next-token distribution.
 
-class Choices(Spec):
-    """Readout: how likely each given continuation of T is.
+        With `texts` that are not appended it is read too, wherever both models share a vocabulary.
+        """
+        return False
 
-    Gives `choices`, `choice_logprobs` (natural log, summed over a continuation's tokens), `choice_probs`
-    (these normalised over the choices) and `choice` (the most likely).
+    @property
+    def runs_unpatched(self) -> bool:
+        """True if the body also runs T without the patch."""
+        return False
 
-    Attributes:
-        continuations: Two or more texts; `{column}` placeholders are filled by the data.
-    """
+    @property
+    def looks_at_replaced(self) -> bool:
+        """True if the body looks at the states that the write replaced."""
+        return False
 
-    name: ClassVar[str] = "choices"
-    decodes: ClassVar[bool] = True
-    continuations: Annotated[tuple[str, ...], Field(min_length=2), BeforeValidator(_texts)]
+    @property
+    def given(self) -> tuple[str, ...]:
+        """The columns that it gives with its present options, in order."""
+        return tuple(self.columns)
 
-    def __init__(self, continuations: Any = None, **fields: Any) -> None:
-        super().__init__(continuations=continuations, **fields)
+    def check_target(self, target: Target) -> None:
+        """Check that the readout goes together with a target.
 
-    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]  # as in Spec
+        Raises:
+            ValueError: It does not.
+        """
 
+    def lower(self, cells: PassCells) -> dict[str, Any]:  # noqa: ARG002 (a kind without options needs nothing)
+        """What the body takes besides the run, in plain values."""
+        return {}
 
-class Hidden(Spec):
-    """Readout: the state that was written, f(h), as it stands at (i*, l*) of T.
+    def tabulate(self, raw: Mapping[str, Any], tokens: Tokens, texts: Sequence[str]) -> dict[str, Any]:  # noqa: ARG002 (for kinds that name tokens)
+        """One cell's columns.
 
-    Gives `hidden`, a list of (d_model,) vectors, one for each patched token.
+        Args:
+            raw: What the body returned for the cell.
+            tokens: Token ids as text.
+            texts: The readout's appended `texts`, filled by the cell's data row.
 
-    Attributes:
-        clean: Give also `clean`, the states that were there.
-    """
-
-    name: ClassVar[str] = "hidden"
-    decodes: ClassVar[bool] = False
-    clean: bool = False
-
-
-#: Each has a `name`, and says whether it `decodes`: goes on from the keys and values of the prompt.
-Readout: TypeAlias = NextToken | Generate | Choices | Hidden
+        Returns:
+            The columns of `given`, by name.
+        """
+        return {name: raw.get(name) for name in self.given}
 
 
 def read_position(readout: Readout, count: int) -> int:
     """Where a target prompt of `count` tokens is read, counted from the left."""
-    return (readout.position if isinstance(readout, NextToken) else -1) % count
-
-
-READOUTS: dict[str, type[Readout]] = {kind.name: kind for kind in (NextToken, Generate, Choices, Hidden)}
-
-
-def _readout_tag(value: Any) -> str:
-    return value.name if isinstance(value, Readout) else next(iter(value))
-
-
-def _parse_readout(value: Any) -> Any:
-    if isinstance(value, Readout):
-        return value
-    if isinstance(value, str):
-        value = {value: {}}
-    if isinstance(value, Mapping) and len(value) == 1:
-        name, fields = next(iter(value.items()))
-        if name in READOUTS:
-            return {name: {} if fields is None else fields}
-        raise ValueError(f"{name!r} is no readout. {did_you_mean(str(name), list(READOUTS))}")
-    raise ValueError(
-        f"{value!r} is no readout; give one of {', '.join(READOUTS)}, for example generate: {{}}"
-    )
-
-
-def _unwrap(value: Any) -> Any:
-    return value if isinstance(value, Readout) else next(iter(value.values()))
-
-
-def dump_readout(readout: Readout) -> dict[str, Any]:
-    """A readout as YAML holds it: `{name: fields}`."""
-    return {readout.name: readout.model_dump(mode="json")}
-
-
-AnyReadout = Annotated[
-    Annotated[NextToken, BeforeValidator(_unwrap), Tag("next_token")]
-    | Annotated[Generate, BeforeValidator(_unwrap), Tag("generate")]
-    | Annotated[Choices, BeforeValidator(_unwrap), Tag("choices")]
-    | Annotated[Hidden, BeforeValidator(_unwrap), Tag("hidden")],
-    Discriminator(_readout_tag),
-    BeforeValidator(_parse_readout),
-    PlainSerializer(dump_readout),
-]
-
-NAMED.update(READOUTS)
+    return readout.reads_at % count

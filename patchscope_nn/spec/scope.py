@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from patchscope_nn._util.checking import Spec
 from patchscope_nn.spec.mapping import AnyMapping
-from patchscope_nn.spec.readout import AnyReadout, Generate, NextToken
+from patchscope_nn.spec.readout_registry import AnyReadout, default_readout
 from patchscope_nn.spec.sides import Source, Target
 
 
@@ -28,7 +28,7 @@ class Patchscope(Spec):
     source: Source
     target: Target = Target()
     mapping: AnyMapping = "identity"
-    readout: AnyReadout = NextToken()
+    readout: AnyReadout = Field(default_factory=default_readout)
 
     @model_validator(mode="after")
     def _together(self) -> Patchscope:
@@ -38,10 +38,5 @@ class Patchscope(Spec):
             raise ValueError("a vector has no prompt of its own; give target.prompt")
         if bare and source.mean is not None and source.mean != "positions":
             raise ValueError("the mean of several rows has no prompt of its own; give target.prompt")
-        relevancy = isinstance(self.readout, Generate) and self.readout.relevancy
-        if relevancy and (target.corrupt or target.soft_prompt or target.cut):
-            raise ValueError(
-                "readout.generate.relevancy compares with T as it is, which target.corrupt, "
-                "target.soft_prompt and target.write: cut change; leave out one or the other"
-            )
+        self.readout.check_target(target)
         return self

@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple, overload
 
 from patchscope_nn.errors import LayerError, PositionError
-from patchscope_nn.spec import STATELESS, Control, NextToken
+from patchscope_nn.spec import STATELESS, Control, Readout
 from patchscope_nn.sweep.entry import Entry, Source, Together, VectorAt, prompt_of
 from patchscope_nn.sweep.resolve import Resolver
 
@@ -226,9 +226,8 @@ class Cells(Sequence[Cell]):
         for positions, written in self._places(one):
             if not single and not one.text_only:
                 _check_positions(positions, written)
-            if isinstance(self._resolver.scope.readout, NextToken):
-                # Where T holds the source's text nothing is written that could come too late.
-                _check_readout(self._resolver.scope.readout, (0,) if one.text_only else written, count)
+            # Where T holds the source's text nothing is written that could come too late.
+            _check_readout(self._resolver.scope.readout, (0,) if one.text_only else written, count)
 
     def _cell(self, entry: int, index: int) -> Cell:
         one = self._entries[entry]
@@ -363,15 +362,15 @@ def _check_positions(positions: Together, written: Together) -> None:
         )
 
 
-def _check_readout(readout: NextToken, written: Together, count: int) -> None:
-    if not -count <= readout.position < count:
+def _check_readout(readout: Readout, written: Together, count: int) -> None:
+    named = f"readout.{readout.name}.position={readout.reads_at}"
+    if not -count <= readout.reads_at < count:
         raise PositionError(
-            f"readout.next_token.position={readout.position} is outside the {count}-token target prompt.",
+            f"{named} is outside the {count}-token target prompt.",
             hint="Use -1 for its last token.",
         )
-    if readout.position % count < min(written):
+    if readout.reads_at % count < min(written):
         raise PositionError(
-            f"readout.next_token.position={readout.position} stands before the patched position "
-            f"{min(written)}, where the patch cannot be seen.",
+            f"{named} stands before the patched position {min(written)}, where the patch cannot be seen.",
             hint="Read at the patched token or after it; -1 is the last.",
         )

@@ -4,26 +4,28 @@ from __future__ import annotations
 
 from patchscope_nn.errors import InputError
 from patchscope_nn.models import CUT, Model, ModelInfo, same_vocabulary
-from patchscope_nn.spec import RESIDUAL, SITES, NextToken, Patchscope, Source, Target
+from patchscope_nn.spec import RESIDUAL, SITES, Patchscope, Source, Target
 from patchscope_nn.spec.layers import LayerSelector
 
 
-def compares(scope: Patchscope, readout: NextToken, source: Model, target: Model) -> bool:
+def compares(scope: Patchscope, source: Model, target: Model) -> bool:
     """Whether the source's own next-token distribution is to be read."""
-    if readout.reference is None:
+    readout = scope.readout
+    named = f"readout.{readout.name}.{readout.texts_field}: source"
+    if not readout.from_source and (readout.appends or not readout.texts):
         return False
     if scope.source.vector is not None or scope.source.mean not in (None, "positions"):
-        if readout.reference == "source":
+        if readout.from_source:
             raise InputError(
-                "readout.next_token.reference: source needs one source prompt, and there is "
+                f"{named} needs one source prompt, and there is "
                 f"{'none' if scope.source.vector else 'the mean of several'}.",
                 hint="Name the reference tokens as texts, or leave the reference out.",
             )
         return False
     comparable = same_vocabulary(source, target)
-    if readout.reference == "source" and not comparable:
+    if readout.from_source and not comparable:
         raise InputError(
-            f"readout.next_token.reference: source compares the next tokens of {source.info.name} and "
+            f"{named} compares the next tokens of {source.info.name} and "
             f"{target.info.name}, whose tokenizers number them differently.",
             hint="Name the reference tokens as texts, or use models with one tokenizer.",
         )
@@ -92,10 +94,10 @@ def check_text_only(scope: Patchscope) -> None:
             "controls: text-only puts the source's text in the place of its state, and there is no one text.",
             hint="Leave text-only out where the source is a vector or the mean of rows.",
         )
-    if isinstance(scope.readout, NextToken) and scope.readout.position >= 0:
+    if scope.readout.reads_at >= 0:
         raise InputError(
             "controls: text-only makes target prompts of other lengths, in which "
-            f"readout.next_token.position={scope.readout.position} is another token.",
+            f"readout.{scope.readout.name}.position={scope.readout.reads_at} is another token.",
             hint="Count it from the end: -1 is the last token.",
         )
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from patchscope_nn.errors import InputError
 from patchscope_nn.models import Model
-from patchscope_nn.spec import RESIDUAL, SITES, Choices, Generate, NextToken, Patchscope, Vector
+from patchscope_nn.spec import RESIDUAL, SITES, Patchscope, Readout, Vector
 from patchscope_nn.spec.layers import resolve_layers
 from patchscope_nn.spec.positions import fill, resolve_positions
 from patchscope_nn.spec.prompts import (
@@ -105,12 +105,10 @@ class Resolver:
             )
         check_write(scope, target.info)
         self.scope, self.target, self.text_only = scope, target, text_only
-        readout = scope.readout
-        more = readout.max_new_tokens if isinstance(readout, Generate) else 0
         self.sources = Prompts("source", source, more=0)
-        self.targets = Prompts("target", target, more=more)
+        self.targets = Prompts("target", target, more=scope.readout.decoded)
         self.vectors: dict[VectorAt, None] = {}
-        self.compares = isinstance(readout, NextToken) and compares(scope, readout, source, target)
+        self.compares = compares(scope, source, target)
         self.shift, self.target_shift = read_site.offset, written_site.offset
         if not scope.target.needs_state:
             self.shift = self.target_shift
@@ -210,14 +208,14 @@ class Resolver:
     def _entry(self, row: Row, number: int, target: int, *, bare: bool = False) -> Entry:
         """All but the source; of a bare prompt, in which nothing is written, what it is compared with."""
         readout, written = self.scope.readout, self.targets.encoded[target]
-        choices = tuple(_texts(readout, row))
+        texts = tuple(_texts(readout, row))
         ids = tuple(
             continuation_ids(written, text, self.target.tokenizer, field=f"readout.{readout.name}")
-            for text in choices
+            for text in texts
         )
-        if isinstance(readout, Choices):
-            self.targets.check_length(written, more=max(map(len, ids)), of="of readout.choices")
-        named = isinstance(readout, NextToken)
+        appended = ids if readout.appends else ()
+        if appended:
+            self.targets.check_length(written, more=max(map(len, appended)), of=f"of readout.{readout.name}")
         corrupt, cut = self.scope.target.corrupt, self.scope.target.cut
         return Entry(
             row=number,
@@ -227,9 +225,9 @@ class Resolver:
             target_positions=() if bare else self._target_positions(written, row),
             corrupted=_tokens(corrupt.position, written, row, "corrupt") if corrupt and not bare else (),
             unseen=_tokens(cut.position, written, row, "write.cut") if cut and not bare else (),
-            reference_ids=tuple(first for first, *_ in ids) if named else (),
-            choices=() if named else choices,
-            continuations=() if named else ids,
+            reference_ids=() if appended else tuple(first for first, *_ in ids),
+            choices=texts if appended else (),
+            continuations=appended,
         )
 
     def _target_positions(self, written: Encoded, row: Row) -> tuple[Together, ...] | None:
@@ -273,11 +271,6 @@ def _tokens(position: Any, written: Encoded, row: Row, field: str) -> Together:
     return tuple(dict.fromkeys(at for together in found for at in together))
 
 
-def _texts(readout: Any, row: Row) -> Iterator[str]:
-    """The named reference tokens or choices of a row."""
-    texts: tuple[str, ...] = ()
-    if isinstance(readout, NextToken) and isinstance(readout.reference, tuple):
-        texts = readout.reference
-    if isinstance(readout, Choices):
-        texts = readout.continuations
-    return (str(render(text, row, field=f"readout.{readout.name}")) for text in texts)
+def _texts(readout: Readout, row: Row) -> Iterator[str]:
+    """The readout's texts, filled by a row."""
+    return (str(render(text, row, field=f"readout.{readout.name}")) for text in readout.texts)

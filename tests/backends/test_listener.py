@@ -5,7 +5,7 @@ from collections import defaultdict
 import pytest
 
 import patchscope_nn as ps
-from patchscope_nn.analysis.tables import cut
+from patchscope_nn.readouts.generate import cut
 from patchscope_nn.runs.execute import run_prepared
 from patchscope_nn.runs.prepare import prepare
 

@@ -126,11 +126,12 @@ TRAVELS = {
     "body/batch": INSIDE,
     "body/packed": INSIDE,
     "body/readouts": ("",),
+    "body/decoding": ("",),
     "body/mappings": ("",),
 }
 #: What they may name besides each other. transformers, and so its cache, is on every server.
 ALLOWED = {"Any", "torch", "nnsight", "copy", "SimpleNamespace", "DynamicCache", "TorchFunctionMode"}
-ALLOWED |= {"apply_mapping", "read_choices", "read_generate", "read_next_token"}
+ALLOWED |= {"apply_mapping", "read_continued", "read_unpatched"}
 
 
 @pytest.mark.parametrize("module", TRAVELS)

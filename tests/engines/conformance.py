@@ -13,7 +13,8 @@ from patchscope_nn.lower import lower
 from patchscope_nn.mappings import resolve_mapping
 from patchscope_nn.models import Feature
 from patchscope_nn.plan import Optimisations, plan
-from patchscope_nn.spec import Generate, Hidden, NextToken, Patchscope, Source, Target
+from patchscope_nn.readouts import Generate, Hidden, NextToken
+from patchscope_nn.spec import Patchscope, Source, Target
 from patchscope_nn.sweep import expand
 
 ROWS = (

@@ -14,7 +14,8 @@ import pytest
 import tiny
 
 from patchscope_nn.plan import Optimisations
-from patchscope_nn.spec import Choices, Generate, Hidden, NextToken, Patchscope, Source, Target
+from patchscope_nn.readouts import Choices, Generate, Hidden, NextToken
+from patchscope_nn.spec import Patchscope, Source, Target
 
 ROWS = (
     {"s": "The Eiffel Tower is in", "t": "Diana is in Paris x ->", "a": " Paris", "b": " the city of"},

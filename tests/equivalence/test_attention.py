@@ -13,7 +13,8 @@ from patchscope_nn.body import attention, packed
 from patchscope_nn.body.attention import in_attending, in_attention
 from patchscope_nn.lower import segments
 from patchscope_nn.plan import plan
-from patchscope_nn.spec import NextToken, Patchscope, Source, Target
+from patchscope_nn.readouts import NextToken
+from patchscope_nn.spec import Patchscope, Source, Target
 from patchscope_nn.sweep import expand
 
 N_TOKENS, D_HEAD = 6, 8

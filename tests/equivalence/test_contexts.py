@@ -10,7 +10,8 @@ from own_mappings import Bent, doubled
 
 from patchscope_nn.errors import MappingError
 from patchscope_nn.mappings import Affine
-from patchscope_nn.spec import Choices, Generate, Hidden, NextToken, Patchscope, Source, Target
+from patchscope_nn.readouts import Choices, Generate, Hidden, NextToken
+from patchscope_nn.spec import Patchscope, Source, Target
 
 ROWS = (
     {"s": "The Eiffel Tower is in", "t": "Diana is in Paris x ->", "a": " Paris of"},

@@ -11,7 +11,8 @@ import transformers
 from patchscope_nn.errors import InputError
 from patchscope_nn.models import load
 from patchscope_nn.plan import Optimisations, count, plan
-from patchscope_nn.spec import Choices, Generate, NextToken, Patchscope, Source, Target
+from patchscope_nn.readouts import Choices, Generate, NextToken
+from patchscope_nn.spec import Patchscope, Source, Target
 from patchscope_nn.sweep import expand
 
 ROWS = ({"s": "The Eiffel Tower is in", "t": "Diana is in x ->"}, {"s": "Paris", "t": "The Tower of x in"})

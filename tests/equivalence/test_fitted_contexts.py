@@ -12,9 +12,10 @@ from patchscope_nn import backends
 from patchscope_nn.backends import places
 from patchscope_nn.backends.crossing import in_place_of, size, target_half, traffic, weights
 from patchscope_nn.plan import Optimisations
+from patchscope_nn.readouts import Generate, Hidden, NextToken
 from patchscope_nn.runs.execute import plan_prepared, run_prepared
 from patchscope_nn.runs.prepare import prepare
-from patchscope_nn.spec import Generate, Hidden, NextToken, Patchscope, Source, Target
+from patchscope_nn.spec import Patchscope, Source, Target
 
 ROWS = ({"s": "The Eiffel Tower is in", "t": "Diana is in Paris x ->"}, {"s": "Diana is", "t": "x is"})
 LAYERS = [-1, 0, 2]

@@ -14,7 +14,8 @@ from by_hand import Hand, ids_of, same_in_every_way
 from safetensors.torch import save_file
 
 from patchscope_nn.plan import Optimisations
-from patchscope_nn.spec import Choices, Generate, Hidden, NextToken, Patchscope, Source, Target
+from patchscope_nn.readouts import Choices, Generate, Hidden, NextToken
+from patchscope_nn.spec import Patchscope, Source, Target
 
 ROWS = ({"s": "The Eiffel Tower is in the", "a": "Tower"}, {"s": "Diana is in the city", "a": "Diana"})
 FAMILIES = ("llama", "gpt2", "gemma3", "opt")

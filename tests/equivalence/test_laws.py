@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from patchscope_nn.mappings import Affine
 from patchscope_nn.plan import Optimisations
-from patchscope_nn.spec import Choices, Generate, Hidden, NextToken, Patchscope, Source, Target
+from patchscope_nn.readouts import Choices, Generate, Hidden, NextToken
+from patchscope_nn.spec import Patchscope, Source, Target
 
 FAMILIES = ("llama", "gpt2", "gemma3", "opt")
 WORDS = (

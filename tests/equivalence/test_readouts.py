@@ -12,7 +12,8 @@ import torch
 
 from patchscope_nn.body.readouts import top_logits
 from patchscope_nn.models import load
-from patchscope_nn.spec import Choices, Generate, Hidden, NextToken, Patchscope, Source, Target
+from patchscope_nn.readouts import Choices, Generate, Hidden, NextToken
+from patchscope_nn.spec import Patchscope, Source, Target
 
 ROWS = (
     {"s": "The Eiffel Tower is in", "t": "Diana is in Paris x ->", "a": " Paris", "b": " the city of"},

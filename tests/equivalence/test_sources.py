@@ -13,7 +13,8 @@ import patchscope_nn as ps
 from patchscope_nn.errors import DataError, InputError, PositionError, SpecError
 from patchscope_nn.models import load
 from patchscope_nn.plan import Optimisations
-from patchscope_nn.spec import Generate, Hidden, NextToken, Patchscope, Source, Target
+from patchscope_nn.readouts import Generate, Hidden, NextToken
+from patchscope_nn.spec import Patchscope, Source, Target
 from patchscope_nn.sweep import expand
 
 ROWS = (

@@ -14,7 +14,8 @@ from by_hand import Hand, ids_of, same_in_every_way
 from patchscope_nn.errors import InputError, SpecError
 from patchscope_nn.models import Model
 from patchscope_nn.plan import Optimisations
-from patchscope_nn.spec import Choices, Generate, Hidden, NextToken, Patchscope, Source, Target
+from patchscope_nn.readouts import Choices, Generate, Hidden, NextToken
+from patchscope_nn.spec import Patchscope, Source, Target
 from patchscope_nn.sweep import expand
 
 ROWS = (

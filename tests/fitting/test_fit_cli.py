@@ -18,7 +18,8 @@ from patchscope_nn import cli
 from patchscope_nn.fitting.trained.fit import TRAINED
 from patchscope_nn.fitting.trained.training import Training
 from patchscope_nn.mappings.published import read_jacobian_lens, read_tuned_lens
-from patchscope_nn.spec import NextToken, Patchscope, Source, Target
+from patchscope_nn.readouts import NextToken
+from patchscope_nn.spec import Patchscope, Source, Target
 
 TRAINING = ["--steps", "20", "--held-out", "0.2"]
 THROUGH_TEXT = [

@@ -11,7 +11,8 @@ from patchscope_nn.errors import DataError, InputError, LayerError, MappingError
 from patchscope_nn.fitting.trained.soft_prompt import fit_soft_prompt
 from patchscope_nn.fitting.trained.through_text import KINDS, fit_through_text
 from patchscope_nn.fitting.trained.training import Training
-from patchscope_nn.spec import NextToken, Patchscope, Source, Target
+from patchscope_nn.readouts import NextToken
+from patchscope_nn.spec import Patchscope, Source, Target
 from patchscope_nn.sweep.vectors import load_soft_prompt
 
 LETTERS = "abcdefghijklmnop"

@@ -14,7 +14,7 @@ from conformance import READOUTS, programs, same
 from patchscope_nn.body import program as described
 from patchscope_nn.lower import nothing
 from patchscope_nn.plan import Optimisations
-from patchscope_nn.spec import Choices
+from patchscope_nn.readouts import Choices
 
 PLAIN = (int, float, str, bool, type(None), torch.Tensor)
 
@@ -40,7 +40,9 @@ def keys_of(kind):
 def test_a_program_is_plain_and_has_the_keys_that_are_documented(readout, optimisations, tiny_model):
     layouts = set()
     for step, program in programs(tiny_model(), readout, optimisations=optimisations):
-        assert {type(leaf) for leaf in leaves(program)} <= set(PLAIN)
+        functions = [leaf for leaf in leaves(program) if callable(leaf)]
+        assert functions == [target["readout"]["read"] for target in program["targets"]]
+        assert {type(leaf) for leaf in leaves(program) if not callable(leaf)} <= set(PLAIN)
         assert same(pickle.loads(pickle.dumps(program)), program)  # noqa: S301 (made here)
         assert set(program) == keys_of(described.StepProgram)
         assert set(program["writing"]) == keys_of(described.Writing)
@@ -53,6 +55,7 @@ def test_a_program_is_plain_and_has_the_keys_that_are_documented(readout, optimi
             kind = described.RowsProgram if target["layout"] == "rows" else described.PackedProgram
             layouts.add(target["layout"])
             assert set(target) == keys_of(kind)
+            assert set(target["readout"]) == keys_of(described.ReadoutProgram)
             assert all(
                 set(write) == keys_of(described.Write)
                 for writes in target["writes"].values()

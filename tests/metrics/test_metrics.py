@@ -22,7 +22,7 @@ from patchscope_nn.metrics import (
     rouge_1_f1,
     rouge_l_f1,
 )
-from patchscope_nn.spec import Choices, Generate, Hidden, NextToken
+from patchscope_nn.readouts import Choices, Generate, Hidden, NextToken
 
 SCORER = rouge_scorer.RougeScorer(["rougeL", "rouge1"], use_stemmer=False)
 WORDS = st.lists(

@@ -118,7 +118,8 @@ def test_options_reach_transformers(folder):
 
 def test_a_module_in_training_is_left_in_training(run_cells):
     """Dropout is off while a Patchscope runs, and the model is given back as it was."""
-    from patchscope_nn.spec import NextToken, Patchscope, Source
+    from patchscope_nn.readouts import NextToken
+    from patchscope_nn.spec import Patchscope, Source
 
     module = tiny.make_module("gpt2").train()
     assert module.config.resid_pdrop > 0

@@ -18,7 +18,8 @@ from patchscope_nn.models import Model
 from patchscope_nn.plan import Budget, Optimisations, State, count, plan, stages
 from patchscope_nn.plan.budget import Costs
 from patchscope_nn.plan.count import source_width, target_width
-from patchscope_nn.spec import ATTENTION, Choices, Generate, Hidden, NextToken, Patchscope, Source, Target
+from patchscope_nn.readouts import Choices, Generate, Hidden, NextToken
+from patchscope_nn.spec import ATTENTION, Patchscope, Source, Target
 from patchscope_nn.sweep import expand
 
 TEXTS = ("The Tower is", "Diana", " Paris", " is in", "The city of Paris is in the", "The Eiffel Tower x ->")

@@ -14,7 +14,8 @@ import patchscope_nn as ps
 from patchscope_nn.errors import InputError, ModelError
 from patchscope_nn.models import COSTS
 from patchscope_nn.plan import Optimisations
-from patchscope_nn.spec import Choices, Generate, Hidden, NextToken, Patchscope, Source, Target
+from patchscope_nn.readouts import Choices, Generate, Hidden, NextToken
+from patchscope_nn.spec import Patchscope, Source, Target
 
 ROWS = (
     {"s": "The Eiffel Tower is in", "t": "The city of x is", "a": " Paris"},

@@ -20,17 +20,8 @@ from patchscope_nn.models import PLAIN
 from patchscope_nn.plan import plan
 from patchscope_nn.proof import prove
 from patchscope_nn.proof.prompts import thresholds
-from patchscope_nn.spec import (
-    ATTENTION,
-    MLP,
-    Choices,
-    Generate,
-    Hidden,
-    NextToken,
-    Patchscope,
-    Source,
-    Target,
-)
+from patchscope_nn.readouts import Choices, Generate, Hidden, NextToken
+from patchscope_nn.spec import ATTENTION, MLP, Patchscope, Source, Target
 from patchscope_nn.sweep import expand
 
 SIZES = {

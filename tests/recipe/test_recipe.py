@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 from patchscope_nn.data.rows import DataSpec
 from patchscope_nn.metrics import MetricUse
+from patchscope_nn.readouts import Choices, Generate, Hidden, NextToken
 from patchscope_nn.recipe import Recipe, dump, find, json_schema, lint, load_recipe, resolved, shipped
 from patchscope_nn.recipe.document import read_yaml
-from patchscope_nn.spec import Choices, Generate, Hidden, NextToken, Patchscope, Source, Target, prompts
+from patchscope_nn.spec import Patchscope, Source, Target, prompts
 from patchscope_nn.spec.positions import Each, Span
 
 ROOT = Path(__file__).parents[2]

@@ -14,9 +14,10 @@ from safetensors.torch import save_file
 import patchscope_nn as ps
 from patchscope_nn.models import builtin, load
 from patchscope_nn.plan import Optimisations
+from patchscope_nn.readouts import Generate
 from patchscope_nn.recipe import Recipe, dump, find, lint, load_recipe, shipped
 from patchscope_nn.runs.experiments import compare_runs
-from patchscope_nn.spec import Fit, Generate, Train
+from patchscope_nn.spec import Fit, Train
 
 D_MODEL, N_LAYERS = 32, 4
 #: Two runs of one cell differ by rounding; so do the numbers made of it.

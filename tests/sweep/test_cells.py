@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from patchscope_nn.errors import DataError, InputError, LayerError, PositionError
 from patchscope_nn.models import Model
 from patchscope_nn.models.info import Part
-from patchscope_nn.spec import Choices, Generate, Hidden, NextToken, Patchscope, Source, Target
+from patchscope_nn.readouts import Choices, Generate, Hidden, NextToken
+from patchscope_nn.spec import Patchscope, Source, Target
 from patchscope_nn.sweep import expand
 
 ROWS = ({"s": "The Tower is", "t": "x is in"}, {"s": "Diana in Paris", "t": "The city of x"})

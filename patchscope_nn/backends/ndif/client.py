@@ -81,6 +81,8 @@ def submit(host: str, context: Context, program: StepProgram | Series, model: Mo
     steps: Any = program.get("series", [program])
     for step in steps:
         check_travels(step["writing"]["weights"])
+        for body in {target["readout"]["read"] for target in step["targets"]}:
+            check_travels(body, what="readout's body")
     with explained(host):
         env = model.traced._remoteable_get_env()  # noqa: SLF001 (what nnsight's own remote=True sends)
         backend = RemoteBackend(_key(model), host=host, env=env, blocking=False)

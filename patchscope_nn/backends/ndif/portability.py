@@ -1,4 +1,4 @@
-"""Checks, before anything is sent, that a mapping can run on a server.
+"""Checks, before anything is sent, that a mapping or the body of a readout can run on a server.
 
 A server has torch, nnsight and transformers. A module of the user's is there only if it is sent along.
 """
@@ -17,8 +17,12 @@ from patchscope_nn.errors import MappingError
 _ON_SERVERS = frozenset({"torch", "numpy", "nnsight", "cloudpickle", "transformers", "patchscope_nn"})
 
 
-def check_travels(call: Callable[..., Any] | Mapping[Any, Any] | None) -> None:
-    """Refuse a mapping that could not run on a server. Tensors always can.
+def check_travels(call: Callable[..., Any] | Mapping[Any, Any] | None, *, what: str = "mapping") -> None:
+    """Refuse a function that could not run on a server. Tensors always can.
+
+    Args:
+        call: The function, or a mapping's tensors.
+        what: What it is, for messages.
 
     Raises:
         MappingError: It needs a module that is not sent with it, or it holds a model.
@@ -38,23 +42,23 @@ def check_travels(call: Callable[..., Any] | Mapping[Any, Any] | None) -> None:
         def persistent_id(self, obj: Any) -> Any:
             if isinstance(obj, Envoy):
                 raise MappingError(
-                    "the mapping holds a model of its own, and a request names one: on a server it would run "
+                    f"the {what} holds a model of its own, and a request names one: on a server it would run "
                     "on the target's weights.",
-                    hint="Give the mapping tensors, not a model.",
+                    hint=f"Give the {what} tensors, not a model.",
                 )
             needed = obj if isinstance(obj, ModuleType) else None
             if isinstance(obj, FunctionType | type):
                 needed = sys.modules.get(obj.__module__ or "")
             if needed is not None and not _travels(needed.__name__):
-                raise _missing(needed.__name__.split(".")[0])
+                raise _missing(needed.__name__.split(".")[0], what)
             return super().persistent_id(obj)
 
     Visitor(io.BytesIO(), protocol=4).dump(call)
 
 
-def _missing(root: str) -> MappingError:
+def _missing(root: str, what: str) -> MappingError:
     return MappingError(
-        f"the mapping needs the module {root!r}, which a server need not have.",
+        f"the {what} needs the module {root!r}, which a server need not have.",
         hint=f"Let it travel with the request: import nnsight; nnsight.register({root!r})",
     )
 

@@ -13,8 +13,8 @@ from patchscope_nn.report.figures.comparison import comparison_curve
 from patchscope_nn.report.figures.curves import layer_curve, layer_pair_heatmap
 from patchscope_nn.report.figures.grid import text_heatmap
 from patchscope_nn.report.figures.maps import rows_with_positions, token_heatmap
-from patchscope_nn.report.figures.said import SAID
 from patchscope_nn.report.figures.table import layer_axis, metric_columns, with_probe_controls
+from patchscope_nn.spec import kinds_in
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -53,9 +53,9 @@ def figures(
     drawn += [
         token_heatmap(table, metric=names[0], row=row) for row in rows_with_positions(table)[:_ROWS] if names
     ]
-    said = [column for column in SAID if column in table.columns]
-    if said and table[said].notna().any(axis=None):
-        value = None if {"top_probs", "choice_probs"} & set(table.columns) else next(iter(names), None)
+    kinds = [kind for kind in kinds_in(table.columns) if kind.says]
+    if kinds and table[[kind.says for kind in kinds]].notna().any(axis=None):
+        value = None if any(kind.odds for kind in kinds) else next(iter(names), None)
         drawn.append(text_heatmap(table, value=value))
     return [(html.unescape(figure.layout.title.text), figure) for figure in drawn]
 

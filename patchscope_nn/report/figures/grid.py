@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from patchscope_nn.report.figures.lines import MAX_ROWS, text_lines
-from patchscope_nn.report.figures.said import SAID, Cells, read_cells
+from patchscope_nn.report.figures.said import Cells, read_cells
 from patchscope_nn.report.figures.scale import Scale, limits
 from patchscope_nn.report.figures.style import colour_axis, plotly, style
 from patchscope_nn.report.figures.table import layer_axis, layer_name
@@ -62,7 +62,7 @@ def text_heatmap(table: pd.DataFrame, *, value: str | None = None) -> go.Figure:
     cut = f" (first {MAX_ROWS} of {n_rows} rows)" if n_rows > MAX_ROWS else ""
     n_samples = table["sample"].nunique() if "sample" in table.columns else 1
     sample = f", the first of {n_samples} samples" if n_samples > 1 else ""
-    title = f"{SAID[cells.said].capitalize()} for each state{shaded}{sample}{cut}"
+    title = f"{cells.kind.title.capitalize()} for each state{shaded}{sample}{cut}"
     cell_width = max([34, *(8 + 7 * text_width(cells.label(spot.cell)) for spot in spots)])
     style(figure, title=title, height=160 + 25 * len(lines), width=230 + cell_width * len(columns))
     if cells.scale:

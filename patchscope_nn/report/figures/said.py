@@ -13,9 +13,8 @@ from patchscope_nn.analysis.statistics import is_null, numbers
 from patchscope_nn.errors import InputError
 from patchscope_nn.report.figures.table import as_list, layer_name, metric_columns, reads_sink
 from patchscope_nn.report.figures.text import shorten, token, wrap
+from patchscope_nn.spec import Readout, kinds_in
 
-#: The columns that say something in words, and what a figure calls them.
-SAID = {"top_tokens": "top next token", "text": "generated text", "choice": "chosen option"}
 LABEL_WIDTH = 12
 _SENTENCE_WIDTH = 20  # of generated text, whose first words are too long for the width of a token
 _PROMPT_WIDTH, _TEXT_WIDTH = 140, 300
@@ -29,24 +28,24 @@ class Cells:
 
     Attributes:
         records: The table's rows.
-        said: The column that says something in words.
+        kind: The kind of readout, which says something in words.
         shades: The number that shades each cell, or NaN.
         scale: The name of that number; None where nothing is shaded.
     """
 
     records: Sequence[Cell]
-    said: str
+    kind: type[Readout]
     shades: np.ndarray
     scale: str | None
 
     def label(self, index: int) -> str:
         """What a cell says, in a few letters; empty where it failed."""
         cell = self.records[index]
-        words = as_list(cell[self.said])
+        words = as_list(cell[self.kind.says])
         if not words or not is_null(cell.get("error")):
             return ""
         text = str(words[0])
-        if self.said == "text":
+        if self.kind.sentences:
             # A description begins after the colon that few-shot prompts put before it.
             return shorten(text.strip(" ").removeprefix(":").strip(" "), width=_SENTENCE_WIDTH) or "(empty)"
         return shorten(text.strip(" "), width=LABEL_WIDTH) or ("␣" if text else "(empty)")
@@ -73,36 +72,38 @@ def read_cells(table: pd.DataFrame, *, value: str | None) -> Cells:
     Raises:
         InputError: The readout says nothing in words, or `value` is no column.
     """
-    said = next((column for column in SAID if column in table.columns), None)
-    if said is None:
+    kind = next((kind for kind in kinds_in(table.columns) if kind.says), None)
+    if kind is None:
         raise InputError("This table has no text.", hint="Use the readout next_token, generate or choices.")
-    shades, scale = _shades(table, value=value)
-    return Cells(records=table.to_dict("records"), said=said, shades=shades, scale=scale)
+    shades, scale = _shades(table, kind, value=value)
+    return Cells(records=table.to_dict("records"), kind=kind, shades=shades, scale=scale)
 
 
-def _shades(table: pd.DataFrame, *, value: str | None) -> tuple[np.ndarray, str | None]:
+def _shades(table: pd.DataFrame, kind: type[Readout], *, value: str | None) -> tuple[np.ndarray, str | None]:
     """The number that shades each cell (NaN where there is none), and its name."""
     if value is not None and value not in table.columns:
         raise InputError(f"value={value!r} is not a column of this table.", hint="Use a column with numbers.")
-    if value is None and "top_probs" in table.columns:
-        first = [(as_list(probs) or [np.nan])[0] for probs in table["top_probs"]]
-        return np.asarray(first, dtype=float), "probability"
-    if value is None and "choice_probs" in table.columns:
-        columns = (table["choices"], table["choice_probs"], table["choice"])
-        chosen = [
-            dict(zip(as_list(names), as_list(probs), strict=False)).get(choice, np.nan)
-            for names, probs, choice in zip(*columns, strict=True)
-        ]
-        return np.asarray(chosen, dtype=float), "probability"
+    if value is None and kind.odds is not None and kind.odds[1] in table.columns:
+        columns = (table[name] for name in (*kind.odds, kind.says))
+        likely = [_probability(*(as_list(cell) for cell in cells)) for cells in zip(*columns, strict=True)]
+        return np.asarray(likely, dtype=float), "probability"
     name = value or next(iter(metric_columns(table)), None)
     return (np.full(len(table), np.nan), None) if name is None else (numbers(table[name]), name)
 
 
+def _probability(answers: Sequence[Any], probabilities: Sequence[float], said: Sequence[Any]) -> float:
+    """The probability of what a cell says, the first of `said`; NaN where it says nothing."""
+    pairs = zip(answers, probabilities, strict=False)
+    return next((probability for answer, probability in pairs if answer in said[:1]), np.nan)
+
+
 def odds(cell: Cell) -> list[str]:
-    """The top tokens, or the choices, with their probabilities: `' Paris' 0.93`."""
-    top = zip(as_list(cell.get("top_tokens")), as_list(cell.get("top_probs")), strict=False)
-    choices = zip(as_list(cell.get("choices")), as_list(cell.get("choice_probs")), strict=False)
-    return [f"{token(text)} {probability:.3g}" for text, probability in (*top, *choices)]
+    """The likely answers with their probabilities: `' Paris' 0.93`."""
+    columns = [kind.odds for kind in kinds_in(cell) if kind.odds is not None]
+    pairs = [
+        pair for names in columns for pair in zip(*(as_list(cell.get(name)) for name in names), strict=False)
+    ]
+    return [f"{token(text)} {probability:.3g}" for text, probability in pairs]
 
 
 def _origin(cell: Cell) -> Iterator[str]:
@@ -130,10 +131,11 @@ def _answer(cell: Cell, *, scale: str | None) -> Iterator[str]:
     likely = odds(cell)[:10]
     if likely:
         yield f"most likely: {', '.join(likely)}"
-    for name in dict.fromkeys((scale, "surprisal_nats", "nll_nats")):
+    for name in dict.fromkeys((scale, *(name for kind in kinds_in(cell) for name in kind.details))):
         number = cell.get(name)
         if isinstance(number, int | float) and not is_null(number):
             yield f"{name}: {number:.3g}"
-    for name in ("text", "error"):
+    sentences = (kind.says for kind in kinds_in(cell) if kind.sentences)
+    for name in (*sentences, "error"):
         if not is_null(cell.get(name)):
             yield f"{name}: {shorten(cell[name], width=_TEXT_WIDTH)}"

@@ -10,13 +10,13 @@ import pandas as pd
 
 from patchscope_nn.analysis import statistics
 from patchscope_nn.analysis.statistics import REAL, is_null, numbers
-from patchscope_nn.analysis.tables import PLACES, READINGS
+from patchscope_nn.analysis.tables import PLACES
 from patchscope_nn.errors import InputError
+from patchscope_nn.spec import readout_kinds
 
 NO_LAYER = -2.0  # where a control that reads no layer stands: left of "embed"
 #: The same, of each such control.
 FLAT_LAYERS = {"unpatched": NO_LAYER, "text-only": -3.0}
-_NO_METRICS = {*PLACES, *(name for names in READINGS.values() for name in names), "error"}
 
 
 def as_list(value: Any) -> list[Any]:
@@ -83,9 +83,11 @@ def metric_columns(table: pd.DataFrame, *, declared: Iterable[Any] = ()) -> list
         table: The tidy table.
         declared: A recipe's `metrics`: names, or {name: parameters}. `surprisal` also means `surprisal_nats`.
     """
+    of_readouts = (name for kind in readout_kinds().values() for name in kind.columns)
+    no_metrics = {*PLACES, *of_readouts, "error"}
     names = [name for entry in declared for name in ([entry] if isinstance(entry, str) else entry)]
     wanted = [column for name in names for column in (name, f"{name}_nats")]
-    wanted += [str(column) for column in table.columns if column not in _NO_METRICS]
+    wanted += [str(column) for column in table.columns if column not in no_metrics]
     return [
         column
         for column in dict.fromkeys(wanted)

@@ -1,0 +1,71 @@
+"""How likely given continuations are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar
+
+from pydantic import BeforeValidator, Field
+
+from patchscope_nn.spec import ColumnType, PassCells, Readout, Tokens
+
+
+def _listed(value: Any) -> Any:
+    """One text stands for a list of one, and a list for a tuple; the rest is left to the type check."""
+    if isinstance(value, str):
+        return (value,)
+    return tuple(value) if isinstance(value, list) else value
+
+
+class Choices(Readout):
+    """Readout: how likely each given continuation of T is.
+
+    Gives `choices`, `choice_logprobs` (natural log, summed over a continuation's tokens), `choice_probs`
+    (these normalised over the choices) and `choice` (the most likely).
+
+    Attributes:
+        continuations: Two or more texts; `{column}` placeholders are filled by the data.
+    """
+
+    name: ClassVar[str] = "choices"
+    body: ClassVar[str] = "patchscope_nn.body.readouts:read_choices"
+    columns: ClassVar[Mapping[str, ColumnType]] = {
+        "choices": "texts",
+        "choice_logprobs": "numbers",
+        "choice_probs": "numbers",
+        "choice": "text",
+    }
+    decodes: ClassVar[bool] = True
+    appends: ClassVar[bool] = True
+    proven: ClassVar[bool] = True
+    finite: ClassVar[tuple[str, ...]] = ("choice_probs",)
+    says: ClassVar[str] = "choice"
+    title: ClassVar[str] = "chosen option"
+    question: ClassVar[str] = "to choose one of the given answers"
+    odds: ClassVar[tuple[str, str] | None] = ("choices", "choice_probs")
+
+    continuations: Annotated[tuple[str, ...], Field(min_length=2), BeforeValidator(_listed)]
+
+    def __init__(self, continuations: Any = None, **fields: Any) -> None:
+        super().__init__(**{"continuations": continuations, **fields})
+
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]  # as in Spec
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The continuations."""
+        return self.continuations
+
+    @property
+    def texts_field(self) -> str:
+        """The field of the texts."""
+        return "continuations"
+
+    def lower(self, cells: PassCells) -> dict[str, Any]:
+        """What `read_choices` takes."""
+        return {"continuations": cells.continuations}
+
+    def tabulate(self, raw: Mapping[str, Any], tokens: Tokens, texts: Sequence[str]) -> dict[str, Any]:  # noqa: ARG002 (it has the texts)
+        """One cell's columns, with the most likely choice."""
+        best = max(range(len(texts)), key=lambda place: raw["choice_logprobs"][place])
+        return {"choices": list(texts), **raw, "choice": texts[best]}

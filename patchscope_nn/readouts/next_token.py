@@ -1,0 +1,110 @@
+"""The distribution of the next token."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BeforeValidator, Field, WithJsonSchema
+
+from patchscope_nn.spec import ColumnType, PassCells, Readout, Tokens
+
+
+def _reference(value: Any) -> Any:
+    """A text stands for a list of one, but `source` for the source's own token."""
+    if isinstance(value, str) and value != "source":
+        return (value,)
+    return tuple(value) if isinstance(value, list) else value
+
+
+#: In a document a single text stands for a list of one, and `source` is one of them.
+_REFERENCE_SCHEMA = {
+    "anyOf": [{"items": {"type": "string"}, "type": "array"}, {"type": "string"}, {"type": "null"}]
+}
+
+
+class NextToken(Readout):
+    """Readout: the distribution of the next token after a position of T.
+
+    Gives `top_tokens`, `top_ids`, `top_probs` and `entropy_nats`; with a reference also
+    `reference_tokens`, `reference_logprobs`, `reference_ranks` (1 is the top) and the two numbers that
+    are both called surprisal: `surprisal_nats`, -log p_source(top token of the patched run), the paper's
+    (section 4.1), and `nll_nats`, -log p_patched(first reference token). Where source and target share a
+    vocabulary also `kl_nats`, KL(p_source || p_patched), and `source_top_ids`.
+
+    Attributes:
+        top_k: How many tokens to keep.
+        reference: `source` for the source model's own next token after position i of S, unpatched; or
+            texts, of which the first token counts; None for none.
+        position: Where T is read; an index, -1 is the last token.
+    """
+
+    name: ClassVar[str] = "next_token"
+    body: ClassVar[str] = "patchscope_nn.body.readouts:read_next_token"
+    columns: ClassVar[Mapping[str, ColumnType]] = {
+        "top_tokens": "texts",
+        "top_ids": "integers",
+        "top_probs": "numbers",
+        "entropy_nats": "number",
+        "reference_tokens": "texts",
+        "reference_ids": "integers",
+        "reference_logprobs": "numbers",
+        "reference_ranks": "integers",
+        "surprisal_nats": "number",
+        "nll_nats": "number",
+        "kl_nats": "number",
+        "source_top_ids": "integers",
+    }
+    proven: ClassVar[bool] = True
+    finite: ClassVar[tuple[str, ...]] = ("entropy_nats",)
+    says: ClassVar[str] = "top_tokens"
+    title: ClassVar[str] = "top next token"
+    question: ClassVar[str] = "which token comes next"
+    odds: ClassVar[tuple[str, str] | None] = ("top_tokens", "top_probs")
+    details: ClassVar[tuple[str, ...]] = ("entropy_nats", "surprisal_nats", "nll_nats", "reference_tokens")
+
+    top_k: Annotated[int, Field(ge=1, le=1000)] = 5
+    reference: Annotated[
+        tuple[str, ...] | Literal["source"] | None,
+        BeforeValidator(_reference),
+        WithJsonSchema(_REFERENCE_SCHEMA),
+    ] = None
+    position: int = -1
+
+    @property
+    def reads_at(self) -> int:
+        """Where T is read."""
+        return self.position
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The reference tokens that are named by texts."""
+        return self.reference if isinstance(self.reference, tuple) else ()
+
+    @property
+    def texts_field(self) -> str:
+        """The field of the texts."""
+        return "reference"
+
+    @property
+    def from_source(self) -> bool:
+        """True if the reference is the source's own next token."""
+        return self.reference == "source"
+
+    def lower(self, cells: PassCells) -> dict[str, Any]:
+        """What `read_next_token` takes."""
+        return {
+            "top_k": self.top_k,
+            "references": cells.reference_ids,
+            "compared": cells.compared,
+            "from_source": self.from_source,
+        }
+
+    def tabulate(self, raw: Mapping[str, Any], tokens: Tokens, texts: Sequence[str]) -> dict[str, Any]:  # noqa: ARG002 (no texts are appended)
+        """One cell's columns, with the tokens of its ids."""
+        named = {
+            f"{side}_tokens": None if ids is None else [tokens.token(token_id) for token_id in ids]
+            for side in ("top", "reference")
+            for ids in [raw.get(f"{side}_ids")]
+        }
+        return {name: named.get(name, raw.get(name)) for name in self.given}

@@ -1,0 +1,188 @@
+"""The registry of readout kinds, and readouts as a document names them: `generate`, or `{generate: fields}`.
+
+The kinds that ship stand in `patchscope_nn.readouts`, which is to the right of this room. They are found as
+those of other packages are: by the name of a module, when a kind is first asked for.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import re
+import warnings
+from collections.abc import Mapping
+from importlib.metadata import EntryPoint, entry_points
+from typing import Annotated, Any, TypeVar
+
+from pydantic import PlainSerializer, PlainValidator, TypeAdapter, WithJsonSchema
+
+from patchscope_nn._util.checking import NAMED
+from patchscope_nn.errors import InputError, did_you_mean
+from patchscope_nn.spec.readout import Readout
+
+#: The entry points by which an installed package offers kinds; each names a registered class.
+ENTRY_POINTS = "patchscope_nn.readouts"
+_SHIPPED = "patchscope_nn.readouts"
+_DEFAULT = "next_token"
+_NAME = re.compile(r"[a-z][a-z0-9_]*")
+_KINDS: dict[str, type[Readout]] = {}
+_Kind = TypeVar("_Kind", bound=type[Readout])
+
+
+def register_readout(kind: _Kind) -> _Kind:
+    """Make a kind of readout known by its name; a class decorator.
+
+    A class that is defined again, as in a notebook, takes the place of its earlier self.
+
+    Args:
+        kind: The class.
+
+    Returns:
+        The same class.
+
+    Raises:
+        InputError: Its name or one of its columns is taken, or an attribute it needs is missing.
+    """
+    _shipped()
+    missing = [attribute for attribute in ("name", "body", "columns") if not hasattr(kind, attribute)]
+    if missing:
+        raise InputError(
+            f"the readout {kind.__name__} has no {' and no '.join(missing)}.",
+            hint="Set name, body and columns on the class; see patchscope_nn.spec.Readout.",
+        )
+    if not _NAME.fullmatch(kind.name):
+        raise InputError(
+            f"the readout {kind.__name__} is named {kind.name!r}.",
+            hint="Use lower-case letters, digits and underscores: max_logit.",
+        )
+    if ":" not in kind.body:
+        raise InputError(
+            f"the body of the readout {kind.name} is {kind.body!r}.",
+            hint="Write module:function, for example body = f'{__name__}:read_max_logit'.",
+        )
+    known = _KINDS.get(kind.name, NAMED.get(kind.name))
+    if known is not None and _path(known) != _path(kind):
+        raise InputError(
+            f"the name {kind.name!r} is taken by {_path(known)}.",
+            hint=f"Give the readout {_path(kind)} another name.",
+        )
+    _check_columns(kind)
+    _KINDS[kind.name] = NAMED[kind.name] = kind
+    return kind
+
+
+def _check_columns(kind: type[Readout]) -> None:
+    first = next(iter(kind.columns), None)
+    if first is None:
+        raise InputError(f"the readout {kind.name} has no columns.", hint="Name at least one.")
+    for other in _KINDS.values():
+        if other.name == kind.name:
+            continue
+        shared = [name for name in kind.columns if name in other.columns]
+        if first in shared or next(iter(other.columns)) in shared:
+            raise InputError(
+                f"the readouts {kind.name} and {other.name} share the column {shared[0]!r}.",
+                hint="The first column of a kind tells its tables apart; give it another name.",
+            )
+        for name in shared:
+            if kind.columns[name] != other.columns[name]:
+                raise InputError(
+                    f"the column {name!r} holds {kind.columns[name]} in the readout {kind.name} and "
+                    f"{other.columns[name]} in {other.name}.",
+                    hint="Give it another name.",
+                )
+
+
+def _path(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def readout_kinds() -> Mapping[str, type[Readout]]:
+    """Every kind by its name: those that ship, those of installed packages, and registered ones."""
+    _shipped()
+    _installed()
+    return dict(_KINDS)
+
+
+def readout_kind(name: str) -> type[Readout] | None:
+    """A kind by its name, or None. Installed packages are only looked through for a name not yet known."""
+    _shipped()
+    if name not in _KINDS:
+        _installed()
+    return _KINDS.get(name)
+
+
+def default_readout() -> Readout:
+    """The readout of a Patchscope that names none."""
+    _shipped()
+    return _KINDS[_DEFAULT]()
+
+
+@functools.cache
+def _shipped() -> None:
+    importlib.import_module(_SHIPPED)
+
+
+@functools.cache
+def _installed() -> None:
+    for entry in entry_points(group=ENTRY_POINTS):
+        try:
+            register_readout(_loaded(entry))
+        except Exception as error:  # noqa: BLE001 (a package that nobody asked for must not stop a run)
+            warnings.warn(
+                f"The readout {entry.name!r} of an installed package ({entry.value}) cannot be used: {error}",
+                stacklevel=2,
+            )
+
+
+def _loaded(entry: EntryPoint) -> type[Readout]:
+    kind = entry.load()
+    if not (isinstance(kind, type) and issubclass(kind, Readout)):
+        raise InputError(f"{entry.value} is not a subclass of patchscope_nn.Readout.")
+    return kind
+
+
+@functools.cache
+def _form(kind: type[Readout]) -> TypeAdapter[dict[str, Readout]]:
+    """The form `{name: fields}`, so that a problem is told with the kind's name in its place."""
+    return TypeAdapter(dict[str, kind])  # type: ignore[valid-type]  # a class that is known at run time
+
+
+def _parse(value: Any) -> Readout:
+    if isinstance(value, Readout):
+        return value if type(value) is _KINDS.get(value.name) else _registered(value)
+    if isinstance(value, str):
+        value = {value: {}}
+    if isinstance(value, Mapping) and len(value) == 1:
+        name, fields = next(iter(value.items()))
+        kind = readout_kind(name)
+        if kind is None:
+            raise ValueError(f"{name!r} is no readout. {did_you_mean(str(name), list(readout_kinds()))}")
+        return _form(kind).validate_python({name: {} if fields is None else fields})[name]
+    raise ValueError(
+        f"{value!r} is no readout; give one of {', '.join(readout_kinds())}, for example generate: {{}}"
+    )
+
+
+def _registered(readout: Readout) -> Readout:
+    """A readout that is given as an object needs no registering beforehand."""
+    register_readout(type(readout))
+    return readout
+
+
+def dump_readout(readout: Readout, *, exclude_defaults: bool = False) -> dict[str, Any]:
+    """A readout as YAML holds it: `{name: fields}`."""
+    return {readout.name: readout.model_dump(mode="json", exclude_defaults=exclude_defaults)}
+
+
+#: A readout as a field of a document. `recipe.schema` writes the form of each kind into the JSON Schema.
+AnyReadout = Annotated[
+    Readout, PlainValidator(_parse), PlainSerializer(dump_readout), WithJsonSchema({"type": "object"})
+]
+
+
+def kinds_in(columns: Any) -> list[type[Readout]]:
+    """The kinds whose columns a table has, in the order in which they are listed."""
+    _shipped()
+    _installed()
+    return [kind for kind in _KINDS.values() if (kind.says or next(iter(kind.columns))) in columns]

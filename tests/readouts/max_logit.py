@@ -1,0 +1,45 @@
+"""A readout of the largest logit."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import patchscope_nn as ps
+
+
+def read_max_logit(run, *, scale: float) -> list[dict[str, Any]]:
+    """Read the largest logit of each cell; this function travels to where the model runs."""
+    values, ids = run.logits.float().max(dim=-1)
+    return [
+        {"max_id": token_id, "max_logit": scale * value}
+        for token_id, value in zip(ids.tolist(), values.tolist(), strict=True)
+    ]
+
+
+@ps.register_readout
+class MaxLogit(ps.Readout):
+    """Readout: the largest logit of the next token, and its token.
+
+    Gives `max_token` and `max_logit`.
+
+    Attributes:
+        scale: What the logit is multiplied with.
+    """
+
+    name = "max_logit"
+    body = f"{__name__}:read_max_logit"
+    columns: ClassVar = {"max_token": "text", "max_logit": "number"}
+    says = "max_token"
+    title = "token of the largest logit"
+    question = "which token has the largest logit"
+    details = ("max_logit",)
+
+    scale: float = 1.0
+
+    def lower(self, cells):
+        """Give the body its options, in plain values."""
+        return {"scale": self.scale}
+
+    def tabulate(self, raw, tokens, texts):
+        """Turn what the body returned for a cell into its columns."""
+        return {"max_token": tokens.token(raw["max_id"]), "max_logit": raw["max_logit"]}
