@@ -19,9 +19,10 @@ if TYPE_CHECKING:
     from patchscope_nn.plan import Optimisations
     from patchscope_nn.proof import load
     from patchscope_nn.recipe import Recipe, load_recipe
-    from patchscope_nn.runs.experiments import Experiment, run
+    from patchscope_nn.runs.experiments import Experiment
     from patchscope_nn.runs.explain import explain
-    from patchscope_nn.runs.folder import Run, load_run
+    from patchscope_nn.runs.results import Run, load_run
+    from patchscope_nn.runs.run import run
     from patchscope_nn.spec import Choices, Generate, Hidden, NextToken, Patchscope, Source, Target, prompts
     from patchscope_nn.spec.positions import Each, Span
 
@@ -34,9 +35,10 @@ _HOMES = {
     "plan": ("Optimisations",),
     "proof": ("load",),
     "recipe": ("Recipe", "load_recipe"),
-    "runs.experiments": ("Experiment", "run"),
+    "runs.experiments": ("Experiment",),
     "runs.explain": ("explain",),
-    "runs.folder": ("Run", "load_run"),
+    "runs.results": ("Run", "load_run"),
+    "runs.run": ("run",),
     "spec": ("Choices", "Generate", "Hidden", "NextToken", "Patchscope", "Source", "Target"),
     "spec.positions": ("Each", "Span"),
 }

@@ -19,11 +19,12 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from patchscope_nn._util.clocks import utc_now
 from patchscope_nn.backends import Bridged, Ndif
 from patchscope_nn.backends.crossing import in_place_of, source_half, target_half
 from patchscope_nn.backends.ndif import client
 from patchscope_nn.backends.ndif.client import Patience, Seen
-from patchscope_nn.backends.ndif.job_log import End, Job, Ledger, Passes, now
+from patchscope_nn.backends.ndif.job_log import End, Job, Ledger, Passes
 from patchscope_nn.backends.ndif.job_size import Pace
 from patchscope_nn.body.program import Work
 from patchscope_nn.engines import Results
@@ -204,7 +205,7 @@ class Fleet:
         self._away(_Flight(self._job(sent, self.host, context, step)))
 
     def _job(self, sent: str, host: str, context: Literal["fused", "session", "read"], step: Step) -> Job:
-        return Job(id=sent, host=host, context=context, passes=self._numbers(step), sent=now())
+        return Job(id=sent, host=host, context=context, passes=self._numbers(step), sent=utc_now())
 
     def _away(self, flight: _Flight) -> None:
         self.ledger.sent(flight.job)
