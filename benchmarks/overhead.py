@@ -26,7 +26,8 @@ from patchscope_nn.backends import places, steps
 from patchscope_nn.models import load
 from patchscope_nn.models.builtin import NAME
 from patchscope_nn.runs import execute
-from patchscope_nn.runs.folder import Run, RunFolder
+from patchscope_nn.runs.folder import RunFolder
+from patchscope_nn.runs.results import Run
 
 SPENT: Counter[str] = Counter()
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 _BLOCK = 1 << 16
 
+
 @contextmanager
 def replacing(file: Path) -> Iterator[Path]:
     """A draft beside `file`, which replaces it once the block has ended without an error.

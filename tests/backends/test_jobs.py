@@ -21,7 +21,7 @@ from patchscope_nn.backends.ndif.portability import check_travels
 from patchscope_nn.backends.ndif.scheduler import _NOTHING
 from patchscope_nn.cli import commands, printing
 from patchscope_nn.errors import InputError, JobError, MappingError, ModelError, ServerError
-from patchscope_nn.runs.execute import plan_prepared, run_prepared
+from patchscope_nn.runs.execute import Execution, execute, plan_run
 from patchscope_nn.runs.prepare import prepare
 
 
@@ -98,7 +98,7 @@ def test_what_a_server_says_becomes_an_error(said, kind, text):
 
 def test_the_job_that_asks_after_a_server_is_one_that_runs(tiny_model):
     model = tiny_model()
-    found = backends.backend_for("local").run("session", _NOTHING, source=model, target=model)
+    found = backends.Rehearsal().run("session", _NOTHING, source=model, target=model)
     assert found == {"passes": [], "kept": {}, "prefix": None}
 
 
@@ -152,9 +152,10 @@ def test_what_a_plan_says_crosses_is_what_crosses(case, max_rows, remote, tiny_m
         readout=ps.NextToken(reference="source"),
     )
     rows = [{"s": s} for s in ("Paris", "the city", "Diana is", "The Eiffel Tower")]
-    prepared = prepare(scope, source_model=source, target_model=target, data=rows, controls=["shuffled"])
-    options = {"context": "bridged", "max_rows": max_rows}
-    planned = plan_prepared(prepared, remote=remote == "local", **options)
+    given = {"source_model": source, "target_model": target, "data": rows, "controls": ["shuffled"]}
+    prepared = prepare(scope, places=backends.Places.of(remote), **given).only
+    execution = Execution(context="bridged", max_rows=max_rows)
+    planned = plan_run(prepared, execution)
     crossed = []
 
     def crossing(work, states):
@@ -163,7 +164,7 @@ def test_what_a_plan_says_crosses_is_what_crosses(case, max_rows, remote, tiny_m
         return found
 
     monkeypatch.setattr(backends, "in_place_of", crossing)
-    bridged = run_prepared(prepared, remote=remote, **options).table()
+    bridged = execute(prepared, execution).table()
     said = traffic(planned, prepared.mapping)
     weighed = [weights(call) for _, (_, call) in crossed]
     assert any(step.carried for step in planned.steps()) is (max_rows == 1 and not remote)
@@ -172,14 +173,14 @@ def test_what_a_plan_says_crosses_is_what_crosses(case, max_rows, remote, tiny_m
     assert said.mapped_here == (
         sum(kind == "identity" for _, (kind, _) in crossed) if prepared.mapping.kind == "call" else 0
     )
-    nested = run_prepared(prepared, context="nested").table()
+    nested = execute(prepare(scope, **given).only, Execution(context="nested")).table()
     assert_frame_equal(bridged, nested, rtol=1e-4, atol=1e-4)
 
 
 def test_one_context_for_two_models_has_no_bridge(tiny_model):
     scope = ps.Patchscope(source=ps.Source(prompt="Paris", layer=0), target=ps.Target(prompt="x", layer=1))
-    prepared = prepare(scope, source_model=tiny_model(), target_model=tiny_model(seed=1))
-    assert traffic(plan_prepared(prepared), prepared.mapping) is None
+    prepared = prepare(scope, source_model=tiny_model(), target_model=tiny_model(seed=1)).only
+    assert traffic(plan_run(prepared), prepared.mapping) is None
 
 
 @pytest.mark.parametrize(

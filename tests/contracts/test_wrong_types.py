@@ -214,7 +214,7 @@ def test_the_words(tiny_model):
     with pytest.raises(SpecError) as caught:
         ps.run(SCOPE, model=tiny_model(), limit="3", controls="random")
     assert str(caught.value) == (
-        "prepare: 2 problems\n"
+        "run: 2 problems\n"
         "  controls: should be a list of 'unpatched', 'random', 'shuffled' or 'text-only' or None; given "
         "'random'\n"
         "  limit: should be a whole number or None; given '3'"
