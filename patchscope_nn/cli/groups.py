@@ -15,6 +15,26 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
+class OneModel:
+    """A model in this process."""
+
+    model: options.Model = None
+    dtype: options.Dtype = "auto"
+    device_map: options.DeviceMap = None
+
+    def load(self) -> Any:
+        """Load it; the builtin model unless another is named.
+
+        Raises:
+            InputError: It cannot be loaded.
+        """
+        from patchscope_nn.models import builtin
+        from patchscope_nn.proof import load
+
+        return load(self.model or builtin.NAME, dtype=self.dtype, device_map=self.device_map)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Models:
     """M and M*, how they are loaded, and where they run."""
 

@@ -353,9 +353,16 @@ def test_run_prints_the_best_of_controls_too(patchscope):
     assert "98 of 98" not in whole.stderr  # nothing was run again
 
 
-def test_a_recipe_with_methods_is_not_prepared_as_one(here):
-    with pytest.raises(InputError, match="holds several methods, which are several runs"):
-        prepare_one(recipe(here))
+def test_a_recipe_without_methods_is_an_experiment_of_one(here):
+    methods = prepare(recipe(here), limit=2)
+    assert methods.folders(Path("out")) == {
+        name: Path("out") / slug for name, slug in zip(NAMES, SLUGS, strict=True)
+    }
+    with pytest.raises(ValueError, match="too many values"):
+        methods.only  # noqa: B018 (the access is the test)
+    single = prepare(recipe(here).of_methods()[NAMES[0]], limit=2)
+    assert single.folders(Path("out")) == {f"lenses-{SLUGS[0]}": Path("out")}
+    assert single.digest == single.only.digest == methods.runs[NAMES[0]].digest
 
 
 def test_plan_shows_every_method_and_writes_nothing(patchscope, here):
