@@ -19,7 +19,7 @@ from patchscope_nn.backends.ndif.job_log import Job, Ledger
 from patchscope_nn.backends.ndif.job_size import Pace
 from patchscope_nn.backends.ndif.portability import check_travels
 from patchscope_nn.backends.ndif.scheduler import _NOTHING
-from patchscope_nn.cli import commands, printing
+from patchscope_nn.cli import plan_printing, running
 from patchscope_nn.errors import InputError, JobError, MappingError, ModelError, ServerError
 from patchscope_nn.runs.execute import Execution, execute, plan_run
 from patchscope_nn.runs.prepare import prepare
@@ -163,7 +163,7 @@ def test_what_a_plan_says_crosses_is_what_crosses(case, max_rows, remote, tiny_m
         crossed.append((size(work["carried"] | found.states), found.mapping))
         return found
 
-    monkeypatch.setattr(backends, "in_place_of", crossing)
+    monkeypatch.setattr("patchscope_nn.backends.places.in_place_of", crossing)
     bridged = execute(prepared, execution).table()
     said = traffic(planned, prepared.mapping)
     weighed = [weights(call) for _, (_, call) in crossed]
@@ -205,7 +205,7 @@ def test_one_context_for_two_models_has_no_bridge(tiny_model):
 def test_a_plan_says_where_the_mapping_runs(given, text):
     said = Traffic(steps=3, states=9, distributions=2, bytes=2048, **given)
     start = "bridge: 9 states and 2 distributions cross to M*, 2 KiB in 3 steps"
-    assert printing._crossing_line(said) == start + text
+    assert plan_printing._crossing_line(said) == start + text
 
 
 def test_a_model_without_its_weights_is_described_as_the_one_with(tmp_path, tiny_model):
@@ -290,7 +290,7 @@ def interrupted(tmp_path, monkeypatch, capsys):
     def interrupt(answer=None):
         stdin = io.StringIO() if answer is None else Terminal(f"{answer}\n")
         monkeypatch.setattr(sys, "stdin", stdin)
-        commands._leave_or_cancel(tmp_path)
+        running._leave_or_cancel(tmp_path)
         said = capsys.readouterr()
         assert not said.out.strip()  # click leaves the blank before the answer to readline
         return said.err, [job.state for job in Ledger(tmp_path).jobs()]

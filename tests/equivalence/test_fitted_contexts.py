@@ -118,7 +118,7 @@ def test_between_two_models_the_maps_run_where_fewer_bytes_cross(  # noqa: PLR09
         crossed.append((size(half["carried"]), weights(found.mapping[1]), found.mapping[0]))
         return found
 
-    monkeypatch.setattr(backends, "in_place_of", crossing)
+    monkeypatch.setattr("patchscope_nn.backends.places.in_place_of", crossing)
     bridged = execute(prepared, execution)
     said = traffic(planned, prepared.mapping)
     assert said.steps == len(crossed)
