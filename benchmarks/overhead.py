@@ -27,7 +27,8 @@ from patchscope_nn.engines.transformers import Transformers
 from patchscope_nn.models import load
 from patchscope_nn.models.builtin import NAME
 from patchscope_nn.runs import execute
-from patchscope_nn.runs.folder import Run, RunFolder
+from patchscope_nn.runs.folder import RunFolder
+from patchscope_nn.runs.results import Run
 
 SPENT: Counter[str] = Counter()
 

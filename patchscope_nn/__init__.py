@@ -20,9 +20,10 @@ if TYPE_CHECKING:
     from patchscope_nn.proof import load
     from patchscope_nn.readouts import Choices, Generate, Hidden, NextToken
     from patchscope_nn.recipe import Recipe, load_recipe
-    from patchscope_nn.runs.experiments import Experiment, run
+    from patchscope_nn.runs.experiments import Experiment
     from patchscope_nn.runs.explain import explain
-    from patchscope_nn.runs.folder import Run, load_run
+    from patchscope_nn.runs.results import Run, load_run
+    from patchscope_nn.runs.run import run
     from patchscope_nn.spec import (
         Patchscope,
         Readout,
@@ -45,9 +46,10 @@ _HOMES = {
     "proof": ("load",),
     "readouts": ("Choices", "Generate", "Hidden", "NextToken"),
     "recipe": ("Recipe", "load_recipe"),
-    "runs.experiments": ("Experiment", "run"),
+    "runs.experiments": ("Experiment",),
     "runs.explain": ("explain",),
-    "runs.folder": ("Run", "load_run"),
+    "runs.results": ("Run", "load_run"),
+    "runs.run": ("run",),
     "spec": (
         *("Patchscope", "Readout", "Site", "Source", "Target"),
         *("register_readout", "register_site"),

@@ -16,7 +16,7 @@ import pytest
 import tiny
 import torch
 
-from patchscope_nn.backends import backend_for, run_steps
+from patchscope_nn.backends import Places, run_steps
 from patchscope_nn.mappings import resolve_mapping
 from patchscope_nn.models import builtin, load
 from patchscope_nn.plan import plan
@@ -78,7 +78,7 @@ def run_cells():
     def run(scope, model, target=None, *, rows=({},), controls=(), seed=0, remote=False, **options):
         target = target or model
         sweep = expand(scope, rows=rows, controls=controls, source=model, target=target, seed=seed)
-        backend = backend_for(remote)
+        backend = Places.of(remote).backend
         planned = plan(sweep, remote=backend.remote, **options)
         sites = tuple(SITES[side.site].space for side in (scope.source, scope.target))
         mapping = resolve_mapping(

@@ -5,10 +5,11 @@ from __future__ import annotations
 import functools
 import inspect
 import types
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from types import SimpleNamespace
+from typing import Any, Literal, TypeVar, Union, Unpack, cast, get_args, get_origin, get_type_hints
 
 from patchscope_nn._util.plain import plain, shown, wrong_text
 from patchscope_nn.errors import Problem, SpecError
@@ -27,12 +28,15 @@ def checked(function: _F) -> _F:
     Numbers of numpy, torch and pandas become Python's own where those are asked for.
 
     Args:
-        function: The function. What its `**options` hold is left to the function they are passed on to.
+        function: The function. Its `**options` are checked where an unpacked TypedDict names them; others
+            are left to the function they are passed on to.
 
     Returns:
         The function; it raises `SpecError` with every argument that is of a wrong type.
     """
     signature = inspect.signature(function)
+    # What a function returns may have a type that only type checkers import.
+    annotations = {name: hint for name, hint in function.__annotations__.items() if name != "return"}
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -40,21 +44,33 @@ def checked(function: _F) -> _F:
         hints: dict[str, Any] = {}
         # Not kept: a class that travels to a server takes what its methods hold with it.
         with suppress(NameError):  # there, the names that annotations use are missing
-            hints = get_type_hints(function)
+            hints = get_type_hints(SimpleNamespace(__annotations__=annotations), function.__globals__)
         wrong = []
-        for name, given in bound.arguments.items():
-            hint = Any if signature.parameters[name].kind in _PACKED else hints.get(name, Any)
-            value, fits = given, _fits(given, hint)
-            if not fits and not isinstance(given, str):
-                bound.arguments[name] = value = plain(given)
-                fits = _fits(value, hint)
-            if problem := _problem(value, hint, fits=fits):
-                wrong.append(Problem(field=name, message=problem))
+        for arguments, of_arguments in _scopes(signature, bound.arguments, hints):
+            for name, given in arguments.items():
+                hint = of_arguments.get(name, Any)
+                value, fits = given, _fits(given, hint)
+                if not fits and not isinstance(given, str):
+                    arguments[name] = value = plain(given)
+                    fits = _fits(value, hint)
+                if problem := _problem(value, hint, fits=fits):
+                    wrong.append(Problem(field=name, message=problem))
         if wrong:
             raise SpecError(wrong, origin=function.__qualname__.removesuffix(".__init__"))
         return function(*bound.args, **bound.kwargs)
 
     return cast("_F", call)
+
+
+def _scopes(
+    signature: inspect.Signature, arguments: dict[str, Any], hints: dict[str, Any]
+) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """The arguments by name with their types: those of the signature, then those of `**options`."""
+    packed = {name for name, parameter in signature.parameters.items() if parameter.kind in _PACKED}
+    yield arguments, {name: hint for name, hint in hints.items() if name not in packed}
+    for name in packed:
+        if get_origin(hints.get(name)) is Unpack and name in arguments:
+            yield arguments[name], get_type_hints(get_args(hints[name])[0])
 
 
 def checked_class(kind: type[_T]) -> type[_T]:

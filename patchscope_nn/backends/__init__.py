@@ -1,6 +1,6 @@
 """Where a step runs: here, through the rehearsal of a server, on NDIF, or its two models in two places.
 
-places.py     the places, and which of them options name
+places.py     the places, and Places: where M and M* run
 steps.py      a plan's steps, one after the other
 crossing.py   what travels between two places
 ndif/         jobs on an NDIF server
@@ -11,9 +11,8 @@ from patchscope_nn.backends.places import (
     Bridged,
     Local,
     Ndif,
+    Places,
     Rehearsal,
-    backend_for,
-    on_server,
 )
 from patchscope_nn.backends.steps import (
     Listener,
@@ -30,10 +29,9 @@ __all__ = [
     "Local",
     "Ndif",
     "PassTooLargeError",
+    "Places",
     "Rehearsal",
-    "backend_for",
     "is_out_of_memory",
-    "on_server",
     "results_of",
     "run_steps",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from patchscope_nn.backends.crossing import in_place_of, source_half, target_half
 from patchscope_nn.backends.ndif import client
@@ -160,31 +160,57 @@ class Bridged:
         return target_half(program, in_place_of(program, read["kept"]))
 
 
-def backend_for(
-    remote: bool | str,  # noqa: FBT001 (the value of an option, as users give it)
-    source_remote: bool | str | None = None,  # noqa: FBT001 (the same)
-) -> Backend:
-    """The backend that options name.
+@dataclass(frozen=True, kw_only=True)
+class Places:
+    """Where M and M* run, and how models that are given by name are loaded there.
 
-    Args:
-        remote: Where M* runs. False: in this process; True: on the NDIF that nnsight is configured for; a
-            URL: on that one; `local`: the rehearsal.
-        source_remote: Where M runs; None is where M* does.
+    The options of a run are resolved once, here; what is prepared holds the result.
 
-    Raises:
-        InputError: Any other value.
+    Attributes:
+        source: Where M runs.
+        target: Where M* runs.
+        dtype: The dtype of models that are loaded, as in `models.load`.
+        device_map: Their devices, likewise.
     """
-    target = _place(remote)
-    source = target if source_remote is None else _place(source_remote)
-    return target if source == target else Bridged(source, target)
+
+    source: Backend = Local()
+    target: Backend = Local()
+    dtype: Any = "auto"
+    device_map: Any = None
+
+    @classmethod
+    def of(
+        cls,
+        remote: bool | str = False,  # noqa: FBT001, FBT002 (the value of an option, as users give it)
+        source_remote: bool | str | None = None,  # noqa: FBT001 (the same)
+        **loading: Any,
+    ) -> Places:
+        """Resolve the options of a run.
+
+        Args:
+            remote: Where M* runs. False: in this process; True: on the NDIF that nnsight is configured for;
+                a URL: on that server; `local`: in this process, as a rehearsal of a server.
+            source_remote: Where M runs, in the same words; None is where M* runs.
+            **loading: `dtype` and `device_map`.
+
+        Raises:
+            InputError: A place is none of these.
+        """
+        target = _place(remote)
+        source = target if source_remote is None else _place(source_remote)
+        return cls(source=source, target=target, **loading)
+
+    @property
+    def backend(self) -> Backend:
+        """Runs steps that need both models."""
+        return self.target if self.source == self.target else Bridged(self.source, self.target)
+
+    def loading(self, place: Backend) -> dict[str, Any]:
+        """The options that load a model for one of the two places; a server has its own weights."""
+        return {"dtype": self.dtype, "device_map": self.device_map, "weights": not isinstance(place, Ndif)}
 
 
-def on_server(remote: bool | str | None) -> bool:  # noqa: FBT001 (the value of an option, as users give it)
-    """Whether an option names a server, and not this process."""
-    return remote not in (False, None, "local")
-
-
-def _place(remote: bool | str) -> Backend:  # noqa: FBT001 (the same)
+def _place(remote: bool | str) -> Backend:  # noqa: FBT001 (the value of an option, as users give it)
     if remote is False:
         return Local()
     return Rehearsal() if remote == "local" else Ndif(client.host_of(remote))

@@ -6,22 +6,17 @@ import functools
 import importlib.util
 import sys
 
-from patchscope_nn.cli import options, printing
+from patchscope_nn.cli import groups, options, printing
 from patchscope_nn.cli.options import LogLevel
 from patchscope_nn.errors import InputError
 
 _NEEDED = ("starlette", "uvicorn")
 
 
+@groups.grouped
 def explore(
     *,
-    model: options.Model = None,
-    source_model: options.SourceModel = None,
-    target_model: options.TargetModel = None,
-    dtype: options.Dtype = "auto",
-    device_map: options.DeviceMap = None,
-    remote: options.Remote = None,
-    source_remote: options.SourceRemote = None,
+    models: groups.Models,
     lens: options.Lenses = None,
     view: options.View = "",
     port: options.Port = 0,
@@ -44,15 +39,10 @@ def explore(
 
     answers = Answers(
         lenses(lens or ()),
-        Options(
-            remote=options.remote_value(remote),
-            source_remote=options.source_remote_value(source_remote),
-            dtype=dtype,
-            device_map=device_map,
-        ),
+        Options(**models.where, dtype=models.dtype, device_map=models.device_map),
     )
-    source = source_model or model or builtin.NAME
-    target = target_model or model or source
+    source = models.source_model or models.model or builtin.NAME
+    target = models.target_model or models.model or source
     with server.listen(port) as bound:
         with printing.waiting("loading the model", quiet=json):
             answers.load(source, target)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import shlex
 import sys
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
 import typer
 
-from patchscope_nn.cli import fit_printing, options, printing
+from patchscope_nn.cli import fit_printing, groups, options, printing
 from patchscope_nn.cli.options import LogLevel, option
 from patchscope_nn.errors import InputError
 
@@ -51,7 +52,26 @@ AtATime: TypeAlias = Annotated[
 ]
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Training:
+    """How something is trained, besides what a step sees."""
+
+    steps: Steps = 300
+    learning_rate: Rate = None
+    held_out: HeldOut = 0.2
+    stopping: Stopping = 0.1
+    seed: Seed = 0
+
+    def options(self, *, batch: int, rate: float) -> Any:
+        """The options as `fit_trained` takes them; `rate` is the kind's own learning rate."""
+        from patchscope_nn.fitting.trained.training import Training
+
+        chosen = rate if self.learning_rate is None else self.learning_rate
+        return Training(**{**asdict(self), "learning_rate": chosen}, batch=batch)
+
+
 @fit.command(name="tuned_lens")
+@groups.grouped
 def tuned_lens(
     *,
     data: Data = "builtin:contexts",
@@ -61,15 +81,9 @@ def tuned_lens(
     out: File,
     max_tokens: MaxTokens = 128,
     skip_first: SkipFirst = 1,
-    steps: Steps = 300,
     batch: Batch = 64,
-    learning_rate: Rate = None,
-    held_out: HeldOut = 0.2,
-    stopping: Stopping = 0.1,
-    seed: Seed = 0,
-    model: options.Model = None,
-    dtype: options.Dtype = "auto",
-    device_map: options.DeviceMap = None,
+    training: _Training,
+    model: groups.OneModel,
     json: options.Json = False,
     log_level: options.Level = LogLevel.warning,  # noqa: ARG001 (acted on by its callback)
 ) -> None:
@@ -80,23 +94,17 @@ def tuned_lens(
         column=column,
         limit=limit,
         out=out,
-        model=_model(model, dtype, device_map),
+        model=model.load(),
         json=json,
         layers=options.parse_selector(layer, option="--layer"),
         max_tokens=max_tokens,
         skip_first=skip_first,
-        training=_training(
-            steps=steps,
-            batch=batch,
-            learning_rate=1e-3 if learning_rate is None else learning_rate,
-            held_out=held_out,
-            stopping=stopping,
-            seed=seed,
-        ),
+        training=training.options(batch=batch, rate=1e-3),
     )
 
 
 @fit.command(name="jacobian_lens")
+@groups.grouped
 def jacobian_lens(
     *,
     data: Data,
@@ -109,9 +117,7 @@ def jacobian_lens(
     rows_at_a_time: AtATime = 16,
     held_out: HeldOut = 0.2,
     seed: Seed = 0,
-    model: options.Model = None,
-    dtype: options.Dtype = "auto",
-    device_map: options.DeviceMap = None,
+    model: groups.OneModel,
     json: options.Json = False,
     log_level: options.Level = LogLevel.warning,  # noqa: ARG001 (acted on by its callback)
 ) -> None:
@@ -122,7 +128,7 @@ def jacobian_lens(
         column=column,
         limit=limit,
         out=out,
-        model=_model(model, dtype, device_map),
+        model=model.load(),
         json=json,
         layers=options.parse_selector(layer, option="--layer"),
         max_tokens=max_tokens,
@@ -134,6 +140,7 @@ def jacobian_lens(
 
 
 @fit.command(name="lre")
+@groups.grouped
 def lre(
     *,
     data: Data,
@@ -149,9 +156,7 @@ def lre(
     ] = None,
     rows_at_a_time: AtATime = 64,
     seed: Seed = 0,
-    model: options.Model = None,
-    dtype: options.Dtype = "auto",
-    device_map: options.DeviceMap = None,
+    model: groups.OneModel,
     json: options.Json = False,
     log_level: options.Level = LogLevel.warning,  # noqa: ARG001 (acted on by its callback)
 ) -> None:
@@ -161,7 +166,7 @@ def lre(
         data=data,
         limit=limit,
         out=out,
-        model=_model(model, dtype, device_map),
+        model=model.load(),
         json=json,
         layers=options.parse_selector(layer, option="--layer"),
         prompt=prompt,
@@ -174,6 +179,7 @@ def lre(
     )
 
 
+@groups.grouped
 def _through_text(
     context: typer.Context,
     *,
@@ -192,17 +198,11 @@ def _through_text(
     ] = None,
     limit: options.Limit = None,
     out: File,
-    steps: Steps = 300,
     batch: Batch = 16,
-    learning_rate: Rate = None,
-    held_out: HeldOut = 0.2,
-    stopping: Stopping = 0.1,
-    seed: Seed = 0,
-    model: options.Model = None,
+    training: _Training,
+    model: groups.OneModel,
     source_model: options.SourceModel = None,
     target_model: options.TargetModel = None,
-    dtype: options.Dtype = "auto",
-    device_map: options.DeviceMap = None,
     json: options.Json = False,
     log_level: options.Level = LogLevel.warning,  # noqa: ARG001 (acted on by its callback)
 ) -> None:
@@ -217,8 +217,8 @@ def _through_text(
         data=data,
         limit=limit,
         out=out,
-        model=_model(source_model or model, dtype, device_map),
-        target_model=None if target_model is None else _model(target_model, dtype, device_map),
+        model=replace(model, model=source_model or model.model).load(),
+        target_model=None if target_model is None else replace(model, model=target_model).load(),
         json=json,
         source=Source(
             prompt=source_prompt,
@@ -232,14 +232,7 @@ def _through_text(
         ),
         text=text,
         rank=rank,
-        training=_training(
-            steps=steps,
-            batch=batch,
-            learning_rate=KINDS[kind][1] if learning_rate is None else learning_rate,
-            held_out=held_out,
-            stopping=stopping,
-            seed=seed,
-        ),
+        training=training.options(batch=batch, rate=KINDS[kind][1]),
     )
 
 
@@ -256,6 +249,7 @@ for _kind, _formula in {
 
 
 @fit.command(name="soft_prompt")
+@groups.grouped
 def soft_prompt(
     *,
     data: Data = "builtin:contexts",
@@ -269,15 +263,9 @@ def soft_prompt(
     ] = "[0, 1]",
     max_tokens: MaxTokens = 128,
     skip_first: SkipFirst = 1,
-    steps: Steps = 300,
     batch: Batch = 16,
-    learning_rate: Rate = None,
-    held_out: HeldOut = 0.2,
-    stopping: Stopping = 0.1,
-    seed: Seed = 0,
-    model: options.Model = None,
-    dtype: options.Dtype = "auto",
-    device_map: options.DeviceMap = None,
+    training: _Training,
+    model: groups.OneModel,
     json: options.Json = False,
     log_level: options.Level = LogLevel.warning,  # noqa: ARG001 (acted on by its callback)
 ) -> None:
@@ -289,21 +277,14 @@ def soft_prompt(
         column=column,
         limit=limit,
         out=out,
-        model=_model(model, dtype, device_map),
+        model=model.load(),
         json=json,
         layer=options.parse_selector(layer, option="--layer"),
         tokens=tokens,
         offsets=wanted if isinstance(wanted, list) else [wanted],
         max_tokens=max_tokens,
         skip_first=skip_first,
-        training=_training(
-            steps=steps,
-            batch=batch,
-            learning_rate=0.01 if learning_rate is None else learning_rate,
-            held_out=held_out,
-            stopping=stopping,
-            seed=seed,
-        ),
+        training=training.options(batch=batch, rate=0.01),
     )
 
 
@@ -314,19 +295,6 @@ def _fit(kind: str, *, data: str, out: Path, json: bool, **given: Any) -> None:
     command = shlex.join(["patchscope", *sys.argv[1:]])
     found = fit_trained(kind, data=parse_data(data), command=command, progress=progress, **given)
     fit_printing.print_fit(found.said(), found.save(out), as_json=json)
-
-
-def _model(name: str | None, dtype: str, device_map: str | None) -> Any:
-    from patchscope_nn.models import builtin
-    from patchscope_nn.proof import load
-
-    return load(name or builtin.NAME, dtype=dtype, device_map=device_map)
-
-
-def _training(**given: Any) -> Any:
-    from patchscope_nn.fitting.trained.training import Training
-
-    return Training(**given)
 
 
 def parse_data(text: str) -> dict[str, Any]:

@@ -8,11 +8,12 @@ from typing import Any
 
 import typer
 
-from patchscope_nn.cli import fit_printing, options, printing
+from patchscope_nn.cli import fit_printing, groups, options, printing
 from patchscope_nn.cli.fitting import fit, parse_data
 from patchscope_nn.cli.options import LogLevel
 
 
+@groups.grouped
 def _closed(
     context: typer.Context,
     *,
@@ -28,30 +29,16 @@ def _closed(
     max_tokens: options.MaxTokens = 256,
     rank: options.Rank = None,
     seed: options.Seed = 0,
-    model: options.Model = None,
-    source_model: options.SourceModel = None,
-    target_model: options.TargetModel = None,
-    dtype: options.Dtype = "auto",
-    device_map: options.DeviceMap = None,
-    remote: options.Remote = None,
-    source_remote: options.SourceRemote = None,
+    models: groups.Models,
     json: options.Json = False,
     log_level: options.Level = LogLevel.warning,  # noqa: ARG001 (acted on by its callback)
 ) -> None:
     kind = str(context.info_name)
     with printing.waiting("loading the model", quiet=json):
         from patchscope_nn.fitting import fit_mapping
-        from patchscope_nn.runs.prepare import load_models
+        from patchscope_nn.runs.loading import load_models
 
-        source, target = load_models(
-            model=model,
-            source_model=source_model,
-            target_model=target_model,
-            dtype=dtype,
-            device_map=device_map,
-            remote=options.remote_value(remote),
-            source_remote=options.source_remote_value(source_remote),
-        )
+        source, target = load_models(places=models.places(), **models.names)
     progress = printing.Progress(f"fitting {kind}", quiet=json, unit="texts")
     fitted = fit_mapping(
         kind,  # type: ignore[arg-type]  # it is one of them
@@ -68,8 +55,7 @@ def _closed(
         max_tokens=max_tokens,
         rank=rank,
         seed=seed,
-        remote=options.remote_value(remote),
-        source_remote=options.source_remote_value(source_remote),
+        **models.where,
         out=out,
         command=shlex.join(["patchscope", *sys.argv[1:]]),
         progress=progress,

@@ -69,7 +69,8 @@ SourceRemote: TypeAlias = Annotated[
     option("--source-remote", help="Where M runs, the same or `no`; unless given, where M* does."),
 ]
 Jobs: TypeAlias = Annotated[
-    int, option("--jobs", help="How many jobs may be on their way to a server at a time.", min=1)
+    int | None,
+    option("--jobs", help="How many jobs may be on their way to a server at a time; 4 unless given.", min=1),
 ]
 Out: TypeAlias = Annotated[
     Path | None, option("--out", help="The run's folder; runs/NAME-HASH unless given.")
@@ -109,37 +110,10 @@ Memory: TypeAlias = Annotated[
 ]
 
 
-def _switch(name: str, help: str) -> Any:  # noqa: A002 (typer's own name for it)
-    off = f"--no-{name}"
-    return typer.Option(f"--{name}/{off}", help=help, envvar=f"PATCHSCOPE_{name.upper().replace('-', '_')}")
-
-
-# What the planner may do to run less; turned off, each gives the same numbers.
-Deduplication: TypeAlias = Annotated[bool, _switch("deduplication", "Run equal cells once.")]
-SourceSharing: TypeAlias = Annotated[
-    bool, _switch("source-sharing", "Run a source prompt once for all that is read of it.")
-]
-RowPacking: TypeAlias = Annotated[bool, _switch("row-packing", "Run many cells in a pass.")]
-CachedDecoding: TypeAlias = Annotated[
-    bool, _switch("cached-decoding", "Decode from the prompt's keys and values.")
-]
-MixedLengths: TypeAlias = Annotated[
-    bool, _switch("mixed-lengths", "Let prompts of different lengths share a pass.")
-]
-PrefixSharing: TypeAlias = Annotated[
-    bool, _switch("prefix-sharing", "Run what target prompts begin with once.")
-]
-LateEntry: TypeAlias = Annotated[bool, _switch("late-entry", "Let a cell skip the blocks below l*.")]
-SharedAttention: TypeAlias = Annotated[
-    bool, _switch("shared-attention", "Attend to what cells share apart from what is their own.")
-]
-LeanReadout: TypeAlias = Annotated[bool, _switch("lean-readout", "Unembed only the positions that are read.")]
-EarlyLeaving: TypeAlias = Annotated[
-    bool, _switch("early-leaving", "Let rows that met their end leave the batch.")
-]
-MemoryReuse: TypeAlias = Annotated[
-    bool, _switch("memory-reuse", "Keep the memory of one pass for the next, on a CPU under Linux.")
-]
+def switch(name: str, *, help: str) -> Any:  # noqa: A002 (typer's own name for it)
+    """A typer option that is on, and that `--no-...` and a `PATCHSCOPE_` variable can turn off."""
+    word = name.replace("_", "-")
+    return typer.Option(f"--{word}/--no-{word}", help=help, envvar=f"PATCHSCOPE_{name.upper()}")
 
 
 class Best(StrEnum):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from patchscope_nn.cli.printing import grid, mean_text, out_json, show
 
 if TYPE_CHECKING:
-    from patchscope_nn.runs.folder import Run
+    from patchscope_nn.runs.results import Run
 
 
 def print_run(run: Run, *, as_json: bool) -> None:

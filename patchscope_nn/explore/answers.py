@@ -6,6 +6,7 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from patchscope_nn.backends import Local
 from patchscope_nn.errors import RunError
 from patchscope_nn.explore.copies import Options
 from patchscope_nn.explore.lenses import Lens
@@ -14,8 +15,10 @@ from patchscope_nn.explore.worker import Ask
 from patchscope_nn.models import Model
 from patchscope_nn.readouts.generate import cut
 from patchscope_nn.recipe import Recipe
-from patchscope_nn.runs.execute import run_prepared
-from patchscope_nn.runs.prepare import Prepared, load_models, prepare
+from patchscope_nn.runs.execute import Execution, execute
+from patchscope_nn.runs.loading import load_models
+from patchscope_nn.runs.prepare import prepare
+from patchscope_nn.runs.prepared import PreparedRun
 from patchscope_nn.spec.prompts import decode, encode
 
 #: How many pairs of models are kept; one that comes again after so many others is loaded again.
@@ -33,7 +36,7 @@ class Answers:
     """
 
     def __init__(self, lenses: Mapping[str, Lens], options: Options) -> None:
-        self.lenses, self.options = lenses, options
+        self.lenses, self.options, self.places = lenses, options, options.places()
         self._pairs: OrderedDict[tuple[str, str], tuple[Model, Model]] = OrderedDict()
 
     def load(self, source: str, target: str) -> tuple[Model, Model]:
@@ -45,23 +48,28 @@ class Answers:
         if (source, target) not in self._pairs:
             known = {model.info.name: model for pair in self._pairs.values() for model in pair}
             # In two places one model is two; then neither stands for the other.
-            known = {} if self.options.source_remote is not None else known
+            known = known if self.places.source == self.places.target else {}
             while len(self._pairs) >= _PAIRS_KEPT:
                 self._pairs.popitem(last=False)
             self._pairs[source, target] = load_models(
                 source_model=known.get(source, source),
                 target_model=known.get(target, target),
-                **self.options.given(),
+                places=self.places,
             )
         self._pairs.move_to_end((source, target))
         return self._pairs[source, target]
+
+    @property
+    def _here(self) -> bool:
+        """True if M* runs in this process."""
+        return isinstance(self.places.target, Local)
 
     def warm_up(self, source: str, target: str) -> None:
         """Do a little of everything, so that the first to ask does not wait for what is done once.
 
         What is wrong is told when somebody asks. On a server there is nothing to be done once.
         """
-        if self.options.remote is not False:
+        if not self._here:
             return
         names: dict[str, Any] = {"prompt": "a b", "source_model": source, "target_model": target}
         cell = CellView(**names, position=0, layer=0, max_new_tokens=1)
@@ -110,27 +118,17 @@ class Answers:
             ask.tell("loading", models=list(names))
         return self.load(view.source_model, view.target_model)
 
-    def _prepare(self, recipe: Recipe, source: Model, target: Model) -> Prepared:
-        return prepare(
-            recipe,
-            source_model=source,
-            target_model=target,
-            remote=self.options.remote,
-            source_remote=self.options.source_remote,
-        )
+    def _prepare(self, recipe: Recipe, source: Model, target: Model) -> PreparedRun:
+        return prepare(recipe, places=self.places, source_model=source, target_model=target).only
 
-    def _run(self, prepared: Prepared, ask: Ask, listener: Any) -> Sequence[Mapping[str, Any]]:
-        here = self.options.remote is False
-        finished = run_prepared(
-            prepared,
-            remote=self.options.remote,
-            source_remote=self.options.source_remote,
-            max_rows=_ROWS if here else None,
+    def _run(self, prepared: PreparedRun, ask: Ask, listener: Any) -> Sequence[Mapping[str, Any]]:
+        execution = Execution(
+            max_rows=_ROWS if self._here else None,
             progress=lambda done, total: ask.tell("progress", done=done, total=total),
             notice=lambda line: ask.tell("notice", line=line),
             listener=listener,
         )
-        return finished.rows
+        return execute(prepared, execution).rows
 
 
 class _Progress:
@@ -151,7 +149,7 @@ class _Progress:
 class _Telling:
     """Tells each cell's text as it grows, under its control's name."""
 
-    def __init__(self, ask: Ask, prepared: Prepared) -> None:
+    def __init__(self, ask: Ask, prepared: PreparedRun) -> None:
         self.ask, self.sweep, self.tokenizer = ask, prepared.sweep, prepared.target.tokenizer
 
     def read(self, count: int) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from patchscope_nn.backends import Places
 from patchscope_nn.recipe import Recipe, dump
 from patchscope_nn.spec import dump_mapping
 
@@ -35,6 +36,14 @@ class Options:
     source_remote: bool | str | None = None
     dtype: str = "auto"
     device_map: str | None = None
+
+    def places(self) -> Places:
+        """Where M and M* run.
+
+        Raises:
+            InputError: An option names no place.
+        """
+        return Places.of(**vars(self))
 
     def given(self) -> dict[str, Any]:
         """Those that are not the default, by name."""

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from patchscope_nn.backends import backend_for
+from patchscope_nn._util.digests import digest
+from patchscope_nn.backends import Places
 from patchscope_nn.data.rows import DataSpec
 from patchscope_nn.fitting.closed.fit import fit_pairs, texts_for
 from patchscope_nn.fitting.closed.states import Pairing
@@ -92,8 +91,7 @@ def plan_fit(
     target: Model,
     pairs: Sequence[Pair],
     sites: tuple[str, str],
-    remote: bool | str = False,
-    source_remote: bool | str | None = None,
+    places: Places,
     base: Path | None = None,
 ) -> PlannedFit | None:
     """What a run's fit will be, without fitting it.
@@ -104,8 +102,7 @@ def plan_fit(
         target: M*.
         pairs: The (l, l*) of the run.
         sites: The name of the site that is read on each side.
-        remote: Where M* runs.
-        source_remote: Where M runs.
+        places: Where M and M* run.
         base: The folder that relative data files start from.
 
     Returns:
@@ -122,7 +119,7 @@ def plan_fit(
     pairing = Pairing(
         source=source,
         target=target,
-        backend=backend_for(remote, source_remote),
+        backend=places.backend,
         sites=sites,
         options=options,
     )
@@ -135,7 +132,7 @@ def plan_fit(
         [list(pair) for pair in chosen],
         [*sites, pairing.skip],
     ]
-    key = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]
+    key = digest(said)
     return PlannedFit(
         options=options,
         source=source,

@@ -7,8 +7,6 @@ found by the first: what was trained here serves a run there.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +14,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 
+from patchscope_nn._util.digests import digest
 from patchscope_nn.data.rows import DataSpec, fingerprint, load_rows
 from patchscope_nn.errors import LayerError, MappingError, ModelError
 from patchscope_nn.fitting.planned import Planned, folder, identity, same_model
@@ -188,7 +187,7 @@ def plan_training(
         [list(pair) for pair in chosen],
         [one.model_dump(mode="json") for one in sides(scope)] if options.kind in KINDS else None,
     ]
-    asked, weights = _digest(said), _digest([identity(model)[2:] for model in (source, target)])
+    asked, weights = digest(said), digest([identity(model)[2:] for model in (source, target)])
     file = folder() / f"{options.kind}-{asked}-{weights}.safetensors"
     if away:
         file = _made_here(options, asked, source if source.info.device == ELSEWHERE else target)
@@ -327,7 +326,3 @@ def _made_here(options: Train, asked: str, model: Model) -> Path:
         "weights of the server's cannot be told.",
         hint=f"Name one, for example mapping: {{fitted: {files[-1]}}}.",
     )
-
-
-def _digest(said: Any) -> str:
-    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]

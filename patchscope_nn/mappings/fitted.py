@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 
 from patchscope_nn._util.arguments import checked_class
+from patchscope_nn._util.files import replacing
 from patchscope_nn.body.mappings import Pair, Parts, map_parts
 from patchscope_nn.errors import MappingError
 from patchscope_nn.mappings.provenance import Provenance
@@ -117,17 +117,14 @@ class Fitted(torch.nn.Module):
             for pair in self.pairs
             for name, tensor in self.parts(pair).items()
         }
-        partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            save_file(tensors, partial, metadata={METADATA: json.dumps(self.said())})
-            partial.replace(file)
+            with replacing(file) as draft:
+                save_file(tensors, draft, metadata={METADATA: json.dumps(self.said())})
         except OSError as error:
             raise MappingError(
                 f"{file} cannot be written: {error}.", hint="Name another file (--out)."
             ) from error
-        finally:
-            partial.unlink(missing_ok=True)
         return file
 
     def said(self) -> dict[str, Any]:

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
-from importlib import metadata
 from typing import Any
 
 from patchscope_nn._util.arguments import checked_class
+from patchscope_nn._util.clocks import utc_now
+from patchscope_nn._util.versions import recorded_versions
 from patchscope_nn.body.mappings import Pair
 from patchscope_nn.models import ModelInfo
 from patchscope_nn.spec import RESIDUAL, site_named
-
-_PACKAGES = ("patchscope-nn", "nnsight", "torch", "transformers", "tokenizers", "safetensors")
 
 
 @checked_class
@@ -73,13 +70,8 @@ class Provenance:
     held_out: Mapping[Pair, Mapping[str, float]] = field(default_factory=dict)
     seed: int | None = None
     command: str | None = None
-    created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
-    versions: Mapping[str, str] = field(
-        default_factory=lambda: {
-            "python": platform.python_version(),
-            **{name: metadata.version(name) for name in _PACKAGES},
-        }
-    )
+    created: str = field(default_factory=utc_now)
+    versions: Mapping[str, str] = field(default_factory=recorded_versions)
 
     def dump(self) -> dict[str, Any]:
         """As JSON holds it; `parse` reads it back."""

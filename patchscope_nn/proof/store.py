@@ -5,16 +5,15 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import os
-import threading
 from contextlib import suppress
-from importlib import metadata
 from pathlib import Path
 
+from patchscope_nn._util.digests import digest
+from patchscope_nn._util.files import write_whole
+from patchscope_nn._util.versions import DECIDING, versions_of
 from patchscope_nn.models import Model, Verdict, builtin
 from patchscope_nn.spec import SITES
 
-_VERSIONS = ("torch", "transformers", "nnsight")
 #: Config fields that only name a checkpoint and do not change what it computes.
 _NAMES = ("_name_or_path", "transformers_version", "id2label", "label2id", "architectures")
 
@@ -43,21 +42,21 @@ def structure_key(model: Model, *, host: str = "") -> str:
         str(module.config._attn_implementation),  # noqa: SLF001 (transformers' own name for it)
         model.info.dtype,
         host or model.info.device.partition(":")[0],
-        [(name, metadata.version(name)) for name in _VERSIONS],
+        versions_of(DECIDING),
         _code_digest(),
         [*map(repr, SITES.values())],
     ]
-    return hashlib.sha256(json.dumps(decides, sort_keys=True, default=str).encode()).hexdigest()[:24]
+    return digest(decides, length=24)
 
 
 @functools.cache
 def _code_digest() -> str:
     """A hex digest of this package's source: different code may be wrong on different models."""
     package = Path(__file__).parent.parent
-    digest = hashlib.sha256()
+    source = hashlib.sha256()
     for file in sorted(package.rglob("*.py")):
-        digest.update(file.read_bytes())
-    return digest.hexdigest()
+        source.update(file.read_bytes())
+    return source.hexdigest()
 
 
 def known(key: str) -> Verdict | None:
@@ -71,8 +70,6 @@ def known(key: str) -> Verdict | None:
 def keep(verdict: Verdict) -> None:
     """Store a verdict. If the folder cannot be written to, the model is proven again next time."""
     file = folder() / f"{verdict.key}.json"
-    draft = file.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
     with suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
-        draft.write_text(json.dumps(verdict.dump(), indent=1), encoding="utf-8")
-        draft.replace(file)
+        write_whole(file, json.dumps(verdict.dump(), indent=1))

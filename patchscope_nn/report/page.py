@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ import jinja2
 import yaml
 from markupsafe import Markup
 
+from patchscope_nn._util.files import replacing
 from patchscope_nn.report.cards import cards
 from patchscope_nn.report.cells import cells_json, script_json
 from patchscope_nn.report.figures import figures, metric_columns, visible
@@ -69,13 +69,9 @@ def run_figures(
 def write_whole(page: str, path: Path) -> Path:
     """Write a page; a reader of `path` sees the old file or the whole new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as draft:
         # A command line can hold bytes that are no UTF-8 (surrogates); they must not cost us the report.
         draft.write_bytes(page.encode("utf-8", errors="replace"))
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
     return path
 
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from patchscope_nn.data.rows import load_rows
 from patchscope_nn.errors import InputError
-from patchscope_nn.models import Model, load
-from patchscope_nn.runs.prepare import prepare
+from patchscope_nn.models import load
 from patchscope_nn.recipe import Recipe, find, load_recipe, shipped
+from patchscope_nn.runs.loading import Loader
+from patchscope_nn.runs.prepare import prepare
 
 
 class Cost(NamedTuple):
@@ -35,7 +35,7 @@ def costs() -> list[tuple[Recipe, Cost | str]]:
     return [(one, cost(one, loader=lambda model, **_: once(model))) for one in map(load_recipe, shipped())]
 
 
-def cost(recipe: Recipe, *, loader: Callable[..., Model]) -> Cost | str:
+def cost(recipe: Recipe, *, loader: Loader) -> Cost | str:
     """Count a recipe that ships.
 
     Args:
@@ -45,12 +45,12 @@ def cost(recipe: Recipe, *, loader: Callable[..., Model]) -> Cost | str:
     Returns:
         The cost; or why it cannot be counted here: the tokenizer is not there, or a package is missing.
     """
-    given: dict[str, Any] = {"loader": loader, "base": find(recipe.name).parent}
+    base = find(recipe.name).parent
     try:
-        of = [prepare(one, **given) for one in (recipe.of_methods() or {"": recipe}).values()]
-        rows = 1 if recipe.data is None else len(load_rows(recipe.data, base=given["base"]))
+        runs = prepare(recipe, loader=loader, base=base).runs.values()
+        rows = 1 if recipe.data is None else len(load_rows(recipe.data, base=base))
     except InputError as error:
         return error.message
-    sizes = [len(one.sweep.cells) for one in of]
-    decoded = sum(len(one.sweep.cells) * one.sweep.scope.readout.decoded for one in of)
-    return Cost(rows=rows, cells=sum(sizes), decoded_tokens=decoded, fits=any(one.fit for one in of))
+    decoded = sum(len(run.sweep.cells) * run.sweep.scope.readout.decoded for run in runs)
+    cells = sum(len(run.sweep.cells) for run in runs)
+    return Cost(rows=rows, cells=cells, decoded_tokens=decoded, fits=any(run.fit for run in runs))

@@ -5,16 +5,13 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Iterator
-from importlib import metadata
 from typing import Any, Literal, NamedTuple
 
-from patchscope_nn.models import builtin
+from patchscope_nn._util.versions import DECIDING, versions_of
 from patchscope_nn.backends.ndif import client
 from patchscope_nn.errors import PatchscopeError
-from patchscope_nn.models import Verdict
+from patchscope_nn.models import Verdict, builtin
 
-#: What decides numbers or module paths on both sides; another Python does not, since source travels.
-_MATTERS = ("nnsight", "torch", "transformers")
 _TIMEOUT_S = 30.0
 
 
@@ -37,8 +34,8 @@ class Finding(NamedTuple):
 def check_here() -> Iterator[Finding]:
     """Versions and the builtin model."""
     yield Finding("Python", "ok", platform.python_version())
-    for name in _MATTERS:
-        yield Finding(name, "ok", metadata.version(name))
+    for name, version in versions_of(DECIDING).items():
+        yield Finding(name, "ok", version)
     there = builtin.weights_file() is not None or builtin.folder() is not None
     yield Finding(
         "builtin model",
@@ -74,16 +71,15 @@ def check_model(model: str) -> tuple[Finding, Verdict | None]:
     return Finding("model", "note", f"{model}: {off}{took}", "nothing to do: it is off by itself"), verdict
 
 
-def check_server(remote: bool | str, model: str) -> Iterator[Finding]:  # noqa: FBT001 (an option's value)
+def check_server(host: str, model: str) -> Iterator[Finding]:
     """A server: reachable, key, versions, models, and a round trip.
 
     Args:
-        remote: Which, as in `run`.
+        host: Its URL.
         model: The model that is asked for.
     """
     import httpx
 
-    host = client.host_of(remote)
     try:
         with client.explained(host):
             httpx.get(f"{host}/ping", timeout=_TIMEOUT_S).raise_for_status()
@@ -120,8 +116,8 @@ def _key(host: str) -> Finding:
 def _versions(there: dict[str, Any]) -> Iterator[Finding]:
     python = str(there.get("python_version", "?")).split()[0]
     yield Finding("Python there", "ok", f"{python} (source travels: it need not be the one here)")
-    for name in _MATTERS:
-        ours, theirs = metadata.version(name), str(there.get("packages", {}).get(name, "none"))
+    for name, ours in versions_of(DECIDING).items():
+        theirs = str(there.get("packages", {}).get(name, "none"))
         same = ours.split("+")[0] == theirs.split("+", maxsplit=1)[0]
         # A model's parts move between nnsight's minor versions, and transformers' major ones.
         counts = 2 if name == "nnsight" else 1
@@ -150,8 +146,8 @@ def _models(status: dict[str, Any], model: str) -> Iterator[Finding]:
 
 
 def _round_trip(host: str, model: str) -> Iterator[Finding]:
-    from patchscope_nn.runs.execute import run
     from patchscope_nn.readouts import NextToken
+    from patchscope_nn.runs.run import run
     from patchscope_nn.spec import Patchscope, Source, Target
 
     scope = Patchscope(

@@ -1,6 +1,6 @@
-"""Experiments: a recipe with several methods, each a run of its own, and what comparing them says.
+"""Experiments: the runs of a recipe's methods, and their comparison.
 
-FOLDER/METHOD/...        each method's run, as `runs.py` has it
+FOLDER/METHOD/...        each method's run, as in `folder.py`
 FOLDER/comparison.json   means, paired differences and curves by layer
 FOLDER/comparison.csv    the paired differences
 FOLDER/comparison.html   the same as a page
@@ -8,32 +8,22 @@ FOLDER/comparison.html   the same as a page
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
-from patchscope_nn.runs import execute
-from patchscope_nn._util.arguments import checked, checked_class
+from patchscope_nn._util.arguments import checked_class
 from patchscope_nn.analysis.comparison import Compared, Comparison, compare
-from patchscope_nn.errors import FolderError, InputError
-from patchscope_nn.runs.execute import Progress
-from patchscope_nn.models import Model
-from patchscope_nn.runs.prepare import Prepared, used_columns
-from patchscope_nn.runs.prepare import prepare as prepare_one
-from patchscope_nn.proof import load
-from patchscope_nn.recipe import Recipe, find, load_recipe, slug
-from patchscope_nn.runs.folder import Run, load_run
-from patchscope_nn.spec import Patchscope
 from patchscope_nn.analysis.tables import frame
+from patchscope_nn.errors import InputError
+from patchscope_nn.recipe import slug
+from patchscope_nn.runs.results import Run, load_run
 
 COMPARISON = "comparison"
-#: What `run` takes that says how, and not what.
-_HOW = (*("remote", "source_remote", "context", "max_rows", "memory", "optimisations", "jobs", "progress"),)
 
 
 @checked_class
@@ -119,144 +109,17 @@ class Experiment(Mapping[str, Run]):
         return comparison_html(self.compare(), title=self.title)
 
 
-@dataclass(frozen=True, kw_only=True)
-class PreparedMethods:
-    """Every method of a recipe, prepared; nothing has run yet.
-
-    Attributes:
-        recipe: The recipe, as a plain mapping.
-        methods: What each method needs, by its name.
-    """
-
-    recipe: Mapping[str, Any]
-    methods: Mapping[str, Prepared]
-
-    @property
-    def digest(self) -> str:
-        """Hex digest of the methods' names and what decides their results."""
-        said = [(name, one.digest) for name, one in self.methods.items()]
-        return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
-
-    @property
-    def default_folder(self) -> Path:
-        """`runs/NAME-HASH`: the same command finds the same folder."""
-        return Path("runs") / f"{self.recipe['name']}-{self.digest[:8]}"
-
-
-@overload
-def run(scope: Patchscope, *, out: str | Path | None = None, **options: Any) -> Run: ...
-@overload
-def run(scope: Recipe | str | Path, *, out: str | Path | None = None, **options: Any) -> Any: ...
-@checked
-def run(scope: Any, *, out: str | Path | None = None, **options: Any) -> Run | Experiment:
-    """Run a Patchscope or a recipe.
+def save_comparison(experiment: Experiment, folder: Path) -> None:
+    """Write what comparing an experiment's methods gives: JSON, CSV, and with plotly the page.
 
     Args:
-        scope: A Patchscope, a recipe, or a recipe's name or file.
-        out: The folder; the same call again goes on where it was left. None keeps everything in memory.
-        **options: How it runs, as in `execute.run`: `remote` (where M* runs: False, True, a URL, or `local`
-            for a rehearsal), `source_remote`, `context`, `max_rows`, `memory`, `optimisations`, `jobs` and
-            `progress`; and what it runs, as in `prepare.prepare`: `model`, `source_model`, `target_model`,
-            `data`, `controls`, `metrics`, `seed`, `limit`, `base`, `dtype` and `device_map`.
-
-    Returns:
-        The run; of a recipe with several methods the experiment, a mapping from their names to their runs.
-
-    Raises:
-        InputError: Something given is wrong; nothing has been written.
-        RunError: The run failed; with a folder, the same call goes on with it.
+        experiment: The experiment.
+        folder: The folder that holds the folders of its runs.
     """
-    if not isinstance(scope, Patchscope | Recipe | str | Path):
-        raise InputError(
-            f"a {type(scope).__name__} cannot be run.",
-            hint="Give a Patchscope, a Recipe, or the name or file of a recipe; a mapping becomes a recipe "
-            "by ps.Recipe(**mapping).",
-        )
-    if isinstance(scope, str | Path):
-        options["base"] = find(scope).parent if options.get("base") is None else options["base"]
-        scope = load_recipe(scope)
-    if not isinstance(scope, Recipe) or not scope.methods:
-        return execute.run(scope, out=out, **options)
-    how = {name: options.pop(name) for name in _HOW if name in options}
-    where = {name: how[name] for name in ("remote", "source_remote") if name in how}
-    return run_prepared(prepare(scope, **where, **options), out=out, **how)
-
-
-def prepare(recipe: Recipe, **given: Any) -> Prepared | PreparedMethods:
-    """Prepare a recipe, or each of its methods; a model that several use is loaded once.
-
-    Args:
-        recipe: The recipe.
-        **given: As in `prepare.prepare`.
-
-    Raises:
-        InputError: Something given is wrong.
-    """
-    if not recipe.methods:
-        return prepare_one(recipe, **given)
-    loader = _Once()
-    of_methods = recipe.of_methods()
-    # A row in which a column of any method is missing is left out of all, so that all have the same rows.
-    used = {column: field for method in of_methods.values() for column, field in used_columns(method).items()}
-    methods = {
-        name: prepare_one(one, loader=loader, also_used=used, **given) for name, one in of_methods.items()
-    }
-    return PreparedMethods(recipe=recipe.model_dump(mode="json"), methods=methods)
-
-
-class _Once:
-    """`models.load`, which loads nothing twice."""
-
-    def __init__(self) -> None:
-        self._loaded: dict[tuple[Any, ...], tuple[Any, Model]] = {}
-
-    def __call__(self, model: Any, **options: Any) -> Model:
-        named = str(model) if isinstance(model, str | Path) else id(model)
-        key = (named, repr(sorted(options.items())))
-        if key not in self._loaded:
-            self._loaded[key] = model, load(model, **options)
-        return self._loaded[key][1]
-
-
-@checked
-def run_prepared(
-    prepared: Prepared | PreparedMethods,
-    *,
-    out: str | Path | None = None,
-    progress: Progress | None = None,
-    **options: Any,
-) -> Run | Experiment:
-    """Run what `prepare` prepared; of several methods one after the other, and then compare them.
-
-    Arguments as in `execute.run_prepared`.
-    """
-    if isinstance(prepared, Prepared):
-        return execute.run_prepared(prepared, out=out, progress=progress, **options)
-    folder, total = None if out is None else Path(out), 0
-    if folder is not None and (folder / "manifest.json").exists():
-        raise FolderError(f"{folder} holds a run.", hint="Give another --out: a folder for all the methods.")
-    sizes = {name: len(one.sweep.cells) for name, one in prepared.methods.items()}
-    runs: dict[str, Run] = {}
-    for name, one in prepared.methods.items():
-        place = None if folder is None else folder / slug(name)
-        step = _step(progress, before=total, total=sum(sizes.values()))
-        runs[name] = execute.run_prepared(one, out=place, progress=step, **options)
-        total += sizes[name]
-    experiment = Experiment(title=prepared.recipe["title"], runs=runs, path=folder)
-    if folder is not None:
-        _write(experiment, folder)
-    return experiment
-
-
-def _step(progress: Progress | None, *, before: int, total: int) -> Callable[[int, int], None] | None:
-    return None if progress is None else lambda done, _own: progress(before + done, total)
-
-
-def _write(experiment: Experiment, folder: Path) -> None:
     comparison = experiment.compare()
     folders = {name: slug(name) for name in experiment}
-    said = {"title": experiment.title, "folders": folders, **comparison.records()}
-    text = json.dumps(said, indent=2, ensure_ascii=False)
+    record = {"title": experiment.title, "folders": folders, **comparison.records()}
+    text = json.dumps(record, indent=2, ensure_ascii=False)
     (folder / f"{COMPARISON}.json").write_text(f"{text}\n", encoding="utf-8")
     comparison.differences.to_csv(folder / f"{COMPARISON}.csv", index=False)
     if importlib.util.find_spec("plotly"):
@@ -316,13 +179,12 @@ def open_finished(folder: str | Path) -> Run | Experiment:
     Raises:
         FolderError: It is no such folder.
     """
-    place = Path(folder)
-    file = place / f"{COMPARISON}.json"
-    if not file.exists():
-        return load_run(place)
-    said = json.loads(file.read_text(encoding="utf-8"))
-    runs = {name: load_run(place / one) for name, one in said["folders"].items()}
-    return Experiment(title=said["title"], runs=runs, path=place)
+    folder = Path(folder)
+    record = _comparison_of(folder)
+    if record is None:
+        return load_run(folder)
+    runs = {name: load_run(folder / place) for name, place in record["folders"].items()}
+    return Experiment(title=record["title"], runs=runs, path=folder)
 
 
 def load_runs(folders: Sequence[str | Path]) -> dict[str, Run]:
@@ -335,20 +197,24 @@ def load_runs(folders: Sequence[str | Path]) -> dict[str, Run]:
         The runs: those of an experiment by method, others by recipe, or by folder where recipes are alike.
 
     Raises:
-        FolderError: One is no such folder.
+        FolderError: A folder is neither.
     """
-    found: list[tuple[str, Path]] = []
+    named: list[tuple[str, Path]] = []
     for folder in map(Path, folders):
-        file = folder / f"{COMPARISON}.json"
-        if file.exists():
-            said = json.loads(file.read_text(encoding="utf-8"))
-            found += [(name, folder / place) for name, place in said["folders"].items()]
+        record = _comparison_of(folder)
+        if record is None:
+            named.append((load_run(folder).manifest["recipe"]["name"], folder))
         else:
-            found.append((load_run(folder).manifest["recipe"]["name"], folder))
-    names = [name for name, _ in found]
-    last = [place.name for _, place in found]
+            named += [(name, folder / place) for name, place in record["folders"].items()]
+    names, last = [name for name, _ in named], [folder.name for _, folder in named]
     runs: dict[str, Run] = {}
-    for (name, place), short in zip(found, last, strict=True):
-        called = name if names.count(name) == 1 else short if last.count(short) == 1 else str(place)
-        runs[called] = load_run(place)
+    for name, folder in named:
+        unique = [known for known, all_of in ((name, names), (folder.name, last)) if all_of.count(known) == 1]
+        runs[next(iter(unique), str(folder))] = load_run(folder)
     return runs
+
+
+def _comparison_of(folder: Path) -> dict[str, Any] | None:
+    """What an experiment's folder says of it; None where the folder is a single run's."""
+    file = folder / f"{COMPARISON}.json"
+    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else None

@@ -6,17 +6,18 @@ describe what it finds, and the token-identity prompt (section 4.1), which lets 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from patchscope_nn.spec import prompts
 from patchscope_nn._util.arguments import checked
-from patchscope_nn.runs.execute import Progress, run
-from patchscope_nn.runs.prepare import load_models
-from patchscope_nn.runs.folder import Run
+from patchscope_nn.backends import Places
 from patchscope_nn.readouts import Generate, NextToken
-from patchscope_nn.spec import Patchscope, Readout, Source, Target
+from patchscope_nn.runs.execute import Execution, Progress
+from patchscope_nn.runs.loading import load_models
+from patchscope_nn.runs.prepare import prepare
+from patchscope_nn.runs.prepared import Prepared
+from patchscope_nn.runs.run import run_each
+from patchscope_nn.spec import Patchscope, Readout, Source, Target, prompts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +70,8 @@ def explain(
     max_new_tokens: int = 16,
     remote: bool | str = False,
     source_remote: bool | str | None = None,
+    dtype: Any = "auto",
+    device_map: Any = None,
     progress: Progress | None = None,
     **models: Any,
 ) -> Look:
@@ -82,8 +85,10 @@ def explain(
         max_new_tokens: The most tokens to generate.
         remote: As in `run`.
         source_remote: As in `run`.
+        dtype: As in `run`.
+        device_map: As in `run`.
         progress: Called with (cells done, cells in all).
-        **models: `model`, `source_model`, `target_model`, `dtype` and `device_map`, as in `prepare`.
+        **models: `model`, `source_model` and `target_model`, as in `run`.
 
     Returns:
         What was said.
@@ -91,33 +96,58 @@ def explain(
     Raises:
         InputError: The prompt, position, layers or models do not resolve.
     """
-    source = Source(prompt=prompt, position=position, layer=layer)
-    if source.prompt is not None:  # there is no data here, so that braces in the prompt are text
-        source = source.model_copy(update={"prompt": prompts.literal(source.prompt)})
-    ours, theirs = load_models(remote=remote, source_remote=source_remote, **models)
-    # One line is one entry of the few-shot list; what follows it is the next entry, not this one's.
-    readings: tuple[tuple[str, Readout], ...] = (
-        (prompts.DESCRIBE, Generate(max_new_tokens=max_new_tokens, stop="\n")),
-        (prompts.IDENTITY, NextToken(top_k=1)),
+    places = Places.of(remote, source_remote, dtype=dtype, device_map=device_map)
+    prepared = prepare_look(
+        Source(prompt=prompt, position=position, layer=layer),
+        target_layer=target_layer,
+        max_new_tokens=max_new_tokens,
+        places=places,
+        **models,
     )
-    finished: list[Run] = []
-    for number, (target_prompt, readout) in enumerate(readings):
-        scope = Patchscope(
-            source=source, target=Target(prompt=target_prompt, layer=target_layer), readout=readout
-        )
-        step = _part(progress, number, len(readings))
-        finished.append(
-            run(
-                scope,
-                controls=("unpatched",),
-                remote=remote,
-                source_remote=source_remote,
-                progress=step,
-                source_model=ours,
-                target_model=theirs,
-            )
-        )
-    described, repeated = (one.rows for one in finished)
+    return look(prepared, progress=progress)
+
+
+def prepare_look(
+    source: Source, *, target_layer: Any, max_new_tokens: int, places: Places, **models: Any
+) -> Prepared:
+    """Prepare the two runs of a quick look, which share their models.
+
+    Args:
+        source: The states; braces in its prompt are text, since there is no data here.
+        target_layer: As in `explain`.
+        max_new_tokens: As in `explain`.
+        places: Where the models run.
+        **models: As in `explain`.
+
+    Raises:
+        InputError: As in `explain`.
+    """
+    if source.prompt is not None:
+        source = source.model_copy(update={"prompt": prompts.literal(source.prompt)})
+    ours, theirs = load_models(places=places, **models)
+    # One line is one entry of the few-shot list; what follows it is the next entry, not this one's.
+    readings: dict[str, tuple[str, Readout]] = {
+        "description": (prompts.DESCRIBE, Generate(max_new_tokens=max_new_tokens, stop="\n")),
+        "token identity": (prompts.IDENTITY, NextToken(top_k=1)),
+    }
+    runs = {
+        name: prepare(
+            Patchscope(
+                source=source, target=Target(prompt=target_prompt, layer=target_layer), readout=readout
+            ),
+            places=places,
+            controls=("unpatched",),
+            source_model=ours,
+            target_model=theirs,
+        ).only
+        for name, (target_prompt, readout) in readings.items()
+    }
+    return Prepared(name="explain", title="A quick look", runs=runs)
+
+
+def look(prepared: Prepared, *, progress: Progress | None = None) -> Look:
+    """Run a quick look that `prepare_look` prepared; `progress` as in `explain`."""
+    described, repeated = (run.rows for run in run_each(prepared, Execution(progress=progress)).values())
     first = described[1]
     names = dict.fromkeys((first["source_model"], first["target_model"]))
     return Look(
@@ -138,10 +168,3 @@ def _says(text: Any, token: Any) -> LayerSays:
         probability=None if token["error"] else token["top_probs"][0],
         error=text["error"] or token["error"],
     )
-
-
-def _part(progress: Progress | None, number: int, parts: int) -> Callable[[int, int], None] | None:
-    """The progress of one run of several that are alike."""
-    if progress is None:
-        return None
-    return lambda done, total: progress(number * total + done, parts * total)

@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
 
+from patchscope_nn._util.files import whole_lines
+
 
 class Lines(Sequence[Mapping[str, Any]]):
     """The cells of a `cells.jsonl`, in the order of the sweep, read when they are asked for.
@@ -20,13 +22,9 @@ class Lines(Sequence[Mapping[str, Any]]):
     def __init__(self, file: Path) -> None:
         self.file, self.size = file, 0
         self._numbers, self._starts = array("q"), array("q")
-        if file.exists():
-            with file.open("rb") as stream:
-                for line in stream:
-                    if not line.endswith(b"\n"):
-                        break
-                    self.add(int(line[len(_LINE) : line.index(b",")]), len(line))
         self._order: list[int] | None = None
+        for line in whole_lines(file):
+            self.add(int(line[len(_LINE) : line.index(b",")]), len(line))
 
     def add(self, number: int, length: int) -> None:
         """Take note of the line of a cell that was appended, of so many bytes."""

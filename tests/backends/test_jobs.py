@@ -12,17 +12,16 @@ from pandas.testing import assert_frame_equal
 
 import patchscope_nn as ps
 from patchscope_nn import backends
-from patchscope_nn.backends import places
 from patchscope_nn.backends.crossing import Traffic, in_place_of, size, traffic, weights
 from patchscope_nn.backends.ndif import client
 from patchscope_nn.backends.ndif.client import JobStatus, failure, host_of
 from patchscope_nn.backends.ndif.job_log import Job, JobLog
 from patchscope_nn.backends.ndif.job_size import JobSize
 from patchscope_nn.backends.ndif.portability import check_travels
-from patchscope_nn.cli import commands, printing
+from patchscope_nn.cli import plan_printing, running
 from patchscope_nn.errors import InputError, JobError, MappingError, ModelError, ServerError
 from patchscope_nn.lower import nothing
-from patchscope_nn.runs.execute import plan_prepared, run_prepared
+from patchscope_nn.runs.execute import Execution, execute, plan_run
 from patchscope_nn.runs.prepare import prepare
 
 
@@ -99,7 +98,7 @@ def test_what_a_server_says_becomes_an_error(said, kind, text):
 
 def test_the_job_that_asks_after_a_server_is_one_that_runs(tiny_model):
     model = tiny_model()
-    found = backends.backend_for("local").run("session", nothing(), source=model, target=model)
+    found = backends.Rehearsal().run("session", nothing(), source=model, target=model)
     assert found == {"passes": [], "kept": {}, "prefix": None}
 
 
@@ -153,9 +152,10 @@ def test_what_a_plan_says_crosses_is_what_crosses(case, max_rows, remote, tiny_m
         readout=ps.NextToken(reference="source"),
     )
     rows = [{"s": s} for s in ("Paris", "the city", "Diana is", "The Eiffel Tower")]
-    prepared = prepare(scope, source_model=source, target_model=target, data=rows, controls=["shuffled"])
-    options = {"context": "bridged", "max_rows": max_rows}
-    planned = plan_prepared(prepared, remote=remote == "local", **options)
+    given = {"source_model": source, "target_model": target, "data": rows, "controls": ["shuffled"]}
+    prepared = prepare(scope, places=backends.Places.of(remote), **given).only
+    execution = Execution(context="bridged", max_rows=max_rows)
+    planned = plan_run(prepared, execution)
     crossed = []
 
     def crossing(program, states):
@@ -163,8 +163,8 @@ def test_what_a_plan_says_crosses_is_what_crosses(case, max_rows, remote, tiny_m
         crossed.append((size(program["given"] | found.states), found.mapping))
         return found
 
-    monkeypatch.setattr(places, "in_place_of", crossing)
-    bridged = run_prepared(prepared, remote=remote, **options).table()
+    monkeypatch.setattr("patchscope_nn.backends.places.in_place_of", crossing)
+    bridged = execute(prepared, execution).table()
     said = traffic(planned, prepared.mapping)
     weighed = [weights(call) for _, (_, call) in crossed]
     assert any(step.carried for step in planned.steps()) is (max_rows == 1 and not remote)
@@ -173,14 +173,14 @@ def test_what_a_plan_says_crosses_is_what_crosses(case, max_rows, remote, tiny_m
     assert said.mapped_here == (
         sum(kind == "identity" for _, (kind, _) in crossed) if prepared.mapping.kind == "call" else 0
     )
-    nested = run_prepared(prepared, context="nested").table()
+    nested = execute(prepare(scope, **given).only, Execution(context="nested")).table()
     assert_frame_equal(bridged, nested, rtol=1e-4, atol=1e-4)
 
 
 def test_one_context_for_two_models_has_no_bridge(tiny_model):
     scope = ps.Patchscope(source=ps.Source(prompt="Paris", layer=0), target=ps.Target(prompt="x", layer=1))
-    prepared = prepare(scope, source_model=tiny_model(), target_model=tiny_model(seed=1))
-    assert traffic(plan_prepared(prepared), prepared.mapping) is None
+    prepared = prepare(scope, source_model=tiny_model(), target_model=tiny_model(seed=1)).only
+    assert traffic(plan_run(prepared), prepared.mapping) is None
 
 
 @pytest.mark.parametrize(
@@ -205,7 +205,7 @@ def test_one_context_for_two_models_has_no_bridge(tiny_model):
 def test_a_plan_says_where_the_mapping_runs(given, text):
     said = Traffic(steps=3, states=9, distributions=2, bytes=2048, **given)
     start = "bridge: 9 states and 2 distributions cross to M*, 2 KiB in 3 steps"
-    assert printing._crossing_line(said) == start + text
+    assert plan_printing._crossing_line(said) == start + text
 
 
 def test_a_model_without_its_weights_is_described_as_the_one_with(tmp_path, tiny_model):
@@ -290,7 +290,7 @@ def interrupted(tmp_path, monkeypatch, capsys):
     def interrupt(answer=None):
         stdin = io.StringIO() if answer is None else Terminal(f"{answer}\n")
         monkeypatch.setattr(sys, "stdin", stdin)
-        commands._leave_or_cancel(tmp_path)
+        running._leave_or_cancel(tmp_path)
         said = capsys.readouterr()
         assert not said.out.strip()  # click leaves the blank before the answer to readline
         return said.err, [job.state for job in JobLog(tmp_path).jobs()]

@@ -13,7 +13,7 @@ from benchmarks.quality.models import short
 from benchmarks.quality.write import draw_curves, markdown
 from patchscope_nn.data.rows import DataSpec, load_rows
 from patchscope_nn.models import load
-from patchscope_nn.runs.folder import load_run
+from patchscope_nn.runs.results import load_run
 
 PARAGRAPH = (
     ' He had a guest @-@ starring role ( 1 @,@ 200 lines ) in " The Bill " , in 2000 . A <unk> followed . '

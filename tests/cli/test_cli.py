@@ -23,7 +23,8 @@ from patchscope_nn import cli
 from patchscope_nn.data.rows import DataSpec, load_rows
 from patchscope_nn.errors import ModelError
 from patchscope_nn.models import builtin, load
-from patchscope_nn.runs.folder import RunFolder, load_run
+from patchscope_nn.runs.folder import RunFolder
+from patchscope_nn.runs.results import load_run
 
 RECIPE = """\
 name: tiny

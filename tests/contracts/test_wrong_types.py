@@ -204,23 +204,20 @@ def test_a_wrong_type_is_told_in_the_package_s_own_words(calls, name, monkeypatc
 
 def test_the_words(tiny_model):
     with pytest.raises(SpecError) as caught:
-        ps.run(SCOPE, model=tiny_model(), max_rows=2.5, progress=5, context="x", out=b"x")
-    assert str(caught.value) == "run: out: should be a text, a path or None; given b'x'"
-    with pytest.raises(SpecError) as caught:
-        ps.run(SCOPE, model=tiny_model(), max_rows=2.5, progress=5, context="x")
+        ps.run(SCOPE, model=tiny_model(), context="x", max_rows=2.5, progress=5, out=b"x", limit="3")
     assert str(caught.value) == (
-        "run: 3 problems\n"
+        "run: 5 problems\n"
+        "  out: should be a text, a path or None; given b'x'\n"
         "  context: should be 'fused', 'session', 'nested', 'bridged' or 'auto'; given 'x'\n"
         "  max_rows: should be a whole number or None; given 2.5\n"
-        "  progress: should be a function or None; given 5"
+        "  progress: should be a function or None; given 5\n"
+        "  limit: should be a whole number or None; given '3'"
     )
     with pytest.raises(SpecError) as caught:
-        ps.run(SCOPE, model=tiny_model(), limit="3", controls="random")
+        ps.run(SCOPE, model=tiny_model(), controls="random")
     assert str(caught.value) == (
-        "prepare: 2 problems\n"
-        "  controls: should be a list of 'unpatched', 'random', 'shuffled' or 'text-only' or None; given "
-        "'random'\n"
-        "  limit: should be a whole number or None; given '3'"
+        "run: controls: should be a list of 'unpatched', 'random', 'shuffled' or 'text-only' or None; given "
+        "'random'"
     )
 
 

@@ -116,7 +116,7 @@ def test_the_table_of_explain_is_laid_out_so(model, monkeypatch, capsys):
     names = [line.split()[0] for line in lines]
     words = next(words for words in commands(README) if words[0] == "explain")
     layers = f"[{', '.join(names[1:])}]"
-    monkeypatch.setattr("patchscope_nn.runs.prepare.load", lambda *_, **__: model)
+    monkeypatch.setattr("patchscope_nn.runs.loading.load", lambda *_, **__: model)
     app(["explain", *words[1:], "--layer", layers, "--max-new-tokens", "2"], standalone_mode=False)
     _, _, printed, *rows = capsys.readouterr().out.splitlines()
     assert printed.split() == header.split()

@@ -11,7 +11,7 @@ import torch
 from sklearn.linear_model import Ridge
 from sklearn.metrics import r2_score
 
-from patchscope_nn.backends import backend_for
+from patchscope_nn.backends import Places
 from patchscope_nn.data.rows import DataSpec
 from patchscope_nn.fitting.closed.fit import fit_mapping, fit_pairs
 from patchscope_nn.fitting.closed.score import Scores
@@ -195,7 +195,7 @@ def test_streamed_states_are_those_of_plain_hooks(family, remote, tiny_model):
     pairing = Pairing(
         source=model,
         target=model,
-        backend=backend_for(remote),
+        backend=Places.of(remote).backend,
         sites=("residual", "mlp"),
         options=Fit(positions=None),
     )
@@ -224,7 +224,7 @@ def test_states_of_two_models_are_of_the_same_text(bos, tiny_model):
     pairing = Pairing(
         source=source,
         target=target,
-        backend=backend_for(False),
+        backend=Places.of().backend,
         sites=("residual", "residual"),
         options=Fit(positions=None),
     )
@@ -262,7 +262,7 @@ def test_a_whole_fit_is_ridge_on_all_its_states(tiny_model):
     pairing = Pairing(
         source=model,
         target=other,
-        backend=backend_for(False),
+        backend=Places.of().backend,
         sites=("residual", "residual"),
         options=options,
     )

@@ -9,11 +9,10 @@ import tiny
 import torch
 
 from patchscope_nn import backends
-from patchscope_nn.backends import places
 from patchscope_nn.backends.crossing import in_place_of, size, target_half, traffic, weights
 from patchscope_nn.plan import Optimisations
 from patchscope_nn.readouts import Generate, Hidden, NextToken
-from patchscope_nn.runs.execute import plan_prepared, run_prepared
+from patchscope_nn.runs.execute import Execution, execute, plan_run
 from patchscope_nn.runs.prepare import prepare
 from patchscope_nn.spec import Patchscope, Source, Target
 
@@ -108,11 +107,10 @@ def test_between_two_models_the_maps_run_where_fewer_bytes_cross(  # noqa: PLR09
     source, target = (tiny_model(seed=seed, d_model=width) for seed, width in enumerate(widths))
     fitted = fits.random_fit(PAIRS, source=sides[0], target=sides[1], form=form, bias=form != "scale")
     scope = scope_of("next_token", fitted)
-    prepared = prepare(
-        scope, source_model=source, target_model=target, data=list(ROWS), controls=["shuffled"]
-    )
-    options = {"context": "bridged", "max_rows": max_rows}
-    planned = plan_prepared(prepared, remote=remote == "local", **options)
+    given = {"source_model": source, "target_model": target, "data": list(ROWS), "controls": ["shuffled"]}
+    prepared = prepare(scope, places=backends.Places.of(remote), **given).only
+    execution = Execution(context="bridged", max_rows=max_rows)
+    planned = plan_run(prepared, execution)
     crossed = []
 
     def crossing(program, states):
@@ -121,8 +119,8 @@ def test_between_two_models_the_maps_run_where_fewer_bytes_cross(  # noqa: PLR09
         crossed.append((size(half["given"]), weights(found.mapping[1]), found.mapping[0]))
         return found
 
-    monkeypatch.setattr(places, "in_place_of", crossing)
-    bridged = run_prepared(prepared, remote=remote, **options)
+    monkeypatch.setattr("patchscope_nn.backends.places.in_place_of", crossing)
+    bridged = execute(prepared, execution)
     said = traffic(planned, prepared.mapping)
     assert said.steps == len(crossed)
     assert said.bytes == sum(states + more for states, more, _ in crossed)
@@ -131,7 +129,7 @@ def test_between_two_models_the_maps_run_where_fewer_bytes_cross(  # noqa: PLR09
         assert said.mapped_here == said.steps  # a weight is more bytes than these few states
     if form == "scale":
         assert said.mapped_here < said.steps or max_rows == 1
-    nested = run_prepared(prepared, context="nested")
+    nested = execute(prepare(scope, **given).only, Execution(context="nested"))
     for one, other in zip(bridged.rows, nested.rows, strict=True):
         assert one["top_ids"] == other["top_ids"]
         assert one["surprisal_nats"] == pytest.approx(other["surprisal_nats"], abs=1e-4)
@@ -140,7 +138,8 @@ def test_between_two_models_the_maps_run_where_fewer_bytes_cross(  # noqa: PLR09
 def test_only_the_pairs_of_a_step_travel(tiny_model, monkeypatch):
     fitted = fits.random_fit(PAIRS)
     scope = scope_of("next_token", fitted, layers=[0], targets=[2, 3])
-    prepared = prepare(scope, model=tiny_model(), data=list(ROWS))
+    places = backends.Places.of("local")
+    prepared = prepare(scope, places=places, model=tiny_model(), data=list(ROWS)).only
     seen = []
     run = backends.Rehearsal.run
 
@@ -158,6 +157,6 @@ def test_only_the_pairs_of_a_step_travel(tiny_model, monkeypatch):
         return run(self, context, program, **models)
 
     monkeypatch.setattr(backends.Rehearsal, "run", looking)
-    run_prepared(prepared, remote="local", max_rows=1)
+    execute(prepared, Execution(max_rows=1))
     assert set().union(*seen) == {(0, 2), (0, 3)}
     assert len(seen) > 1

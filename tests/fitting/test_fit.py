@@ -17,7 +17,7 @@ from patchscope_nn.fitting.closed.align import aligned
 from patchscope_nn.fitting.closed.fit import _chunks
 from patchscope_nn.fitting.texts import digest_of, read_texts
 from patchscope_nn.mappings import Fitted
-from patchscope_nn.runs.execute import ready
+from patchscope_nn.runs.execute import fit_first
 from patchscope_nn.runs.prepare import prepare
 from patchscope_nn.spec import Fit, Patchscope, Source, Target
 from patchscope_nn.spec.prompts import Encoded, encode
@@ -300,7 +300,7 @@ FIT = {"fit": {"kind": "affine", "data": rows_of(30), "lambdas": [0.01]}}
 
 def test_a_run_fits_its_mapping_once(cache, tiny_model, tmp_path, monkeypatch):
     models = {"source_model": tiny_model(), "target_model": tiny_model("gpt2", d_model=48)}
-    prepared = prepare(scope_of(FIT), **models)
+    prepared = prepare(scope_of(FIT), **models).only
     assert not prepared.fit.done
     assert not cache.exists()
     assert prepared.mapping.maps[0, 1]["weight"].device.type == "meta"
@@ -316,7 +316,7 @@ def test_a_run_fits_its_mapping_once(cache, tiny_model, tmp_path, monkeypatch):
     assert len(said["fit"]["sha256"]) == 64
     assert set(first.table()["mapping"]) == {"fit:affine"}
     monkeypatch.setattr("patchscope_nn.fitting.cached.fit_pairs", None)  # whoever calls it fails
-    assert prepare(scope_of(FIT), **models).fit.done
+    assert prepare(scope_of(FIT), **models).only.fit.done
     again = ps.run(scope_of(FIT), out=tmp_path / "run", **models)
     assert again.manifest["hash"] == first.manifest["hash"]
     same = ps.run(scope_of({"fitted": str(file)}), **models)
@@ -327,7 +327,7 @@ def test_a_run_fits_its_mapping_once(cache, tiny_model, tmp_path, monkeypatch):
 def test_what_decides_a_fit_decides_where_it_is_kept(tiny_model):
     def key(mapping=FIT, source=None, target=None, **options):
         models = {"source_model": source or tiny_model(), "target_model": target or tiny_model("gpt2")}
-        return prepare(scope_of(mapping, **options), **models).fit.key
+        return prepare(scope_of(mapping, **options), **models).only.fit.key
 
     def changed(**more):
         return {"fit": {**FIT["fit"], **more}}
@@ -350,20 +350,22 @@ def test_what_decides_a_fit_decides_where_it_is_kept(tiny_model):
 
 
 def test_aligned_is_identity_within_one_model_and_a_fit_between_two(tiny_model):
-    one = prepare(scope_of("aligned"), model=tiny_model())
+    one = prepare(scope_of("aligned"), model=tiny_model()).only
     assert (one.mapping.kind, one.fit) == ("identity", None)
-    copies = prepare(scope_of("aligned"), source_model=tiny_model(), target_model=tiny_model(copy=1))
+    copies = prepare(scope_of("aligned"), source_model=tiny_model(), target_model=tiny_model(copy=1)).only
     assert (copies.mapping.kind, copies.fit) == ("identity", None)
-    two = prepare(scope_of("aligned"), source_model=tiny_model(), target_model=tiny_model("gpt2", d_model=48))
+    two = prepare(
+        scope_of("aligned"), source_model=tiny_model(), target_model=tiny_model("gpt2", d_model=48)
+    ).only
     assert two.fit.options == Fit()
     assert two.mapping.name == "fit:affine"
 
 
 def test_within_one_model_a_layer_is_mapped_to_itself_as_it_is(tiny_model):
     same = Patchscope(source=Source(prompt="Diana", layer=[0, 1]), target=Target(prompt="x is"), mapping=FIT)
-    assert prepare(same, model=tiny_model()).mapping.kind == "identity"
-    some = prepare(scope_of(FIT, layers=(1,), targets=(1, 3)), model=tiny_model())
-    mapping = ready(some).mapping
+    assert prepare(same, model=tiny_model()).only.mapping.kind == "identity"
+    some = prepare(scope_of(FIT, layers=(1,), targets=(1, 3)), model=tiny_model()).only
+    mapping = fit_first(some).mapping
     assert mapping.maps[1, 1].keys() == {"scale"}
     assert mapping.maps[1, 1]["scale"].item() == 1
     assert mapping.maps[1, 3].keys() == {"weight", "bias"}

@@ -7,7 +7,8 @@ import tiny
 import torch
 
 import patchscope_nn as ps
-from patchscope_nn.cli.printing import _fit_line
+from patchscope_nn.backends import Places
+from patchscope_nn.cli.plan_printing import _fit_line
 from patchscope_nn.data.rows import DataSpec
 from patchscope_nn.errors import (
     DataError,
@@ -21,7 +22,7 @@ from patchscope_nn.fitting import fit_trained
 from patchscope_nn.fitting.texts import DEFAULT_COLUMN, DEFAULT_DATA
 from patchscope_nn.fitting.trained.training import Training
 from patchscope_nn.mappings import Fitted
-from patchscope_nn.runs.execute import ready
+from patchscope_nn.runs.execute import fit_first
 from patchscope_nn.runs.prepare import prepare
 from patchscope_nn.spec import TRAIN_KINDS, Patchscope, Source, Target, Train
 
@@ -84,7 +85,7 @@ def test_every_kind_has_a_test():
 @pytest.mark.parametrize("kind", TRAIN_KINDS)
 def test_a_run_trains_its_mapping_once(kind, cache, tiny_model, monkeypatch):
     model, data = tiny_model(), WORDS[:2]
-    prepared = prepare(scope_of(kind), model=model, data=data)
+    prepared = prepare(scope_of(kind), model=model, data=data).only
     assert not prepared.fit.done
     assert not cache.exists()
     first = ps.run(scope_of(kind), model=model, data=data)
@@ -111,7 +112,7 @@ def test_a_run_trains_its_mapping_once(kind, cache, tiny_model, monkeypatch):
 
 def test_what_decides_a_training_decides_where_it_is_kept(tiny_model):
     def key(kind="trained_affine", model=None, **options):
-        return prepare(scope_of(kind, **options), model=model or tiny_model(), data=WORDS[:2]).fit.key
+        return prepare(scope_of(kind, **options), model=model or tiny_model(), data=WORDS[:2]).only.fit.key
 
     keys = [
         key(),
@@ -134,18 +135,18 @@ def test_what_decides_a_training_decides_where_it_is_kept(tiny_model):
 
 def test_of_the_last_block_a_lens_learns_nothing(tiny_model):
     source = Source(prompt="The {word}", layer=[2, 3])
-    some = ready(prepare(scope_of("tuned_lens", source=source), model=tiny_model(), data=WORDS[:1]))
+    some = fit_first(prepare(scope_of("tuned_lens", source=source), model=tiny_model(), data=WORDS[:1]).only)
     assert {name: one.item() for name, one in some.mapping.maps[3, 3].items()} == {"scale": 1}
     assert some.mapping.maps[2, 3].keys() == {"weight", "bias"}
     assert [one[:2] for one in some.mapping.about["held_out"]] == [[2, 3]]
     last = scope_of("tuned_lens", source=Source(prompt="The {word}", layer=-1))
-    found = prepare(last, model=tiny_model(), data=WORDS[:1])
+    found = prepare(last, model=tiny_model(), data=WORDS[:1]).only
     assert (found.mapping.kind, found.fit) == ("identity", None)
 
 
 def test_without_data_a_lens_reads_texts_that_ship(tiny_model):
     scope = Patchscope(source=Source(prompt="x"), target=Target(layer=-1), mapping={"train": "tuned_lens"})
-    found = prepare(scope, model=tiny_model()).fit
+    found = prepare(scope, model=tiny_model()).only.fit
     assert found.data.spec == DataSpec(**DEFAULT_DATA)
     assert found.data.column == DEFAULT_COLUMN
     assert len(found.data.rows) > 200
@@ -190,7 +191,8 @@ def test_models_that_are_two(tiny_model):
     two = {"source_model": tiny_model(), "target_model": tiny_model("gpt2")}
     with pytest.raises(MappingError, match="this run has LlamaForCausalLM and GPT2LMHeadModel"):
         prepare(scope_of("tuned_lens"), **two, data=WORDS[:1])
-    assert prepare(scope_of("trained_affine"), **two, data=WORDS[:1]).fit.target.info.name.startswith("GPT2")
+    fit = prepare(scope_of("trained_affine"), **two, data=WORDS[:1]).only.fit
+    assert fit.target.info.name.startswith("GPT2")
     wide = two | {"target_model": tiny_model("gpt2", d_model=48)}
     with pytest.raises(MappingError, match=r"32 numbers and 48\. .* else \{fit: affine\}"):
         prepare(scope_of("trained_affine"), **wide, data=WORDS[:1])
@@ -205,20 +207,20 @@ def saved(folder, *, seed):
 @pytest.mark.parametrize("kind", ["tuned_lens", "trained_scale"])
 def test_what_was_trained_here_serves_a_run_on_a_server(kind, tmp_path):
     name = saved(tmp_path / "model", seed=0)
-    there = {"model": name, "data": WORDS[:1], "remote": "http://localhost:1"}
+    there = {"model": name, "data": WORDS[:1], "places": Places.of("http://localhost:1")}
     with pytest.raises(
         ModelError, match=r"whose weights are on a server\. Run it once here, without --remot"
     ):
         prepare(scope_of(kind), **there)
-    here = ready(prepare(scope_of(kind), model=name, data=WORDS[:1]))
-    found = prepare(scope_of(kind), **there)
+    here = fit_first(prepare(scope_of(kind), model=name, data=WORDS[:1]).only)
+    found = prepare(scope_of(kind), **there).only
     assert found.fit.done
     assert found.digest == here.digest
     for pair, parts in here.mapping.maps.items():
         for part, tensor in parts.items():
             assert torch.equal(found.mapping.maps[pair][part], tensor)
     saved(tmp_path / "model", seed=1)
-    ready(prepare(scope_of(kind), model=name, data=WORDS[:1]))
+    fit_first(prepare(scope_of(kind), model=name, data=WORDS[:1]).only)
     with pytest.raises(ModelError, match=r"2 trainings of .* are kept .* mapping: \{fitted: "):
         prepare(scope_of(kind), **there)
 
@@ -245,14 +247,14 @@ def test_a_training_that_is_asked_for_wrongly():
     [("tuned_lens", "nats KL of the logit lens"), ("lre", "faithfulness"), ("trained_scale", "nats a token")],
 )
 def test_a_plan_says_what_is_to_be_trained_and_then_how_well_it_does(kind, numbers, tiny_model):
-    prepared = prepare(scope_of(kind), model=tiny_model(), data=WORDS[:1])
+    prepared = prepare(scope_of(kind), model=tiny_model(), data=WORDS[:1]).only
     said = _fit_line(prepared.mapping)
     n_rows = len(ASKED[kind]["data"]["rows"])
     assert said == (
         f"mapping train:{kind}: 2 pairs of layers, to be trained before the run on {n_rows} rows, some of "
         f"them held out, and kept in {prepared.fit.file}"
     )
-    after = _fit_line(ready(prepared).mapping)
+    after = _fit_line(fit_first(prepared).mapping)
     assert after.startswith(f"mapping train:{kind}: {kind}, 2 pairs of layers; on rows held out ")
     assert numbers in after
     assert after.endswith(f"; {prepared.fit.file}")

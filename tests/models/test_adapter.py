@@ -9,9 +9,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import patchscope_nn as ps
+from patchscope_nn.backends import Places
 from patchscope_nn.errors import ModelError
 from patchscope_nn.models import wear
-from patchscope_nn.runs.prepare import load_models
+from patchscope_nn.runs.loading import load_models
 
 peft = pytest.importorskip("peft")
 
@@ -110,7 +111,7 @@ def test_the_adapter_s_own_tokenizer_comes_first(adapter, tmp_path):
 def test_a_model_and_its_adapter_share_the_weights_it_leaves_alone(names, adapter, folder):
     given = {"base": str(folder), "adapter": str(adapter), "model": ps.load(str(folder))}
     source, target = load_models(
-        **dict(zip(("source_model", "target_model"), map(given.get, names), strict=True))
+        places=Places(), **dict(zip(("source_model", "target_model"), map(given.get, names), strict=True))
     )
     base, worn = (source, target) if names[1] == "adapter" else (target, source)
     assert (base.info.name, worn.info.name) == (str(folder), str(adapter))
@@ -122,7 +123,7 @@ def test_a_model_and_its_adapter_share_the_weights_it_leaves_alone(names, adapte
 
 def test_two_adapters_of_a_model_share_its_weights(adapter, folder, tmp_path):
     adapted(AutoModelForCausalLM.from_pretrained(folder), seed=1).save_pretrained(tmp_path)
-    first, second = load_models(source_model=adapter, target_model=tmp_path)
+    first, second = load_models(places=Places(), source_model=adapter, target_model=tmp_path)
     assert len(matrices(first) & matrices(second)) == 2 + 4 * tiny.N_LAYERS
     assert not torch.allclose(logits_of(first.module), logits_of(second.module), atol=0.1)
 

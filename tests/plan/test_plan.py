@@ -11,7 +11,7 @@ import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from patchscope_nn.backends import backend_for, run_steps
+from patchscope_nn.backends import Places, run_steps
 from patchscope_nn.errors import InputError
 from patchscope_nn.mappings import resolve_mapping
 from patchscope_nn.models import Model
@@ -332,7 +332,7 @@ def test_what_is_predicted_is_what_runs(family, readout, off, tiny_model, monkey
     sweep = sweep_of(model, scope, rows=rows, controls=["unpatched", "shuffled"])
     planned = plan(sweep, context="session", max_rows=10, optimisations=used)
     mapping = resolve_mapping("identity", source=model.info, target=model.info)
-    backend = backend_for(remote=False)
+    backend = Places.of().backend
     with counted(model) as found:
         steps = run_steps(planned, source=model, target=model, mapping=mapping, backend=backend)
         ran = sorted(cell.number for step in steps for cell, _ in step)
@@ -369,9 +369,7 @@ def test_what_is_predicted_of_other_writes_is_what_runs(target, readout, off, ti
     planned = plan(sweep, context="session", max_rows=10, optimisations=used)
     mapping = resolve_mapping("identity", source=model.info, target=model.info)
     with counted(model) as found:
-        steps = run_steps(
-            planned, source=model, target=model, mapping=mapping, backend=backend_for(remote=False)
-        )
+        steps = run_steps(planned, source=model, target=model, mapping=mapping, backend=Places.of().backend)
         assert sum(1 for step in steps for _ in step) == len(sweep.cells)
     counts = count(planned)
     assert found["blocks"] == counts.source_blocks + counts.target_blocks + counts.readout_blocks

@@ -17,13 +17,14 @@ import pytest
 from tables import assert_same_table
 
 import patchscope_nn as ps
-from patchscope_nn.backends import Ndif
+from patchscope_nn._util.clocks import utc_now
+from patchscope_nn.backends import Ndif, Places
 from patchscope_nn.backends.ndif import client
 from patchscope_nn.backends.ndif.client import Patience
-from patchscope_nn.backends.ndif.job_log import Job, JobLog, now
+from patchscope_nn.backends.ndif.job_log import Job, JobLog
 from patchscope_nn.errors import InputError, JobError, ModelError, ServerError
 from patchscope_nn.proof import proven_on
-from patchscope_nn.runs.execute import run_prepared
+from patchscope_nn.runs.execute import Execution, execute
 from patchscope_nn.runs.prepare import prepare
 
 HURRIED = Patience(unreachable_s=3, unknown_s=3, stalled_s=3, give_up_s=30)
@@ -51,9 +52,13 @@ def scope_of(**mapping):
 ROWS = [{"s": "The Eiffel Tower"}, {"s": "Diana is"}, {"s": "Paris"}, {"s": "the city"}]
 
 
-def table(model, *, scope=None, patience=HURRIED, out=None, **options):
-    prepared = prepare(scope or scope_of(), model=model, data=ROWS, remote=options.get("remote", False))
-    found = run_prepared(prepared, out=out, patience=patience, **options)
+def prepared_run(model, *, scope=None, remote=False):
+    return prepare(scope or scope_of(), model=model, data=ROWS, places=Places.of(remote)).only
+
+
+def table(model, *, scope=None, patience=HURRIED, out=None, remote=False, **options):
+    prepared = prepared_run(model, scope=scope, remote=remote)
+    found = execute(prepared, Execution(patience=patience, **options), out=out)
     return found.table().drop(columns=["source_model", "target_model"])
 
 
@@ -252,13 +257,13 @@ def test_a_guilty_cell_is_found_and_the_rest_goes_on(ndif, here, away, tmp_path)
 
 def test_an_unknown_job_is_sent_again(ndif, away, expected, tmp_path):
     """What a server knows no longer is lost, as after its store was emptied."""
-    prepared = prepare(scope_of(), model=away, data=ROWS, remote=ndif)
+    prepared = prepared_run(away, remote=ndif)
     folder = tmp_path / "run"
-    run_prepared(prepared, out=folder, remote=ndif)
+    execute(prepared, Execution(), out=folder)
     (folder / "cells.jsonl").unlink()
     (folder / "jobs.jsonl").unlink()
     numbers = tuple((number,) for number in range(len(prepared.sweep.cells)))
-    JobLog(folder).sent(Job(id="0" * 32, host=ndif, context="session", passes=(numbers,), sent=now()))
+    JobLog(folder).sent(Job(id="0" * 32, host=ndif, context="session", passes=(numbers,), sent=utc_now()))
     assert_same_table(table(away, remote=ndif, out=folder), expected)
     assert states(folder)[0] == "lost"
     assert set(states(folder)[1:]) == {"done"}
@@ -266,9 +271,9 @@ def test_an_unknown_job_is_sent_again(ndif, away, expected, tmp_path):
 
 def test_a_result_of_an_unexpected_shape(ndif, away, tmp_path):
     """A live job of another shape than the folder says, and one that is no job of ours."""
-    prepared = prepare(scope_of(), model=away, data=ROWS, remote=ndif)
+    prepared = prepared_run(away, remote=ndif)
     folder = tmp_path / "run"
-    run_prepared(prepared, out=folder, remote=ndif)
+    execute(prepared, Execution(), out=folder)
     job = JobLog(folder).jobs()[0]
     (folder / "cells.jsonl").unlink()
     (folder / "jobs.jsonl").unlink()
@@ -280,9 +285,9 @@ def test_a_result_of_an_unexpected_shape(ndif, away, tmp_path):
 
 
 def test_a_live_job_is_fetched_and_not_run_again(ndif, away, expected, tmp_path):
-    prepared = prepare(scope_of(), model=away, data=ROWS, remote=ndif)
+    prepared = prepared_run(away, remote=ndif)
     folder = tmp_path / "run"
-    run_prepared(prepared, out=folder, remote=ndif)
+    execute(prepared, Execution(), out=folder)
     lines = (folder / "jobs.jsonl").read_text().splitlines()
     (folder / "jobs.jsonl").write_text(lines[0] + "\n")  # as if killed after it was sent
     (folder / "cells.jsonl").unlink()

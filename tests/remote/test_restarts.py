@@ -14,10 +14,11 @@ import pytest
 from tables import assert_same_table
 
 import patchscope_nn as ps
+from patchscope_nn.backends import Places
 from patchscope_nn.backends.ndif.client import Patience
 from patchscope_nn.backends.ndif.job_log import JobLog
 from patchscope_nn.errors import ServerError
-from patchscope_nn.runs.execute import run_prepared
+from patchscope_nn.runs.execute import Execution, execute
 from patchscope_nn.runs.prepare import prepare
 
 pytestmark = pytest.mark.slow
@@ -41,8 +42,8 @@ def table(model, *, remote=False, patience=PATIENCE, **options):
         # A job of a readout that decodes is one pass.
         readout=ps.Generate(max_new_tokens=2),
     )
-    prepared = prepare(scope, model=model, data=ROWS, remote=remote)
-    found = run_prepared(prepared, remote=remote, patience=patience, **options)
+    prepared = prepare(scope, model=model, data=ROWS, places=Places.of(remote)).only
+    found = execute(prepared, Execution(patience=patience, **options))
     return found.table().drop(columns=["source_model", "target_model"])
 
 

@@ -15,9 +15,9 @@ import patchscope_nn as ps
 from patchscope_nn.analysis.statistics import best_over
 from patchscope_nn.errors import FolderError, InputError, SpecError
 from patchscope_nn.recipe import Recipe, dump, lint, load_recipe
-from patchscope_nn.runs.execute import plan_prepared
-from patchscope_nn.runs.experiments import PreparedMethods, compare_runs, load_runs, open_finished, prepare
-from patchscope_nn.runs.prepare import prepare as prepare_one
+from patchscope_nn.runs.execute import plan_run
+from patchscope_nn.runs.experiments import compare_runs, load_runs, open_finished
+from patchscope_nn.runs.prepare import prepare
 
 RECIPE = """\
 name: lenses
@@ -228,7 +228,7 @@ def test_the_report_of_an_experiment_has_figures_and_every_method(patchscope, he
 
 def test_a_plan_is_shown_in_notebooks(here):
     prepared = prepare(recipe(here).of_methods()[NAMES[0]], limit=2)
-    planned = plan_prepared(prepared)
+    planned = plan_run(prepared.only)
     shown = planned._repr_html_()
     assert f"plan {planned.digest}" in shown
     assert f"cells: {planned.n_cells} " in shown
@@ -258,15 +258,11 @@ def test_in_memory_and_by_name(here, monkeypatch):
 
 
 def test_a_model_is_loaded_once(here, monkeypatch):
-    from patchscope_nn.runs import experiments
-
     loaded = []
-    load = experiments.load
-    monkeypatch.setattr(experiments, "load", lambda *one, **more: loaded.append(one) or load(*one, **more))
-    prepared = prepare(recipe(here))
-    assert isinstance(prepared, PreparedMethods)
+    load = ps.load
+    prepared = prepare(recipe(here), loader=lambda *one, **more: loaded.append(one) or load(*one, **more))
     assert loaded == [(str(here / "model"),)]
-    assert len({id(one.source) for one in prepared.methods.values()}) == 1
+    assert len({id(one.source) for one in prepared.runs.values()}) == 1
 
 
 def test_a_folder_of_one_run_is_not_an_experiments(here, tmp_path):
@@ -357,9 +353,16 @@ def test_run_prints_the_best_of_controls_too(patchscope):
     assert "98 of 98" not in whole.stderr  # nothing was run again
 
 
-def test_a_recipe_with_methods_is_not_prepared_as_one(here):
-    with pytest.raises(InputError, match="holds several methods, which are several runs"):
-        prepare_one(recipe(here))
+def test_a_recipe_without_methods_is_an_experiment_of_one(here):
+    methods = prepare(recipe(here), limit=2)
+    assert methods.folders(Path("out")) == {
+        name: Path("out") / slug for name, slug in zip(NAMES, SLUGS, strict=True)
+    }
+    with pytest.raises(ValueError, match="too many values"):
+        methods.only  # noqa: B018 (the access is the test)
+    single = prepare(recipe(here).of_methods()[NAMES[0]], limit=2)
+    assert single.folders(Path("out")) == {f"lenses-{SLUGS[0]}": Path("out")}
+    assert single.digest == single.only.digest == methods.runs[NAMES[0]].digest
 
 
 def test_plan_shows_every_method_and_writes_nothing(patchscope, here):

@@ -63,7 +63,7 @@ class Counting:
 def counting(monkeypatch):
     def use(**options):
         backend = Counting(**options)
-        monkeypatch.setattr("patchscope_nn.runs.execute.backend_for", lambda *_remote: backend)
+        monkeypatch.setattr(backends.Places, "backend", backend)
         return backend
 
     return use
@@ -271,7 +271,7 @@ OUT_OF_MEMORY = [
 def test_out_of_memory_halves_the_passes_and_loses_nothing(error, tiny_model, tmp_path, monkeypatch):
     whole = ps.run(scope(), **asked(tiny_model()))
     backend = Cramped(holds=3, error=error)
-    monkeypatch.setattr("patchscope_nn.runs.execute.backend_for", lambda *_remote: backend)
+    monkeypatch.setattr(backends.Places, "backend", backend)
     run = ps.run(scope(), out=tmp_path / "run", max_rows=16, **asked(tiny_model()))
     assert backend.refused == [16, 8, 4]
     assert backend.rows == len(whole.rows)
@@ -280,7 +280,7 @@ def test_out_of_memory_halves_the_passes_and_loses_nothing(error, tiny_model, tm
 
 def test_out_of_memory_on_a_single_cell_ends_the_run(tiny_model, tmp_path, monkeypatch):
     backend = Cramped(holds=0, error=OUT_OF_MEMORY[0])
-    monkeypatch.setattr("patchscope_nn.runs.execute.backend_for", lambda *_remote: backend)
+    monkeypatch.setattr(backends.Places, "backend", backend)
     with pytest.raises(ps.RunError, match=r"out of memory on a pass of one cell\. Shorten the prompts"):
         ps.run(scope(), out=tmp_path / "run", **asked(tiny_model()))
     assert backend.refused[-1] == 1
@@ -289,7 +289,7 @@ def test_out_of_memory_on_a_single_cell_ends_the_run(tiny_model, tmp_path, monke
 
 def test_another_failure_is_no_lack_of_memory(tiny_model, monkeypatch):
     backend = Cramped(holds=0, error=RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
-    monkeypatch.setattr("patchscope_nn.runs.execute.backend_for", lambda *_remote: backend)
+    monkeypatch.setattr(backends.Places, "backend", backend)
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         ps.run(scope(), **asked(tiny_model()))
     assert len(backend.refused) == 1

@@ -38,7 +38,7 @@ def prepared(model, source, *, rows=({"n": 0},), **target):
     scope = Patchscope(
         source=Source(layer=0, **source), target=Target(**{"prompt": "x is", "position": "x"} | target)
     )
-    return prepare(scope, model=model, data=list(rows))
+    return prepare(scope, model=model, data=list(rows)).only
 
 
 def test_a_vector_is_a_row_of_numbers(file):

@@ -7,12 +7,11 @@ each of its results are written with it, because a later plan may divide the cel
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
+
+from patchscope_nn._util.files import append_lines, cut_half_line, whole_lines
 
 FILE = "jobs.jsonl"
 Passes = tuple[tuple[tuple[int, ...], ...], ...]
@@ -58,9 +57,9 @@ class JobLog:
         self.file = None if folder is None else folder / FILE
         self._jobs: dict[str, Job] = {}
         self._mended = False
-        if self.file is not None and self.file.exists():
-            for line in _whole_lines(self.file):
-                self._take(line)
+        if self.file is not None:
+            for line in whole_lines(self.file):
+                self._take(json.loads(line))
 
     def jobs(self) -> tuple[Job, ...]:
         """All jobs, in the order in which they were sent."""
@@ -88,12 +87,9 @@ class JobLog:
     def _write(self, line: dict[str, Any]) -> None:
         if self.file is not None:
             if not self._mended:
-                _cut_half_line(self.file)
+                cut_half_line(self.file)
                 self._mended = True
-            with self.file.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(line, ensure_ascii=False) + "\n")
-                stream.flush()
-                os.fsync(stream.fileno())
+            append_lines(self.file, json.dumps(line, ensure_ascii=False).encode() + b"\n")
         self._take(line)
 
     def _take(self, line: dict[str, Any]) -> None:
@@ -101,25 +97,3 @@ class JobLog:
         fields = asdict(known) | line if known else line
         passes = tuple(tuple(tuple(row) for row in rows) for rows in fields["passes"])
         self._jobs[line["id"]] = Job(**{**fields, "passes": passes})
-
-
-def now() -> str:
-    """The current time in UTC, as the log holds it."""
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _whole_lines(file: Path) -> Iterator[dict[str, Any]]:
-    """The complete lines of a file. Another process may be writing the last one."""
-    with file.open("rb") as stream:
-        for line in stream:
-            if line.endswith(b"\n"):
-                yield json.loads(line)
-
-
-def _cut_half_line(file: Path) -> None:
-    """Remove a last line that a killed process left incomplete. Only a writer may do this."""
-    if file.exists():
-        content = file.read_bytes()
-        complete = content.rfind(b"\n") + 1
-        if complete < len(content):
-            os.truncate(file, complete)

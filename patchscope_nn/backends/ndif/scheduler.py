@@ -19,11 +19,12 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from patchscope_nn._util.clocks import utc_now
 from patchscope_nn.backends import Bridged, Ndif
 from patchscope_nn.backends.crossing import in_place_of, source_half, target_half
 from patchscope_nn.backends.ndif import client
 from patchscope_nn.backends.ndif.client import JobStatus, Patience
-from patchscope_nn.backends.ndif.job_log import End, Job, JobLog, Passes, now
+from patchscope_nn.backends.ndif.job_log import End, Job, JobLog, Passes
 from patchscope_nn.backends.ndif.job_size import JobSize
 from patchscope_nn.body.program import Results, StepProgram
 from patchscope_nn.errors import JobError, ServerError
@@ -204,7 +205,7 @@ class Scheduler:
         self._away(_Flight(self._job(sent, self.host, context, step)))
 
     def _job(self, sent: str, host: str, context: Literal["fused", "session", "read"], step: Step) -> Job:
-        return Job(id=sent, host=host, context=context, passes=self._numbers(step), sent=now())
+        return Job(id=sent, host=host, context=context, passes=self._numbers(step), sent=utc_now())
 
     def _away(self, flight: _Flight) -> None:
         self.job_log.sent(flight.job)

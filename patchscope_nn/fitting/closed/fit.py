@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from patchscope_nn._util.arguments import checked
-from patchscope_nn.backends import backend_for, on_server
+from patchscope_nn.backends import Places
 from patchscope_nn.data.given import as_data
 from patchscope_nn.data.rows import DataSpec
 from patchscope_nn.errors import DataError
@@ -83,8 +83,9 @@ def fit_mapping(
     Raises:
         InputError: Something given is wrong: data, layers, or a kind that does not fit the spaces.
     """
-    source = load(model, weights=not on_server(remote if source_remote is None else source_remote))
-    target = source if target_model is None else load(target_model, weights=not on_server(remote))
+    places = Places.of(remote, source_remote)
+    source = load(model, **places.loading(places.source))
+    target = source if target_model is None else load(target_model, **places.loading(places.target))
     if isinstance(held_out, int | float):
         options = {**options, "held_out": held_out}
     given = None if data is None else as_data(data, limit=options.get("limit"))
@@ -102,7 +103,7 @@ def fit_mapping(
     pairing = Pairing(
         source=source,
         target=target,
-        backend=backend_for(remote, source_remote),
+        backend=places.backend,
         sites=sites,
         options=asked,
     )

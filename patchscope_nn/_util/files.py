@@ -1,0 +1,73 @@
+"""Files that are whole whenever somebody reads them, also after a process was killed while it wrote."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_BLOCK = 1 << 16
+
+
+@contextmanager
+def replacing(file: Path) -> Iterator[Path]:
+    """A draft beside `file`, which replaces it once the block has ended without an error.
+
+    A reader sees the old file or the whole new one. A draft that is not used is removed.
+
+    Args:
+        file: The file. Its folder must exist.
+
+    Yields:
+        The path of the draft, of this thread alone.
+    """
+    draft = file.with_name(f".{file.name}.{os.getpid()}-{threading.get_ident()}.partial")
+    try:
+        yield draft
+        draft.replace(file)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write a text as UTF-8; a reader sees the old file or the whole new one."""
+    with replacing(file) as draft:
+        draft.write_text(text, encoding="utf-8")
+
+
+def append_lines(file: Path, lines: bytes) -> None:
+    """Append whole lines, and return once they are on the disk."""
+    with file.open("ab") as stream:
+        stream.write(lines)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def whole_lines(file: Path) -> Iterator[bytes]:
+    """The lines of a file, without a last one that is half written; none where there is no file."""
+    if not file.exists():
+        return
+    with file.open("rb") as stream:
+        for line in stream:
+            if line.endswith(b"\n"):
+                yield line
+
+
+def cut_half_line(file: Path) -> None:
+    """Remove a last line that a killed process left half written; only for the process that writes next."""
+    if not file.exists():
+        return
+    with file.open("rb+") as stream:
+        size = end = stream.seek(0, os.SEEK_END)
+        while end:  # the end of the last whole line, looked for backwards
+            start = max(0, end - _BLOCK)
+            stream.seek(start)
+            newline = stream.read(end - start).rfind(b"\n")
+            if newline >= 0:
+                end = start + newline + 1
+                break
+            end = start
+        if end < size:
+            stream.truncate(end)

@@ -1,0 +1,122 @@
+"""What `manifest.json` says: what ran, with which models and packages, where, and how long."""
+
+from __future__ import annotations
+
+import json
+import platform
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from patchscope_nn._util.clocks import utc_now
+from patchscope_nn._util.files import write_whole
+from patchscope_nn._util.versions import recorded_versions
+from patchscope_nn.analysis.probes import PROBE_COLUMNS
+from patchscope_nn.analysis.tables import columns_of
+from patchscope_nn.backends import Backend
+from patchscope_nn.errors import FolderError
+from patchscope_nn.metrics import references
+from patchscope_nn.models import ModelInfo
+from patchscope_nn.plan import Plan
+from patchscope_nn.runs.prepared import PreparedRun
+
+MANIFEST = "manifest.json"
+Manifest = dict[str, Any]
+
+
+def new_manifest(prepared: PreparedRun, planned: Plan, *, command: str | None) -> Manifest:
+    """The manifest of a run that begins.
+
+    Args:
+        prepared: The run.
+        planned: The plan of all its cells.
+        command: The command, where there is one.
+    """
+    sweep, mapping = prepared.sweep, prepared.mapping
+    return {
+        "recipe": prepared.recipe,
+        "references": references(prepared.metrics, sweep.rows),
+        "hash": prepared.digest,
+        "data_hash": prepared.data_hash,
+        "command": command,
+        "created": utc_now(),
+        "state": "running",
+        "n_rows": len(sweep.rows),
+        **({"n_dropped": prepared.n_dropped} if prepared.n_dropped else {}),
+        "n_cells": len(sweep.cells),
+        "columns": _columns(prepared),
+        "models": {"source": _model(sweep.source), "target": _model(sweep.target)},
+        "mapping": {
+            "name": mapping.name,
+            "weights": mapping.digest,
+            **({"fit": mapping.about} if mapping.about else {}),
+            **({"notices": list(mapping.notices)} if mapping.notices else {}),
+        },
+        **({"notices": list(sweep.notices)} if sweep.notices else {}),
+        "seed": prepared.recipe["seed"],
+        "backend": prepared.places.backend.name,
+        "plan": {"digest": planned.digest, "withheld": [str(entry) for entry in planned.withheld]},
+        "sessions": [],
+        "timings": {"elapsed_s": 0.0},
+    }
+
+
+def _columns(prepared: PreparedRun) -> list[str]:
+    *others, error = columns_of(prepared.sweep.scope.readout, prepared.metrics)
+    return [*others, *(PROBE_COLUMNS if prepared.recipe["probe"] else ()), error]
+
+
+def _model(info: ModelInfo) -> dict[str, Any]:
+    left_out = ("architecture", "verdict")
+    described = {name: value for name, value in asdict(info).items() if name not in left_out}
+    return described | {"proof": "skipped" if info.verdict is None else info.verdict.summary()}
+
+
+def new_session(backend: Backend, *, n_cells: int, elapsed_s: float) -> dict[str, Any]:
+    """What a manifest says of one session, which has just ended and finished so many cells."""
+    return {
+        "ended": utc_now(),
+        "cells": n_cells,
+        "elapsed_s": round(elapsed_s, 3),
+        "backend": backend.name,
+        "platform": platform.platform(),
+        "versions": recorded_versions(),
+    }
+
+
+def finished_manifest(manifest: Manifest, session: dict[str, Any]) -> Manifest:
+    """The manifest of a finished run, with its last session; one that ran nothing changes nothing."""
+    if manifest["state"] == "finished" and not session["cells"]:
+        return manifest
+    sessions = [*manifest["sessions"], session]
+    elapsed = sum(entry["elapsed_s"] for entry in sessions)
+    return {
+        **manifest,
+        "state": "finished",
+        "sessions": sessions,
+        "versions": session["versions"],
+        "timings": {"elapsed_s": round(elapsed, 3)},
+    }
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Replace a run folder's manifest, whole."""
+    write_whole(folder / MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a run folder.
+
+    Raises:
+        FolderError: There is none, or it cannot be read.
+    """
+    file = folder / MANIFEST
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise FolderError(
+            f"{folder} is no run folder: it has no {MANIFEST}.",
+            hint="`patchscope run` prints a run's folder.",
+        ) from None
+    except (OSError, ValueError) as error:
+        raise FolderError(f"{file} cannot be read: {error}.") from error

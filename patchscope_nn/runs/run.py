@@ -1,0 +1,165 @@
+"""`ps.run`: prepare a Patchscope or a recipe, run each of its methods, and compare them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal, TypedDict, Unpack, overload
+
+from patchscope_nn._util.arguments import checked
+from patchscope_nn.backends import Places
+from patchscope_nn.errors import FolderError, InputError
+from patchscope_nn.plan import Context, Optimisations
+from patchscope_nn.recipe import Recipe
+from patchscope_nn.runs.execute import Execution, Progress, execute
+from patchscope_nn.runs.experiments import Experiment, save_comparison
+from patchscope_nn.runs.manifest import MANIFEST
+from patchscope_nn.runs.prepare import prepare
+from patchscope_nn.runs.prepared import Prepared
+from patchscope_nn.runs.results import Run
+from patchscope_nn.spec import Control, Patchscope
+
+
+class PlaceOptions(TypedDict, total=False):
+    """Where the models run, and how they are loaded there; see `run`."""
+
+    remote: bool | str
+    source_remote: bool | str | None
+    dtype: Any
+    device_map: Any
+
+
+class ExecutionOptions(TypedDict, total=False):
+    """How a run is executed, which changes no result; see `run`."""
+
+    context: Context | Literal["auto"]
+    max_rows: int | None
+    memory: int | None
+    optimisations: Optimisations | None
+    jobs: int
+    progress: Callable[[int, int], None] | None
+
+
+class RunOptions(PlaceOptions, ExecutionOptions, total=False):
+    """What runs, where and how; see `run`."""
+
+    model: Any
+    source_model: Any
+    target_model: Any
+    data: Any
+    controls: Sequence[Control] | None
+    metrics: Sequence[Any] | None
+    seed: int | None
+    limit: int | None
+    base: Path | None
+
+
+@overload
+def run(scope: Patchscope, *, out: str | Path | None = None, **options: Unpack[RunOptions]) -> Run: ...
+@overload
+def run(
+    scope: Recipe | str | Path, *, out: str | Path | None = None, **options: Unpack[RunOptions]
+) -> Run | Experiment: ...
+@checked
+def run(scope: Any, *, out: str | Path | None = None, **options: Unpack[RunOptions]) -> Run | Experiment:
+    """Run a Patchscope or a recipe.
+
+    Args:
+        scope: A Patchscope, a recipe, or a recipe's name or file.
+        out: The folder; the same call again continues a run that was interrupted. None keeps everything in
+            memory.
+        **options: What runs, where and how:
+
+            model: What `load` takes; None takes the recipe's, or the builtin model.
+            source_model: M, where it is not `model`.
+            target_model: M*, where it is not M.
+            data: Rows (mappings of columns to values), a pandas DataFrame, a `datasets.Dataset`, or a mapping
+                as a recipe's `data`; None takes the recipe's, or a single row without columns.
+            controls: Names of controls; None takes the recipe's.
+            metrics: Metrics as in a recipe; None takes the recipe's.
+            seed: The seed of random states, other rows and sampling; None takes the recipe's, or 0.
+            limit: The most data rows.
+            base: The folder that relative data files start from; None is the recipe's, or the current one.
+            remote: Where M* runs. False: in this process; True: on the NDIF that nnsight is configured for; a
+                URL: on that server; `local`: in this process, as a rehearsal of a remote run.
+            source_remote: Where M runs, in the same words; None is where M* runs.
+            dtype: The dtype of models that are given by name, as in `load`.
+            device_map: Their devices, as in `load`.
+            context: How source and target share a context; `auto` chooses.
+            max_rows: The most cells of a forward pass; None is the planner's.
+            memory: The most bytes a forward pass may take; None is half of what the target's device has free.
+            optimisations: What the planner may do to run less; None is all of it.
+            jobs: How many jobs may be on their way to a server at a time.
+            progress: Called with (cells done, cells in all) after each step.
+
+    Returns:
+        The run; of a recipe with several methods the experiment, a mapping from their names to their runs.
+
+    Raises:
+        InputError: Something given is wrong; nothing has been written.
+        RunError: The run failed; with a folder, the same call continues it.
+    """
+    if not isinstance(scope, Patchscope | Recipe | str | Path):
+        raise InputError(
+            f"a {type(scope).__name__} cannot be run.",
+            hint="Give a Patchscope, a Recipe, or the name or file of a recipe; a mapping becomes a recipe "
+            "by ps.Recipe(**mapping).",
+        )
+    given: dict[str, Any] = {**options}
+    places = Places.of(**_taken(given, PlaceOptions))
+    execution = Execution(**_taken(given, ExecutionOptions))
+    return run_prepared(prepare(scope, places=places, **given), execution, out=out)
+
+
+def _taken(given: dict[str, Any], kind: type[PlaceOptions | ExecutionOptions]) -> dict[str, Any]:
+    """Take the options of one kind out of those that are given."""
+    return {name: given.pop(name) for name in kind.__annotations__ if name in given}
+
+
+def run_prepared(
+    prepared: Prepared, execution: Execution | None = None, *, out: str | Path | None = None
+) -> Run | Experiment:
+    """Run what `prepare` prepared, and compare the methods where there are several.
+
+    Args:
+        prepared: The run, or the methods of an experiment.
+        execution: How they run; None is the default.
+        out: As in `run`.
+
+    Returns:
+        As in `run`.
+
+    Raises:
+        RunError: As in `run`.
+    """
+    folder = None if out is None else Path(out)
+    if folder is not None and not prepared.is_single and (folder / MANIFEST).exists():
+        raise FolderError(f"{folder} holds a run.", hint="Give another --out: a folder for all the methods.")
+    runs = run_each(prepared, execution, folder=folder)
+    if prepared.is_single:
+        return next(iter(runs.values()))
+    experiment = Experiment(title=prepared.title, runs=runs, path=folder)
+    if folder is not None:
+        save_comparison(experiment, folder)
+    return experiment
+
+
+def run_each(
+    prepared: Prepared, execution: Execution | None = None, *, folder: Path | None = None
+) -> dict[str, Run]:
+    """Run what was prepared, one method after the other; arguments as in `run_prepared`."""
+    execution = execution or Execution()
+    folders = {} if folder is None else prepared.folders(folder)
+    n_before, n_cells = 0, sum(len(method.sweep.cells) for method in prepared.runs.values())
+    runs: dict[str, Run] = {}
+    for name, method in prepared.runs.items():
+        progress = _progress_of_all(execution.progress, n_before=n_before, n_cells=n_cells)
+        runs[name] = execute(method, replace(execution, progress=progress), out=folders.get(name))
+        n_before += len(method.sweep.cells)
+    return runs
+
+
+def _progress_of_all(progress: Progress | None, *, n_before: int, n_cells: int) -> Progress | None:
+    """The progress of one method, counted over the cells of all."""
+    return None if progress is None else lambda done, _: progress(n_before + done, n_cells)
