@@ -51,7 +51,8 @@ def test_the_licence_is_named_and_whole():
 
 def test_classifiers_name_the_versions_that_are_supported():
     oldest = int(re.fullmatch(r">=3\.(\d+)", PROJECT["requires-python"])[1])
-    assert MINORS == [f"3.{minor}" for minor in range(oldest, oldest + len(MINORS))]
+    expected = [f"3.{minor}" for minor in range(oldest, oldest + len(MINORS))]
+    assert expected == MINORS
     assert "Typing :: Typed" in PROJECT["classifiers"]
     assert (Path(ps.__file__).parent / "py.typed").is_file()
 
