@@ -55,6 +55,7 @@ def main() -> int:
     parser.add_argument("pythons", nargs="*", default=PYTHONS, help="versions, such as 3.12")
     parser.add_argument("--keep", type=Path, help="a folder to work in, which is kept")
     given = parser.parse_args()
+    os.environ["PIP_NO_COMPILE"] = "1"  # most of what is installed is never imported
     with tempfile.TemporaryDirectory(prefix="package-") as temporary:
         work = (given.keep or Path(temporary)).resolve()
         work.mkdir(parents=True, exist_ok=True)
