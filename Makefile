@@ -7,7 +7,7 @@ export HF_HUB_OFFLINE := 1
 # Spinning threads make two processes on one machine many times slower.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: demo test test-registry test-oldest lint bench ndif-up ndif-down remote-ready test-remote \
+.PHONY: demo test test-registry test-oldest test-package lint bench ndif-up ndif-down remote-ready test-remote \
   test-remote-all clean
 
 demo: .venv/installed-demo
@@ -24,6 +24,12 @@ test-registry: .venv/installed-test
 # What depends on transformers most, with the oldest that we support.
 test-oldest: .venv-oldest/installed
 	PYTHONPATH=$(CURDIR)/.venv-oldest $(BIN)/python -m pytest -m "not registry" tests/models/test_models.py tests/equivalence
+
+# Builds the package and uses its wheel alone on every supported Python that is installed. Needs a package index;
+# PACKAGE="3.12" checks one. Where that index has only CUDA builds of torch, see tests/package/cpu_torch.py.
+PACKAGE ?=
+test-package:
+	$(PYTHON) -u tests/package/check.py $(PACKAGE)
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .
