@@ -19,7 +19,7 @@ from typing import Any, overload
 
 from patchscope_nn.runs import execute
 from patchscope_nn._util.arguments import checked, checked_class
-from patchscope_nn.analysis.comparison import Compared, Comparison, compare
+from patchscope_nn.analysis.comparison import ComparedRun, Comparison, compare
 from patchscope_nn.errors import FolderError, InputError
 from patchscope_nn.runs.execute import Progress
 from patchscope_nn.models import Model
@@ -275,7 +275,7 @@ def compare_runs(runs: Mapping[str, Run], *, best: Sequence[str] | None = None) 
     """
     return compare(
         [
-            Compared(
+            ComparedRun(
                 name=name,
                 table=one.light_table(),
                 metrics=tuple(one.metrics),
