@@ -302,7 +302,7 @@ def write_page(comparison: Comparison, runs: Mapping[str, Run], *, path: Path, t
             name=name,
             manifest=one.manifest,
             metrics=tuple(one.metrics),
-            shown=frame(list(islice(one.rows, most)), one.manifest["columns"]),
+            first_cells=frame(list(islice(one.rows, most)), one.manifest["columns"]),
             n_cells=len(one.rows),
         )
         for name, one in runs.items()

@@ -25,7 +25,7 @@ def write(
     ]
     manifest = {"recipe": {"name": "lenses"}, "models": {"source": {"name": "builtin:smollm2-135m-instruct"}}}
     sides = [
-        Side(name=name, manifest=manifest, metrics=METRICS, shown=table, n_cells=len(table))
+        Side(name=name, manifest=manifest, metrics=METRICS, first_cells=table, n_cells=len(table))
         for name, table in tables.items()
     ]
     return write_comparison(compare(compared), sides, path=path, title="Which lens sees it first?")

@@ -1,4 +1,4 @@
-"""A metric of several runs: by layer as curves, or as points where the best was taken over the layers."""
+"""A metric of several runs: curves by layer, or points if the best was taken over the layers."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x")
 
 
 def comparison_curve(layers: pd.DataFrame, *, metric: str, names: Sequence[str]) -> go.Figure:
-    """Mean of a metric by source layer: a line with its band for each run, its controls dashed.
+    """Draw the mean of a metric by source layer: a line and band for each run, with its controls dashed.
 
-    Where no run has layers, since the best was taken over them, every mean is a point with its interval.
+    If the best was taken over the layers, every mean is a point with its interval.
 
     Args:
         layers: `statistics.layer_means` of each run, with columns run and metric.
@@ -43,7 +43,7 @@ def comparison_curve(layers: pd.DataFrame, *, metric: str, names: Sequence[str])
     """
     figure = plotly().Figure()
     means = layers[layers["metric"] == metric]
-    axis = next((one for one in ("source_layer", "target_layer") if means[one].notna().any()), None)
+    axis = next((name for name in ("source_layer", "target_layer") if means[name].notna().any()), None)
     place = "best over layers" if axis is None else f"by {axis.replace('_', ' ')}"
     legend = {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0}
     style(figure, title=f"{metric} {place}", height=440, legend=legend)
@@ -67,7 +67,7 @@ def comparison_curve(layers: pd.DataFrame, *, metric: str, names: Sequence[str])
 def _curves(
     means: pd.DataFrame, *, axis: str, ticks: Sequence[float], index: int, metric: str
 ) -> Iterator[go.Scatter]:
-    """The lines of one run, the band of the real cells under them."""
+    """Yield the lines of one run, with the interval of the patched cells as a band under them."""
     colour, symbol = COLOURS[index % len(COLOURS)], _SYMBOLS[index % len(_SYMBOLS)]
     for control in controls_of(means):
         own = means[means["control"] == control].sort_values(axis)
@@ -103,7 +103,7 @@ def _curves(
 
 
 def _points(means: pd.DataFrame, *, metric: str, names: Sequence[str]) -> Iterator[go.Scatter]:
-    """The means of each kind of cell: the runs across, the kinds beside one another."""
+    """Yield the means of each control as points, with the runs across and the controls side by side."""
     controls = controls_of(means)
     for number, control in enumerate(controls):
         own = means[means["control"] == control]
@@ -135,12 +135,12 @@ def _name(run: str, control: str) -> str:
 
 
 def _hovers(means: pd.DataFrame, *, control: str, metric: str, at: Sequence[str]) -> list[str]:
-    said = []
+    texts = []
     for mean, where in zip(means.to_dict("records"), at, strict=True):
         spread = "" if pd.isna(mean["low"]) else f" [{mean['low']:.3g}, {mean['high']:.3g}]"
         place = ", ".join(part for part in (_plain(mean["run"], control), where) if part)
-        said.append(f"{escape(place)}<br>{escape(metric)} {mean['mean']:.3g}{spread}, {mean['n_rows']} rows")
-    return said
+        texts.append(f"{escape(place)}<br>{escape(metric)} {mean['mean']:.3g}{spread}, {mean['n_rows']} rows")
+    return texts
 
 
 def _plain(run: Any, control: str) -> str:
