@@ -113,8 +113,8 @@ def _sentences(comparison: Comparison) -> Iterator[str]:
     metric = comparison.metrics[0]
     chosen = (between["metric"] == metric) & (between["first_control"] == REAL)
     for line in between[chosen].to_dict("records"):
-        test = "" if pd.isna(line["p"]) else f"; p {_p_text(line['p'])}, sign-flip test over data rows"
-        low, high = line["low"], line["high"]
+        low, high, p = line["low"], line["high"], p_text(line["p"], equals="= ")
+        test = f"; p {p}, sign-flip test over data rows" if p else ""
         spread = "" if pd.isna(low) else f" (95 % interval {low:+.3g} to {high:+.3g}{test})"
         yield (
             f"Over {line['n_pairs']:,} pairs of cells from {line['n_rows']:,} data rows, the mean {metric} of"
@@ -126,11 +126,11 @@ def _sentences(comparison: Comparison) -> Iterator[str]:
         yield f"{unpaired:,} cells have no partner in the other run; the tables show where they are."
 
 
-def _p_text(p: float) -> str:
-    """Return a p value with its sign: `= 0.03`, or `< .001` for small ones, and nothing for NaN."""
+def p_text(p: float, *, equals: str = "") -> str:
+    """Write a p value as `0.03`, after `equals`, or as `< .001` if it is smaller; empty for NaN."""
     if pd.isna(p):
         return ""
-    return "< .001" if p < 0.001 else f"= {p:.2g}"  # noqa: PLR2004 (the usual notation)
+    return "< .001" if p < 0.001 else f"{equals}{p:.2g}"  # noqa: PLR2004 (the usual notation)
 
 
 def _number(mean: Any, low: Any, high: Any, *, sign: str = "") -> str:
@@ -167,7 +167,7 @@ def _columns(between: pd.DataFrame, name: Hashable) -> list[str]:
     unpaired = int(line["first_unpaired"]), int(line["second_unpaired"])
     return [
         _number(line["mean"], line["low"], line["high"], sign="+"),
-        *(_p_text(line[name]).removeprefix("= ") for name in ("p", "p_bonferroni")),
+        *(p_text(line[name]) for name in ("p", "p_bonferroni")),
         f"{int(line['n_pairs']):,}",
         f"{unpaired[0]:,} of the first, {unpaired[1]:,} of this run" if any(unpaired) else "none",
     ]
@@ -183,6 +183,6 @@ def _own_controls(comparison: Comparison) -> Iterator[list[str]]:
                 visible(line["second"]),
                 visible(line["first_control"]),
                 _number(line["mean"], line["low"], line["high"], sign="+"),
-                _p_text(line["p"]).removeprefix("= "),
+                p_text(line["p"]),
                 f"{line['n_pairs']:,}",
             ]

@@ -149,7 +149,7 @@ def test_scales_are_panels_and_samples_are_averaged() -> None:
         np.testing.assert_allclose(curve.y, expected.to_numpy())
         assert any(one.name == "unpatched (control)" and one.xaxis == axis for one in figure.data)
     words = text_heatmap(table)
-    assert "the first of 3 samples" in words.layout.title.text
+    assert "first of 3 samples" in words.layout.title.text
     assert sum(str(line).endswith(" x 2") for line in words.layout.yaxis.ticktext) == 4 * 2
 
 
