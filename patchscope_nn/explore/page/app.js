@@ -55,7 +55,7 @@ function fillLayers(select, chosen) {
   const count = grid.grid?.target_layers ?? 0;
   const names = ["same", "embed", ...Array(count).keys()].map(String);
   if (!names.includes(chosen)) names.push(chosen);
-  select.replaceChildren(...names.map((name) => make("option", { value: name, text: name === "same" ? "the same" : name })));
+  select.replaceChildren(...names.map((name) => make("option", { value: name, text: name === "same" ? "same layer" : name })));
   select.value = chosen;
 }
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pandas as pd
 
 from patchscope_nn.analysis.statistics import REAL
+from patchscope_nn.report.figures.maps import mean_text
 from patchscope_nn.report.figures.style import (
     COLOURS,
     LINES,
     OTHER_LINE,
-    faint,
+    band,
     layer_ticks,
     metric_title,
     panel,
@@ -75,16 +76,7 @@ def _curves(
             own = own.loc[own.index.repeat(len(ticks))].assign(**{axis: ticks})
         name = str(own["run"].iloc[0])
         if control == REAL and own["low"].notna().any():
-            banded = own[own["low"].notna()]
-            yield plotly().Scatter(
-                x=[*banded[axis], *banded[axis][::-1]],
-                y=[*banded["high"], *banded["low"][::-1]],
-                fill="toself",
-                fillcolor=faint(colour, opacity=0.16),
-                line={"width": 0},
-                hoverinfo="skip",
-                showlegend=False,
-            )
+            yield band(own, axis, colour=colour, opacity=0.16, showlegend=False)
         at = [f"layer {layer_name(layer)}" for layer in own[axis]]
         yield plotly().Scatter(
             x=own[axis].tolist(),
@@ -135,13 +127,8 @@ def _name(run: str, control: str) -> str:
 
 
 def _hovers(means: pd.DataFrame, *, control: str, metric: str, at: Sequence[str]) -> list[str]:
-    texts = []
-    for mean, where in zip(means.to_dict("records"), at, strict=True):
-        spread = "" if pd.isna(mean["low"]) else f" [{mean['low']:.3g}, {mean['high']:.3g}]"
-        place = ", ".join(part for part in (_plain(mean["run"], control), where) if part)
-        texts.append(f"{escape(place)}<br>{escape(metric)} {mean['mean']:.3g}{spread}, {mean['n_rows']} rows")
-    return texts
-
-
-def _plain(run: Any, control: str) -> str:
-    return str(run) if control == REAL else f"{run}, {control}"
+    kind = "" if control == REAL else control
+    places = zip(means.to_dict("records"), at, strict=True)
+    return [
+        mean_text(mean, ", ".join(filter(None, (mean["run"], kind, where))), metric) for mean, where in places
+    ]

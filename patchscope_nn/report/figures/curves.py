@@ -12,7 +12,7 @@ from patchscope_nn.report.figures.maps import Panel, heatmaps, mean_text, rows_w
 from patchscope_nn.report.figures.style import (
     LINES,
     OTHER_LINE,
-    faint,
+    band,
     layer_ticks,
     metric_title,
     panel,
@@ -90,25 +90,14 @@ def _curves(means: pd.DataFrame, *, axis: str, metric: str, layers: list[float])
 
 def _curve(means: pd.DataFrame, *, axis: str, control: str, metric: str) -> Iterator[go.Scatter]:
     """Yield the line of one control; for the patched cells, first the band under it."""
-    graph = plotly()
     colour, dash = LINES.get(control, OTHER_LINE)
-    banded = means[means["low"].notna()]
-    if control == REAL and not banded.empty:
-        yield graph.Scatter(
-            x=[*banded[axis], *banded[axis][::-1]],
-            y=[*banded["high"], *banded["low"][::-1]],
-            fill="toself",
-            fillcolor=faint(colour, opacity=0.22),
-            line={"width": 0},
-            mode="lines",
-            hoverinfo="skip",
-            name="95 % interval",
-        )
+    if control == REAL and means["low"].notna().any():
+        yield band(means, axis, colour=colour, opacity=0.22, name="95 % interval")
     hover = [
         mean_text(mean, f"{control}, layer {layer_name(mean[axis])}: {metric}")
         for mean in means.to_dict("records")
     ]
-    yield graph.Scatter(
+    yield plotly().Scatter(
         x=means[axis].tolist(),
         y=means["mean"].tolist(),
         name=panel(control),

@@ -13,6 +13,7 @@ from patchscope_nn.report.figures.table import layer_name
 from patchscope_nn.report.figures.text import escape, wrap
 
 if TYPE_CHECKING:
+    import pandas as pd
     import plotly.graph_objects as go
 
 #: The colours of Okabe and Ito that are visible on white and on near-black.
@@ -75,10 +76,28 @@ def style(figure: go.Figure, *, title: str, **layout: Any) -> None:
     figure.update_yaxes(**_AXIS)
 
 
-def faint(colour: str, *, opacity: float) -> str:
-    """Return a colour `#rrggbb` with an opacity from 0 to 1."""
+def band(means: pd.DataFrame, axis: str, *, colour: str, opacity: float, **options: Any) -> go.Scatter:
+    """Draw the intervals of means as a band.
+
+    Args:
+        means: The result of `layer_means`; means without an interval are left out.
+        axis: The column of layers.
+        colour: The colour, `#rrggbb`.
+        opacity: The opacity of the band, from 0 to 1.
+        **options: Options of the plotly trace.
+    """
+    drawn = means[means["low"].notna()]
     red, green, blue = (int(colour[start : start + 2], 16) for start in (1, 3, 5))
-    return f"rgba({red},{green},{blue},{opacity})"
+    return plotly().Scatter(
+        x=[*drawn[axis], *drawn[axis][::-1]],
+        y=[*drawn["high"], *drawn["low"][::-1]],
+        fill="toself",
+        fillcolor=f"rgba({red},{green},{blue},{opacity})",
+        line={"width": 0},
+        mode="lines",
+        hoverinfo="skip",
+        **options,
+    )
 
 
 def panel(control: str) -> str:
