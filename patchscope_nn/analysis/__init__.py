@@ -1,1 +1,1 @@
-"""What the cells of a run add up to: tables, statistics, comparisons, ensembles and probes."""
+"""Analysis of a run's cells: tables, statistics, comparisons, ensembles and probes."""

@@ -1,9 +1,10 @@
-"""Comparing runs cell by cell: which cells are the same, their differences, and how sure these are.
+"""Compare runs cell by cell: pair the cells that correspond, and test their differences.
 
-1. each run's metrics are read from its table, the best over layers taken where that is asked;
-2. cells are paired: by data row, and by as much of layers and positions as both runs share and as tells their
-   cells apart (a logit lens writes to one layer and a token identity to each, and both read the same);
-3. every other run is compared with the first, and every run with its own controls.
+1. Read each run's metrics from its table, as the best over layers if the run asks for it.
+2. Pair cells by data row, and by those layers and positions that both runs share and that are needed to tell
+   cells apart. A logit lens that writes to one layer and a token identity that writes to each are paired by
+   the layer they read.
+3. Compare every other run with the first, and every run with its own controls.
 """
 
 from __future__ import annotations
@@ -29,22 +30,22 @@ from patchscope_nn.analysis.statistics import (
 )
 from patchscope_nn.errors import InputError
 
-#: What the metric is called by which methods are compared whose metrics have different names.
+#: The name of the common metric of methods whose own metrics have different names.
 SCORE = "score"
 _PLACES = ("source_layer", "target_layer", "source_position", "target_position")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Compared:
-    """One run to compare.
+class ComparedRun:
+    """A run to compare.
 
     Attributes:
-        name: What the comparison calls it.
-        table: Its table; what was read of the cells may be left out.
+        name: Its name in the comparison.
+        table: Its table; the columns of readouts may be missing.
         metrics: The names of its metric columns.
-        best: What the best is taken over, as in `statistics.best_over`.
-        score: The metric column that stands for it where runs have different ones; None for none.
-        data: A digest of its data rows; where two differ, rows are paired by number and source prompt.
+        best: The layers over which the best is taken, as in `statistics.best_over`.
+        score: The metric column to compare if the runs have different metrics, or None.
+        data: A digest of its data rows; if it differs, rows are paired by number and source prompt.
     """
 
     name: str
@@ -57,20 +58,21 @@ class Compared:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Runs, compared.
+    """The result of comparing runs.
 
     Attributes:
-        names: The runs, in order; the first is what the others are compared with.
-        metrics: The metrics that at least two runs have, `score` among them.
-        means: A line for each run, metric and control: run, metric, control, mean, low, high, n_rows,
-            n_cells; over all layers.
-        differences: A line for each pair: metric, first, first_control, second, second_control; then of
-            second - first over the paired cells mean, low, high, n_rows, n_pairs, p (sign-flip permutation
-            over data rows); n_layers, t, p_t, p_bonferroni (the paper's paired t over layers); and
-            first_unpaired, second_unpaired, the cells of each that have no partner.
-        layers: `statistics.layer_means` of each run and metric by source layer, over all its target layers
-            (by target layer where the best was taken over the source layers), with columns run and metric.
-        best: For each run what the best was taken over.
+        names: The runs, in order; the others are compared with the first.
+        metrics: The metrics that at least two runs have, and `score` if it is used.
+        means: A line for each run, metric and control, over all layers: run, metric, control, mean, low,
+            high, n_rows, n_cells.
+        differences: A line for each pair of runs or controls: metric, first, first_control, second,
+            second_control. Then the statistics of second - first over the paired cells: mean, low, high,
+            n_rows, n_pairs, p (sign-flip permutation over data rows); n_layers, t, p_t, p_bonferroni (the
+            paper's paired t over layers). Then first_unpaired and second_unpaired, the numbers of cells that
+            have no partner.
+        layers: `statistics.layer_means` of each run and metric, with columns run and metric. By source layer,
+            averaged over target layers; by target layer if the best was taken over the source layers.
+        best: The layers over which the best was taken, by run.
     """
 
     names: tuple[str, ...]
@@ -81,11 +83,11 @@ class Comparison:
     best: Mapping[str, tuple[str, ...]]
 
     def between(self) -> pd.DataFrame:
-        """The differences between runs, and not between a run and its controls."""
+        """Return the differences between runs, without those between a run and its own controls."""
         return self.differences[self.differences["first"] != self.differences["second"]]
 
     def records(self) -> dict[str, Any]:
-        """The comparison as JSON holds it: lists of records, null for what there is not."""
+        """Return the comparison as plain values for JSON: lists of records, with None for missing values."""
         frames = {"means": self.means, "differences": self.differences, "layers": self.layers}
         plain = {name: frame.astype(object).where(frame.notna(), None) for name, frame in frames.items()}
         return {
@@ -96,17 +98,17 @@ class Comparison:
         }
 
 
-def compare(runs: Sequence[Compared]) -> Comparison:
+def compare(runs: Sequence[ComparedRun]) -> Comparison:
     """Compare runs cell by cell.
 
     Args:
-        runs: Two or more, with names of their own.
+        runs: Two or more runs, with different names.
 
     Returns:
         The comparison.
 
     Raises:
-        InputError: There are fewer than two, two have one name, they share no metric, or no cell.
+        InputError: There are fewer than two runs, two share a name, or they share no metric or no cell.
     """
     names = [run.name for run in runs]
     if len(runs) < 2 or len(set(names)) < len(names):  # noqa: PLR2004 (a pair)
@@ -114,14 +116,14 @@ def compare(runs: Sequence[Compared]) -> Comparison:
             f"these runs cannot be compared: {', '.join(names) or 'none'}.",
             hint="Give two or more different runs.",
         )
-    columns = {metric: _columns(runs, metric) for metric in _shared_metrics(runs)}
-    read = {
-        metric: {run.name: _read(run, column) for run, column in zip(runs, found, strict=True) if column}
-        for metric, found in columns.items()
+    # By metric and run name, the cells that have a value of it.
+    cells = {
+        metric: {run.name: _read(run, column) for run, column in _columns(runs, metric)}
+        for metric in _shared_metrics(runs)
     }
-    n_tests = sum(len(of) - 1 for of in read.values())
-    lines = [line for metric, of in read.items() for line in _lines(metric, of, runs, n_tests)]
-    differences = pd.DataFrame(lines, columns=["metric", *_ENDS, *_STATISTICS])
+    n_tests = sum(len(by_run) - 1 for by_run in cells.values())
+    lines = [line for metric, by_run in cells.items() for line in _lines(metric, by_run, runs, n_tests)]
+    differences = pd.DataFrame(lines, columns=["metric", *_PAIR, *_STATISTICS])
     between = differences["first"] != differences["second"]
     if not (between & (differences["n_pairs"] > 0)).any():
         raise InputError(
@@ -130,14 +132,14 @@ def compare(runs: Sequence[Compared]) -> Comparison:
         )
     return Comparison(
         names=tuple(names),
-        metrics=tuple(read),
-        means=pd.DataFrame([line for metric, of in read.items() for line in _means(metric, of)]),
+        metrics=tuple(cells),
+        means=pd.DataFrame([line for metric, by_run in cells.items() for line in _means(metric, by_run)]),
         differences=differences,
         layers=pd.concat(
             [
                 layer_means(_by_source(table), metric="value").assign(run=name, metric=metric)
-                for metric, of in read.items()
-                for name, table in of.items()
+                for metric, by_run in cells.items()
+                for name, table in by_run.items()
             ],
             ignore_index=True,
         ),
@@ -145,7 +147,7 @@ def compare(runs: Sequence[Compared]) -> Comparison:
     )
 
 
-_ENDS = ("first", "first_control", "second", "second_control")
+_PAIR = ("first", "first_control", "second", "second_control")
 _STATISTICS = (
     *Paired._fields,
     *("n_layers", "t", "p_t", "p_bonferroni"),
@@ -153,10 +155,10 @@ _STATISTICS = (
 )
 
 
-def _shared_metrics(runs: Sequence[Compared]) -> list[str]:
-    """The metrics that at least two runs have, and the score where they have it under different names."""
-    counted = [metric for run in runs for metric in run.metrics]
-    shared = [metric for metric in dict.fromkeys(counted) if counted.count(metric) > 1]
+def _shared_metrics(runs: Sequence[ComparedRun]) -> list[str]:
+    """Return the metrics that at least two runs have, and first the score if its column differs by run."""
+    metrics = [metric for run in runs for metric in run.metrics]
+    shared = [metric for metric in dict.fromkeys(metrics) if metrics.count(metric) > 1]
     scores = [run.score for run in runs]
     if all(scores) and len(set(scores)) > 1:
         shared.insert(0, SCORE)
@@ -164,20 +166,21 @@ def _shared_metrics(runs: Sequence[Compared]) -> list[str]:
         each = "; ".join(f"{run.name}: {', '.join(run.metrics) or 'none'}" for run in runs)
         raise InputError(
             f"these runs share no metric ({each}).",
-            hint="Give each recipe a metric in common, or say with score: METRIC what stands for each.",
+            hint="Give the recipes a common metric, or name each recipe's own with score: METRIC.",
         )
     return shared
 
 
-def _columns(runs: Sequence[Compared], metric: str) -> list[str | None]:
-    """The column that holds a metric in each run; None where a run has it not."""
-    if metric == SCORE:
-        return [run.score for run in runs]
-    return [metric if metric in run.metrics else None for run in runs]
+def _columns(runs: Sequence[ComparedRun], metric: str) -> Iterator[tuple[ComparedRun, str]]:
+    """Yield each run that has a metric, with the column that holds it."""
+    for run in runs:
+        column = run.score if metric == SCORE else metric
+        if column and (metric == SCORE or metric in run.metrics):
+            yield run, column
 
 
-def _read(run: Compared, column: str) -> pd.DataFrame:
-    """A run's cells that have a value of a metric, each place as a number or text that can be compared."""
+def _read(run: ComparedRun, column: str) -> pd.DataFrame:
+    """Return the cells that have a value in a column; layers are floats, and positions texts to match by."""
     table = best_over(run.table, metric=column, over=run.best) if run.best else run.table
     cells = pd.DataFrame(
         {
@@ -188,93 +191,92 @@ def _read(run: Compared, column: str) -> pd.DataFrame:
         }
     )
     for name in ("source_position", "target_position"):
-        given = table[name] if name in table.columns else [None] * len(table)
+        positions = table[name] if name in table.columns else [None] * len(table)
         cells[name] = [
-            str([*place]) if isinstance(place, list | tuple | np.ndarray) else None for place in given
+            str([*tokens]) if isinstance(tokens, list | tuple | np.ndarray) else None for tokens in positions
         ]
     cells["value"] = numbers(table[column])
     return cells[np.isfinite(cells["value"])].reset_index(drop=True)
 
 
 def _lines(
-    metric: str, of: Mapping[str, pd.DataFrame], runs: Sequence[Compared], n_tests: int
+    metric: str, cells: Mapping[str, pd.DataFrame], runs: Sequence[ComparedRun], n_tests: int
 ) -> Iterator[list[Any]]:
-    """The lines of one metric: every run against the first that has it, then each against its controls."""
-    prompts = _RowNames(runs)
-    first, *others = of
+    """Yield the differences of one metric: each run against the first that has it, then against its controls.
+
+    Args:
+        metric: The metric.
+        cells: The cells that have a value of it, by run.
+        runs: All runs.
+        n_tests: The number of t-tests to correct for.
+    """
+    by_name = {run.name: run for run in runs}
+    first, *others = cells
     for other in others:
-        for control in _controls(of[first], of[other]):
-            pair = [one[one["control"] == control] for one in (of[first], of[other])]
-            named = prompts(first, pair[0], beside=other), prompts(other, pair[1], beside=first)
+        same_data = by_name[first].data == by_name[other].data
+        pair = [
+            cells[name] if same_data else _name_rows(cells[name], by_name[name].table)
+            for name in (first, other)
+        ]
+        for control in _controls(*pair):
             tests = n_tests if control == REAL else 0
-            yield [metric, first, control, other, control, *_difference(*named, n_tests=tests)]
-    for name, cells in of.items():
-        for control in _controls(cells, cells)[1:]:
-            pair = [cells[cells["control"] == one] for one in (control, REAL)]
-            yield [metric, name, control, name, REAL, *_difference(*pair, n_tests=0)]
+            difference = _difference(*(side[side["control"] == control] for side in pair), n_tests=tests)
+            yield [metric, first, control, other, control, *difference]
+    for name, own in cells.items():
+        real = own[own["control"] == REAL]
+        for control in _controls(own, own)[1:]:
+            difference = _difference(own[own["control"] == control], real, n_tests=0)
+            yield [metric, name, control, name, REAL, *difference]
 
 
 def _controls(first: pd.DataFrame, second: pd.DataFrame) -> list[str]:
-    """The controls that both have, the real cells first."""
+    """Return the controls that both runs have, after the real cells."""
     both = [name for name in dict.fromkeys(first["control"]) if (second["control"] == name).any()]
     return sorted(both, key=lambda name: name != REAL)
 
 
-class _RowNames:
-    """Names the data rows of a run so that another's can be found: by number, and with other data by prompt.
-
-    Args:
-        runs: The runs.
-    """
-
-    def __init__(self, runs: Sequence[Compared]) -> None:
-        self._data = {run.name: run.data for run in runs}
-        self._prompts = {run.name: _own_prompts(run.table) for run in runs}
-
-    def __call__(self, name: str, cells: pd.DataFrame, *, beside: str) -> pd.DataFrame:
-        """The cells of a run, with rows named for a comparison with another."""
-        if self._data[name] == self._data[beside]:
-            return cells
-        prompts = self._prompts[name]
-        return cells.assign(row=[f"{row} {prompts.get(row)}" for row in cells["row"]])
-
-
-def _own_prompts(table: pd.DataFrame) -> dict[Any, Any]:
-    """The source prompt of each data row, as its real cells have it."""
-    if "source_prompt" not in table.columns:
-        return {}
-    real = table[[is_null(control) for control in table["control"]]].drop_duplicates("row")
-    return dict(zip(real["row"], real["source_prompt"], strict=True))
+def _name_rows(cells: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
+    """Name data rows by number and source prompt, to pair runs over different data."""
+    prompts: dict[Any, Any] = {}
+    if "source_prompt" in table.columns:
+        real = table[[is_null(control) for control in table["control"]]].drop_duplicates("row")
+        prompts = dict(zip(real["row"], real["source_prompt"], strict=True))
+    return cells.assign(row=[f"{row} {prompts.get(row)}" for row in cells["row"]])
 
 
 class _Pairs(NamedTuple):
-    """Pairs of cells, and how many of each side have none: row, layer, first and second value of each."""
+    """Paired cells: the row, the layer, and the value of each side.
+
+    Attributes:
+        table: A line for each pair, with columns row, source_layer, value and value_second.
+        unpaired: The number of cells of each side that have no partner.
+    """
 
     table: pd.DataFrame
     unpaired: tuple[int, int]
 
 
 def _pair(first: pd.DataFrame, second: pd.DataFrame) -> _Pairs:
-    """Pair cells by row, and by as many places as both share and as are needed to tell cells apart."""
+    """Pair cells by row, then by each shared layer and position until rows and keys identify a cell."""
     if not (_has_layers(first) and _has_layers(second)):
         return _pair_rows(first, second)
     keys = ["row"]
     for place in _PLACES:
-        if place != "source_layer" and not any(one.duplicated(keys).any() for one in (first, second)):
+        if place != "source_layer" and not any(side.duplicated(keys).any() for side in (first, second)):
             break
         if set(first[place].dropna()) & set(second[place].dropna()):
             keys.append(place)
-    sides = [one.assign(again=one.groupby(keys, dropna=False).cumcount()) for one in (first, second)]
+    sides = [side.assign(again=side.groupby(keys, dropna=False).cumcount()) for side in (first, second)]
     pairs = sides[0].merge(sides[1], on=[*keys, "again"], suffixes=("", "_second"))
     return _Pairs(pairs, (len(first) - len(pairs), len(second) - len(pairs)))
 
 
 def _pair_rows(first: pd.DataFrame, second: pd.DataFrame) -> _Pairs:
-    """Pair by row alone: what has no layers, as an unpatched run, is one value for all cells of its row."""
-    sides = [one if _has_layers(one) else _row_means(one) for one in (first, second)]
+    """Pair by row alone: a side without layers (unpatched cells) has one value for all cells of a row."""
+    sides = [side if _has_layers(side) else _row_means(side) for side in (first, second)]
     pairs = sides[0].merge(sides[1], on="row", suffixes=("", "_second"))
     layers = pairs["source_layer"].fillna(pairs["source_layer_second"])
-    missing = [int((~one["row"].isin(set(pairs["row"]))).sum()) for one in (first, second)]
+    missing = [int((~side["row"].isin(set(pairs["row"]))).sum()) for side in (first, second)]
     return _Pairs(pairs.assign(source_layer=layers), (missing[0], missing[1]))
 
 
@@ -287,14 +289,13 @@ def _row_means(cells: pd.DataFrame) -> pd.DataFrame:
 
 
 def _difference(first: pd.DataFrame, second: pd.DataFrame, *, n_tests: int) -> list[Any]:
-    """The statistics of second - first, in the order of `_STATISTICS`; `n_tests` 0 leaves the t-test out."""
+    """Compute the statistics of second - first, as in `_STATISTICS`; `n_tests` 0 skips the t-test."""
     pairs = _pair(first, second)
     values = pairs.table["value_second"] - pairs.table["value"]
-    found = paired(values, row=pairs.table["row"])
     by_layer = pairs.table.dropna(subset="source_layer").groupby("source_layer")[["value", "value_second"]]
     means = by_layer.mean()
-    tested = paired_t(means["value_second"], means["value"], tests=n_tests) if n_tests else _NO_T
-    return [*found, *tested, *pairs.unpaired]
+    t_test = paired_t(means["value_second"], means["value"], tests=n_tests) if n_tests else _NO_T
+    return [*paired(values, row=pairs.table["row"]), *t_test, *pairs.unpaired]
 
 
 _NO_T = PairedT(0, np.nan, np.nan, np.nan)
@@ -304,14 +305,15 @@ def _by_source(cells: pd.DataFrame) -> pd.DataFrame:
     return cells.assign(target_layer=np.nan) if cells["source_layer"].notna().any() else cells
 
 
-def _means(metric: str, of: Mapping[str, pd.DataFrame]) -> Iterator[dict[str, Any]]:
-    for name, cells in of.items():
-        for control in sorted(set(cells["control"]), key=lambda one: (one != REAL, one)):
-            own = cells[cells["control"] == control]
-            found = intervals(own["value"], row=own["row"])
+def _means(metric: str, cells: Mapping[str, pd.DataFrame]) -> Iterator[dict[str, Any]]:
+    """Yield the mean of each run and control over all layers."""
+    for name, own in cells.items():
+        for control in sorted(set(own["control"]), key=lambda name: (name != REAL, name)):
+            part = own[own["control"] == control]
+            mean = intervals(part["value"], row=part["row"])
             yield {
                 "run": name,
                 "metric": metric,
                 "control": control,
-                **{field: values[0].item() for field, values in found._asdict().items()},
+                **{field: values[0].item() for field, values in mean._asdict().items()},
             }

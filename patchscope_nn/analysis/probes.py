@@ -1,11 +1,11 @@
-"""Linear probes: what can be read of hidden states without a Patchscope (the baseline of section 4.2).
+"""Linear probes, which read hidden states without a Patchscope (the baseline of section 4.2).
 
-For every source layer a logistic regression on standardised states says the class of a data row. It is scored
-by k-fold cross-validation: folds are of source prompts, so that none is ever on both sides, and the classes
-are those seen in training, so that a class that is new to a fold counts as missed.
+For every source layer, a logistic regression on standardised states predicts the class of a data row. It is
+scored by k-fold cross-validation. Folds split the source prompts, so that no prompt is in both training and
+test. A class that is missing from a fold's training rows cannot be predicted and counts as an error.
 
-Its controls: the commonest class of the training rows, a probe trained on shuffled labels, and what the probe
-says of the run's control cells (another row's state, a random one).
+Its controls are the commonest class of the training rows, a probe trained on shuffled labels, and the probe's
+predictions for the run's control cells (another row's state, a random one).
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ _STEPS = 5000  # of lbfgs; a few hundred are enough on standardised states
 
 @dataclass(frozen=True, kw_only=True)
 class States:
-    """Hidden states of one layer, and what is known of each.
+    """The hidden states of one layer, with a label and a fold for each.
 
     Attributes:
-        vectors: (state, d_model).
-        label: The class of each state's data row.
-        fold: The fold that does not see it.
-        trains: Whether it may be trained on; the states of controls may not.
+        vectors: The states, (state, d_model).
+        label: The class of each state's data row, (state,).
+        fold: The fold in which each state is held out, (state,).
+        trains: True for each state that a probe may train on, (state,); states of controls are only tested.
     """
 
     vectors: np.ndarray
@@ -43,13 +43,13 @@ class States:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Said:
-    """What probes say of each state, by the fold that did not see it; each (state,).
+class Predictions:
+    """The predicted class of each state, from the fold in which it was held out; each field is (state,).
 
     Attributes:
-        choice: The class that the probe names.
-        majority: The commonest class of its training states.
-        shuffled: The class that a probe names that was trained on shuffled labels.
+        choice: The prediction of the probe.
+        majority: The commonest class of the fold's training states.
+        shuffled: The prediction of a probe that was trained on shuffled labels.
     """
 
     choice: np.ndarray
@@ -58,12 +58,12 @@ class Said:
 
 
 def check_probe(labels: Sequence[str], prompts: Sequence[str], *, folds: int) -> None:
-    """Check that a probe can be trained, before anything runs.
+    """Check, before anything runs, that a probe can be trained.
 
     Args:
         labels: The class of each data row.
-        prompts: The source prompt of each.
-        folds: How many folds.
+        prompts: The source prompt of each data row.
+        folds: The number of folds.
 
     Raises:
         InputError: scikit-learn is not installed.
@@ -76,34 +76,35 @@ def check_probe(labels: Sequence[str], prompts: Sequence[str], *, folds: int) ->
     distinct = len(set(prompts))
     if distinct < folds:
         raise DataError(
-            f"probe.folds={folds}, and the data has {distinct} different source prompts.",
-            hint="Give more rows (raise --limit), or fewer folds.",
+            f"probe.folds={folds} needs as many different source prompts, and the data has {distinct}.",
+            hint="Use more rows (raise --limit) or fewer folds.",
         )
     if len(set(labels)) == 1:
         raise DataError(
-            f"probe.label: every data row is of the class {labels[0]!r}.", hint="Name a column that differs."
+            f"probe.label: every data row has the class {labels[0]!r}.",
+            hint="Name a column with at least two values.",
         )
 
 
 def fold_of(prompts: Sequence[str], *, folds: int, seed: int = 0) -> np.ndarray:
-    """The fold of each data row: rows with one source prompt are in one fold, (row,).
+    """Assign each data row to a fold, (row,); rows that share a source prompt share a fold.
 
     Args:
         prompts: The source prompt of each row.
-        folds: How many folds.
-        seed: The seed that deals the prompts out.
+        folds: The number of folds.
+        seed: The seed that shuffles the prompts.
     """
     from sklearn.model_selection import GroupKFold
 
-    found = np.zeros(len(prompts), dtype=int)
-    dealer = GroupKFold(n_splits=folds, shuffle=True, random_state=seed)
-    for number, (_, held_out) in enumerate(dealer.split(found, groups=np.asarray(prompts, dtype=object))):
-        found[held_out] = number
-    return found
+    fold = np.zeros(len(prompts), dtype=int)
+    splitter = GroupKFold(n_splits=folds, shuffle=True, random_state=seed)
+    for number, (_, held_out) in enumerate(splitter.split(fold, groups=np.asarray(prompts, dtype=object))):
+        fold[held_out] = number
+    return fold
 
 
-def probe(states: States, *, seed: int = 0) -> Said:
-    """Train a probe for each fold, and let it say the class of the states it did not see.
+def probe(states: States, *, seed: int = 0) -> Predictions:
+    """Train a probe for each fold and predict the classes of the states it holds out.
 
     Args:
         states: The states of one layer.
@@ -111,68 +112,67 @@ def probe(states: States, *, seed: int = 0) -> Said:
     """
     generator = np.random.default_rng(seed)
     blank = np.full(len(states.label), "", dtype=object)
-    said = Said(choice=blank, majority=blank.copy(), shuffled=blank.copy())
+    predicted = Predictions(choice=blank, majority=blank.copy(), shuffled=blank.copy())
     for fold in np.unique(states.fold):
-        seen, held_out = states.trains & (states.fold != fold), states.fold == fold
-        labels = states.label[seen]
+        train, test = states.trains & (states.fold != fold), states.fold == fold
+        labels = states.label[train]
         classes, counts = np.unique(labels, return_counts=True)
-        said.majority[held_out] = classes[counts.argmax()]
-        for names, trained in ((said.choice, labels), (said.shuffled, generator.permutation(labels))):
-            names[held_out] = _fit_and_say(states.vectors[seen], trained, states.vectors[held_out])
-    return said
+        predicted.majority[test] = classes[counts.argmax()]
+        for column, y in ((predicted.choice, labels), (predicted.shuffled, generator.permutation(labels))):
+            column[test] = _fit_and_predict(states.vectors[train], y, states.vectors[test])
+    return predicted
 
 
-def _fit_and_say(vectors: np.ndarray, labels: np.ndarray, asked: np.ndarray) -> np.ndarray:
+def _fit_and_predict(vectors: np.ndarray, labels: np.ndarray, held_out: np.ndarray) -> np.ndarray:
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    if len(np.unique(labels)) == 1:  # what a fold that saw one class can say
-        return np.full(len(asked), labels[0], dtype=object)
+    if len(np.unique(labels)) == 1:  # scikit-learn refuses to fit a single class
+        return np.full(len(held_out), labels[0], dtype=object)
     model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=_STEPS))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
-        found: np.ndarray = model.fit(vectors, labels.astype(str)).predict(asked)
-    return found
+        predicted: np.ndarray = model.fit(vectors, labels.astype(str)).predict(held_out)
+    return predicted
 
 
 def probe_columns(
     rows: Sequence[Mapping[str, Any]], *, labels: Sequence[str], prompts: Sequence[str], folds: int, seed: int
 ) -> dict[str, list[Any]]:
-    """The columns a probe adds to a run's table.
+    """Compute the columns that a probe adds to a run's table.
 
     Args:
-        rows: The cells, with their `hidden` states; of several tokens read together the mean is taken.
+        rows: The cells, with their `hidden` states; a cell that reads several tokens counts by their mean.
         labels: The class of each data row.
         prompts: The source prompt of each data row.
-        folds: How many folds.
+        folds: The number of folds.
         seed: The seed of folds and shuffled labels.
 
     Returns:
-        A value for each cell and column of `PROBE_COLUMNS`; None where a cell has no state of a layer.
+        A value for each cell and column of `PROBE_COLUMNS`; None for a cell without a layer or a state.
     """
-    places: dict[int, list[int]] = {}
+    cells: dict[int, list[int]] = {}
     vectors: dict[int, list[np.ndarray]] = {}
-    where: list[tuple[int, bool]] = []
-    for place, cell in enumerate(rows):
-        where.append((cell["row"], cell["control"] is None))
+    row_and_real: list[tuple[int, bool]] = []
+    for index, cell in enumerate(rows):
+        row_and_real.append((cell["row"], cell["control"] is None))
         layer, hidden = cell["source_layer"], cell["hidden"]
         if layer is None or hidden is None:
             continue
-        places.setdefault(layer, []).append(place)
+        cells.setdefault(layer, []).append(index)
         vectors.setdefault(layer, []).append(np.asarray(hidden, dtype=np.float32).mean(axis=0))
-    dealt, named = fold_of(prompts, folds=folds, seed=seed), np.asarray(labels, dtype=object)
-    found: dict[str, list[Any]] = {name: [None] * len(where) for name in PROBE_COLUMNS}
-    for layer, own in places.items():
-        row = np.array([where[place][0] for place in own])
-        trains = np.array([where[place][1] for place in own])
-        states = States(vectors=np.stack(vectors[layer]), label=named[row], fold=dealt[row], trains=trains)
-        said = probe(states, seed=seed)
-        for index, place in enumerate(own):
-            right = states.label[index]
-            names = (said.choice[index], said.majority[index], said.shuffled[index])
-            found["probe_choice"][place] = str(names[0])
-            for column, name in zip(PROBE_METRICS, names, strict=True):
-                found[column][place] = float(name == right)
-    return found
+    fold, label = fold_of(prompts, folds=folds, seed=seed), np.asarray(labels, dtype=object)
+    columns: dict[str, list[Any]] = {name: [None] * len(row_and_real) for name in PROBE_COLUMNS}
+    for layer, indices in cells.items():
+        row = np.array([row_and_real[index][0] for index in indices])
+        real = np.array([row_and_real[index][1] for index in indices])
+        states = States(vectors=np.stack(vectors[layer]), label=label[row], fold=fold[row], trains=real)
+        predicted = probe(states, seed=seed)
+        for number, index in enumerate(indices):
+            columns["probe_choice"][index] = str(predicted.choice[number])
+            classes = (predicted.choice[number], predicted.majority[number], predicted.shuffled[number])
+            for metric, name in zip(PROBE_METRICS, classes, strict=True):
+                columns[metric][index] = float(name == states.label[number])
+    return columns

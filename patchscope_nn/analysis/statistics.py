@@ -1,7 +1,7 @@
 """Statistics over a run's cells: means with intervals, paired tests, and the best over many cells.
 
-Data rows are what is sampled: cells of one row share its prompt and are not independent. So a bootstrap draws
-rows with all their cells, and a permutation test flips the signs of whole rows.
+The sampling unit is the data row, because cells of the same row share a prompt and are not independent. So
+the bootstrap resamples rows with all their cells, and the permutation test flips the signs of whole rows.
 """
 
 from __future__ import annotations
@@ -16,21 +16,22 @@ import pandas as pd
 from patchscope_nn.metrics import METRICS
 from patchscope_nn.spec import STATELESS
 
-REAL = "patched"  # what a table of means calls the cells that are no control
-_DRAWS, _SEED, _LEVEL = 1000, 0, 0.95
+REAL = "patched"  # the name, in a table of means, of the cells that are not controls
+_DRAWS, _SEED = 1000, 0  # the fixed seed makes intervals and p values reproducible
+_ENDS = (0.025, 0.975)  # the quantiles that bound a 95 % interval
 _FLIPS = 9999
 _FLIPS_AT_ONCE = 500
 
 
 class Intervals(NamedTuple):
-    """Means of groups of cells, with their bootstrap intervals; each an array, (group,).
+    """Means of groups of cells with 95 % bootstrap intervals; each field is an array, (group,).
 
     Attributes:
         mean: The mean over the group's cells.
-        low: The lower end of the interval; NaN where a single row has cells in the group.
-        high: The upper end.
-        n_rows: How many data rows have cells in the group.
-        n_cells: How many cells it has.
+        low: The lower end of the interval; NaN if the group has cells of one data row only.
+        high: The upper end of the interval.
+        n_rows: The number of data rows with cells in the group.
+        n_cells: The number of cells in the group.
     """
 
     mean: np.ndarray
@@ -40,21 +41,17 @@ class Intervals(NamedTuple):
     n_cells: np.ndarray
 
 
-def intervals(
-    value: Any, *, row: Any, group: Any = None, level: float = _LEVEL, draws: int = _DRAWS, seed: int = _SEED
-) -> Intervals:
-    """The mean of each group of cells, with its percentile interval over draws of data rows.
+def intervals(value: Any, *, row: Any, group: Any = None, draws: int = _DRAWS) -> Intervals:
+    """Compute the mean of each group of cells and its 95 % percentile interval over resampled data rows.
 
-    The cluster bootstrap (Efron & Tibshirani 1993, section 8.4): every draw takes as many rows as there are,
-    with replacement and each with all its cells, the same rows for every group.
+    The cluster bootstrap (Efron & Tibshirani 1993, section 8.4): each draw takes as many rows as the data
+    has, with replacement. A row brings all its cells, and all groups use the same draws.
 
     Args:
         value: A finite number for each cell, (cell,).
-        row: The data row of each, (cell,).
-        group: The group of each, 0..n_groups-1, (cell,); None is one group.
-        level: How much of the draws the interval holds.
-        draws: How many draws.
-        seed: The seed; the same seed gives the same interval.
+        row: The data row of each cell, (cell,).
+        group: The group of each cell, 0..n_groups-1, (cell,); None puts all cells into one group.
+        draws: The number of bootstrap draws.
     """
     values = np.asarray(value, dtype=float)
     groups = np.zeros(len(values), dtype=int) if group is None else np.asarray(group, dtype=int)
@@ -63,51 +60,50 @@ def intervals(
     sums, counts = np.zeros(shape), np.zeros(shape)
     np.add.at(sums, (code, groups), values)
     np.add.at(counts, (code, groups), 1.0)
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(_SEED)
     drawn = generator.multinomial(len(names), np.full(len(names), 1 / len(names)), size=draws).astype(float)
     totals = drawn @ counts
     means = np.divide(drawn @ sums, totals, out=np.full_like(totals, np.nan), where=totals > 0)
     n_rows, n_cells = (counts > 0).sum(axis=0), counts.sum(axis=0)
-    ends = [(1 - level) / 2, (1 + level) / 2]
-    # One row says nothing about its spread.
-    low, high = np.where(n_rows > 1, np.nanquantile(means, ends, axis=0), np.nan)
+    # The spread of a single row is unknown.
+    low, high = np.where(n_rows > 1, np.nanquantile(means, _ENDS, axis=0), np.nan)
     return Intervals(sums.sum(axis=0) / n_cells, low, high, n_rows, n_cells.astype(int))
 
 
 def layer_means(table: pd.DataFrame, *, metric: str) -> pd.DataFrame:
-    """The mean of a metric for each control and pair of layers, with its 95 % bootstrap interval.
+    """Compute a metric's mean for each control and pair of layers, with its 95 % bootstrap interval.
 
     Args:
         table: A run's table.
-        metric: A column with numbers; cells without one are left out.
+        metric: A numeric column; cells without a value are left out.
 
     Returns:
-        Columns control ("patched" for the real cells), source_layer, target_layer (NaN where a control reads
-        no layer), scale (only where there are several), mean, low, high (NaN where there is a single row),
-        n_rows, n_cells.
+        Columns control ("patched" for the real cells), source_layer, target_layer (NaN for a control that
+        reads no layer), scale (only if the run has several), mean, low, high (NaN for a single row), n_rows,
+        n_cells.
     """
     cells = _cells(table, metric=metric)
-    names = ["control", *_places(cells)]
+    names = ["control", *_place_columns(cells)]
     if cells.empty:
         return pd.DataFrame(columns=[*names, *Intervals._fields])
     groups = cells.groupby(names, dropna=False, sort=True)
-    found = intervals(cells["value"], row=cells["row"], group=groups.ngroup())
-    return groups.size().reset_index()[names].assign(**found._asdict())
+    means = intervals(cells["value"], row=cells["row"], group=groups.ngroup())
+    return groups.size().reset_index()[names].assign(**means._asdict())
 
 
 def summarise(
     table: pd.DataFrame, *, metrics: Sequence[str], best: Sequence[str] = (), by_source: bool = False
 ) -> pd.DataFrame:
-    """Every metric's means, tidy: a line for each metric, control, pair of layers and scale.
+    """Compute the means of all metrics, with a line for each metric, control, pair of layers and scale.
 
     Args:
         table: A run's table.
         metrics: Names of metric columns.
-        best: What the best is taken over first, as in `best_over`.
+        best: The layers over which the best is taken first, as in `best_over`.
         by_source: Average over target layers too.
 
     Returns:
-        Columns metric, then those of `layer_means`; layers are nullable integers.
+        The column metric, then the columns of `layer_means`; layers are nullable integers.
     """
     scaled = ["scale"] if scales_of(table).notna().any() else []
     parts = []
@@ -118,46 +114,46 @@ def summarise(
         parts.append(layer_means(cells, metric=name).assign(metric=name))
     parts = [part for part in parts if not part.empty]
     names = ["metric", "control", "source_layer", "target_layer", *scaled, *Intervals._fields]
-    whole = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
-    return whole.reindex(columns=names).astype({"source_layer": "Int64", "target_layer": "Int64"})
+    means = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
+    return means.reindex(columns=names).astype({"source_layer": "Int64", "target_layer": "Int64"})
 
 
 def best_over(table: pd.DataFrame, *, metric: str, over: Sequence[str]) -> pd.DataFrame:
-    """The best of a metric over layers, for the real cells and for every control over the same cells.
+    """Take the best value of a metric over layers, for the real cells and for each control.
 
-    The best over many cells is high even where each is a guess; a control that takes the best over as many
-    shows how high (sections 4.2 and 5 report such a best, without its control). A cell counts only where
-    the real one and all controls that read a layer have a value.
+    The best of many guesses is high by chance. How high is shown by a control that takes its best over the
+    same number of cells (sections 4.2 and 5 report the best without a control). A cell therefore counts only
+    if it has a value for the real cells and for all controls that read a layer.
 
     Args:
         table: A run's table.
-        metric: A column with numbers; whether high or low is best is the metric's to say.
+        metric: A numeric column; its definition says whether higher or lower is better.
         over: `source_layer`, `target_layer` or both.
 
     Returns:
-        Columns row, control (None for the real cells), source_layer, target_layer (NaN where the best was
-        taken over them), scale (only where there are several), the metric, and n_best, the number of cells
-        it is the best of. A control that reads no layer has its own value.
+        Columns row, control (None for the real cells), source_layer, target_layer (NaN for the layers in
+        `over`), scale (only if the run has several), the metric, and n_best, the number of cells that the
+        best was taken over. A control that reads no layer keeps its own value.
     """
     cells = _cells(table, metric=metric)
-    places = _places(cells)
+    places = _place_columns(cells)
     # Positions come in the same order for the real cells and each control.
     cells["place"] = cells.groupby(["row", "control", *places], dropna=False).cumcount()
     layered = cells["source_layer"].notna()
-    spots = ["row", "place", *places]
-    wanted = cells[layered]["control"].nunique()
-    together = cells[layered].groupby(spots)["control"].transform("nunique").eq(wanted)
-    cells = cells[~layered | together.reindex(cells.index, fill_value=False)]
+    n_controls = cells[layered]["control"].nunique()
+    in_place = cells[layered].groupby(["row", "place", *places])["control"]
+    complete = in_place.transform("nunique").eq(n_controls)
+    cells = cells[~layered | complete.reindex(cells.index, fill_value=False)]
     cells = cells.assign(**dict.fromkeys(over, np.nan))
     higher = metric not in METRICS or METRICS[metric].higher_is_better
     groups = cells.groupby(["row", "control", "place", *places], dropna=False, sort=False)["value"]
-    found = groups.agg(**{metric: "max" if higher else "min", "n_best": "size"}).reset_index()
-    controls = found["control"].astype(object).where(found["control"] != REAL, None)
-    return found.assign(control=controls).drop(columns="place")
+    best = groups.agg(**{metric: "max" if higher else "min", "n_best": "size"}).reset_index()
+    controls = best["control"].astype(object).where(best["control"] != REAL, None)
+    return best.assign(control=controls).drop(columns="place")
 
 
 def _cells(table: pd.DataFrame, *, metric: str) -> pd.DataFrame:
-    """The cells that have a value: row, control, layers and scale as floats, value."""
+    """Return the cells that have a value: row, control, layers and scale as floats, value."""
     cells = pd.DataFrame(
         {
             "row": table["row"].to_numpy(),
@@ -171,20 +167,21 @@ def _cells(table: pd.DataFrame, *, metric: str) -> pd.DataFrame:
     return cells[np.isfinite(cells["value"])].reset_index(drop=True)
 
 
-def _places(cells: pd.DataFrame) -> list[str]:
-    """What tells the cells of one row and control apart, for which means are taken."""
+def _place_columns(cells: pd.DataFrame) -> list[str]:
+    """Return the columns by which means are grouped, within one row and control."""
     return ["source_layer", "target_layer", *(["scale"] if cells["scale"].notna().any() else [])]
 
 
 def scales_of(table: pd.DataFrame) -> pd.Series:
-    """The scale each cell is written at, where there are several.
+    """Return the scale at which each cell's state was written, if the run has several scales.
 
-    NaN where there are not, and for a control that writes no state: it is beside each scale.
+    It is NaN for all cells of a run with one scale, and for a control that writes no state, which belongs to
+    every scale.
     """
     if "scale" not in table.columns:
         return pd.Series(np.nan, index=table.index)
-    found = pd.Series(numbers(table["scale"]), index=table.index).mask(table["control"].isin(STATELESS))
-    return found if len(found.dropna().unique()) > 1 else found.mask(found.notna())
+    scales = pd.Series(numbers(table["scale"]), index=table.index).mask(table["control"].isin(STATELESS))
+    return scales if len(scales.dropna().unique()) > 1 else scales.mask(scales.notna())
 
 
 class Paired(NamedTuple):
@@ -193,10 +190,10 @@ class Paired(NamedTuple):
     Attributes:
         mean: The mean difference.
         low: The lower end of its 95 % bootstrap interval over data rows.
-        high: The upper end.
-        n_rows: How many data rows have pairs.
-        n_pairs: How many pairs there are.
-        p: Two-sided p of the sign-flip permutation test over data rows; NaN where there is a single row.
+        high: The upper end of the interval.
+        n_rows: The number of data rows with pairs.
+        n_pairs: The number of pairs.
+        p: Two-sided p of the sign-flip permutation test over data rows; NaN for a single row.
     """
 
     mean: float
@@ -207,53 +204,52 @@ class Paired(NamedTuple):
     p: float
 
 
-def paired(difference: Any, *, row: Any, seed: int = _SEED) -> Paired:
-    """The mean of paired differences, its bootstrap interval, and its sign-flip permutation test.
+def paired(difference: Any, *, row: Any) -> Paired:
+    """Compute the mean of paired differences, its bootstrap interval, and a sign-flip permutation test.
 
-    Under the null hypothesis a row's differences are as likely to have the other sign: all of a row are
-    flipped together (Fisher's randomisation test: Good 2005, section 3.2.1). Up to 13 rows every pattern of
-    signs is counted, else 9,999 random ones.
+    Under the null hypothesis the differences of a row are as likely to have the opposite sign, so the signs
+    of a row are flipped together (Fisher's randomisation test: Good 2005, section 3.2.1). All patterns of
+    signs are tried for up to 13 rows, and 9,999 random ones for more.
 
     Args:
         difference: The difference of each pair, finite, (pair,).
-        row: The data row of each, (pair,).
-        seed: The seed of the bootstrap and of the random signs.
+        row: The data row of each pair, (pair,).
     """
     values = np.asarray(difference, dtype=float)
     if not len(values):
         return Paired(np.nan, np.nan, np.nan, 0, 0, np.nan)
-    found = intervals(values, row=row, seed=seed)
     code, names = pd.factorize(np.asarray(row))
     sums = np.bincount(code, weights=values, minlength=len(names))
-    mean, low, high, n_rows, n_cells = (one[0] for one in found)
-    return Paired(float(mean), float(low), float(high), int(n_rows), int(n_cells), _sign_flip(sums, seed))
+    mean, low, high, n_rows, n_pairs = (field[0] for field in intervals(values, row=row))
+    return Paired(float(mean), float(low), float(high), int(n_rows), int(n_pairs), _sign_flip(sums))
 
 
-def _sign_flip(sums: np.ndarray, seed: int) -> float:
-    if len(sums) < 2:  # noqa: PLR2004 (one sign can only be flipped to itself)
+def _sign_flip(sums: np.ndarray) -> float:
+    """Return the p of the sign-flip test on the sum of each data row, (row,)."""
+    if len(sums) < 2:  # noqa: PLR2004 (with one row, both patterns of signs are as extreme)
         return float("nan")
     from scipy.stats import permutation_test
 
-    found = permutation_test(
+    result = permutation_test(
         (sums,),
         lambda signed, axis: signed.sum(axis=axis),
         permutation_type="samples",
         vectorized=True,
         n_resamples=_FLIPS,
         batch=_FLIPS_AT_ONCE,
-        rng=np.random.default_rng(seed),
+        rng=np.random.default_rng(_SEED),
     )
-    return float(found.pvalue)
+    return float(result.pvalue)
 
 
 class PairedT(NamedTuple):
     """A paired t-test over layers.
 
     Attributes:
-        n_layers: How many layers were paired.
-        t: Student's t; NaN where fewer than two layers differ.
+        n_layers: The number of layers that were paired.
+        t: Student's t; NaN with fewer than two layers, or if all differences are equal.
         p: Two-sided p.
-        p_bonferroni: p times the number of tests made, at most 1.
+        p_bonferroni: p times the number of tests, at most 1.
     """
 
     n_layers: int
@@ -263,35 +259,35 @@ class PairedT(NamedTuple):
 
 
 def paired_t(first: Any, second: Any, *, tests: int = 1) -> PairedT:
-    """The paper's test of two methods: paired t over layers, Bonferroni-corrected (section 4.2, table 2).
+    """Compare two methods by the paper's test: paired t over layers, with Bonferroni's correction.
 
-    Layers of one model are not independent samples, so this is given beside the permutation test over rows,
-    for comparison with the paper.
+    Section 4.2 and table 2. The layers of a model are not independent samples. The permutation test over
+    rows is the one to trust; this one is reported beside it for comparison with the paper.
 
     Args:
-        first: One method's mean at each layer, (layer,).
-        second: The other's, at the same layers.
-        tests: How many tests are made together.
+        first: The mean of one method at each layer, (layer,).
+        second: The mean of the other method at the same layers, (layer,).
+        tests: The number of tests to correct for.
     """
-    one, other = np.asarray(first, dtype=float), np.asarray(second, dtype=float)
-    if len(one) < 2 or np.ptp(one - other) == 0:  # noqa: PLR2004 (a spread needs two)
-        return PairedT(len(one), np.nan, np.nan, np.nan)
+    a, b = np.asarray(first, dtype=float), np.asarray(second, dtype=float)
+    if len(a) < 2 or np.ptp(a - b) == 0:  # noqa: PLR2004 (a spread needs two)
+        return PairedT(len(a), np.nan, np.nan, np.nan)
     from scipy.stats import ttest_rel
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # of differences that are nearly all the same
-        t, p = map(float, ttest_rel(one, other))
-    return PairedT(len(one), t, p, min(1.0, p * tests))
+        warnings.simplefilter("ignore", RuntimeWarning)  # raised if the differences are nearly equal
+        t, p = map(float, ttest_rel(a, b))
+    return PairedT(len(a), t, p, min(1.0, p * tests))
 
 
 def is_null(value: object) -> bool:
-    """Whether a value stands for nothing: None, NaN or pandas' NA."""
+    """True for None, NaN and pandas' NA."""
     return value is None or value is pd.NA or (isinstance(value, float) and bool(np.isnan(value)))
 
 
 def numbers(column: pd.Series) -> np.ndarray:
-    """A column as floats, NaN where it holds no number."""
+    """Return a column as floats, with NaN for every value that is not a number."""
     if pd.api.types.is_numeric_dtype(column):
         return np.asarray(column.to_numpy(dtype=float, na_value=np.nan))
-    counted = (int, float, np.number, np.bool_)
-    return np.array([float(value) if isinstance(value, counted) else np.nan for value in column], dtype=float)
+    numeric = (int, float, np.number, np.bool_)
+    return np.array([float(value) if isinstance(value, numeric) else np.nan for value in column], dtype=float)

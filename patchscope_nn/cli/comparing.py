@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pandas as pd
-
 from patchscope_nn.analysis.statistics import REAL
 from patchscope_nn.cli.printing import grid, mean_text, out_json, show
 from patchscope_nn.report.comparison import p_text
@@ -77,14 +75,8 @@ def _of_metric(comparison: Comparison, *, metric: str) -> Any:
 def _difference(line: Mapping[str, Any] | None) -> list[str]:
     if line is None:
         return ["", "", "", ""]
-    ps = [
-        "" if pd.isna(line[name]) else p_text(line[name]).removeprefix("p ").removeprefix("= ")
-        for name in _PS
-    ]
-    return [mean_text(line, sign="+"), *ps, str(line["n_pairs"])]
-
-
-_PS = ("p", "p_bonferroni")
+    p_values = [p_text(line[name]) for name in ("p", "p_bonferroni")]
+    return [mean_text(line, sign="+"), *p_values, str(line["n_pairs"])]
 
 
 def print_compared(comparison: Comparison, *, page: Path | None, as_json: bool) -> None:

@@ -48,7 +48,8 @@ def explore(
             answers.load(source, target)
             answers.warm_up(source, target)
         explorer = server.Explorer(answers, models=(source, target), view=view)
-        server.serve(explorer, bound, opens=not no_browser, told=functools.partial(_tell, as_json=json))
+        announce = functools.partial(_tell, as_json=json)
+        server.serve(explorer, bound, open_browser=not no_browser, announce=announce)
 
 
 def _tell(address: str, *, as_json: bool) -> None:

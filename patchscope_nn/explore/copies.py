@@ -1,4 +1,4 @@
-"""A recipe as YAML and as Python: both give again what the page shows, and run as they are."""
+"""A recipe as YAML and as Python, ready to run, to reproduce what the page shows."""
 
 from __future__ import annotations
 
@@ -7,14 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import yaml
-
+from patchscope_nn._util.yaml_text import yaml_text
 from patchscope_nn.backends import Places
 from patchscope_nn.recipe import Recipe, dump
 from patchscope_nn.spec import dump_mapping
 
-_WIDTH = 100
-#: Where the cells of a grid are, and those of one state beside its controls.
+#: The columns that say where the cells of a grid are, and those of one state beside its controls.
 _OF_GRID, _OF_CELL = (
     ("source_position", "source_token", "source_layer"),
     ("control", "source_layer", "target_layer"),
@@ -23,7 +21,7 @@ _OF_GRID, _OF_CELL = (
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """How the explorer runs what it is asked: the options that a recipe does not hold, as Python has them.
+    """Where and how models run: options of `run` and `load` that are not part of a recipe.
 
     Attributes:
         remote: As in `run`.
@@ -45,44 +43,31 @@ class Options:
         """
         return Places.of(**vars(self))
 
-    def given(self) -> dict[str, Any]:
-        """Those that are not the default, by name."""
+    def changed(self) -> dict[str, Any]:
+        """Return the options that differ from their default, by name."""
         return {name: value for name, value in vars(self).items() if value != getattr(Options, name)}
 
-    def words(self) -> list[str]:
-        """The same for the command line."""
-        spelt = {True: "ndif", False: "no"}
+    def arguments(self) -> list[str]:
+        """Return the options that differ from their default as command-line arguments."""
+        spelling = {True: "ndif", False: "no"}
         return [
-            word
-            for name, value in self.given().items()
-            for word in (f"--{name.replace('_', '-')}", str(spelt.get(value, value)))
+            argument
+            for name, value in self.changed().items()
+            for argument in (f"--{name.replace('_', '-')}", str(spelling.get(value, value)))
         ]
 
 
-class _Dumper(yaml.SafeDumper):
-    """Writes a text of several lines with its escapes, as the recipes that ship do."""
-
-
-_Dumper.add_representer(
-    str,
-    lambda dumper, text: dumper.represent_scalar(
-        "tag:yaml.org,2002:str", text, style='"' if "\n" in text else None
-    ),
-)
-
-
 def as_yaml(recipe: Recipe, options: Options) -> str:
-    """The recipe as a file, whose first lines say how to run it."""
-    command = shlex.join(["patchscope", "run", f"{recipe.name}.yaml", *options.words()])
-    body = yaml.dump(dump(recipe), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=_WIDTH)
-    return f"# From `patchscope explore`. Save as {recipe.name}.yaml, then:\n#   {command}\n{body}"
+    """Write a recipe as a file, with comments that say how to run it."""
+    command = shlex.join(["patchscope", "run", f"{recipe.name}.yaml", *options.arguments()])
+    header = f"# From `patchscope explore`. Save as {recipe.name}.yaml, then:\n#   {command}\n"
+    return header + yaml_text(dump(recipe))
 
 
 def as_python(recipe: Recipe, options: Options) -> str:
-    """The recipe as a script, which prints what the page shows.
+    """Write a recipe as a script that prints what the page shows.
 
-    Texts are written by `repr`: what cannot be seen, such as a mark that turns the direction of writing,
-    is an escape there.
+    Texts are written with `repr`, which escapes invisible characters such as direction marks.
     """
     readout = recipe.readout
     parts = {
@@ -92,15 +77,15 @@ def as_python(recipe: Recipe, options: Options) -> str:
         "readout": _call(type(readout).__name__, _fields(readout), indent=8),
     }
     inner = "".join(f"        {name}={value},\n" for name, value in parts.items())
-    given = {"model": recipe.model, "controls": tuple(recipe.controls), **options.given()}
-    if recipe.target.model is not None:  # `model` stands for both
-        given = {"source_model": given.pop("model"), **given}
-    shown = [*(_OF_CELL if recipe.controls else _OF_GRID), *(readout.odds or (readout.says,))]
-    outer = "".join(f"    {name}={value!r},\n" for name, value in given.items() if value != ())
+    arguments = {"model": recipe.model, "controls": tuple(recipe.controls), **options.changed()}
+    if recipe.target.model is not None:  # `model` would set both models
+        arguments = {"source_model": arguments.pop("model"), **arguments}
+    columns = [*(_OF_CELL if recipe.controls else _OF_GRID), *(readout.odds or (readout.says,))]
+    outer = "".join(f"    {name}={value!r},\n" for name, value in arguments.items() if value != ())
     return (
         "# From `patchscope explore`.\nimport patchscope_nn as ps\n\n"
         f"run = ps.run(\n    ps.Patchscope(\n{inner}    ),\n{outer})\n"
-        f"print(run.table()[{shown!r}].to_string())\n"
+        f"print(run.table()[{columns!r}].to_string())\n"
     )
 
 

@@ -1,8 +1,8 @@
-"""Who may ask: the page that was opened with the token, and nobody else.
+"""Access control: only the page that was opened with the token may send requests.
 
-The server listens on loopback alone, but every page a browser shows can send requests there. So each
-request must carry the token in its path, name this server as its Host (a page whose domain was made to point
-here names that domain), come from this origin where it says where it comes from, and be small.
+The server listens on loopback only, but any page in a browser can send requests there. So each request must
+carry the token in its path, name this server as its Host (DNS rebinding: a page whose domain resolves to this
+machine names its own domain), have this origin if it has any, and be small.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from starlette.datastructures import Headers
 from starlette.responses import PlainTextResponse, RedirectResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-#: The most bytes of a request's body: a prompt of 10,000 characters, however they are written, fits.
+#: The largest body of a request, in bytes: enough for a prompt of 10,000 characters in any encoding.
 MAX_BODY = 256 * 1024
 _HEADERS = {
     "cache-control": "no-store",
@@ -30,12 +30,12 @@ _START = "Open the address that `patchscope explore` printed in its terminal."
 
 
 class Guard:
-    """Refuses what does not come from the page, and takes the token off the path of what does.
+    """Middleware that refuses requests which do not come from the page, and strips the token from the path.
 
     Args:
-        app: What answers.
+        app: The application that answers.
         token: The first part of every path.
-        port: The port that is served.
+        port: The port of the server.
     """
 
     def __init__(self, app: ASGIApp, *, token: str, port: int) -> None:
@@ -52,7 +52,7 @@ class Guard:
             return
         headers = Headers(scope=scope)
         token, slash, rest = scope["path"].removeprefix("/").partition("/")
-        reason = self._refuses(headers, token)
+        reason = self._refusal(headers, token)
         if reason is not None:
             await PlainTextResponse(f"{reason}\n", status_code=403, headers=_HEADERS)(scope, receive, send)
         elif not slash:
@@ -62,49 +62,49 @@ class Guard:
             inner = {**scope, "path": f"/{rest}", "raw_path": None, "root_path": ""}
             await self._pass(inner, headers, receive, send)
 
-    def _refuses(self, headers: Headers, token: str) -> str | None:
-        """Why a request is refused."""
+    def _refusal(self, headers: Headers, token: str) -> str | None:
+        """Return the reason for refusing a request, or None."""
         if headers.get("host", "") not in self.hosts:
-            return "This server answers to its own address only. " + _START
+            return "This server answers only at its own address. " + _START
         origin = headers.get("origin")
         if origin is not None and origin not in {f"http://{host}" for host in self.hosts}:
             return "Requests from other pages are refused."
-        # A link on another page may lead here, for whoever knows the token; its scripts may not ask.
-        asked_by = headers.get("sec-fetch-site", "none")
-        if asked_by not in ("none", "same-origin") and headers.get("sec-fetch-mode") != "navigate":
+        # Another page may link here, if it knows the token, but its scripts may not send requests.
+        site = headers.get("sec-fetch-site", "none")
+        if site not in ("none", "same-origin") and headers.get("sec-fetch-mode") != "navigate":
             return "Requests from other pages are refused."
         if not hmac.compare_digest(token.encode(), self.token.encode()):
-            return "The token of this address is not this server's. " + _START
+            return "The token in this address is wrong. " + _START
         return None
 
     async def _pass(self, scope: Scope, headers: Headers, receive: Receive, send: Send) -> None:
-        """Let a request through once its body has come and is small, and add the headers to its answer."""
+        """Read the body, check its size, pass the request on, and add security headers to the response."""
         length = headers.get("content-length", "0")
         body = await _body(receive) if length.isdecimal() and int(length) <= MAX_BODY else None
         if body is None:
-            said = f"A request may hold {MAX_BODY} bytes.\n"
-            refusal = PlainTextResponse(said, status_code=413, headers=_HEADERS)
+            limit = f"A request may have at most {MAX_BODY} bytes.\n"
+            refusal = PlainTextResponse(limit, status_code=413, headers=_HEADERS)
             await refusal(scope, receive, send)
             return
-        given = [body]
+        unread = [body]
 
-        async def replayed() -> Message:
-            """The body, once; then whatever comes, which is the end of the connection."""
-            if given:
-                return {"type": "http.request", "body": given.pop(), "more_body": False}
+        async def replay() -> Message:
+            """Return the body on the first call; later calls wait for the connection to close."""
+            if unread:
+                return {"type": "http.request", "body": unread.pop(), "more_body": False}
             return await receive()
 
-        async def dressed(message: Message) -> None:
+        async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 extra = [(name.encode(), value.encode()) for name, value in _HEADERS.items()]
                 message = {**message, "headers": [*message["headers"], *extra]}
             await send(message)
 
-        await self.app(scope, replayed, dressed)
+        await self.app(scope, replay, send_with_headers)
 
 
 async def _body(receive: Receive) -> bytes | None:
-    """A request's body; None where it is too large."""
+    """Read the body of a request; None if it is too large."""
     body = bytearray()
     while True:
         message = await receive()

@@ -1,4 +1,4 @@
-"""Lenses: the next-token Patchscopes that read a whole grid of states. No torch."""
+"""Lenses: the next-token Patchscopes that read a whole grid of states. Does not import torch."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from patchscope_nn.errors import InputError
 from patchscope_nn.recipe import Recipe, load_recipe, shipped
 from patchscope_nn.spec import Patchscope, Source, Target, prompts
 
-#: The lens whose target the page gives.
+#: The name of the lens whose target is set on the page.
 OWN = "own"
 _PLACEHOLDER = re.compile(r"(?<!\{)(?:\{\{)*\{[A-Za-z_]\w*\}")
-#: What a lens is before it is given a prompt.
+#: The source of a lens, until the page gives a prompt.
 _ANY = Source(prompt="-")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Lens:
-    """One way to read a grid.
+    """A way to read the states of a grid.
 
     Attributes:
-        name: Its short name, which links hold.
-        title: How the page calls it.
-        scope: The Patchscope; its source's prompt, position and layers are the page's to give.
+        name: Its short name, used in links.
+        title: Its title on the page.
+        scope: The Patchscope; the page sets the prompt, position and layers of its source.
     """
 
     name: str
@@ -34,47 +34,47 @@ class Lens:
 
 
 def own_lens(target: Target) -> Lens:
-    """A lens of the user's own target."""
+    """Make a lens with a target that the user chose."""
     return Lens(name=OWN, title="Own target", scope=Patchscope(source=_ANY, target=target))
 
 
 def lenses(recipes: Sequence[str | Path] = ()) -> dict[str, Lens]:
-    """The lenses there are: token identity, the logit lens, and next-token recipes, by name.
+    """Collect the lenses by name: token identity, the logit lens, and next-token recipes.
 
     Args:
-        recipes: Names or files of more recipes than those that ship.
+        recipes: Names or files of recipes to add to those that ship.
 
     Raises:
-        InputError: A recipe that is asked for cannot be read, or is no lens.
+        InputError: One of `recipes` cannot be read, or cannot serve as a lens.
     """
-    found = {
+    by_name = {
         "token-identity": Lens(
             name="token-identity",
             title="Token identity",
             scope=Patchscope(source=_ANY, target=Target(prompt=prompts.IDENTITY, position=-1)),
         ),
-        # At the last block only norm and unembedding are left, whatever prompt the state stands in.
+        # After the last block only norm and unembedding are left, so that the prompt does not matter.
         "logit-lens": Lens(
             name="logit-lens",
             title="Logit lens",
             scope=Patchscope(source=_ANY, target=Target(prompt="?", position=-1, layer=-1)),
         ),
     }
-    known = [one.scope.target for one in found.values()]
+    known = [lens.scope.target for lens in by_name.values()]
     for name in shipped():
         recipe = load_recipe(name)
-        if _why_not(recipe) is None and recipe.target not in [*known, Target(layer=-1)]:
-            found[name] = _lens(recipe, name)
-    for given in recipes:
-        recipe = load_recipe(given)
-        reason = _why_not(recipe)
-        if reason is not None:
+        if _obstacle(recipe) is None and recipe.target not in [*known, Target(layer=-1)]:
+            by_name[name] = _lens(recipe, name)
+    for path in recipes:
+        recipe = load_recipe(path)
+        obstacle = _obstacle(recipe)
+        if obstacle is not None:
             raise InputError(
-                f"the recipe {str(given)!r} is no lens: {reason}.",
+                f"the recipe {str(path)!r} cannot serve as a lens: {obstacle}.",
                 hint="A lens is a next_token recipe whose target is the same for every data row.",
             )
-        found[recipe.name] = _lens(recipe, recipe.name)
-    return found
+        by_name[recipe.name] = _lens(recipe, recipe.name)
+    return by_name
 
 
 def _lens(recipe: Recipe, name: str) -> Lens:
@@ -82,12 +82,12 @@ def _lens(recipe: Recipe, name: str) -> Lens:
     return Lens(name=name, title=recipe.title, scope=scope)
 
 
-def _why_not(recipe: Recipe) -> str | None:
-    """What keeps a recipe from being a lens."""
+def _obstacle(recipe: Recipe) -> str | None:
+    """Say why a recipe cannot serve as a lens, or return None if it can."""
     if recipe.readout.odds is None or recipe.readout.decodes:
-        return f"it reads {recipe.readout.name}"
+        return f"its readout is {recipe.readout.name}"
     if isinstance(recipe.mapping, tuple):
         return "its mapping is a file"
     if _PLACEHOLDER.search(str(prompts.dump_prompt(recipe.target.prompt or ""))):
-        return "its target prompt has columns of the data"
+        return "its target prompt contains columns of the data"
     return None

@@ -1,4 +1,4 @@
-"""The routes of the page, and serving it on loopback until Ctrl-C."""
+"""The routes of the explorer, and the server that runs on loopback until Ctrl-C."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
-# Before nnsight: its `.save` on every object breaks this module, which anyio would import when first used.
+# Import this before nnsight, whose `.save` on every object breaks it; anyio would import it at first use.
 import anyio._backends._asyncio  # noqa: F401 (imported for its effect, and first)
 import uvicorn
 from starlette.applications import Starlette
@@ -30,23 +30,23 @@ from patchscope_nn.explore.answers import Answers
 from patchscope_nn.explore.copies import as_python, as_yaml
 from patchscope_nn.explore.guard import Guard
 from patchscope_nn.explore.views import WINDOW, CellView, GridView, View
-from patchscope_nn.explore.worker import Ask, Event, Worker, as_event
+from patchscope_nn.explore.worker import Event, Query, Worker, as_event
 from patchscope_nn.spec import prompts
 
 _PAGE = Path(__file__).parent / "page"
 _LOOPBACK = "127.0.0.1"
-#: How long open answers may take to end after Ctrl-C.
+#: How long open responses may take to end after Ctrl-C.
 _GRACE_S = 2
 _LAST = ("done", "error")
 
 
 class Explorer:
-    """The application.
+    """The web application.
 
     Args:
-        answers: What answers; its models may be loaded already.
-        models: The names of M and M* that the page starts with.
-        view: The view that the page starts with, as a link holds it.
+        answers: Answers requests; its models may be loaded already.
+        models: The names of M and M* with which the page starts.
+        view: The view with which the page starts, as in the fragment of a link.
     """
 
     def __init__(self, answers: Answers, *, models: tuple[str, str], view: str = "") -> None:
@@ -54,11 +54,11 @@ class Explorer:
         self.worker = Worker()
 
     def app(self, *, token: str, port: int) -> ASGIApp:
-        """The ASGI application, guarded.
+        """Build the ASGI application with its access control.
 
         Args:
             token: The first part of every path.
-            port: The port that it is served on.
+            port: The port of the server.
         """
         routes = [
             Route("/", self._index),
@@ -74,17 +74,11 @@ class Explorer:
         return FileResponse(_PAGE / "index.html")
 
     async def _about(self, _: Request) -> Response:
-        """What the page needs to know to begin."""
-        examples = {name: [next(iter(row.values())) for row in _rows(name)] for name in BUILTIN}
-        lenses = [
-            {
-                "name": one.name,
-                "title": one.title,
-                "prompt": prompts.dump_prompt(one.scope.target.prompt) if one.scope.target.prompt else None,
-                "layer": one.scope.target.layer,
-            }
-            for one in self.answers.lenses.values()
-        ]
+        """Send what the page needs to start."""
+        examples = {
+            name: [next(iter(row.values())) for row in load_rows(DataSpec(builtin=name))] for name in BUILTIN
+        }
+        lenses = [{"name": lens.name, "title": lens.title} for lens in self.answers.lenses.values()]
         source, target = self.models
         return JSONResponse(
             {
@@ -97,7 +91,7 @@ class Explorer:
                 "describe": prompts.DESCRIBE,
                 "identity": prompts.IDENTITY,
                 "window": WINDOW,
-                "options": self.answers.options.words(),
+                "options": self.answers.options.arguments(),
             }
         )
 
@@ -108,79 +102,75 @@ class Explorer:
         return await self._answer(request, CellView, self.answers.cell)
 
     async def _answer(
-        self, request: Request, kind: type[View], answer: Callable[[Any, Ask], None]
+        self, request: Request, kind: type[View], answer: Callable[[Any, Query], None]
     ) -> Response:
-        """Check what is asked, put it in the line, and stream what becomes of it."""
+        """Check a request, queue it, and stream its events."""
         try:
-            view = kind(**await _mapping(request))
+            view = kind(**await _json_object(request))
         except PatchscopeError as error:
             return JSONResponse(as_event(error), status_code=422)
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[Event] = asyncio.Queue()
-        ask = Ask(lambda ask: answer(view, ask), lambda event: _hand(loop, events, event))
-        return StreamingResponse(self._lines(ask, events), media_type="application/x-ndjson")
+        query = Query(lambda query: answer(view, query), lambda event: _enqueue(loop, events, event))
+        return StreamingResponse(self._lines(query, events), media_type="application/x-ndjson")
 
-    async def _lines(self, ask: Ask, events: asyncio.Queue[Event]) -> AsyncIterator[str]:
-        self.worker.submit(ask)
+    async def _lines(self, query: Query, events: asyncio.Queue[Event]) -> AsyncIterator[str]:
+        self.worker.submit(query)
         try:
             event: Event = {}
             while event.get("event") not in _LAST:
                 event = await events.get()
                 yield json.dumps(event) + "\n"
         finally:
-            # Where the page has gone away, or has dropped the request, nobody reads on.
-            self.worker.cancel(ask)
+            # Reached early if the page was closed or has aborted the request.
+            self.worker.cancel(query)
 
     async def _copy(self, request: Request) -> Response:
-        """A view as a recipe or as Python."""
+        """Send a view as a recipe or as Python."""
         forms = {"recipe": as_yaml, "python": as_python}
         what, form = request.path_params["what"], request.path_params["form"]
         if what not in ("grid", "cell") or form not in forms:
             return Response("There is no such copy.\n", status_code=404, media_type="text/plain")
         try:
-            given = await _mapping(request)
+            fields = await _json_object(request)
             if what == "grid":
-                recipe = GridView(**given).recipe(self.answers.lenses)
+                recipe = GridView(**fields).recipe(self.answers.lenses)
             else:
-                recipe = CellView(**given).recipe()
+                recipe = CellView(**fields).recipe()
         except PatchscopeError as error:
             return JSONResponse(as_event(error), status_code=422)
         return JSONResponse({"text": forms[form](recipe, self.answers.options)})
 
 
-def _hand(loop: asyncio.AbstractEventLoop, events: asyncio.Queue[Event], event: Event) -> None:
-    """Hand an event from the worker's thread to the server's; at the end of the process it has none."""
+def _enqueue(loop: asyncio.AbstractEventLoop, events: asyncio.Queue[Event], event: Event) -> None:
+    """Pass an event from the worker's thread to the server's; it is lost if the loop has closed."""
     with contextlib.suppress(RuntimeError):
         loop.call_soon_threadsafe(events.put_nowait, event)
 
 
-def _rows(name: str) -> list[dict[str, Any]]:
-    return load_rows(DataSpec(builtin=name))
-
-
-async def _mapping(request: Request) -> dict[str, Any]:
-    """The body, which is a JSON object.
+async def _json_object(request: Request) -> dict[str, Any]:
+    """Read the body of a request.
 
     Raises:
-        InputError: It is not.
+        InputError: The body is not a JSON object.
     """
     try:
         body = json.loads(await request.body())
     except ValueError as error:
-        raise InputError(f"the request is no JSON: {error}.", hint="Reload the page.") from None
+        raise InputError(f"the request is not valid JSON: {error}.", hint="Reload the page.") from None
     if not isinstance(body, dict):
-        raise InputError("the request is no JSON object.", hint="Reload the page.")
+        raise InputError("the request is not a JSON object.", hint="Reload the page.")
     return body
 
 
 def listen(port: int) -> socket.socket:
-    """A socket on loopback.
+    """Bind a socket on loopback.
 
     Args:
         port: The port; 0 takes a free one.
 
     Raises:
-        InputError: The port is taken, or may not be used.
+        InputError: The port is in use, or not permitted.
     """
     bound = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -195,51 +185,56 @@ def listen(port: int) -> socket.socket:
     return bound
 
 
-def serve(explorer: Explorer, bound: socket.socket, *, opens: bool, told: Callable[[str], None]) -> None:
+def serve(
+    explorer: Explorer, bound: socket.socket, *, open_browser: bool, announce: Callable[[str], None]
+) -> None:
     """Serve the page until Ctrl-C.
 
     Args:
         explorer: The application.
-        bound: What `listen` gave.
-        opens: Whether the browser opens the page.
-        told: Called with the page's address, once it is served.
+        bound: The socket from `listen`.
+        open_browser: Open the page in the default browser.
+        announce: Called with the page's address once it is served.
     """
     token, port = secrets.token_urlsafe(24), bound.getsockname()[1]
     address = f"http://{_LOOPBACK}:{port}/{token}/"
     config = uvicorn.Config(
         explorer.app(token=token, port=port),
         log_level="warning",
-        access_log=False,  # it would write the token
+        access_log=False,  # it would contain the token
         timeout_graceful_shutdown=_GRACE_S,
         server_header=False,
     )
 
-    def begun() -> None:
-        told(address)
-        if opens:
-            # A browser of the terminal would hold up the server that it waits for.
+    def on_start() -> None:
+        announce(address)
+        if open_browser:
+            # In a thread, because a text-mode browser blocks until it is closed, and it waits for the server.
             threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
 
-    server = _Server(config, begun=begun, ending=explorer.worker.stop)
+    server = _Server(config, on_start=on_start, on_stop=explorer.worker.stop)
     with bound, contextlib.suppress(KeyboardInterrupt):
         server.run(sockets=[bound])
 
 
 class _Server(uvicorn.Server):
-    """A server that says when it has begun, and ends its answers before it waits for them."""
+    """A server with callbacks for its start and its end.
+
+    The end of the open responses comes before uvicorn waits for them.
+    """
 
     def __init__(
-        self, config: uvicorn.Config, *, begun: Callable[[], None], ending: Callable[[], Any]
+        self, config: uvicorn.Config, *, on_start: Callable[[], None], on_stop: Callable[[], Any]
     ) -> None:
         super().__init__(config)
-        self._begun, self._ending = begun, ending
+        self._on_start, self._on_stop = on_start, on_stop
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Begin, then say so."""
+        """Start, then call `on_start`."""
         await super().startup(sockets)
-        self._begun()
+        self._on_start()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """End the answers, then the connections."""
-        await asyncio.to_thread(self._ending)
+        """Call `on_stop`, then close the connections."""
+        await asyncio.to_thread(self._on_stop)
         await super().shutdown(sockets)

@@ -1,4 +1,4 @@
-"""What the page asks, checked, and as the recipe that answers it. No torch."""
+"""The page's requests: checked, and turned into the recipes that answer them. Does not import torch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from patchscope_nn.spec import Source, Spec, Target, prompts
 from patchscope_nn.spec.layers import LayerSelector, parse_layers
 from patchscope_nn.spec.prompts import literal
 
-#: The most tokens of a prompt that one grid shows.
+#: The number of tokens that a grid shows at once.
 WINDOW = 40
 _TOP_K = 5
 #: One line is one entry of the few-shot list, as in the recipe entity-description.
@@ -25,7 +25,7 @@ _INTEGER = re.compile(r"-?\d+")
 
 
 def _position(value: Any) -> Any:
-    """A page's field is text; an index in it is a number."""
+    """Convert an index, which the page sends as text, to a number."""
     return int(value) if isinstance(value, str) and _INTEGER.fullmatch(value) else value
 
 
@@ -37,11 +37,11 @@ _Text = Annotated[str, Field(min_length=1)]
 
 
 class TargetView(Spec):
-    """Where the page writes a state: T, i* and l*.
+    """The target that the page gives: T, i* and l*.
 
     Attributes:
-        prompt: T; braces are text.
-        position: i*: an index, or a text of the prompt.
+        prompt: T; braces are ordinary characters.
+        position: i*: an index, or a piece of the prompt's text.
         layer: l*: a block, `embed`, or `same`.
     """
 
@@ -50,15 +50,15 @@ class TargetView(Spec):
     layer: Annotated[LayerSelector, BeforeValidator(_layer)] = "same"
 
     def target(self, model: str | None) -> Target:
-        """As a Patchscope has it."""
+        """Convert to the target of a Patchscope."""
         return Target(prompt=literal(self.prompt), position=self.position, layer=self.layer, model=model)
 
 
 class View(Spec):
-    """What grid and cell have in common.
+    """The common part of requests for a grid and for a cell.
 
     Attributes:
-        prompt: S; braces are text.
+        prompt: S; braces are ordinary characters.
         source_model: M.
         target_model: M*.
     """
@@ -69,17 +69,17 @@ class View(Spec):
 
     @property
     def other_model(self) -> str | None:
-        """M*, where it is not M."""
+        """M*, or None if it is the same as M."""
         return None if self.target_model == self.source_model else self.target_model
 
 
 class GridView(View):
-    """A grid of tokens x layers, as the page asks for it.
+    """A request for a grid of tokens and layers.
 
     Attributes:
-        lens: The lens's name; `own` reads with `target`.
-        target: The own lens's target.
-        positions: The tokens; None for all of them, or the first `WINDOW` of a longer prompt.
+        lens: The name of a lens; `own` uses `target`.
+        target: The target of the lens `own`.
+        positions: The tokens to show; None shows all, or the first `WINDOW` of a longer prompt.
     """
 
     lens: str = "token-identity"
@@ -90,7 +90,7 @@ class GridView(View):
     ] = None
 
     def recipe(self, lenses: Mapping[str, Lens]) -> Recipe:
-        """The recipe that this grid shows.
+        """Make the recipe whose results this grid shows.
 
         Raises:
             InputError: There is no such lens.
@@ -98,7 +98,7 @@ class GridView(View):
         lens = self._lens(lenses)
         scope = lens.scope
         position: Any = {"each": "all" if self.positions is None else list(self.positions)}
-        # One model's next token can be looked up in its own vocabulary; two models need not share one.
+        # The source's next token is compared by its id, which may mean another token in another model.
         reference: Literal["source"] | None = "source" if self.other_model is None else None
         return Recipe(
             name="explorer-grid",
@@ -115,20 +115,20 @@ class GridView(View):
             return own_lens((self.target or TargetView(prompt=prompts.IDENTITY)).target(None))
         if self.lens not in lenses:
             raise InputError(
-                f"{self.lens!r} is no lens here.",
-                hint=f"{did_you_mean(self.lens, [*lenses, OWN])} More come with --lens RECIPE.",
+                f"{self.lens!r} is not a lens of this explorer.",
+                hint=f"{did_you_mean(self.lens, [*lenses, OWN])} Add a recipe as a lens with --lens RECIPE.",
             )
         return lenses[self.lens]
 
 
 class CellView(View):
-    """One state, as the page asks what it is.
+    """A request to describe one state.
 
     Attributes:
-        position: i, from the left.
+        position: i, counted from the left.
         layer: l.
         target: Where the state is written.
-        max_new_tokens: The most tokens to decode.
+        max_new_tokens: The number of tokens to decode at most.
     """
 
     position: Annotated[int, Field(ge=0)]
@@ -137,13 +137,14 @@ class CellView(View):
     max_new_tokens: Annotated[int, Field(ge=1, le=200)] = 20
 
     def recipe(self) -> Recipe:
-        """The recipe that describes this state, beside its controls."""
+        """Make the recipe that describes this state, with its controls."""
         return Recipe(
             name="explorer-cell",
             title=f"What is the state of layer {self.layer} at position {self.position}?",
             model=self.source_model,
             source=Source(prompt=literal(self.prompt), position=self.position, layer=self.layer),
             target=self.target.target(self.other_model),
+            # A description is one line, as in the recipe entity-description.
             readout=Generate(max_new_tokens=self.max_new_tokens, stop=STOP),
             controls=("unpatched", "random"),
         )

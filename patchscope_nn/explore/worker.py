@@ -1,4 +1,4 @@
-"""One thread that does all model work, in the order in which it is asked: traces are not for two threads."""
+"""The thread that does all model work, one request after another: nnsight traces are not thread-safe."""
 
 from __future__ import annotations
 
@@ -15,67 +15,67 @@ _log = logging.getLogger(__name__)
 
 
 class CancelledError(Exception):
-    """Nobody waits for the answer any more."""
+    """The request was cancelled, so that nobody waits for its answer."""
 
 
-class Ask:
-    """One request: what is to be done, and who is told how it goes.
+class Query:
+    """A request of the page: work to do, and a function that receives its events.
 
     Args:
-        task: The work; given this object, to tell of its progress.
-        tell: Called with each event, from any thread.
+        task: The work; it is called with this object, to report its progress.
+        send: Called with each event, from any thread.
     """
 
-    def __init__(self, task: Callable[[Ask], None], tell: Callable[[Event], None]) -> None:
-        self._task, self._tell = task, tell
+    def __init__(self, task: Callable[[Query], None], send: Callable[[Event], None]) -> None:
+        self._task, self._send = task, send
         self._cancelled = threading.Event()
         self._ahead = 0
 
     def wait(self, ahead: int) -> None:
-        """Tell how many are before this one in the line, where that has changed."""
+        """Report the number of requests before this one, if it has changed."""
         if ahead and ahead != self._ahead:
             self._ahead = ahead
-            self._tell({"event": "waiting", "ahead": ahead})
+            self._send({"event": "waiting", "ahead": ahead})
 
-    def tell(self, event: str, **more: Any) -> None:
-        """Tell of something, or end here where nobody waits.
+    def report(self, event: str, **more: Any) -> None:
+        """Send an event to the page.
 
         Raises:
-            CancelledError: The request was cancelled.
+            CancelledError: The request was cancelled; this ends the work.
         """
-        if self._cancelled.is_set():
+        if self.cancelled:
             raise CancelledError
-        self._tell({"event": event, **more})
+        self._send({"event": event, **more})
 
     def cancel(self) -> None:
-        """Let the work end at its next event."""
+        """Make the work end at its next event."""
         self._cancelled.set()
 
     def end(self, message: str, hint: str) -> None:
-        """Cancel, and say why to who waits."""
+        """Cancel the request and report an error."""
         self.cancel()
-        self._tell({"event": "error", "message": message, "hint": hint})
+        self._send({"event": "error", "message": message, "hint": hint})
 
     @property
     def cancelled(self) -> bool:
-        """Whether it was cancelled."""
+        """True once the request was cancelled."""
         return self._cancelled.is_set()
 
     def run(self) -> None:
-        """Do the work; its end, good or bad, is the last event."""
+        """Do the work; the last event is `done` or `error`."""
         try:
-            self.tell("started")
+            self.report("started")
             self._task(self)
-            self.tell("done")
+            self.report("done")
         except CancelledError:
             return
-        except Exception as error:  # noqa: BLE001 (whatever it is, the page is told and the thread lives on)
+        except Exception as error:  # noqa: BLE001 (the page reports any error, and the thread lives on)
             if not self.cancelled:
-                self._tell(as_event(error))
+                self._send(as_event(error))
 
 
 def as_event(error: Exception) -> Event:
-    """An error as the page shows it: the package's own with their hint, others in a line and in the log."""
+    """Convert an error to an event: the package's own with its hint, any other with its type, and logged."""
     if isinstance(error, SpecError):
         message = "\n".join(map(str, error.problems))
         return {"event": "error", "message": message, "hint": error.hint}
@@ -84,57 +84,57 @@ def as_event(error: Exception) -> Event:
     _log.error("a request failed", exc_info=error)
     return {
         "event": "error",
-        "message": f"something failed that should not have: {type(error).__name__}: {error}",
-        "hint": "The terminal that runs `patchscope explore` shows where.",
+        "message": f"unexpected error: {type(error).__name__}: {error}",
+        "hint": "The terminal of `patchscope explore` shows the traceback.",
     }
 
 
 class Worker:
-    """The thread, and the requests that wait for it."""
+    """The thread and its queue of requests."""
 
     def __init__(self) -> None:
-        self._waiting: deque[Ask] = deque()
+        self._waiting: deque[Query] = deque()
         self._changed = threading.Condition()
-        self._running: Ask | None = None
+        self._running: Query | None = None
         self._stopped = False
         self._thread = threading.Thread(target=self._work, name="patchscope-explore", daemon=True)
         self._thread.start()
 
-    def submit(self, ask: Ask) -> None:
-        """Put a request at the end of the line."""
+    def submit(self, query: Query) -> None:
+        """Put a request at the end of the queue."""
         with self._changed:
-            self._waiting.append(ask)
-            self._tell_line()
+            self._waiting.append(query)
+            self._report_queue()
             self._changed.notify()
 
-    def cancel(self, ask: Ask) -> None:
-        """Drop a request, whether it waits or runs; what ran is lost."""
-        ask.cancel()
+    def cancel(self, query: Query) -> None:
+        """Cancel a request that waits or runs; its partial results are lost."""
+        query.cancel()
         with self._changed:
-            if ask in self._waiting:
-                self._waiting.remove(ask)
-                self._tell_line()
+            if query in self._waiting:
+                self._waiting.remove(query)
+                self._report_queue()
 
     def stop(self, *, timeout_s: float = 5.0) -> bool:
-        """Cancel everything and end the thread.
+        """Cancel all requests and end the thread.
 
         Returns:
-            Whether it ended in time.
+            True if the thread ended in time.
         """
         with self._changed:
             self._stopped = True
-            for ask in (*self._waiting, *([self._running] if self._running else [])):
-                ask.end("the explorer was stopped.", "Start `patchscope explore` again.")
+            for query in (*self._waiting, *([self._running] if self._running else [])):
+                query.end("the explorer was stopped.", "Start `patchscope explore` again.")
             self._waiting.clear()
             self._changed.notify()
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
-    def _tell_line(self) -> None:
-        """Tell each that waits how many are before it."""
+    def _report_queue(self) -> None:
+        """Report to each waiting request how many are before it."""
         busy = self._running is not None
-        for ahead, ask in enumerate(self._waiting, start=int(busy)):
-            ask.wait(ahead)
+        for ahead, query in enumerate(self._waiting, start=int(busy)):
+            query.wait(ahead)
 
     def _work(self) -> None:
         while True:
@@ -142,8 +142,8 @@ class Worker:
                 self._changed.wait_for(lambda: self._waiting or self._stopped)
                 if self._stopped:
                     return
-                self._running = ask = self._waiting.popleft()
-                self._tell_line()
-            ask.run()
+                self._running = query = self._waiting.popleft()
+                self._report_queue()
+            query.run()
             with self._changed:
                 self._running = None

@@ -41,7 +41,7 @@ class Choices(Readout):
     finite: ClassVar[tuple[str, ...]] = ("choice_probs",)
     says: ClassVar[str] = "choice"
     title: ClassVar[str] = "chosen option"
-    question: ClassVar[str] = "to choose one of the given answers"
+    action: ClassVar[str] = "{} then chose one of the given answers"
     odds: ClassVar[tuple[str, str] | None] = ("choices", "choice_probs")
 
     continuations: Annotated[tuple[str, ...], Field(min_length=2), BeforeValidator(_listed)]

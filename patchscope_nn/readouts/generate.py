@@ -38,7 +38,7 @@ class Generate(Readout):
     finite: ClassVar[tuple[str, ...]] = ("sound",)
     says: ClassVar[str] = "text"
     title: ClassVar[str] = "generated text"
-    question: ClassVar[str] = "to go on writing"
+    action: ClassVar[str] = "{} then continued the text"
     sentences: ClassVar[bool] = True
     details: ClassVar[tuple[str, ...]] = ("stopped",)
 

@@ -22,7 +22,7 @@ class Hidden(Readout):
     columns: ClassVar[Mapping[str, ColumnType]] = {"hidden": "states", "clean": "states"}
     unembeds: ClassVar[bool] = False
     proven: ClassVar[bool] = True
-    question: ClassVar[str] = "nothing yet: the mapped states themselves were kept"
+    action: ClassVar[str] = "the written states were kept"
 
     clean: bool = False
 

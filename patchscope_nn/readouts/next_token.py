@@ -59,7 +59,7 @@ class NextToken(Readout):
     finite: ClassVar[tuple[str, ...]] = ("entropy_nats",)
     says: ClassVar[str] = "top_tokens"
     title: ClassVar[str] = "top next token"
-    question: ClassVar[str] = "which token comes next"
+    action: ClassVar[str] = "{} then predicted the next token"
     odds: ClassVar[tuple[str, str] | None] = ("top_tokens", "top_probs")
     details: ClassVar[tuple[str, ...]] = ("entropy_nats", "surprisal_nats", "nll_nats", "reference_tokens")
 

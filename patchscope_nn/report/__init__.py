@@ -1,13 +1,13 @@
-"""One offline HTML file that tells what a run asked, what came back, and how to do it again.
+"""The report: one offline HTML file with a run's summary, figures, cells and the command that repeats it.
 
-Nothing in it asks the network for anything. Model output is data here: it reaches the page as escaped
-JSON and is put there with `textContent`, never as markup.
+The page loads nothing from the network. Model output is untrusted: it enters the page as escaped JSON and is
+displayed with `textContent`, never as markup.
 
     summary.py    the run in sentences, and short facts
     cards.py      generated texts beside their references and controls
-    cells.py      the cells, as JSON for the page's own table
-    page.py       the page, from these and templates/report.html.jinja
-    notebook.py   a run, and methods side by side, as a notebook shows them
+    cells.py      the cells, as JSON for the table on the page
+    page.py       the page of one run, from these and templates/report.html.jinja
+    notebook.py   runs and comparisons as notebooks display them
     comparison.py the page of several runs, from templates/comparison.html.jinja
 """
 

@@ -1,4 +1,4 @@
-"""Cards of generated text: of each of the first data rows the best text, its reference and its controls."""
+"""Cards of generated text: for each of the first data rows, its best text, reference and controls."""
 
 from __future__ import annotations
 
@@ -14,22 +14,21 @@ from patchscope_nn.spec import kinds_in
 if TYPE_CHECKING:
     import pandas as pd
 
-#: The data rows that have a card, and the longest text on one.
 MAX_CARDS = 12
-_LIMIT = 600
+_LIMIT = 600  # characters of a text on a card
 _LAYERS = ("source_layer", "target_layer")
 
 Cell = Mapping[Any, Any]
 
 
-class Said(NamedTuple):
+class CardText(NamedTuple):
     """One text of a card.
 
     Attributes:
         kind: `reference`, `patched`, or the control's name.
-        where: What its kind is of: a data column, or layers.
-        text: The text, visible.
-        value: The metric, as text; empty where there is none.
+        where: The data column of a reference; the layers of a generated text.
+        text: The text, with control characters made visible.
+        value: The metric's value, as text; empty if it has none.
     """
 
     kind: str
@@ -39,26 +38,33 @@ class Said(NamedTuple):
 
 
 class Card(NamedTuple):
-    """One data row: its number, its source prompt with what was read of it, and its texts."""
+    """The card of one data row.
+
+    Attributes:
+        row: The number of the data row.
+        prompt: Its source prompt.
+        read: The source tokens that were read.
+        texts: The reference, the patched text and those of the controls.
+    """
 
     row: int
     prompt: str
     read: str
-    texts: tuple[Said, ...]
+    texts: tuple[CardText, ...]
 
 
 def cards(
     table: pd.DataFrame, *, references: Sequence[Mapping[str, Any]] = (), metric: str | None = None
 ) -> list[Card]:
-    """A card for each of the first rows of a run that generates text.
+    """Make a card for each of the first rows of a run that generates text.
 
-    The patched text is the best of its row by the metric; controls that read a layer stand at the same place.
-    Without a metric it is that of the middle cell.
+    The patched text is the best of its row by the metric, or without a metric the text of the middle cell.
+    Controls that read a layer are taken from the same place.
 
     Args:
-        table: The tidy table; there are no cards where its readout gives no running text.
-        references: Of each data row, from the first, the columns that its metrics compare with.
-        metric: The metric column that says which text is best.
+        table: The tidy table; there are no cards if its readout gives no running text.
+        references: The columns of each data row that metrics compare with, by row number.
+        metric: The metric column by which the best text is chosen.
     """
     column = next((kind.says for kind in kinds_in(table.columns) if kind.sentences), None)
     if column is None:
@@ -66,14 +72,13 @@ def cards(
     table = table.rename(columns={column: "text"})
     made = []
     for row in list(dict.fromkeys(table["row"]))[:MAX_CARDS]:
-        own = table[table["row"] == row]
-        given = references[int(row)] if int(row) < len(references) else {}
-        card = _card(own, row=int(row), given=given, metric=metric)
+        reference = references[int(row)] if int(row) < len(references) else {}
+        card = _card(table[table["row"] == row], row=int(row), reference=reference, metric=metric)
         made += [card] if card else []
     return made
 
 
-def _card(own: pd.DataFrame, *, row: int, given: Mapping[str, Any], metric: str | None) -> Card | None:
+def _card(own: pd.DataFrame, *, row: int, reference: Mapping[str, Any], metric: str | None) -> Card | None:
     real = own[own["control"].isna() & own["text"].notna()]
     if real.empty:
         return None
@@ -81,21 +86,21 @@ def _card(own: pd.DataFrame, *, row: int, given: Mapping[str, Any], metric: str 
     higher = metric not in METRICS or METRICS[metric].higher_is_better
     scores = np.where(np.isfinite(values), values if higher else -values, -np.inf)
     best = real.iloc[int(scores.argmax()) if np.isfinite(scores).any() else len(real) // 2].to_dict()
-    texts = [Said("reference", name, _text(value), "") for name, value in given.items()]
+    texts = [CardText("reference", name, _text(value), "") for name, value in reference.items()]
     chosen = f"best of {len(real):,}" if metric and len(real) > 1 else ""
-    texts.append(_said(best, kind="patched", metric=metric, aside=chosen))
+    texts.append(_card_text(best, kind="patched", metric=metric, aside=chosen))
     for control in dict.fromkeys(own["control"].dropna()):
-        beside = own[(own["control"] == control) & own["text"].notna()]
-        found = _beside(best, beside.to_dict("records"))
-        texts += [_said(found, kind=str(control), metric=metric)] if found else []
+        cells = own[(own["control"] == control) & own["text"].notna()]
+        cell = _at_same_place(best, cells.to_dict("records"))
+        texts += [_card_text(cell, kind=str(control), metric=metric)] if cell else []
     tokens = " ".join(token(text) for text in as_list(best.get("source_token")))
     return Card(row, _text(best["source_prompt"]), tokens, tuple(texts))
 
 
-def _beside(best: Cell, cells: Sequence[Cell]) -> Cell | None:
-    """A control's cell at the place of the best, or where it reads no layer its first.
+def _at_same_place(best: Cell, cells: Sequence[Cell]) -> Cell | None:
+    """Return a control's cell at the place of the best cell, or its first cell if it reads no layer.
 
-    Another row's state was read at that row's own position.
+    The source position may differ: `shuffled` reads another row's state at that row's own position.
     """
     places = (*_LAYERS, "target_position", "target_prompt", "scale", "sample")
     there = [cell for cell in cells if all(_same(cell.get(name), best.get(name)) for name in places)]
@@ -103,14 +108,14 @@ def _beside(best: Cell, cells: Sequence[Cell]) -> Cell | None:
     return next(iter(own or there or [cell for cell in cells if is_null(cell["source_layer"])]), None)
 
 
-def _same(one: Any, other: Any) -> bool:
-    return as_list(one) == as_list(other)
+def _same(a: Any, b: Any) -> bool:
+    return as_list(a) == as_list(b)
 
 
-def _said(cell: Cell, *, kind: str, metric: str | None, aside: str = "") -> Said:
-    value = cell.get(metric) if metric else None
-    shown = "" if is_null(value) else f"{metric} {float(str(value)):.3g}"
-    return Said(kind, ", ".join(filter(None, (*_place(cell), aside))), _text(cell["text"]), shown)
+def _card_text(cell: Cell, *, kind: str, metric: str | None, aside: str = "") -> CardText:
+    score = cell.get(metric) if metric else None
+    value = "" if is_null(score) else f"{metric} {float(str(score)):.3g}"
+    return CardText(kind, ", ".join(filter(None, (*_place(cell), aside))), _text(cell["text"]), value)
 
 
 def _place(cell: Cell) -> Iterator[str]:
@@ -125,6 +130,6 @@ def _place(cell: Cell) -> Iterator[str]:
 
 
 def _text(value: Any) -> str:
-    """Text for the page, visible but for its line breaks, and cut."""
-    shown = visible("" if is_null(value) else str(value)[: _LIMIT + 1], keep="\n")
-    return f"{shown[:_LIMIT]}…" if len(shown) > _LIMIT else shown
+    """Return text for the page: cut to `_LIMIT`, with control characters other than line breaks as signs."""
+    text = visible("" if is_null(value) else str(value)[: _LIMIT + 1], keep="\n")
+    return f"{text[:_LIMIT]}…" if len(text) > _LIMIT else text

@@ -1,4 +1,4 @@
-"""The cells as JSON for the page's own table, which is searched and sorted there."""
+"""The cells as JSON, for the table that the page itself searches and sorts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Column = dict[str, Any]
 
 
 def script_json(value: object) -> Markup:
-    """JSON that can stand inside a script element: it holds no `<`, so neither `</script>` nor `<!--`."""
+    """Write JSON that is safe in a script element: without `<`, it cannot contain `</script>` or `<!--`."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     for character in "<>&":
         text = text.replace(character, f"\\u{ord(character):04x}")
@@ -32,11 +32,11 @@ def script_json(value: object) -> Markup:
 
 
 def cells_json(table: pd.DataFrame, *, metrics: Sequence[str]) -> Markup:
-    """The cells for the page's own table, shortened until they fit.
+    """Write the cells for the table on the page, with texts shortened until all fit into `TABLE_BYTES`.
 
     Returns:
-        {"columns": [{label, kind, detail, pool?, values}], "limit": characters of a text}. A column with a
-        pool holds indices into it, since prompts and tokens repeat from cell to cell.
+        {"columns": [{label, kind, detail, pool?, values}], "limit": characters of a text}. The values of a
+        column with a pool are indices into it, because prompts and tokens repeat from cell to cell.
     """
     columns = list(_columns(table.to_dict("records"), metrics=metrics))
     for limit in _TEXT_LIMITS:
@@ -48,10 +48,10 @@ def cells_json(table: pd.DataFrame, *, metrics: Sequence[str]) -> Markup:
 
 
 def _cut(column: Column, *, limit: int) -> Column:
-    """A column whose texts have at most `limit` characters, and an ellipsis for what is cut off."""
+    """Cut the texts of a column to `limit` characters and an ellipsis."""
     if column["kind"] != "text":
         return column
-    # One more is let through: the ellipsis of an earlier cut.
+    # One more character is allowed: the ellipsis of an earlier cut.
     cut = [text if len(text) <= limit + 1 else f"{text[:limit]}…" for text in column["values"]]
     return column | {"values": cut}
 
@@ -65,7 +65,7 @@ def _pooled(column: Column) -> Column:
 
 
 def _columns(records: Sequence[Cell], *, metrics: Sequence[str]) -> Iterator[Column]:
-    """The page's columns: what each is, and its values. Those with `detail` show when a cell is opened."""
+    """Yield the columns of the table on the page; `detail` columns appear when a cell is opened."""
     names = list(records[0]) if records else []
 
     def texts(name: str, *, detail: bool = True) -> Column:
@@ -87,7 +87,7 @@ def _columns(records: Sequence[Cell], *, metrics: Sequence[str]) -> Iterator[Col
     for name in ("scale", "sample"):
         if len({record.get(name) for record in records}) > 1:
             yield counts(name)
-    yield _column("answer", list(map(cell_said, records)))
+    yield _column("answer", list(map(cell_answer, records)))
     yield from (counts(name) for name in metrics)
     yield _column("note", list(map(_note, records)))
     yield texts("target_prompt")
@@ -106,7 +106,7 @@ def _column(label: str, values: list[Any], *, kind: str = "text", detail: bool =
 
 
 def _number(value: Any) -> float | int | None:
-    """A JSON number, of as many digits as a reader can use, or null."""
+    """Return a number of four digits for JSON, or None for a value that is not a finite number."""
     if is_null(value) or isinstance(value, str) or not math.isfinite(float(value)):
         return None
     number = float(f"{float(value):.4g}")
@@ -114,13 +114,13 @@ def _number(value: Any) -> float | int | None:
 
 
 def _quoted(cell: Cell, *, side: str) -> str:
-    """The tokens of one side with their positions, such as `'Wales' 5`."""
+    """Return the tokens of one side with their positions, such as `'Wales' 5`."""
     tokens, positions = as_list(cell.get(f"{side}_token")), as_list(cell.get(f"{side}_position"))
     return ", ".join(f"{token(text)} {place}" for text, place in zip(tokens, positions, strict=False))
 
 
-def cell_said(cell: Cell) -> str:
-    """What a cell answers: its top token, text or choice; empty where there is none."""
+def cell_answer(cell: Cell) -> str:
+    """Return a cell's top token, generated text or choice; empty if it has none."""
     kinds = (kind for kind in kinds_in(cell) if as_list(cell.get(kind.says)))
     kind = next(kinds, None)
     if kind is None:
@@ -130,18 +130,17 @@ def cell_said(cell: Cell) -> str:
 
 
 def _written(value: Any) -> str:
-    """A text, or several in quotes."""
+    """Return a text, or several in quotes."""
     values = as_list(value)
     return " ".join(map(token, values)) if not isinstance(value, str) and values else _text(value)
 
 
 def _text(value: Any) -> str:
-    """Text for the table, visible but for its line breaks, which the page shows."""
-    most = _TEXT_LIMITS[0] + 2  # all that `_cut` needs to see that something is left out
-    return "" if is_null(value) else visible(str(value)[:most], keep="\n")
+    """Return text for the table, with control characters other than line breaks as signs."""
+    length = _TEXT_LIMITS[0] + 2  # enough for `_cut` to detect a longer text
+    return "" if is_null(value) else visible(str(value)[:length], keep="\n")
 
 
 def _note(cell: Cell) -> str:
-    failed = not is_null(cell.get("error"))
-    notes = {"failed": failed, "position 0: attention sink": reads_sink(cell)}
-    return ", ".join(note for note, holds in notes.items() if holds)
+    notes = ["failed"] if not is_null(cell.get("error")) else []
+    return ", ".join([*notes, "position 0: attention sink"] if reads_sink(cell) else notes)

@@ -1,4 +1,4 @@
-"""The page that shows runs side by side: curves, paired differences, and their cells."""
+"""The page that compares runs: curves, paired differences, and their cells."""
 
 from __future__ import annotations
 
@@ -16,40 +16,38 @@ from patchscope_nn.report.cells import cells_json, script_json
 from patchscope_nn.report.figures import metric_columns, visible
 from patchscope_nn.report.figures.comparison import comparison_curve
 from patchscope_nn.report.page import MAX_CELLS, plotly_js, template, write_whole
-from patchscope_nn.report.summary import as_mapping, controls_said
+from patchscope_nn.report.summary import as_mapping, described_controls
 
 if TYPE_CHECKING:
     from collections.abc import Hashable
 
-_SURE = 0.05
-
 
 @dataclass(frozen=True, kw_only=True)
 class Side:
-    """One run of the page.
+    """One of the runs on a comparison page.
 
     Attributes:
-        name: What the page calls it.
+        name: Its name on the page.
         manifest: Its manifest.
         metrics: The names of its metric columns.
-        shown: The table of its first cells.
-        n_cells: How many it has.
+        first_cells: The table of its first cells, with all columns.
+        n_cells: The number of all its cells.
     """
 
     name: str
     manifest: Mapping[str, Any]
     metrics: tuple[str, ...]
-    shown: pd.DataFrame
+    first_cells: pd.DataFrame
     n_cells: int
 
 
 def write_comparison(comparison: Comparison, sides: Sequence[Side], *, path: Path, title: str) -> Path:
-    """Write the page; a reader of `path` sees the old file or the whole new one.
+    """Write the page atomically: readers of `path` see the old file or the complete new one.
 
     Args:
-        comparison: What comparing the runs said.
+        comparison: The comparison of the runs.
         sides: The runs.
-        path: The file to write. Its folder is made if need be.
+        path: The file to write. Its folder is created if necessary.
         title: The page's title.
 
     Returns:
@@ -58,25 +56,26 @@ def write_comparison(comparison: Comparison, sides: Sequence[Side], *, path: Pat
     Raises:
         InputError: Plotly is not installed.
     """
-    names = comparison.names
-    drawn = [comparison_curve(comparison.layers, metric=one, names=names) for one in comparison.metrics]
+    names, metrics = comparison.names, comparison.metrics
+    drawn = [comparison_curve(comparison.layers, metric=metric, names=names) for metric in metrics]
     cells = _side_by_side(sides)
-    recipes = {one.name: as_mapping(one.manifest.get("recipe")) for one in sides}
+    declared = list(dict.fromkeys(metric for side in sides for metric in side.metrics))
+    recipes = {side.name: as_mapping(side.manifest.get("recipe")) for side in sides}
     page = template("comparison.html.jinja").render(
         title=visible(title),
         summary=list(_sentences(comparison)),
-        facts=[(visible(one.name), visible(_fact(one))) for one in sides],
-        titles=[_heading(one, comparison) for one in comparison.metrics],
+        facts=[(visible(side.name), visible(_fact(side))) for side in sides],
+        titles=[_heading(metric, comparison) for metric in metrics],
         plotly=plotly_js(),
         figures=script_json([json.loads(figure.to_json()) for figure in drawn]),
-        cells=cells_json(cells, metrics=metric_columns(cells, declared=_all_metrics(sides))),
-        n_cells=sum(one.n_cells for one in sides),
+        cells=cells_json(cells, metrics=metric_columns(cells, declared=declared)),
+        n_cells=sum(side.n_cells for side in sides),
         max_cells=MAX_CELLS,
-        tables=[metric_table(comparison, metric=one) for one in comparison.metrics],
-        own=list(_own(comparison)),
+        tables=[metric_table(comparison, metric=metric) for metric in metrics],
+        own_controls=list(_own_controls(comparison)),
         first=visible(names[0]),
         cards=[],
-        controls=controls_said(cells),
+        controls=described_controls(cells),
         command="",
         recipe=visible(json.dumps(recipes, indent=2, ensure_ascii=False, default=str), keep="\n"),
         manifest="",
@@ -85,16 +84,12 @@ def write_comparison(comparison: Comparison, sides: Sequence[Side], *, path: Pat
 
 
 def _side_by_side(sides: Sequence[Side]) -> pd.DataFrame:
-    """The cells of all runs, those of one row, control and layer beside one another."""
-    cells = pd.concat([one.shown.assign(run=one.name, _side=place) for place, one in enumerate(sides)])
-    kinds = [REAL, *sorted({str(one) for one in cells["control"] if not is_null(one)})]
-    cells["_kind"] = [0 if is_null(one) else kinds.index(str(one)) for one in cells["control"]]
+    """Return the cells of all runs, with cells of the same row, control and layer next to each other."""
+    cells = pd.concat([side.first_cells.assign(run=side.name, _side=n) for n, side in enumerate(sides)])
+    kinds = [REAL, *sorted({str(control) for control in cells["control"] if not is_null(control)})]
+    cells["_kind"] = [0 if is_null(name) else kinds.index(str(name)) for name in cells["control"]]
     order = ["row", "_kind", "source_layer", "target_layer", "_side"]
     return cells.sort_values(order, kind="stable", ignore_index=True).drop(columns=["_kind", "_side"])
-
-
-def _all_metrics(sides: Sequence[Side]) -> list[str]:
-    return list(dict.fromkeys(name for one in sides for name in one.metrics))
 
 
 def _heading(metric: str, comparison: Comparison) -> str:
@@ -106,33 +101,36 @@ def _heading(metric: str, comparison: Comparison) -> str:
 
 def _fact(side: Side) -> str:
     models = as_mapping(side.manifest.get("models"))
-    named = [as_mapping(models.get(end)).get("name") for end in ("source", "target")]
-    said = [" -> ".join(dict.fromkeys(str(name) for name in named if name)), f"{side.n_cells:,} cells"]
-    said += [str(as_mapping(side.manifest.get("recipe")).get("name", ""))]
-    return ", ".join(part for part in said if part)
+    names = [as_mapping(models.get(end)).get("name") for end in ("source", "target")]
+    parts = [" -> ".join(dict.fromkeys(str(name) for name in names if name)), f"{side.n_cells:,} cells"]
+    parts += [str(as_mapping(side.manifest.get("recipe")).get("name", ""))]
+    return ", ".join(part for part in parts if part)
 
 
 def _sentences(comparison: Comparison) -> Iterator[str]:
-    """What came out, in plain sentences: each run beside the first, in the first metric."""
-    found = comparison.between()
+    """Yield the differences between each run and the first, in the first metric, as sentences."""
+    between = comparison.between()
     metric = comparison.metrics[0]
-    for line in found[(found["metric"] == metric) & (found["first_control"] == REAL)].to_dict("records"):
-        sure = "" if pd.isna(line["p"]) else f", {p_text(line['p'])} by sign flips over data rows"
-        low, high = line["low"], line["high"]
-        spread = "" if pd.isna(low) else f" (95 % interval {low:+.3g} to {high:+.3g}{sure})"
+    chosen = (between["metric"] == metric) & (between["first_control"] == REAL)
+    for line in between[chosen].to_dict("records"):
+        low, high, p = line["low"], line["high"], p_text(line["p"], equals="= ")
+        test = f"; p {p}, sign-flip test over data rows" if p else ""
+        spread = "" if pd.isna(low) else f" (95 % interval {low:+.3g} to {high:+.3g}{test})"
         yield (
-            f"Over {line['n_pairs']:,} pairs of cells of {line['n_rows']:,} data rows, mean {metric} of"
+            f"Over {line['n_pairs']:,} pairs of cells from {line['n_rows']:,} data rows, the mean {metric} of"
             f" {visible(line['second'])} differs from that of {visible(line['first'])} by"
             f" {line['mean']:+.3g}{spread}."
         )
-    unpaired = int(found["first_unpaired"].sum() + found["second_unpaired"].sum())
+    unpaired = int(between["first_unpaired"].sum() + between["second_unpaired"].sum())
     if unpaired:
-        yield f"Some cells have no partner in the other run ({unpaired:,} in all); the tables say where."
+        yield f"{unpaired:,} cells have no partner in the other run; the tables show where they are."
 
 
-def p_text(p: float) -> str:
-    """A p value, never as zero: `p = 0.03`, or `p < .001`."""
-    return "p < .001" if p < 0.001 else f"p = {p:.2g}"  # noqa: PLR2004 (as p values are written)
+def p_text(p: float, *, equals: str = "") -> str:
+    """Write a p value as `0.03`, after `equals`, or as `< .001` if it is smaller; empty for NaN."""
+    if pd.isna(p):
+        return ""
+    return "< .001" if p < 0.001 else f"{equals}{p:.2g}"  # noqa: PLR2004 (the usual notation)
 
 
 def _number(mean: Any, low: Any, high: Any, *, sign: str = "") -> str:
@@ -143,7 +141,7 @@ def _number(mean: Any, low: Any, high: Any, *, sign: str = "") -> str:
 
 
 def metric_table(comparison: Comparison, *, metric: str) -> dict[str, Any]:
-    """One metric's table: each run's means, and its difference to the first."""
+    """Make the table of one metric: the means of each run and its difference from the first run."""
     means = comparison.means[comparison.means["metric"] == metric]
     controls = sorted(set(means["control"]) - {REAL})
     between = comparison.between()
@@ -157,36 +155,34 @@ def metric_table(comparison: Comparison, *, metric: str) -> dict[str, Any]:
         ]
         lines.append([visible(name), *cells, *_columns(between, name)])
     heads = ["run", "patched", *(f"{control} (control)" for control in controls)]
-    heads += ["difference to the first", "p", "p of layers, corrected", "pairs", "without a partner"]
+    heads += ["difference from the first", "p", "p over layers, corrected", "pairs", "without a partner"]
     return {"name": metric, "heads": list(map(visible, heads)), "lines": lines}
 
 
 def _columns(between: pd.DataFrame, name: Hashable) -> list[str]:
+    """Return the columns that compare a run with the first; they are empty for the first itself."""
     if name not in between.index:
         return ["", "", "", "", ""]
     line = between.loc[name]
     unpaired = int(line["first_unpaired"]), int(line["second_unpaired"])
     return [
         _number(line["mean"], line["low"], line["high"], sign="+"),
-        *(
-            "" if pd.isna(line[name]) else p_text(line[name]).removeprefix("p ").removeprefix("= ")
-            for name in ("p", "p_bonferroni")
-        ),
+        *(p_text(line[name]) for name in ("p", "p_bonferroni")),
         f"{int(line['n_pairs']):,}",
-        f"{unpaired[0]:,} of the first, {unpaired[1]:,} of its own" if any(unpaired) else "none",
+        f"{unpaired[0]:,} of the first, {unpaired[1]:,} of this run" if any(unpaired) else "none",
     ]
 
 
-def _own(comparison: Comparison) -> Iterator[list[str]]:
-    """Each run's patched cells beside its own controls."""
-    found = comparison.differences
-    for line in found[found["first"] == found["second"]].to_dict("records"):
+def _own_controls(comparison: Comparison) -> Iterator[list[str]]:
+    """Yield the difference of each run's patched cells from each of its own controls."""
+    differences = comparison.differences
+    for line in differences[differences["first"] == differences["second"]].to_dict("records"):
         if line["n_pairs"]:
             yield [
                 line["metric"],
                 visible(line["second"]),
                 visible(line["first_control"]),
                 _number(line["mean"], line["low"], line["high"], sign="+"),
-                "" if pd.isna(line["p"]) else p_text(line["p"]).removeprefix("p ").removeprefix("= "),
+                p_text(line["p"]),
                 f"{line['n_pairs']:,}",
             ]

@@ -1,4 +1,4 @@
-"""A run, and methods side by side, as a notebook shows them: sentences and a table, with no script."""
+"""Runs and comparisons of methods as HTML for notebooks: sentences and tables, without scripts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from patchscope_nn.analysis.statistics import best_over
-from patchscope_nn.report.cells import cell_said
+from patchscope_nn.report.cells import cell_answer
 from patchscope_nn.report.figures import (
     REAL,
     by_scale,
@@ -30,12 +30,14 @@ _EXAMPLES = 6
 _WIDTH = 60
 
 
-def run_html(table: pd.DataFrame, shown: pd.DataFrame, *, manifest: Mapping[str, Any], where: str) -> str:
-    """A run: its summary, the first metric by layer beside its controls, and what its first cells say.
+def run_html(
+    table: pd.DataFrame, first_cells: pd.DataFrame, *, manifest: Mapping[str, Any], where: str
+) -> str:
+    """Show a run: its summary, the first metric by layer with controls, and the answers of some cells.
 
     Args:
         table: The table of all cells.
-        shown: That of the cells of which everything is shown.
+        first_cells: The table of the first cells, with all columns.
         manifest: The run's manifest.
         where: Where the run is kept.
     """
@@ -48,10 +50,11 @@ def run_html(table: pd.DataFrame, shown: pd.DataFrame, *, manifest: Mapping[str,
         parts.append(
             _means(with_probe_controls(table), metric=metrics[0], best=recipe.get("best_over") or ())
         )
-    real = shown[shown["control"].isna()].iloc[:: max(1, int(shown["control"].isna().sum()) // _EXAMPLES)]
+    real = first_cells[first_cells["control"].isna()]
+    examples = real.iloc[:: max(1, len(real) // _EXAMPLES)].head(_EXAMPLES)
     lines = [
-        [cell["row"], cell["source_prompt"], *_layers(cell), cell_said(cell)]
-        for cell in real.head(_EXAMPLES).to_dict("records")
+        [cell["row"], cell["source_prompt"], *_layers(cell), cell_answer(cell)]
+        for cell in examples.to_dict("records")
     ]
     heads = ["row", "source prompt", "source layer", "target layer", "answer"]
     if any(line[-1] for line in lines):
@@ -68,42 +71,42 @@ def _layers(cell: Mapping[Any, Any]) -> list[str]:
 
 
 def _means(table: pd.DataFrame, *, metric: str, best: Sequence[str]) -> str:
-    """A metric by layer (and scale), each kind of cell in its column; at most 40 lines."""
+    """Show a metric by layer and scale, with a column for each control; at most 40 lines."""
     cells = best_over(table, metric=metric, over=best) if best else table
     lines: dict[tuple[Any, ...], dict[str, str]] = {}
     flat: dict[str, str] = {}
     for scale, part in by_scale(cells).items():
         for mean in layer_means(part, metric=metric).to_dict("records"):
             spread = "" if pd.isna(mean["low"]) else f" [{mean['low']:.2f}, {mean['high']:.2f}]"
-            said = f"{mean['mean']:.2f}{spread}"
+            value = f"{mean['mean']:.2f}{spread}"
             if pd.isna(mean["source_layer"]) and pd.isna(mean["target_layer"]):
-                flat[mean["control"]] = said
+                flat[mean["control"]] = value
             else:
-                lines.setdefault((scale, *_layers(mean)), {})[mean["control"]] = said
+                lines.setdefault((scale, *_layers(mean)), {})[mean["control"]] = value
     kinds = dict.fromkeys([*flat, *(kind for line in lines.values() for kind in line)])
     kinds = dict.fromkeys([REAL] if REAL in kinds else []) | kinds
-    shown = list(lines.items())[:_ROWS] if lines else [(("", "all", "all"), {})]
-    body = [[*place, *({**flat, **found}.get(kind, "") for kind in kinds)] for place, found in shown]
+    kept = list(lines.items())[:_ROWS] if lines else [(("", "all", "all"), {})]
+    body = [[*place, *((flat | values).get(kind, "") for kind in kinds)] for place, values in kept]
     heads = ["scale", "source layer", "target layer", *kinds]
-    keep = [index for index in range(len(heads)) if index > 0 or any(line[0] for line in body)]
-    whole = _table([heads[index] for index in keep], [[line[index] for index in keep] for line in body])
+    start = 0 if any(line[0] for line in body) else 1  # without the scale if there is only one
+    means = _table(heads[start:], [line[start:] for line in body])
     cut = f"<p><small>the first {_ROWS} of {len(lines)} lines</small></p>" if len(lines) > _ROWS else ""
-    return f"<p><b>{_text(metric)}</b>, mean with 95 % interval over data rows</p>{whole}{cut}"
+    return f"<p><b>{_text(metric)}</b>, mean with 95 % interval over data rows</p>{means}{cut}"
 
 
 def comparison_html(comparison: Comparison, *, title: str) -> str:
-    """Methods side by side: each one's means, its controls' and its difference to the first.
+    """Show a comparison of methods: the means of each, of its controls, and its difference from the first.
 
     Args:
-        comparison: What comparing them said.
-        title: What the recipe asks.
+        comparison: The comparison of the methods.
+        title: The recipe's title.
     """
     from patchscope_nn.report.comparison import metric_table
 
     parts = [f"<h4>{_text(title)}</h4>"]
     for metric in comparison.metrics:
-        found = metric_table(comparison, metric=metric)
-        parts.append(f"<p><b>{_text(metric)}</b></p>{_table(found['heads'], found['lines'])}")
+        table = metric_table(comparison, metric=metric)
+        parts.append(f"<p><b>{_text(metric)}</b></p>{_table(table['heads'], table['lines'])}")
     return f"<div>{''.join(parts)}</div>"
 
 

@@ -1,4 +1,4 @@
-"""The page: its parts put into the template, and written whole or not at all."""
+"""The page of one run: fill in the template and write the file atomically."""
 
 from __future__ import annotations
 
@@ -12,31 +12,32 @@ import yaml
 from markupsafe import Markup
 
 from patchscope_nn._util.files import replacing
+from patchscope_nn._util.yaml_text import yaml_text
 from patchscope_nn.report.cards import cards
 from patchscope_nn.report.cells import cells_json, script_json
 from patchscope_nn.report.figures import figures, metric_columns, visible
-from patchscope_nn.report.summary import as_mapping, controls_said, facts, summary
+from patchscope_nn.report.summary import as_mapping, described_controls, facts, summary
 
 if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
 
-#: The most cells of which a page says everything; its figures of metrics are of all.
+#: The number of cells that a page lists; figures of metrics use all cells.
 MAX_CELLS = 12_000
-_ELSEWHERE = ("recipe", "references")  # what the page shows in other places
+_ELSEWHERE = ("recipe", "references")  # parts of the manifest that the page shows in other sections
 _TEMPLATES = Path(__file__).parent / "templates"
 
 
 def write_report(
-    table: pd.DataFrame, *, manifest: Mapping[str, Any], path: Path, shown: pd.DataFrame | None = None
+    table: pd.DataFrame, *, manifest: Mapping[str, Any], path: Path, first_cells: pd.DataFrame | None = None
 ) -> Path:
-    """Write the report of one run; a reader of `path` sees the old file or the whole new one.
+    """Write the report of one run atomically: readers of `path` see the old file or the complete new one.
 
     Args:
-        table: The tidy table of DESIGN section 4, one row per cell.
-        manifest: What the run folder's manifest.json holds; keys it lacks are left out of the page.
-        path: The file to write. Its folder is made if need be.
-        shown: The first `MAX_CELLS` cells, where `table` leaves out what a large run's cells say.
+        table: The run's table, one row per cell.
+        manifest: The content of the run folder's manifest.json; the page leaves out what it does not have.
+        path: The file to write. Its folder is created if necessary.
+        first_cells: The first `MAX_CELLS` cells with all columns, if `table` lacks the columns of readouts.
 
     Returns:
         `path`.
@@ -44,18 +45,18 @@ def write_report(
     Raises:
         InputError: Plotly is not installed.
     """
-    page = _page(table, table.iloc[:MAX_CELLS] if shown is None else shown, manifest=manifest)
-    return write_whole(page, path)
+    first_cells = table.iloc[:MAX_CELLS] if first_cells is None else first_cells
+    return write_whole(_page(table, first_cells, manifest=manifest), path)
 
 
 def run_figures(
-    table: pd.DataFrame, shown: pd.DataFrame, *, manifest: Mapping[str, Any]
+    table: pd.DataFrame, first_cells: pd.DataFrame, *, manifest: Mapping[str, Any]
 ) -> list[tuple[str, go.Figure]]:
-    """The figures of a run, titled.
+    """Draw the figures of a run, each with its title.
 
     Args:
         table: The table of all cells.
-        shown: That of the cells of which everything is shown.
+        first_cells: The table of the cells that are shown one by one, with all columns.
         manifest: The run's manifest.
 
     Raises:
@@ -63,34 +64,34 @@ def run_figures(
     """
     recipe = as_mapping(manifest.get("recipe"))
     best = tuple(recipe.get("best_over") or ())
-    return figures(shown, metrics=recipe.get("metrics") or (), whole=table, best=best)
+    return figures(first_cells, metrics=recipe.get("metrics") or (), all_cells=table, best=best)
 
 
 def write_whole(page: str, path: Path) -> Path:
-    """Write a page; a reader of `path` sees the old file or the whole new one."""
+    """Write a page atomically: readers of `path` see the old file or the complete new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as draft:
-        # A command line can hold bytes that are no UTF-8 (surrogates); they must not cost us the report.
+        # A command line may contain bytes that are not valid UTF-8, which Python decodes to surrogates.
         draft.write_bytes(page.encode("utf-8", errors="replace"))
     return path
 
 
-def _page(table: pd.DataFrame, shown: pd.DataFrame, *, manifest: Mapping[str, Any]) -> str:
+def _page(table: pd.DataFrame, first_cells: pd.DataFrame, *, manifest: Mapping[str, Any]) -> str:
     recipe = as_mapping(manifest.get("recipe"))
-    declared = recipe.get("metrics") or ()
-    metrics = metric_columns(table, declared=declared)
-    drawn = run_figures(table, shown, manifest=manifest)
+    metrics = metric_columns(table, declared=recipe.get("metrics") or ())
+    references = manifest.get("references") or ()
+    drawn = run_figures(table, first_cells, manifest=manifest)
     return template("report.html.jinja").render(
         title=visible(recipe.get("title") or recipe.get("name") or "Patchscopes report"),
         summary=summary(table, manifest=manifest, metrics=metrics),
         facts=facts(table, manifest=manifest),
         titles=[title for title, _ in drawn],
         plotly=plotly_js() if drawn else "",
-        cards=cards(shown, references=manifest.get("references") or (), metric=next(iter(metrics), None)),
-        controls=controls_said(table),
+        cards=cards(first_cells, references=references, metric=next(iter(metrics), None)),
+        controls=described_controls(table),
         command=visible(manifest.get("command") or ""),
         figures=script_json([json.loads(figure.to_json()) for _, figure in drawn]),
-        cells=cells_json(shown, metrics=metrics),
+        cells=cells_json(first_cells, metrics=metrics),
         n_cells=len(table),
         max_cells=MAX_CELLS,
         recipe=_yaml(recipe),
@@ -99,7 +100,7 @@ def _page(table: pd.DataFrame, shown: pd.DataFrame, *, manifest: Mapping[str, An
 
 
 def template(name: str) -> jinja2.Template:
-    """One of the page templates, which escape what is put into them."""
+    """Load a page template; it escapes every value that is filled in."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_TEMPLATES),
         autoescape=True,
@@ -111,33 +112,18 @@ def template(name: str) -> jinja2.Template:
 
 
 def plotly_js() -> Markup:
-    """Plotly's own source, for a page that loads nothing."""
+    """Return plotly's source, to embed in a page that must not load anything."""
     from plotly.offline import get_plotlyjs
 
-    return Markup(get_plotlyjs())  # noqa: S704 - plotly's own source, which nothing of the run reaches
+    return Markup(get_plotlyjs())  # noqa: S704 - plotly's own source; it contains nothing from the run
 
 
 def _yaml(value: object) -> str:
-    """Any manifest value as YAML; types that YAML does not know are written as text."""
+    """Write a part of the manifest as YAML; values of types that YAML lacks become text."""
     if not value:
         return ""
     plain = json.loads(json.dumps(value, default=str))
-    text = _dump(plain, allow_unicode=True)
-    if yaml.safe_load(text) != plain:  # PyYAML writes U+0085 so that it reads it back as a space
-        text = _dump(plain, allow_unicode=False)
+    text = yaml_text(plain)
+    if yaml.safe_load(text) != plain:  # PyYAML writes U+0085 unescaped, and reads it back as a space
+        text = yaml_text(plain, allow_unicode=False)
     return visible(text, keep="\n")
-
-
-class _Dumper(yaml.SafeDumper):
-    """Writes texts of several lines as recipes do, in double quotes, and not with each line end doubled."""
-
-
-def _text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
-    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style='"' if "\n" in value else None)
-
-
-_Dumper.add_representer(str, _text)
-
-
-def _dump(value: object, *, allow_unicode: bool) -> str:
-    return str(yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=allow_unicode, width=100))

@@ -1,4 +1,4 @@
-"""The run in plain sentences, and short facts about it, made from its table and its manifest."""
+"""A run in plain sentences, and short facts about it, from its table and its manifest."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ if TYPE_CHECKING:
     import pandas as pd
 
 _CONTROLS = {
-    "unpatched": "the target prompt as it is, into which nothing is written",
-    "random": "a random state of the same norm (of a cut: as many other tokens)",
+    "unpatched": "the target prompt with nothing written into it",
+    "random": "a random state of the same norm (for an attention cut: as many other tokens)",
     "shuffled": "the state of another data row",
-    "text-only": "the target prompt with the source's text in place of its state",
+    "text-only": "the target prompt with the source text in place of the state",
 }
 
 
 def summary(table: pd.DataFrame, *, manifest: Mapping[str, Any], metrics: Sequence[str]) -> list[str]:
-    """The run in plain sentences.
+    """Describe a run in plain sentences.
 
     Args:
         table: The tidy table.
         manifest: The run's manifest, or {}.
-        metrics: The metric columns; the first is told of.
+        metrics: The metric columns; the summary reports the first.
     """
     if table.empty:
         return ["This run has no cells yet."]
@@ -47,7 +47,7 @@ def summary(table: pd.DataFrame, *, manifest: Mapping[str, Any], metrics: Sequen
     sentences = [_opening(table, manifest=manifest), _counts(table, controls=controls)]
     failed = int(table["error"].notna().sum()) if "error" in table.columns else 0
     if failed:
-        sentences.append(f"{_count(failed, 'cell')} failed; the table below says why.")
+        sentences.append(f"{_count(failed, 'cell')} failed; the table of cells has the reasons.")
     if metrics:
         best = tuple(as_mapping(manifest.get("recipe")).get("best_over") or ())
         sentences.append(
@@ -61,11 +61,11 @@ def summary(table: pd.DataFrame, *, manifest: Mapping[str, Any], metrics: Sequen
 
 
 def facts(table: pd.DataFrame, *, manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Short facts for the head of the page: (name, value)."""
+    """Return short facts for the head of the page, as (name, value)."""
     recipe = as_mapping(manifest.get("recipe"))
     sinks = sum(map(reads_sink, table.to_dict("records")))
     elapsed = as_mapping(manifest.get("timings")).get("elapsed_s")
-    given = {
+    values = {
         "Recipe": recipe.get("name"),
         "Paper": recipe.get("paper"),
         "Source model": ", ".join(map(str, _distinct(table, column="source_model"))),
@@ -74,18 +74,18 @@ def facts(table: pd.DataFrame, *, manifest: Mapping[str, Any]) -> list[tuple[str
         "Attention-sink cells (position 0)": f"{sinks:,}" if sinks else None,
         "Seed": manifest.get("seed"),
         "Time": f"{elapsed:.3g} s" if isinstance(elapsed, int | float) else None,
-        "Made": manifest.get("created"),
+        "Created": manifest.get("created"),
     }
-    return [(name, shorten(value, width=300)) for name, value in given.items() if value not in (None, "")]
+    return [(name, shorten(value, width=300)) for name, value in values.items() if value not in (None, "")]
 
 
-def controls_said(table: pd.DataFrame) -> list[tuple[str, str]]:
-    """The controls of a table, and what each is."""
+def described_controls(table: pd.DataFrame) -> list[tuple[str, str]]:
+    """Return the controls of a table, each with a description."""
     return [(name, _CONTROLS[name]) for name in _CONTROLS if (table["control"] == name).any()]
 
 
 def as_mapping(value: Any) -> Mapping[str, Any]:
-    """A part of a manifest; {} where there is none, or it is something else."""
+    """Return a part of a manifest if it is a mapping, and {} if it is missing or something else."""
     return value if isinstance(value, Mapping) else {}
 
 
@@ -94,8 +94,8 @@ def _count(number: int, noun: str) -> str:
 
 
 def _list(words: Iterable[object]) -> str:
-    given = [visible(word) for word in words]
-    return " and ".join([", ".join(given[:-1]), *given[-1:]]) if len(given) > 1 else "".join(given)
+    texts = [visible(word) for word in words]
+    return " and ".join([", ".join(texts[:-1]), *texts[-1:]]) if len(texts) > 1 else "".join(texts)
 
 
 def _distinct(table: pd.DataFrame, *, column: str) -> list[Any]:
@@ -103,7 +103,7 @@ def _distinct(table: pd.DataFrame, *, column: str) -> list[Any]:
 
 
 def _layers(table: pd.DataFrame) -> str:
-    """The source layers in words: one, or how many from which to which."""
+    """Name the source layers: a single layer, or their number with the first and last."""
     layers = sorted(set(numbers(table["source_layer"].dropna())))
     if len(layers) <= 1:
         return f"layer {layer_name(layers[0])}" if layers else "no layer"
@@ -111,29 +111,29 @@ def _layers(table: pd.DataFrame) -> str:
 
 
 def _opening(table: pd.DataFrame, *, manifest: Mapping[str, Any]) -> str:
-    """What was taken from where, and what was asked."""
-    named = as_mapping(as_mapping(manifest.get("models")).get("source")).get("name")
-    source = _distinct(table, column="source_model") or [named or "a model"]
+    """Say which states were read, where they were written, and what the target model did."""
+    source_name = as_mapping(as_mapping(manifest.get("models")).get("source")).get("name")
+    source = _distinct(table, column="source_model") or [source_name or "a model"]
     target = _distinct(table, column="target_model") or source
-    question = next((kind.question for kind in kinds_in(table.columns)), Readout.question)
+    action = next((kind.action for kind in kinds_in(table.columns)), Readout.action)
     prompts = _count(
         len(_distinct(table[table["source_layer"].notna()], column="source_prompt")), "source prompt"
     )
     recipe = as_mapping(manifest.get("recipe"))
-    aimed = as_mapping(recipe.get("target"))
-    asked = f"{_list(target)} was asked {question}"
+    result = action.format(_list(target))
     if recipe.get("probe"):
         return f"A linear probe read hidden states of {_list(source)} at {_layers(table)}, from {prompts}."
     if _cuts(manifest):
         return (
-            f"In {prompts}, attention from one place to another was cut in blocks around {_layers(table)},"
-            f" and {asked}."
+            f"In {prompts}, attention from some tokens to others was cut in blocks around {_layers(table)};"
+            f" {result}."
         )
     states = _states(as_mapping(recipe.get("source")).get("site") or RESIDUAL.name)
-    noise = ", some of whose embeddings were made noise" if aimed.get("corrupt") else ""
+    corrupted = as_mapping(recipe.get("target")).get("corrupt")
+    noise = " with noise on some of its embeddings" if corrupted else ""
     return (
         f"{states} of {_list(source)} at {_layers(table)} were taken from {prompts} and written into a"
-        f" target prompt{noise}, on which {asked}."
+        f" target prompt{noise}; {result}."
     )
 
 
@@ -144,7 +144,7 @@ def _states(name: str) -> str:
 
 
 def _counts(table: pd.DataFrame, *, controls: Sequence[str]) -> str:
-    """How many cells of which kind there are."""
+    """Count the cells of each kind."""
     kinds = _list(f"{controls.count(name):,} {name}" for name in dict.fromkeys(controls))
     return (
         f"There are {_count(len(table), 'cell')} over {_count(table['row'].nunique(), 'data row')}:"
@@ -153,14 +153,14 @@ def _counts(table: pd.DataFrame, *, controls: Sequence[str]) -> str:
 
 
 def _cuts(manifest: Mapping[str, Any]) -> bool:
-    """Whether attention is cut around a layer, from which no state is taken."""
+    """True if the run cuts attention around each layer instead of reading a state there."""
     return bool(
         as_mapping(as_mapping(as_mapping(manifest.get("recipe")).get("target")).get("write")).get("cut")
     )
 
 
 def _headline(table: pd.DataFrame, *, metric: str, over: Sequence[str], cut: bool) -> str:
-    """Where a metric is best, and what its controls give there."""
+    """Say at which layer a metric is best, and what its controls reach there."""
     cells = best_over(table, metric=metric, over=over) if over else table
     means = [
         mean | {"scale": name}
@@ -172,29 +172,29 @@ def _headline(table: pd.DataFrame, *, metric: str, over: Sequence[str], cut: boo
         return f"No patched cell has a value of {metric}."
     higher = metric not in METRICS or METRICS[metric].higher_is_better
     best = (max if higher else min)(real, key=lambda mean: mean["mean"])
-    beside = ", ".join(_beside(best, means=[mean for mean in means if mean["scale"] == best["scale"]]))
-    named = f"{metric} (each row's best over {' and '.join(over).replace('_', ' ')})" if over else metric
+    controls = ", ".join(_at_place(best, means=[mean for mean in means if mean["scale"] == best["scale"]]))
+    name = f"{metric} (each row's best over {' and '.join(over).replace('_', ' ')})" if over else metric
     place = _place(best, cut=cut)
     where = f"is {'highest' if higher else 'lowest'} at {place}" if place else "over all layers"
-    value = _with_interval(best, named="95 % interval ")
+    value = _with_interval(best, label="95 % interval ")
     return (
-        f"Mean {named} {where}: {value}, n = {_count(best['n_rows'], 'data row')}"
-        f"{f'; its controls there: {beside}' if beside else ''}."
+        f"Mean {name} {where}: {value}, n = {_count(best['n_rows'], 'data row')}"
+        f"{f'; controls at the same place: {controls}' if controls else ''}."
     )
 
 
 def _place(mean: Mapping[Any, Any], *, cut: bool) -> str:
     source, target = mean["source_layer"], mean["target_layer"]
     places = []
-    if not math.isnan(source):  # else the best was taken over the source layers
+    if not math.isnan(source):  # NaN if the best was taken over the source layers
         places.append(f"{'' if cut else 'source '}layer {layer_name(source)}")
     if not math.isnan(target) and target != source:
         places.append(f"target layer {layer_name(target)}")
     return " and ".join([*places, *([mean["scale"]] if mean["scale"] else [])])
 
 
-def _beside(best: Mapping[Any, Any], *, means: Sequence[Mapping[Any, Any]]) -> Iterator[str]:
-    """The means of the controls at the place of the best, or of no layer."""
+def _at_place(best: Mapping[Any, Any], *, means: Sequence[Mapping[Any, Any]]) -> Iterator[str]:
+    """Yield the means of the controls at the layers of the best mean, and of those that read no layer."""
     for mean in means:
         there = all(
             mean[side] == best[side] or (math.isnan(mean[side]) and math.isnan(best[side]))
@@ -204,6 +204,6 @@ def _beside(best: Mapping[Any, Any], *, means: Sequence[Mapping[Any, Any]]) -> I
             yield f"{mean['control']} {_with_interval(mean)}"
 
 
-def _with_interval(mean: Mapping[Any, Any], *, named: str = "") -> str:
+def _with_interval(mean: Mapping[Any, Any], *, label: str = "") -> str:
     low, high = mean["low"], mean["high"]
-    return f"{mean['mean']:.3g}" + ("" if math.isnan(low) else f" ({named}{low:.3g} to {high:.3g})")
+    return f"{mean['mean']:.3g}" + ("" if math.isnan(low) else f" ({label}{low:.3g} to {high:.3g})")

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from patchscope_nn._util.arguments import checked_class
-from patchscope_nn.analysis.comparison import Compared, Comparison, compare
+from patchscope_nn.analysis.comparison import ComparedRun, Comparison, compare
 from patchscope_nn.analysis.tables import frame
 from patchscope_nn.errors import InputError
 from patchscope_nn.recipe import slug
@@ -138,7 +138,7 @@ def compare_runs(runs: Mapping[str, Run], *, best: Sequence[str] | None = None) 
     """
     return compare(
         [
-            Compared(
+            ComparedRun(
                 name=name,
                 table=one.light_table(),
                 metrics=tuple(one.metrics),
@@ -165,7 +165,7 @@ def write_page(comparison: Comparison, runs: Mapping[str, Run], *, path: Path, t
             name=name,
             manifest=one.manifest,
             metrics=tuple(one.metrics),
-            shown=frame(list(islice(one.rows, most)), one.manifest["columns"]),
+            first_cells=frame(list(islice(one.rows, most)), one.manifest["columns"]),
             n_cells=len(one.rows),
         )
         for name, one in runs.items()

@@ -125,7 +125,7 @@ class Run:
             raise InputError("this run has no folder.", hint="Give a path: run.report('report.html').")
         file = Path(path) if path is not None else Path(self.path or ".") / REPORT
         table, shown = self._tables()
-        return write_report(table, manifest=self.manifest, path=file, shown=shown)
+        return write_report(table, manifest=self.manifest, path=file, first_cells=shown)
 
     def save_figures(
         self, folder: str | Path, *, formats: Sequence[str] = ("pdf", "svg", "png")

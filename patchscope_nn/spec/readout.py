@@ -81,7 +81,7 @@ class Readout(Spec):
     Class attributes, what figures and pages have to know:
         says: The column that says in words what the state means; empty if none does.
         title: What a figure calls that column.
-        question: What the target model is asked, to complete "the model was asked ...".
+        action: What the target model did, in a report's sentence; `{}` is its name.
         sentences: True if `says` is running text, and not a token or an option.
         odds: The columns of the likely answers and of their probabilities, which shade figures; or None.
         details: The columns that a page shows of a cell when it is opened.
@@ -99,7 +99,7 @@ class Readout(Spec):
 
     says: ClassVar[str] = ""
     title: ClassVar[str] = ""
-    question: ClassVar[str] = "what it says"
+    action: ClassVar[str] = "{} then ran"
     sentences: ClassVar[bool] = False
     odds: ClassVar[tuple[str, str] | None] = None
     details: ClassVar[tuple[str, ...]] = ()

@@ -10,7 +10,7 @@ import pytest
 from scipy import stats
 from tables import make_table
 
-from patchscope_nn.analysis.comparison import Compared, compare
+from patchscope_nn.analysis.comparison import ComparedRun, compare
 from patchscope_nn.analysis.statistics import best_over, paired
 from patchscope_nn.errors import InputError
 
@@ -18,7 +18,7 @@ METRIC = "surprisal_nats"
 
 
 def one(name, table, **more):
-    return Compared(**{"name": name, "table": table, "metrics": (METRIC,), "data": "same"} | more)
+    return ComparedRun(**{"name": name, "table": table, "metrics": (METRIC,), "data": "same"} | more)
 
 
 def line(comparison, first, second, *, controls=("patched", "patched")):

@@ -195,8 +195,11 @@ def test_a_probe_that_fits_not(more, message):
     ("more", "message"),
     [
         ({"probe": {"label": "wrd"}}, "probe.label='wrd' is no column of data row 0. Did you mean 'word'?"),
-        ({"data": {"rows": ROWS[:2]}}, "probe.folds=3, and the data has 2 different source prompts."),
-        ({"data": {"rows": ROWS[::6]}}, "probe.label: every data row is of the class 'Paris'."),
+        (
+            {"data": {"rows": ROWS[:2]}},
+            "probe.folds=3 needs as many different source prompts, and the data has 2.",
+        ),
+        ({"data": {"rows": ROWS[::6]}}, "probe.label: every data row has the class 'Paris'."),
     ],
 )
 def test_a_probe_that_cannot_be_trained_says_so_before_anything_runs(folder, tmp_path, more, message):

@@ -235,13 +235,13 @@ def test_the_explorer_says_why_it_has_nothing_to_show(tmp_path):
     from patchscope_nn.explore.answers import Answers
     from patchscope_nn.explore.copies import Options
     from patchscope_nn.explore.views import GridView
-    from patchscope_nn.explore.worker import Ask
+    from patchscope_nn.explore.worker import Query
 
     make().save_pretrained(tmp_path)
     tiny.TOKENIZER.save_pretrained(tmp_path)
     view = GridView(prompt=f"Paris {BAD}", source_model=str(tmp_path), target_model=str(tmp_path))
     answers, told = Answers(lenses(), Options()), []
-    Ask(lambda ask: answers.grid(view, ask), told.append).run()
+    Query(lambda query: answers.grid(view, query), told.append).run()
     assert told[-1]["event"] == "error"
     assert (
         "cells have no result. The first: the hidden state that was read is not finite" in told[-1]["message"]

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from tables import NASTY, make_table
 
-from patchscope_nn.analysis.comparison import Compared, compare
+from patchscope_nn.analysis.comparison import ComparedRun, compare
 from patchscope_nn.report import Side, write_comparison
 
 pytestmark = pytest.mark.browser
@@ -21,11 +21,11 @@ def write(
 ) -> Path:
     tables = {name: make_table(n_rows=12, controls=CONTROLS, seed=seed) for seed, name in enumerate(names)}
     compared = [
-        Compared(name=name, table=table, metrics=METRICS, best=best) for name, table in tables.items()
+        ComparedRun(name=name, table=table, metrics=METRICS, best=best) for name, table in tables.items()
     ]
     manifest = {"recipe": {"name": "lenses"}, "models": {"source": {"name": "builtin:smollm2-135m-instruct"}}}
     sides = [
-        Side(name=name, manifest=manifest, metrics=METRICS, shown=table, n_cells=len(table))
+        Side(name=name, manifest=manifest, metrics=METRICS, first_cells=table, n_cells=len(table))
         for name, table in tables.items()
     ]
     return write_comparison(compare(compared), sides, path=path, title="Which lens sees it first?")

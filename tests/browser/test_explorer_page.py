@@ -85,7 +85,7 @@ def ask(page, prompt):
 def said(page, where=".panel"):
     kinds = {"patched": None, "unpatched": "unpatched", "random": "random"}
     return {
-        control: page.locator(f"{where} .said.{name}").first.inner_text() for name, control in kinds.items()
+        control: page.locator(f"{where} .answer.{name}").first.inner_text() for name, control in kinds.items()
     }
 
 
@@ -149,7 +149,7 @@ def slow(explorer):
     def describe(_, one):
         asked.append(one)
         for count in range(1, 10_000):
-            one.tell("text", control=None, text="word " * count, n_tokens=count)
+            one.report("text", control=None, text="word " * count, n_tokens=count)
             time.sleep(0.02)
 
     explorer.answers.cell = describe
@@ -159,7 +159,7 @@ def slow(explorer):
 
 def test_a_description_streams_and_can_be_cancelled(opener, slow, explorer):
     page = opener(waits=False)
-    page.locator(".said.patched", has_text="word word").wait_for()
+    page.locator(".answer.patched", has_text="word word").wait_for()
     assert page.locator(".panel progress").is_visible()
     page.get_by_role("button", name="Cancel").click()
     page.locator(".panel [role=status]", has_text="cancelled").wait_for()
@@ -169,20 +169,20 @@ def test_a_description_streams_and_can_be_cancelled(opener, slow, explorer):
         page.wait_for_timeout(20)
     assert slow[0].cancelled
     cell(page, 0, 0).click()  # another begins at once: the first holds nothing up
-    page.locator(".said.patched", has_text="word").wait_for()
+    page.locator(".answer.patched", has_text="word").wait_for()
     page.keyboard.press("Escape")
     page.locator(".panel [role=status]", has_text="cancelled").wait_for()
 
 
 def test_a_state_that_is_pinned_while_it_is_asked_about_is_asked_about_once(opener, slow):
     page = opener(waits=False)
-    page.locator(".said.patched", has_text="word word").wait_for()
+    page.locator(".answer.patched", has_text="word word").wait_for()
     page.get_by_role("button", name="Pin", exact=True).click()
     page.locator("#pins [role=status]", has_text="asking").wait_for()
     page.wait_for_timeout(200)
     assert len(slow) == 1
     page.locator(".panel").get_by_role("button", name="Cancel").click()  # then the pinned one asks itself
-    page.locator("#pins .said.patched", has_text="word").wait_for()
+    page.locator("#pins .answer.patched", has_text="word").wait_for()
     assert len(slow) == 2
     page.keyboard.press("Escape")
 
@@ -193,7 +193,7 @@ def test_a_grid_can_be_cancelled(opener, explorer, monkeypatch):
 
     def endless(view, one):
         for count in range(10_000):
-            one.tell("progress", done=count, total=10_000)
+            one.report("progress", done=count, total=10_000)
             time.sleep(0.02)
         answer(view, one)
 
@@ -320,14 +320,14 @@ def test_hostile_text_is_shown_as_text(opener, explorer, monkeypatch):
 
     def speak(view, one):
         for control in (None, "unpatched", "random"):
-            one.tell("text", control=control, text=NASTY, n_tokens=1)
+            one.report("text", control=control, text=NASTY, n_tokens=1)
             place = {"target_layer": 0, "target_token": [NASTY[:60]], "target_position": [0]}
-            one.tell("said", control=control, text=NASTY, stopped="length", **place)
+            one.report("answer", control=control, text=NASTY, stopped="length", **place)
 
     monkeypatch.setattr(explorer.answers, "cell", speak)
     ask(page, HOSTILE)
-    page.locator(".said.patched", has_text="</script><script>alert(1)").wait_for()
-    shown = page.locator(".said.patched").inner_text()
+    page.locator(".answer.patched", has_text="</script><script>alert(1)").wait_for()
+    shown = page.locator(".answer.patched").inner_text()
     assert "<b>bold</b> %{y} 🙂 שלום \\u202e\\u0000\\u001b\\ud800" in shown
     assert page.locator("#grid b, .panel b, script:not([src])").count() == 0
     assert "\u202e" not in page.locator("body").inner_text()

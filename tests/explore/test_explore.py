@@ -27,7 +27,7 @@ from patchscope_nn.explore.guard import MAX_BODY
 from patchscope_nn.explore.lenses import lenses
 from patchscope_nn.explore.server import Explorer, listen
 from patchscope_nn.explore.views import WINDOW, CellView, GridView
-from patchscope_nn.explore.worker import Ask, Worker
+from patchscope_nn.explore.worker import Query, Worker
 from patchscope_nn.recipe import dump, load_recipe
 from patchscope_nn.spec.prompts import literal
 
@@ -194,7 +194,7 @@ def test_a_description_is_told_as_it_is_decoded(client, model):
     for event in events:
         if event["event"] == "text":
             texts[event["control"]].append(event)
-    said = {event["control"]: event["text"] for event in events if event["event"] == "said"}
+    said = {event["control"]: event["text"] for event in events if event["event"] == "answer"}
     assert set(said) == {None, "unpatched", "random"} == set(texts)
     for control, grown in texts.items():
         assert [one["n_tokens"] for one in grown] == list(range(1, len(grown) + 1))
@@ -206,10 +206,10 @@ def test_a_description_is_told_as_it_is_decoded(client, model):
 
 def test_a_rehearsal_gives_its_text_at_the_end(model):
     answers, told = Answers({}, Options(remote="local")), []
-    Ask(lambda ask: answers.cell(CellView(**cell_view(model)), ask), told.append).run()
+    Query(lambda query: answers.cell(CellView(**cell_view(model)), query), told.append).run()
     kinds = [event["event"] for event in told]
     assert "text" not in kinds
-    assert kinds.count("said") == 3
+    assert kinds.count("answer") == 3
     assert kinds[-1] == "done"
 
 
@@ -247,8 +247,8 @@ def test_errors_are_the_librarys_own_messages(client, model, fields, message):
 
 
 BAD = [
-    (b"{", "no JSON"),
-    (b"[]", "no JSON object"),
+    (b"{", "not valid JSON"),
+    (b"[]", "not a JSON object"),
     (b"{}", "prompt: is required"),
     (b'{"promt": "x"}', "Did you mean 'prompt'"),
     (b'{"prompt": "", "source_model": "m", "target_model": "m"}', "prompt"),
@@ -272,7 +272,7 @@ def test_what_fails_unexpectedly_is_told_in_a_line_and_logged(model, caplog):
         raise ZeroDivisionError("oh")
 
     told = []
-    Ask(fail, told.append).run()
+    Query(fail, told.append).run()
     assert told[-1]["event"] == "error"
     assert "ZeroDivisionError: oh" in told[-1]["message"]
     assert "Traceback" not in told[-1]["message"]
@@ -353,7 +353,7 @@ def test_the_server_gives_the_copies(client, model):
 def test_two_clients_at_once_are_both_answered(served, model, explorer):
     found, views = {}, {"a": cell_view(model), "b": cell_view(model, layer=0)}
     gate = threading.Event()
-    explorer.worker.submit(Ask(lambda _: gate.wait(60), lambda _: None))
+    explorer.worker.submit(Query(lambda _: gate.wait(60), lambda _: None))
 
     def post(name):
         found[name] = []
@@ -370,7 +370,7 @@ def test_two_clients_at_once_are_both_answered(served, model, explorer):
         thread.join()
     assert gate.is_set()
     for name, events in found.items():
-        said = {event["control"]: event["text"] for event in events if event["event"] == "said"}
+        said = {event["control"]: event["text"] for event in events if event["event"] == "answer"}
         run = ps.run(CellView(**views[name]).recipe())
         assert said == {row["control"]: row["text"] for row in run.rows}
 
@@ -402,7 +402,7 @@ def test_the_line_moves_on_and_a_cancelled_request_never_begins():
     told = defaultdict(list)
 
     def ask(name, task):
-        made = Ask(task, told[name].append)
+        made = Query(task, told[name].append)
         worker.submit(made)
         return made
 
@@ -427,9 +427,9 @@ def test_stopping_tells_whoever_waits():
     def work(ask):
         begun.set()
         while True:
-            ask.tell("working")
+            ask.report("working")
 
-    worker.submit(Ask(work, lambda event: told.append(event) if event["event"] == "error" else None))
+    worker.submit(Query(work, lambda event: told.append(event) if event["event"] == "error" else None))
     assert begun.wait(10)
     assert worker.stop()
     assert "was stopped" in told[0]["message"]
@@ -443,7 +443,7 @@ def test_the_recipes_that_are_lenses(tmp_path):
     text = "name: mine\ntitle: Mine\nsource: {prompt: a}\ntarget: {prompt: b, layer: 0}\n"
     (tmp_path / "mine.yaml").write_text(text)
     assert lenses([tmp_path / "mine.yaml"])["mine"].scope.target.layer == 0
-    for more, reason in (("readout: generate\n", "it reads generate"), ("", "columns of the data")):
+    for more, reason in (("readout: generate\n", "its readout is generate"), ("", "columns of the data")):
         wrong = text.replace("prompt: b", 'prompt: "{b}"') if not more else text + more
         (tmp_path / "wrong.yaml").write_text(wrong)
         with pytest.raises(InputError, match=reason):

@@ -14,7 +14,7 @@ from patchscope_nn.explore.answers import Answers
 from patchscope_nn.explore.copies import Options
 from patchscope_nn.explore.lenses import lenses
 from patchscope_nn.explore.views import CellView, GridView
-from patchscope_nn.explore.worker import Ask
+from patchscope_nn.explore.worker import Query
 from patchscope_nn.spec.prompts import decode
 
 FIRST, SECOND = tiny.VOCAB_SIZE + 1, tiny.VOCAB_SIZE + 2
@@ -74,11 +74,11 @@ def test_the_quick_look_shows_it(padded, monkeypatch, capsys):
 def test_the_explorer_shows_it(padded):
     answers, events = Answers(lenses(), Options()), []
     names = {"prompt": "The city", "source_model": padded, "target_model": padded}
-    answers.grid(GridView(**names), Ask(lambda _: None, events.append))
+    answers.grid(GridView(**names), Query(lambda _: None, events.append))
     cell = CellView(**names, position=1, layer=1, max_new_tokens=2)
-    answers.cell(cell, Ask(lambda _: None, events.append))
+    answers.cell(cell, Query(lambda _: None, events.append))
     (grid,) = (event for event in events if event["event"] == "grid")
     assert {token for entry in grid["cells"] for token in entry["top_tokens"][:1]} <= SHOWN
-    told = [event["text"] for event in events if event["event"] in ("text", "said")]
+    told = [event["text"] for event in events if event["event"] in ("text", "answer")]
     assert told
     assert all("<id 10" in text for text in told)

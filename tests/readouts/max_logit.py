@@ -31,7 +31,7 @@ class MaxLogit(ps.Readout):
     columns: ClassVar = {"max_token": "text", "max_logit": "number"}
     says = "max_token"
     title = "token of the largest logit"
-    question = "which token has the largest logit"
+    action = "{} then gave each token a logit"
     details = ("max_logit",)
 
     scale: float = 1.0

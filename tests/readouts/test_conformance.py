@@ -11,11 +11,11 @@ import pytest
 import tiny
 import torch
 from max_logit import MaxLogit
-from patchscope_nn.runs.conformance import check_readout
 
 import patchscope_nn as ps
 from patchscope_nn.errors import InputError, SpecError
 from patchscope_nn.recipe import lint
+from patchscope_nn.runs.conformance import check_readout
 from patchscope_nn.spec import readout_kinds, readout_registry
 
 ROOT = Path(__file__).parents[2]

@@ -11,7 +11,7 @@ from patchscope_nn.explore.answers import Answers
 from patchscope_nn.explore.copies import Options
 from patchscope_nn.explore.lenses import lenses
 from patchscope_nn.explore.views import CellView, GridView
-from patchscope_nn.explore.worker import Ask, Worker
+from patchscope_nn.explore.worker import Query, Worker
 
 TINY = launch.TINY
 TARGET = {"prompt": "Diana is in Paris in x"}  # the served model reads few tokens
@@ -20,7 +20,7 @@ TARGET = {"prompt": "Diana is in Paris in x"}  # the served model reads few toke
 def told(task):
     """All that a request tells its page."""
     events = []
-    Ask(task, events.append).run()
+    Query(task, events.append).run()
     assert events[-1]["event"] == "done", events[-1]
     return events
 
@@ -53,7 +53,7 @@ def test_a_grid_and_a_description(ndif, folders):
 
     view = {"position": 2, "layer": 1, "target": TARGET, "max_new_tokens": 5}
     local, remote = both(lambda answers, model, one: answers.cell(CellView(**names(model), **view), one))
-    said, expected = ([one for one in events if one["event"] == "said"] for events in (remote, local))
+    said, expected = ([one for one in events if one["event"] == "answer"] for events in (remote, local))
     assert len(said) == 3
     assert said == expected
 
@@ -61,12 +61,12 @@ def test_a_grid_and_a_description(ndif, folders):
 def test_a_cancelled_request_does_not_wait_for_its_job(ndif):
     answers, worker, events = Answers(lenses(), Options(remote=ndif)), Worker(), []
     view = CellView(**names(TINY), position=2, layer=1, target=TARGET, max_new_tokens=40)
-    first = Ask(lambda ask: answers.cell(view, ask), events.append)
+    first = Query(lambda query: answers.cell(view, query), events.append)
     worker.submit(first)
     wait_until(lambda: any(one["event"] == "notice" for one in events))
     worker.cancel(first)
     again = []
-    worker.submit(Ask(lambda ask: answers.grid(GridView(**names(TINY)), ask), again.append))
+    worker.submit(Query(lambda query: answers.grid(GridView(**names(TINY)), query), again.append))
     wait_until(lambda: again and again[-1]["event"] == "done")
     assert worker.stop()
-    assert not any(one["event"] in ("said", "done") for one in events)
+    assert not any(one["event"] in ("answer", "done") for one in events)

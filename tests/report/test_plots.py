@@ -141,7 +141,7 @@ def test_scales_are_panels_and_samples_are_averaged() -> None:
     table = make_table(n_rows=4, layers=range(5), scales=(0.5, 2.0), samples=3)
     figure = layer_curve(table, metric="surprisal_nats")
     assert [note.text for note in figure.layout.annotations] == ["scale 0.5", "scale 2"]
-    assert "samples of the noise" in figure.layout.title.text
+    assert "noise samples" in figure.layout.title.text
     real = table[table["control"].isna()]
     for scale, axis in ((0.5, "x"), (2.0, "x2")):
         curve = next(one for one in figure.data if one.name == "patched" and one.xaxis == axis)
@@ -149,7 +149,7 @@ def test_scales_are_panels_and_samples_are_averaged() -> None:
         np.testing.assert_allclose(curve.y, expected.to_numpy())
         assert any(one.name == "unpatched (control)" and one.xaxis == axis for one in figure.data)
     words = text_heatmap(table)
-    assert "the first of 3 samples" in words.layout.title.text
+    assert "first of 3 samples" in words.layout.title.text
     assert sum(str(line).endswith(" x 2") for line in words.layout.yaxis.ticktext) == 4 * 2
 
 

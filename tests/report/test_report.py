@@ -156,8 +156,8 @@ def test_the_exact_command_and_each_control_are_told(tmp_path: Path) -> None:
     ("recipe", "said"),
     [
         ({"probe": {"label": "object"}}, "A linear probe read hidden states of"),
-        ({"target": {"write": {"cut": {"position": 0}}}}, "attention from one place to another was cut"),
-        ({"target": {"corrupt": {"noise": 3}}}, "some of whose embeddings were made noise"),
+        ({"target": {"write": {"cut": {"position": 0}}}}, "attention from some tokens to others was cut"),
+        ({"target": {"corrupt": {"noise": 3}}}, "target prompt with noise on some of its embeddings"),
         ({"source": {"site": "mlp"}}, "Outputs of MLPs of"),
     ],
 )

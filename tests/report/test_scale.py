@@ -45,10 +45,10 @@ def test_the_scale_of_patched_cells_and_controls(patched: Any, controls: Any, ex
     ("scale", "names"),
     [
         (Scale(0, 1), None),
-        (Scale(0, 1, above=True), ["0", "0.2", "0.4", "0.6", "0.8", "1 and more"]),
-        (Scale(0, 1, below=True), ["0 and less", "0.2", "0.4", "0.6", "0.8", "1"]),
-        (Scale(-4, 12.2, below=True, above=True), ["-4 and less", "0", "5", "12.2 and more"]),
-        (Scale(9000, 51000, above=True), ["10,000", "20,000", "30,000", "40,000", "51,000 and more"]),
+        (Scale(0, 1, above=True), ["0", "0.2", "0.4", "0.6", "0.8", "1 or more"]),
+        (Scale(0, 1, below=True), ["0 or less", "0.2", "0.4", "0.6", "0.8", "1"]),
+        (Scale(-4, 12.2, below=True, above=True), ["-4 or less", "0", "5", "12.2 or more"]),
+        (Scale(9000, 51000, above=True), ["10,000", "20,000", "30,000", "40,000", "51,000 or more"]),
     ],
 )
 def test_the_ticks_of_a_bar(scale: Scale, names: list[str] | None) -> None:
@@ -80,7 +80,7 @@ def test_a_bar_says_that_controls_are_beyond_its_end(kind: str) -> None:
     figure = figure_of(kind, controls=(5, 25))
     axis = figure.layout.coloraxis
     assert axis.cmax <= 1
-    assert axis.colorbar.ticktext[-1] == f"{axis.cmax:,.6g} and more"
+    assert axis.colorbar.ticktext[-1] == f"{axis.cmax:,.6g} or more"
     assert axis.colorbar.tickvals[-1] == axis.cmax
     bar = draw(figure).axes[-1]
     assert [label.get_text() for label in bar.get_yticklabels()] == list(axis.colorbar.ticktext)

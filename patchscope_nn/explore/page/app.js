@@ -1,9 +1,10 @@
-/* The page: what is asked, the grid, the selected state and the pinned ones, and copies of all of it. */
+/* The page: the form, the grid, the selected state and the pinned ones, and copies of all of it. */
 import { byId, isolated, make, percent, quoted } from "./text.js";
 import { Card, showError, topTokens } from "./cards.js";
+import { command, copy, copyView } from "./copies.js";
 import { Grid } from "./grid.js";
-import { ask, copyOf } from "./stream.js";
-import { cellOf, format, gridOf, parse } from "./view.js";
+import { ask } from "./stream.js";
+import { format, gridRequest, parse } from "./view.js";
 
 const about = await (await fetch("about")).json();
 const defaults = {
@@ -13,7 +14,7 @@ const defaults = {
   describe: about.describe,
   identity: about.identity,
 };
-const PAUSE_MS = 250; // a key that is held down asks about the cell it stops at
+const PAUSE_MS = 250; // while an arrow key is held down, cells on the way are not requested
 let view = parse(location.hash || about.view, defaults);
 let selected = null;
 let pinned = [];
@@ -21,9 +22,9 @@ let running = null;
 let pause = 0;
 
 const grid = new Grid({ select });
-const nothing = [...byId("selected").childNodes];
+const placeholder = [...byId("selected").childNodes];
 
-/* ---- what is asked ---- */
+/* ---- the form ---- */
 
 function fillForm() {
   byId("prompt").value = view.prompt;
@@ -35,7 +36,7 @@ function fillForm() {
   byId("own-position").value = view.own.position;
   fillLayers(byId("own-layer"), view.own.layer);
   byId("own").hidden = view.lens !== "own";
-  byId("models-said").textContent = view.source === view.target ? view.source : `${view.source} → ${view.target}`;
+  byId("models").textContent = view.source === view.target ? view.source : `${view.source} → ${view.target}`;
 }
 
 function readForm() {
@@ -54,7 +55,7 @@ function fillLayers(select, chosen) {
   const count = grid.grid?.target_layers ?? 0;
   const names = ["same", "embed", ...Array(count).keys()].map(String);
   if (!names.includes(chosen)) names.push(chosen);
-  select.replaceChildren(...names.map((name) => make("option", { value: name, text: name === "same" ? "the same" : name })));
+  select.replaceChildren(...names.map((name) => make("option", { value: name, text: name === "same" ? "same layer" : name })));
   select.value = chosen;
 }
 
@@ -87,7 +88,7 @@ async function showGrid() {
   progress.value = 0;
   progress.hidden = cancel.hidden = false;
   try {
-    for await (const event of ask("grid", gridOf(view, windowOf()), abort.signal)) {
+    for await (const event of ask("grid", gridRequest(view, windowOf()), abort.signal)) {
       if (running !== abort) return;
       if (event.event === "waiting") status.textContent = `waiting for ${event.ahead} other request${event.ahead > 1 ? "s" : ""}`;
       if (event.event === "loading") status.textContent = `loading ${event.models.join(" and ")}…`;
@@ -109,7 +110,7 @@ async function showGrid() {
   }
 }
 
-/** Nothing is shown that was not asked of this prompt and these models. */
+/** Remove everything that belongs to another prompt or other models. */
 function clear() {
   grid.clear();
   clearSelected();
@@ -121,30 +122,30 @@ function clearSelected() {
   clearTimeout(pause);
   selected?.cancel();
   selected = null;
-  byId("selected").replaceChildren(...nothing);
+  byId("selected").replaceChildren(...placeholder);
 }
 
 let lengths = { prompt: null, count: 0 };
-/** The tokens of the window, or null where the server is to choose: all, or the first of a long prompt. */
+/** The positions to show, or null for the server's default: all, or the first ones of a long prompt. */
 function windowOf() {
   if (!view.from) return null;
   const end = lengths.prompt === view.prompt ? Math.min(lengths.count, view.from + about.window) : view.from + about.window;
   return Array.from({ length: end - view.from }, (_, i) => view.from + i);
 }
 
-function showCells(found, started) {
-  lengths = { prompt: view.prompt, count: found.n_tokens };
-  grid.show(found, view.shade);
+function showCells(event, started) {
+  lengths = { prompt: view.prompt, count: event.n_tokens };
+  grid.show(event, view.shade);
   fillLayers(byId("own-layer"), view.own.layer);
   const took = ((performance.now() - started) / 1000).toFixed(1);
-  const [first, last] = [found.positions[0], found.positions.at(-1)];
-  const some = found.whole ? `${found.n_tokens}` : `${first}–${last} of ${found.n_tokens}`;
-  byId("grid-status").textContent = `${some} tokens × ${found.n_layers} layers, ${took} s`;
-  byId("earlier").hidden = byId("later").hidden = found.whole;
+  const [first, last] = [event.positions[0], event.positions.at(-1)];
+  const range = event.whole ? `${event.n_tokens}` : `${first}–${last} of ${event.n_tokens}`;
+  byId("grid-status").textContent = `${range} tokens × ${event.n_layers} layers, ${took} s`;
+  byId("earlier").hidden = byId("later").hidden = event.whole;
   byId("earlier").disabled = first === 0;
-  byId("later").disabled = last === found.n_tokens - 1;
-  const at = view.at ?? { position: last, layer: Math.floor(0.4 * found.n_layers) };
-  // A link's cell may be outside this model or this window.
+  byId("later").disabled = last === event.n_tokens - 1;
+  const at = view.at ?? { position: last, layer: Math.floor(0.4 * event.n_layers) };
+  // The cell of a link may be outside this model or these positions.
   if (grid.cell(at)) {
     select(at, { byKey: false });
     grid.reveal(at);
@@ -198,7 +199,7 @@ function showSelected(place) {
     make("div", { name: "row" },
       make("div", { name: "field" }, make("label", { for: "into-layer", text: "Target layer" }), layer),
       make("div", { name: "field" }, make("label", { for: "into-position", text: "Token written" }), position),
-      make("div", { name: "field" }, make("label", { for: "into-most", text: "Most tokens" }), most),
+      make("div", { name: "field" }, make("label", { for: "into-most", text: "Max tokens" }), most),
       again,
     ),
     make("div", { name: "field" }, make("label", { for: "into-prompt", text: "Target prompt" }), prompt),
@@ -216,7 +217,7 @@ function showSelected(place) {
     event.preventDefault();
     change();
   });
-  const pin = make("button", { type: "button", text: "Pin", title: "Keep this state below, beside another" });
+  const pin = make("button", { type: "button", text: "Pin", title: "Keep this state below, to compare it with another" });
   pin.disabled = view.pins.length >= 2;
   pin.addEventListener("click", () => pinSelected());
   const facts = [`entropy ${cell.entropy_nats.toFixed(2)} nats`];
@@ -224,7 +225,7 @@ function showSelected(place) {
   selected = new Card({
     view: () => view, place, into: view.into, most: view.most,
     head: make("div", { name: "bar" }, heading(place, "h2", "panel-head"), make("span", { name: "push" }), pin, ...copyButtons(() => selected)),
-    foot: [form, make("h3", { text: "By the lens, it holds" }), topTokens(cell), make("p", { name: "hint", text: facts.join(", ") })],
+    foot: [form, make("h3", { text: "Next tokens, by the lens" }), topTokens(cell), make("p", { name: "hint", text: facts.join(", ") })],
   });
   selected.pin = pin;
   byId("selected").replaceChildren(selected.node);
@@ -233,7 +234,7 @@ function showSelected(place) {
 function copyButtons(card) {
   return ["recipe", "python"].map((form) => {
     const button = make("button", { type: "button", text: form === "recipe" ? "Copy as recipe" : "Copy as Python" });
-    button.addEventListener("click", () => copyView("cell", form, card().asked));
+    button.addEventListener("click", () => copyView("cell", form, card().request));
     return button;
   });
 }
@@ -260,7 +261,7 @@ function showPins() {
   pinned = inside.map((pin) => {
     const remove = make("button", { type: "button", text: "Unpin" });
     remove.addEventListener("click", () => {
-      view.pins = view.pins.filter((one) => one !== pin);
+      view.pins = view.pins.filter((other) => other !== pin);
       changedPins();
     });
     const cell = grid.cell(pin);
@@ -277,46 +278,9 @@ function showPins() {
   byId("pins").hidden = !pinned.length;
 }
 
-/* ---- copies ---- */
+/* ---- start ---- */
 
-let fading = 0;
-function toast(text) {
-  byId("toast").textContent = text;
-  clearTimeout(fading);
-  fading = setTimeout(() => (byId("toast").textContent = ""), 2500);
-}
-
-async function copy(text, what) {
-  try {
-    await navigator.clipboard.writeText(text);
-    toast(`${what} copied`);
-  } catch {
-    const dialog = byId("by-hand");
-    dialog.querySelector("textarea").value = text;
-    dialog.showModal();
-    dialog.querySelector("textarea").select();
-  }
-}
-
-async function copyView(what, form, body) {
-  try {
-    await copy(await copyOf(what, form, body), form === "recipe" ? "Recipe" : "Python");
-  } catch (error) {
-    showError(byId("error"), error);
-  }
-}
-
-/** A word that a shell takes as it is. */
-const word = (text) => (/^[\w@%+=:,./-]+$/.test(text) ? text : `'${text.replaceAll("'", `'\\''`)}'`);
-
-function command() {
-  const models = view.source === view.target ? ["--model", view.source] : ["--source-model", view.source, "--target-model", view.target];
-  return ["patchscope", "explore", ...models, ...about.options, "--view", format(view, defaults)].map(word).join(" ");
-}
-
-/* ---- beginning ---- */
-
-function begin() {
+function start() {
   for (const [name, rows] of Object.entries(about.examples)) {
     byId("examples").append(make("optgroup", { label: name }, ...rows.map((text) => make("option", { value: text, text }))));
   }
@@ -355,11 +319,11 @@ function begin() {
   byId("earlier").addEventListener("click", () => page(-1));
   byId("later").addEventListener("click", () => page(1));
   for (const button of document.querySelectorAll("[data-copy]")) {
-    const asked = () => gridOf(view, grid.grid && !grid.grid.whole ? grid.grid.positions : null);
-    button.addEventListener("click", () => copyView("grid", button.dataset.copy, asked()));
+    const request = () => gridRequest(view, grid.grid && !grid.grid.whole ? grid.grid.positions : null);
+    button.addEventListener("click", () => copyView("grid", button.dataset.copy, request()));
   }
-  byId("copy-link").addEventListener("click", () => copy(location.href, "Link, with its token,"));
-  byId("copy-command").addEventListener("click", () => copy(command(), "Command"));
+  byId("copy-link").addEventListener("click", () => copy(location.href, "Link with its token"));
+  byId("copy-command").addEventListener("click", () => copy(command(view, defaults, about), "Command"));
   document.addEventListener("keydown", (event) => {
     if (event.key !== "Escape" || byId("by-hand").open) return;
     selected?.cancel();
@@ -373,4 +337,4 @@ function begin() {
   showGrid();
 }
 
-begin();
+start();

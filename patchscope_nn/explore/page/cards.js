@@ -1,32 +1,36 @@
-/* Cards: one state each, with what the model says it is, beside its controls. */
+/* Cards: each shows one state, with the model's description of it and those of its controls. */
 import { isolated, make, percent, quoted, visible } from "./text.js";
 import { ask } from "./stream.js";
-import { cellOf } from "./view.js";
+import { cellRequest } from "./view.js";
 
 const KINDS = [[null, "patched"], ["unpatched", "unpatched"], ["random", "random"]];
 const ABOUT = {
   patched: "the state, written into the target prompt",
-  unpatched: "the target prompt as it is: what is said here too was not read from the state",
+  unpatched: "the target prompt with nothing written: an answer that is also here does not come from the state",
   random: "a random state of the same norm",
 };
-/** What has been said, by what was asked: a state that is selected again need not be asked again. */
-const memory = new Map();
+/** Answers by request, so that a state that is selected again is not computed again. */
+const answers = new Map();
 const KEPT = 300;
-/** What is being asked, each with a promise of its end, good or bad. */
-const flights = new Map();
+/** Requests that are running, each with a promise that resolves at its end. */
+const running = new Map();
 
 export class Card {
   /**
-   * @param place position and layer
-   * @param controls buttons and fields of the card's own, as nodes
+   * @param view a function that returns the current view
+   * @param place the state's position and layer
+   * @param into the target prompt, position and layer
+   * @param most the number of tokens to decode at most
+   * @param head the node above the texts
+   * @param foot the nodes below them
    */
-  constructor({ view, place, into, most, head, controls = [], foot = [] }) {
+  constructor({ view, place, into, most, head, foot = [] }) {
     Object.assign(this, { view, place, into, most });
     this.texts = new Map();
     const rows = KINDS.flatMap(([control, name]) => {
-      const text = make("dd", { name: `said ${name}`, dir: "auto" });
+      const text = make("dd", { name: `answer ${name}`, dir: "auto" });
       this.texts.set(control, text);
-      // Read out once it is whole: a busy region waits.
+      // Screen readers wait while a live region is busy, and then read the complete text.
       if (control === null) text.ariaLive = "polite";
       return [make("dt", { text: name, title: ABOUT[name] }), text];
     });
@@ -39,7 +43,7 @@ export class Card {
     this.error.hidden = true;
     this.node = make(
       "article", { name: "card" },
-      head, ...controls, this.where,
+      head, this.where,
       make("dl", { name: "texts" }, ...rows),
       make("div", { name: "bar" }, this.status, this.progress, this.cancelButton),
       this.error, ...foot,
@@ -47,16 +51,16 @@ export class Card {
     this.busy(false);
   }
 
-  get asked() {
-    return cellOf(this.view(), this.place, this.into, this.most);
+  get request() {
+    return cellRequest(this.view(), this.place, this.into, this.most);
   }
 
-  busy(is) {
-    this.progress.hidden = this.cancelButton.hidden = !is;
-    this.node.ariaBusy = String(is);
+  busy(isBusy) {
+    this.progress.hidden = this.cancelButton.hidden = !isBusy;
+    this.node.ariaBusy = String(isBusy);
   }
 
-  say(control, text, growing) {
+  setText(control, text, growing) {
     const node = this.texts.get(control);
     node.textContent = visible(text) || (growing ? "" : "(nothing)");
     node.classList.toggle("growing", growing);
@@ -64,52 +68,52 @@ export class Card {
     node.classList.toggle("nothing", !text && !growing);
   }
 
-  /** Stop asking; what has been said so far stays. */
-  cancel(said = "cancelled") {
+  /** Stop the request; the text so far stays. */
+  cancel(status = "cancelled") {
     if (!this.abort) return;
     this.abort.abort();
     this.abort = null;
-    this.status.textContent = said;
+    this.status.textContent = status;
     this.busy(false);
     for (const node of this.texts.values()) node.classList.remove("growing");
   }
 
-  /** Ask the model, or show what it said before. */
+  /** Show the model's description, from an earlier answer if there is one. */
   async describe() {
     this.cancel();
     this.error.hidden = true;
-    const body = this.asked;
+    const body = this.request;
     const key = JSON.stringify(body);
-    if (memory.has(key)) {
-      this.finish(memory.get(key));
+    if (answers.has(key)) {
+      this.finish(answers.get(key));
       return;
     }
     const abort = (this.abort = new AbortController());
-    for (const [control] of KINDS) this.say(control, "", true);
+    for (const [control] of KINDS) this.setText(control, "", true);
     this.where.textContent = "";
     this.progress.value = 0;
     this.status.textContent = "asking…";
     this.busy(true);
-    while (flights.has(key)) {
-      await flights.get(key); // another card asks the same
+    while (running.has(key)) {
+      await running.get(key); // another card has sent the same request
       if (this.abort !== abort) return;
     }
-    if (memory.has(key)) {
+    if (answers.has(key)) {
       this.abort = null;
-      this.finish(memory.get(key));
+      this.finish(answers.get(key));
       return;
     }
-    let land;
-    flights.set(key, new Promise((resolve) => (land = resolve)));
+    let ended;
+    running.set(key, new Promise((resolve) => (ended = resolve)));
     try {
-      await this.fly(body, key, abort);
+      await this.run(body, key, abort);
     } finally {
-      flights.delete(key);
-      land();
+      running.delete(key);
+      ended();
     }
   }
 
-  async fly(body, key, abort) {
+  async run(body, key, abort) {
     const started = performance.now();
     const rows = [];
     let first = 0;
@@ -122,11 +126,11 @@ export class Card {
         if (event.event === "notice") this.status.textContent = visible(event.line);
         if (event.event === "text") {
           first ||= performance.now() - started;
-          this.say(event.control, event.text, true);
+          this.setText(event.control, event.text, true);
           this.progress.value = Math.max(this.progress.value, event.n_tokens);
           this.status.textContent = "decoding…";
         }
-        if (event.event === "said") rows.push(event);
+        if (event.event === "answer") rows.push(event);
       }
     } catch (error) {
       if (this.abort !== abort) return;
@@ -137,14 +141,14 @@ export class Card {
     if (this.abort !== abort) return;
     this.abort = null;
     const took = (performance.now() - started) / 1000;
-    const said = { rows, note: first ? `first token after ${(first / 1000).toFixed(1)} s, all after ${took.toFixed(1)} s` : `after ${took.toFixed(1)} s` };
-    if (memory.size >= KEPT) memory.delete(memory.keys().next().value);
-    memory.set(key, said);
-    this.finish(said);
+    const note = first ? `first token after ${(first / 1000).toFixed(1)} s, all after ${took.toFixed(1)} s` : `after ${took.toFixed(1)} s`;
+    if (answers.size >= KEPT) answers.delete(answers.keys().next().value);
+    answers.set(key, { rows, note });
+    this.finish({ rows, note });
   }
 
   finish({ rows, note }) {
-    for (const row of rows) this.say(row.control, row.text, false);
+    for (const row of rows) this.setText(row.control, row.text, false);
     const patched = rows.find((row) => row.control === null);
     const into = patched.target_layer === -1 ? "the embedding" : `layer ${patched.target_layer}`;
     const tokens = patched.target_token.map((text, i) => `${quoted(text)} (position ${patched.target_position[i]})`);
@@ -154,13 +158,13 @@ export class Card {
   }
 
   fail(error) {
-    for (const [control] of KINDS) this.say(control, "", true);
+    for (const [control] of KINDS) this.setText(control, "", true);
     for (const node of this.texts.values()) node.classList.remove("growing");
     showError(this.error, error);
   }
 }
 
-/** An error as a message and what to do about it. */
+/** Show an error's message and hint. */
 export function showError(box, error) {
   box.replaceChildren(
     make("p", { text: visible(error.message ?? String(error)) }),
@@ -169,7 +173,7 @@ export function showError(box, error) {
   box.hidden = false;
 }
 
-/** The most likely next tokens of a cell of the grid, with bars. */
+/** A table of a cell's most likely next tokens, with bars. */
 export function topTokens(cell) {
   const rows = cell.top_tokens.map((text, i) => {
     const bar = make("span", { name: "amount" });

@@ -1,17 +1,17 @@
-/* The grid: tokens from left to right, layers from the bottom up. One cell is in the tab order. */
+/* The grid: tokens from left to right, layers from the bottom up. One cell at a time is in the tab order. */
 import { byId, isolated, make, percent, quoted, token } from "./text.js";
 import { gradient, paint } from "./scale.js";
 
 const SHADES = {
-  probability: { title: "Probability of the top token", of: (cell) => cell.top_probs[0], shown: percent, most: () => 1 },
-  entropy: { title: "Entropy in nats", of: (cell) => cell.entropy_nats, shown: (value) => value.toFixed(2) },
-  surprisal: { title: "Surprisal in nats: −log p of the top token, in the model’s own prediction", of: (cell) => cell.surprisal_nats, shown: (value) => value.toFixed(2) },
+  probability: { title: "Probability of the top token", of: (cell) => cell.top_probs[0], high: 1 },
+  entropy: { title: "Entropy in nats", of: (cell) => cell.entropy_nats },
+  surprisal: { title: "Surprisal in nats: −log p of the top token, in the model’s own prediction", of: (cell) => cell.surprisal_nats },
 };
 
 const key = (position, layer) => `${position}.${layer}`;
 
 export class Grid {
-  /** @param select called with a cell's place, and whether a key moved there */
+  /** @param select called with a cell's place, and whether it was reached by an arrow key */
   constructor({ select }) {
     this.table = byId("grid");
     this.select = select;
@@ -29,7 +29,7 @@ export class Grid {
 
   placeOf = (node) => ({ position: Number(node.dataset.position), layer: Number(node.dataset.layer) });
 
-  /** Leave the grid in sight, but not in use, while another is on its way. */
+  /** Dim the grid and make it unresponsive while the next one is computed. */
   hold() {
     this.table.classList.add("held");
     this.table.ariaBusy = "true";
@@ -48,7 +48,7 @@ export class Grid {
     this.table.ariaBusy = "false";
   }
 
-  /** Show a grid that has come. */
+  /** Show a grid. */
   show(grid, shade) {
     this.free();
     this.grid = grid;
@@ -87,16 +87,16 @@ export class Grid {
     return node;
   }
 
-  /** Colour the cells by another number; gives whether this grid has it. */
+  /** Colour the cells by a number, if this grid has it. */
   shade(name) {
-    const { title, of, shown, most } = SHADES[name];
+    const { title, of, high: fixed } = SHADES[name];
     const values = this.grid.cells.map(of);
     const known = values.every((value) => value !== null);
-    const high = most ? most() : Math.max(...values, 1e-9);
+    const high = fixed ?? Math.max(...values, 1e-9);
     this.grid.cells.forEach((cell, i) => paint(this.nodes.get(key(cell.position, cell.layer)), known ? values[i] / high : 0));
     byId("legend-name").textContent = known ? title : "Surprisal needs one model for source and target";
     byId("legend-low").textContent = known ? "0" : "";
-    byId("legend-high").textContent = known ? (most ? "100 %" : shown(high)) : "";
+    byId("legend-high").textContent = known ? (fixed ? percent(fixed) : high.toFixed(2)) : "";
   }
 
   cell({ position, layer }) {
@@ -117,7 +117,7 @@ export class Grid {
     node.tabIndex = 0;
   }
 
-  /** Make room after the last column, so that scrolling ends where a column begins beside the layers. */
+  /** Add space after the last column, so that at the end of scrolling a column starts right beside the layers. */
   align() {
     this.table.style.borderInlineEndWidth = "0";
     const lefts = [...this.table.querySelectorAll("tbody tr:first-child td")].map((node) => this.sides(node).left);
@@ -128,23 +128,23 @@ export class Grid {
     if (beyond > 0) this.table.style.borderInlineEndWidth = `${this.startFrom(beyond) - beyond}px`;
   }
 
-  /** Where a cell begins and ends in the table, however far it is scrolled. */
+  /** The left and right edges of a cell within the table, independent of scrolling. */
   sides(node) {
     const [cell, table] = [node, this.table].map((part) => part.getBoundingClientRect());
     return { left: cell.left - table.left, right: cell.right - table.left };
   }
 
-  /** The first place to scroll to, from a place on, at which the layers cut no column. */
+  /** The first scroll position, at or after one, at which no column is partly hidden by the layers. */
   startFrom = (left) => this.starts.find((start) => start >= left) ?? this.starts.at(-1);
 
-  /** Scroll the grid alone, so that a cell is in sight. */
+  /** Scroll the grid, but not the page, to show a cell. */
   reveal({ position, layer }) {
     const node = this.nodes.get(key(position, layer));
     this.box.scrollLeft = this.startFrom(this.sides(node).left - this.box.clientWidth / 2);
     this.box.scrollTop = node.offsetTop - this.box.clientHeight / 2;
   }
 
-  /** Scroll as little as need be for a cell to be in sight. */
+  /** Scroll as little as necessary to show a cell. */
   follow(node) {
     const { left, right } = this.sides(node);
     const end = right - this.box.clientWidth;

@@ -1,4 +1,4 @@
-/* The cividis scale, and the ink that can be read on it. */
+/* The cividis colour scale, and the text colour that is legible on it. */
 const STOPS = [
   [0, 32, 76], [0, 42, 102], [0, 52, 110], [39, 63, 108], [60, 74, 107], [76, 85, 107], [91, 95, 109],
   [104, 106, 112], [117, 117, 117], [131, 129, 120], [146, 140, 120], [161, 152, 118], [176, 165, 114],
@@ -6,9 +6,9 @@ const STOPS = [
 ];
 const INKS = { light: "#ffffff", dark: "#000000" };
 
-/** The colour at a place in 0..1, as [r, g, b]. */
-function at(place) {
-  const x = Math.min(1, Math.max(0, place)) * (STOPS.length - 1);
+/** The colour of a value in 0..1, as [r, g, b]. */
+function colour(value) {
+  const x = Math.min(1, Math.max(0, value)) * (STOPS.length - 1);
   const i = Math.min(STOPS.length - 2, Math.floor(x));
   return STOPS[i].map((low, channel) => Math.round(low + (x - i) * (STOPS[i + 1][channel] - low)));
 }
@@ -21,15 +21,15 @@ function luminance(rgb) {
   return 0.2126 * r + 0.7152 * g + 0.0722 * b;
 }
 
-/** Colour a cell: background, and whichever ink has the greater contrast. */
-export function paint(node, place) {
-  const rgb = at(place);
+/** Set a cell's background, and the text colour with the greater contrast. */
+export function paint(node, value) {
+  const rgb = colour(value);
   const y = luminance(rgb);
   node.style.backgroundColor = `rgb(${rgb.join(" ")})`;
   node.style.color = 1.05 / (y + 0.05) >= (y + 0.05) / 0.05 ? INKS.light : INKS.dark;
 }
 
-/** The scale itself, as a CSS gradient. */
+/** The whole scale as a CSS gradient. */
 export function gradient() {
   return `linear-gradient(to right, ${STOPS.map((rgb) => `rgb(${rgb.join(" ")})`).join(", ")})`;
 }

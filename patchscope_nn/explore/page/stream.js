@@ -1,12 +1,14 @@
-/* Requests to the server: streams of JSON lines, which a signal cancels. */
+/* Requests to the server. Answers are streams of JSON lines; an abort signal cancels them. */
 
-/** An error as the server tells it. */
-export class Told extends Error {
+/** An error that the server reports, with a hint. */
+export class ServerError extends Error {
   constructor({ message, hint }) {
     super(message);
     this.hint = hint;
   }
 }
+
+const STOPPED = "Check that `patchscope explore` is still running in its terminal.";
 
 async function send(path, body, signal) {
   let response;
@@ -19,20 +21,20 @@ async function send(path, body, signal) {
     });
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw new Told({ message: "The explorer cannot be reached.", hint: "Is `patchscope explore` still running in its terminal?" });
+    throw new ServerError({ message: "The explorer cannot be reached.", hint: STOPPED });
   }
   if (response.ok) return response;
   const text = await response.text();
-  let said;
+  let report;
   try {
-    said = JSON.parse(text);
+    report = JSON.parse(text);
   } catch {
-    said = { message: text.trim() || `The server said ${response.status}.`, hint: "" };
+    report = { message: text.trim() || `The server answered with status ${response.status}.`, hint: "" };
   }
-  throw new Told(said);
+  throw new ServerError(report);
 }
 
-/** Ask, and give each event as it comes; an `error` event is thrown. */
+/** Send a request and yield its events as they arrive; an `error` event is thrown. */
 export async function* ask(path, body, signal) {
   const response = await send(path, body, signal);
   const reader = response.body.getReader();
@@ -41,20 +43,20 @@ export async function* ask(path, body, signal) {
   let ended = false;
   for (;;) {
     const { value, done } = await reader.read();
-    if (done && ended) return; // read to its end, so that the connection can be used again
-    if (done) throw new Told({ message: "The answer ended too early.", hint: "Is `patchscope explore` still running in its terminal?" });
+    if (done && ended) return; // the stream is read to its end, so that the connection can be reused
+    if (done) throw new ServerError({ message: "The answer is incomplete.", hint: STOPPED });
     const lines = (rest + decoder.decode(value, { stream: true })).split("\n");
     rest = lines.pop();
     for (const line of lines) {
       const event = JSON.parse(line);
-      if (event.event === "error") throw new Told(event);
+      if (event.event === "error") throw new ServerError(event);
       if (event.event === "done") ended = true;
       else yield event;
     }
   }
 }
 
-/** Ask for a copy of a view: its text. */
+/** Fetch a view as the text of a recipe or of a Python script. */
 export async function copyOf(what, form, body) {
   const response = await send(`copy/${what}/${form}`, body);
   return (await response.json()).text;

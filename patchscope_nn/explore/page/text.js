@@ -1,21 +1,23 @@
-/* Texts of models and users, made visible. They only ever enter the page as text, never as markup. */
+/* Texts from models and users, with invisible characters shown. They enter the page only as text, never as markup. */
 const HIDDEN = /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u00ad\u061c\u200b\u200e\u200f\u2028\u2029\u202a-\u202e\u2060\u2066-\u2069\ufeff]|[\ud800-\udbff](?![\udc00-\udfff])|(?<![\ud800-\udbff])[\udc00-\udfff]/g;
 
 const code = (mark) => `\\u${mark.charCodeAt(0).toString(16).padStart(4, "0")}`;
 
-/** A text with the marks that cannot be seen, or that turn the direction, written out; line ends stay. */
+/** A text with invisible characters and direction marks written as codes; line breaks are kept. */
 export const visible = (text) => text.replace(HIDDEN, code);
 
-/** A token on one line; white space alone gets signs. */
+const oneLine = (text) => visible(text).replaceAll("\n", "⏎").replaceAll("\t", "⇥");
+
+/** A token without spaces around it; a token of spaces only becomes visible signs. */
 export function token(text) {
-  const shown = visible(text).replaceAll("\n", "⏎").replaceAll("\t", "⇥");
-  return shown.trim() ? shown.trim() : shown.replaceAll(" ", "␣") || "∅";
+  const line = oneLine(text);
+  return line.trim() || line.replaceAll(" ", "␣") || "∅";
 }
 
-/** A token as it is, in quotes: the leading space counts. */
-export const quoted = (text) => `‘${visible(text).replaceAll("\n", "⏎").replaceAll("\t", "⇥")}’`;
+/** A token in quotes, with its spaces. */
+export const quoted = (text) => `‘${oneLine(text)}’`;
 
-/** A new element. */
+/** Create an element. */
 export function make(tag, { text, name, ...attributes } = {}, ...children) {
   const node = document.createElement(tag);
   if (text !== undefined) node.textContent = text;
@@ -27,7 +29,7 @@ export function make(tag, { text, name, ...attributes } = {}, ...children) {
   return node;
 }
 
-/** A text whose direction is its own, and leaves what stands around it alone. */
+/** A text whose writing direction does not affect the text around it. */
 export const isolated = (text, name) => make("bdi", { text, name });
 
 export const byId = (id) => document.getElementById(id);

@@ -1,31 +1,32 @@
-"""Figures of a run's table: a metric by layer, and what each hidden state says. Returned, never shown.
+"""Figures of a run's table: a metric by layer, and the answer of each cell. Figures are returned, not shown.
 
-Every function takes the tidy table of DESIGN section 4 (one row per cell) and leaves it as it is:
+Every function takes a run's table (one row per cell) and does not change it:
 
-    text.py     what a model wrote, made fit to be seen
-    table.py    reading the table: its metrics, their means by layer
-    style.py    what all figures share
+    text.py        model output as safe, visible, short text
+    table.py       the metrics in a table, and their means by layer
+    style.py       colours, axes and layout of all figures
+    scale.py       the colour scale of a heatmap
     comparison.py  a metric of several runs
-    maps.py     a metric by token and layer, and what heatmaps share
-    curves.py   a metric by layer, or by pairs of layers
-    said.py     what one cell says
-    lines.py    which cells stand together in a line of a text heatmap
-    grid.py     the text heatmap
-    choose.py   which of these figures fit a table
-    paper.py    a figure for a paper: PDF, SVG, PNG
-    glyphs.py   which characters fonts can draw
+    maps.py        a metric by token and layer, and panels of heatmaps
+    curves.py      a metric by layer, or by pairs of layers
+    cell_text.py   the label and hover text of one cell
+    lines.py       which cells form a line of a text heatmap
+    grid.py        the text heatmap
+    choose.py      the figures that suit a table
+    paper.py       figures for a paper: PDF, SVG, PNG
+    glyphs.py      the characters that installed fonts can draw
 """
 
 from __future__ import annotations
 
 from patchscope_nn.analysis.statistics import REAL, is_null, numbers
+from patchscope_nn.report.figures.cell_text import odds
 from patchscope_nn.report.figures.choose import figures
 from patchscope_nn.report.figures.comparison import comparison_curve
 from patchscope_nn.report.figures.curves import layer_curve, layer_pair_heatmap
 from patchscope_nn.report.figures.grid import text_heatmap
 from patchscope_nn.report.figures.maps import rows_with_positions, token_heatmap
 from patchscope_nn.report.figures.paper import FORMATS, save_figures
-from patchscope_nn.report.figures.said import odds
 from patchscope_nn.report.figures.table import (
     as_list,
     by_scale,

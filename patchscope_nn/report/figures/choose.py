@@ -1,4 +1,4 @@
-"""Which figures fit a table."""
+"""Choose the figures that suit a table."""
 
 from __future__ import annotations
 
@@ -20,39 +20,37 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 
-#: The data rows whose tokens are drawn on their own.
-_ROWS = 3
+_TOKEN_HEATMAPS = 3  # one for each of the first data rows
 
 
 def figures(
     table: pd.DataFrame,
     *,
     metrics: Iterable[Any] = (),
-    whole: pd.DataFrame | None = None,
+    all_cells: pd.DataFrame | None = None,
     best: Sequence[str] = (),
 ) -> list[tuple[str, go.Figure]]:
-    """The figures that fit this table: a curve or heatmap for each metric, then what each state says.
+    """Draw the figures that suit a table: a curve or heatmap for each metric, then the text heatmap.
 
     Args:
         table: The tidy table.
-        metrics: A recipe's `metrics`; metric columns that it does not name are drawn after these.
-        whole: The table of all cells, for the metrics' figures, where `table` holds only some.
-        best: What the best is taken over before a metric is drawn, as in `statistics.best_over`.
+        metrics: A recipe's `metrics`; other metric columns are drawn after these.
+        all_cells: The table for the figures of metrics, if `table` holds only the first cells.
+        best: The layers over which the best is taken before a metric is drawn, as in `statistics.best_over`.
 
     Returns:
-        Pairs of a plain-text title and a figure; empty when no cell has a result.
+        Pairs of a plain-text title and a figure; empty if no cell has a result.
 
     Raises:
         InputError: Plotly is not installed.
     """
-    every = with_probe_controls(table if whole is None else whole)
-    names = [name for name in metric_columns(table, declared=metrics) if name in every.columns]
-    drawn = [_of_metric(every, metric=name, best=best) for name in names]
-    if best and names and layer_axis(every) is None:
-        drawn.append(layer_pair_heatmap(every, metric=names[0]))
-    drawn += [
-        token_heatmap(table, metric=names[0], row=row) for row in rows_with_positions(table)[:_ROWS] if names
-    ]
+    scored = with_probe_controls(table if all_cells is None else all_cells)
+    names = [name for name in metric_columns(table, declared=metrics) if name in scored.columns]
+    drawn = [_metric_figure(scored, metric=name, best=best) for name in names]
+    if best and names and layer_axis(scored) is None:
+        drawn.append(layer_pair_heatmap(scored, metric=names[0]))
+    rows = rows_with_positions(table)[:_TOKEN_HEATMAPS] if names else []
+    drawn += [token_heatmap(table, metric=names[0], row=row) for row in rows]
     kinds = [kind for kind in kinds_in(table.columns) if kind.says]
     if kinds and table[[kind.says for kind in kinds]].notna().any(axis=None):
         value = None if any(kind.odds for kind in kinds) else next(iter(names), None)
@@ -60,7 +58,7 @@ def figures(
     return [(html.unescape(figure.layout.title.text), figure) for figure in drawn]
 
 
-def _of_metric(table: pd.DataFrame, *, metric: str, best: Sequence[str]) -> go.Figure:
+def _metric_figure(table: pd.DataFrame, *, metric: str, best: Sequence[str]) -> go.Figure:
     if not best:
         return layer_curve(table, metric=metric)
     cells = best_over(table, metric=metric, over=best)

@@ -1,18 +1,19 @@
-"""A metric of several runs: by layer as curves, or as points where the best was taken over the layers."""
+"""A metric of several runs: curves by layer, or points if the best was taken over the layers."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pandas as pd
 
 from patchscope_nn.analysis.statistics import REAL
+from patchscope_nn.report.figures.maps import mean_text
 from patchscope_nn.report.figures.style import (
     COLOURS,
     LINES,
     OTHER_LINE,
-    faint,
+    band,
     layer_ticks,
     metric_title,
     panel,
@@ -29,9 +30,9 @@ _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x")
 
 
 def comparison_curve(layers: pd.DataFrame, *, metric: str, names: Sequence[str]) -> go.Figure:
-    """Mean of a metric by source layer: a line with its band for each run, its controls dashed.
+    """Draw the mean of a metric by source layer: a line and band for each run, with its controls dashed.
 
-    Where no run has layers, since the best was taken over them, every mean is a point with its interval.
+    If the best was taken over the layers, every mean is a point with its interval.
 
     Args:
         layers: `statistics.layer_means` of each run, with columns run and metric.
@@ -43,7 +44,7 @@ def comparison_curve(layers: pd.DataFrame, *, metric: str, names: Sequence[str])
     """
     figure = plotly().Figure()
     means = layers[layers["metric"] == metric]
-    axis = next((one for one in ("source_layer", "target_layer") if means[one].notna().any()), None)
+    axis = next((name for name in ("source_layer", "target_layer") if means[name].notna().any()), None)
     place = "best over layers" if axis is None else f"by {axis.replace('_', ' ')}"
     legend = {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0}
     style(figure, title=f"{metric} {place}", height=440, legend=legend)
@@ -67,7 +68,7 @@ def comparison_curve(layers: pd.DataFrame, *, metric: str, names: Sequence[str])
 def _curves(
     means: pd.DataFrame, *, axis: str, ticks: Sequence[float], index: int, metric: str
 ) -> Iterator[go.Scatter]:
-    """The lines of one run, the band of the real cells under them."""
+    """Yield the lines of one run, with the interval of the patched cells as a band under them."""
     colour, symbol = COLOURS[index % len(COLOURS)], _SYMBOLS[index % len(_SYMBOLS)]
     for control in controls_of(means):
         own = means[means["control"] == control].sort_values(axis)
@@ -75,16 +76,7 @@ def _curves(
             own = own.loc[own.index.repeat(len(ticks))].assign(**{axis: ticks})
         name = str(own["run"].iloc[0])
         if control == REAL and own["low"].notna().any():
-            banded = own[own["low"].notna()]
-            yield plotly().Scatter(
-                x=[*banded[axis], *banded[axis][::-1]],
-                y=[*banded["high"], *banded["low"][::-1]],
-                fill="toself",
-                fillcolor=faint(colour, opacity=0.16),
-                line={"width": 0},
-                hoverinfo="skip",
-                showlegend=False,
-            )
+            yield band(own, axis, colour=colour, opacity=0.16, showlegend=False)
         at = [f"layer {layer_name(layer)}" for layer in own[axis]]
         yield plotly().Scatter(
             x=own[axis].tolist(),
@@ -103,7 +95,7 @@ def _curves(
 
 
 def _points(means: pd.DataFrame, *, metric: str, names: Sequence[str]) -> Iterator[go.Scatter]:
-    """The means of each kind of cell: the runs across, the kinds beside one another."""
+    """Yield the means of each control as points, with the runs across and the controls side by side."""
     controls = controls_of(means)
     for number, control in enumerate(controls):
         own = means[means["control"] == control]
@@ -135,13 +127,8 @@ def _name(run: str, control: str) -> str:
 
 
 def _hovers(means: pd.DataFrame, *, control: str, metric: str, at: Sequence[str]) -> list[str]:
-    said = []
-    for mean, where in zip(means.to_dict("records"), at, strict=True):
-        spread = "" if pd.isna(mean["low"]) else f" [{mean['low']:.3g}, {mean['high']:.3g}]"
-        place = ", ".join(part for part in (_plain(mean["run"], control), where) if part)
-        said.append(f"{escape(place)}<br>{escape(metric)} {mean['mean']:.3g}{spread}, {mean['n_rows']} rows")
-    return said
-
-
-def _plain(run: Any, control: str) -> str:
-    return str(run) if control == REAL else f"{run}, {control}"
+    kind = "" if control == REAL else control
+    places = zip(means.to_dict("records"), at, strict=True)
+    return [
+        mean_text(mean, ", ".join(filter(None, (mean["run"], kind, where))), metric) for mean, where in places
+    ]

@@ -1,4 +1,4 @@
-"""A metric by layer with its controls, as a curve: a panel for each scale that the states were written at."""
+"""A metric by layer with its controls: curves, or heatmaps of pairs of layers; each scale has a panel."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from patchscope_nn.report.figures.maps import Panel, heatmaps, mean_text, rows_w
 from patchscope_nn.report.figures.style import (
     LINES,
     OTHER_LINE,
-    faint,
+    band,
     layer_ticks,
     metric_title,
     panel,
@@ -25,19 +25,19 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 _PANEL_WIDTH = 330
-_LOG = 20  # ranks that span more than this are drawn by their logarithm
+_LOG = 20  # the axis of ranks is logarithmic if the largest mean exceeds the smallest by this factor
 
 
 def layer_curve(table: pd.DataFrame, *, metric: str) -> go.Figure:
-    """Mean of a metric by source layer with its 95 % bootstrap band, and every control as its own line.
+    """Draw the mean of a metric by source layer with its 95 % bootstrap band, and a line for each control.
 
-    A control that reads no layer (`unpatched`) is a horizontal line. A single source layer written at
-    several target layers is drawn by target layer; several of both are drawn by `layer_pair_heatmap`.
-    Several scales are panels beside one another, on one axis.
+    A control that reads no layer (`unpatched`) is a horizontal line. If a single source layer is written at
+    several target layers, the curve is by target layer; if both vary, `layer_pair_heatmap` is drawn instead.
+    Each scale has its own panel, on a shared y axis.
 
     Args:
         table: The tidy table.
-        metric: A column with numbers.
+        metric: A numeric column.
 
     Raises:
         InputError: The table has no such metric, or plotly is not installed.
@@ -70,13 +70,13 @@ def layer_curve(table: pd.DataFrame, *, metric: str) -> go.Figure:
 
 
 def _averaged(table: pd.DataFrame) -> str:
-    """What a mean by layer is over, in words."""
+    """Name what a mean by layer averages over."""
     real = table[table["source_layer"].notna()]
     over = ["data rows"]
     if "source_position" in real.columns and rows_with_positions(real):
         over.append("positions")
     if "sample" in real.columns and len(real["sample"].unique()) > 1:
-        over.append("samples of the noise")
+        over.append("noise samples")
     return " and ".join([", ".join(over[:-1]), over[-1]]) if len(over) > 1 else over[0]
 
 
@@ -89,26 +89,15 @@ def _curves(means: pd.DataFrame, *, axis: str, metric: str, layers: list[float])
 
 
 def _curve(means: pd.DataFrame, *, axis: str, control: str, metric: str) -> Iterator[go.Scatter]:
-    """One line, and for the real cells the band under it."""
-    graph = plotly()
+    """Yield the line of one control; for the patched cells, first the band under it."""
     colour, dash = LINES.get(control, OTHER_LINE)
-    banded = means[means["low"].notna()]
-    if control == REAL and not banded.empty:
-        yield graph.Scatter(
-            x=[*banded[axis], *banded[axis][::-1]],
-            y=[*banded["high"], *banded["low"][::-1]],
-            fill="toself",
-            fillcolor=faint(colour, opacity=0.22),
-            line={"width": 0},
-            mode="lines",
-            hoverinfo="skip",
-            name="95 % interval",
-        )
+    if control == REAL and means["low"].notna().any():
+        yield band(means, axis, colour=colour, opacity=0.22, name="95 % interval")
     hover = [
         mean_text(mean, f"{control}, layer {layer_name(mean[axis])}: {metric}")
         for mean in means.to_dict("records")
     ]
-    yield graph.Scatter(
+    yield plotly().Scatter(
         x=means[axis].tolist(),
         y=means["mean"].tolist(),
         name=panel(control),
@@ -121,26 +110,26 @@ def _curve(means: pd.DataFrame, *, axis: str, control: str, metric: str) -> Iter
 
 
 def layer_pair_heatmap(table: pd.DataFrame, *, metric: str) -> go.Figure:
-    """Mean of a metric for each source layer (across) and target layer (up), one panel for each control.
+    """Draw the mean of a metric by source layer (across) and target layer (up), in a panel per control.
 
     Args:
         table: The tidy table of a sweep that crosses source and target layers.
-        metric: A column with numbers.
+        metric: A numeric column.
 
     Raises:
         InputError: The table has no such metric, or plotly is not installed.
     """
-    plotly()  # its absence is said before anything is computed
+    plotly()  # raises before anything is computed
     parts = by_scale(table)
     return _pairs({name: layer_means(part, metric=metric) for name, part in parts.items()}, metric=metric)
 
 
 def _pairs(parts: dict[str, pd.DataFrame], *, metric: str) -> go.Figure:
     panels: list[Panel] = []
-    across: dict[str, float] = {}
+    without_layer: dict[str, float] = {}
     for name, means in parts.items():
         layered = means[means["source_layer"].notna()]
-        across |= means[means["source_layer"].isna()].set_index("control")["mean"].to_dict()
+        without_layer |= means[means["source_layer"].isna()].set_index("control")["mean"].to_dict()
         for control in controls_of(layered):
             cells = layered[layered["control"] == control]
             hover = [
@@ -156,9 +145,9 @@ def _pairs(parts: dict[str, pd.DataFrame], *, metric: str) -> go.Figure:
             title = ", ".join(filter(None, (panel(control), name)))
             cells = cells.assign(x=cells["source_layer"], y=cells["target_layer"], hover=hover)
             panels.append(Panel(title, cells, cells["control"] == REAL))
-    aside = "".join(f"; {control} (control): {mean:.3g}" for control, mean in across.items())
+    aside = "".join(f"; {control} (control): {mean:.3g}" for control, mean in without_layer.items())
     figure = heatmaps(panels, title=f"{metric} by source and target layer{aside}", metric=metric)
-    whole = pd.concat([one.cells for one in panels]) if panels else pd.DataFrame({"x": [], "y": []})
-    figure.update_xaxes(title="source layer", **layer_ticks(sorted(whole["x"].unique())))
-    figure.update_yaxes(title="target layer", **layer_ticks(sorted(whole["y"].unique())))
+    cells = pd.concat([part.cells for part in panels]) if panels else pd.DataFrame({"x": [], "y": []})
+    figure.update_xaxes(title="source layer", **layer_ticks(sorted(cells["x"].unique())))
+    figure.update_yaxes(title="target layer", **layer_ticks(sorted(cells["y"].unique())))
     return figure

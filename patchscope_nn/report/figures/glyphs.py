@@ -1,10 +1,10 @@
-"""Which characters the fonts of this machine can draw: for the rest stands their code."""
+"""Replace characters that no installed font can draw by their code points."""
 
 from __future__ import annotations
 
 from functools import cache
 
-#: Matplotlib's own font, then those that have the letters of other scripts, where they are installed.
+#: Matplotlib's own font, then fonts for other scripts, which are used if they are installed.
 _FAMILIES = (
     "DejaVu Sans",
     "Noto Sans CJK SC",
@@ -20,7 +20,7 @@ _FAMILIES = (
 
 @cache
 def families() -> list[str]:
-    """The font families to use, in order; at least matplotlib's own."""
+    """Return the installed font families to use, in order of preference."""
     from matplotlib import font_manager
 
     known = {entry.name for entry in font_manager.fontManager.ttflist}
@@ -28,8 +28,8 @@ def families() -> list[str]:
 
 
 @cache
-def _drawn() -> frozenset[int]:
-    """The code points that one of the families has."""
+def _supported() -> frozenset[int]:
+    """Return the code points that at least one of the families can draw."""
     from matplotlib import font_manager
 
     files = [font_manager.findfont(name) for name in families()]
@@ -37,9 +37,9 @@ def _drawn() -> frozenset[int]:
 
 
 def printable(text: str) -> str:
-    """A text in which what no font has is written as its code, such as ⟨U+6771⟩.
+    """Replace every character that no font can draw by its code point, such as ⟨U+6771⟩.
 
-    Joiners and direction marks, which draw nothing, are left out.
+    Joiners and direction marks are invisible, and are removed.
     """
-    kept = (one for one in text if one not in "\u200d\ufe0e\ufe0f\u2066\u2067\u2068\u2069")
-    return "".join(one if ord(one) in _drawn() else f"⟨U+{ord(one):04X}⟩" for one in kept)
+    kept = (letter for letter in text if letter not in "\u200d\ufe0e\ufe0f\u2066\u2067\u2068\u2069")
+    return "".join(letter if ord(letter) in _supported() else f"⟨U+{ord(letter):04X}⟩" for letter in kept)

@@ -1,4 +1,4 @@
-"""The text heatmap: what each state says, data rows (or tokens) down and layers across."""
+"""The text heatmap: the answer of each cell, with data rows (or tokens) down and layers across."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import pandas as pd
 
+from patchscope_nn.report.figures.cell_text import Cells, read_cells
 from patchscope_nn.report.figures.lines import MAX_ROWS, text_lines
-from patchscope_nn.report.figures.said import Cells, read_cells
 from patchscope_nn.report.figures.scale import Scale, limits
 from patchscope_nn.report.figures.style import colour_axis, plotly, style
 from patchscope_nn.report.figures.table import layer_axis, layer_name
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 
 _CIVIDIS_MIDDLE = 0.48  # white reads better below it, black above
 _FLAT = [[0.0, "#3b496c"], [1.0, "#3b496c"]]
-#: The bar lies above on the left: of a wide figure the right end may be out of view.
+#: The colour bar is above the grid on the left, because the right end of a wide figure may be out of view.
 _BAR_PLACE = {"orientation": "h", "x": 0, "xanchor": "left", "y": 1, "yanchor": "bottom", "ypad": 6}
 _BAR_SIZE = {"thickness": 10, "lenmode": "pixels", "len": 240, "nticks": 5}
 
 
 class _Spot(NamedTuple):
-    """A place of the grid, and the index of the cell that stands there."""
+    """A place in the grid, and the index of the cell that is drawn there."""
 
     x: int
     y: int
@@ -34,20 +34,21 @@ class _Spot(NamedTuple):
 
 
 def text_heatmap(table: pd.DataFrame, *, value: str | None = None) -> go.Figure:
-    """What each cell says: data rows (or tokens of one prompt) down, layers across, shaded by a number.
+    """Draw the answer of each cell: data rows (or tokens of one prompt) down, layers across.
 
-    A control that reads no layer (unpatched, text-only) is a line on top where it is the same for all rows,
-    and else a column on the left; the other controls are lines at the bottom when there is room for them.
-    Each scale has its line; of several samples of the noise the first is shown. Cells that failed are
-    crosses. At most 40 rows are drawn, and the title says when there are more.
+    A control that reads no layer (unpatched, text-only) is a line on top if it is the same for all rows, and
+    a column on the left otherwise. The other controls are lines at the bottom if there is room. Each scale
+    has its own line; with several noise samples, the first is drawn. Cells that failed are crosses. At most
+    40 rows are drawn, and the title says if there are more.
 
     Args:
         table: The tidy table of a next_token, generate or choices readout.
-        value: The column that shades the cells; by default the probability of what is said, or for
-            generated text its first metric.
+        value: The column that shades the cells; by default the probability of the answer, or for generated
+            text the first metric.
 
     Raises:
-        InputError: The readout says nothing in words, `value` is no column, or plotly is not installed.
+        InputError: The readout does not answer in words, the table has no column `value`, or plotly is not
+            installed.
     """
     graph = plotly()
     cells = read_cells(table, value=value)
@@ -61,7 +62,7 @@ def text_heatmap(table: pd.DataFrame, *, value: str | None = None) -> go.Figure:
     shaded = f", shaded by {cells.scale}" if cells.scale else ""
     cut = f" (first {MAX_ROWS} of {n_rows} rows)" if n_rows > MAX_ROWS else ""
     n_samples = table["sample"].nunique() if "sample" in table.columns else 1
-    sample = f", the first of {n_samples} samples" if n_samples > 1 else ""
+    sample = f", first of {n_samples} samples" if n_samples > 1 else ""
     title = f"{cells.kind.title.capitalize()} for each state{shaded}{sample}{cut}"
     cell_width = max([34, *(8 + 7 * text_width(cells.label(spot.cell)) for spot in spots)])
     style(figure, title=title, height=160 + 25 * len(lines), width=230 + cell_width * len(columns))
@@ -78,7 +79,7 @@ def text_heatmap(table: pd.DataFrame, *, value: str | None = None) -> go.Figure:
 
 
 def _ticks(names: Sequence[str], *, down: bool = False) -> dict[str, Any]:
-    """An axis with one name for each line or column; that of the lines begins on top."""
+    """Return an axis with a name for each line or column; with `down`, the first is on top."""
     ends = [-0.5, len(names) - 0.5]
     return {
         "showgrid": False,
@@ -89,7 +90,7 @@ def _ticks(names: Sequence[str], *, down: bool = False) -> dict[str, Any]:
 
 
 def _traces(spots: Sequence[_Spot], *, cells: Cells, shape: tuple[int, int]) -> Iterator[Any]:
-    """The cells by how they are written: without a number, on dark and on bright shades, and the failed."""
+    """Yield the cells in four groups: not shaded, with white text, with black text, and failed."""
     low, high = limits(cells.shades)
     groups: dict[str, list[_Spot]] = {"flat": [], "dark": [], "bright": [], "failed": []}
     for spot in spots:
@@ -115,7 +116,7 @@ def _traces(spots: Sequence[_Spot], *, cells: Cells, shape: tuple[int, int]) -> 
 def _words(
     spots: Sequence[_Spot], *, cells: Cells, shape: tuple[int, int], ink: str, **fill: Any
 ) -> go.Heatmap:
-    """Labelled cells in one ink; the rest of the grid stays empty."""
+    """Return a heatmap of labelled cells with one text colour; the rest of the grid is empty."""
     z, text, hover = np.full(shape, np.nan), np.full(shape, "", object), np.full(shape, "", object)
     for x, y, cell in spots:
         z[y, x] = cells.shades[cell] if "coloraxis" in fill else 0.0

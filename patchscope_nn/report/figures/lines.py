@@ -1,4 +1,4 @@
-"""The lines of a text heatmap: which cells stand together, in what order, and what each line is called."""
+"""The lines of a text heatmap: which cells form a line, their order, and their names."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from patchscope_nn.analysis.statistics import REAL, is_null, numbers
-from patchscope_nn.report.figures.said import LABEL_WIDTH, Cells
+from patchscope_nn.report.figures.cell_text import LABEL_WIDTH, Cells
 from patchscope_nn.report.figures.table import FLAT_LAYERS, NO_LAYER, as_list, layer_axis, layer_name
 from patchscope_nn.report.figures.text import shorten
 
@@ -21,7 +21,7 @@ class Line(NamedTuple):
     """One line of a text heatmap.
 
     Attributes:
-        name: What stands beside it.
+        name: The name beside the line.
         cells: The index of its cell at each layer.
     """
 
@@ -30,7 +30,7 @@ class Line(NamedTuple):
 
 
 class _Place(NamedTuple):
-    """What the cells of one line share; `target_layer` is None where layers across tell it."""
+    """The values that the cells of a line share; `target_layer` is None if it varies along the line."""
 
     row: Any
     target_prompt: str
@@ -41,9 +41,12 @@ class _Place(NamedTuple):
 
 
 class _Arranged(NamedTuple):
-    """Indices of cells: of each (control, place) by layer; of each control that reads no layer by row.
+    """Indices of cells, arranged in lines.
 
-    A row may have several of the latter, for its target prompts or its positions, in order.
+    Attributes:
+        places: For each control and place, the cell at each layer.
+        flat: For each control that reads no layer, the cells of each row, in order. A row may have several,
+            one for each target prompt or position.
     """
 
     places: dict[tuple[str, _Place], dict[float, int]]
@@ -51,59 +54,58 @@ class _Arranged(NamedTuple):
 
 
 def text_lines(table: pd.DataFrame, *, cells: Cells) -> tuple[list[Line], int]:
-    """The lines from the top down, and how many rows there are in all; at most `MAX_ROWS` are kept.
+    """Return the lines from the top down, and the number of lines of patched cells before the limit.
 
-    Cells of a control that reads no layer share one line on top where they all look the same; else each
-    stands on the left of its row's line.
+    The limit is `MAX_ROWS`. Cells of a control that reads no layer share a line on top if they all look the
+    same. Otherwise each is on the left of its row's line.
 
     Args:
         table: The tidy table.
-        cells: The same, as it is shown.
+        cells: The texts of the table's cells.
     """
     places, flat = _arrange(table, cells=cells)
     real = [place for control, place in places if control == REAL]
     kept = {place: places[REAL, place] for place in real[:MAX_ROWS]}
-    names = _names(cells, first={place: next(iter(found.values())) for place, found in kept.items()})
-    columns = {layer for found in kept.values() for layer in found}
+    names = _names(cells, first={place: next(iter(by_layer.values())) for place, by_layer in kept.items()})
+    columns = {layer for by_layer in kept.values() for layer in by_layer}
     top = []
     for control, rows in flat.items():
-        indices = [index for found in rows.values() for index in found]
+        indices = [index for in_row in rows.values() for index in in_row]
         if cells.alike(indices) or not kept:
-            spots = columns or {NO_LAYER}
-            top.append(Line(control, dict.fromkeys(spots, indices[0])))
+            top.append(Line(control, dict.fromkeys(columns or {NO_LAYER}, indices[0])))
             continue
-        for place, found in kept.items():
+        for place, by_layer in kept.items():
             if place.row in rows:
-                beside = _closest(place, [(index, cells.records[index]) for index in rows[place.row]])
-                found[FLAT_LAYERS.get(control, NO_LAYER)] = beside
-    lines = top + [Line(names[place], found) for place, found in kept.items()]
+                by_layer[FLAT_LAYERS.get(control, NO_LAYER)] = _closest(place, rows[place.row], cells)
+    lines = top + [Line(names[place], by_layer) for place, by_layer in kept.items()]
     controls = [
-        Line(f"{control}: {names[place]}", found)
-        for (control, place), found in places.items()
+        Line(f"{control}: {names[place]}", by_layer)
+        for (control, place), by_layer in places.items()
         if control != REAL and place in names
     ]
     fits = len(lines) + len(controls) <= _MAX_LINES_WITH_CONTROLS
     return lines + controls if fits else lines, len(real)
 
 
-def _closest(place: _Place, found: Sequence[tuple[int, Mapping[Any, Any]]]) -> int:
-    """Of a row's cells that read no layer, that of this target position and prompt, or the nearest to it."""
+def _closest(place: _Place, indices: Sequence[int], cells: Cells) -> int:
+    """Return the cell that best matches a place: its target position first, then its target prompt."""
 
-    def fits(one: tuple[int, Mapping[Any, Any]]) -> tuple[bool, bool]:
-        positions = tuple(as_list(one[1]["target_position"]))
-        return positions == place.target_positions, one[1]["target_prompt"] == place.target_prompt
+    def matches(index: int) -> tuple[bool, bool]:
+        cell = cells.records[index]
+        positions = tuple(as_list(cell["target_position"]))
+        return positions == place.target_positions, cell["target_prompt"] == place.target_prompt
 
-    return max(found, key=fits)[0]
+    return max(indices, key=matches)
 
 
 def _arrange(table: pd.DataFrame, *, cells: Cells) -> _Arranged:
     axis = layer_axis(table)
     layers = numbers(table[axis or "source_layer"])
-    found = _Arranged({}, {})
+    arranged = _Arranged({}, {})
     for index, cell in enumerate(cells.records):
         control = REAL if is_null(cell["control"]) else str(cell["control"])
         if is_null(cell["source_layer"]):
-            found.flat.setdefault(control, {}).setdefault(cell["row"], []).append(index)
+            arranged.flat.setdefault(control, {}).setdefault(cell["row"], []).append(index)
             continue
         place = _Place(
             row=cell["row"],
@@ -113,17 +115,17 @@ def _arrange(table: pd.DataFrame, *, cells: Cells) -> _Arranged:
             target_layer=None if axis else cell["target_layer"],
             scale=cell.get("scale"),
         )
-        # Of several samples of the noise the first is shown.
-        found.places.setdefault((control, place), {}).setdefault(layers[index], index)
-    return found
+        # setdefault keeps the first of several noise samples.
+        arranged.places.setdefault((control, place), {}).setdefault(layers[index], index)
+    return arranged
 
 
 def _names(cells: Cells, *, first: Mapping[_Place, int]) -> dict[_Place, str]:
-    """A name for each place, of the parts that tell it from the others.
+    """Name each place by the parts that distinguish it from the others.
 
     Args:
-        cells: The table's cells.
-        first: One cell of each place.
+        cells: The texts of the table's cells.
+        first: The index of a cell at each place.
     """
     n_rows = len({place.row for place in first})
     many_positions = len({(place.row, place.source_positions) for place in first}) > n_rows
@@ -149,8 +151,8 @@ def _names(cells: Cells, *, first: Mapping[_Place, int]) -> dict[_Place, str]:
 
 
 def _prompts(prompts: Mapping[int, str]) -> dict[int, str]:
-    """Prompts in a few letters: their ends, or where all end alike their beginnings, which then tell more."""
-    # The end of a prompt is what the state has just read.
+    """Shorten prompts to their ends, or to their beginnings if these distinguish more of them."""
+    # Ends are preferred, because a state is usually read at the last token.
     ends, starts = (
         {index: shorten(text, width=_PROMPT_WIDTH, tail=tail).strip() for index, text in prompts.items()}
         for tail in (True, False)

@@ -1,4 +1,4 @@
-"""Heatmaps of a metric, in panels on one colour scale: what pairs of layers, or tokens and layers, share."""
+"""Heatmaps of a metric in panels with one colour scale, and the heatmap by token and layer."""
 
 from __future__ import annotations
 
@@ -27,12 +27,18 @@ if TYPE_CHECKING:
 _COLUMNS = 2
 _PROMPT_WIDTH = 60
 _TOKEN_WIDTH = 14
-_TICKS = 12  # on half a page
-_WIDTH = 760  # of two panels, below which their ticks would meet
+_TICKS = 12  # on an axis that is half a page wide
+_WIDTH = 760  # pixels, of two panels; their ticks would overlap in a narrower figure
 
 
 class Panel(NamedTuple):
-    """A heatmap: its title, escaped, its cells (x, y, mean, hover), and which of them are patched."""
+    """A heatmap.
+
+    Attributes:
+        title: Its title, escaped.
+        cells: Its cells: x, y, mean, hover.
+        patched: True for patched cells, False for controls, (cell,).
+    """
 
     title: str
     cells: pd.DataFrame
@@ -42,30 +48,30 @@ class Panel(NamedTuple):
 def heatmaps(
     panels: Sequence[Panel], *, title: str, metric: str, height: int = 340, gap: int = 92
 ) -> go.Figure:
-    """Panels on one colour scale, two in a line; the axes are the caller's to name.
+    """Draw panels with one colour scale, two side by side. The caller names the axes.
 
     Args:
         panels: The panels.
-        title: The figure's.
-        metric: What the colours say.
-        height: Of a panel, pixels.
-        gap: Between the lines of panels, pixels: a title and an axis stand there.
+        title: The figure's title.
+        metric: The metric that the colours show.
+        height: The height of a panel, in pixels.
+        gap: The space between lines of panels, for a title and an axis, in pixels.
     """
     from plotly.subplots import make_subplots
 
     n_columns = min(len(panels), _COLUMNS) or 1
     n_lines = -(-len(panels) // n_columns) or 1
-    whole = 110 + height * n_lines
+    total = 110 + height * n_lines
     figure = make_subplots(
-        n_lines, n_columns, subplot_titles=[one.title for one in panels], vertical_spacing=gap / whole
+        n_lines, n_columns, subplot_titles=[part.title for part in panels], vertical_spacing=gap / total
     )
-    for index, one in enumerate(panels):
-        figure.add_trace(_trace(one.cells), row=index // n_columns + 1, col=index % n_columns + 1)
-    style(figure, title=title, height=whole)
+    for index, part in enumerate(panels):
+        figure.add_trace(_trace(part.cells), row=index // n_columns + 1, col=index % n_columns + 1)
+    style(figure, title=title, height=total)
     figure.update_xaxes(showgrid=False)
     figure.update_yaxes(showgrid=False)
-    means = pd.concat([one.cells["mean"] for one in panels] or [pd.Series(dtype=float)]).to_numpy()
-    patched = pd.concat([one.patched for one in panels] or [pd.Series(dtype=bool)]).to_numpy()
+    means = pd.concat([part.cells["mean"] for part in panels] or [pd.Series(dtype=float)]).to_numpy()
+    patched = pd.concat([part.patched for part in panels] or [pd.Series(dtype=bool)]).to_numpy()
     scale = common_scale(means[patched], means[~patched])
     colours = colour_axis(scale, title=metric_title(metric), side="right", thickness=12)
     return figure.update_layout(coloraxis=colours)
@@ -84,29 +90,29 @@ def _trace(cells: pd.DataFrame) -> go.Heatmap:
     )
 
 
-def mean_text(mean: dict[Any, Any], *what: str) -> str:
-    """A mean with its interval, after lines that say what it is of."""
+def mean_text(mean: dict[Any, Any], *heading: str) -> str:
+    """Return the hover text of a mean: lines that name it, then its value and interval."""
     spread = "" if np.isnan(mean["low"]) else f" [{mean['low']:.3g}, {mean['high']:.3g}]"
-    return f"{'<br>'.join(map(escape, what))} {mean['mean']:.3g}{spread}, {mean['n_rows']} rows"
+    return f"{'<br>'.join(map(escape, heading))} {mean['mean']:.3g}{spread}, {mean['n_rows']} rows"
 
 
 def rows_with_positions(table: pd.DataFrame) -> list[Any]:
-    """The data rows of which several positions were read on their own, in order."""
+    """Return the data rows in which several positions were read separately, in order."""
     real = table[table["source_layer"].notna() & table["control"].isna()]
-    spots = pd.Series([tuple(as_list(place)) for place in real["source_position"]], index=real.index)
-    counts = spots.groupby(real["row"], sort=False).nunique()
-    return [row for row, number in counts.items() if number > 1]
+    positions = pd.Series([tuple(as_list(tokens)) for tokens in real["source_position"]], index=real.index)
+    counts = positions.groupby(real["row"], sort=False).nunique()
+    return [row for row, count in counts.items() if count > 1]
 
 
 def token_heatmap(table: pd.DataFrame, *, metric: str, row: Any) -> go.Figure:
-    """A metric of one data row for each token read (down) and layer (across), one panel for each control.
+    """Draw a metric of one data row by token read (down) and layer (across), with a panel for each control.
 
-    Controls that read no layer stand left of the patched cells. Each number is the mean over what else
-    varies: samples of the noise, scales, other target layers.
+    Controls that read no layer are left of the patched cells. Each number is the mean over noise samples,
+    scales and other target layers.
 
     Args:
         table: The tidy table of a sweep over positions.
-        metric: A column with numbers.
+        metric: A numeric column.
         row: The data row.
 
     Raises:
@@ -123,8 +129,8 @@ def token_heatmap(table: pd.DataFrame, *, metric: str, row: Any) -> go.Figure:
     columns = sorted(cells["layer"].unique())
     panels = []
     for control in controls_of(cells[~flat]):
-        shown = (cells["control"] == control) | (flat if control == REAL else False)
-        means = cells[shown].groupby(["layer", "y"], as_index=False)["mean"].mean()
+        drawn = (cells["control"] == control) | (flat if control == REAL else False)
+        means = cells[drawn].groupby(["layer", "y"], as_index=False)["mean"].mean()
         hover = [
             f"{panel(control)}, {escape(names[y])}, layer {layer_name(layer)}<br>{escape(metric)} {mean:.3g}"
             for layer, y, mean in zip(means["layer"], means["y"], means["mean"], strict=True)
@@ -147,13 +153,13 @@ def token_heatmap(table: pd.DataFrame, *, metric: str, row: Any) -> go.Figure:
     )
     if len(panels) > 1:
         figure.update_layout(width=_WIDTH)
-        # The panel on the left has the same tokens; long names would run into it.
+        # The panel on the left has the same tokens, and long names would overlap it.
         figure.update_yaxes(title="", showticklabels=False, col=_COLUMNS)
     return figure
 
 
 def _repeated(cells: pd.DataFrame, *, lines: Sequence[int]) -> Iterator[pd.DataFrame]:
-    """Of a control that reads no layer and has one cell, that cell in every other line."""
+    """Yield the single cell of a control that reads no layer, once for every line but the first."""
     for _, own in cells[cells["layer"] <= NO_LAYER].groupby("control"):
         if set(own["y"]) == {0}:
             yield from (own.assign(y=line) for line in lines if line)
@@ -165,20 +171,18 @@ def _token_name(cell: dict[Any, Any]) -> str:
 
 
 def _by_token(own: pd.DataFrame, *, metric: str) -> pd.DataFrame:
-    """Cells of one data row: control, layer, y (the number of its token among those read), and the mean.
-
-    Positions come in the same order for the real cells and for each control.
-    """
+    """Return the cells of one data row: control, layer, y (the token's number among those read), and mean."""
     layers = numbers(own[layer_axis(own) or "source_layer"])
     cells = own.assign(
         control=[REAL if is_null(control) else str(control) for control in own["control"]],
         layer=layers,
         mean=numbers(own[metric]),
     )
-    apart = [name for name in ("scale", "sample") if name in own.columns]
-    layered = [*apart, "control", "source_layer", "target_layer", "target_prompt"]
+    varied = [name for name in ("scale", "sample") if name in own.columns]
+    layered = [*varied, "control", "source_layer", "target_layer", "target_prompt"]
+    # Positions come in the same order for the real cells and each control.
     cells["y"] = cells.groupby(layered, dropna=False, sort=False).cumcount()
     flat = cells["source_layer"].isna()
-    cells.loc[flat, "y"] = cells[flat].groupby([*apart, "control"], dropna=False, sort=False).cumcount()
+    cells.loc[flat, "y"] = cells[flat].groupby([*varied, "control"], dropna=False, sort=False).cumcount()
     cells.loc[flat, "layer"] = [FLAT_LAYERS.get(control, NO_LAYER) for control in cells.loc[flat, "control"]]
     return cells[["control", "layer", "y", "mean"]]

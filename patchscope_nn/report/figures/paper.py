@@ -1,7 +1,7 @@
-"""Publication figures: a figure of the page drawn again by matplotlib, as PDF, SVG or PNG. No browser.
+"""Publication figures as PDF, SVG or PNG: matplotlib draws the report's plotly figures, without a browser.
 
-What a figure shows is decided once, in the plotly figure: here its traces are drawn, with the same colours,
-dashes and texts. Fonts are embedded in the PDF; in the SVG letters are outlines.
+The plotly figure decides what is shown. This module draws its traces with the same colours, dashes and texts.
+Fonts are embedded in a PDF, and letters are outlines in an SVG.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 FORMATS = ("pdf", "svg", "png")
 _DPI = 200
 _PIXELS = 96  # of the page, in an inch
-_WIDTH = 760  # pixels, of a figure as wide as the page
+_WIDTH = 760  # pixels, for a figure without a width of its own
 _INK, _GRID = "#1c2129", "#d9dde3"
 _DASHES: dict[str, Any] = {
     "solid": "-",
@@ -38,7 +38,7 @@ _DASHES: dict[str, Any] = {
 }
 _MARKERS = {"circle": "o", "square": "s", "diamond": "D", "triangle-up": "^", "cross": "P", "x": "X"}
 _STYLE = {
-    "pdf.fonttype": 42,  # TrueType, embedded: letters stay letters
+    "pdf.fonttype": 42,  # embedded TrueType, so that the text can be selected
     "svg.fonttype": "path",
     "svg.hashsalt": "patchscope",
     "text.parse_math": False,
@@ -57,48 +57,49 @@ _STYLE = {
 def save_figures(
     drawn: Sequence[tuple[str, go.Figure]], folder: str | Path, *, formats: Sequence[str] = FORMATS
 ) -> list[Path]:
-    """Write figures as files `01-title.pdf`, ...; a folder that is there keeps what else it holds.
+    """Write figures as files `01-title.pdf`, ...; other files in the folder are kept.
 
     Args:
-        drawn: Titles and figures, as `figures` gives them.
-        folder: The folder; it is made if need be.
-        formats: Of `pdf`, `svg` and `png`.
+        drawn: Titles and figures, as returned by `figures`.
+        folder: The folder; it is created if necessary.
+        formats: Some of `pdf`, `svg` and `png`.
 
     Returns:
         The files, figure by figure.
 
     Raises:
-        InputError: matplotlib is not installed, or a format is none of these.
+        InputError: matplotlib is not installed, or a format is unknown.
+        FolderError: The folder cannot be created.
     """
     wrong = [name for name in formats if name not in FORMATS]
     if wrong:
-        raise InputError(f"formats={wrong} cannot be written.", hint=f"Use some of {', '.join(FORMATS)}.")
-    matplotlib()
-    place = Path(folder)
+        raise InputError(f"formats={wrong} is not supported.", hint=f"Use some of {', '.join(FORMATS)}.")
+    mpl = _matplotlib()
+    path = Path(folder)
     try:
-        place.mkdir(parents=True, exist_ok=True)
+        path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise FolderError(
-            f"{place} cannot be made: {error.strerror}.", hint="Name another folder."
+            f"{path} cannot be created: {error.strerror}.", hint="Name another folder."
         ) from error
+    # Without dates, the same figure always gives the same file.
+    undated = {"pdf": {"CreationDate": None}, "svg": {"Date": None}, "png": {}}
     files = []
     for number, (title, figure) in enumerate(drawn, start=1):
-        # Dates would make each writing of the same figure another file.
-        stamps = {"pdf": {"CreationDate": None}, "svg": {"Date": None}, "png": {}}
-        with matplotlib().rc_context(_STYLE | {"font.family": families()}):
+        with mpl.rc_context(_STYLE | {"font.family": families()}):
             paper = draw(figure)
             for name in formats:
-                file = place / f"{number:02}-{_slug(title)}.{name}"
-                paper.savefig(file, format=name, dpi=_DPI, metadata=stamps[name])
+                file = path / f"{number:02}-{_slug(title)}.{name}"
+                paper.savefig(file, format=name, dpi=_DPI, metadata=undated[name])
                 files.append(file)
     return files
 
 
-def matplotlib() -> Any:
-    """The module matplotlib, loaded when the first figure is written.
+def _matplotlib() -> Any:
+    """Import matplotlib, which is loaded only when the first figure is written.
 
     Raises:
-        InputError: It is not installed.
+        InputError: matplotlib is not installed.
     """
     try:
         import matplotlib as mpl
@@ -121,7 +122,7 @@ def draw(figure: go.Figure) -> Figure:
         figure: Any figure of `patchscope_nn.report.figures`.
 
     Returns:
-        A matplotlib figure that no window knows of.
+        A matplotlib figure that pyplot does not manage.
     """
     from matplotlib.figure import Figure
 
@@ -129,11 +130,11 @@ def draw(figure: go.Figure) -> Figure:
     size = ((layout.width or _WIDTH) / _PIXELS, (layout.height + 40) / _PIXELS)
     paper = Figure(figsize=size, layout="constrained")
     places = _places(figure)
-    lines, columns = (1 + max((spot[side] for spot in places.values()), default=0) for side in (0, 1))
+    lines, columns = (1 + max((place[side] for place in places.values()), default=0) for side in (0, 1))
     grid = paper.subplots(lines, columns, squeeze=False)
     used = {key: grid[line, column] for key, (line, column) in places.items()}
     for axes in grid.flat:
-        if not any(axes is one for one in used.values()):
+        if axes not in used.values():
             axes.set_axis_off()
     names = [_plain(note.text) for note in layout.annotations]
     for index, (key, axes) in enumerate(used.items()):
@@ -157,11 +158,11 @@ def draw(figure: go.Figure) -> Figure:
 
 
 def _colour_bar(paper: Figure, image: Any, figure: go.Figure, axes: Sequence[Axes]) -> None:
-    """The bar of all heatmaps; an end is pointed where cells lie beyond it."""
+    """Draw the colour bar of all heatmaps; an end is pointed if some cells are beyond it."""
     colours = figure.layout.coloraxis
-    shown = [np.asarray(trace.z, dtype=float) for trace in figure.data if trace.coloraxis is not None]
-    below = any(np.any(values < colours.cmin) for values in shown)
-    above = any(np.any(values > colours.cmax) for values in shown)
+    shaded = [np.asarray(trace.z, dtype=float) for trace in figure.data if trace.coloraxis is not None]
+    below = any(np.any(values < colours.cmin) for values in shaded)
+    above = any(np.any(values > colours.cmax) for values in shaded)
     extend = {(True, True): "both", (True, False): "min", (False, True): "max"}.get((below, above), "neither")
     title = _plain(colours.colorbar.title.text or "")
     bar = paper.colorbar(image, ax=axes, label=title, shrink=0.8, pad=0.02, extend=extend)
@@ -172,7 +173,7 @@ def _colour_bar(paper: Figure, image: Any, figure: go.Figure, axes: Sequence[Axe
 
 
 def _places(figure: go.Figure) -> dict[tuple[str, str], tuple[int, int]]:
-    """The (line, column) of each pair of axes that has a trace, from where the page has them."""
+    """Return the (line, column) of each pair of axes with a trace, from its place on the page."""
     keys = list(dict.fromkeys((trace.xaxis or "x", trace.yaxis or "y") for trace in figure.data))
     lefts = {key: _axis(figure.layout, key[0]).domain or (0, 1) for key in keys}
     bottoms = {key: _axis(figure.layout, key[1]).domain or (0, 1) for key in keys}
@@ -188,33 +189,33 @@ def _axis(layout: Any, name: str) -> Any:
 
 
 def _axes(axes: Axes, layout: Any, *, key: tuple[str, str], shared: bool) -> None:
-    """Titles, ticks, ranges and scales of both axes."""
+    """Set the titles, ticks, ranges and scales of both axes."""
     from matplotlib.ticker import NullFormatter
 
     for side, name in zip("xy", key, strict=True):
-        given = _axis(layout, name)
-        if given.type == "log":
+        axis = _axis(layout, name)
+        if axis.type == "log":
             getattr(axes, f"set_{side}scale")("log")
             getattr(axes, f"{side}axis").set_major_formatter("{x:g}")
             getattr(axes, f"{side}axis").set_minor_formatter(NullFormatter())
-        if given.title.text:
-            getattr(axes, f"set_{side}label")(_plain(given.title.text))
-        if given.tickvals is not None:
-            ticks = [_plain(text) for text in given.ticktext]
-            getattr(axes, f"set_{side}ticks")(list(given.tickvals), ticks, rotation=-(given.tickangle or 0))
-        if given.showticklabels is False:
+        if axis.title.text:
+            getattr(axes, f"set_{side}label")(_plain(axis.title.text))
+        if axis.tickvals is not None:
+            ticks = [_plain(text) for text in axis.ticktext]
+            getattr(axes, f"set_{side}ticks")(list(axis.tickvals), ticks, rotation=-(axis.tickangle or 0))
+        if axis.showticklabels is False:
             getattr(axes, f"{side}axis").set_tick_params(labelleft=False, labelbottom=False)
-        if given.range is not None:
-            getattr(axes, f"set_{side}lim")(*given.range)
+        if axis.range is not None:
+            getattr(axes, f"set_{side}lim")(*axis.range)
     if shared:
         axes.tick_params(labelleft=False)
-    if not axes.collections:  # a heatmap is one
+    if not axes.collections:  # only a heatmap has one
         axes.grid(visible=True, color=_GRID, linewidth=0.5)
         axes.set_axisbelow(True)
 
 
-def _scatter(axes: Axes, trace: Any, layout: Any) -> None:  # noqa: ARG001 (drawn like a heatmap)
-    """A line, a band, or points with their intervals."""
+def _scatter(axes: Axes, trace: Any, layout: Any) -> None:  # noqa: ARG001 (same signature as _heatmap)
+    """Draw a line, a band, or points with their intervals."""
     x, y = np.asarray(trace.x, dtype=float), np.asarray(trace.y, dtype=float)
     label = _plain(trace.name or "") if trace.showlegend is not False else ""
     if trace.fill == "toself":
@@ -241,7 +242,7 @@ def _scatter(axes: Axes, trace: Any, layout: Any) -> None:  # noqa: ARG001 (draw
 
 
 def _heatmap(axes: Axes, trace: Any, layout: Any) -> Any:
-    """The cells, and the words on them; what is to have a colour bar."""
+    """Draw the cells and the words on them; return the image if it needs a colour bar."""
     from matplotlib.colors import ListedColormap
 
     values = np.ma.masked_invalid(np.asarray(trace.z, dtype=float))
@@ -249,8 +250,8 @@ def _heatmap(axes: Axes, trace: Any, layout: Any) -> Any:
     colours = ListedColormap([trace.colorscale[0][1]]) if flat else "cividis"
     low, high = (0.0, 1.0) if flat else (layout.coloraxis.cmin, layout.coloraxis.cmax)
     x, y = (
-        np.arange(size) if given is None else np.asarray(given, dtype=float)
-        for given, size in ((trace.x, values.shape[1]), (trace.y, values.shape[0]))
+        np.arange(size) if centres is None else np.asarray(centres, dtype=float)
+        for centres, size in ((trace.x, values.shape[1]), (trace.y, values.shape[0]))
     )
     edge = {"edgecolors": "white", "linewidth": 0.4} if trace.xgap else {}
     options: dict[str, Any] = {"cmap": colours, "vmin": low, "vmax": high, **edge}
@@ -264,24 +265,24 @@ def _heatmap(axes: Axes, trace: Any, layout: Any) -> Any:
 
 
 def _edges(centres: np.ndarray) -> np.ndarray:
-    """The borders between cells, half way; that of a single one is half a unit off."""
+    """Return the borders of cells, half way between their centres; a single cell is one unit wide."""
     if len(centres) == 1:
         return np.array([centres[0] - 0.5, centres[0] + 0.5])
     middles = (centres[1:] + centres[:-1]) / 2
     return np.concatenate([[2 * centres[0] - middles[0]], middles, [2 * centres[-1] - middles[-1]]])
 
 
-def _colour(given: str) -> Any:
-    """`#rrggbb` or `rgba(...)` as matplotlib has it."""
-    if not given.startswith("rgba"):
-        return given
-    red, green, blue, opacity = map(float, re.findall(r"[\d.]+", given))
+def _colour(css: str) -> Any:
+    """Convert a colour, `#rrggbb` or `rgba(...)`, for matplotlib."""
+    if not css.startswith("rgba"):
+        return css
+    red, green, blue, opacity = map(float, re.findall(r"[\d.]+", css))
     return (red / 255, green / 255, blue / 255, opacity)
 
 
 def _plain(text: str) -> str:
-    """A text of the page's as it reads, its line breaks kept, of characters that the fonts have."""
-    lines = re.split("<br>", text)
+    """Convert plotly's HTML to plain text with line breaks, in characters that the fonts can draw."""
+    lines = text.split("<br>")
     return "\n".join(printable(html.unescape(re.sub(r"<[^>]*>", "", line))) for line in lines)
 
 

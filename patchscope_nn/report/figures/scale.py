@@ -1,4 +1,4 @@
-"""The colour scale of a figure: one for patched cells and controls, and said where it is cut."""
+"""The colour scale of a figure: one scale for patched cells and controls, labelled where it is cut off."""
 
 from __future__ import annotations
 
@@ -7,16 +7,23 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-#: The share of patched cells at either end that a scale may leave out, in percent.
+#: The percentage of patched cells at either end that a scale may cut off.
 _APART = 2
-#: A scale is cut where all cells span so many times what the other patched cells span.
+#: A scale is cut if the range of all cells is larger than that of the other patched cells by this factor.
 _FAR = 4
-#: About how many ticks the bar of a scale that is cut has.
+#: The approximate number of ticks on the bar of a scale that is cut.
 _TICKS = 7
 
 
 class Scale(NamedTuple):
-    """The ends of a colour scale, and whether there are numbers below or above them."""
+    """A colour scale.
+
+    Attributes:
+        low: Its lower end.
+        high: Its upper end.
+        below: True if some numbers are below the lower end.
+        above: True if some numbers are above the upper end.
+    """
 
     low: float
     high: float
@@ -24,26 +31,26 @@ class Scale(NamedTuple):
     above: bool = False
 
     def ticks(self) -> dict[str, Any]:
-        """Ticks of the bar that name an end where the scale is cut; a whole scale's are left to plotly."""
+        """Return ticks that label the ends where the scale is cut; empty if it is not, to use plotly's."""
         if not (self.below or self.above):
             return {}
         step = _step((self.high - self.low) / _TICKS)
         inner = [
             step * count for count in range(math.ceil(self.low / step), math.floor(self.high / step) + 1)
         ]
-        # A tick that nearly meets an end would be written over its name.
+        # The label of a tick close to an end would overlap the label of the end.
         ends = [end for end, cut in ((self.low, self.below), (self.high, self.above)) if cut]
         values = sorted([tick for tick in inner if all(abs(tick - end) > step / 2 for end in ends)] + ends)
         names = [f"{0.0 if abs(value) < step / 2 else value:,.6g}" for value in values]
         if self.below:
-            names[0] += " and less"
+            names[0] += " or less"
         if self.above:
-            names[-1] += " and more"
+            names[-1] += " or more"
         return {"tickvals": values, "ticktext": names}
 
 
 def limits(values: np.ndarray) -> tuple[float, float]:
-    """The ends of a colour scale; numbers within 0..1 share one scale in all figures."""
+    """Return the ends of a colour scale: 0 and 1 if all numbers are within them, else their range."""
     finite = values[np.isfinite(values)]
     if not finite.size or (finite.min() >= 0 and finite.max() <= 1):
         return 0.0, 1.0
@@ -52,14 +59,15 @@ def limits(values: np.ndarray) -> tuple[float, float]:
 
 
 def common_scale(patched: np.ndarray, controls: np.ndarray) -> Scale:
-    """One scale for all cells of a figure.
+    """Choose one scale for all cells of a figure.
 
-    It spans all of them, unless controls or a few patched cells lie so far from the other patched cells that
-    these would share one colour. Then it ends with these, and a cell beyond it has the colour of that end.
+    Usually it spans all cells. If controls or a few patched cells are so far away that the other patched
+    cells would share one colour, the scale spans only the latter, and cells beyond it have the colour of the
+    nearer end.
 
     Args:
-        patched: The means of the patched cells; NaN where there is none.
-        controls: Those of the controls.
+        patched: The means of the patched cells, with NaN for missing ones.
+        controls: The means of the controls.
     """
     low, high = limits(np.concatenate([patched, controls]))
     own = patched[np.isfinite(patched)]
@@ -73,7 +81,7 @@ def common_scale(patched: np.ndarray, controls: np.ndarray) -> Scale:
     if bulk[0] >= bulk[1] or high - low <= _FAR * span:
         return Scale(low, high)
     below, above = low < inner_low - span, high > inner_high + span
-    # Round ends, outwards.
+    # Round the ends outwards.
     unit = _step(span / 20)
     return Scale(
         math.floor(round(inner_low / unit, 6)) * unit if below else min(low, inner_low),
@@ -84,6 +92,6 @@ def common_scale(patched: np.ndarray, controls: np.ndarray) -> Scale:
 
 
 def _step(size: float) -> float:
-    """The next larger of 1, 2, 5, 10, ..., times a power of ten."""
+    """Round up to 1, 2, 5 or 10 times a power of ten."""
     power = 10.0 ** math.floor(math.log10(size))
     return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= size * (1 - 1e-9))

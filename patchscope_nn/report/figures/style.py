@@ -1,4 +1,4 @@
-"""What all figures share: plotly itself, inks that can be read on light and dark pages, axes of layers."""
+"""Shared style of figures: plotly, colours that are legible on light and dark pages, axes of layers."""
 
 from __future__ import annotations
 
@@ -13,23 +13,24 @@ from patchscope_nn.report.figures.table import layer_name
 from patchscope_nn.report.figures.text import escape, wrap
 
 if TYPE_CHECKING:
+    import pandas as pd
     import plotly.graph_objects as go
 
-#: Okabe and Ito's colours, those that can be seen on white and on near-black.
+#: The colours of Okabe and Ito that are visible on white and on near-black.
 COLOURS = ("#2b8cc4", "#e69f00", "#cc79a7", "#009e73", "#d55e00", "#8a8f98")
-#: The colour and dash of each kind of cell, the same in all figures.
+#: The colour and dash of the patched cells and of each control, in all figures.
 LINES = {
     REAL: ("#2b8cc4", "solid"),
     "unpatched": ("#8a8f98", "dashdot"),
     "random": ("#e69f00", "dash"),
     "shuffled": ("#cc79a7", "dot"),
     "text-only": ("#009e73", "longdash"),
-    # Those of a linear probe.
+    # Controls of a linear probe.
     "commonest class": ("#8a8f98", "dashdot"),
     "shuffled labels": ("#cc79a7", "dot"),
 }
 OTHER_LINE = ("#d55e00", "longdashdot")
-_INK = "#7a7f87"  # one grey that can be read on white and on near-black
+_INK = "#7a7f87"  # a grey that is legible on white and on near-black
 _AXIS = {"gridcolor": "rgba(128,128,128,0.22)", "zeroline": False, "automargin": True}
 _LAYOUT = {
     "paper_bgcolor": "rgba(0,0,0,0)",
@@ -49,11 +50,11 @@ _LAYOUT = {
     },
     "margin": {"l": 56, "r": 16, "t": 64, "b": 48},
 }
-_ROOM = 8  # with fewer blocks than this, the tick "embed" has room beside the tick "0"
+_ROOM = 8  # with fewer blocks than this, the ticks "embed" and "0" do not overlap
 
 
 def plotly() -> Any:
-    """The module plotly.graph_objects, loaded when the first figure is drawn.
+    """Import plotly.graph_objects, which is loaded only when the first figure is drawn.
 
     Raises:
         InputError: Plotly is not installed.
@@ -68,32 +69,50 @@ def plotly() -> Any:
 
 
 def style(figure: go.Figure, *, title: str, **layout: Any) -> None:
-    """Make a figure transparent, and grey where it writes."""
+    """Set a figure's title and layout, with a transparent background and grey text."""
     heading = {"text": escape(title), "x": 0, "xref": "paper", "font": {"size": 15}}
     figure.update_layout(title=heading, **_LAYOUT, **layout)
     figure.update_xaxes(**_AXIS)
     figure.update_yaxes(**_AXIS)
 
 
-def faint(colour: str, *, opacity: float) -> str:
-    """A colour `#rrggbb` that what lies under it shows through."""
+def band(means: pd.DataFrame, axis: str, *, colour: str, opacity: float, **options: Any) -> go.Scatter:
+    """Draw the intervals of means as a band.
+
+    Args:
+        means: The result of `layer_means`; means without an interval are left out.
+        axis: The column of layers.
+        colour: The colour, `#rrggbb`.
+        opacity: The opacity of the band, from 0 to 1.
+        **options: Options of the plotly trace.
+    """
+    drawn = means[means["low"].notna()]
     red, green, blue = (int(colour[start : start + 2], 16) for start in (1, 3, 5))
-    return f"rgba({red},{green},{blue},{opacity})"
+    return plotly().Scatter(
+        x=[*drawn[axis], *drawn[axis][::-1]],
+        y=[*drawn["high"], *drawn["low"][::-1]],
+        fill="toself",
+        fillcolor=f"rgba({red},{green},{blue},{opacity})",
+        line={"width": 0},
+        mode="lines",
+        hoverinfo="skip",
+        **options,
+    )
 
 
 def panel(control: str) -> str:
-    """What a figure calls a kind of cells, escaped."""
+    """Return the name of the patched cells or of a control in a figure, escaped."""
     return control if control == REAL else escape(f"{control} (control)")
 
 
 def metric_title(metric: str) -> str:
-    """What an axis calls a metric: the title that the registry gives it, or else its column."""
+    """Return the title of a metric's axis: the title in the registry, or the name of its column."""
     titles = {"probe_accuracy": "Accuracy of the probe"}
     return wrap(METRICS[metric].title if metric in METRICS else titles.get(metric, metric), width=38)
 
 
 def layer_ticks(layers: Sequence[float]) -> dict[str, Any]:
-    """At most about sixteen ticks, so that they stay apart on a narrow page; "embed" has room beside it."""
+    """Choose about sixteen ticks at most, so that neither they nor "embed" overlap on a narrow page."""
     blocks = [layer for layer in layers if layer >= 0]
     step = -(-len(blocks) // 16)
     ticks = blocks[::step] if step else []
@@ -103,12 +122,12 @@ def layer_ticks(layers: Sequence[float]) -> dict[str, Any]:
 
 
 def colour_axis(scale: Scale, *, title: str, side: str, **bar: Any) -> dict[str, Any]:
-    """A colour scale and its bar.
+    """Return the layout of a colour scale and its bar.
 
     Args:
-        scale: Its ends.
-        title: The bar's, escaped.
-        side: Where the bar has its title.
+        scale: The scale.
+        title: The bar's title, escaped.
+        side: The side of the bar on which its title is.
         **bar: The bar's place and size.
     """
     bar["title"] = {"text": title, "side": side}

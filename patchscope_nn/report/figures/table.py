@@ -1,4 +1,4 @@
-"""Reading the tidy table, from memory or from parquet: its numbers, its metrics and their means by layer."""
+"""Read a run's table, from memory or from parquet: its layers, its metrics and their means by layer."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from patchscope_nn.analysis.tables import PLACES
 from patchscope_nn.errors import InputError
 from patchscope_nn.spec import readout_kinds
 
-NO_LAYER = -2.0  # where a control that reads no layer stands: left of "embed"
-#: The same, of each such control.
+NO_LAYER = -2.0  # the place on a layer axis, left of "embed", of a control that reads no layer
+#: The place of each control that reads no layer.
 FLAT_LAYERS = {"unpatched": NO_LAYER, "text-only": -3.0}
 
 
 def as_list(value: Any) -> list[Any]:
-    """A list cell as a list, whether it comes from memory (list) or from parquet (array); null is []."""
+    """Return a list column's value as a list: it is a list in memory, an array from parquet, or null ([])."""
     if isinstance(value, np.ndarray):
         return list(value.tolist())
     if isinstance(value, list | tuple):
@@ -29,7 +29,7 @@ def as_list(value: Any) -> list[Any]:
 
 
 def layer_name(layer: float) -> str:
-    """A block's number as text; -1 is "embed", none (NaN) "unpatched", `FLAT_LAYERS` their controls."""
+    """Return a layer's name: -1 is "embed", NaN "unpatched", a place in `FLAT_LAYERS` its control."""
     if np.isnan(layer):
         return "unpatched"
     if layer <= NO_LAYER:
@@ -38,9 +38,9 @@ def layer_name(layer: float) -> str:
 
 
 def layer_axis(table: pd.DataFrame) -> str | None:
-    """The column that tells layers apart; None when several target layers cross several source layers."""
+    """Return the column of layers that varies, or None if source and target layers vary independently."""
     source, target = pd.Series(numbers(table["source_layer"])), pd.Series(numbers(table["target_layer"]))
-    if source.isna().all() and target.notna().any():  # the best over the source layers
+    if source.isna().all() and target.notna().any():  # the best was taken over the source layers
         return "target_layer"
     target = target[source.notna()]
     if source.nunique() == 1 < target.nunique():
@@ -49,14 +49,14 @@ def layer_axis(table: pd.DataFrame) -> str | None:
 
 
 def by_scale(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """The cells of each scale, by its name; all under "" where there is one. Unpatched cells are of each."""
+    """Split a table by scale: {"scale 2": cells}, or {"": table} for one; unpatched cells are in all."""
     scales = statistics.scales_of(table)
-    found = sorted(scales.dropna().unique())
-    return {f"scale {scale:g}": table[scales.isna() | (scales == scale)] for scale in found} or {"": table}
+    names = {f"scale {scale:g}": scale for scale in sorted(scales.dropna().unique())}
+    return {name: table[scales.isna() | (scales == scale)] for name, scale in names.items()} or {"": table}
 
 
 def with_probe_controls(table: pd.DataFrame) -> pd.DataFrame:
-    """A table whose probe's controls are controls of `probe_accuracy`, as those of a Patchscope are."""
+    """Turn the columns of a probe's controls into rows of controls, as a Patchscope's controls are."""
     columns = {
         "probe_majority_accuracy": "commonest class",
         "probe_shuffled_accuracy": "shuffled labels",
@@ -70,14 +70,14 @@ def with_probe_controls(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def reads_sink(cell: Any) -> bool:
-    """Whether a cell (a mapping by column) reads or writes position 0, the attention sink."""
+    """True if a cell (a mapping by column) reads or writes position 0, the attention sink."""
     if cell.get("control") in FLAT_LAYERS:
         return False
     return 0 in as_list(cell.get("source_position")) or 0 in as_list(cell.get("target_position"))
 
 
 def metric_columns(table: pd.DataFrame, *, declared: Iterable[Any] = ()) -> list[str]:
-    """The columns that hold a metric: those declared, then the numeric ones that no readout makes.
+    """Return the columns that hold a metric: first the declared ones, then other numeric columns.
 
     Args:
         table: The tidy table.
@@ -96,30 +96,27 @@ def metric_columns(table: pd.DataFrame, *, declared: Iterable[Any] = ()) -> list
 
 
 def layer_means(table: pd.DataFrame, *, metric: str) -> pd.DataFrame:
-    """Mean of a metric for each (control, source layer, target layer), with its 95 % bootstrap interval.
-
-    Data rows are drawn, not cells: cells of one row are not independent.
+    """Compute a metric's means by control and layers, as `statistics.layer_means` does.
 
     Args:
         table: The tidy table.
-        metric: A column with numbers; cells without one are left out.
-
-    Returns:
-        Columns control ("patched" for the real cells), source_layer, target_layer (both NaN for a
-        control that reads no layer), mean, low, high (NaN when there is a single row), n_rows, n_cells.
+        metric: A numeric column; cells without a value are left out.
 
     Raises:
         InputError: The table has no such column, or no value in it.
     """
     if metric not in table.columns:
-        known = ", ".join(metric_columns(table)) or "none; this table has no metric"
-        raise InputError(f"metric={metric!r} is not a column of this table.", hint=f"Use one of: {known}.")
+        known = ", ".join(metric_columns(table))
+        hint = f"Use one of: {known}." if known else "This table has no metric."
+        raise InputError(f"metric={metric!r} is not a column of this table.", hint=hint)
     means = statistics.layer_means(table, metric=metric)
     if means.empty:
-        raise InputError(f"metric={metric!r} has no value in any cell.", hint="See the column 'error'.")
+        raise InputError(
+            f"metric={metric!r} has no value in any cell.", hint="The column 'error' has the reasons."
+        )
     return means
 
 
 def controls_of(means: pd.DataFrame) -> list[str]:
-    """The controls of `layer_means`, the real cells first."""
+    """Return the controls in the result of `layer_means`, with the patched cells first."""
     return sorted(means["control"].unique(), key=lambda name: (name != REAL, name))

@@ -1,7 +1,7 @@
-"""Text that a model wrote, made fit to be seen: no control characters, no markup, not too long.
+"""Make model output safe to display: no control characters, no markup, limited length.
 
-Plotly reads its labels as a small HTML, and what a model says is not ours to trust, so all text passes
-through `visible` (control characters become signs one can see) and is then escaped.
+Plotly interprets its labels as HTML, and model output is untrusted. So all text passes through `visible`,
+which replaces control characters by visible signs, and is then escaped.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ import textwrap
 import unicodedata
 
 _SIGNS = {"\n": "⏎", "\r": "␍", "\t": "⇥", "\u2028": "⏎", "\u2029": "⏎", "\x7f": "␡"}
-_BIDI = "\u200e\u200f\u061c\u202a-\u202e\u2066-\u2069"  # they would reorder the text around them
+_BIDI = "\u200e\u200f\u061c\u202a-\u202e\u2066-\u2069"  # these reorder the text around them
 _UNSEEN = re.compile(f"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff{_BIDI}]")
 
 
-def _sign(found: re.Match[str]) -> str:
-    """One character as something that can be seen, and that can be written as UTF-8."""
-    character = found[0]
+def _sign(match: re.Match[str]) -> str:
+    """Return a visible sign for a character, which can be encoded as UTF-8."""
+    character = match[0]
     if "\ud800" <= character <= "\udfff":
         return "\ufffd"
     unnamed = chr(0x2400 + ord(character)) if character < " " else f"⟨U+{ord(character):04X}⟩"
@@ -26,44 +26,44 @@ def _sign(found: re.Match[str]) -> str:
 
 
 def visible(text: object, *, keep: str = "") -> str:
-    """Text with its line breaks, control and direction characters shown as signs (⏎, ⇥, ␀, ⟨U+202E⟩).
+    """Replace line breaks, control and direction characters by visible signs (⏎, ⇥, ␀, ⟨U+202E⟩).
 
     Args:
-        text: Anything; None is the empty text.
-        keep: Characters left as they are, such as a line break.
+        text: Any value; None becomes the empty text.
+        keep: Characters to leave unchanged, such as a line break.
 
     Returns:
-        Text that is safe to encode, though not yet to put into HTML.
+        Text that can be encoded as UTF-8; it must still be escaped for HTML.
     """
     if text is None:
         return ""
-    return _UNSEEN.sub(lambda found: found[0] if found[0] in keep else _sign(found), str(text))
+    return _UNSEEN.sub(lambda match: match[0] if match[0] in keep else _sign(match), str(text))
 
 
 def _width(character: str) -> int:
-    """Columns that one character takes: 0 for combining marks, 2 for wide ones such as emoji."""
+    """Return the columns that a character takes: 0 for combining marks, 2 for wide ones such as emoji."""
     if unicodedata.combining(character):
         return 0
     return 2 if unicodedata.east_asian_width(character) in "WF" else 1
 
 
 def text_width(text: str) -> int:
-    """Columns that a text takes on a screen."""
+    """Return the number of columns that a text takes on a screen."""
     return len(text) if text.isascii() else sum(map(_width, text))
 
 
 def shorten(text: object, *, width: int, tail: bool = False) -> str:
-    """Visible text of at most `width` columns; what is cut off leaves an ellipsis.
+    """Cut visible text to `width` columns, with an ellipsis in place of the rest.
 
     Args:
-        text: Anything; None is the empty text.
-        width: Columns, the ellipsis included.
+        text: Any value; None becomes the empty text.
+        width: The number of columns, with the ellipsis.
         tail: Keep the end of the text instead of its beginning.
     """
-    given = "" if text is None else str(text)
-    # Cut before the slow work: a text may have thousands of characters, and thousands of marks on one.
-    part = visible(given[-4 * width :] if tail else given[: 4 * width])
-    if len(given) <= 4 * width and text_width(part) <= width:
+    full = "" if text is None else str(text)
+    # Cut first, for speed: a text may have thousands of characters, or of combining marks on one of them.
+    part = visible(full[-4 * width :] if tail else full[: 4 * width])
+    if len(full) <= 4 * width and text_width(part) <= width:
         return part
     kept, room = "", width - 1
     for character in reversed(part) if tail else part:
@@ -75,17 +75,17 @@ def shorten(text: object, *, width: int, tail: bool = False) -> str:
 
 
 def token(text: object) -> str:
-    """A token between quotes, so that its spaces are seen; isolated if it is written from the right."""
-    shown = f"'{shorten(text, width=40)}'"
-    turns = any(unicodedata.bidirectional(character) in ("R", "AL", "AN") for character in shown)
-    return f"\u2068{shown}\u2069" if turns else shown
+    """Quote a token, which makes its spaces visible; right-to-left text is isolated from its surroundings."""
+    quoted = f"'{shorten(text, width=40)}'"
+    right_to_left = any(unicodedata.bidirectional(letter) in ("R", "AL", "AN") for letter in quoted)
+    return f"\u2068{quoted}\u2069" if right_to_left else quoted
 
 
 def escape(text: str) -> str:
-    """Text for plotly, which knows no entity for quotes."""
+    """Escape text for plotly, which does not decode entities for quotes."""
     return html.escape(text, quote=False)
 
 
-def wrap(shown: str, *, width: int = 72) -> str:
-    """Visible text, escaped, in lines of at most `width` characters."""
-    return "<br>".join(map(escape, textwrap.wrap(shown, width=width, drop_whitespace=False)))
+def wrap(text: str, *, width: int = 72) -> str:
+    """Break visible text into lines of at most `width` characters, escaped."""
+    return "<br>".join(map(escape, textwrap.wrap(text, width=width, drop_whitespace=False)))

@@ -1,4 +1,4 @@
-"""What one cell says: in a few letters, as a number that shades it, and in full when it is pointed at."""
+"""The texts of one cell in a figure: its label, the number that shades it, and its hover text."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from patchscope_nn.report.figures.text import shorten, token, wrap
 from patchscope_nn.spec import Readout, kinds_in
 
 LABEL_WIDTH = 12
-_SENTENCE_WIDTH = 20  # of generated text, whose first words are too long for the width of a token
+_SENTENCE_WIDTH = 20  # for generated text, which needs more room than a token
 _PROMPT_WIDTH, _TEXT_WIDTH = 140, 300
 
 Cell = Mapping[Any, Any]
@@ -24,13 +24,13 @@ Cell = Mapping[Any, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Cells:
-    """A table's cells, and what is shown of each; cells are named by their index.
+    """A table's cells with the texts that figures show; cells are named by their index.
 
     Attributes:
         records: The table's rows.
-        kind: The kind of readout, which says something in words.
+        kind: The kind of readout, which answers in words.
         shades: The number that shades each cell, or NaN.
-        scale: The name of that number; None where nothing is shaded.
+        scale: The name of that number; None if cells are not shaded.
     """
 
     records: Sequence[Cell]
@@ -39,38 +39,38 @@ class Cells:
     scale: str | None
 
     def label(self, index: int) -> str:
-        """What a cell says, in a few letters; empty where it failed."""
+        """Return a cell's answer in a few characters; empty if the cell failed."""
         cell = self.records[index]
         words = as_list(cell[self.kind.says])
         if not words or not is_null(cell.get("error")):
             return ""
         text = str(words[0])
         if self.kind.sentences:
-            # A description begins after the colon that few-shot prompts put before it.
+            # Few-shot prompts put a colon before each description, and the model repeats it.
             return shorten(text.strip(" ").removeprefix(":").strip(" "), width=_SENTENCE_WIDTH) or "(empty)"
         return shorten(text.strip(" "), width=LABEL_WIDTH) or ("␣" if text else "(empty)")
 
     def alike(self, indices: Sequence[int]) -> bool:
-        """Whether cells are drawn alike: one label, and one shade but for rounding."""
+        """True if cells have the same label and, up to rounding, the same shade."""
         shades = self.shades[list(indices)]
         labels = {self.label(index) for index in indices}
         return len(labels) <= 1 and np.allclose(shades, shades[:1], rtol=0, atol=1e-4, equal_nan=True)
 
     def hover(self, index: int) -> str:
-        """Everything about a cell, as escaped hover text."""
+        """Return the hover text of a cell, escaped for plotly."""
         cell = self.records[index]
         return "<br>".join(map(wrap, (*_origin(cell), *_answer(cell, scale=self.scale))))
 
 
 def read_cells(table: pd.DataFrame, *, value: str | None) -> Cells:
-    """The cells of a table whose readout says something in words.
+    """Read the cells of a table whose readout answers in words.
 
     Args:
         table: The tidy table.
-        value: The column that shades the cells; None takes what fits the readout.
+        value: The column that shades the cells; None chooses one that suits the readout.
 
     Raises:
-        InputError: The readout says nothing in words, or `value` is no column.
+        InputError: The readout does not answer in words, or the table has no column `value`.
     """
     kind = next((kind for kind in kinds_in(table.columns) if kind.says), None)
     if kind is None:
@@ -80,9 +80,9 @@ def read_cells(table: pd.DataFrame, *, value: str | None) -> Cells:
 
 
 def _shades(table: pd.DataFrame, kind: type[Readout], *, value: str | None) -> tuple[np.ndarray, str | None]:
-    """The number that shades each cell (NaN where there is none), and its name."""
+    """Return the number that shades each cell, with NaN for missing ones, and its name."""
     if value is not None and value not in table.columns:
-        raise InputError(f"value={value!r} is not a column of this table.", hint="Use a column with numbers.")
+        raise InputError(f"value={value!r} is not a column of this table.", hint="Use a numeric column.")
     if value is None and kind.odds is not None and kind.odds[1] in table.columns:
         columns = (table[name] for name in (*kind.odds, kind.says))
         likely = [_probability(*(as_list(cell) for cell in cells)) for cells in zip(*columns, strict=True)]
@@ -98,7 +98,7 @@ def _probability(answers: Sequence[Any], probabilities: Sequence[float], said: S
 
 
 def odds(cell: Cell) -> list[str]:
-    """The likely answers with their probabilities: `' Paris' 0.93`."""
+    """Return the likely answers with their probabilities, such as `' Paris' 0.93`."""
     columns = [kind.odds for kind in kinds_in(cell) if kind.odds is not None]
     pairs = [
         pair for names in columns for pair in zip(*(as_list(cell.get(name)) for name in names), strict=False)
@@ -107,7 +107,7 @@ def odds(cell: Cell) -> list[str]:
 
 
 def _origin(cell: Cell) -> Iterator[str]:
-    """Where a cell's state was taken from, and where it was put."""
+    """Yield the lines that say where a cell's state was read and where it was written."""
     patched = not is_null(cell["source_layer"])
     if not is_null(cell["control"]):
         yield f"control: {cell['control']}"
@@ -116,7 +116,7 @@ def _origin(cell: Cell) -> Iterator[str]:
         yield f"read: {_place(cell, side='source')}"
     yield f"{'written to' if patched else 'target'}: {_place(cell, side='target')}"
     if reads_sink(cell):
-        yield "position 0 is an attention sink: its state says little"
+        yield "position 0 is an attention sink: its state carries little about the prompt"
 
 
 def _place(cell: Cell, *, side: str) -> str:
@@ -127,7 +127,7 @@ def _place(cell: Cell, *, side: str) -> str:
 
 
 def _answer(cell: Cell, *, scale: str | None) -> Iterator[str]:
-    """What a cell's readout gave: probabilities, numbers and text."""
+    """Yield the lines with a cell's readout: probabilities, numbers and text."""
     likely = odds(cell)[:10]
     if likely:
         yield f"most likely: {', '.join(likely)}"
