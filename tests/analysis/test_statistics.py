@@ -54,7 +54,7 @@ def test_groups_have_their_own_means_and_a_single_row_has_no_interval():
     assert np.isnan(found.high[1])
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(st.integers(-5, 5), min_size=2, max_size=8))
 def test_few_rows_are_flipped_in_every_way(sums):
     flipped = [np.dot(signs, sums) for signs in itertools.product((1, -1), repeat=len(sums))]

@@ -160,7 +160,7 @@ def test_rows_of_one_source_prompt_are_no_stand_ins(model):
         sweep_of(scope_of(), model, rows=rows[:2], controls=["shuffled"])
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(data=st.data())
 def test_a_cell_is_the_same_however_it_is_asked_for(data, tiny_model):
     """Cells are made when they are asked for: all in turn, by number, by row, again."""
