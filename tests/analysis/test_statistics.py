@@ -27,6 +27,7 @@ def test_the_interval_is_that_of_scipy_where_every_row_has_one_cell():
     assert (found.low[0], found.high[0]) == pytest.approx(expected, abs=0.02)
 
 
+@pytest.mark.quick
 def test_cells_of_a_row_are_drawn_together():
     value = np.repeat(GENERATOR.normal(size=20), 50)  # fifty cells of a row that all say the same
     row = np.repeat(np.arange(20), 50)

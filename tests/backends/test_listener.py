@@ -38,6 +38,7 @@ def generating(model, **options):
     return prepare(scope, model=model, data=ROWS, controls=("unpatched", "random"))
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("max_rows", [None, 2])
 def test_what_is_heard_is_the_text_that_comes_out(tiny_model, family, max_rows):

@@ -51,6 +51,7 @@ def write_all(folder: Path) -> list[Path]:
     ]
 
 
+@pytest.mark.quick
 def test_every_format_gives_the_same_rows(tmp_path):
     for path in write_all(tmp_path):
         assert load_rows(DataSpec(file=path.name), base=tmp_path) == ROWS, path.name

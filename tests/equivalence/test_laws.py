@@ -196,6 +196,7 @@ def test_contexts_change_nothing(readout, data, tiny_model, run_cells):
     assert_equal_runs(run_cells(scope, model, copy, context="bridged", **options), session)
 
 
+@pytest.mark.quick
 @few
 @hypothesis.given(data=st.data())
 def test_the_rehearsal_changes_nothing(data, tiny_model, run_cells):

@@ -29,11 +29,6 @@ def contexts():
     return load_rows(DataSpec(builtin="contexts"))
 
 
-@pytest.fixture(scope="module")
-def own(model, contexts):
-    return list(next_tokens(model, [row["context"] for row in contexts]))
-
-
 def next_tokens(model, contexts):
     """The model's own next token of each context: plain transformers, one at a time."""
     with torch.no_grad():
@@ -52,17 +47,16 @@ def test_it_is_loaded_from_the_cache_as_float32(model):
     assert (builtin.folder() / "model.safetensors").is_file()
 
 
-@pytest.mark.parametrize(("recipe", "every"), [("next-token", 1), ("logit-lens", 8)])
-def test_the_last_layer_gives_the_models_own_next_token_for_every_context(
-    model, contexts, own, recipe, every
-):
+def test_the_last_layer_gives_the_models_own_next_token_for_every_context(model, contexts):
     """The logit lens reads the same source passes, so a part of the contexts tells as much of it."""
     assert len(contexts) >= 200
-    loaded = ps.load_recipe(recipe, sets=["source.layer=-1"])
-    run = ps.run(loaded, model=model, data=contexts[::every], controls=[])
-    assert [row["reference_ids"][0] for row in run.rows] == own[::every]
-    assert [row["top_ids"][0] for row in run.rows] == own[::every]
-    assert run.table()["precision_at_1"].mean() == 1.0
+    own = list(next_tokens(model, [row["context"] for row in contexts]))
+    for recipe, every in (("next-token", 1), ("logit-lens", 8)):
+        loaded = ps.load_recipe(recipe, sets=["source.layer=-1"])
+        run = ps.run(loaded, model=model, data=contexts[::every], controls=[])
+        assert [row["reference_ids"][0] for row in run.rows] == own[::every]
+        assert [row["top_ids"][0] for row in run.rows] == own[::every]
+        assert run.table()["precision_at_1"].mean() == 1.0
 
 
 @pytest.mark.parametrize(

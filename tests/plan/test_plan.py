@@ -83,6 +83,7 @@ def needs(cell):
 optimisations = st.builds(Optimisations, **dict.fromkeys(Optimisations.names(), st.booleans()))
 
 
+@pytest.mark.quick
 @settings(max_examples=80)
 @given(data=st.data())
 def test_a_plan_serves_every_cell_once(data, tiny_model):

@@ -36,6 +36,7 @@ def each(recipe):
     return recipe.of_methods() or {"": recipe}
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", shipped())
 def test_a_recipe_that_ships(name):
     assert lint(name) == []

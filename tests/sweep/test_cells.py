@@ -109,6 +109,7 @@ def test_prompts_are_filled_and_kept_once(model):
     assert [cell.row for cell in sweep.cells] == [0] * 4 + [1] * 4 + [2] * 4 + [3] * 4
 
 
+@pytest.mark.quick
 def test_controls_are_counted_as_promised(model):
     sweep = sweep_of(scope_of(), model, controls=["unpatched", "random", "shuffled"])
     assert Counter((cell.row, cell.control) for cell in sweep.cells) == {
