@@ -7,8 +7,8 @@ import importlib.util
 import os
 from importlib import metadata
 
-# Before torch and transformers are imported, which read these then; so do the processes that tests start. Tiny
-# matrices gain nothing from threads, and lose much where several processes share the cores.
+# Before torch and transformers are imported, which read these then; so do the processes that tests start.
+# Threads gain nothing for tiny matrices, and lose much where several processes share the cores.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -49,8 +49,8 @@ hypothesis.settings.load_profile("tests")
 def cache(tmp_path_factory):
     """A cache folder of the session's own, also for the processes it starts: no verdict or fit of the user's.
 
-    Of the user's own it has the converted builtin model, which takes long to make. The workers of pytest-xdist
-    share the folder, so that a model is converted once and proven by whoever needs it first.
+    Of the user's own it has the converted builtin model, which takes long to make. The workers of
+    pytest-xdist share the folder, so a model is converted once and proven by whoever needs it first.
     """
     root = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:

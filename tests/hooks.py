@@ -28,7 +28,7 @@ class Site(NamedTuple):
 class Patch(NamedTuple):
     """f(h), computed from the states that are about to be replaced, and where it goes.
 
-    Patches with equal sites, positions and `key` write the same states; without a key nothing is known of them.
+    Patches with equal sites, positions and `key` write the same states. A key of None equals no other.
     """
 
     site: Site
@@ -50,7 +50,9 @@ class Reference:
 
     def state(self, ids, site, positions):
         """The hidden states at a site, (n_positions, d_model)."""
-        return self._remembered((tuple(ids), site, tuple(positions)), lambda: self._state(ids, site, positions))
+        return self._remembered(
+            (tuple(ids), site, tuple(positions)), lambda: self._state(ids, site, positions)
+        )
 
     def logits(self, ids, patch=None):
         """The logits after every token, (n_tokens, vocab), of a run that is patched or not."""
