@@ -6,6 +6,7 @@ import functools
 import importlib.util
 import os
 from importlib import metadata
+from pathlib import Path
 
 # Before torch and transformers are imported, which read these then; so do the processes that tests start.
 # Threads gain nothing for tiny matrices, and lose much where several processes share the cores.
@@ -43,6 +44,16 @@ hypothesis.settings.register_profile(
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
 hypothesis.settings.load_profile("tests")
+
+
+#: The folders whose tests fail most often; they run first.
+FIRST = ("contracts", "equivalence", "proof")
+
+
+def pytest_collection_modifyitems(items):
+    here = Path(__file__).parent
+    rooms = {item: item.path.relative_to(here).parts[0] for item in items}
+    items.sort(key=lambda item: FIRST.index(rooms[item]) if rooms[item] in FIRST else len(FIRST))
 
 
 @pytest.fixture(scope="session", autouse=True)
