@@ -1,5 +1,6 @@
-# Two commands: `make demo` installs and shows what a real model's hidden states say; `make test` checks
-# everything. Both need only Python 3.11 and make, and no network beyond the package registries.
+# Three commands: `make demo` installs and shows what a real model's hidden states say; `make test` checks
+# everything; `make check` answers in a minute. All need only Python 3.11 and make, and no network beyond the
+# package registries.
 PYTHON ?= python3.11
 BIN := .venv/bin
 OLDEST := $(shell sed -n 's/.*"\(transformers\)>=\([0-9.]*\)".*/\1==\2/p' pyproject.toml)
@@ -7,15 +8,27 @@ export HF_HUB_OFFLINE := 1
 # Spinning threads make two processes on one machine many times slower.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: demo test test-registry test-oldest test-package lint bench ndif-up ndif-down remote-ready test-remote \
-  test-remote-all clean
+# One test process a core, each with one thread. Each begins with a run of whole files, so most of what the tests
+# of a file share is made once.
+PARALLEL := -n auto --maxprocesses 8 --dist worksteal
+
+.PHONY: check quick demo test test-registry test-oldest test-package lint bench ndif-up ndif-down remote-ready \
+  test-remote test-remote-all clean
 
 demo: .venv/installed-demo
 	$(BIN)/patchscope explain "Diana, Princess of Wales"
 	$(BIN)/patchscope run next-token --limit 12
 
 test: .venv/installed-test lint
-	$(BIN)/python -m pytest -m "not registry"
+	$(BIN)/python -m pytest $(PARALLEL) -m "not registry"
+
+# Before a commit: lint and types on one core, the house's rules and one test of each room (marked `quick`) on the
+# other.
+check: .venv/installed-test
+	$(MAKE) --no-print-directory --jobs 2 --output-sync lint quick
+
+quick: .venv/installed-test
+	$(BIN)/python -m pytest -m quick
 
 # Every model type that transformers knows, beside plain hooks and beside its row in docs/architectures.md.
 test-registry: .venv/installed-test

@@ -5,16 +5,23 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+from importlib import metadata
+from pathlib import Path
 
-# Before transformers is imported, which reads it then.
+# Before torch and transformers are imported, which read these then; so do the processes that tests start.
+# Threads gain nothing for tiny matrices, and lose much where several processes share the cores.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 if importlib.util.find_spec("anyio"):
     # Before nnsight, whose `.save` on every object breaks it; the explorer's server and its tests need it.
     import anyio._backends._asyncio  # noqa: F401
+import hypothesis
 import pytest
 import tiny
 import torch
+from filelock import FileLock
 
 from patchscope_nn.backends import Places, run_steps
 from patchscope_nn.mappings import resolve_mapping
@@ -24,19 +31,48 @@ from patchscope_nn.proof import store
 from patchscope_nn.spec import SITES
 from patchscope_nn.sweep import expand
 
-# Tiny matrices gain nothing from threads, and lose much where several processes share the cores.
 torch.set_num_threads(1)
+
+# Each call parses the whole description of an installed package, which takes a third of a tiny run.
+metadata.version = functools.cache(metadata.version)
+
+# The same examples in every run: two tokens of a random model may be equally likely, to a rounding error.
+hypothesis.settings.register_profile(
+    "tests",
+    max_examples=50,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("tests")
+
+
+#: The folders whose tests fail most often; they run first.
+FIRST = ("contracts", "equivalence", "proof")
+
+
+def pytest_collection_modifyitems(items):
+    here = Path(__file__).parent
+    rooms = {item: item.path.relative_to(here).parts[0] for item in items}
+    items.sort(key=lambda item: FIRST.index(rooms[item]) if rooms[item] in FIRST else len(FIRST))
 
 
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory):
     """A cache folder of the session's own, also for the processes it starts: no verdict or fit of the user's.
 
-    Of the user's own it has the converted builtin model, which takes long to make.
+    Of the user's own it has the converted builtin model, which takes long to make. The workers of
+    pytest-xdist share the folder, so a model is converted once and proven by whoever needs it first.
     """
-    place, converted = tmp_path_factory.mktemp("cache"), builtin.folder()
-    if converted is not None:
-        (place / converted.name).symlink_to(converted, target_is_directory=True)
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+    place = root / "cache"
+    place.mkdir(exist_ok=True)
+    with FileLock(root / "cache.lock"):
+        converted = builtin.folder()
+        if converted is not None and not (place / converted.name).exists():
+            (place / converted.name).symlink_to(converted, target_is_directory=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PATCHSCOPE_CACHE", str(place))
         yield place

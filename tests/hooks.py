@@ -1,7 +1,8 @@
 """The reference: Patchscopes by plain PyTorch forward hooks, straight from the paper's definition.
 
-One cell at a time, batch 1, no padding, no cache: every token that is generated or scored costs a whole new
-forward, in which the prompt is read again with the patch. Nothing here knows of patchscope_nn or nnsight.
+One cell at a time, batch 1, no padding, no cache of keys and values: every token that is generated or scored
+takes a whole new forward pass, in which the prompt is read again with the patch. A reference remembers its
+results, so tests that ask for the same pass share it. Nothing here knows of patchscope_nn or nnsight.
 
 (S, i, l, M) --f--> (T, i*, l*, M*), Ghandeharioun et al. 2024, section 3.1: h is the output of block l of M
 at position i of S; in the run of M* on T, the output of block l* at position i* is replaced by f(h).
@@ -26,22 +27,49 @@ class Site(NamedTuple):
 
 
 class Patch(NamedTuple):
-    """f(h), computed from the states that are about to be replaced, and where it goes."""
+    """f(h), computed from the states that are about to be replaced, and where it goes.
+
+    Patches with equal sites, positions and `key` write the same states. A key of None equals no other.
+    """
 
     site: Site
     positions: tuple
     new: object
+    key: object = None
 
 
 class Reference:
-    """A transformers model, the path of its blocks, and what these call their attention and their MLP."""
+    """A transformers model, the path of its blocks, and what these call their attention and their MLP.
+
+    The model's weights must not change: results are remembered.
+    """
 
     def __init__(self, module, *, blocks, attention, mlp):
         self.module, self.blocks = module, module.get_submodule(blocks)
         self.parts = (attention, mlp)
+        self._results = {}
 
     def state(self, ids, site, positions):
         """The hidden states at a site, (n_positions, d_model)."""
+        return self._remembered(
+            (tuple(ids), site, tuple(positions)), lambda: self._state(ids, site, positions)
+        )
+
+    def logits(self, ids, patch=None):
+        """The logits after every token, (n_tokens, vocab), of a run that is patched or not."""
+        if patch is None:
+            return self._remembered(tuple(ids), lambda: self._forward(ids))
+        if patch.key is None:
+            return self._patched(ids, patch)
+        key = (tuple(ids), patch.site, tuple(patch.positions), patch.key)
+        return self._remembered(key, lambda: self._patched(ids, patch))
+
+    def _remembered(self, key, compute):
+        if key not in self._results:
+            self._results[key] = compute()
+        return self._results[key].clone()
+
+    def _state(self, ids, site, positions):
         found = {}
 
         def read(states):
@@ -52,11 +80,7 @@ class Reference:
             self._forward(ids)
         return found["states"]
 
-    def logits(self, ids, patch=None):
-        """The logits after every token, (n_tokens, vocab), of a run that is patched or not."""
-        if patch is None:
-            return self._forward(ids)
-
+    def _patched(self, ids, patch):
         def write(states):
             states = states.clone()
             where = list(patch.positions)
@@ -163,7 +187,6 @@ class Pair:
         self.scope, self.source, self.target = scope, source, target or source
         self.tokenizer, self.f, self.eos = tokenizer, f, eos
         self.sites = sites or {}  # by name: the place of a layer at a site
-        self._once = {}  # what a model is at a place is one fact, however many cells ask for it
 
     def expected(self, cell, row):
         """The raw readout of a cell whose positions and layers are given by numbers."""
@@ -183,14 +206,10 @@ class Pair:
 
     def _patch(self, cell, source):
         read, written = self._site("source", cell.source_layer), self._site("target", cell.target_layer)
-        fact = (source, read, cell.source_positions)
-        states = self._fact(fact, lambda: self.source.state(*fact))
-        return Patch(written, cell.target_positions, lambda clean: self.f(states, clean))
-
-    def _fact(self, key, measure):
-        if key not in self._once:
-            self._once[key] = measure()
-        return self._once[key]
+        place = (source, read, cell.source_positions)
+        states = self.source.state(*place)
+        key = (self.source, place) if self.f is identity else None
+        return Patch(written, cell.target_positions, lambda clean: self.f(states, clean), key)
 
     def _site(self, side, layer):
         name = getattr(self.scope, side).site
@@ -207,7 +226,7 @@ class Pair:
         named = readout.reference if isinstance(readout.reference, tuple) else ()
         before = None
         if readout.reference is not None:
-            before = self._fact(source, lambda: self.source.logits(source))[self._compared(cell)]
+            before = self.source.logits(source)[self._compared(cell)]
         return next_token(
             self.target.logits(target, patch)[readout.position],
             top_k=readout.top_k,
@@ -236,14 +255,8 @@ class Pair:
     def _hidden(self, row, source, target, cell, patch):
         if patch is None:
             return {"hidden": None}
-        found = {}
-
-        def new(clean):
-            found["hidden"] = patch.new(clean)
-            return found["hidden"]
-
-        self.target.logits(target, patch._replace(new=new))
-        return {"hidden": found["hidden"].tolist()}
+        clean = self.target.state(target, patch.site, patch.positions)
+        return {"hidden": patch.new(clean).tolist()}
 
 
 def assert_same(given, expected, *, tolerance=1e-4):

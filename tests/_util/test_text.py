@@ -18,6 +18,7 @@ UNDECODED = "Café".encode().decode("ascii", "surrogateescape")
 HOLDS = r"holds half a character, '\ud83d', which no tokenizer can read; write it whole"
 
 
+@pytest.mark.quick
 def test_what_is_text():
     assert wrong_text("Café 😀 \x00") == ""
     assert wrong_text(HALF) == rf"'The \ud83d city' {HOLDS}"

@@ -27,6 +27,7 @@ def test_the_interval_is_that_of_scipy_where_every_row_has_one_cell():
     assert (found.low[0], found.high[0]) == pytest.approx(expected, abs=0.02)
 
 
+@pytest.mark.quick
 def test_cells_of_a_row_are_drawn_together():
     value = np.repeat(GENERATOR.normal(size=20), 50)  # fifty cells of a row that all say the same
     row = np.repeat(np.arange(20), 50)
@@ -54,7 +55,7 @@ def test_groups_have_their_own_means_and_a_single_row_has_no_interval():
     assert np.isnan(found.high[1])
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(st.integers(-5, 5), min_size=2, max_size=8))
 def test_few_rows_are_flipped_in_every_way(sums):
     flipped = [np.dot(signs, sums) for signs in itertools.product((1, -1), repeat=len(sums))]

@@ -39,6 +39,7 @@ def generating(model, *, places=None, **options):
     return prepare(scope, places=places, model=model, data=ROWS, controls=("unpatched", "random")).only
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("max_rows", [None, 2])
 def test_what_is_heard_is_the_text_that_comes_out(tiny_model, family, max_rows):

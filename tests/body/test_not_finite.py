@@ -97,6 +97,7 @@ def test_a_state_that_is_read(way, readout, model):
             )
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("context", ["fused", "session"])
 @pytest.mark.parametrize("readout", ["next_token", "choices", "hidden"])
 def test_a_single_cell(context, readout, model):

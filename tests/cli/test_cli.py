@@ -116,6 +116,7 @@ def test_run_prints_a_line_for_each_scale_and_an_interval_for_each_mean(patchsco
     assert lines[head + 6].startswith(f"nll_nats without a state: unpatched {flat:.2f} [")
 
 
+@pytest.mark.quick
 def test_explain_puts_the_unpatched_control_on_top(patchscope):
     done = patchscope("explain", "The Eiffel Tower", "--model", "model", "--max-new-tokens", "3")
     assert done.returncode == 0, done.stderr

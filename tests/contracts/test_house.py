@@ -12,6 +12,8 @@ import pytest
 
 import patchscope_nn as ps
 
+pytestmark = pytest.mark.quick
+
 PACKAGE = Path(ps.__file__).parent
 
 #: The order of the rooms, as docs/ARCHITECTURE.md gives it: its table's first column.
@@ -55,9 +57,15 @@ def test_the_rooms_are_those_of_the_architecture():
     assert {path.stem for path in PACKAGE.glob("*.py")} == LOOSE
 
 
-def test_each_room_has_its_folder_of_tests():
-    folders = {path.name for path in (PACKAGE.parent / "tests").iterdir() if path.is_dir()}
-    assert {*ORDER} - {"errors", "__main__", "engines", "lower"} <= folders
+TESTS = PACKAGE.parent / "tests"
+#: What the tests of other rooms go through.
+WITHOUT_TESTS = {"errors", "__main__", "engines", "lower"}
+
+
+@pytest.mark.parametrize("room", [room for room in ORDER if room not in WITHOUT_TESTS])
+def test_each_room_has_its_folder_of_tests_and_a_quick_one(room):
+    files = [*(TESTS / room).glob("test_*.py")]
+    assert [file for file in files if "@pytest.mark.quick" in file.read_text(encoding="utf-8")]
 
 
 @pytest.mark.parametrize("file", sorted((PACKAGE / "body").glob("*.py")), ids=lambda file: file.name)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
 
@@ -51,6 +51,7 @@ def write_all(folder: Path) -> list[Path]:
     ]
 
 
+@pytest.mark.quick
 def test_every_format_gives_the_same_rows(tmp_path):
     for path in write_all(tmp_path):
         assert load_rows(DataSpec(file=path.name), base=tmp_path) == ROWS, path.name
@@ -420,7 +421,6 @@ def test_the_fingerprint_is_pinned():
 VALUES = st.none() | st.booleans() | st.integers(0, 2) | st.sampled_from(["", "1", "é"])
 
 
-@settings(max_examples=50, deadline=None)
 @given(st.lists(st.dictionaries(st.sampled_from("ab"), VALUES), min_size=1, max_size=3))
 def test_the_fingerprint_sees_the_order_of_rows_and_not_of_columns(rows):
     turned = [dict(reversed(row.items())) for row in rows]

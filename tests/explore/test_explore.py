@@ -85,6 +85,7 @@ def test_another_token_is_refused(client, path):
     assert "patchscope explore" in refused.text
 
 
+@pytest.mark.quick
 def test_the_page_is_served_with_headers_that_let_nothing_in(client):
     page = client.get("")
     assert page.status_code == 200

@@ -298,6 +298,7 @@ def scope_of(mapping, *, layers=(0, 2), targets=(1, 3)):
 FIT = {"fit": {"kind": "affine", "data": rows_of(30), "lambdas": [0.01]}}
 
 
+@pytest.mark.quick
 def test_a_run_fits_its_mapping_once(cache, tiny_model, tmp_path, monkeypatch):
     models = {"source_model": tiny_model(), "target_model": tiny_model("gpt2", d_model=48)}
     prepared = prepare(scope_of(FIT), **models).only

@@ -88,9 +88,10 @@ def test_a_tuned_lens_foretells_held_out_texts_better_than_the_logit_lens(family
 
 def test_the_score_is_the_kl_over_the_held_out_tokens(tiny_model):
     """Once more, by hand: the same texts, every token but the first."""
-    found = fit_tuned_lens(tiny_model("gpt2"), TEXTS, layers=1, training=QUICK)
+    training = Training(steps=8, learning_rate=3e-3)
+    found = fit_tuned_lens(tiny_model("gpt2"), TEXTS, layers=1, training=training)
     maps, (score,) = found.maps[1, 3], found.held_out
-    held = fit_parts(QUICK)
+    held = fit_parts(training)
     lost, same, count = 0.0, 0, 0
     module = tiny.reference("gpt2").module
     for ids in held:
@@ -123,9 +124,11 @@ def fit_parts(training):
 
 
 def test_the_same_seed_gives_the_same_lens(tiny_model):
-    first, again = (fit_tuned_lens(tiny_model(), TEXTS, layers=0, training=QUICK) for _ in range(2))
-    other = fit_tuned_lens(
-        tiny_model(), TEXTS, layers=0, training=Training(steps=60, learning_rate=3e-3, seed=1)
+    first, again, other = (
+        fit_tuned_lens(
+            tiny_model(), TEXTS, layers=0, training=Training(steps=8, learning_rate=3e-3, seed=seed)
+        )
+        for seed in (0, 0, 1)
     )
     assert torch.equal(first.maps[0, 3]["weight"], again.maps[0, 3]["weight"])
     assert first.held_out == again.held_out

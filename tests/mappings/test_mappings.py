@@ -73,6 +73,7 @@ def test_weights_are_copied():
     assert torch.equal(mapping.weight, torch.eye(2))
 
 
+@pytest.mark.quick
 def test_a_module_and_a_function(info, wide):
     module = torch.nn.Linear(32, 48)
     states, clean = states_of(3, 32), torch.zeros(3, 48)

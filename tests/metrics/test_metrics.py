@@ -30,6 +30,7 @@ WORDS = st.lists(
 )
 
 
+@pytest.mark.quick
 @given(WORDS.map(" ".join), WORDS.map(" ".join))
 def test_rouge_is_that_of_rouge_score(text, reference):
     expected = SCORER.score(reference, text)

@@ -101,6 +101,7 @@ def test_an_nnsight_model_without_its_weights_is_given_them(folder):
     assert (model.info.name, model.info.device) == (str(folder), "cpu")
 
 
+@pytest.mark.quick
 def test_a_folder_is_loaded(folder):
     model = load(folder, dtype=torch.float64)
     assert (model.info.name, model.info.dtype, model.info.revision) == (str(folder), "float64", None)

@@ -184,6 +184,7 @@ def test_a_fused_context_that_is_wrong_is_not_chosen_and_is_refused(plant):
         ps.run(scope, model=model, data=list(ROWS), context="fused")
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("fault", [faults.lost_writes, faults.other_reads])
 def test_a_model_that_the_plain_path_gets_wrong_is_refused(fault, monkeypatch, verdicts):
     fault(monkeypatch)

@@ -92,7 +92,7 @@ def written(plain):
         yield yaml.safe_dump(plain, allow_unicode=True)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.text(st.sampled_from("0123456789.:eE+-_xobyYnN~<=tf' ")) | st.text() | st.floats(allow_nan=False))
 def test_what_pyyaml_writes_reads_the_same(value):
     for text in written({"a": value}):
@@ -250,7 +250,7 @@ def recipes(draw):
 SCHEMA = jsonschema.Draft202012Validator(json_schema())
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(recipes())
 def test_a_dumped_recipe_is_the_same_recipe(recipe):
     for plain in (dump(recipe), resolved(recipe)):

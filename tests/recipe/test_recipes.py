@@ -37,6 +37,7 @@ def each(recipe):
     return recipe.of_methods() or {"": recipe}
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", shipped())
 def test_a_recipe_that_ships(name):
     assert lint(name) == []

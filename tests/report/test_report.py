@@ -152,6 +152,7 @@ def test_the_exact_command_and_each_control_are_told(tmp_path: Path) -> None:
     assert told == ["unpatched", "text-only"]
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("recipe", "said"),
     [

@@ -75,6 +75,7 @@ def same(one, other):
     return True
 
 
+@pytest.mark.quick
 def test_the_folder_holds_the_table_the_manifest_and_the_report(tiny_model, tmp_path):
     run = ps.run(scope(), out=tmp_path / "run", **asked(tiny_model()))
     manifest = json.loads((tmp_path / "run/manifest.json").read_text())

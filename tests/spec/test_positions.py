@@ -39,6 +39,7 @@ def test_the_prompt_has_the_tokens_these_tests_count_on():
     assert list(encoded.ids) == tiny.TOKENIZER(TEXT)["input_ids"]
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("value", "expected"),
     [

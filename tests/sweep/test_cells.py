@@ -111,6 +111,7 @@ def test_prompts_are_filled_and_kept_once(model):
     assert [cell.row for cell in sweep.cells] == [0] * 4 + [1] * 4 + [2] * 4 + [3] * 4
 
 
+@pytest.mark.quick
 def test_controls_are_counted_as_promised(model):
     sweep = sweep_of(scope_of(), model, controls=["unpatched", "random", "shuffled"])
     assert Counter((cell.row, cell.control) for cell in sweep.cells) == {
@@ -162,7 +163,7 @@ def test_rows_of_one_source_prompt_are_no_stand_ins(model):
         sweep_of(scope_of(), model, rows=rows[:2], controls=["shuffled"])
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(data=st.data())
 def test_a_cell_is_the_same_however_it_is_asked_for(data, tiny_model):
     """Cells are made when they are asked for: all in turn, by number, by row, again."""
