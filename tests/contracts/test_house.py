@@ -59,7 +59,7 @@ def test_the_rooms_are_those_of_the_architecture():
 
 TESTS = PACKAGE.parent / "tests"
 #: What the tests of other rooms go through.
-WITHOUT_TESTS = {"errors", "__main__", "engines", "lower"}
+WITHOUT_TESTS = {"errors", "__main__"}
 
 
 @pytest.mark.parametrize("room", [room for room in ORDER if room not in WITHOUT_TESTS])

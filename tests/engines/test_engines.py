@@ -6,7 +6,12 @@ import pytest
 import tiny
 from conformance import check_engine
 
-from patchscope_nn.engines import ENGINES
+from patchscope_nn.engines import ENGINES, engine_of
+
+
+@pytest.mark.quick
+def test_a_model_is_run_by_the_engine_it_names(tiny_model):
+    assert engine_of(tiny_model()) is ENGINES["transformers"]
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
