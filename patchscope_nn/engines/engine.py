@@ -16,7 +16,7 @@ class Engine(Protocol):
 
     A model names its engine (`ModelInfo.engine`). Nothing outside `engines` asks which engine it is: the
     planner asks `ModelInfo.supports`, and backends ask `opens`. An engine is right if its results equal those
-    of plain PyTorch hooks on the same weights; `tests/engines/conformance.py` checks that.
+    of plain PyTorch hooks on the same weights; `tests/engine_check.py` checks that.
     """
 
     @property

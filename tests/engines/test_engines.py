@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import tiny
-from conformance import check_engine
+from engine_check import check_engine
 
 from patchscope_nn.engines import ENGINES, engine_of
 

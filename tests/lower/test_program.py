@@ -9,7 +9,7 @@ import typing
 
 import pytest
 import torch
-from conformance import READOUTS, programs, same
+from engine_check import READOUTS, programs, same
 
 from patchscope_nn.body import program as described
 from patchscope_nn.lower import nothing
