@@ -28,6 +28,7 @@ from patchscope_nn.analysis.statistics import (
     paired_t,
 )
 from patchscope_nn.errors import InputError
+from patchscope_nn.metrics import MetricInfo
 
 #: What the metric is called by which methods are compared whose metrics have different names.
 SCORE = "score"
@@ -44,6 +45,7 @@ class Compared:
         metrics: The names of its metric columns.
         best: What the best is taken over, as in `statistics.best_over`.
         score: The metric column that stands for it where runs have different ones; None for none.
+        known: Which way its metrics are better, as in `statistics.best_over`.
         data: A digest of its data rows; where two differ, rows are paired by number and source prompt.
     """
 
@@ -52,6 +54,7 @@ class Compared:
     metrics: tuple[str, ...]
     best: tuple[str, ...] = ()
     score: str | None = None
+    known: Mapping[str, MetricInfo] | None = None
     data: str = ""
 
 
@@ -178,7 +181,9 @@ def _columns(runs: Sequence[Compared], metric: str) -> list[str | None]:
 
 def _read(run: Compared, column: str) -> pd.DataFrame:
     """A run's cells that have a value of a metric, each place as a number or text that can be compared."""
-    table = best_over(run.table, metric=column, over=run.best) if run.best else run.table
+    table = run.table
+    if run.best:
+        table = best_over(table, metric=column, over=run.best, known=run.known)
     cells = pd.DataFrame(
         {
             "row": table["row"].to_numpy(),

@@ -7,13 +7,13 @@ rows with all their cells, and a permutation test flips the signs of whole rows.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from patchscope_nn.metrics import METRICS
+from patchscope_nn.metrics import MetricInfo, described
 from patchscope_nn.spec import STATELESS
 
 REAL = "patched"  # what a table of means calls the cells that are no control
@@ -96,7 +96,12 @@ def layer_means(table: pd.DataFrame, *, metric: str) -> pd.DataFrame:
 
 
 def summarise(
-    table: pd.DataFrame, *, metrics: Sequence[str], best: Sequence[str] = (), by_source: bool = False
+    table: pd.DataFrame,
+    *,
+    metrics: Sequence[str],
+    best: Sequence[str] = (),
+    by_source: bool = False,
+    known: Mapping[str, MetricInfo] | None = None,
 ) -> pd.DataFrame:
     """Every metric's means, tidy: a line for each metric, control, pair of layers and scale.
 
@@ -105,6 +110,7 @@ def summarise(
         metrics: Names of metric columns.
         best: What the best is taken over first, as in `best_over`.
         by_source: Average over target layers too.
+        known: What is known of the metrics, as in `best_over`.
 
     Returns:
         Columns metric, then those of `layer_means`; layers are nullable integers.
@@ -112,7 +118,7 @@ def summarise(
     scaled = ["scale"] if scales_of(table).notna().any() else []
     parts = []
     for name in metrics:
-        cells = best_over(table, metric=name, over=best) if best else table
+        cells = best_over(table, metric=name, over=best, known=known) if best else table
         if by_source and cells["source_layer"].notna().any():
             cells = cells.assign(target_layer=np.nan)
         parts.append(layer_means(cells, metric=name).assign(metric=name))
@@ -122,7 +128,13 @@ def summarise(
     return whole.reindex(columns=names).astype({"source_layer": "Int64", "target_layer": "Int64"})
 
 
-def best_over(table: pd.DataFrame, *, metric: str, over: Sequence[str]) -> pd.DataFrame:
+def best_over(
+    table: pd.DataFrame,
+    *,
+    metric: str,
+    over: Sequence[str],
+    known: Mapping[str, MetricInfo] | None = None,
+) -> pd.DataFrame:
     """The best of a metric over layers, for the real cells and for every control over the same cells.
 
     The best over many cells is high even where each is a guess; a control that takes the best over as many
@@ -131,8 +143,10 @@ def best_over(table: pd.DataFrame, *, metric: str, over: Sequence[str]) -> pd.Da
 
     Args:
         table: A run's table.
-        metric: A column with numbers; whether high or low is best is the metric's to say.
+        metric: A column with numbers.
         over: `source_layer`, `target_layer` or both.
+        known: Which way each metric is better, as `metrics.described` gives it for a run's manifest; None
+            knows the metrics that ship. Of an unknown metric, higher is better.
 
     Returns:
         Columns row, control (None for the real cells), source_layer, target_layer (NaN where the best was
@@ -149,11 +163,17 @@ def best_over(table: pd.DataFrame, *, metric: str, over: Sequence[str]) -> pd.Da
     together = cells[layered].groupby(spots)["control"].transform("nunique").eq(wanted)
     cells = cells[~layered | together.reindex(cells.index, fill_value=False)]
     cells = cells.assign(**dict.fromkeys(over, np.nan))
-    higher = metric not in METRICS or METRICS[metric].higher_is_better
+    higher = is_higher_better(metric, known)
     groups = cells.groupby(["row", "control", "place", *places], dropna=False, sort=False)["value"]
     found = groups.agg(**{metric: "max" if higher else "min", "n_best": "size"}).reset_index()
     controls = found["control"].astype(object).where(found["control"] != REAL, None)
     return found.assign(control=controls).drop(columns="place")
+
+
+def is_higher_better(metric: str, known: Mapping[str, MetricInfo] | None = None) -> bool:
+    """Whether a higher number of a metric is better; so it is of a metric that is not known."""
+    found = (described({}) if known is None else known).get(metric)
+    return found is None or found.higher_is_better
 
 
 def _cells(table: pd.DataFrame, *, metric: str) -> pd.DataFrame:

@@ -12,6 +12,7 @@ import pandas as pd
 
 from patchscope_nn.analysis.comparison import Comparison
 from patchscope_nn.analysis.statistics import REAL, is_null
+from patchscope_nn.metrics import described
 from patchscope_nn.report.cells import cells_json, script_json
 from patchscope_nn.report.figures import metric_columns, visible
 from patchscope_nn.report.figures.comparison import comparison_curve
@@ -59,7 +60,11 @@ def write_comparison(comparison: Comparison, sides: Sequence[Side], *, path: Pat
         InputError: Plotly is not installed.
     """
     names = comparison.names
-    drawn = [comparison_curve(comparison.layers, metric=one, names=names) for one in comparison.metrics]
+    known = {name: info for side in sides for name, info in described(side.manifest).items()}
+    drawn = [
+        comparison_curve(comparison.layers, metric=metric, names=names, known=known)
+        for metric in comparison.metrics
+    ]
     cells = _side_by_side(sides)
     recipes = {one.name: as_mapping(one.manifest.get("recipe")) for one in sides}
     page = template("comparison.html.jinja").render(

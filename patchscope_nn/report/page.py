@@ -12,10 +12,11 @@ import yaml
 from markupsafe import Markup
 
 from patchscope_nn._util.files import replacing
+from patchscope_nn.metrics import described
 from patchscope_nn.report.cards import cards
 from patchscope_nn.report.cells import cells_json, script_json
 from patchscope_nn.report.figures import figures, metric_columns, visible
-from patchscope_nn.report.summary import as_mapping, controls_said, facts, summary
+from patchscope_nn.report.summary import as_mapping, controls_said, facts, metric_names, summary
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -63,7 +64,7 @@ def run_figures(
     """
     recipe = as_mapping(manifest.get("recipe"))
     best = tuple(recipe.get("best_over") or ())
-    return figures(shown, metrics=recipe.get("metrics") or (), whole=table, best=best)
+    return figures(shown, metrics=metric_names(manifest), whole=table, best=best, known=described(manifest))
 
 
 def write_whole(page: str, path: Path) -> Path:
@@ -77,8 +78,7 @@ def write_whole(page: str, path: Path) -> Path:
 
 def _page(table: pd.DataFrame, shown: pd.DataFrame, *, manifest: Mapping[str, Any]) -> str:
     recipe = as_mapping(manifest.get("recipe"))
-    declared = recipe.get("metrics") or ()
-    metrics = metric_columns(table, declared=declared)
+    metrics = metric_columns(table, declared=metric_names(manifest))
     drawn = run_figures(table, shown, manifest=manifest)
     return template("report.html.jinja").render(
         title=visible(recipe.get("title") or recipe.get("name") or "Patchscopes report"),
@@ -86,11 +86,16 @@ def _page(table: pd.DataFrame, shown: pd.DataFrame, *, manifest: Mapping[str, An
         facts=facts(table, manifest=manifest),
         titles=[title for title, _ in drawn],
         plotly=plotly_js() if drawn else "",
-        cards=cards(shown, references=manifest.get("references") or (), metric=next(iter(metrics), None)),
+        cards=cards(
+            shown,
+            references=manifest.get("references") or (),
+            metric=next(iter(metrics), None),
+            known=described(manifest),
+        ),
         controls=controls_said(table),
         command=visible(manifest.get("command") or ""),
         figures=script_json([json.loads(figure.to_json()) for _, figure in drawn]),
-        cells=cells_json(shown, metrics=metrics),
+        cells=cells_json(shown, metrics=metrics, derived=list(manifest.get("derived") or ())),
         n_cells=len(table),
         max_cells=MAX_CELLS,
         recipe=_yaml(recipe),

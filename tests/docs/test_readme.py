@@ -55,7 +55,7 @@ def written(block, folder):
 
 @pytest.mark.real
 @blocks("python")
-def test_python(block, model, tmp_path, monkeypatch, capsys):
+def test_python(block, model, tmp_path, monkeypatch, capsys, registries):
     monkeypatch.chdir(tmp_path)
     exec(compile(block.text, f"README.md, line {block.line}", "exec"), {})  # noqa: S102 (README's own code)
     printed = capsys.readouterr().out

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import pandas as pd
 
 from patchscope_nn.analysis.statistics import REAL
+from patchscope_nn.metrics import MetricInfo
 from patchscope_nn.report.figures.maps import Panel, heatmaps, mean_text, rows_with_positions
 from patchscope_nn.report.figures.style import (
     LINES,
@@ -28,7 +29,9 @@ _PANEL_WIDTH = 330
 _LOG = 20  # ranks that span more than this are drawn by their logarithm
 
 
-def layer_curve(table: pd.DataFrame, *, metric: str) -> go.Figure:
+def layer_curve(
+    table: pd.DataFrame, *, metric: str, known: Mapping[str, MetricInfo] | None = None
+) -> go.Figure:
     """Mean of a metric by source layer with its 95 % bootstrap band, and every control as its own line.
 
     A control that reads no layer (`unpatched`) is a horizontal line. A single source layer written at
@@ -38,6 +41,7 @@ def layer_curve(table: pd.DataFrame, *, metric: str) -> go.Figure:
     Args:
         table: The tidy table.
         metric: A column with numbers.
+        known: What is known of metrics, as in `metric_title`.
 
     Raises:
         InputError: The table has no such metric, or plotly is not installed.
@@ -47,7 +51,7 @@ def layer_curve(table: pd.DataFrame, *, metric: str) -> go.Figure:
     whole = pd.concat(means.values())
     axis = layer_axis(whole)
     if axis is None:
-        return _pairs(means, metric=metric)
+        return _pairs(means, metric=metric, known=known)
     from plotly.subplots import make_subplots
 
     figure = make_subplots(1, len(means), subplot_titles=list(means), shared_yaxes=True)
@@ -61,7 +65,7 @@ def layer_curve(table: pd.DataFrame, *, metric: str) -> go.Figure:
     width = {"width": 90 + _PANEL_WIDTH * len(means)} if len(means) > 1 else {}
     style(figure, title=title, height=400, hovermode="x", legend=legend, **width)
     figure.update_xaxes(title=place, range=[layers[0] - 0.5, layers[-1] + 0.5], **layer_ticks(layers))
-    figure.update_yaxes(title=metric_title(metric), col=1)
+    figure.update_yaxes(title=metric_title(metric, known), col=1)
     if whole["mean"].between(0, 1).all() and not metric.endswith("_nats"):
         figure.update_yaxes(range=[-0.02, 1.05])
     if metric == "rank" and whole["mean"].max() > _LOG * whole["mean"].min():
@@ -120,22 +124,28 @@ def _curve(means: pd.DataFrame, *, axis: str, control: str, metric: str) -> Iter
     )
 
 
-def layer_pair_heatmap(table: pd.DataFrame, *, metric: str) -> go.Figure:
+def layer_pair_heatmap(
+    table: pd.DataFrame, *, metric: str, known: Mapping[str, MetricInfo] | None = None
+) -> go.Figure:
     """Mean of a metric for each source layer (across) and target layer (up), one panel for each control.
 
     Args:
         table: The tidy table of a sweep that crosses source and target layers.
         metric: A column with numbers.
+        known: What is known of metrics, as in `metric_title`.
 
     Raises:
         InputError: The table has no such metric, or plotly is not installed.
     """
     plotly()  # its absence is said before anything is computed
     parts = by_scale(table)
-    return _pairs({name: layer_means(part, metric=metric) for name, part in parts.items()}, metric=metric)
+    means = {name: layer_means(part, metric=metric) for name, part in parts.items()}
+    return _pairs(means, metric=metric, known=known)
 
 
-def _pairs(parts: dict[str, pd.DataFrame], *, metric: str) -> go.Figure:
+def _pairs(
+    parts: dict[str, pd.DataFrame], *, metric: str, known: Mapping[str, MetricInfo] | None
+) -> go.Figure:
     panels: list[Panel] = []
     across: dict[str, float] = {}
     for name, means in parts.items():
@@ -157,7 +167,8 @@ def _pairs(parts: dict[str, pd.DataFrame], *, metric: str) -> go.Figure:
             cells = cells.assign(x=cells["source_layer"], y=cells["target_layer"], hover=hover)
             panels.append(Panel(title, cells, cells["control"] == REAL))
     aside = "".join(f"; {control} (control): {mean:.3g}" for control, mean in across.items())
-    figure = heatmaps(panels, title=f"{metric} by source and target layer{aside}", metric=metric)
+    title = f"{metric} by source and target layer{aside}"
+    figure = heatmaps(panels, title=title, metric=metric, known=known)
     whole = pd.concat([one.cells for one in panels]) if panels else pd.DataFrame({"x": [], "y": []})
     figure.update_xaxes(title="source layer", **layer_ticks(sorted(whole["x"].unique())))
     figure.update_yaxes(title="target layer", **layer_ticks(sorted(whole["y"].unique())))

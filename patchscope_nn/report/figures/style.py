@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from patchscope_nn.analysis.statistics import REAL
 from patchscope_nn.errors import InputError
-from patchscope_nn.metrics import METRICS
+from patchscope_nn.metrics import MetricInfo, described
 from patchscope_nn.report.figures.scale import Scale
 from patchscope_nn.report.figures.table import layer_name
 from patchscope_nn.report.figures.text import escape, wrap
@@ -86,10 +86,16 @@ def panel(control: str) -> str:
     return control if control == REAL else escape(f"{control} (control)")
 
 
-def metric_title(metric: str) -> str:
-    """What an axis calls a metric: the title that the registry gives it, or else its column."""
+def metric_title(metric: str, known: Mapping[str, MetricInfo] | None = None) -> str:
+    """The title of a metric for an axis; the name of its column where it has none.
+
+    Args:
+        metric: Its name.
+        known: What is known of metrics, as `metrics.described` gives it; None knows those that ship.
+    """
     titles = {"probe_accuracy": "Accuracy of the probe"}
-    return wrap(METRICS[metric].title if metric in METRICS else titles.get(metric, metric), width=38)
+    found = (described({}) if known is None else known).get(metric)
+    return wrap((found.title if found else "") or titles.get(metric, metric), width=38)
 
 
 def layer_ticks(layers: Sequence[float]) -> dict[str, Any]:
