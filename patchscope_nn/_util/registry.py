@@ -59,6 +59,7 @@ class Registry(Generic[_T]):
         self.group, self.noun, self.entries = group, noun, entries
         self._adopt = adopt
         self._homes: dict[str, str] = {}
+        self._all_loaded = False
 
     def register(self, name: str, entry: _T, *, home: str) -> None:
         """Add an entry; the same function may be registered again, as a notebook does.
@@ -105,7 +106,7 @@ class Registry(Generic[_T]):
             # A module that registers its entry in Python has done so by now.
             if name not in self.entries:
                 self.entries[name] = self._adopt(name, loaded) if self._adopt else loaded
-                self._homes[name] = points[0].value
+            self._homes.setdefault(name, points[0].value)
         except Exception as error:
             # A package may raise anything while it is imported.
             raise ValueError(
@@ -123,7 +124,9 @@ class Registry(Generic[_T]):
 
     def load_all(self) -> dict[str, _T]:
         """The entries with all that packages bring; one that cannot be loaded is left out (see `plugins`)."""
-        list(self.plugins())  # which loads each
+        if not self._all_loaded:
+            self._all_loaded = True
+            list(self.plugins())  # which loads each
         return self.entries
 
     def plugins(self) -> Iterator[Plugin]:
@@ -181,4 +184,4 @@ def decorate(function: Any, register: Callable[[Any], _T]) -> Any:
 
 
 def _package(point: metadata.EntryPoint) -> str:
-    return "" if point.dist is None else f"{point.dist.name} {point.dist.version}"
+    return point.value if point.dist is None else f"{point.dist.name} {point.dist.version}"

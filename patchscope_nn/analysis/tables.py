@@ -189,7 +189,7 @@ _TYPES: dict[str, ColumnType] = {
 }
 
 
-def arrow_schema(names: Sequence[str], kinds: Mapping[str, str]) -> Any:
+def arrow_schema(names: Sequence[str], kinds: Mapping[str, ColumnType]) -> Any:
     """The pyarrow schema of a run's columns: one for every part of a table that is written in parts."""
     import pyarrow as pa
 
@@ -203,14 +203,18 @@ def arrow_schema(names: Sequence[str], kinds: Mapping[str, str]) -> Any:
         "integers": pa.list_(pa.int64()),
         "states": pa.list_(pa.list_(pa.float32())),
     }
-    return pa.schema([(name, arrow[(types | _TYPES | kinds).get(name, "number")]) for name in names])
+    return pa.schema([(name, arrow[{**types, **_TYPES, **kinds}.get(name, "number")]) for name in names])
 
 
 _ROWS_AT_ONCE = 1000
 
 
 def write_parquet(
-    rows: Sequence[Mapping[str, Any]], names: Sequence[str], file: Path, *, kinds: Mapping[str, str]
+    rows: Sequence[Mapping[str, Any]],
+    names: Sequence[str],
+    file: Path,
+    *,
+    kinds: Mapping[str, ColumnType] = {},
 ) -> None:
     """Write a table part by part, so that it is never held whole.
 

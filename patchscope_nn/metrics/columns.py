@@ -15,7 +15,7 @@ import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from types import NoneType
-from typing import Any, Literal, NamedTuple, TypeAlias, overload
+from typing import Any, NamedTuple, overload
 
 from patchscope_nn._util.arguments import checked
 from patchscope_nn._util.functions import (
@@ -28,9 +28,9 @@ from patchscope_nn._util.functions import (
 from patchscope_nn._util.plain import plain, shown
 from patchscope_nn._util.registry import Registry, decorate
 from patchscope_nn.metrics.registry import cell_arguments
+from patchscope_nn.spec import ColumnType
 
-Kind: TypeAlias = Literal["text", "number", "texts", "numbers"]
-_KINDS: dict[Any, Kind] = {
+_KINDS: dict[Any, ColumnType] = {
     str: "text",
     float: "number",
     int: "number",
@@ -39,7 +39,7 @@ _KINDS: dict[Any, Kind] = {
     list[float]: "numbers",
     list[int]: "numbers",
 }
-_TYPES: dict[Kind, Any] = {"text": str, "number": (int, float), "texts": str, "numbers": (int, float)}
+_TYPES: dict[ColumnType, Any] = {"text": str, "number": (int, float), "texts": str, "numbers": (int, float)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +54,7 @@ class Column:
     """
 
     name: str
-    kind: Kind
+    kind: ColumnType
     compute: Callable[..., Any] = field(repr=False)
     digest: str
 
@@ -160,7 +160,7 @@ def as_column(function: Any, *, name: str | None = None) -> Column:
     return Column(name=name, kind=_kind(function, name), compute=function, digest=digest)
 
 
-def _kind(function: Any, name: str) -> Kind:
+def _kind(function: Any, name: str) -> ColumnType:
     """The type a function says it returns; a text where it says nothing."""
     try:
         returned = typing.get_type_hints(function).get("return", str)

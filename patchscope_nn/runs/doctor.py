@@ -14,6 +14,8 @@ from patchscope_nn.errors import PatchscopeError
 from patchscope_nn.metrics import COLUMNS, METRICS
 from patchscope_nn.models import Verdict, builtin
 from patchscope_nn.spec.mapping import MAPPINGS
+from patchscope_nn.spec.readout_registry import READOUTS
+from patchscope_nn.spec.sites import SITE_NAMES
 
 _TIMEOUT_S = 30.0
 
@@ -46,7 +48,7 @@ def check_here() -> Iterator[Finding]:
         "its weights are installed" if there else "its weights are not installed; the Hub is asked for it",
         "" if there else builtin.INSTALL,
     )
-    for registry in (METRICS, COLUMNS, READERS, MAPPINGS):
+    for registry in (METRICS, COLUMNS, READERS, MAPPINGS, READOUTS, SITE_NAMES):
         for name, package, problem in registry.plugins():
             found = f"{name}, of {package}" + (f": {problem}" if problem else "")
             mend = "mend or uninstall that package" if problem else ""

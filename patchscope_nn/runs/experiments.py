@@ -20,8 +20,8 @@ from patchscope_nn._util.arguments import checked_class
 from patchscope_nn.analysis.comparison import Compared, Comparison, compare
 from patchscope_nn.analysis.tables import frame
 from patchscope_nn.errors import InputError
-from patchscope_nn.recipe import slug
 from patchscope_nn.metrics import described
+from patchscope_nn.recipe import slug
 from patchscope_nn.runs.results import Run, load_run
 
 COMPARISON = "comparison"

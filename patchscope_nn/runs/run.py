@@ -76,7 +76,8 @@ def run(scope: Any, *, out: str | Path | None = None, **options: Unpack[RunOptio
             source_model: M, where it is not `model`.
             target_model: M*, where it is not M.
             data: Rows (mappings of columns to values), a pandas DataFrame, a `datasets.Dataset`, a function
-                that returns rows, or a mapping as a recipe's `data`; None takes the recipe's, or a single row without columns.
+                that returns rows, or a mapping as a recipe's `data`; None takes the recipe's, or a single row
+                without columns.
             controls: Names of controls; None takes the recipe's.
             columns: Functions of (columns, row) that derive columns from a readout's, or their names; None
                 takes the recipe's.

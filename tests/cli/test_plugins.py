@@ -30,6 +30,13 @@ methods:
   plain: {}
   halved: {mapping: halved}
 """
+#: A readout and a site of the package.
+KINDS = """
+name: kinds
+source: {prompt: The city, layer: 1, site: gate}
+target: {prompt: The city x, position: x, site: gate}
+readout: logit_gap
+"""
 
 
 class Session:
@@ -73,8 +80,9 @@ def ran(session, folder):
 
 def test_lint_knows_its_names(session):
     (session.folder / "wrong.yaml").write_text(RECIPE.replace("[repeated_words]", "[repeated_word]"))
-    right, wrong, *_ = session("lint", "plugins.yaml", "wrong.yaml").stdout.splitlines()
-    assert right == "plugins.yaml: ok"
+    (session.folder / "kinds.yaml").write_text(KINDS)
+    *right, wrong = session("lint", "plugins.yaml", "kinds.yaml", "wrong.yaml").stdout.splitlines()
+    assert right == ["plugins.yaml: ok", "kinds.yaml: ok"]
     assert "'repeated_word' is not a known metric. Did you mean 'repeated_words'? Allowed: precision" in wrong
 
 
@@ -129,5 +137,7 @@ def test_the_doctor_lists_what_packages_bring_and_what_is_wrong_with_it(session)
         "first_word": "ok",
         "cities": "ok",
         "halved": "ok",
+        "logit_gap": "ok",
+        "gate": "ok",
     }
     assert "ModuleNotFoundError: No module named 'a_module_that_is_not_there'" in found["broken"]["found"]

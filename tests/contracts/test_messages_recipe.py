@@ -77,11 +77,11 @@ FIELDS = {
         "line 4: mapping: function: 'rotate' should read module:name, for example my_code:my_function"
     ],
     "readout: next_tken": [
-        f"line 4: readout: 'next_tken' is no readout. Did you mean 'next_token'? Allowed: {READOUTS}."
+        f"line 4: readout: 'next_tken' is not a known readout. Did you mean 'next_token'? Allowed: {READOUTS}."
     ],
     "readout: {next_token: {}, generate: {}}": [
         (
-            "line 4: readout: {'next_token': {}, 'generate': {}} is no readout; "
+            "line 4: readout: {'next_token': {}, 'generate': {}} is not a readout; "
             f"give one of {READOUTS}, for example generate: {{}}"
         )
     ],
