@@ -12,9 +12,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from patchscope_nn.data.readers import reader
     from patchscope_nn.errors import InputError, PatchscopeError, RunError
     from patchscope_nn.fitting import fit
     from patchscope_nn.mappings import Affine, Fitted, Provenance, Space
+    from patchscope_nn.metrics import column, metric
     from patchscope_nn.models import Model
     from patchscope_nn.plan import Optimisations
     from patchscope_nn.proof import load
@@ -34,13 +36,16 @@ if TYPE_CHECKING:
         register_readout,
         register_site,
     )
+    from patchscope_nn.spec.mapping import mapping
     from patchscope_nn.spec.positions import Each, Span
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "data.readers": ("reader",),
     "errors": ("InputError", "PatchscopeError", "RunError"),
     "mappings": ("Affine", "Fitted", "Provenance", "Space"),
+    "metrics": ("column", "metric"),
     "models": ("Model",),
     "plan": ("Optimisations",),
     "proof": ("load",),
@@ -54,6 +59,7 @@ _HOMES = {
         *("Patchscope", "Readout", "Site", "Source", "Target"),
         *("register_readout", "register_site"),
     ),
+    "spec.mapping": ("mapping",),
     "spec.positions": ("Each", "Span"),
 }
 #: Public names that are modules.
@@ -84,12 +90,16 @@ __all__ = [
     "Space",
     "Span",
     "Target",
+    "column",
     "explain",
     "fit",
     "load",
     "load_recipe",
     "load_run",
+    "mapping",
+    "metric",
     "prompts",
+    "reader",
     "register_readout",
     "register_site",
     "run",

@@ -24,11 +24,14 @@ import torch
 from filelock import FileLock
 
 from patchscope_nn.backends import Places, run_steps
+from patchscope_nn.data.readers import READERS
 from patchscope_nn.mappings import resolve_mapping
+from patchscope_nn.metrics import COLUMNS, METRICS
 from patchscope_nn.models import builtin, load
 from patchscope_nn.plan import plan
 from patchscope_nn.proof import store
 from patchscope_nn.spec import SITES
+from patchscope_nn.spec.mapping import MAPPINGS
 from patchscope_nn.sweep import expand
 
 torch.set_num_threads(1)
@@ -84,6 +87,14 @@ def verdicts(monkeypatch, tmp_path):
     place = tmp_path / "proofs"
     monkeypatch.setattr(store, "folder", lambda: place)
     return place
+
+
+@pytest.fixture
+def registries(monkeypatch):
+    """What a test registers is forgotten when it ends."""
+    for registry in (METRICS, COLUMNS, READERS, MAPPINGS):
+        monkeypatch.setattr(registry, "entries", dict(registry.entries))
+        monkeypatch.setattr(registry, "_homes", dict(registry._homes))
 
 
 @pytest.fixture(scope="session")

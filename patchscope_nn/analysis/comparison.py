@@ -29,6 +29,7 @@ from patchscope_nn.analysis.statistics import (
     paired_t,
 )
 from patchscope_nn.errors import InputError
+from patchscope_nn.metrics import MetricInfo
 
 #: The name of the common metric of methods whose own metrics have different names.
 SCORE = "score"
@@ -45,6 +46,7 @@ class ComparedRun:
         metrics: The names of its metric columns.
         best: The layers over which the best is taken, as in `statistics.best_over`.
         score: The metric column to compare if the runs have different metrics, or None.
+        known: Which way its metrics are better, as in `statistics.best_over`.
         data: A digest of its data rows; if it differs, rows are paired by number and source prompt.
     """
 
@@ -53,6 +55,7 @@ class ComparedRun:
     metrics: tuple[str, ...]
     best: tuple[str, ...] = ()
     score: str | None = None
+    known: Mapping[str, MetricInfo] | None = None
     data: str = ""
 
 
@@ -181,7 +184,9 @@ def _columns(runs: Sequence[ComparedRun], metric: str) -> Iterator[tuple[Compare
 
 def _read(run: ComparedRun, column: str) -> pd.DataFrame:
     """Return the cells that have a value in a column; layers are floats, and positions texts to match by."""
-    table = best_over(run.table, metric=column, over=run.best) if run.best else run.table
+    table = run.table
+    if run.best:
+        table = best_over(table, metric=column, over=run.best, known=run.known)
     cells = pd.DataFrame(
         {
             "row": table["row"].to_numpy(),

@@ -7,13 +7,13 @@ the bootstrap resamples rows with all their cells, and the permutation test flip
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from patchscope_nn.metrics import METRICS
+from patchscope_nn.metrics import MetricInfo, described
 from patchscope_nn.spec import STATELESS
 
 REAL = "patched"  # the name, in a table of means, of the cells that are not controls
@@ -92,7 +92,12 @@ def layer_means(table: pd.DataFrame, *, metric: str) -> pd.DataFrame:
 
 
 def summarise(
-    table: pd.DataFrame, *, metrics: Sequence[str], best: Sequence[str] = (), by_source: bool = False
+    table: pd.DataFrame,
+    *,
+    metrics: Sequence[str],
+    best: Sequence[str] = (),
+    by_source: bool = False,
+    known: Mapping[str, MetricInfo] | None = None,
 ) -> pd.DataFrame:
     """Compute the means of all metrics, with a line for each metric, control, pair of layers and scale.
 
@@ -101,6 +106,7 @@ def summarise(
         metrics: Names of metric columns.
         best: The layers over which the best is taken first, as in `best_over`.
         by_source: Average over target layers too.
+        known: What is known of the metrics, as in `best_over`.
 
     Returns:
         The column metric, then the columns of `layer_means`; layers are nullable integers.
@@ -108,7 +114,7 @@ def summarise(
     scaled = ["scale"] if scales_of(table).notna().any() else []
     parts = []
     for name in metrics:
-        cells = best_over(table, metric=name, over=best) if best else table
+        cells = best_over(table, metric=name, over=best, known=known) if best else table
         if by_source and cells["source_layer"].notna().any():
             cells = cells.assign(target_layer=np.nan)
         parts.append(layer_means(cells, metric=name).assign(metric=name))
@@ -118,7 +124,13 @@ def summarise(
     return means.reindex(columns=names).astype({"source_layer": "Int64", "target_layer": "Int64"})
 
 
-def best_over(table: pd.DataFrame, *, metric: str, over: Sequence[str]) -> pd.DataFrame:
+def best_over(
+    table: pd.DataFrame,
+    *,
+    metric: str,
+    over: Sequence[str],
+    known: Mapping[str, MetricInfo] | None = None,
+) -> pd.DataFrame:
     """Take the best value of a metric over layers, for the real cells and for each control.
 
     The best of many guesses is high by chance. How high is shown by a control that takes its best over the
@@ -127,8 +139,10 @@ def best_over(table: pd.DataFrame, *, metric: str, over: Sequence[str]) -> pd.Da
 
     Args:
         table: A run's table.
-        metric: A numeric column; its definition says whether higher or lower is better.
+        metric: A numeric column.
         over: `source_layer`, `target_layer` or both.
+        known: Which way each metric is better, as `metrics.described` gives it for a run's manifest; None
+            knows the metrics that ship. Of an unknown metric, higher is better.
 
     Returns:
         Columns row, control (None for the real cells), source_layer, target_layer (NaN for the layers in
@@ -145,11 +159,17 @@ def best_over(table: pd.DataFrame, *, metric: str, over: Sequence[str]) -> pd.Da
     complete = in_place.transform("nunique").eq(n_controls)
     cells = cells[~layered | complete.reindex(cells.index, fill_value=False)]
     cells = cells.assign(**dict.fromkeys(over, np.nan))
-    higher = metric not in METRICS or METRICS[metric].higher_is_better
+    higher = is_higher_better(metric, known)
     groups = cells.groupby(["row", "control", "place", *places], dropna=False, sort=False)["value"]
     best = groups.agg(**{metric: "max" if higher else "min", "n_best": "size"}).reset_index()
     controls = best["control"].astype(object).where(best["control"] != REAL, None)
     return best.assign(control=controls).drop(columns="place")
+
+
+def is_higher_better(metric: str, known: Mapping[str, MetricInfo] | None = None) -> bool:
+    """Whether a higher number of a metric is better; so it is of a metric that is not known."""
+    found = (described({}) if known is None else known).get(metric)
+    return found is None or found.higher_is_better
 
 
 def _cells(table: pd.DataFrame, *, metric: str) -> pd.DataFrame:

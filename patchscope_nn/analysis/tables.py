@@ -12,7 +12,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from patchscope_nn.metrics import MetricUse, compute_metrics
+from patchscope_nn.metrics import ColumnUse, MetricUse, compute_columns, compute_metrics
 from patchscope_nn.spec import ColumnType, Readout, readout_kinds
 from patchscope_nn.spec.prompts import decode
 from patchscope_nn.sweep import Cell, Sweep
@@ -37,10 +37,10 @@ PLACES = (
 _TEXTS_KEPT = 2**15
 
 
-def columns_of(readout: Readout, uses: Sequence[MetricUse]) -> list[str]:
+def columns_of(readout: Readout, uses: Sequence[MetricUse], derived: Sequence[ColumnUse] = ()) -> list[str]:
     """The names of a run's columns, in order."""
     metrics = [use.name for use in uses if use.name not in readout.given]
-    return [*PLACES, *readout.given, *metrics, "error"]
+    return [*PLACES, *readout.given, *(use.name for use in derived), *metrics, "error"]
 
 
 class _Tokens:
@@ -62,10 +62,19 @@ class Tabulator:
         uses: The metrics.
         tokenizer: The target model's.
         mapping: The mapping's name.
+        derived: The columns that users' functions add.
     """
 
-    def __init__(self, sweep: Sweep, uses: Sequence[MetricUse], *, tokenizer: Any, mapping: str) -> None:
-        self.sweep, self.uses, self.mapping = sweep, uses, mapping
+    def __init__(
+        self,
+        sweep: Sweep,
+        uses: Sequence[MetricUse],
+        *,
+        tokenizer: Any,
+        mapping: str,
+        derived: Sequence[ColumnUse] = (),
+    ) -> None:
+        self.sweep, self.uses, self.mapping, self.derived = sweep, uses, mapping, derived
         self._tokens = _Tokens(tokenizer)
 
     def row(self, cell: Cell, raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -76,14 +85,19 @@ class Tabulator:
             raw: What its readout gave inside the context.
 
         Returns:
-            The columns of `columns_of`, by name.
+            The columns of `columns_of`, by name. Where a user's function fails, its column is None, `error`
+            says why, and the other columns are kept.
         """
         if "not_finite" in raw:
             return self.failed(cell, self._not_finite(cell, raw["not_finite"]))
-        texts = self.sweep.entries[cell.entry].choices
+        texts, row = self.sweep.entries[cell.entry].choices, self.sweep.rows[cell.row]
         readings = self.sweep.scope.readout.tabulate(raw, self._tokens, texts)
-        metrics = compute_metrics(self.uses, readings, self.sweep.rows[cell.row])
-        return {**self._places(cell), **readings, **metrics, "error": None}
+        columns = {**self._places(cell), **readings}
+        derived = compute_columns(self.derived, columns, row)
+        columns |= derived.values
+        metrics = compute_metrics(self.uses, columns, row)
+        error = " ".join([*derived.problems, *metrics.problems]) or None
+        return {**columns, **metrics.values, "error": error}
 
     def _not_finite(self, cell: Cell, where: str) -> str:
         """Why a cell has no numbers: where the first one stopped being finite."""
@@ -110,7 +124,7 @@ class Tabulator:
 
     def failed(self, cell: Cell, reason: str) -> dict[str, Any]:
         """The row of a cell that has no result."""
-        names = columns_of(self.sweep.scope.readout, self.uses)
+        names = columns_of(self.sweep.scope.readout, self.uses, self.derived)
         return {**dict.fromkeys(names), **self._places(cell), "error": reason}
 
     def _places(self, cell: Cell) -> dict[str, Any]:
@@ -175,7 +189,7 @@ _TYPES: dict[str, ColumnType] = {
 }
 
 
-def arrow_schema(names: Sequence[str]) -> Any:
+def arrow_schema(names: Sequence[str], kinds: Mapping[str, ColumnType]) -> Any:
     """The pyarrow schema of a run's columns: one for every part of a table that is written in parts."""
     import pyarrow as pa
 
@@ -189,24 +203,31 @@ def arrow_schema(names: Sequence[str]) -> Any:
         "integers": pa.list_(pa.int64()),
         "states": pa.list_(pa.list_(pa.float32())),
     }
-    return pa.schema([(name, arrow[(types | _TYPES).get(name, "number")]) for name in names])
+    return pa.schema([(name, arrow[{**types, **_TYPES, **kinds}.get(name, "number")]) for name in names])
 
 
 _ROWS_AT_ONCE = 1000
 
 
-def write_parquet(rows: Sequence[Mapping[str, Any]], names: Sequence[str], file: Path) -> None:
+def write_parquet(
+    rows: Sequence[Mapping[str, Any]],
+    names: Sequence[str],
+    file: Path,
+    *,
+    kinds: Mapping[str, ColumnType] = {},
+) -> None:
     """Write a table part by part, so that it is never held whole.
 
     Args:
         rows: The rows, which may be read as they are asked for.
         names: The run's columns.
         file: The parquet file.
+        kinds: The kind of each column that a user's function adds, as `metrics.Column` has it.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    schema, taken = arrow_schema(names), iter(rows)
+    schema, taken = arrow_schema(names, kinds), iter(rows)
     parts = (
         pa.Table.from_pandas(frame(some, names), schema=schema, preserve_index=False)
         for some in iter(lambda: list(islice(taken, _ROWS_AT_ONCE)), [])

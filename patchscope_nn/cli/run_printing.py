@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from patchscope_nn.runs.results import Run
 
 
+_MOST_ERRORS = 5
+
+
 def print_run(run: Run, *, as_json: bool) -> None:
     """Print what a run found, and where it is."""
     report = run.path / "report.html" if run.path else None
@@ -34,13 +37,16 @@ def print_run(run: Run, *, as_json: bool) -> None:
     if run.metrics:
         show(*_summary(run))
     show("", f"{len(run.rows)} cells in {run.path}")
-    for error, count in _errors(run).items():
+    errors = _errors(run).most_common()
+    for error, count in errors[:_MOST_ERRORS]:
         show(f"{count} of them without numbers, which no mean counts: {error}")
+    if len(errors) > _MOST_ERRORS:
+        show(f"{sum(count for _, count in errors[_MOST_ERRORS:])} of them have other errors; see the table.")
     show(f"report: {shown}" if shown else "no report: pip install 'patchscope-nn[report]'")
 
 
 def _errors(run: Run) -> Counter[str]:
-    """How many cells have no result, by why."""
+    """The number of cells with each error."""
     return Counter(row["error"] for row in run.rows if row["error"] is not None)
 
 

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from patchscope_nn._util.arguments import checked
+from patchscope_nn._util.functions import reference_of
 from patchscope_nn._util.plain import shown
+from patchscope_nn.data.readers import FORMS, call_reader, records_of
 from patchscope_nn.data.rows import BUILTIN, DataSpec
 from patchscope_nn.errors import DataError
-
-_FORMS = (
-    'Give rows ([{"entity": "Paris"}]), a pandas DataFrame, a datasets.Dataset, or where they are: {"file": '
-    '"rows.jsonl"}.'
-)
 
 
 @checked
@@ -24,7 +21,7 @@ def as_data(given: Any, *, limit: int | None = None) -> DataSpec:
 
     Args:
         given: A `DataSpec`, a mapping as a recipe's `data`, a table (of pandas, polars or pyarrow), or
-            rows: any iterable of mappings, such as a `datasets.Dataset`.
+            rows: any iterable of mappings, such as a `datasets.Dataset`; or a function that returns rows.
         limit: The most rows that are taken from an iterable; None takes all.
 
     Returns:
@@ -44,9 +41,11 @@ def as_data(given: Any, *, limit: int | None = None) -> DataSpec:
         )
     if isinstance(given, Mapping):
         return _named(given)
-    records = _records(given)
-    if isinstance(records, bytes) or not isinstance(records, Iterable):
-        raise DataError(f"data is {shown(given)}, which is no data.", hint=_FORMS)
+    if callable(given):
+        name = f"data={reference_of(given)}"
+        records = (entry.row for entry in call_reader(given, {}, name=name))
+    else:
+        records = records_of(given)
     rows = islice(records, limit if limit and limit > 0 else None)
     return DataSpec(rows=tuple(_row(row, number) for number, row in enumerate(rows, start=1)))
 
@@ -57,29 +56,16 @@ def _named(given: Mapping[Any, Any]) -> DataSpec:
         raise DataError(
             f"data is a mapping with the keys {keys}; of a recipe's data it has none.",
             hint="Columns make rows as pandas.DataFrame(data); a single row is given as [data]; of a dataset "
-            f"with splits give one, such as data['train']. {_FORMS}",
+            f"with splits give one, such as data['train']. {FORMS}",
         )
     return DataSpec(**{str(key): value for key, value in given.items()})
-
-
-def _records(given: Any) -> Any:
-    """The rows of a data frame, as pandas, polars and pyarrow give them; anything else is rows already."""
-    columns = getattr(given, "columns", ())
-    names = list(getattr(given, "column_names", None) or columns)
-    twice = [name for name in names if names.count(name) > 1]
-    if twice:
-        raise DataError(f"data has two columns {twice[0]!r}.", hint="Give every column its own name.")
-    for method in ("to_dicts", "to_pylist"):
-        if hasattr(given, method):
-            return list(getattr(given, method)())
-    return list(given.to_dict("records")) if len(columns) and hasattr(given, "to_dict") else given
 
 
 def _row(row: Any, number: int) -> dict[str, Any]:
     if not isinstance(row, Mapping):
         raise DataError(
             f"data, row {number}: {shown(row)} is no row; a row is a mapping of columns to values.",
-            hint=_FORMS,
+            hint=FORMS,
         )
     wrong = [name for name in row if not isinstance(name, str)]
     if wrong:

@@ -1,9 +1,11 @@
-"""Data: builtin, file, Hub or inline rows, one mapping of column names to values for each. No torch.
+"""Data rows, each a mapping of column names to values, and where they come from. No torch.
 
     {builtin: contexts}                      ships with this package
     {file: x.jsonl}                          .jsonl .json .csv .tsv .parquet; from the recipe's folder
     {hub: org/name, split: test}             the Hugging Face Hub; needs patchscope-nn[hub]
     {rows: [{entity: Paris}]}                written into the recipe
+    {reader: capitals}                       a reader that is registered, or that a package brings
+    {function: module:name}                  a reader of your own, with `arguments: {name: value}`
 
 and of any of them only some rows: those that have one of some values, `where: {kind: [city, person]}`, or
 those in which no column that is used is missing, `drop_missing: true`.
@@ -33,14 +35,18 @@ from pydantic import (
     model_validator,
 )
 
+from patchscope_nn._util.functions import check_reference
 from patchscope_nn._util.plain import is_missing, shown, wrong_text
 from patchscope_nn.data.files import Numbered, Rows, number_rows, read_file, read_jsonl
+from patchscope_nn.data.readers import READERS, call_reader, find_reader
 from patchscope_nn.errors import DataError, did_you_mean
 from patchscope_nn.spec import Spec
 
 #: The data that ships: builtin/NAME.jsonl. Its README.md tells where each comes from.
 BUILTIN = ("attributes", "contexts", "directions", "entities", "facts", "texts", "topics", "two-hop", "words")
-_KINDS = ("builtin", "file", "hub", "rows")
+_KINDS = ("builtin", "file", "hub", "rows", "reader", "function")
+#: The kinds that are read by a function of the user's.
+READ_BY_FUNCTION = ("reader", "function")
 _HUB_ONLY = ("split", "config", "revision")
 #: How many values of a column a message names.
 _MOST = 20
@@ -49,6 +55,12 @@ _MOST = 20
 def _known(name: str) -> str:
     if name not in BUILTIN:
         raise ValueError(f"{name!r} is no builtin data. {did_you_mean(name, BUILTIN)}")
+    return name
+
+
+def _known_reader(name: str) -> str:
+    if name not in READERS:
+        raise ValueError(f"{name!r} is not a known reader. {did_you_mean(name, READERS.names())}")
     return name
 
 
@@ -71,7 +83,7 @@ _Text = Annotated[str, Field(min_length=1), BeforeValidator(_text)]
 
 
 class DataSpec(Spec):
-    """Where the data rows come from: one of `builtin`, `file`, `hub` and `rows`.
+    """Where the data rows come from: one of `builtin`, `file`, `hub`, `rows`, `reader` and `function`.
 
     Attributes:
         builtin: The name of data that ships with this package, for example `contexts`.
@@ -81,6 +93,9 @@ class DataSpec(Spec):
         config: The configuration of the Hub dataset, where it has several.
         revision: The commit, tag or branch of the Hub dataset.
         rows: The rows themselves, each a mapping of column names to values.
+        reader: The name of a reader that is registered in Python, or that an installed package brings.
+        function: A reader as `module:name`: a function that returns rows.
+        arguments: The keyword arguments of the reader or function.
         where: Which rows to take: for each column named a value, or a list of values one of which it has,
             compared as texts.
         drop_missing: Leave out the rows in which a column that is used is missing (null or NaN); of the texts
@@ -109,12 +124,15 @@ class DataSpec(Spec):
         ]
         | None
     ) = None
+    reader: Annotated[str, AfterValidator(_known_reader), WithJsonSchema({"type": "string"})] | None = None
+    function: Annotated[str, AfterValidator(check_reference)] | None = None
+    arguments: dict[str, Any] | None = None
     where: dict[str, Any] | None = None
     drop_missing: bool = False
 
     @property
     def kind(self) -> str:
-        """Which of `builtin`, `file`, `hub` and `rows` it is."""
+        """Which of `builtin`, `file`, `hub`, `rows`, `reader` and `function` it is."""
         return next(kind for kind in _KINDS if getattr(self, kind) is not None)
 
     @model_validator(mode="after")
@@ -130,6 +148,10 @@ class DataSpec(Spec):
             raise ValueError(f"{more[0]} belongs to hub, and this is {kinds[0]}; leave it out")
         if self.hub is not None and self.split is None:
             raise ValueError(f"hub needs a split, for example {{hub: {self.hub}, split: test}}")
+        if self.arguments is not None and self.kind not in READ_BY_FUNCTION:
+            raise ValueError(
+                f"arguments belong to reader or function, and this is {self.kind}; leave them out"
+            )
         return self
 
     @model_serializer(mode="wrap")
@@ -292,8 +314,11 @@ def _numbered(data: DataSpec, *, name: str, base: Path | None, limit: int | None
         yield from read_file(Path(data.file), name=name, base=base)
     elif data.hub is not None:
         yield from _hub(data, name=name, stream=limit is not None)
+    elif data.rows is not None:
+        yield from number_rows(data.rows)
     else:
-        yield from number_rows(data.rows or ())
+        read = find_reader(name=data.reader, function=data.function)
+        yield from call_reader(read, data.arguments or {}, name=name)
 
 
 def _hub(data: DataSpec, *, name: str, stream: bool) -> Rows:

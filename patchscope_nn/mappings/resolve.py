@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import CodeType
 from typing import Any
 
 import torch
 
+from patchscope_nn._util.functions import function_bytes, import_function, value_bytes
 from patchscope_nn.body.mappings import Pair, Parts
 from patchscope_nn.errors import MappingError
 from patchscope_nn.mappings.affine import Affine
@@ -20,6 +19,7 @@ from patchscope_nn.mappings.provenance import Space
 from patchscope_nn.mappings.published import PUBLISHED, load_published
 from patchscope_nn.models import ModelInfo
 from patchscope_nn.spec import NAMED_MAPPINGS, RESIDUAL, dump_mapping
+from patchscope_nn.spec.mapping import MAPPINGS
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -136,7 +136,7 @@ def _resolve_fitted(
     digest = hashlib.sha256()
     for pair in sorted(maps):
         for part, tensor in maps[pair].items():
-            digest.update(f"{part}{pair}".encode() + _said(tensor))
+            digest.update(f"{part}{pair}".encode() + value_bytes(tensor))
     return ResolvedMapping(
         name=name,
         kind="pairs",
@@ -148,21 +148,24 @@ def _resolve_fitted(
 
 
 def _load(mapping: Any) -> tuple[Callable[[torch.Tensor], torch.Tensor], str]:
+    if isinstance(mapping, str):
+        try:
+            return MAPPINGS.find(mapping), mapping
+        except ValueError as error:
+            raise MappingError(f"mapping: {error}.") from error
     if not isinstance(mapping, tuple):
         kind = "affine" if isinstance(mapping, Affine) else dump_mapping(mapping)["python"].rsplit(":", 1)[1]
         return mapping, kind
     key, item = mapping
     if key == "affine":
         return Affine.load(item), f"affine:{Path(item).name}"
-    module, name = item.split(":")
     try:
-        call = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
+        return import_function(item), item.split(":")[1]
+    except ValueError as error:
         raise MappingError(
-            f"mapping.function={item!r} cannot be imported: {error}.",
+            f"mapping.function={error}.",
             hint="Write module:name, and run where Python finds the module (PYTHONPATH).",
         ) from error
-    return call, name
 
 
 def _check_shape(call: Any, name: str, source: Space, target: Space) -> None:
@@ -192,22 +195,11 @@ def _tensors(module: torch.nn.Module) -> Any:
 
 
 def _digest(call: Any) -> str:
-    """What tells mappings of one name apart: a module's weights; a function's code, closure and defaults."""
+    """A digest of a module's weights, or of a function's code, closure and defaults."""
     found = hashlib.sha256()
     if isinstance(call, torch.nn.Module):
         for key, tensor in sorted(call.state_dict().items()):
-            found.update(key.encode() + _said(tensor))
+            found.update(key.encode() + value_bytes(tensor))
     elif hasattr(call, "__code__"):
-        closed = [cell.cell_contents for cell in call.__closure__ or ()]
-        for part in (call.__code__, *closed, *(call.__defaults__ or ())):
-            found.update(_said(part))
+        found.update(function_bytes(call))
     return found.hexdigest()[:16]
-
-
-def _said(part: Any) -> bytes:
-    """A value as bytes that are the same in every process; empty for an object that has none."""
-    if isinstance(part, torch.Tensor):
-        return part.detach().float().cpu().contiguous().numpy().tobytes()
-    if isinstance(part, CodeType):
-        return part.co_code + repr(part.co_names).encode() + b"".join(map(_said, part.co_consts))
-    return repr(part).encode() if isinstance(part, int | float | str | bytes | None) else b""

@@ -1,4 +1,6 @@
-"""What each metric computes: from a cell's columns and its data row to a number, or None where it has none.
+"""The metrics that ship: each takes a cell's columns and its data row, and returns a number or None.
+
+A new metric is a function here; nothing else names it. `registry.py` says what the decorator takes.
 
 ROUGE is computed here and compared with rouge-score in the tests: that package takes two seconds to import,
 since it loads nltk and with it scipy and scikit-learn, and twice the time for each text.
@@ -10,29 +12,52 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
-Columns: TypeAlias = Mapping[str, Any]
+from patchscope_nn.metrics.registry import Columns, metric
 
 
+@metric(title="Precision@1", readout="next_token", needs="reference")
 def precision_at_1(columns: Columns, _row: Mapping[str, Any]) -> float | None:
     """1 where the patched run's top token is the reference token, else 0 (section 4.1)."""
     reference = columns.get("reference_ids")
     return None if not reference else float(columns["top_ids"][0] == reference[0])
 
 
-def rank(columns: Columns, _row: Mapping[str, Any]) -> float | None:
-    """The rank of the reference token in the patched run, 1 for the top (Dar et al. 2023, section 4)."""
-    ranks = columns.get("reference_ranks")
-    return None if not ranks else float(ranks[0])
+@metric(
+    title="Surprisal (nats): -log p_source(top token of the patched run)",
+    readout="next_token",
+    needs="reference",
+    higher_is_better=False,
+)
+def surprisal_nats(columns: Columns, _row: Mapping[str, Any]) -> float | None:
+    """-log p_source(top token of the patched run), the paper's surprisal (section 4.1)."""
+    return columns.get("surprisal_nats")
 
 
-def reciprocal_rank(columns: Columns, row: Mapping[str, Any]) -> float | None:
-    """1 / `rank`; its mean is the mean reciprocal rank (Voorhees 1999, section 3)."""
-    found = rank(columns, row)
-    return None if found is None else 1.0 / found
+@metric(
+    title="NLL (nats): -log p_patched(reference token)",
+    readout="next_token",
+    needs="reference",
+    higher_is_better=False,
+)
+def nll_nats(columns: Columns, _row: Mapping[str, Any]) -> float | None:
+    """-log p_patched(first reference token)."""
+    return columns.get("nll_nats")
 
 
+@metric(
+    title="KL (nats): KL(source || patched)",
+    readout="next_token",
+    needs="reference",
+    higher_is_better=False,
+)
+def kl_nats(columns: Columns, _row: Mapping[str, Any]) -> float | None:
+    """KL(p_source || p_patched), where both models share a vocabulary."""
+    return columns.get("kl_nats")
+
+
+@metric(title="Top-k overlap with the source's own", readout="next_token", needs="reference")
 def top_k_overlap(columns: Columns, _row: Mapping[str, Any]) -> float | None:
     """Share of the source's own top-k tokens that are among the patched run's top-k, 0..1.
 
@@ -42,6 +67,33 @@ def top_k_overlap(columns: Columns, _row: Mapping[str, Any]) -> float | None:
     return None if not own else len({*own} & {*columns["top_ids"]}) / len(own)
 
 
+@metric(title="Rank of the reference token", readout="next_token", needs="reference", higher_is_better=False)
+def rank(columns: Columns, _row: Mapping[str, Any]) -> float | None:
+    """The rank of the reference token in the patched run, 1 for the top (Dar et al. 2023, section 4)."""
+    ranks = columns.get("reference_ranks")
+    return None if not ranks else float(ranks[0])
+
+
+@metric(title="Reciprocal rank of the reference token", readout="next_token", needs="reference")
+def reciprocal_rank(columns: Columns, row: Mapping[str, Any]) -> float | None:
+    """1 / `rank`; its mean is the mean reciprocal rank (Voorhees 1999, section 3)."""
+    found = rank(columns, row)
+    return None if found is None else 1.0 / found
+
+
+@metric(title="ROUGE-L", readout="generate")
+def rouge_l(columns: Columns, row: Mapping[str, Any], *, reference: str) -> float:
+    """ROUGE-L F1 of the generated text against a data column (section 4.3; Lin 2004), without stemming."""
+    return rouge_l_f1(columns["text"], str(row[reference]))
+
+
+@metric(title="ROUGE-1", readout="generate")
+def rouge_1(columns: Columns, row: Mapping[str, Any], *, reference: str) -> float:
+    """ROUGE-1 F1 of the generated text against a data column (appendix D; Lin 2004), without stemming."""
+    return rouge_1_f1(columns["text"], str(row[reference]))
+
+
+@metric(title="Contains the reference", readout="generate")
 def contains(columns: Columns, row: Mapping[str, Any], *, reference: str) -> float | None:
     """1 where the text holds a data column's, both lower-cased and without spaces and marks, else 0.
 
@@ -52,16 +104,11 @@ def contains(columns: Columns, row: Mapping[str, Any], *, reference: str) -> flo
     return float(wanted in _letters(columns["text"])) if wanted else None
 
 
-def rouge_l(columns: Columns, row: Mapping[str, Any], *, reference: str) -> float:
-    """ROUGE-L F1 of the generated text against a data column (section 4.3; Lin 2004), without stemming."""
-    return rouge_l_f1(columns["text"], str(row[reference]))
-
-
-def rouge_1(columns: Columns, row: Mapping[str, Any], *, reference: str) -> float:
-    """ROUGE-1 F1 of the generated text against a data column (appendix D; Lin 2004), without stemming."""
-    return rouge_1_f1(columns["text"], str(row[reference]))
-
-
+@metric(
+    title="Relevancy: mean |p_patched - p_unpatched| of the text's tokens",
+    readout="generate",
+    needs="relevancy",
+)
 def relevancy(columns: Columns, _row: Mapping[str, Any]) -> float | None:
     """Mean over the generated tokens of |p_patched - p_unpatched|, 0..1 (SelfIE: Chen et al. 2024).
 
@@ -73,11 +120,13 @@ def relevancy(columns: Columns, _row: Mapping[str, Any]) -> float | None:
     return sum(abs(one - other) for one, other in zip(patched, unpatched, strict=True)) / len(patched)
 
 
+@metric(title="Accuracy", readout="choices")
 def choice_accuracy(columns: Columns, row: Mapping[str, Any], *, answer: str) -> float:
     """1 where the most likely choice is a data column's, spaces around it left out, else 0."""
     return float(columns["choice"].strip() == str(row[answer]).strip())
 
 
+@metric(title="Log-odds of the answer (nats)", readout="choices")
 def choice_log_odds(columns: Columns, row: Mapping[str, Any], *, answer: str) -> float | None:
     """Log-odds in nats: log p(answer) - log of the sum of the other choices' p; above 0 it has the most.
 
@@ -93,11 +142,13 @@ def choice_log_odds(columns: Columns, row: Mapping[str, Any], *, answer: str) ->
     return _log_sum(right) - _log_sum(others)
 
 
+@metric(title="Cosine with the state it replaced", readout="hidden", needs="clean")
 def cosine(columns: Columns, _row: Mapping[str, Any]) -> float | None:
     """Cosine between the state that was written and the one it replaced; the mean where they are several."""
     return _mean_over_states(columns, _cosine)
 
 
+@metric(title="Fraction of the replaced state's variance", readout="hidden", needs="clean")
 def fraction_of_variance(columns: Columns, _row: Mapping[str, Any]) -> float | None:
     """How much of the replaced state's variance the written one has: 1 - |f(h) - c|^2 / |c - mean(c)|^2.
 

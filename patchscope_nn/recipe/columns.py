@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from patchscope_nn.data.rows import read_table
+from patchscope_nn.data.rows import READ_BY_FUNCTION, read_table
 from patchscope_nn.errors import DataError, Problem, did_you_mean
 from patchscope_nn.metrics import MetricUse
 from patchscope_nn.recipe.model import Probe, Recipe
@@ -15,7 +15,7 @@ from patchscope_nn.spec.prompts import PER_LAYER, PromptSpec, placeholders
 
 
 def missing_columns(recipe: Recipe, *, base: Path | None = None) -> list[Problem]:
-    """What a recipe asks for and its data lacks; data on the Hub is not looked at.
+    """What a recipe asks for and its data lacks; data on the Hub, or a user's function gives, is not read.
 
     Args:
         recipe: The recipe.
@@ -25,7 +25,7 @@ def missing_columns(recipe: Recipe, *, base: Path | None = None) -> list[Problem
         One problem for each column, with the field that asks for it; or why the data cannot be read, for
         example that a column that is used is missing in a row.
     """
-    if recipe.data is not None and recipe.data.hub is not None:
+    if recipe.data is not None and recipe.data.kind in ("hub", *READ_BY_FUNCTION):
         return []
     columns: list[str] = []
     asked = list(asked_columns(recipe, metrics=recipe.metrics, probe=recipe.probe))

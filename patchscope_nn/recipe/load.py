@@ -102,7 +102,7 @@ def lint(path: str | Path) -> list[Problem]:
     """Everything that can be found wrong with a recipe without its model; never raises.
 
     Besides what `load_recipe` checks, the columns that prompts, choices, references and metrics ask for are
-    looked up in the data, unless that is on the Hub.
+    looked up in the data, unless that is on the Hub or given by a function. No code of a recipe's is run.
 
     Args:
         path: A YAML file, or the name of a recipe that ships.

@@ -19,7 +19,7 @@ from pydantic import (
 
 from patchscope_nn.data.rows import DataSpec
 from patchscope_nn.errors import SpecError, did_you_mean
-from patchscope_nn.metrics import METRICS, MetricUse, check_metrics, parse_metric
+from patchscope_nn.metrics import ColumnUse, MetricUse, check_metrics, parse_column, parse_metric
 from patchscope_nn.readouts import NextToken
 from patchscope_nn.recipe.methods import variants
 from patchscope_nn.spec import (
@@ -52,7 +52,7 @@ def _listed(value: Any) -> Any:
 
 
 def _once(values: tuple[Any, ...]) -> tuple[Any, ...]:
-    names = [value.name if isinstance(value, MetricUse) else value for value in values]
+    names = [value.name if isinstance(value, MetricUse | ColumnUse) else value for value in values]
     twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
     if twice:
         raise ValueError(f"names {twice[0]} twice; each makes one column or kind of cell, so name it once")
@@ -68,30 +68,14 @@ def _metric(value: Any, info: ValidationInfo) -> MetricUse:
     return use
 
 
-def _metric_schema() -> dict[str, Any]:
-    def named(name: str, parameters: tuple[str, ...]) -> dict[str, Any]:
-        inner = _closed({one: {"type": "string"} for one in parameters})
-        return {"title": METRICS[name].title, **_closed({name: inner})}
-
-    bare = [name for name, metric in METRICS.items() if not metric.parameters]
-    whole = [named(name, metric.parameters) for name, metric in METRICS.items()]
-    return {"anyOf": [{"enum": bare}, *whole]}
-
-
-def _closed(properties: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "type": "object",
-        "properties": properties,
-        "required": list(properties),
-        "additionalProperties": False,
-    }
-
-
 AnyMetric = Annotated[
     MetricUse,
     PlainValidator(_metric),
     PlainSerializer(lambda use: use.dump()),
-    WithJsonSchema(_metric_schema()),
+    WithJsonSchema({}),  # `schema.py` lists the metrics that are known when it is asked
+]
+AnyColumn = Annotated[
+    ColumnUse, PlainValidator(parse_column), PlainSerializer(lambda use: use.dump()), WithJsonSchema({})
 ]
 
 
@@ -184,6 +168,8 @@ class Recipe(Spec):
             `{train: {kind: tuned_lens, ...}}`, a published lens (`{tuned_lens: folder}` or
             `{jacobian_lens: file.pt}`), or `{function: module:name}`.
         readout: What is read from the patched run: `next_token`, `generate`, `choices` or `hidden`.
+        columns: Columns that are derived from what was read, before the metrics: a name, or `{function:
+            module:name}`.
         metrics: One number each for every cell, from what was read and the data row.
         controls: What else is run to compare with: `unpatched` (T as it is), `random` (a random state of the
             same norm), `shuffled` (another row's state).
@@ -207,6 +193,7 @@ class Recipe(Spec):
     target: Target = Target()
     mapping: Annotated[AnyMapping, AfterValidator(_data_of_fit)] = "identity"
     readout: AnyReadout = NextToken()
+    columns: Annotated[tuple[AnyColumn, ...], BeforeValidator(_listed), AfterValidator(_once)] = ()
     # After the readout, which they are checked against.
     metrics: Annotated[tuple[AnyMetric, ...], BeforeValidator(_listed), AfterValidator(_once)] = ()
     controls: Annotated[tuple[Control, ...], BeforeValidator(_listed), AfterValidator(_once)] = ()
@@ -255,9 +242,10 @@ def dump(recipe: Recipe) -> dict[str, Any]:
 
 
 def _raw(recipe: Recipe) -> dict[str, Any]:
-    """What methods make their changes to: the recipe without them, with a mapping of Python's as it is."""
+    """What methods make their changes to: the recipe without them, with functions of Python's as they are."""
     plain = dump(recipe)
     plain.pop("methods", None)
+    plain |= {name: list(getattr(recipe, name)) for name in ("columns", "metrics") if name in plain}
     return plain | ({"mapping": recipe.mapping} if callable(recipe.mapping) else {})
 
 

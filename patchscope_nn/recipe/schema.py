@@ -9,8 +9,10 @@ from typing import Any
 from pydantic import BaseModel
 
 from patchscope_nn.data.rows import DataSpec
+from patchscope_nn.metrics import METRICS
 from patchscope_nn.recipe.model import Probe, Recipe
 from patchscope_nn.spec import Corrupt, Fit, Source, Target, Train, Vector, readout_kinds
+from patchscope_nn.spec.mapping import MAPPINGS
 
 _DIALECT = "https://json-schema.org/draft/2020-12/schema"
 _ENTRY = re.compile(r"^    (\w+): (.*(?:\n {8}.*)*)", re.MULTILINE)
@@ -20,7 +22,8 @@ def json_schema() -> dict[str, Any]:
     """The JSON Schema (draft 2020-12) that recipe files follow.
 
     It knows the form of every field. What depends on two fields at once (a metric that does not fit the
-    readout) or on data and model is left to `lint` and `plan`.
+    readout) or on data and model is left to `lint` and `plan`. It accepts the metrics and mappings that
+    are registered or that installed packages bring; regenerate it after installing one.
 
     Returns:
         The schema; recipes/recipe.schema.json holds it.
@@ -40,7 +43,8 @@ def json_schema() -> dict[str, Any]:
     source["oneOf"] = [_given(name) for name in ("prompt", "vector")]
     target["not"] = {"allOf": [_given("prompt"), _given("prompts", {"minItems": 1})]}
     _document_fit(schema["properties"]["mapping"])
-    for name in ("metrics", "controls", "best_over"):
+    _list_names(schema)
+    for name in ("columns", "metrics", "controls", "best_over"):
         schema["properties"][name]["uniqueItems"] = True
     schema["properties"]["readout"] = {
         "title": "Readout",
@@ -62,6 +66,45 @@ def _document_fit(mapping: dict[str, Any]) -> None:
         _document(fields, model)
         data = fields["properties"]["data"]
         fields["properties"]["data"] = data | {"anyOf": [{"$ref": "#/$defs/DataSpec"}, {"type": "null"}]}
+
+
+def _list_names(schema: dict[str, Any]) -> None:
+    """Put in the names of metrics and mappings that ship, are registered, or are brought by packages."""
+    fields = schema["properties"]
+    fields["metrics"]["items"] = _metrics()
+    fields["columns"]["items"] = {"anyOf": [{"type": "string"}, _function()]}
+    fields["mapping"]["anyOf"][0] = {"enum": MAPPINGS.names()}
+
+
+def _metrics() -> dict[str, Any]:
+    """A metric's bare name where it needs no parameter, `{name: parameters}`, or a function."""
+    known = METRICS.entries
+    bare = [name for name, metric in known.items() if not metric.parameters]
+    elsewhere = [name for name in METRICS.names() if name not in known]
+    forms = [_metric(name, metric.parameters, metric.title) for name, metric in known.items()]
+    # What a package's metric needs is not known before the package is imported.
+    forms += [{"type": "object", "required": [name], "maxProperties": 1} for name in elsewhere]
+    return {"anyOf": [{"enum": [*bare, *elsewhere]}, *forms, _function(more={"type": ["string", "integer"]})]}
+
+
+def _metric(name: str, parameters: tuple[str, ...], title: str) -> dict[str, Any]:
+    columns = {parameter: {"type": "string"} for parameter in parameters}
+    return {"title": title, **_closed({name: _closed(columns)})}
+
+
+def _closed(properties: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": list(properties),
+        "additionalProperties": False,
+    }
+
+
+def _function(*, more: Any = False) -> dict[str, Any]:
+    """`{function: module:name}`, and what may stand beside it."""
+    reference = {"type": "string", "pattern": r"^[^:\s]+:[^:\s]+$"}
+    return {"title": "function", **_closed({"function": reference}), "additionalProperties": more}
 
 
 def _readouts() -> list[dict[str, Any]]:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from patchscope_nn.metrics import METRICS
+from patchscope_nn.analysis.statistics import is_higher_better
+from patchscope_nn.metrics import MetricInfo
 from patchscope_nn.report.figures import as_list, is_null, layer_name, numbers, token, visible
 from patchscope_nn.spec import kinds_in
 
@@ -54,7 +55,11 @@ class Card(NamedTuple):
 
 
 def cards(
-    table: pd.DataFrame, *, references: Sequence[Mapping[str, Any]] = (), metric: str | None = None
+    table: pd.DataFrame,
+    *,
+    references: Sequence[Mapping[str, Any]] = (),
+    metric: str | None = None,
+    known: Mapping[str, MetricInfo] | None = None,
 ) -> list[Card]:
     """Make a card for each of the first rows of a run that generates text.
 
@@ -65,25 +70,29 @@ def cards(
         table: The tidy table; there are no cards if its readout gives no running text.
         references: The columns of each data row that metrics compare with, by row number.
         metric: The metric column by which the best text is chosen.
+        known: Which way metrics are better, as in `statistics.best_over`.
     """
     column = next((kind.says for kind in kinds_in(table.columns) if kind.sentences), None)
     if column is None:
         return []
     table = table.rename(columns={column: "text"})
     made = []
+    higher = metric is None or is_higher_better(metric, known)
     for row in list(dict.fromkeys(table["row"]))[:MAX_CARDS]:
+        own = table[table["row"] == row]
         reference = references[int(row)] if int(row) < len(references) else {}
-        card = _card(table[table["row"] == row], row=int(row), reference=reference, metric=metric)
+        card = _card(own, row=int(row), reference=reference, metric=metric, higher=higher)
         made += [card] if card else []
     return made
 
 
-def _card(own: pd.DataFrame, *, row: int, reference: Mapping[str, Any], metric: str | None) -> Card | None:
+def _card(
+    own: pd.DataFrame, *, row: int, reference: Mapping[str, Any], metric: str | None, higher: bool
+) -> Card | None:
     real = own[own["control"].isna() & own["text"].notna()]
     if real.empty:
         return None
     values = numbers(real[metric]) if metric else np.full(len(real), np.nan)
-    higher = metric not in METRICS or METRICS[metric].higher_is_better
     scores = np.where(np.isfinite(values), values if higher else -values, -np.inf)
     best = real.iloc[int(scores.argmax()) if np.isfinite(scores).any() else len(real) // 2].to_dict()
     texts = [CardText("reference", name, _text(value), "") for name, value in reference.items()]

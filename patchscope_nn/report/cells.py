@@ -31,14 +31,19 @@ def script_json(value: object) -> Markup:
     return Markup(text)  # noqa: S704 - escaped for its place in the two lines above
 
 
-def cells_json(table: pd.DataFrame, *, metrics: Sequence[str]) -> Markup:
+def cells_json(table: pd.DataFrame, *, metrics: Sequence[str], derived: Sequence[str] = ()) -> Markup:
     """Write the cells for the table on the page, with texts shortened until all fit into `TABLE_BYTES`.
+
+    Args:
+        table: The tidy table.
+        metrics: The metric columns.
+        derived: The columns that users' functions add.
 
     Returns:
         {"columns": [{label, kind, detail, pool?, values}], "limit": characters of a text}. The values of a
         column with a pool are indices into it, because prompts and tokens repeat from cell to cell.
     """
-    columns = list(_columns(table.to_dict("records"), metrics=metrics))
+    columns = list(_columns(table.to_dict("records"), metrics=metrics, derived=derived))
     for limit in _TEXT_LIMITS:
         columns = [_cut(column, limit=limit) for column in columns]
         packed = script_json({"columns": list(map(_pooled, columns)), "limit": limit})
@@ -64,7 +69,7 @@ def _pooled(column: Column) -> Column:
     return column | {"pool": list(pool), "values": [pool[value] for value in values]}
 
 
-def _columns(records: Sequence[Cell], *, metrics: Sequence[str]) -> Iterator[Column]:
+def _columns(records: Sequence[Cell], *, metrics: Sequence[str], derived: Sequence[str]) -> Iterator[Column]:
     """Yield the columns of the table on the page; `detail` columns appear when a cell is opened."""
     names = list(records[0]) if records else []
 
@@ -89,6 +94,7 @@ def _columns(records: Sequence[Cell], *, metrics: Sequence[str]) -> Iterator[Col
             yield counts(name)
     yield _column("answer", list(map(cell_answer, records)))
     yield from (counts(name) for name in metrics)
+    yield from (texts(name, detail=False) for name in derived if name not in metrics)
     yield _column("note", list(map(_note, records)))
     yield texts("target_prompt")
     yield _column("token written", [_quoted(record, side="target") for record in records], detail=True)

@@ -12,6 +12,7 @@ import pandas as pd
 
 from patchscope_nn.analysis.comparison import Comparison
 from patchscope_nn.analysis.statistics import REAL, is_null
+from patchscope_nn.metrics import described
 from patchscope_nn.report.cells import cells_json, script_json
 from patchscope_nn.report.figures import metric_columns, visible
 from patchscope_nn.report.figures.comparison import comparison_curve
@@ -57,7 +58,10 @@ def write_comparison(comparison: Comparison, sides: Sequence[Side], *, path: Pat
         InputError: Plotly is not installed.
     """
     names, metrics = comparison.names, comparison.metrics
-    drawn = [comparison_curve(comparison.layers, metric=metric, names=names) for metric in metrics]
+    known = {name: info for side in sides for name, info in described(side.manifest).items()}
+    drawn = [
+        comparison_curve(comparison.layers, metric=metric, names=names, known=known) for metric in metrics
+    ]
     cells = _side_by_side(sides)
     declared = list(dict.fromkeys(metric for side in sides for metric in side.metrics))
     recipes = {side.name: as_mapping(side.manifest.get("recipe")) for side in sides}

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from patchscope_nn.analysis.statistics import best_over
+from patchscope_nn.metrics import MetricInfo, described
 from patchscope_nn.report.cells import cell_answer
 from patchscope_nn.report.figures import (
     REAL,
@@ -20,7 +21,7 @@ from patchscope_nn.report.figures import (
     visible,
     with_probe_controls,
 )
-from patchscope_nn.report.summary import as_mapping, summary
+from patchscope_nn.report.summary import as_mapping, metric_names, summary
 
 if TYPE_CHECKING:
     from patchscope_nn.analysis.comparison import Comparison
@@ -42,13 +43,18 @@ def run_html(
         where: Where the run is kept.
     """
     recipe = as_mapping(manifest.get("recipe"))
-    metrics = metric_columns(table, declared=recipe.get("metrics") or ())
+    metrics = metric_columns(table, declared=metric_names(manifest))
     title = recipe.get("title") or recipe.get("name") or "A run"
     parts = [f"<h4>{_text(title)}</h4>"]
     parts += [f"<p>{_text(' '.join(summary(table, manifest=manifest, metrics=metrics)))}</p>"]
     if metrics:
         parts.append(
-            _means(with_probe_controls(table), metric=metrics[0], best=recipe.get("best_over") or ())
+            _means(
+                with_probe_controls(table),
+                metric=metrics[0],
+                best=recipe.get("best_over") or (),
+                known=described(manifest),
+            )
         )
     real = first_cells[first_cells["control"].isna()]
     examples = real.iloc[:: max(1, len(real) // _EXAMPLES)].head(_EXAMPLES)
@@ -70,9 +76,9 @@ def _layers(cell: Mapping[Any, Any]) -> list[str]:
     ]
 
 
-def _means(table: pd.DataFrame, *, metric: str, best: Sequence[str]) -> str:
+def _means(table: pd.DataFrame, *, metric: str, best: Sequence[str], known: Mapping[str, MetricInfo]) -> str:
     """Show a metric by layer and scale, with a column for each control; at most 40 lines."""
-    cells = best_over(table, metric=metric, over=best) if best else table
+    cells = best_over(table, metric=metric, over=best, known=known) if best else table
     lines: dict[tuple[Any, ...], dict[str, str]] = {}
     flat: dict[str, str] = {}
     for scale, part in by_scale(cells).items():

@@ -13,10 +13,11 @@ from markupsafe import Markup
 
 from patchscope_nn._util.files import replacing
 from patchscope_nn._util.yaml_text import yaml_text
+from patchscope_nn.metrics import described
 from patchscope_nn.report.cards import cards
 from patchscope_nn.report.cells import cells_json, script_json
 from patchscope_nn.report.figures import figures, metric_columns, visible
-from patchscope_nn.report.summary import as_mapping, described_controls, facts, summary
+from patchscope_nn.report.summary import as_mapping, described_controls, facts, metric_names, summary
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -64,7 +65,9 @@ def run_figures(
     """
     recipe = as_mapping(manifest.get("recipe"))
     best = tuple(recipe.get("best_over") or ())
-    return figures(first_cells, metrics=recipe.get("metrics") or (), all_cells=table, best=best)
+    return figures(
+        first_cells, metrics=metric_names(manifest), all_cells=table, best=best, known=described(manifest)
+    )
 
 
 def write_whole(page: str, path: Path) -> Path:
@@ -78,7 +81,7 @@ def write_whole(page: str, path: Path) -> Path:
 
 def _page(table: pd.DataFrame, first_cells: pd.DataFrame, *, manifest: Mapping[str, Any]) -> str:
     recipe = as_mapping(manifest.get("recipe"))
-    metrics = metric_columns(table, declared=recipe.get("metrics") or ())
+    metrics = metric_columns(table, declared=metric_names(manifest))
     references = manifest.get("references") or ()
     drawn = run_figures(table, first_cells, manifest=manifest)
     return template("report.html.jinja").render(
@@ -87,11 +90,16 @@ def _page(table: pd.DataFrame, first_cells: pd.DataFrame, *, manifest: Mapping[s
         facts=facts(table, manifest=manifest),
         titles=[title for title, _ in drawn],
         plotly=plotly_js() if drawn else "",
-        cards=cards(first_cells, references=references, metric=next(iter(metrics), None)),
+        cards=cards(
+            first_cells,
+            references=references,
+            metric=next(iter(metrics), None),
+            known=described(manifest),
+        ),
         controls=described_controls(table),
         command=visible(manifest.get("command") or ""),
         figures=script_json([json.loads(figure.to_json()) for _, figure in drawn]),
-        cells=cells_json(first_cells, metrics=metrics),
+        cells=cells_json(first_cells, metrics=metrics, derived=list(manifest.get("derived") or ())),
         n_cells=len(table),
         max_cells=MAX_CELLS,
         recipe=_yaml(recipe),

@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from patchscope_nn.analysis.statistics import best_over
-from patchscope_nn.metrics import METRICS
+from patchscope_nn.analysis.statistics import best_over, is_higher_better
+from patchscope_nn.metrics import MetricInfo, described
 from patchscope_nn.report.figures import (
     REAL,
     by_scale,
@@ -51,7 +51,13 @@ def summary(table: pd.DataFrame, *, manifest: Mapping[str, Any], metrics: Sequen
     if metrics:
         best = tuple(as_mapping(manifest.get("recipe")).get("best_over") or ())
         sentences.append(
-            _headline(with_probe_controls(table), metric=metrics[0], over=best, cut=_cuts(manifest))
+            _headline(
+                with_probe_controls(table),
+                metric=metrics[0],
+                over=best,
+                cut=_cuts(manifest),
+                known=described(manifest),
+            )
         )
     if not controls and "probe_shuffled_accuracy" not in table.columns:
         sentences.append(
@@ -82,6 +88,11 @@ def facts(table: pd.DataFrame, *, manifest: Mapping[str, Any]) -> list[tuple[str
 def described_controls(table: pd.DataFrame) -> list[tuple[str, str]]:
     """Return the controls of a table, each with a description."""
     return [(name, _CONTROLS[name]) for name in _CONTROLS if (table["control"] == name).any()]
+
+
+def metric_names(manifest: Mapping[str, Any]) -> list[str]:
+    """The names of a run's metrics, in the order of its recipe."""
+    return [entry["name"] for entry in manifest.get("metrics") or ()]
 
 
 def as_mapping(value: Any) -> Mapping[str, Any]:
@@ -159,9 +170,11 @@ def _cuts(manifest: Mapping[str, Any]) -> bool:
     )
 
 
-def _headline(table: pd.DataFrame, *, metric: str, over: Sequence[str], cut: bool) -> str:
+def _headline(
+    table: pd.DataFrame, *, metric: str, over: Sequence[str], cut: bool, known: Mapping[str, MetricInfo]
+) -> str:
     """Say at which layer a metric is best, and what its controls reach there."""
-    cells = best_over(table, metric=metric, over=over) if over else table
+    cells = best_over(table, metric=metric, over=over, known=known) if over else table
     means = [
         mean | {"scale": name}
         for name, part in by_scale(cells).items()
@@ -170,7 +183,7 @@ def _headline(table: pd.DataFrame, *, metric: str, over: Sequence[str], cut: boo
     real = [mean for mean in means if mean["control"] == REAL]
     if not real:
         return f"No patched cell has a value of {metric}."
-    higher = metric not in METRICS or METRICS[metric].higher_is_better
+    higher = is_higher_better(metric, known)
     best = (max if higher else min)(real, key=lambda mean: mean["mean"])
     controls = ", ".join(_at_place(best, means=[mean for mean in means if mean["scale"] == best["scale"]]))
     name = f"{metric} (each row's best over {' and '.join(over).replace('_', ' ')})" if over else metric

@@ -9,8 +9,13 @@ from typing import Any, Literal, NamedTuple
 
 from patchscope_nn._util.versions import DECIDING, versions_of
 from patchscope_nn.backends.ndif import client
+from patchscope_nn.data.readers import READERS
 from patchscope_nn.errors import PatchscopeError
+from patchscope_nn.metrics import COLUMNS, METRICS
 from patchscope_nn.models import Verdict, builtin
+from patchscope_nn.spec.mapping import MAPPINGS
+from patchscope_nn.spec.readout_registry import READOUTS
+from patchscope_nn.spec.sites import SITE_NAMES
 
 _TIMEOUT_S = 30.0
 
@@ -32,7 +37,7 @@ class Finding(NamedTuple):
 
 
 def check_here() -> Iterator[Finding]:
-    """Versions and the builtin model."""
+    """Versions, the builtin model, and what installed packages add."""
     yield Finding("Python", "ok", platform.python_version())
     for name, version in versions_of(DECIDING).items():
         yield Finding(name, "ok", version)
@@ -43,6 +48,11 @@ def check_here() -> Iterator[Finding]:
         "its weights are installed" if there else "its weights are not installed; the Hub is asked for it",
         "" if there else builtin.INSTALL,
     )
+    for registry in (METRICS, COLUMNS, READERS, MAPPINGS, READOUTS, SITE_NAMES):
+        for name, package, problem in registry.plugins():
+            found = f"{name}, of {package}" + (f": {problem}" if problem else "")
+            mend = "mend or uninstall that package" if problem else ""
+            yield Finding(registry.noun, "wrong" if problem else "ok", found, mend)
 
 
 def check_model(model: str) -> tuple[Finding, Verdict | None]:

@@ -145,7 +145,7 @@ def execute(prepared: PreparedRun, execution: Execution, *, out: Path | None = N
                 execution.progress(len(store.done), len(prepared.sweep.cells))
         n_cells, elapsed_s = len(store.done) - n_before, time.monotonic() - started
         # What is made of finished cells may have been asked for since an earlier session.
-        asked = {name: manifest[name] for name in ("recipe", "references", "columns")}
+        asked = {name: manifest[name] for name in ("recipe", "references", "columns", "metrics")}
         manifest = finished_manifest(
             (store.manifest or manifest) | asked, new_session(backend, n_cells=n_cells, elapsed_s=elapsed_s)
         )
@@ -215,7 +215,11 @@ def _unfinished(
     done = store.done.union(*(job.cells for job in live if job.context != "read"))
     planned = plan_run(prepared, execution, done=done) if done else whole
     tabulate = Tabulator(
-        prepared.sweep, prepared.metrics, tokenizer=prepared.target.tokenizer, mapping=prepared.mapping.name
+        prepared.sweep,
+        prepared.metrics,
+        tokenizer=prepared.target.tokenizer,
+        mapping=prepared.mapping.name,
+        derived=prepared.columns,
     )
     while True:
         n_again, budget, used = 0, planned.budget, planned.optimisations

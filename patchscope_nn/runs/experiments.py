@@ -20,6 +20,7 @@ from patchscope_nn._util.arguments import checked_class
 from patchscope_nn.analysis.comparison import ComparedRun, Comparison, compare
 from patchscope_nn.analysis.tables import frame
 from patchscope_nn.errors import InputError
+from patchscope_nn.metrics import described
 from patchscope_nn.recipe import slug
 from patchscope_nn.runs.results import Run, load_run
 
@@ -93,9 +94,13 @@ class Experiment(Mapping[str, Run]):
         from patchscope_nn.report.figures import comparison_curve, save_figures
 
         found = self.compare()
+        known = {name: info for run in self.runs.values() for name, info in described(run.manifest).items()}
         drawn = [
-            (f"{one} of all methods", comparison_curve(found.layers, metric=one, names=found.names))
-            for one in found.metrics
+            (
+                f"{metric} of all methods",
+                comparison_curve(found.layers, metric=metric, names=found.names, known=known),
+            )
+            for metric in found.metrics
         ]
         files = save_figures(drawn, folder, formats=formats)
         for name, run in self.runs.items():
@@ -144,6 +149,7 @@ def compare_runs(runs: Mapping[str, Run], *, best: Sequence[str] | None = None) 
                 metrics=tuple(one.metrics),
                 best=one.best_over if best is None else tuple(best),
                 score=one.manifest["recipe"].get("score"),
+                known=described(one.manifest),
                 data=str(one.manifest.get("data_hash")),
             )
             for name, one in runs.items()

@@ -115,7 +115,7 @@ class RunFolder(InMemory):
     def finish(self, rows: Sequence[Mapping[str, Any]], manifest: Manifest) -> None:
         """Write the table and the manifest of a run that is done."""
         with replacing(self.path / TABLE) as draft:
-            write_parquet(rows, manifest["columns"], draft)
+            write_parquet(rows, manifest["columns"], draft, kinds=manifest["derived"])
         write_manifest(self.path, manifest)
 
 

@@ -15,7 +15,7 @@ from patchscope_nn.analysis.probes import PROBE_COLUMNS
 from patchscope_nn.analysis.tables import columns_of
 from patchscope_nn.backends import Backend
 from patchscope_nn.errors import FolderError
-from patchscope_nn.metrics import references
+from patchscope_nn.metrics import dump_infos, references
 from patchscope_nn.models import ModelInfo
 from patchscope_nn.plan import Plan
 from patchscope_nn.runs.prepared import PreparedRun
@@ -45,6 +45,8 @@ def new_manifest(prepared: PreparedRun, planned: Plan, *, command: str | None) -
         **({"n_dropped": prepared.n_dropped} if prepared.n_dropped else {}),
         "n_cells": len(sweep.cells),
         "columns": _columns(prepared),
+        "derived": {use.name: use.column.kind for use in prepared.columns if use.column is not None},
+        "metrics": dump_infos(prepared.metrics, readout=sweep.scope.readout.name),
         "models": {"source": _model(sweep.source), "target": _model(sweep.target)},
         "mapping": {
             "name": mapping.name,
@@ -62,7 +64,7 @@ def new_manifest(prepared: PreparedRun, planned: Plan, *, command: str | None) -
 
 
 def _columns(prepared: PreparedRun) -> list[str]:
-    *others, error = columns_of(prepared.sweep.scope.readout, prepared.metrics)
+    *others, error = columns_of(prepared.sweep.scope.readout, prepared.metrics, prepared.columns)
     return [*others, *(PROBE_COLUMNS if prepared.recipe["probe"] else ()), error]
 
 

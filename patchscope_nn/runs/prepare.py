@@ -12,19 +12,28 @@ from pathlib import Path
 from typing import Any
 
 from patchscope_nn.analysis.probes import check_probe
+from patchscope_nn.analysis.tables import columns_of
 from patchscope_nn.backends import Places
 from patchscope_nn.data.given import as_data
 from patchscope_nn.data.rows import Table, fingerprint, read_table
 from patchscope_nn.errors import DataError, Problem, SpecError, did_you_mean
 from patchscope_nn.fitting import Planned, plan_fit, plan_training, same_model
 from patchscope_nn.mappings import Pair, ResolvedMapping, resolve_mapping
-from patchscope_nn.metrics import MetricUse, check_columns, check_metrics, parse_metric
+from patchscope_nn.metrics import (
+    check_columns,
+    check_metrics,
+    check_names,
+    parse_column,
+    parse_metric,
+    resolve_column,
+    resolve_metric,
+)
 from patchscope_nn.models import Model
 from patchscope_nn.proof import load
 from patchscope_nn.recipe import Recipe, asked_columns, find, load_recipe
 from patchscope_nn.runs.loading import Loader, load_models
 from patchscope_nn.runs.prepared import Prepared, PreparedRun
-from patchscope_nn.spec import ALIGNED, SITES, Control, Fit, Patchscope, Readout, Train
+from patchscope_nn.spec import ALIGNED, SITES, Control, Fit, Patchscope, Train
 from patchscope_nn.sweep import expand
 from patchscope_nn.sweep.vectors import check_vectors
 
@@ -37,6 +46,7 @@ def prepare(
     places: Places | None = None,
     data: Any = None,
     controls: Sequence[Control] | None = None,
+    columns: Sequence[Any] | None = None,
     metrics: Sequence[Any] | None = None,
     seed: int | None = None,
     limit: int | None = None,
@@ -51,6 +61,7 @@ def prepare(
         places: Where M and M* run, and how they are loaded; None is in this process.
         data: As in `run`.
         controls: As in `run`.
+        columns: As in `run`.
         metrics: As in `run`.
         seed: As in `run`.
         limit: As in `run`.
@@ -71,7 +82,7 @@ def prepare(
     changed: dict[str, Any] = {} if controls is None else {"controls": tuple(controls)}
     changed |= {} if seed is None else {"seed": seed}
     methods = {
-        name: method.model_copy(update={**changed, "metrics": _metrics(method, metrics)})
+        name: method.model_copy(update=changed | _functions(method, columns=columns, metrics=metrics))
         for name, method in (recipe.of_methods() or {recipe.name: recipe}).items()
     }
     # A row in which a column of any method is missing is left out of all, so that all have the same rows.
@@ -97,19 +108,33 @@ def _recipe_of(scope: Patchscope) -> Recipe:
     return Recipe.model_construct(name="patchscope", title="A Patchscope", **fields)
 
 
-def _metrics(recipe: Recipe, metrics: Sequence[Any] | None) -> tuple[MetricUse, ...]:
-    """The metrics that are given, checked against the recipe's readout; None takes the recipe's own."""
-    return recipe.metrics if metrics is None else _parsed(metrics, recipe.readout)
+def _functions(
+    recipe: Recipe, *, columns: Sequence[Any] | None, metrics: Sequence[Any] | None
+) -> dict[str, Any]:
+    """The derived columns and the metrics, imported and checked against the recipe's readout.
 
+    Args:
+        recipe: The recipe.
+        columns: The columns that are given; None takes the recipe's.
+        metrics: The metrics that are given; None takes the recipe's.
 
-def _parsed(metrics: Sequence[Any], readout: Readout) -> tuple[MetricUse, ...]:
+    Raises:
+        SpecError: One cannot be imported, or does not fit the readout.
+    """
+    columns = recipe.columns if columns is None else columns
+    metrics = recipe.metrics if metrics is None else metrics
+    field = "columns"
     try:
-        uses = tuple(map(parse_metric, metrics))
+        derived = tuple(resolve_column(parse_column(column)) for column in columns)
+        field = "metrics"
+        uses = tuple(resolve_metric(parse_metric(metric)) for metric in metrics)
     except ValueError as error:
-        raise SpecError([Problem(field="metrics", message=str(error))]) from None
-    if problems := check_metrics(uses, readout):
+        raise SpecError([Problem(field=field, message=str(error))]) from None
+    problems = check_metrics(uses, recipe.readout)
+    problems += check_names(derived, uses, taken=columns_of(recipe.readout, ()))
+    if problems:
         raise SpecError(Problem(field="metrics", message=message) for message in problems)
-    return uses
+    return {"columns": derived, "metrics": uses}
 
 
 def _used_columns(recipe: Recipe) -> dict[str, str]:
@@ -178,6 +203,7 @@ def _prepare_run(
         places=places,
         mapping=mapping,
         fit=fit,
+        columns=recipe.columns,
         metrics=recipe.metrics,
         data_hash=fingerprint(rows),
         n_dropped=dropped,

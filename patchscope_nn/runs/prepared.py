@@ -11,7 +11,7 @@ from patchscope_nn._util.digests import digest
 from patchscope_nn.backends import Places
 from patchscope_nn.fitting import Planned
 from patchscope_nn.mappings import ResolvedMapping
-from patchscope_nn.metrics import MetricUse
+from patchscope_nn.metrics import ColumnUse, MetricUse
 from patchscope_nn.models import Model
 from patchscope_nn.recipe import slug
 from patchscope_nn.sweep import Sweep
@@ -31,6 +31,7 @@ class PreparedRun:
         target: M*.
         places: Where M and M* run.
         mapping: f.
+        columns: What is derived from each cell's readout, before the metrics.
         metrics: What is computed of each cell.
         data_hash: Hex digest of the data rows.
         vectors: Hex digest of the files that vectors come from; empty where there are none.
@@ -44,6 +45,7 @@ class PreparedRun:
     target: Model
     places: Places
     mapping: ResolvedMapping
+    columns: tuple[ColumnUse, ...]
     metrics: tuple[MetricUse, ...]
     data_hash: str
     vectors: str = ""
@@ -58,7 +60,12 @@ class PreparedRun:
         """
         models = [(info.name, info.revision, info.dtype) for info in (self.sweep.source, self.sweep.target)]
         asked = {name: value for name, value in self.recipe.items() if name not in _AFTERWARDS}
-        return digest([asked, self.data_hash, models, self.mapping.name, self.mapping.digest, self.vectors])
+        if not self.columns:
+            asked.pop("columns", None)
+        functions = [use.column for use in self.columns] + [use.metric for use in self.metrics]
+        own = [(one.name, one.digest) for one in functions if one is not None and one.digest]
+        mapping = [self.mapping.name, self.mapping.digest]
+        return digest([asked, self.data_hash, models, *mapping, self.vectors, *own])
 
     @property
     def labels(self) -> list[str] | None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from patchscope_nn._util.arguments import checked, checked_class
 from patchscope_nn.analysis.tables import frame, light_frame
 from patchscope_nn.errors import InputError
+from patchscope_nn.metrics import described
 from patchscope_nn.recipe import PROBE_METRICS
 from patchscope_nn.runs.folder import LINES, REPORT, kept_probe_columns
 from patchscope_nn.runs.lazy_rows import Lines, Widened
@@ -89,7 +90,13 @@ class Run:
         """
         from patchscope_nn.analysis.statistics import summarise
 
-        return summarise(self.light_table(), metrics=self.metrics, best=self.best_over, by_source=by_source)
+        return summarise(
+            self.light_table(),
+            metrics=self.metrics,
+            best=self.best_over,
+            by_source=by_source,
+            known=described(self.manifest),
+        )
 
     def light_table(self) -> pd.DataFrame:
         """The cells as `table` gives them, without what was read of them: places, metrics and errors."""
@@ -103,9 +110,8 @@ class Run:
     @property
     def metrics(self) -> list[str]:
         """The names of this run's metrics, those of its probe last."""
-        asked = self.manifest["recipe"]
-        named = [use if isinstance(use, str) else next(iter(use)) for use in asked["metrics"]]
-        return named + (list(PROBE_METRICS) if asked.get("probe") else [])
+        named = [entry["name"] for entry in self.manifest["metrics"]]
+        return named + (list(PROBE_METRICS) if self.manifest["recipe"].get("probe") else [])
 
     def report(self, path: str | Path | None = None) -> Path:
         """Write the HTML report.

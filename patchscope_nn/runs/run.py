@@ -49,6 +49,7 @@ class RunOptions(PlaceOptions, ExecutionOptions, total=False):
     target_model: Any
     data: Any
     controls: Sequence[Control] | None
+    columns: Sequence[Any] | None
     metrics: Sequence[Any] | None
     seed: int | None
     limit: int | None
@@ -74,10 +75,13 @@ def run(scope: Any, *, out: str | Path | None = None, **options: Unpack[RunOptio
             model: What `load` takes; None takes the recipe's, or the builtin model.
             source_model: M, where it is not `model`.
             target_model: M*, where it is not M.
-            data: Rows (mappings of columns to values), a pandas DataFrame, a `datasets.Dataset`, or a mapping
-                as a recipe's `data`; None takes the recipe's, or a single row without columns.
+            data: Rows (mappings of columns to values), a pandas DataFrame, a `datasets.Dataset`, a function
+                that returns rows, or a mapping as a recipe's `data`; None takes the recipe's, or a single row
+                without columns.
             controls: Names of controls; None takes the recipe's.
-            metrics: Metrics as in a recipe; None takes the recipe's.
+            columns: Functions of (columns, row) that derive columns from a readout's, or their names; None
+                takes the recipe's.
+            metrics: Metrics as in a recipe, or functions of (columns, row); None takes the recipe's.
             seed: The seed of random states, other rows and sampling; None takes the recipe's, or 0.
             limit: The most data rows.
             base: The folder that relative data files start from; None is the recipe's, or the current one.

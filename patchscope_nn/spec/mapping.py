@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, overload
 
 from pydantic import BeforeValidator, PlainSerializer, WithJsonSchema
 
+from patchscope_nn._util.arguments import checked
+from patchscope_nn._util.functions import check_reference, name_of, reference_of
+from patchscope_nn._util.registry import Registry, decorate
 from patchscope_nn.errors import SpecError, did_you_mean
 from patchscope_nn.spec.fitting import FIT_KINDS, Fit, fit_schema
 from patchscope_nn.spec.training import LENS_KINDS, Train, train_schema
@@ -15,6 +18,12 @@ from patchscope_nn.spec.training import LENS_KINDS, Train, train_schema
 NAMED_MAPPINGS = ("identity", "target_norm")
 #: Identity within one model, and a fit between two.
 ALIGNED = "aligned"
+#: All mappings that can be named: those that ship by their names, and the functions of users.
+MAPPINGS: Registry[Any] = Registry(
+    "patchscope_nn.mappings",
+    noun="mapping",
+    entries={name: name for name in (*NAMED_MAPPINGS, ALIGNED)},
+)
 _MAPPING_KEYS = ("affine", "function", "fitted", "tuned_lens", "jacobian_lens")
 #: What is made before the run, by the word a document has for it, and the shortest example.
 _MADE: dict[str, tuple[type[Fit | Train], str]] = {
@@ -23,25 +32,53 @@ _MADE: dict[str, tuple[type[Fit | Train], str]] = {
 }
 
 
+@overload
+def mapping(function: Callable[..., Any], /) -> Callable[..., Any]: ...
+@overload
+def mapping(*, name: str | None = None) -> Callable[[Callable[..., Any]], Callable[..., Any]]: ...
+@checked
+def mapping(function: Callable[..., Any] | None = None, *, name: str | None = None) -> Any:
+    """Register a function or torch module as a mapping that recipes and scripts can name.
+
+    Args:
+        function: Maps states (..., d_model) to (..., d_model of the target), where the target model runs.
+        name: Its name; None takes the function's.
+
+    Returns:
+        The function, unchanged; without one a decorator.
+
+    Raises:
+        InputError: The name is taken.
+    """
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        MAPPINGS.register(name or name_of(function), function, home=reference_of(function))
+        return function
+
+    return decorate(function, register)
+
+
 def _parse_mapping(value: Any) -> Any:
-    if callable(value) or isinstance(value, Fit | Train) or value in (*NAMED_MAPPINGS, ALIGNED):
+    if callable(value) or isinstance(value, Fit | Train):
+        return value
+    if isinstance(value, str) and value in MAPPINGS:
         return value
     if isinstance(value, Mapping) and len(value) == 1:
         key, item = next(iter(value.items()))
         if key in _MADE:
             return _parse_made(key, item)
         if key in _MAPPING_KEYS and isinstance(item, str) and item:
-            if key == "function" and item.count(":") != 1:
-                raise ValueError(f"function: {item!r} should read module:name, for example my_maps:rotate")
+            if key == "function":
+                check_reference(item)
             return (key, item)
     if isinstance(value, tuple) and len(value) == 2 and value[0] in _MAPPING_KEYS:  # noqa: PLR2004 (a pair)
         return value
-    names = [*NAMED_MAPPINGS, ALIGNED, *_MAPPING_KEYS, *_MADE]
+    names = [*MAPPINGS.names(), *_MAPPING_KEYS, *_MADE]
     name = next(iter(value), "") if isinstance(value, Mapping) else str(value)
     raise ValueError(
-        f"{value!r} is no mapping. {did_you_mean(str(name), names)} Write {{affine: weights.safetensors}}, "
-        "{fitted: fit.safetensors}, {fit: {kind: affine}}, {train: {kind: tuned_lens}}, "
-        "{function: module:name}, or give a torch module or function in Python."
+        f"{value!r} is not a known mapping. {did_you_mean(str(name), names)} Write "
+        "{affine: weights.safetensors}, {fitted: fit.safetensors}, {fit: {kind: affine}}, "
+        "{train: {kind: tuned_lens}}, {function: module:name}, or give a torch module or function in Python."
     )
 
 
@@ -67,8 +104,7 @@ def dump_mapping(value: Any) -> Any:
             return {key: value.model_dump(mode="json", exclude_defaults=True)}
     if isinstance(value, str):
         return value
-    named = value if hasattr(value, "__qualname__") else type(value)
-    return {"python": f"{named.__module__}:{named.__qualname__}"}
+    return {"python": reference_of(value)}
 
 
 AnyMapping = Annotated[

@@ -1,7 +1,7 @@
 """The registry of readout kinds, and readouts as a document names them: `generate`, or `{generate: fields}`.
 
-The kinds that ship stand in `patchscope_nn.readouts`, which is to the right of this room. They are found as
-those of other packages are: by the name of a module, when a kind is first asked for.
+The kinds that ship stand in `patchscope_nn.readouts`, which is to the right of this room. They are found by
+the name of that module, when a kind is first asked for; those of installed packages by their entry points.
 """
 
 from __future__ import annotations
@@ -9,19 +9,16 @@ from __future__ import annotations
 import functools
 import importlib
 import re
-import warnings
 from collections.abc import Mapping
-from importlib.metadata import EntryPoint, entry_points
 from typing import Annotated, Any, TypeVar
 
 from pydantic import PlainSerializer, PlainValidator, TypeAdapter, WithJsonSchema
 
 from patchscope_nn._util.checking import NAMED
-from patchscope_nn.errors import InputError, did_you_mean
+from patchscope_nn._util.registry import Registry
+from patchscope_nn.errors import InputError
 from patchscope_nn.spec.readout import Readout
 
-#: The entry points by which an installed package offers kinds; each names a registered class.
-ENTRY_POINTS = "patchscope_nn.readouts"
 _SHIPPED = "patchscope_nn.readouts"
 _DEFAULT = "next_token"
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
@@ -97,19 +94,25 @@ def _path(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
+def _adopt(name: str, loaded: Any) -> type[Readout]:
+    """What an entry point names, registered."""
+    if not (isinstance(loaded, type) and issubclass(loaded, Readout)):
+        raise InputError("it is not a subclass of patchscope_nn.Readout.")
+    if loaded.name != name:
+        raise InputError(f"the entry point is named {name!r}, and the readout {loaded.name!r}.")
+    return register_readout(loaded)
+
+
+#: All kinds. An installed package that nobody asked for is left out where it cannot be loaded.
+READOUTS: Registry[type[Readout]] = Registry(
+    "patchscope_nn.readouts", noun="readout", entries=_KINDS, adopt=_adopt
+)
+
+
 def readout_kinds() -> Mapping[str, type[Readout]]:
     """Every kind by its name: those that ship, those of installed packages, and registered ones."""
     _shipped()
-    _installed()
-    return dict(_KINDS)
-
-
-def readout_kind(name: str) -> type[Readout] | None:
-    """A kind by its name, or None. Installed packages are only looked through for a name not yet known."""
-    _shipped()
-    if name not in _KINDS:
-        _installed()
-    return _KINDS.get(name)
+    return dict(READOUTS.load_all())
 
 
 def default_readout() -> Readout:
@@ -121,25 +124,6 @@ def default_readout() -> Readout:
 @functools.cache
 def _shipped() -> None:
     importlib.import_module(_SHIPPED)
-
-
-@functools.cache
-def _installed() -> None:
-    for entry in entry_points(group=ENTRY_POINTS):
-        try:
-            register_readout(_loaded(entry))
-        except Exception as error:  # noqa: BLE001 (a package that nobody asked for must not stop a run)
-            warnings.warn(
-                f"The readout {entry.name!r} of an installed package ({entry.value}) cannot be used: {error}",
-                stacklevel=2,
-            )
-
-
-def _loaded(entry: EntryPoint) -> type[Readout]:
-    kind = entry.load()
-    if not (isinstance(kind, type) and issubclass(kind, Readout)):
-        raise InputError(f"{entry.value} is not a subclass of patchscope_nn.Readout.")
-    return kind
 
 
 @functools.cache
@@ -155,12 +139,11 @@ def _parse(value: Any) -> Readout:
         value = {value: {}}
     if isinstance(value, Mapping) and len(value) == 1:
         name, fields = next(iter(value.items()))
-        kind = readout_kind(name)
-        if kind is None:
-            raise ValueError(f"{name!r} is no readout. {did_you_mean(str(name), list(readout_kinds()))}")
+        _shipped()
+        kind = READOUTS.find(str(name))
         return _form(kind).validate_python({name: {} if fields is None else fields})[name]
     raise ValueError(
-        f"{value!r} is no readout; give one of {', '.join(readout_kinds())}, for example generate: {{}}"
+        f"{value!r} is not a readout; give one of {', '.join(readout_kinds())}, for example generate: {{}}"
     )
 
 
@@ -183,6 +166,4 @@ AnyReadout = Annotated[
 
 def kinds_in(columns: Any) -> list[type[Readout]]:
     """The kinds whose columns a table has, in the order in which they are listed."""
-    _shipped()
-    _installed()
-    return [kind for kind in _KINDS.values() if (kind.says or next(iter(kind.columns))) in columns]
+    return [kind for kind in readout_kinds().values() if (kind.says or next(iter(kind.columns))) in columns]

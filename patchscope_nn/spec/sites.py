@@ -14,6 +14,7 @@ from pydantic import BeforeValidator, GetJsonSchemaHandler
 
 from patchscope_nn._util.arguments import checked, checked_class
 from patchscope_nn._util.plain import shown
+from patchscope_nn._util.registry import Registry
 from patchscope_nn.errors import InputError, did_you_mean
 
 
@@ -122,20 +123,33 @@ def register_site(site: Site) -> Site:
     return site
 
 
+def _adopt(name: str, loaded: Any) -> Site:
+    """What an entry point names, registered."""
+    if not isinstance(loaded, Site) or loaded.name != name:
+        raise InputError(f"it is not a patchscope_nn.Site with the name {name!r}.")
+    return register_site(loaded)
+
+
+#: The names of all sites; that of an installed package is added to `SITES` when it is asked for.
+SITE_NAMES: Registry[Site] = Registry("patchscope_nn.sites", noun="site", entries=SITES, adopt=_adopt)
+
+
 def site_named(name: str) -> Site:
     """The registered site of a name.
 
     Raises:
         InputError: No site has this name.
     """
-    if name not in SITES:
-        raise InputError(f"{shown(name)} is not a site.", hint=did_you_mean(name, [*SITES]))
-    return SITES[name]
+    try:
+        return SITE_NAMES.find(name)
+    except ValueError as error:
+        raise InputError(f"{error}") from None
 
 
 def _check_name(name: Any) -> Any:
-    if not isinstance(name, str) or name not in SITES:
-        raise ValueError(f"{shown(name)} is not allowed here. {did_you_mean(str(name), [*SITES])}")
+    if not isinstance(name, str) or name not in SITE_NAMES:
+        raise ValueError(f"{shown(name)} is not allowed here. {did_you_mean(str(name), SITE_NAMES.names())}")
+    SITE_NAMES.find(name)
     return name
 
 
@@ -143,7 +157,7 @@ class _RegisteredNames:
     """Lists the names in a JSON Schema, as they are when the schema is made."""
 
     def __get_pydantic_json_schema__(self, schema: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        return handler(schema) | {"enum": [*SITES]}
+        return handler(schema) | {"enum": SITE_NAMES.names()}
 
 
 #: The type of `Source.site` and `Target.site`: the name of a registered site.

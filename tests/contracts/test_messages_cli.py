@@ -109,7 +109,7 @@ BAD = {
     ),
     "a metric's missing column": (
         ["--set", "readout={generate: {}}", "--set", "metrics=[rouge_l: {reference: answer}]"],
-        "metrics.rouge_l.reference='answer' is no column of data row 0.",
+        "metrics.rouge_l.reference='answer' is not a column of data row 0.",
         (
             "A metric's parameter names a column of the data. Allowed: text. A text that is the same for "
             "every row is a column, too: data: {rows: [{reference: answer}]}, and rouge_l: {reference: "

@@ -10,8 +10,8 @@ from patchscope_nn.recipe import lint, load_recipe, shipped
 
 GOOD = "name: a\ntitle: b\nsource: {prompt: x}\n"
 TOP = (
-    "Allowed: name, title, paper, model, data, source, target, mapping, readout, metrics, controls, seed, "
-    "best_over, probe, score, methods."
+    "Allowed: name, title, paper, model, data, source, target, mapping, readout, columns, metrics, controls, "
+    "seed, best_over, probe, score, methods."
 )
 LAYERS = "give an int (negative counts from the end), a list, 'start:stop[:step]', 'all' or 'embed'"
 POSITIONS = (
@@ -70,16 +70,19 @@ FIELDS = {
             f"Allowed: {', '.join(BUILTIN)}."
         )
     ],
-    "mapping: identty": [f"line 4: mapping: 'identty' is no mapping. Did you mean 'identity'? {MAPPINGS}"],
+    "mapping: identty": [
+        f"line 4: mapping: 'identty' is not a known mapping. Did you mean 'identity'? {MAPPINGS}"
+    ],
     "mapping: {function: rotate}": [
-        "line 4: mapping: function: 'rotate' should read module:name, for example my_maps:rotate"
+        "line 4: mapping: function: 'rotate' should read module:name, for example my_code:my_function"
     ],
     "readout: next_tken": [
-        f"line 4: readout: 'next_tken' is no readout. Did you mean 'next_token'? Allowed: {READOUTS}."
+        "line 4: readout: 'next_tken' is not a known readout. Did you mean 'next_token'? "
+        f"Allowed: {READOUTS}."
     ],
     "readout: {next_token: {}, generate: {}}": [
         (
-            "line 4: readout: {'next_token': {}, 'generate': {}} is no readout; "
+            "line 4: readout: {'next_token': {}, 'generate': {}} is not a readout; "
             f"give one of {READOUTS}, for example generate: {{}}"
         )
     ],
@@ -103,7 +106,7 @@ FIELDS = {
     ],
     "readout: generate\nmetrics:\n- contains: {ref: d}\n- contins": [
         "line 6: metrics.0: contains is written {contains: {reference: COLUMN}}; given {'ref': 'd'}",
-        f"line 7: metrics.1: 'contins' is no metric. Did you mean 'contains'? {METRICS}",
+        f"line 7: metrics.1: 'contins' is not a known metric. Did you mean 'contains'? {METRICS}",
     ],
     "readout: generate\nmetrics: [rouge_l: {reference: d}, rouge_l: {reference: e}]": [
         "line 5: metrics: names rouge_l twice; each makes one column or kind of cell, so name it once"
@@ -127,8 +130,8 @@ FIELDS = {
     ],
     "data:\n  file: a\n  hub: b": [
         (
-            "line 4: data: names file and hub; give exactly one of builtin, file, hub, rows, "
-            "for example {builtin: contexts}"
+            "line 4: data: names file and hub; give exactly one of builtin, file, hub, rows, reader, "
+            "function, for example {builtin: contexts}"
         )
     ],
     "data:\n  rows:\n  - {a: 1}\n  - 5": ["line 7: data.rows.1: should be a mapping; given 5"],
@@ -257,7 +260,7 @@ def test_all_problems_come_at_once_in_the_order_of_the_file(tmp_path):
             "Did you mean 'mlp'? Allowed: residual, before, attention, mlp."
         ),
         "line 10: readout.generate.max_new_tokens: input should be a valid integer; given '5'",
-        f"line 11: metrics.0: 'contins' is no metric. Did you mean 'contains'? {METRICS}",
+        f"line 11: metrics.0: 'contins' is not a known metric. Did you mean 'contains'? {METRICS}",
         (
             "line 12: controls.1: 'shufled' is not allowed here. "
             "Did you mean 'shuffled'? Allowed: unpatched, random, shuffled, text-only."

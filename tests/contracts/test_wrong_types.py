@@ -55,7 +55,7 @@ RUN = (
     "jobs",
     "progress",
 )
-RUN += ("data", "controls", "metrics", "seed", "limit", "base")
+RUN += ("data", "controls", "columns", "metrics", "seed", "limit", "base")
 FIT = (
     *inspect.signature(ps.fit.fit_mapping).parameters,
     "column",
@@ -66,6 +66,11 @@ FIT = (
 )
 FIT += ("lambdas", "seed")
 TRAIN = (*inspect.signature(ps.fit.fit_trained).parameters, "layers", "max_tokens", "skip_first", "training")
+
+
+def _own(columns, row):
+    """A function of the user's, to register."""
+    return len(columns)
 
 
 class Call(NamedTuple):
@@ -137,6 +142,10 @@ def calls(tiny_model, tmp_path_factory) -> dict[str, Call]:
         "Run.save_figures": Call(run.save_figures, figures),
         "register_site": Call(ps.register_site, {"site": MLP}),
         "Space.of": Call(ps.Space.of, {"info": model.info}),
+        "column": Call(ps.column, {"function": _own}),
+        "mapping": Call(ps.mapping, {"function": _own}),
+        "metric": Call(ps.metric, {"function": _own}),
+        "reader": Call(ps.reader, {"function": _own}),
         "explain": Call(ps.explain, look, MODELS),
         "fit": Call(ps.fit, scale, FIT),
         "fit, trained": Call(ps.fit, lens, TRAIN),
@@ -185,7 +194,7 @@ def test_every_public_call_is_here(calls):
 @pytest.mark.parametrize(
     "name", sorted({*CONSTRUCTORS, *public(), "fit, trained", "run, a file", "run, methods"})
 )
-def test_a_wrong_type_is_told_in_the_package_s_own_words(calls, name, monkeypatch, tmp_path):
+def test_a_wrong_type_is_told_in_the_package_s_own_words(calls, name, monkeypatch, tmp_path, registries):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(ps.prompts, "DESCRIBE", "The city x")  # what the tiny tokenizer makes short
     call, wrong = calls[name], []

@@ -197,15 +197,15 @@ def test_inline_rows_are_copied():
         (
             {},
             (
-                "DataSpec: names no data; give exactly one of builtin, file, hub, rows, "
+                "DataSpec: names no data; give exactly one of builtin, file, hub, rows, reader, function, "
                 "for example {builtin: contexts}"
             ),
         ),
         (
             {"builtin": "contexts", "file": "x.csv"},
             (
-                "DataSpec: names builtin and file; give exactly one of builtin, file, hub, rows, "
-                "for example {builtin: contexts}"
+                "DataSpec: names builtin and file; give exactly one of builtin, file, hub, rows, reader, "
+                "function, for example {builtin: contexts}"
             ),
         ),
         (
@@ -229,7 +229,8 @@ def test_inline_rows_are_copied():
             {"fille": "x.csv"},
             (
                 "DataSpec: fille: is no field here. Did you mean 'file'? "
-                "Allowed: builtin, file, hub, split, config, revision, rows, where, drop_missing."
+                "Allowed: builtin, file, hub, split, config, revision, rows, reader, "
+                "function, arguments, where, drop_missing."
             ),
         ),
     ],

@@ -94,8 +94,8 @@ BAD = {
         ["Paris"],
         f"data, row 1: 'Paris' is no row; a row is a mapping of columns to values. {FORMS}",
     ),
-    "a number": (5, f"data is 5, which is no data. {FORMS}"),
-    "bytes": (b"Paris", f"data is b'Paris', which is no data. {FORMS}"),
+    "a number": (5, f"data is 5, which is not a list of rows. {FORMS}"),
+    "bytes": (b"Paris", f"data is b'Paris', which is not a list of rows. {FORMS}"),
     "a file": (
         "rows.jsonl",
         "data is 'rows.jsonl', and a text does not say what it is. Give {'file': 'rows.jsonl'}.",

@@ -55,7 +55,8 @@ def written(block, folder):
 
 @pytest.mark.real
 @blocks("python")
-def test_python(block, model, tmp_path, monkeypatch, capsys):
+@pytest.mark.usefixtures("model", "registries")
+def test_python(block, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     exec(compile(block.text, f"README.md, line {block.line}", "exec"), {})  # noqa: S102 (README's own code)
     printed = capsys.readouterr().out

@@ -217,10 +217,10 @@ def test_a_name_that_is_no_function(info):
 @pytest.mark.parametrize(
     ("mapping", "message"),
     [
-        ("identiy", "'identiy' is no mapping. Did you mean 'identity'?"),
+        ("identiy", "'identiy' is not a known mapping. Did you mean 'identity'?"),
         ({"affin": "w"}, "Did you mean 'affine'?"),
-        ({"function": "maps"}, "function: 'maps' should read module:name, for example my_maps:rotate"),
-        (3, "3 is no mapping"),
+        ({"function": "maps"}, "function: 'maps' should read module:name, for example my_code:my_function"),
+        (3, "3 is not a known mapping"),
     ],
 )
 def test_what_is_no_mapping(mapping, message):

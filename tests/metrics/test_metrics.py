@@ -47,13 +47,14 @@ STATES = st.integers(1, 3).flatmap(
 )
 
 
+BOTH = [parse_metric("cosine"), parse_metric("fraction_of_variance")]
+
+
 @given(STATES)
 def test_cosine_and_fraction_of_variance_are_those_of_numpy(states):
     written, clean = states[::2], states[1::2]
     one, other = np.array(written), np.array(clean)
-    found = compute_metrics(
-        [MetricUse("cosine"), MetricUse("fraction_of_variance")], {"hidden": written, "clean": clean}, {}
-    )
+    found = compute_metrics(BOTH, {"hidden": written, "clean": clean}, {}).values
     norms = np.linalg.norm(one, axis=1) * np.linalg.norm(other, axis=1)
     if (norms == 0).any():
         assert found["cosine"] is None
@@ -66,7 +67,7 @@ def test_cosine_and_fraction_of_variance_are_those_of_numpy(states):
 
 def test_a_state_replaced_by_itself_is_all_of_itself():
     columns = {"hidden": [[1.0, 2.0, 4.0]], "clean": [[1.0, 2.0, 4.0]]}
-    found = compute_metrics([MetricUse("cosine"), MetricUse("fraction_of_variance")], columns, {})
+    found = compute_metrics(BOTH, columns, {}).values
     assert found == {"cosine": pytest.approx(1.0), "fraction_of_variance": 1.0}
 
 
@@ -74,11 +75,12 @@ def test_a_state_replaced_by_itself_is_all_of_itself():
 def test_log_odds_are_those_of_the_probabilities(logprobs, place):
     place %= len(logprobs)
     columns = {"choices": [f" {number}" for number in range(len(logprobs))], "choice_logprobs": logprobs}
-    use = MetricUse("choice_log_odds", (("answer", "answer"),))
+    use = parse_metric({"choice_log_odds": {"answer": "answer"}})
     others = [one for number, one in enumerate(logprobs) if number != place]
-    found = compute_metrics([use], columns, {"answer": place})["choice_log_odds"]
+    found = compute_metrics([use], columns, {"answer": place}).values["choice_log_odds"]
     assert found == pytest.approx(logprobs[place] - logsumexp(others), abs=1e-9)
-    assert compute_metrics([use], columns, {"answer": "none of them"}) == {"choice_log_odds": None}
+    found = compute_metrics([use], columns, {"answer": "none of them"})
+    assert found == ({"choice_log_odds": None}, [])
 
 
 NEXT = {
@@ -132,15 +134,15 @@ PROBS = {"token_probs": [0.5, 0.75], "unpatched_token_probs": [0.25, 1.0]}
     ],
 )
 def test_values(use, columns, row, expected):
-    parameters = dict.fromkeys(METRICS[use].parameters, "answer")
+    parameters = dict.fromkeys(METRICS.find(use).parameters, "answer")
     metric = parse_metric({use: parameters} if parameters else use)
-    assert compute_metrics([metric], columns, row) == {use: expected}
+    assert compute_metrics([metric], columns, row) == ({use: expected}, [])
 
 
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ("precision_at_2", "'precision_at_2' is no metric. Did you mean 'precision_at_1'?"),
+        ("precision_at_2", "'precision_at_2' is not a known metric. Did you mean 'precision_at_1'?"),
         ("rouge_l", "rouge_l is written {rouge_l: {reference: COLUMN}}; given {}"),
         ({"rouge_l": {"ref": "x"}}, "rouge_l is written {rouge_l: {reference: COLUMN}}; given {'ref': 'x'}"),
         ({"nll_nats": {"x": "y"}}, "nll_nats is written nll_nats; given {'x': 'y'}"),
@@ -148,7 +150,7 @@ def test_values(use, columns, row, expected):
             {"rouge_l": {"reference": ["a"]}},
             "rouge_l is written {rouge_l: {reference: COLUMN}}; given {'reference': ['a']}",
         ),
-        (3, "3 is no metric; give a name, or {name: {parameter: column}}"),
+        (3, "3 is not a metric; give a name, {name: {parameter: column}}, or {function: module:name}"),
     ],
 )
 def test_messages(value, message):
@@ -165,8 +167,8 @@ def test_a_text_in_the_place_of_a_column_is_told_how_to_be_one(row, near):
     with pytest.raises(DataError) as caught:
         check_columns([parse_metric({"contains": {"reference": "royal"}})], [row])
     assert str(caught.value) == (
-        "metrics.contains.reference='royal' is no column of data row 0. A metric's parameter names a column "
-        f"of the data. {near} A text that is the same for every row is a column, too: data: {{rows: "
+        "metrics.contains.reference='royal' is not a column of data row 0. A metric's parameter names a "
+        f"column of the data. {near} A text that is the same for every row is a column, too: data: {{rows: "
         "[{reference: royal}]}, and contains: {reference: reference}."
     )
 
@@ -202,4 +204,4 @@ def test_a_metric_dumps_as_it_is_written():
     ],
 )
 def test_a_metric_fits_its_readout(use, readout, problems):
-    assert check_metrics([MetricUse(use)], readout) == problems
+    assert check_metrics([MetricUse(use, metric=METRICS.find(use))], readout) == problems

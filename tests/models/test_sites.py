@@ -98,7 +98,7 @@ def test_a_fit_between_sites_of_other_widths(registered, tiny_model):
     )
     assert fitted.parts((1, 2))["weight"].shape == (32, 48)
     assert (fitted.about.source_model.site, fitted.about.source_model.d_model) == ("gate", 48)
-    with pytest.raises(InputError, match=r"'gaet' is not a site\. Did you mean 'gate'\?"):
+    with pytest.raises(InputError, match=r"'gaet' is not a known site\. Did you mean 'gate'\?"):
         ps.fit("affine", model=tiny_model(), pairs="1:2", data=rows, sites=("gaet", "residual"))
     SITES["odd"] = ps.Site(name="odd", modules=("no.such",))
     try:

@@ -17,6 +17,7 @@ from patchscope_nn.errors import InputError, SpecError
 from patchscope_nn.recipe import lint
 from patchscope_nn.runs.conformance import check_readout
 from patchscope_nn.spec import readout_kinds, readout_registry
+from patchscope_nn.spec.readout_registry import READOUTS
 
 ROOT = Path(__file__).parents[2]
 COLUMNS = {"a": " Paris", "b": " the city of"}
@@ -173,11 +174,12 @@ def installing(monkeypatch):
     kinds, named = dict(readout_registry._KINDS), dict(readout_registry.NAMED)
 
     def install(value):
-        entry = EntryPoint(name="mine", value=value, group=readout_registry.ENTRY_POINTS)
-        monkeypatch.setattr(readout_registry, "entry_points", lambda group: [entry])
-        readout_registry._installed.cache_clear()
+        entry = EntryPoint(name="mine", value=value, group=READOUTS.group)
+        monkeypatch.setitem(vars(READOUTS), "_points", {"mine": [entry]})
+        monkeypatch.setattr(READOUTS, "_all_loaded", False)
 
     yield install
+    READOUTS._homes.pop("mine", None)
     readout_registry._KINDS.clear()
     readout_registry._KINDS.update(kinds)
     readout_registry.NAMED.clear()
@@ -192,15 +194,19 @@ def test_a_kind_of_an_installed_package_is_known_by_name(installing, monkeypatch
     assert [*readout_kinds()][-1] == "mine"
 
 
-def test_a_package_whose_kind_cannot_be_loaded_is_told_and_stops_nothing(installing):
-    installing("no_such_module:Mine")
-    with pytest.warns(
-        UserWarning, match=r"The readout 'mine' of an installed package \(no_such_module:Mine\)"
-    ):
-        assert "mine" not in readout_kinds()
-    installing("max_logit:read_max_logit")
-    with pytest.warns(UserWarning, match="is not a subclass of patchscope_nn.Readout"):
-        readout_kinds()
+@pytest.mark.parametrize(
+    ("value", "problem"),
+    [
+        ("no_such_module:Mine", "ModuleNotFoundError: No module named 'no_such_module'"),
+        ("max_logit:read_max_logit", "InputError: it is not a subclass of patchscope_nn.Readout."),
+        ("max_logit:MaxLogit", "InputError: the entry point is named 'mine', and the readout 'max_logit'."),
+    ],
+)
+def test_a_package_whose_kind_cannot_be_loaded_is_told_who_asks_for_it(installing, value, problem):
+    installing(value)
+    assert "mine" not in readout_kinds()
+    with pytest.raises(SpecError, match=f"'mine' of the package {value} cannot be loaded: {problem}"):
+        ps.Patchscope(source=ps.Source(prompt="x"), readout="mine")
 
 
 def test_a_body_that_cannot_be_imported_is_said_before_anything_runs(tiny_model, monkeypatch):
@@ -238,5 +244,5 @@ def test_a_kind_is_refused_where_its_body_cannot_travel(monkeypatch):
 def test_unknown_fields_and_kinds_are_told_with_those_there_are():
     with pytest.raises(SpecError, match=r"readout.max_logit.scal: is no field here. Did you mean 'scale'"):
         ps.Patchscope(source=ps.Source(prompt="x"), readout={"max_logit": {"scal": 1}})
-    with pytest.raises(SpecError, match=r"'max_lgit' is no readout. Did you mean 'max_logit'"):
+    with pytest.raises(SpecError, match=r"'max_lgit' is not a known readout. Did you mean 'max_logit'"):
         ps.Patchscope(source=ps.Source(prompt="x"), readout="max_lgit")

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from patchscope_nn.data.rows import DataSpec
-from patchscope_nn.metrics import MetricUse
+from patchscope_nn.metrics import parse_metric
 from patchscope_nn.readouts import Choices, Generate, Hidden, NextToken
 from patchscope_nn.recipe import Recipe, dump, find, json_schema, lint, load_recipe, resolved, shipped
 from patchscope_nn.recipe.document import read_yaml
@@ -57,7 +57,7 @@ def test_what_the_shipped_recipes_ask():
         mapping="aligned",
         readout=Generate(max_new_tokens=20, stop="\n"),
     )
-    assert description.metrics == (MetricUse("rouge_l", (("reference", "description"),)),)
+    assert description.metrics == (parse_metric({"rouge_l": {"reference": "description"}}),)
 
 
 # Files.
@@ -203,7 +203,7 @@ MEASURED = st.one_of(
             temperature=st.floats(0, allow_infinity=False),
             seed=st.integers(0),
         ),
-        st.tuples(COLUMN.map(lambda column: MetricUse("rouge_l", (("reference", column),)))),
+        st.tuples(COLUMN.map(lambda column: parse_metric({"rouge_l": {"reference": column}}))),
     ),
     st.tuples(
         st.builds(Choices, continuations=TEXTS),

@@ -23,9 +23,10 @@ MANIFEST: dict[str, Any] = {
         "title": "Which next token does each layer hold?",
         "paper": "arXiv 2401.06102, section 4.1",
         "source": {"prompt": "{text}", "position": -1, "layer": "all"},
-        "metrics": ["precision_at_1", {"surprisal": {"reference": "source"}}],
+        "metrics": ["precision_at_1", "surprisal_nats"],
         "controls": ["unpatched", "random"],
     },
+    "metrics": [{"name": "precision_at_1"}, {"name": "surprisal_nats", "higher_is_better": False}],
     "hash": "3f2a9c",
     "command": "patchscope run next-token --limit 20",
     "versions": {"patchscope_nn": "0.1.0", "nnsight": "0.8.1"},
@@ -98,7 +99,7 @@ def test_summary_names_the_best_layer_and_its_controls(tmp_path: Path) -> None:
 
 
 def test_lower_surprisal_is_better_and_missing_controls_are_said(tmp_path: Path) -> None:
-    manifest = {"recipe": {"metrics": ["surprisal"]}}
+    manifest = {"metrics": [{"name": "surprisal_nats", "higher_is_better": False}]}
     page = write(make_table(controls=(), layers=range(-1, 5)), tmp_path, manifest=manifest)
     summary = text(page, 'p class="summary"')
     assert "6 layers (embed to 4)" in summary

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import pandas as pd
 
 from patchscope_nn.analysis.statistics import REAL
+from patchscope_nn.metrics import MetricInfo
 from patchscope_nn.report.figures.maps import mean_text
 from patchscope_nn.report.figures.style import (
     COLOURS,
@@ -29,7 +30,13 @@ if TYPE_CHECKING:
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x")
 
 
-def comparison_curve(layers: pd.DataFrame, *, metric: str, names: Sequence[str]) -> go.Figure:
+def comparison_curve(
+    layers: pd.DataFrame,
+    *,
+    metric: str,
+    names: Sequence[str],
+    known: Mapping[str, MetricInfo] | None = None,
+) -> go.Figure:
     """Draw the mean of a metric by source layer: a line and band for each run, with its controls dashed.
 
     If the best was taken over the layers, every mean is a point with its interval.
@@ -38,6 +45,7 @@ def comparison_curve(layers: pd.DataFrame, *, metric: str, names: Sequence[str])
         layers: `statistics.layer_means` of each run, with columns run and metric.
         metric: The metric.
         names: The runs, in order.
+        known: What is known of metrics, as in `metric_title`.
 
     Raises:
         InputError: Plotly is not installed.
@@ -59,7 +67,7 @@ def comparison_curve(layers: pd.DataFrame, *, metric: str, names: Sequence[str])
             figure.add_traces(list(_curves(own, axis=axis, ticks=ticks, index=index, metric=metric)))
         figure.update_xaxes(title=axis.replace("_", " "), **layer_ticks(ticks))
         figure.update_xaxes(range=[ticks[0] - 0.5, ticks[-1] + 0.5])
-    figure.update_yaxes(title=metric_title(metric))
+    figure.update_yaxes(title=metric_title(metric, known))
     if means["mean"].between(0, 1).all() and not metric.endswith("_nats"):
         figure.update_yaxes(range=[-0.02, 1.05])
     return figure

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import pandas as pd
 
 from patchscope_nn.analysis.statistics import REAL
+from patchscope_nn.metrics import MetricInfo
 from patchscope_nn.report.figures.maps import Panel, heatmaps, mean_text, rows_with_positions
 from patchscope_nn.report.figures.style import (
     LINES,
@@ -28,7 +29,9 @@ _PANEL_WIDTH = 330
 _LOG = 20  # the axis of ranks is logarithmic if the largest mean exceeds the smallest by this factor
 
 
-def layer_curve(table: pd.DataFrame, *, metric: str) -> go.Figure:
+def layer_curve(
+    table: pd.DataFrame, *, metric: str, known: Mapping[str, MetricInfo] | None = None
+) -> go.Figure:
     """Draw the mean of a metric by source layer with its 95 % bootstrap band, and a line for each control.
 
     A control that reads no layer (`unpatched`) is a horizontal line. If a single source layer is written at
@@ -38,6 +41,7 @@ def layer_curve(table: pd.DataFrame, *, metric: str) -> go.Figure:
     Args:
         table: The tidy table.
         metric: A numeric column.
+        known: What is known of metrics, as in `metric_title`.
 
     Raises:
         InputError: The table has no such metric, or plotly is not installed.
@@ -47,7 +51,7 @@ def layer_curve(table: pd.DataFrame, *, metric: str) -> go.Figure:
     whole = pd.concat(means.values())
     axis = layer_axis(whole)
     if axis is None:
-        return _pairs(means, metric=metric)
+        return _pairs(means, metric=metric, known=known)
     from plotly.subplots import make_subplots
 
     figure = make_subplots(1, len(means), subplot_titles=list(means), shared_yaxes=True)
@@ -61,7 +65,7 @@ def layer_curve(table: pd.DataFrame, *, metric: str) -> go.Figure:
     width = {"width": 90 + _PANEL_WIDTH * len(means)} if len(means) > 1 else {}
     style(figure, title=title, height=400, hovermode="x", legend=legend, **width)
     figure.update_xaxes(title=place, range=[layers[0] - 0.5, layers[-1] + 0.5], **layer_ticks(layers))
-    figure.update_yaxes(title=metric_title(metric), col=1)
+    figure.update_yaxes(title=metric_title(metric, known), col=1)
     if whole["mean"].between(0, 1).all() and not metric.endswith("_nats"):
         figure.update_yaxes(range=[-0.02, 1.05])
     if metric == "rank" and whole["mean"].max() > _LOG * whole["mean"].min():
@@ -109,22 +113,28 @@ def _curve(means: pd.DataFrame, *, axis: str, control: str, metric: str) -> Iter
     )
 
 
-def layer_pair_heatmap(table: pd.DataFrame, *, metric: str) -> go.Figure:
+def layer_pair_heatmap(
+    table: pd.DataFrame, *, metric: str, known: Mapping[str, MetricInfo] | None = None
+) -> go.Figure:
     """Draw the mean of a metric by source layer (across) and target layer (up), in a panel per control.
 
     Args:
         table: The tidy table of a sweep that crosses source and target layers.
         metric: A numeric column.
+        known: What is known of metrics, as in `metric_title`.
 
     Raises:
         InputError: The table has no such metric, or plotly is not installed.
     """
     plotly()  # raises before anything is computed
     parts = by_scale(table)
-    return _pairs({name: layer_means(part, metric=metric) for name, part in parts.items()}, metric=metric)
+    means = {name: layer_means(part, metric=metric) for name, part in parts.items()}
+    return _pairs(means, metric=metric, known=known)
 
 
-def _pairs(parts: dict[str, pd.DataFrame], *, metric: str) -> go.Figure:
+def _pairs(
+    parts: dict[str, pd.DataFrame], *, metric: str, known: Mapping[str, MetricInfo] | None
+) -> go.Figure:
     panels: list[Panel] = []
     without_layer: dict[str, float] = {}
     for name, means in parts.items():
@@ -146,7 +156,7 @@ def _pairs(parts: dict[str, pd.DataFrame], *, metric: str) -> go.Figure:
             cells = cells.assign(x=cells["source_layer"], y=cells["target_layer"], hover=hover)
             panels.append(Panel(title, cells, cells["control"] == REAL))
     aside = "".join(f"; {control} (control): {mean:.3g}" for control, mean in without_layer.items())
-    figure = heatmaps(panels, title=f"{metric} by source and target layer{aside}", metric=metric)
+    figure = heatmaps(panels, title=f"{metric} by source and target layer{aside}", metric=metric, known=known)
     cells = pd.concat([part.cells for part in panels]) if panels else pd.DataFrame({"x": [], "y": []})
     figure.update_xaxes(title="source layer", **layer_ticks(sorted(cells["x"].unique())))
     figure.update_yaxes(title="target layer", **layer_ticks(sorted(cells["y"].unique())))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from patchscope_nn.analysis.statistics import REAL, is_null, numbers
+from patchscope_nn.metrics import MetricInfo
 from patchscope_nn.report.figures.scale import common_scale
 from patchscope_nn.report.figures.style import colour_axis, metric_title, panel, plotly, style
 from patchscope_nn.report.figures.table import (
@@ -46,7 +47,13 @@ class Panel(NamedTuple):
 
 
 def heatmaps(
-    panels: Sequence[Panel], *, title: str, metric: str, height: int = 340, gap: int = 92
+    panels: Sequence[Panel],
+    *,
+    title: str,
+    metric: str,
+    known: Mapping[str, MetricInfo] | None = None,
+    height: int = 340,
+    gap: int = 92,
 ) -> go.Figure:
     """Draw panels with one colour scale, two side by side. The caller names the axes.
 
@@ -54,6 +61,7 @@ def heatmaps(
         panels: The panels.
         title: The figure's title.
         metric: The metric that the colours show.
+        known: What is known of metrics, as in `metric_title`.
         height: The height of a panel, in pixels.
         gap: The space between lines of panels, for a title and an axis, in pixels.
     """
@@ -73,7 +81,7 @@ def heatmaps(
     means = pd.concat([part.cells["mean"] for part in panels] or [pd.Series(dtype=float)]).to_numpy()
     patched = pd.concat([part.patched for part in panels] or [pd.Series(dtype=bool)]).to_numpy()
     scale = common_scale(means[patched], means[~patched])
-    colours = colour_axis(scale, title=metric_title(metric), side="right", thickness=12)
+    colours = colour_axis(scale, title=metric_title(metric, known), side="right", thickness=12)
     return figure.update_layout(coloraxis=colours)
 
 
@@ -104,7 +112,9 @@ def rows_with_positions(table: pd.DataFrame) -> list[Any]:
     return [row for row, count in counts.items() if count > 1]
 
 
-def token_heatmap(table: pd.DataFrame, *, metric: str, row: Any) -> go.Figure:
+def token_heatmap(
+    table: pd.DataFrame, *, metric: str, row: Any, known: Mapping[str, MetricInfo] | None = None
+) -> go.Figure:
     """Draw a metric of one data row by token read (down) and layer (across), with a panel for each control.
 
     Controls that read no layer are left of the patched cells. Each number is the mean over noise samples,
@@ -114,6 +124,7 @@ def token_heatmap(table: pd.DataFrame, *, metric: str, row: Any) -> go.Figure:
         table: The tidy table of a sweep over positions.
         metric: A numeric column.
         row: The data row.
+        known: What is known of metrics, as in `metric_title`.
 
     Raises:
         InputError: plotly is not installed.
@@ -140,7 +151,8 @@ def token_heatmap(table: pd.DataFrame, *, metric: str, row: Any) -> go.Figure:
         panels.append(Panel(panel(control), means.assign(hover=hover), patched))
     prompt = shorten(real["source_prompt"].iloc[0], width=_PROMPT_WIDTH, tail=True)
     title = f"{metric} by token and layer, row {row}: {prompt}"
-    figure = heatmaps(panels, title=title, metric=metric, height=130 + 22 * len(names), gap=140)
+    height = 130 + 22 * len(names)
+    figure = heatmaps(panels, title=title, metric=metric, known=known, height=height, gap=140)
     axis = (layer_axis(table) or "source_layer").replace("_", " ")
     step = -(-len(columns) // _TICKS)
     ticks = [x for x, layer in enumerate(columns) if layer <= NO_LAYER or x % step == 0]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from patchscope_nn.analysis.statistics import REAL
 from patchscope_nn.errors import InputError
-from patchscope_nn.metrics import METRICS
+from patchscope_nn.metrics import MetricInfo, described
 from patchscope_nn.report.figures.scale import Scale
 from patchscope_nn.report.figures.table import layer_name
 from patchscope_nn.report.figures.text import escape, wrap
@@ -105,10 +105,16 @@ def panel(control: str) -> str:
     return control if control == REAL else escape(f"{control} (control)")
 
 
-def metric_title(metric: str) -> str:
-    """Return the title of a metric's axis: the title in the registry, or the name of its column."""
+def metric_title(metric: str, known: Mapping[str, MetricInfo] | None = None) -> str:
+    """Return the title of a metric's axis, or the name of its column if it has no title.
+
+    Args:
+        metric: Its name.
+        known: Titles and directions of metrics, as `metrics.described` gives them; None: those that ship.
+    """
     titles = {"probe_accuracy": "Accuracy of the probe"}
-    return wrap(METRICS[metric].title if metric in METRICS else titles.get(metric, metric), width=38)
+    found = (described({}) if known is None else known).get(metric)
+    return wrap((found.title if found else "") or titles.get(metric, metric), width=38)
 
 
 def layer_ticks(layers: Sequence[float]) -> dict[str, Any]:

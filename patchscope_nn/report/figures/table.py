@@ -76,18 +76,16 @@ def reads_sink(cell: Any) -> bool:
     return 0 in as_list(cell.get("source_position")) or 0 in as_list(cell.get("target_position"))
 
 
-def metric_columns(table: pd.DataFrame, *, declared: Iterable[Any] = ()) -> list[str]:
+def metric_columns(table: pd.DataFrame, *, declared: Iterable[str] = ()) -> list[str]:
     """Return the columns that hold a metric: first the declared ones, then other numeric columns.
 
     Args:
         table: The tidy table.
-        declared: A recipe's `metrics`: names, or {name: parameters}. `surprisal` also means `surprisal_nats`.
+        declared: The names of a run's metrics.
     """
     of_readouts = (name for kind in readout_kinds().values() for name in kind.columns)
     no_metrics = {*PLACES, *of_readouts, "error"}
-    names = [name for entry in declared for name in ([entry] if isinstance(entry, str) else entry)]
-    wanted = [column for name in names for column in (name, f"{name}_nats")]
-    wanted += [str(column) for column in table.columns if column not in no_metrics]
+    wanted = [*declared, *(str(column) for column in table.columns if column not in no_metrics)]
     return [
         column
         for column in dict.fromkeys(wanted)

@@ -1,0 +1,112 @@
+"""Readers: users' functions that return data rows, registered by name or brought by installed packages.
+
+    @ps.reader
+    def capitals(continent="Europe"):
+        return [{"country": "France", "capital": "Paris"}, ...]
+
+A reader runs on this machine, when a run is prepared; its rows are what a run is identified by.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, overload
+
+from patchscope_nn._util.arguments import checked
+from patchscope_nn._util.functions import import_function, reference_of
+from patchscope_nn._util.plain import shown
+from patchscope_nn._util.registry import Registry, decorate
+from patchscope_nn.data.files import Rows, number_rows
+from patchscope_nn.errors import DataError, PatchscopeError
+
+#: The readers that are registered or brought by packages. None ships.
+READERS: Registry[Callable[..., Any]] = Registry("patchscope_nn.data", noun="reader", entries={})
+
+
+@overload
+def reader(function: Callable[..., Any], /) -> Callable[..., Any]: ...
+@overload
+def reader(*, name: str | None = None) -> Callable[[Callable[..., Any]], Callable[..., Any]]: ...
+@checked
+def reader(function: Callable[..., Any] | None = None, *, name: str | None = None) -> Any:
+    """Register a function as a reader, which `data: {reader: name}` names; used as a decorator.
+
+    Args:
+        function: Returns rows: mappings of column names to values, or a data frame. Its keyword arguments are
+            `data.arguments`.
+        name: Its name; None takes the function's.
+
+    Returns:
+        The function, unchanged; without one a decorator.
+
+    Raises:
+        InputError: The name is taken.
+    """
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        READERS.register(name or function.__name__, function, home=reference_of(function))
+        return function
+
+    return decorate(function, register)
+
+
+def find_reader(*, name: str | None, function: str | None) -> Callable[..., Any]:
+    """The reader of a name, or of `module:name`.
+
+    Raises:
+        DataError: There is none, or it cannot be imported.
+    """
+    try:
+        return READERS.find(name) if name is not None else import_function(str(function))
+    except ValueError as error:
+        raise DataError(
+            f"data: {error}.", hint="A module is found in the current environment, or on PYTHONPATH."
+        ) from error
+
+
+def call_reader(function: Callable[..., Any], arguments: Mapping[str, Any], *, name: str) -> Rows:
+    """The rows a reader gives, each with its number.
+
+    Args:
+        function: The reader.
+        arguments: Its keyword arguments.
+        name: What messages call it.
+
+    Raises:
+        DataError: It fails, or returns something that is not rows.
+    """
+    try:
+        yield from number_rows(records_of(function(**arguments)))
+    except PatchscopeError:
+        raise
+    except Exception as error:
+        # A user's function may raise anything.
+        raise DataError(
+            f"{name} failed: {type(error).__name__}: {error}.", hint="Mend the reader, or data.arguments."
+        ) from error
+
+
+def records_of(given: Any) -> Any:
+    """The rows of a data frame of pandas, polars or pyarrow; anything else is taken as rows.
+
+    Raises:
+        DataError: Two columns have one name, or it is not an iterable of rows.
+    """
+    columns = getattr(given, "columns", ())
+    names = list(getattr(given, "column_names", None) or columns)
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise DataError(f"data has two columns {twice[0]!r}.", hint="Give every column its own name.")
+    for method in ("to_dicts", "to_pylist"):
+        if hasattr(given, method):
+            return list(getattr(given, method)())
+    records = given.to_dict("records") if len(columns) and hasattr(given, "to_dict") else given
+    if isinstance(records, str | bytes | Mapping) or not hasattr(records, "__iter__"):
+        raise DataError(f"data is {shown(given)}, which is not a list of rows.", hint=FORMS)
+    return records
+
+
+FORMS = (
+    'Give rows ([{"entity": "Paris"}]), a pandas DataFrame, a datasets.Dataset, or where they are: {"file": '
+    '"rows.jsonl"}.'
+)

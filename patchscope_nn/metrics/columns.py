@@ -1,0 +1,215 @@
+"""Derived columns: functions that run after the readout and before the metrics, which may read their values.
+
+    @ps.column
+    def first_word(columns, row) -> str:
+        return columns["text"].split()[0]
+
+The annotation of what it returns is the column's type: `str` (also without one), `float`, `int` or `bool`, or
+a `list` of texts or numbers. None is a missing value.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from types import NoneType
+from typing import Any, NamedTuple, overload
+
+from patchscope_nn._util.arguments import checked
+from patchscope_nn._util.functions import (
+    check_reference,
+    function_bytes,
+    import_function,
+    name_of,
+    reference_of,
+)
+from patchscope_nn._util.plain import plain, shown
+from patchscope_nn._util.registry import Registry, decorate
+from patchscope_nn.metrics.registry import cell_arguments
+from patchscope_nn.spec import ColumnType
+
+_KINDS: dict[Any, ColumnType] = {
+    str: "text",
+    float: "number",
+    int: "number",
+    bool: "number",
+    list[str]: "texts",
+    list[float]: "numbers",
+    list[int]: "numbers",
+}
+_TYPES: dict[ColumnType, Any] = {"text": str, "number": (int, float), "texts": str, "numbers": (int, float)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Column:
+    """A derived column. It is called like the function it was made of.
+
+    Attributes:
+        name: Its name in the table.
+        kind: `text`, `number`, `texts` or `numbers`; the last two are lists.
+        compute: Takes a cell's columns and its data row; returns the value, or None.
+        digest: Hex digest of its code.
+    """
+
+    name: str
+    kind: ColumnType
+    compute: Callable[..., Any] = field(repr=False)
+    digest: str
+
+    def __call__(self, columns: Mapping[str, Any], row: Mapping[str, Any]) -> Any:
+        """The value of one cell."""
+        return self.compute(columns, row)
+
+    def check(self, value: Any) -> Any:
+        """A value as the table holds it: numbers as floats.
+
+        Raises:
+            TypeError: It is not of the column's kind.
+        """
+        value = plain(value)
+        if value is None:
+            return None
+        items = value if self.kind in ("texts", "numbers") else [value]
+        if not isinstance(items, list | tuple) or not all(
+            isinstance(one, _TYPES[self.kind]) for one in items
+        ):
+            raise TypeError(
+                f"it returned {shown(value)}, which is not a {self.kind}; annotate what it returns, for "
+                f"example -> {type(value).__name__}"
+            )
+        if self.kind in ("text", "texts"):
+            return list(items) if self.kind == "texts" else value
+        return [float(one) for one in items] if self.kind == "numbers" else float(value)
+
+
+class ColumnUse(NamedTuple):
+    """A derived column as a recipe or a script names it.
+
+    Attributes:
+        name: Its name.
+        function: `module:name` where it is named so; it is imported when a run is prepared.
+        column: The column; None while `function` is not imported.
+    """
+
+    name: str
+    function: str = ""
+    column: Column | None = None
+
+    def dump(self) -> Any:
+        """The form YAML holds: the name, or `{function: module:name}`."""
+        return {"function": self.function} if self.function else self.name
+
+
+def _adopt(name: str, loaded: Any) -> Column:
+    return as_column(loaded, name=name)
+
+
+#: The columns that are registered or brought by packages. None ships.
+COLUMNS: Registry[Column] = Registry("patchscope_nn.columns", noun="column", entries={}, adopt=_adopt)
+
+
+@overload
+def column(function: Callable[..., Any], /) -> Column: ...
+@overload
+def column(*, name: str | None = None) -> Callable[[Callable[..., Any]], Column]: ...
+@checked
+def column(
+    function: Callable[..., Any] | None = None, *, name: str | None = None
+) -> Column | Callable[[Callable[..., Any]], Column]:
+    """Register a function as a column that recipes and scripts can name; used as a decorator.
+
+    Args:
+        function: A function `(columns, row)`; `columns` has the cell's places, what its readout gave and the
+            columns before it, `row` the columns of its data row.
+        name: Its name; None takes the function's.
+
+    Returns:
+        The column, which can still be called like the function.
+
+    Raises:
+        InputError: The name is taken or cannot be a column's, or the function is not as it should be.
+    """
+
+    def register(function: Callable[..., Any]) -> Column:
+        made = as_column(function, name=name)
+        COLUMNS.register(made.name, made, home=reference_of(function))
+        return made
+
+    return decorate(function, register)
+
+
+def as_column(function: Any, *, name: str | None = None) -> Column:
+    """A column made of a function, without registering it.
+
+    Raises:
+        ValueError: The name cannot be a column's, or the function is not as it should be.
+    """
+    if isinstance(function, Column):
+        return function if name in (None, function.name) else replace(function, name=str(name))
+    name = name or name_of(function)
+    if not name.isidentifier():
+        raise ValueError(
+            f"{name!r} cannot be the name of a column; give one of letters, digits and underscores: "
+            "@ps.column(name=...)"
+        )
+    if needed := cell_arguments(function, noun="column", name=name):
+        raise ValueError(f"the column {name} needs {', '.join(needed)}; give each a default")
+    digest = hashlib.sha256(function_bytes(function)).hexdigest()[:16]
+    return Column(name=name, kind=_kind(function, name), compute=function, digest=digest)
+
+
+def _kind(function: Any, name: str) -> ColumnType:
+    """The type a function says it returns; a text where it says nothing."""
+    try:
+        returned = typing.get_type_hints(function).get("return", str)
+    except (
+        NameError,
+        TypeError,
+    ):  # an annotation that only a type checker can read, or an object without any
+        returned = str
+    parts = [part for part in typing.get_args(returned) if part is not NoneType]
+    if NoneType in typing.get_args(returned) and len(parts) == 1:
+        returned = parts[0]
+    if returned not in _KINDS:
+        allowed = "str, float, int, bool, list[str] or list[float]"
+        raise ValueError(f"the column {name} returns {returned!r}; a column can hold {allowed}")
+    return _KINDS[returned]
+
+
+def parse_column(value: Any) -> ColumnUse:
+    """Check the form of a derived column.
+
+    Args:
+        value: A name, `{function: module:name}`, a function, a `Column` or a `ColumnUse`.
+
+    Returns:
+        The column as it is used. One given as `{function: ...}` is not imported yet.
+
+    Raises:
+        ValueError: It is none of these, or there is no such column.
+    """
+    if isinstance(value, ColumnUse):
+        return value
+    if callable(value):
+        made = as_column(value)
+        function = "" if COLUMNS.entries.get(made.name) == made else reference_of(made.compute)
+        return ColumnUse(made.name, function, made)
+    if isinstance(value, str):
+        return ColumnUse(value, column=COLUMNS.find(value))
+    if isinstance(value, Mapping) and set(value) == {"function"} and isinstance(value["function"], str):
+        reference = check_reference(value["function"])
+        return ColumnUse(reference.rpartition(":")[2].rpartition(".")[2], reference)
+    raise ValueError(f"{value!r} is not a column; give a name, or {{function: module:name}}")
+
+
+def resolve_column(use: ColumnUse) -> ColumnUse:
+    """A column whose function is imported.
+
+    Raises:
+        ValueError: It cannot be imported, or is not a function of (columns, row).
+    """
+    if use.column is not None:
+        return use
+    return use._replace(column=as_column(import_function(use.function), name=use.name))

@@ -1,0 +1,1 @@
+"""What patchscope_nn finds in this package is named by the entry points of its pyproject.toml."""
