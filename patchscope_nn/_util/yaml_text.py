@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import yaml
 
-_WIDTH = 100
-
 
 class _Dumper(yaml.SafeDumper):
     """Writes a text of several lines in double quotes; PyYAML's default doubles its line breaks."""
@@ -26,4 +24,4 @@ def yaml_text(value: object, *, allow_unicode: bool = True) -> str:
         value: Mappings, lists, texts, numbers, booleans and None.
         allow_unicode: Write characters outside ASCII as they are, and not as escapes.
     """
-    return str(yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=allow_unicode, width=_WIDTH))
+    return str(yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=allow_unicode, width=100))

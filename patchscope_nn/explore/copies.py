@@ -12,11 +12,9 @@ from patchscope_nn.backends import Places
 from patchscope_nn.recipe import Recipe, dump
 from patchscope_nn.spec import dump_mapping
 
-#: The columns that say where the cells of a grid are, and those of one state beside its controls.
-_OF_GRID, _OF_CELL = (
-    ("source_position", "source_token", "source_layer"),
-    ("control", "source_layer", "target_layer"),
-)
+#: The columns, before the answer, that the copied script prints of a grid and of a cell.
+_GRID_COLUMNS = ("source_position", "source_token", "source_layer")
+_CELL_COLUMNS = ("control", "source_layer", "target_layer")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,10 +34,10 @@ class Options:
     device_map: str | None = None
 
     def places(self) -> Places:
-        """Where M and M* run.
+        """Return where M and M* run.
 
         Raises:
-            InputError: An option names no place.
+            InputError: An option does not name a place.
         """
         return Places.of(**vars(self))
 
@@ -80,7 +78,7 @@ def as_python(recipe: Recipe, options: Options) -> str:
     arguments = {"model": recipe.model, "controls": tuple(recipe.controls), **options.changed()}
     if recipe.target.model is not None:  # `model` would set both models
         arguments = {"source_model": arguments.pop("model"), **arguments}
-    columns = [*(_OF_CELL if recipe.controls else _OF_GRID), *(readout.odds or (readout.says,))]
+    columns = [*(_CELL_COLUMNS if recipe.controls else _GRID_COLUMNS), *(readout.odds or (readout.says,))]
     outer = "".join(f"    {name}={value!r},\n" for name, value in arguments.items() if value != ())
     return (
         "# From `patchscope explore`.\nimport patchscope_nn as ps\n\n"

@@ -19,7 +19,7 @@ from patchscope_nn.spec.prompts import literal
 #: The number of tokens that a grid shows at once.
 WINDOW = 40
 _TOP_K = 5
-#: One line is one entry of the few-shot list, as in the recipe entity-description.
+#: A description is one line, as in the recipe entity-description.
 STOP = "\n"
 _INTEGER = re.compile(r"-?\d+")
 
@@ -144,7 +144,6 @@ class CellView(View):
             model=self.source_model,
             source=Source(prompt=literal(self.prompt), position=self.position, layer=self.layer),
             target=self.target.target(self.other_model),
-            # A description is one line, as in the recipe entity-description.
             readout=Generate(max_new_tokens=self.max_new_tokens, stop=STOP),
             controls=("unpatched", "random"),
         )

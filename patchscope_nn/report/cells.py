@@ -74,7 +74,7 @@ def _columns(records: Sequence[Cell], *, metrics: Sequence[str], derived: Sequen
     names = list(records[0]) if records else []
 
     def texts(name: str, *, detail: bool = True) -> Column:
-        values = [_written(record.get(name)) for record in records]
+        values = [_quoted_texts(record.get(name)) for record in records]
         return _column(name.replace("_", " "), values, detail=detail)
 
     def counts(name: str, *, label: str = "", kind: str = "number", detail: bool = False) -> Column:
@@ -135,8 +135,8 @@ def cell_answer(cell: Cell) -> str:
     return token(answer) if kind.columns[kind.says] == "texts" else _text(answer)
 
 
-def _written(value: Any) -> str:
-    """Return a text, or several in quotes."""
+def _quoted_texts(value: Any) -> str:
+    """Return a text as it is, or several texts in quotes."""
     values = as_list(value)
     return " ".join(map(token, values)) if not isinstance(value, str) and values else _text(value)
 

@@ -130,8 +130,8 @@ class Run:
         if path is None and self.path is None:
             raise InputError("this run has no folder.", hint="Give a path: run.report('report.html').")
         file = Path(path) if path is not None else Path(self.path or ".") / REPORT
-        table, shown = self._tables()
-        return write_report(table, manifest=self.manifest, path=file, first_cells=shown)
+        table, first_cells = self._tables()
+        return write_report(table, manifest=self.manifest, path=file, first_cells=first_cells)
 
     def save_figures(
         self, folder: str | Path, *, formats: Sequence[str] = ("pdf", "svg", "png")

@@ -25,8 +25,8 @@ from patchscope_nn.report.figures.choose import figures
 from patchscope_nn.report.figures.comparison import comparison_curve
 from patchscope_nn.report.figures.curves import layer_curve, layer_pair_heatmap
 from patchscope_nn.report.figures.grid import text_heatmap
-from patchscope_nn.report.figures.maps import rows_with_positions, token_heatmap
-from patchscope_nn.report.figures.paper import FORMATS, save_figures
+from patchscope_nn.report.figures.maps import token_heatmap
+from patchscope_nn.report.figures.paper import save_figures
 from patchscope_nn.report.figures.table import (
     as_list,
     by_scale,
@@ -39,7 +39,6 @@ from patchscope_nn.report.figures.table import (
 from patchscope_nn.report.figures.text import shorten, text_width, token, visible
 
 __all__ = [
-    "FORMATS",
     "REAL",
     "as_list",
     "by_scale",
@@ -54,7 +53,6 @@ __all__ = [
     "numbers",
     "odds",
     "reads_sink",
-    "rows_with_positions",
     "save_figures",
     "shorten",
     "text_heatmap",

@@ -91,10 +91,10 @@ def _shades(table: pd.DataFrame, kind: type[Readout], *, value: str | None) -> t
     return (np.full(len(table), np.nan), None) if name is None else (numbers(table[name]), name)
 
 
-def _probability(answers: Sequence[Any], probabilities: Sequence[float], said: Sequence[Any]) -> float:
-    """The probability of what a cell says, the first of `said`; NaN where it says nothing."""
-    pairs = zip(answers, probabilities, strict=False)
-    return next((probability for answer, probability in pairs if answer in said[:1]), np.nan)
+def _probability(options: Sequence[Any], probabilities: Sequence[float], answers: Sequence[Any]) -> float:
+    """Return the probability of a cell's first answer; NaN if it has none."""
+    pairs = zip(options, probabilities, strict=False)
+    return next((probability for option, probability in pairs if option in answers[:1]), np.nan)
 
 
 def odds(cell: Cell) -> list[str]:
