@@ -92,7 +92,7 @@ def test_a_checkpoint_runs_and_equals_plain_hooks(name, checkpoint, said):
     architecture, module = model.info.architecture, build(name)
     found = Plain(module, n_layers=registry_sizes.N_LAYERS)
     blocks = next(path for path, part in found.module.named_modules() if part is found.blocks)
-    attention, mlp = (architecture.part(site).path for site in (ATTENTION, MLP))
+    attention, mlp = (part and part.path for part in map(architecture.part, (ATTENTION, MLP)))
     plain = hooks.Reference(module, blocks=blocks, attention=attention, mlp=mlp)
     pair = hooks.Pair(SCOPE, plain, tokenizer=tiny.TOKENIZER)
     rows = ps.run(SCOPE, model=model, data=list(ROWS)).rows

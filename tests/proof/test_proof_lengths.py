@@ -235,7 +235,8 @@ def test_cells_are_right_on_both_sides_of_a_length(name, readout, load, run_cell
         *(row_of(length + 1, length + 1), row_of(length + 6, length + 5), row_of(6, length + 5)),
     ]
     scope, model = scope_of(READOUTS[readout]), load(name)
-    attention, mlp = (model.info.architecture.part(site).path for site in (ATTENTION, MLP))
+    parts = map(model.info.architecture.part, (ATTENTION, MLP))
+    attention, mlp = (part and part.path for part in parts)
     reference = hooks.Reference(make(name), blocks=blocks, attention=attention, mlp=mlp)
     pair = hooks.Pair(scope, reference, tokenizer=tiny.TOKENIZER, eos=[tiny.EOS_ID])
     for some in (rows, rows[:2]):
