@@ -77,8 +77,10 @@ FIELDS = {
         "line 4: mapping: function: 'rotate' should read module:name, for example my_code:my_function"
     ],
     "readout: next_tken": [
-        "line 4: readout: 'next_tken' is not a known readout. Did you mean 'next_token'? "
-        f"Allowed: {READOUTS}."
+        (
+            "line 4: readout: 'next_tken' is not a known readout. Did you mean 'next_token'? "
+            f"Allowed: {READOUTS}."
+        )
     ],
     "readout: {next_token: {}, generate: {}}": [
         (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import sys
 from importlib.metadata import EntryPoint
@@ -10,7 +11,6 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from max_logit import MaxLogit
 
 import patchscope_nn as ps
 from patchscope_nn.errors import InputError, SpecError
@@ -20,6 +20,20 @@ from patchscope_nn.spec import readout_kinds, readout_registry
 from patchscope_nn.spec.readout_registry import READOUTS
 
 ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def max_logit():
+    """The worked example's module; what this file registers is forgotten afterwards."""
+    kinds, named = dict(readout_registry._KINDS), dict(readout_registry.NAMED)
+    yield importlib.import_module("max_logit")
+    del sys.modules["max_logit"]
+    for known, before in ((readout_registry._KINDS, kinds), (readout_registry.NAMED, named)):
+        known.clear()
+        known.update(before)
+    READOUTS._homes.pop("max_logit", None)
+
+
 COLUMNS = {"a": " Paris", "b": " the city of"}
 
 
@@ -88,20 +102,21 @@ EXAMPLES = {
     "sampled": (ps.Generate(max_new_tokens=4, temperature=1.0, stop="a"), None),
     "choices": (ps.Choices(["{a}", "{b}"]), chosen),
     "hidden": (ps.Hidden(clean=True), states),
-    "max_logit": (MaxLogit(scale=2.0), largest),
+    "max_logit": ({"max_logit": {"scale": 2.0}}, largest),
 }
 
 
 @pytest.mark.parametrize("example", EXAMPLES)
 def test_a_kind_keeps_the_contract(example, tiny_model):
-    readout, expected = EXAMPLES[example]
+    given, expected = EXAMPLES[example]
+    readout = ps.Patchscope(source=ps.Source(prompt="x"), readout=given).readout
     check_readout(readout, model=tiny_model(), expected=expected, columns=COLUMNS)
 
 
 @pytest.mark.quick
 def test_every_kind_that_ships_is_tried():
     shipped = {name for name, kind in readout_kinds().items() if kind.__module__.startswith("patchscope_nn.")}
-    assert shipped == {readout.name for readout, _ in EXAMPLES.values()} - {"max_logit"}
+    assert shipped == {readout.name for readout, _ in EXAMPLES.values() if isinstance(readout, ps.Readout)}
 
 
 def test_the_worked_example_is_the_one_in_the_documentation():
@@ -127,16 +142,14 @@ def test_a_users_kind_shows_in_recipe_table_figures_and_report(tiny_model, tmp_p
     assert "max logit" in report or "max_logit" in report
 
 
-def test_a_kind_whose_body_looks_at_other_rows_is_found_out(tiny_model, monkeypatch):
-    import max_logit
-
+def test_a_kind_whose_body_looks_at_other_rows_is_found_out(tiny_model, monkeypatch, max_logit):
     def leaking(run, *, scale):
         best = run.logits.float().max().item()
         return [{"max_id": 0, "max_logit": scale * best} for _ in range(run.n_cells)]
 
     monkeypatch.setattr(max_logit, "read_max_logit", leaking)
     with pytest.raises(AssertionError, match="max_logit differs with no optimisation"):
-        check_readout(MaxLogit(), model=tiny_model())
+        check_readout(max_logit.MaxLogit(), model=tiny_model())
 
 
 # The registry.
@@ -209,9 +222,9 @@ def test_a_package_whose_kind_cannot_be_loaded_is_told_who_asks_for_it(installin
         ps.Patchscope(source=ps.Source(prompt="x"), readout="mine")
 
 
-def test_a_body_that_cannot_be_imported_is_said_before_anything_runs(tiny_model, monkeypatch):
-    monkeypatch.setattr(MaxLogit, "body", "no_such_module:read")
-    scope = ps.Patchscope(source=ps.Source(prompt="The Tower"), readout=MaxLogit())
+def test_a_body_that_cannot_be_imported_is_said_before_anything_runs(tiny_model, monkeypatch, max_logit):
+    monkeypatch.setattr(max_logit.MaxLogit, "body", "no_such_module:read")
+    scope = ps.Patchscope(source=ps.Source(prompt="The Tower"), readout="max_logit")
     with pytest.raises(
         InputError, match=r"the body 'no_such_module:read' of the readout max_logit cannot be"
     ):
@@ -223,7 +236,7 @@ def test_logits_that_are_not_finite_are_told_of_a_users_kind(tiny_model):
         source=ps.Source(prompt="The Tower", layer=0),
         target=ps.Target(prompt="The city x", position=-1),
         mapping=lambda states: states * float("nan"),
-        readout=MaxLogit(),
+        readout="max_logit",
     )
     (row,) = ps.run(scope, model=tiny_model()).rows
     assert row["error"].startswith("the state that was written is not finite")
