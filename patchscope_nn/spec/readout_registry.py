@@ -15,6 +15,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import PlainSerializer, PlainValidator, TypeAdapter, WithJsonSchema
 
 from patchscope_nn._util.checking import NAMED
+from patchscope_nn._util.plain import shown
 from patchscope_nn._util.registry import Registry
 from patchscope_nn.errors import InputError
 from patchscope_nn.spec.readout import Readout
@@ -41,6 +42,10 @@ def register_readout(kind: _Kind) -> _Kind:
         InputError: Its name or one of its columns is taken, or an attribute it needs is missing.
     """
     _shipped()
+    if not (isinstance(kind, type) and issubclass(kind, Readout)):
+        raise InputError(
+            f"{shown(kind)} is not a kind of readout.", hint="Give a subclass of patchscope_nn.Readout."
+        )
     missing = [attribute for attribute in ("name", "body", "columns") if not hasattr(kind, attribute)]
     if missing:
         raise InputError(

@@ -140,6 +140,7 @@ def calls(tiny_model, tmp_path_factory) -> dict[str, Call]:
         "Run.summary": Call(run.summary, {}),
         "Run.report": Call(run.report, page),
         "Run.save_figures": Call(run.save_figures, figures),
+        "register_readout": Call(ps.register_readout, {"kind": ps.Hidden}),
         "register_site": Call(ps.register_site, {"site": MLP}),
         "Space.of": Call(ps.Space.of, {"info": model.info}),
         "column": Call(ps.column, {"function": _own}),
@@ -165,8 +166,11 @@ def parameters(call: Call) -> dict[str, Any]:
     return dict.fromkeys(name for name in call.more if name != "options") | own
 
 
-#: `forward` is torch's; `parse` reads back what `dump` wrote, and says what it raises.
-LEFT_OUT = {"Affine.forward", "Fitted.forward", "Provenance.parse"}
+#: `forward` is torch's; `parse` reads back what `dump` wrote, and says what it raises; `Readout` is the base of
+#: all kinds.
+LEFT_OUT = {"Affine.forward", "Fitted.forward", "Provenance.parse", "Readout"}
+#: Methods of the contract of readouts, which only the package calls.
+CONTRACT = {"lower", "tabulate", "check_target"}
 
 
 def public() -> set[str]:
@@ -182,6 +186,7 @@ def public() -> set[str]:
         for name, kind in classes.items()
         for method, member in vars(kind).items()
         if not method.startswith("_") and (inspect.isfunction(member) or isinstance(member, classmethod))
+        if not (issubclass(kind, ps.Readout) and method in CONTRACT)
     }
     functions = {name for name, thing in things.items() if inspect.isfunction(thing)}
     return (functions | {"fit"} | set(classes) | methods) - LEFT_OUT
