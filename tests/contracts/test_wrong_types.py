@@ -166,8 +166,8 @@ def parameters(call: Call) -> dict[str, Any]:
     return dict.fromkeys(name for name in call.more if name != "options") | own
 
 
-#: `forward` is torch's; `parse` reads back what `dump` wrote, and says what it raises; `Readout` is the base of
-#: all kinds.
+#: `forward` is torch's; `parse` reads back what `dump` wrote, and says what it raises; `Readout` is a base
+#: class.
 LEFT_OUT = {"Affine.forward", "Fitted.forward", "Provenance.parse", "Readout"}
 #: Methods of the contract of readouts, which only the package calls.
 CONTRACT = {"lower", "tabulate", "check_target"}
