@@ -17,7 +17,7 @@ import hooks
 import pytest
 import tiny
 
-from patchscope_nn.backends import backend_for, run_steps
+from patchscope_nn.backends import Places, run_steps
 from patchscope_nn.errors import InputError
 from patchscope_nn.mappings import resolve_mapping
 from patchscope_nn.plan import Optimisations, plan
@@ -160,7 +160,7 @@ class SiteCheck:
 
     def _compare(self, scope, *, rows=ROWS, remote=False, **options):
         sweep = self._sweep(scope, rows=rows)
-        backend = backend_for(remote)
+        backend = Places.of(remote).backend
         planned = plan(sweep, remote=backend.remote, **options)
         sites = tuple(SITES[side.site].space for side in (scope.source, scope.target))
         info, pairs = self.model.info, sweep.cells.pairs

@@ -77,7 +77,7 @@ def test_two_models_in_one_request_are_refused(tiny_model):
 
 
 def test_a_remote_that_is_no_url():
-    with pytest.raises(InputError, match=r"remote='here' is no server.*URL"):
+    with pytest.raises(InputError, match=r"remote='here' is not a server.*URL"):
         host_of("here")
 
 

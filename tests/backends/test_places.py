@@ -33,7 +33,7 @@ def test_options_name_two_places(case):
 
 
 def test_what_is_no_place():
-    with pytest.raises(InputError, match="remote='there' is no server"):
+    with pytest.raises(InputError, match="remote='there' is not a server"):
         Places.of("there")
 
 
