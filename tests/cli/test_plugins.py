@@ -114,7 +114,7 @@ def test_report_and_comparison_show_it_where_the_package_is_not_installed(sessio
     page = experiment["plain"].report().read_text()
     assert "Share of words that were said before" in page.replace("\\u003cbr\\u003e", " ")
     assert f"Mean {METRIC} is lowest at source layer" in page
-    assert "its controls there: random" in page
+    assert "controls at the same place: random" in page
     assert '"label":"first word"' in page
     compared = experiment.compare()
     assert compared.metrics == (METRIC,)
