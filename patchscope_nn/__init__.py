@@ -44,6 +44,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "data.readers": ("reader",),
     "errors": ("InputError", "PatchscopeError", "RunError"),
+    "fitting": ("fit",),
     "mappings": ("Affine", "Fitted", "Provenance", "Space"),
     "metrics": ("column", "metric"),
     "models": ("Model",),
@@ -63,7 +64,7 @@ _HOMES = {
     "spec.positions": ("Each", "Span"),
 }
 #: Public names that are modules.
-_MODULES = {"fit": "fitting", "prompts": "spec.prompts"}
+_MODULES = {"prompts": "spec.prompts"}
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [

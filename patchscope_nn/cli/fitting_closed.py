@@ -41,7 +41,7 @@ def _closed(
         source, target = load_models(places=models.places(), **models.names)
     progress = printing.Progress(f"fitting {kind}", quiet=json, unit="texts")
     fitted = fit_mapping(
-        kind,  # type: ignore[arg-type]  # it is one of them
+        kind,  # type: ignore[arg-type]  # Typer runs it only for these kinds
         model=source,
         target_model=target,
         pairs=pairs,
@@ -71,12 +71,12 @@ def _share_or_data(text: str) -> float | dict[str, Any]:
         return parse_data(text)
 
 
-for _kind, _said in {
+for _kind, _formula in {
     "affine": "f(h) = W h + b by ridge regression between layers of two models, or of one",
     "orthogonal": "f(h) = Q h + b, the rotation that brings states closest (Procrustes)",
     "low_rank": "f(h) = U V h + b, ridge regression of a given rank",
-    "scale": "f(h) = a h, one number, chosen on texts held out",
+    "scale": "f(h) = a h, one number, chosen on held-out texts",
 }.items():
-    fit.command(name=_kind, help=f"{_said}.")(_closed)
+    fit.command(name=_kind, help=f"{_formula}.")(_closed)
 
 __all__ = ["fit"]

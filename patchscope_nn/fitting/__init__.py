@@ -1,13 +1,14 @@
-"""Fitting mappings and prompts, and saving them with where they come from: `ps.fit(kind, ...)`.
+"""Fitting mappings and prompts: `ps.fit(kind, ...)`.
 
-Closed forms, on states that two models or two layers have of the same texts, start from `run.py`; what is
-trained or differentiated through a frozen model from `trained.py`.
+closed/              closed forms, from the states of two models or two layers at the same places of texts
+trained/             kinds that are trained or differentiated through a frozen model, one file a kind
+reading.py           hidden states read by the compiler, for both
+cached.py            a closed form that a recipe asks for
+planned_training.py  a training that a recipe asks for
 """
 
 from __future__ import annotations
 
-import sys
-from types import ModuleType
 from typing import Any
 
 from patchscope_nn._util.arguments import checked
@@ -17,42 +18,34 @@ from patchscope_nn.fitting.closed.fit import fit_mapping
 from patchscope_nn.fitting.closed.pairs import parse_pairs
 from patchscope_nn.fitting.planned import Planned, same_model
 from patchscope_nn.fitting.planned_training import PlannedTraining, plan_training
-from patchscope_nn.fitting.trained.fit import TRAINED, fit_trained
-from patchscope_nn.fitting.trained.soft_prompt import FittedPrompt
+from patchscope_nn.fitting.trained.fit import fit_trained
+from patchscope_nn.fitting.trained.kinds import TRAINED
+from patchscope_nn.fitting.trained.outcome import FittedPrompt
 from patchscope_nn.mappings import Fitted
 from patchscope_nn.spec.fitting import FIT_KINDS
 
 
 @checked
-def fit(kind: str = "affine", **given: Any) -> Fitted | FittedPrompt:
-    """Fit a mapping or a prompt, and measure it on what was held out.
+def fit(kind: str = "affine", **options: Any) -> Fitted | FittedPrompt:
+    """Fit a mapping or a prompt, and score it on held-out data.
 
     Args:
         kind: `affine`, `orthogonal`, `low_rank` or `scale`, which are closed forms; or one of `TRAINED`.
-        **given: What `fit_mapping` takes, or for `TRAINED` what `fit_trained` takes. Both take `out`, the
-            file to save to.
+        **options: The arguments of `fit_mapping`, or for `TRAINED` those of `fit_trained`. Both take `out`,
+            the file to save to.
 
     Returns:
         A `Fitted`, which a Patchscope takes as its `mapping`; for `soft_prompt` a `FittedPrompt`.
 
     Raises:
-        InputError: Something given does not resolve, or does not fit the data.
+        InputError: The kind or an option cannot be resolved, or does not fit the data.
     """
     if kind in TRAINED:
-        return fit_trained(kind, **given)
+        return fit_trained(kind, **options)
     if kind in FIT_KINDS:
-        return fit_mapping(kind, **given)  # type: ignore[arg-type]  # it is one of them
-    raise MappingError(f"{kind!r} is no kind of fit.", hint=did_you_mean(kind, (*FIT_KINDS, *TRAINED)))
+        return fit_mapping(kind, **options)  # type: ignore[arg-type]  # one of FIT_KINDS
+    raise MappingError(f"{kind!r} is not a kind of fit.", hint=did_you_mean(kind, (*FIT_KINDS, *TRAINED)))
 
-
-class _Called(ModuleType):
-    """A package that can be called: once it is imported, Python gives its parent the name `fit` for it."""
-
-    def __call__(self, kind: str = "affine", **given: Any) -> Fitted | FittedPrompt:
-        return fit(kind, **given)
-
-
-sys.modules[__name__].__class__ = _Called
 
 __all__ = [
     "TRAINED",

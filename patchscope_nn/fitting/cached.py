@@ -1,4 +1,4 @@
-"""A fit in closed form that a recipe asks for, before the run."""
+"""A fit in closed form that a recipe asks for, made before the run."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from patchscope_nn._util.digests import digest
 from patchscope_nn.backends import Places
 from patchscope_nn.data.rows import DataSpec
 from patchscope_nn.fitting.closed.fit import fit_pairs, texts_for
+from patchscope_nn.fitting.closed.solve import shapes
 from patchscope_nn.fitting.closed.states import Pairing
 from patchscope_nn.fitting.planned import Planned, folder, identity, same_model
 from patchscope_nn.fitting.texts import DEFAULT_DATA, Texts
@@ -18,7 +19,7 @@ from patchscope_nn.mappings import Fitted, Pair
 from patchscope_nn.models import Model
 from patchscope_nn.spec import Fit
 
-#: Raised where a fit of the same options would give other maps than before.
+#: Raised if a fit with the same options would give other maps than before.
 _VERSION = 1
 
 
@@ -27,9 +28,9 @@ class PlannedFit(Planned):
     """A fit that a run needs.
 
     Attributes:
-        options: What decides it.
-        pairing: What reads the states.
-        texts: The texts.
+        options: The recipe's `fit`.
+        pairing: Reads the states.
+        texts: The texts, split.
     """
 
     options: Fit
@@ -38,22 +39,22 @@ class PlannedFit(Planned):
 
     @property
     def name(self) -> str:
-        """How tables and manifests call it."""
+        """As in `Planned`."""
         return f"fit:{self.options.kind}"
 
     @property
     def doing(self) -> str:
-        """What its progress says is being done."""
+        """As in `Planned`."""
         return f"fitting {self.name}"
 
     @property
     def unit(self) -> str:
-        """What its progress counts."""
+        """As in `Planned`."""
         return "texts"
 
     @property
     def about(self) -> dict[str, Any]:
-        """Its kind, and where its texts come from."""
+        """As in `Planned`: the kind, and where the texts come from."""
         return {"kind": self.options.kind, "texts": self.texts.about}
 
     def make(
@@ -63,7 +64,7 @@ class PlannedFit(Planned):
         progress: Callable[[int, int], None] | None,
         notice: Callable[[str], None] | None,
     ) -> Fitted:
-        """Fit the maps; arguments as in `fit_mapping`."""
+        """As in `Planned`."""
         return fit_pairs(
             self.options,
             self.pairing,
@@ -75,13 +76,9 @@ class PlannedFit(Planned):
         )
 
     def shapes(self, pair: Pair) -> dict[str, tuple[int, ...]]:  # noqa: ARG002 (all pairs have the same)
-        """The shapes of a pair's tensors, by name."""
+        """As in `Planned`."""
         d_in, d_out = self.pairing.widths
-        if self.options.kind == "scale":
-            return {"scale": (1,)}
-        if (rank := self.options.rank) is not None:
-            return {"up": (d_out, rank), "down": (rank, d_in), "bias": (d_out,)}
-        return {"weight": (d_out, d_in), "bias": (d_out,)}
+        return shapes(self.options, d_in=d_in, d_out=d_out)
 
 
 def plan_fit(
@@ -94,7 +91,7 @@ def plan_fit(
     places: Places,
     base: Path | None = None,
 ) -> PlannedFit | None:
-    """What a run's fit will be, without fitting it.
+    """Plan a run's fit, without fitting it.
 
     Args:
         options: The recipe's `fit`.
@@ -106,14 +103,14 @@ def plan_fit(
         base: The folder that relative data files start from.
 
     Returns:
-        The fit; None where every pair is a layer of one model and itself, which is identity.
+        The fit; None if every pair is a layer of one model and itself, so that the mapping is the identity.
 
     Raises:
         InputError: The data cannot be read, or is too little.
     """
     if same_model(source, target):
         target = source
-        if sites[0] == sites[1] and all(layer == other for layer, other in pairs):
+        if sites[0] == sites[1] and all(layer == target_layer for layer, target_layer in pairs):
             return None
     texts = texts_for(options, DataSpec(**(options.data or DEFAULT_DATA)), base=base)
     pairing = Pairing(
@@ -124,15 +121,16 @@ def plan_fit(
         options=options,
     )
     chosen = tuple(sorted(set(pairs)))
-    said = [
-        _VERSION,
-        options.model_dump(mode="json", exclude={"data", "column", "limit"}),
-        {name: one["digest"] for name, one in texts.about.items()},
-        [identity(source), identity(target)],
-        [list(pair) for pair in chosen],
-        [*sites, pairing.skip],
-    ]
-    key = digest(said)
+    key = digest(
+        [
+            _VERSION,
+            options.model_dump(mode="json", exclude={"data", "column", "limit"}),
+            {name: part["digest"] for name, part in texts.about.items()},
+            [identity(source), identity(target)],
+            [list(pair) for pair in chosen],
+            [*sites, pairing.skip],
+        ]
+    )
     return PlannedFit(
         options=options,
         source=source,

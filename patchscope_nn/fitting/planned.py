@@ -1,4 +1,4 @@
-"""What is fitted or trained before a run: found in the user's cache, or made now and put there."""
+"""A mapping that is fitted or trained before a run: found in the user's cache, or made now and kept there."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from filelock import FileLock
 from patchscope_nn.mappings import Fitted, Pair, Parts, ResolvedMapping, resolve_mapping
 from patchscope_nn.models import ELSEWHERE, Model, builtin
 
-#: How many numbers of each tensor tell a model's weights apart from another's.
+#: How many numbers of each tensor are compared to tell two models' weights apart.
 _SAMPLED = 64
 
 
 @dataclass(frozen=True, kw_only=True)
 class Planned(ABC):
-    """A mapping that a run needs, and that may still be to be made.
+    """A mapping that a run needs, and that may not be made yet.
 
     Attributes:
         source: M.
-        target: M*; the same object where there is one model.
+        target: M*; the same object if there is one model.
         sites: The name of the site that is read on each side.
         pairs: The pairs of the run.
-        key: Hex digest of everything that decides the maps.
-        file: Where it is kept.
+        key: A hex digest of everything that decides the maps.
+        file: The file it is kept in.
     """
 
     source: Model
@@ -42,22 +42,22 @@ class Planned(ABC):
     @property
     @abstractmethod
     def name(self) -> str:
-        """How tables and manifests call it."""
+        """Its name in tables and manifests."""
 
     @property
     @abstractmethod
     def doing(self) -> str:
-        """What its progress says is being done."""
+        """What the progress display calls the work."""
 
     @property
     @abstractmethod
     def unit(self) -> str:
-        """What its progress counts."""
+        """What the progress counts."""
 
     @property
     @abstractmethod
     def about(self) -> dict[str, Any]:
-        """What is known of it before it is made."""
+        """Its description before it is made."""
 
     @abstractmethod
     def shapes(self, pair: Pair) -> dict[str, tuple[int, ...]]:
@@ -71,17 +71,23 @@ class Planned(ABC):
         progress: Callable[[int, int], None] | None,
         notice: Callable[[str], None] | None,
     ) -> Fitted:
-        """Make it."""
+        """Fit or train it.
+
+        Args:
+            command: The command line, for the provenance.
+            progress: Called with (done, total), in units of `unit`.
+            notice: Called with a sentence if the fit may be unreliable.
+        """
 
     @property
     def done(self) -> bool:
-        """Whether it has been made before."""
+        """True if it has been made before."""
         return self.file.is_file()
 
     def mapping(self) -> ResolvedMapping:
-        """The mapping; before it is made one whose tensors have shapes and no numbers.
+        """The mapping; before it is made, one whose tensors have shapes and no values.
 
-        Its digest is that of what decides the maps, so that a run is the same before and after.
+        Its digest is `key`, so that a run has the same hash before and after the mapping is made.
         """
         if not self.done:
             return ResolvedMapping(
@@ -91,14 +97,14 @@ class Planned(ABC):
                 digest=self.key,
                 about=self.about | {"file": str(self.file)},
             )
-        found = resolve_mapping(
+        resolved = resolve_mapping(
             ("fitted", str(self.file)),
             source=self.source.info,
             target=self.target.info,
             pairs=self.pairs,
             sites=self.sites,
         )
-        return replace(found, name=self.name, digest=self.key)
+        return replace(resolved, name=self.name, digest=self.key)
 
     def ready(
         self,
@@ -107,13 +113,7 @@ class Planned(ABC):
         progress: Callable[[int, int], None] | None = None,
         notice: Callable[[str], None] | None = None,
     ) -> ResolvedMapping:
-        """The mapping, made now unless it has been made before.
-
-        Args:
-            command: The command, for the provenance.
-            progress: Called with (done, in all), of what `unit` says.
-            notice: Called with what a researcher should know.
-        """
+        """The mapping, made now unless it was made before; arguments as in `make`."""
         self.file.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(self.file.with_suffix(".lock")):
             if not self.done:
@@ -128,17 +128,17 @@ class Planned(ABC):
 
 
 def folder() -> Path:
-    """Where what is made before a run is kept."""
+    """The folder in which fitted and trained mappings are kept."""
     return builtin.cache_folder() / "fits"
 
 
 def same_model(source: Model, target: Model) -> bool:
-    """Whether two models are one: one object, or the same weights under one name."""
+    """True if two models are one object, or have the same name and the same weights."""
     return source is target or identity(source) == identity(target)
 
 
 def identity(model: Model) -> list[Any]:
-    """What tells a model from another: name, revision, dtype, and a sample of the weights that are here."""
+    """What identifies a model: name, revision, dtype, and a digest of a sample of its local weights."""
     info = model.info
     digest = hashlib.sha256()
     if info.device != ELSEWHERE:

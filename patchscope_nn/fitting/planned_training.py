@@ -1,8 +1,8 @@
-"""What a recipe asks to be trained through its model, before the run: planned, checked, and then trained.
+"""A training that a recipe asks for: planned and checked before the run, and then trained.
 
-The maps are kept in `fits/KIND-ASKED-WEIGHTS.safetensors`: a digest of what was asked, and one of the weights
-that it was trained through. Where the weights are on a server the second cannot be told, and the file is
-found by the first: what was trained here serves a run there.
+The maps are kept in `fits/KIND-REQUEST-WEIGHTS.safetensors`, where REQUEST is a digest of what was asked for
+and WEIGHTS a digest of the weights it was trained through. If the weights are on a server, WEIGHTS is not
+known and the file is found by REQUEST: a training made in this process serves a run on a server.
 """
 
 from __future__ import annotations
@@ -10,41 +10,24 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 
 from patchscope_nn._util.digests import digest
 from patchscope_nn.data.rows import DataSpec, fingerprint, load_rows
-from patchscope_nn.errors import LayerError, MappingError, ModelError
-from patchscope_nn.fitting.planned import Planned, folder, identity, same_model
-from patchscope_nn.fitting.texts import DEFAULT_COLUMN, DEFAULT_DATA
-from patchscope_nn.fitting.trained.examples import make_examples
-from patchscope_nn.fitting.trained.fit import fit_trained, texts_of
-from patchscope_nn.fitting.trained.held_out import deal, deal_texts
-from patchscope_nn.fitting.trained.jacobian import SKIP_FIRST
-from patchscope_nn.fitting.trained.lre import SUBJECTS, check_subjects, find_subject
-from patchscope_nn.fitting.trained.through_text import KINDS, find_pairs
-from patchscope_nn.fitting.trained.training import Training
+from patchscope_nn.errors import ModelError
+from patchscope_nn.fitting.planned import Planned, folder, identity
+from patchscope_nn.fitting.texts import DEFAULT_DATA
+from patchscope_nn.fitting.trained.fit import fit_trained
+from patchscope_nn.fitting.trained.kind import MappingKind, Request, Rows
+from patchscope_nn.fitting.trained.kinds import mapping_kind
 from patchscope_nn.mappings import Fitted, Pair
 from patchscope_nn.models import ELSEWHERE, Model
-from patchscope_nn.spec import LENS_KINDS, RESIDUAL, Patchscope, Source, Target, Train
-from patchscope_nn.spec.layers import EMBED
+from patchscope_nn.spec import Patchscope, Train
 
-#: Raised where a training of the same options would give other maps than before.
+#: Raised if a training with the same options would give other maps than before.
 _VERSION = 1
-#: How many tokens of a text the lenses read, and leave out, where a recipe does not say.
-_MAX_TOKENS = 128
-_SKIPPED = {"tuned_lens": 1, "jacobian_lens": SKIP_FIRST}
-
-
-class _Data(NamedTuple):
-    """What is trained on."""
-
-    spec: DataSpec
-    column: str | None
-    rows: list[dict[str, Any]]
-    base: Path | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,91 +35,66 @@ class PlannedTraining(Planned):
     """A training that a run needs.
 
     Attributes:
-        options: What decides it.
-        scope: The Patchscope, whose S and T the `trained_` kinds are trained with.
+        kind: The kind that is trained.
+        request: What the recipe asks for.
         data: What it is trained on.
+        base: The folder that relative data files start from.
     """
 
-    options: Train
-    scope: Patchscope
-    data: _Data
+    kind: MappingKind
+    request: Request
+    data: Rows
+    base: Path | None
 
     @property
     def name(self) -> str:
-        """How tables and manifests call it."""
-        return f"train:{self.options.kind}"
+        """As in `Planned`."""
+        return f"train:{self.kind.name}"
 
     @property
     def doing(self) -> str:
-        """What its progress says is being done."""
+        """As in `Planned`."""
         return f"training {self.name}"
 
     @property
     def unit(self) -> str:
-        """What its progress counts: texts, subjects, or steps of the optimiser."""
-        return {"jacobian_lens": "texts", "lre": "subjects"}.get(self.options.kind, "steps")
+        """As in `Planned`."""
+        return self.kind.unit
 
     @property
     def about(self) -> dict[str, Any]:
-        """Its kind, and how many rows it reads."""
-        return {"kind": self.options.kind, "data": {"n_rows": len(self.data.rows)}}
+        """As in `Planned`: the kind, and the number of rows it reads."""
+        return {"kind": self.kind.name, "data": {"n_rows": len(self.data.rows)}}
 
     def shapes(self, pair: Pair) -> dict[str, tuple[int, ...]]:
-        """The shapes of a pair's tensors, by name."""
-        size, kind = self.source.info.d_model, self.options.kind
-        if self._is_one(pair):
-            return {"scale": (1,)}
-        first: dict[str, tuple[int, ...]] = {"weight": (size, size)}
-        if kind in ("trained_scale", "trained_scalar_affine"):
-            first = {"scale": (1,)}
-        return first if kind in ("trained_scale", "jacobian_lens") else first | {"bias": (size,)}
+        """As in `Planned`."""
+        return self.kind.shapes(self.source.info.d_model) if self.kind.learns(pair) else {"scale": (1,)}
 
     def make(
         self,
         *,
         command: str | None,
         progress: Callable[[int, int], None] | None,
-        notice: Callable[[str], None] | None,  # noqa: ARG002 (its numbers speak for themselves)
+        notice: Callable[[str], None] | None,  # noqa: ARG002 (its scores speak for themselves)
     ) -> Fitted:
-        """Train the maps; of the last block to itself it is identity, and no number is reported of it."""
-        learned = [pair for pair in self.pairs if not self._is_one(pair)]
-        made = fit_trained(
-            self.options.kind,
+        """As in `Planned`; pairs for which there is nothing to learn get the identity, without a score."""
+        learned = [pair for pair in self.pairs if self.kind.learns(pair)]
+        fitted = fit_trained(
+            self.kind.name,
             model=self.source,
             target_model=self.target,
             data=self.data.spec,
             column=self.data.column,
-            limit=self.options.limit,
-            base=self.data.base,
+            limit=self.request.options.limit,
+            base=self.base,
             command=command,
             progress=progress,
-            **self._given([layer for layer, _ in learned]),
+            **self.kind.arguments(self.request, [layer for layer, _ in learned]),
         )
-        found = cast("Fitted", made)  # what gives a prompt is no kind of a Train
-        maps = {pair: found.parts(pair) for pair in learned}
-        maps |= {pair: {"scale": torch.ones(1)} for pair in self.pairs if self._is_one(pair)}
-        return Fitted(kind=found.kind, maps=maps, about=found.about)
-
-    def _given(self, layers: Sequence[int]) -> dict[str, Any]:
-        """The options of its kind, as the kind's own function takes them."""
-        kind, given = self.options.kind, self.options.options
-        if kind in KINDS:
-            source, target = sides(self.scope)
-            own: dict[str, Any] = {"source": source, "target": target}
-        else:
-            own = {"layers": ["embed" if layer == EMBED else layer for layer in layers]}
-        if kind in ("jacobian_lens", "lre"):
-            return (
-                own
-                | {name: one for name, one in given.items() if name != "column"}
-                | {"seed": self.options.seed}
-            )
-        training = training_of(self.options)
-        others = given.keys() - Training.model_fields.keys() - {"column"}
-        return own | {name: given[name] for name in others} | {"training": training}
-
-    def _is_one(self, pair: Pair) -> bool:
-        return _is_one(self.options, pair)
+        fitted = cast("Fitted", fitted)  # a MappingKind gives no prompt
+        maps = {pair: {"scale": torch.ones(1)} for pair in self.pairs}
+        maps |= {pair: fitted.parts(pair) for pair in learned}
+        return Fitted(kind=fitted.kind, maps=maps, about=fitted.about)
 
 
 def plan_training(
@@ -149,7 +107,7 @@ def plan_training(
     sites: tuple[str, str],
     base: Path | None = None,
 ) -> PlannedTraining | None:
-    """What a run's training will be, without training it.
+    """Plan and check a run's training, without training it.
 
     Args:
         options: The recipe's `train`.
@@ -157,172 +115,74 @@ def plan_training(
         source: M.
         target: M*.
         pairs: The (l, l*) of the run.
-        sites: The name of the site that is read on each side.
+        sites: The names of the sites that are read and written.
         base: The folder that relative data files start from.
 
     Returns:
-        The training; None where every pair is the last block and itself, for which a lens is identity.
+        The training; None if no pair has anything to learn, so that the mapping is the identity.
 
     Raises:
-        LayerError: A map to the last block is asked for, and l* is another.
+        LayerError: The kind has no map to one of the target layers.
         MappingError: The kind does not fit the Patchscope or the models.
-        ModelError: The weights are on a server, and it was not trained here before.
+        ModelError: The weights are on a server, and it was not trained in this process before.
         InputError: The data cannot be read, is too little, or does not fill a prompt.
     """
     away = any(model.info.device == ELSEWHERE for model in (source, target))
     chosen = tuple(sorted(set(pairs)))
-    if options.kind in KINDS:
-        _check_sides(options, scope, source, target)
-    else:
-        _check_lens(options, source, target, chosen, sites, away=away)
-    if all(_is_one(options, pair) for pair in chosen):
+    kind = mapping_kind(options.kind)
+    request = Request(options=options, scope=scope, source=source, target=target, pairs=chosen, sites=sites)
+    kind.check(request, away=away)
+    if not any(map(kind.learns, chosen)):
         return None
-    data = _read(options, base)
-    _check_data(options, data, scope, source=source, target=target)
-    said = [
-        _VERSION,
-        options.model_dump(mode="json", exclude={"data", "column", "limit"}),
-        [fingerprint(data.rows), data.column],
-        [identity(model)[:2] for model in (source, target)],
-        [list(pair) for pair in chosen],
-        [one.model_dump(mode="json") for one in sides(scope)] if options.kind in KINDS else None,
-    ]
-    asked, weights = digest(said), digest([identity(model)[2:] for model in (source, target)])
-    file = folder() / f"{options.kind}-{asked}-{weights}.safetensors"
+    spec = DataSpec(**(options.data or DEFAULT_DATA))
+    data = Rows(spec, kind.column(options), load_rows(spec, base=base, limit=options.limit))
+    kind.check_data(request, data)
+    asked = digest(
+        [
+            _VERSION,
+            options.model_dump(mode="json", exclude={"data", "column", "limit"}),
+            [fingerprint(data.rows), data.column],
+            [identity(model)[:2] for model in (source, target)],
+            [list(pair) for pair in chosen],
+            [side.model_dump(mode="json") for side in request.prompts()] if kind.uses_prompts else None,
+        ]
+    )
+    weights = digest([identity(model)[2:] for model in (source, target)])
+    file = folder() / f"{kind.name}-{asked}-{weights}.safetensors"
     if away:
-        file = _made_here(options, asked, source if source.info.device == ELSEWHERE else target)
+        file = _trained_before(kind.name, asked, source if source.info.device == ELSEWHERE else target)
     return PlannedTraining(
-        options=options,
-        scope=scope,
+        kind=kind,
+        request=request,
         data=data,
+        base=base,
         source=source,
         target=target,
         sites=sites,
         pairs=chosen,
-        key=file.stem.removeprefix(f"{options.kind}-"),
+        key=file.stem.removeprefix(f"{kind.name}-"),
         file=file,
     )
 
 
-def sides(scope: Patchscope) -> tuple[Source, Target]:
-    """S and T as a training takes them, which is given the models themselves."""
-    return (
-        scope.source.model_copy(update={"model": None}),
-        scope.target.model_copy(update={"model": None}),
-    )
-
-
-def training_of(options: Train) -> Training:
-    """How it is trained: the kind's own way, with what the recipe says otherwise."""
-    names = ("steps", "batch", "learning_rate", "held_out")
-    given = {name: value for name, value in options.options.items() if name in names}
-    own = {"learning_rate": KINDS[options.kind][1], "batch": 16} if options.kind in KINDS else {}
-    return Training(**own | given, seed=options.seed)
-
-
-def _is_one(options: Train, pair: Pair) -> bool:
-    """Whether a lens has nothing to learn of a pair."""
-    return options.kind in LENS_KINDS and pair[0] == pair[1]
-
-
-def _check_sides(options: Train, scope: Patchscope, source: Model, target: Model) -> None:
-    find_pairs(source, target, source=sides(scope)[0], target=sides(scope)[1])
-    size, other = source.info.d_model, target.info.d_model
-    if size != other or (options.rank or 1) > size:
-        raise MappingError(
-            f"{options.kind} starts as the identity, and the states have {size} numbers and {other}"
-            + (f"; its rank is {options.rank}." if options.rank else "."),
-            hint="Train between models of one d_model, with a rank of at most that; else {fit: affine}.",
-        )
-
-
-def _check_lens(
-    options: Train,
-    source: Model,
-    target: Model,
-    pairs: Sequence[Pair],
-    sites: tuple[str, str],
-    *,
-    away: bool,
-) -> None:
-    one = same_model(source, target) or (away and identity(source)[:2] == identity(target)[:2])
-    if not one or {*sites} != {RESIDUAL.name}:
-        given = f"sites {' and '.join(sites)}" if one else f"{source.info.name} and {target.info.name}"
-        raise MappingError(
-            f"train.kind={options.kind} maps outputs of a model's blocks to its own last block; this run has "
-            f"{given}.",
-            hint=f"Take one model and site: {RESIDUAL.name} on both sides; between two models use "
-            "{fit: affine}.",
-        )
-    last = target.info.n_layers - 1
-    if beyond := sorted({layer for _, layer in pairs} - {last}):
-        raise LayerError(
-            f"train.kind={options.kind} maps to the last block, which is {last}; this run writes at layer "
-            f"{', '.join(map(str, beyond[:5]))}{', ...' * (len(beyond) > 5)}.",  # noqa: PLR2004 (shown)
-            hint="Write target.layer: -1.",
-        )
-
-
-def _read(options: Train, base: Path | None) -> _Data:
-    spec = DataSpec(**(options.data or DEFAULT_DATA))
-    column = options.column
-    if options.kind in LENS_KINDS and column is None and options.data in (None, dict(DEFAULT_DATA)):
-        column = DEFAULT_COLUMN
-    return _Data(spec, column, load_rows(spec, base=base, limit=options.limit), base)
-
-
-def _check_data(options: Train, data: _Data, scope: Patchscope, *, source: Model, target: Model) -> None:
-    """Find what is wrong with the data before anything runs: columns, prompts, positions, and how many."""
-    given = options.options
-    training = training_of(options)
-    if options.kind in LENS_KINDS:
-        skip = given.get("skip_first", _SKIPPED[options.kind])
-        deal_texts(
-            texts_of(data.rows, data.column),
-            source.tokenizer,
-            held_out=training.held_out,
-            seed=options.seed,
-            stopping=training.stopping if options.kind == "tuned_lens" else 0.0,
-            max_tokens=given.get("max_tokens", _MAX_TOKENS),
-            least=skip + (1 if options.kind == "tuned_lens" else 2),
-        )
-    elif options.kind == "lre":
-        found = {
-            find_subject(source, row, prompt=given["prompt"], subject=given["subject"]) for row in data.rows
-        }
-        check_subjects(len(found), given.get("subjects", SUBJECTS))
-    else:
-        one, other = sides(scope)
-        examples = make_examples(
-            data.rows, model=source, to=target, source=one, target=other, text=given["text"]
-        )
-        deal(
-            [example.source for example in examples],
-            held_out=training.held_out,
-            seed=options.seed,
-            stopping=training.stopping,
-            what="source prompts",
-        )
-
-
-def _made_here(options: Train, asked: str, model: Model) -> Path:
-    """The file of a training whose weights are on a server now.
+def _trained_before(kind: str, asked: str, model: Model) -> Path:
+    """The file of a training through a model whose weights are on a server.
 
     Raises:
-        ModelError: There is none; or there are several, of models of one name.
+        ModelError: There is none, or there are several, for models of one name.
     """
-    files = sorted(folder().glob(f"{options.kind}-{asked}-*.safetensors"))
+    files = sorted(folder().glob(f"{kind}-{asked}-*.safetensors"))
     if len(files) == 1:
         return files[0]
     name = repr(model.info.name)
     if not files:
         raise ModelError(
-            f"train.kind={options.kind} is trained through {name}, whose weights are on a server.",
-            hint="Run it once here, without --remote: what is trained is kept, and found again. Or give what "
-            f"`patchscope fit {options.kind}` wrote elsewhere: mapping: {{fitted: FILE}}.",
+            f"train.kind={kind} is trained through {name}, whose weights are on a server.",
+            hint="Run it once here, without --remote: the trained mapping is kept, and found again. Or give "
+            f"a file that `patchscope fit {kind}` wrote elsewhere: mapping: {{fitted: FILE}}.",
         )
     raise ModelError(
-        f"{len(files)} trainings of {options.kind} are kept for models of the name {name}, and which has the "
-        "weights of the server's cannot be told.",
+        f"{len(files)} trainings of {kind} are kept for models named {name}, and it is not known which of "
+        "them has the weights of the server's.",
         hint=f"Name one, for example mapping: {{fitted: {files[-1]}}}.",
     )

@@ -1,4 +1,4 @@
-"""The texts of a fit: read, made distinct, and dealt out: to fit on, to choose by, to hold out."""
+"""The texts of a fit: read, made distinct, and split to fit on, to choose settings by, and to hold out."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from pathlib import Path
 from typing import Any
 
 from patchscope_nn.data.rows import DataSpec, load_rows
-from patchscope_nn.errors import DataError
+from patchscope_nn.errors import DataError, did_you_mean
+from patchscope_nn.spec.prompts import text_of
 
-#: What is fitted on where nothing is named, and the column of it.
+#: The data to fit on if none is named, and its column.
 DEFAULT_DATA: Mapping[str, Any] = {"builtin": "texts"}
 DEFAULT_COLUMN = "text"
-_COLUMN = "text"
-#: The share of the texts that are not held out on which settings (lambda, alpha) are chosen.
+#: The share of the texts to choose lambda or alpha by, among those that are not held out.
 _CHOOSING = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
 class Texts:
-    """Texts, dealt out: no text stands in two parts.
+    """Texts, split so that no text is in two parts.
 
     Attributes:
-        fitted: What is fitted on first.
-        choosing: What lambda or alpha is chosen by; afterwards it is fitted on, too.
-        held_out: What the reported numbers are measured on, and nothing else.
+        fitted: The texts to fit on.
+        choosing: The texts to choose lambda or alpha by; the final map is fitted on them too.
+        held_out: The texts that scores are computed on, and nothing else.
         about: Where they come from, for the provenance.
     """
 
@@ -46,16 +46,16 @@ def read_texts(
     seed: int = 0,
     base: Path | None = None,
 ) -> Texts:
-    """Read texts and deal them out.
+    """Read texts and split them.
 
-    Which part a text falls in is decided by a digest of the text and the seed: the order of the data, and
-    texts that are there twice, make no difference.
+    The part of a text is decided by a digest of the text and the seed, so that the order of the data and
+    repeated texts make no difference.
 
     Args:
         data: Where the texts come from.
-        column: The column that holds them; None is the only one with texts, or `text`.
-        held_out: The share of the texts that is held out; or data of its own, all of it held out.
-        limit: The most rows to read, of each data.
+        column: The column of the texts; None is the only column with texts, or `text`.
+        held_out: The share of the texts to hold out; or separate data, all of it held out.
+        limit: The most rows to read from each of the data.
         seed: Decides which texts are held out.
         base: The folder that relative files start from.
 
@@ -63,30 +63,30 @@ def read_texts(
         The texts.
 
     Raises:
-        DataError: The data cannot be read, has no such column, or is too little; or what is to be held out is
-            what is fitted on.
+        DataError: The data cannot be read, lacks the column, or is too little; or the data to hold out is the
+            data to fit on.
     """
     if isinstance(held_out, DataSpec) and held_out == data:
         raise DataError(
             f"held_out names the same data as is fitted on, {_named(data)}.",
-            hint="A fit says nothing on its own data. Name other data, or a share of it, for example 0.2.",
+            hint="A score on the data of the fit says nothing. Name other data, or a share, for example 0.2.",
         )
     known = _distinct(data, column=column, limit=limit, base=base)
     if isinstance(held_out, DataSpec):
-        apart = _distinct(held_out, column=column, limit=limit, base=base)
+        separate = _distinct(held_out, column=column, limit=limit, base=base)
         rest = _order(known, seed)
-        held = [text for key, text in apart.items() if key not in known]
+        held = [text for key, text in separate.items() if key not in known]
         if not held:
             raise DataError(
                 f"every text of held_out, {_named(held_out)}, is among those that are fitted on.",
-                hint="A fit says nothing on its own data. Hold other texts out.",
+                hint="A score on the data of the fit says nothing. Hold other texts out.",
             )
-        dropped = len(apart) - len(held)
+        dropped = len(separate) - len(held)
     else:
         if not 0 < held_out < 1:
             raise DataError(
-                f"held_out={held_out} is no share of the texts.",
-                hint="Give one above 0 and below 1, or data.",
+                f"held_out={held_out} is not a share of the texts.",
+                hint="Give a number above 0 and below 1, or data.",
             )
         mixed, dropped = _order(known, seed), 0
         count = max(1, round(held_out * len(mixed)))
@@ -94,7 +94,7 @@ def read_texts(
     chosen = max(1, round(_CHOOSING * len(rest)))
     if len(rest) <= chosen:
         raise DataError(
-            f"{_named(data)} has {len(known)} different texts; a fit needs 3: to fit on, to choose its "
+            f"{_named(data)} has {len(known)} different texts; a fit needs at least 3: to fit on, to choose "
             "settings by, and to hold out.",
             hint="Give some hundreds or more.",
         )
@@ -115,9 +115,28 @@ def read_texts(
 
 
 def digest_of(texts: Iterable[str]) -> str:
-    """16 hex digits that tell sets of texts apart; their order makes no difference."""
+    """16 hex digits that identify a set of texts, whatever their order."""
     keys = sorted(_key(text) for text in texts)
     return hashlib.sha256("".join(keys).encode()).hexdigest()[:16]
+
+
+def column_texts(rows: Sequence[Mapping[str, Any]], column: str | None) -> list[str]:
+    """The texts of a column, or of the only column if none is named.
+
+    Raises:
+        DataError: The column is missing, or there are several and none is named.
+    """
+    columns = list(rows[0])
+    if column is None and len(columns) == 1:
+        column = columns[0]
+    if column is None:
+        raise DataError(
+            f"the data has the columns {', '.join(columns)}, and none was named.",
+            hint="Name the column of the texts (--column).",
+        )
+    if column not in columns:
+        raise DataError(f"column={column!r} is not a column of the data.", hint=did_you_mean(column, columns))
+    return [text_of(row, column, field=f"data row {number}") for number, row in enumerate(rows)]
 
 
 def _distinct(data: DataSpec, *, column: str | None, limit: int | None, base: Path | None) -> dict[str, str]:
@@ -128,24 +147,23 @@ def _distinct(data: DataSpec, *, column: str | None, limit: int | None, base: Pa
             f"{_named(data)} has no column {name!r}; it has {', '.join(rows[0])}.",
             hint="Name the column of the texts (--column).",
         )
-    texts = (row[name] for row in rows)
-    found: dict[str, str] = {}
-    for text in texts:
-        if isinstance(text, str) and text.strip():
-            found.setdefault(_key(text), text)
-    if not found:
+    texts: dict[str, str] = {}
+    for row in rows:
+        if isinstance(text := row[name], str) and text.strip():
+            texts.setdefault(_key(text), text)
+    if not texts:
         raise DataError(
             f"column {name!r} of {_named(data)} holds no text.", hint="Name another column (--column)."
         )
-    return found
+    return texts
 
 
 def _column(rows: Sequence[Mapping[str, Any]], data: DataSpec) -> str:
     if dict(DEFAULT_DATA) == _dumped(data):
         return DEFAULT_COLUMN
     texts = [name for name, value in rows[0].items() if isinstance(value, str)]
-    if _COLUMN in texts or len(texts) == 1:
-        return _COLUMN if _COLUMN in texts else texts[0]
+    if DEFAULT_COLUMN in texts or len(texts) == 1:
+        return DEFAULT_COLUMN if DEFAULT_COLUMN in texts else texts[0]
     raise DataError(
         f"which column of {_named(data)} holds the texts? It has {', '.join(rows[0])}.",
         hint="Name it: --column, or column: in a recipe.",
@@ -153,12 +171,12 @@ def _column(rows: Sequence[Mapping[str, Any]], data: DataSpec) -> str:
 
 
 def _order(texts: Mapping[str, str], seed: int) -> list[str]:
-    """Texts in an order that the seed decides, and the texts."""
+    """The texts in an order that only they and the seed decide."""
     return [text for _, text in sorted((_key(f"{seed} {key}"), text) for key, text in texts.items())]
 
 
 def _key(text: str) -> str:
-    """What is the same for texts that differ in white space only."""
+    """A digest that is the same for texts that differ only in white space."""
     return hashlib.sha256(" ".join(text.split()).encode()).hexdigest()
 
 

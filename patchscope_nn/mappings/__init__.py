@@ -1,7 +1,7 @@
-"""Mappings f: from the source model's hidden space to the target's.
+"""Mappings f, from the source model's hidden space to the target model's.
 
-A mapping is resolved, before any context opens, to a `ResolvedMapping`: a kind and tensors, which is all
-that travels into one. `apply_mapping` is the one function that runs there.
+Before any nnsight context opens, a mapping is resolved to a `ResolvedMapping`: a kind and either tensors or a
+function. Only these enter a context, where `apply_mapping` applies them.
 """
 
 from patchscope_nn.body.mappings import Pair, Parts, apply_mapping, map_parts

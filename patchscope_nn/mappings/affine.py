@@ -1,4 +1,4 @@
-"""One affine map, with weights that are given, whatever the layers."""
+"""One affine map with given weights, the same for all layers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from patchscope_nn.errors import MappingError
 
 @checked_class
 class Affine(torch.nn.Module):
-    """f(h) = W h + b, with weights that are given.
+    """f(h) = W h + b, with given weights.
 
     Args:
         weight: W, (d_model of the target, d_model of the source).
@@ -45,7 +45,7 @@ class Affine(torch.nn.Module):
 
     @classmethod
     def load(cls, file: str | Path) -> Affine:
-        """Read `weight` and, where there is one, `bias` from a safetensors file.
+        """Read `weight` and, if the file has it, `bias` from a safetensors file.
 
         Raises:
             MappingError: The file cannot be read or holds no `weight`.

@@ -1,4 +1,4 @@
-"""Fitted mappings: one map for each pair of layers, in a safetensors file that says where it comes from."""
+"""Fitted mappings: one map for each pair of layers, saved with their provenance in a safetensors file."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from patchscope_nn.body.mappings import Pair, Parts, map_parts
 from patchscope_nn.errors import MappingError
 from patchscope_nn.mappings.provenance import Provenance
 
-#: The key of the file's metadata that holds a JSON object.
+#: The key under which the file's metadata holds a JSON object.
 METADATA = "patchscope_nn"
 _FORMS = ({"weight"}, {"up", "down"}, {"scale"})
 _PARTS = ("weight", "up", "down", "scale", "bias")
@@ -25,17 +25,17 @@ _LISTED = 40
 
 @checked_class
 class Fitted(torch.nn.Module):
-    """f(h) = (weight h | up (down h) | scale h) + bias, with tensors of its own for each pair (l, l*).
+    """f(h) = (weight h | up (down h) | scale h) + bias, with separate tensors for each pair (l, l*).
 
     Args:
-        kind: What it is, in one word: `affine`, `orthogonal`, `low_rank`, `scale`, `tuned_lens`, ...
-        maps: By (l, l*) its tensors: `weight` (d_out, d_in), or `up` (d_out, r) and `down` (r, d_in), or
-            `scale` (1,); and, where there is one, `bias` (d_out,). l = -1 is the input of block 0.
+        kind: The kind of fit: `affine`, `orthogonal`, `low_rank`, `scale`, `tuned_lens`, ...
+        maps: For each (l, l*) its tensors: `weight` (d_out, d_in), or `up` (d_out, r) and `down` (r, d_in),
+            or `scale` (1,); and optionally `bias` (d_out,). l = -1 is the input of block 0.
         about: Where it comes from.
 
     Attributes:
-        kind: As given.
-        about: As given.
+        kind: The kind of fit.
+        about: Where it comes from.
         pairs: The pairs it has a map for, sorted.
 
     Raises:
@@ -59,7 +59,7 @@ class Fitted(torch.nn.Module):
                 self.register_buffer(_buffer(name, pair), tensor)
 
     def parts(self, pair: Pair) -> dict[str, torch.Tensor]:
-        """The tensors of a pair's map, by what they are.
+        """The tensors of a pair's map, by name.
 
         Raises:
             MappingError: It has no map for the pair.
@@ -69,10 +69,10 @@ class Fitted(torch.nn.Module):
         return {name: self.get_buffer(_buffer(name, pair)) for name in self._names[pair]}
 
     def forward(self, states: torch.Tensor, layer: int, target_layer: int) -> torch.Tensor:
-        """Map states of one pair of layers.
+        """Map states from one layer to another.
 
         Args:
-            states: (..., d_in) states of layer l.
+            states: (..., d_in), states of layer l.
             layer: l.
             target_layer: l*.
 
@@ -85,7 +85,7 @@ class Fitted(torch.nn.Module):
         return map_parts(self.parts((layer, target_layer)), states)
 
     def chosen(self, pairs: Iterable[Pair]) -> dict[Pair, Parts]:
-        """The maps of some pairs, as plain tensors: what travels into a context.
+        """The maps of some pairs as plain tensors, which can enter a context.
 
         Raises:
             MappingError: It has no map for one of them.
@@ -94,14 +94,14 @@ class Fitted(torch.nn.Module):
 
     @property
     def listed(self) -> str:
-        """Which pairs it has, in words."""
+        """A sentence that lists its pairs."""
         return f"It has maps for {listed(self.pairs)}."
 
     def save(self, file: str | Path) -> Path:
-        """Write a safetensors file, whole or not at all.
+        """Write a safetensors file, completely or not at all.
 
-        Tensors are named `weight.L.T`, `up.L.T`, `down.L.T`, `scale.L.T` and `bias.L.T`; the metadata holds,
-        under `patchscope_nn`, kind, models, pairs and provenance as JSON.
+        Tensors are named `weight.L.T`, `up.L.T`, `down.L.T`, `scale.L.T` and `bias.L.T` for a pair (L, T).
+        The metadata holds kind, models, pairs and provenance as JSON, under `patchscope_nn`.
 
         Returns:
             The file.
@@ -128,7 +128,7 @@ class Fitted(torch.nn.Module):
         return file
 
     def said(self) -> dict[str, Any]:
-        """What the file's metadata says."""
+        """The file's metadata: kind, pairs and provenance."""
         return {"kind": self.kind, "pairs": [list(pair) for pair in self.pairs], **self.about.dump()}
 
     @classmethod
@@ -146,26 +146,26 @@ class Fitted(torch.nn.Module):
 
         try:
             with safe_open(file, framework="pt") as opened:
-                said = _read_said(opened.metadata(), file)
-                has = [(int(layer), int(target)) for layer, target in said.pop("pairs")]
-                wanted = has if pairs is None else [*dict.fromkeys(pairs)]
-                if missing := sorted(set(wanted) - set(has)):
+                metadata = _read_metadata(opened.metadata(), file)
+                fitted = [(int(layer), int(target)) for layer, target in metadata.pop("pairs")]
+                chosen = fitted if pairs is None else [*dict.fromkeys(pairs)]
+                if missing := sorted(set(chosen) - set(fitted)):
                     raise MappingError(
                         f"mapping.fitted={str(file)!r} has no map for {listed(missing)}.",
-                        hint=f"It has maps for {listed(has)}.",
+                        hint=f"It has maps for {listed(fitted)}.",
                     )
                 keys = set(opened.keys())
-                maps = {pair: _read_parts(opened, keys, pair) for pair in wanted}
+                maps = {pair: _read_parts(opened, keys, pair) for pair in chosen}
         except (OSError, SafetensorError) as error:
             raise MappingError(
                 f"mapping.fitted={str(file)!r} cannot be read: {error}.",
                 hint="Give a file that `patchscope fit` wrote.",
             ) from error
-        return cls(kind=said.pop("kind"), maps=maps, about=_provenance(said, file))
+        return cls(kind=metadata.pop("kind"), maps=maps, about=_provenance(metadata, file))
 
 
 def pair_text(pair: Pair) -> str:
-    """A pair of layers as messages write it."""
+    """A pair of layers as messages write it, `l:l*`."""
     source, target = ("embed" if layer < 0 else str(layer) for layer in pair)
     return f"{source}:{target}"
 
@@ -181,25 +181,25 @@ def _buffer(name: str, pair: Pair) -> str:
     return f"{name}_{pair[0]}_{pair[1]}"
 
 
-def _read_said(metadata: Mapping[str, str] | None, file: str | Path) -> dict[str, Any]:
-    if METADATA not in (metadata or {}):
+def _read_metadata(texts: Mapping[str, str] | None, file: str | Path) -> dict[str, Any]:
+    if METADATA not in (texts or {}):
         raise MappingError(
             f"mapping.fitted={str(file)!r} does not say what it was fitted on.",
             hint="Give a file that `patchscope fit` wrote; a bare weight goes into {affine: file}.",
         )
     try:
-        said = json.loads((metadata or {})[METADATA])
-        pairs, kind = said["pairs"], said["kind"]
+        metadata = json.loads((texts or {})[METADATA])
+        pairs, kind = metadata["pairs"], metadata["kind"]
     except (ValueError, KeyError, TypeError) as error:
         raise _misread(file, error) from error
     if not isinstance(pairs, list) or not isinstance(kind, str):
         raise _misread(file, "pairs should be a list and kind a text")
-    return dict(said)
+    return dict(metadata)
 
 
-def _provenance(said: Mapping[str, Any], file: str | Path) -> Provenance:
+def _provenance(metadata: Mapping[str, Any], file: str | Path) -> Provenance:
     try:
-        return Provenance.parse(said)
+        return Provenance.parse(metadata)
     except (KeyError, TypeError, ValueError) as error:
         raise _misread(file, error) from error
 
@@ -212,8 +212,8 @@ def _misread(file: str | Path, error: object) -> MappingError:
 
 
 def _read_parts(opened: Any, keys: set[str], pair: Pair) -> dict[str, torch.Tensor]:
-    named = {name: f"{name}.{pair[0]}.{pair[1]}" for name in _PARTS}
-    return {name: opened.get_tensor(key) for name, key in named.items() if key in keys}
+    key_of = {name: f"{name}.{pair[0]}.{pair[1]}" for name in _PARTS}
+    return {name: opened.get_tensor(key) for name, key in key_of.items() if key in keys}
 
 
 def _check_parts(pair: Pair, parts: Mapping[str, torch.Tensor], about: Provenance) -> None:
@@ -239,7 +239,7 @@ def _check_parts(pair: Pair, parts: Mapping[str, torch.Tensor], about: Provenanc
                 f"maps {about.source_model} to {about.target_model}."
             )
         if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
-            raise MappingError(f"{name} of {pair_text(pair)} holds values that are no finite numbers.")
+            raise MappingError(f"{name} of {pair_text(pair)} holds values that are not finite numbers.")
     if "scale" in parts and d_in != d_out:
         raise MappingError(
             f"a scale maps between spaces of one size; {about.source_model} and {about.target_model} differ.",

@@ -1,4 +1,4 @@
-"""Where a fitted mapping comes from: models, data, settings, and how well it does on texts held out."""
+"""Where a fitted mapping comes from: models, data, settings, and its scores on held-out data."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Space:
 
     Attributes:
         name: The model's id, folder or `builtin:` name.
-        revision: The commit of a Hub model, where known.
+        revision: The commit of a Hub model, if known.
         dtype: The dtype its states were read in.
         d_model: The size of a state.
         site: The name of the site; the input of blocks is the residual stream, as their output is.
@@ -35,7 +35,7 @@ class Space:
 
     @classmethod
     def of(cls, info: ModelInfo, *, site: str = RESIDUAL.name) -> Space:
-        """The space of a model that is loaded."""
+        """The space of a loaded model."""
         width = info.width(site_named(site))
         return cls(name=info.name, revision=info.revision, dtype=info.dtype, d_model=width, site=site)
 
@@ -47,20 +47,20 @@ class Space:
 @checked_class
 @dataclass(frozen=True, kw_only=True)
 class Provenance:
-    """What a fitted mapping must carry to be trusted later.
+    """What must be known of a fitted mapping to trust it later.
 
     Attributes:
         source_model: The space it maps from.
         target_model: The space it maps to.
-        data: What it was fitted on: a description, fingerprints, and the numbers of texts and positions, for
-            the fit and for what was held out.
-        settings: What decided the fit besides: lambda, rank, steps, ...
-        held_out: For each pair what was measured on texts held out: `fraction_of_variance`, `cosine`, `n`
-            (positions), ...; empty where nothing was measured.
-        seed: What the choice of positions and texts started from.
-        command: The command that made it.
-        created: When, ISO 8601.
-        versions: Of the packages that made it.
+        data: The data of the fit and of the scores: descriptions, fingerprints, and counts of texts and
+            positions.
+        settings: The other settings of the fit: lambda, rank, steps, ...
+        held_out: For each pair its scores on held-out data: `fraction_of_variance`, `cosine`, `n`
+            (positions), ...; empty if there are none.
+        seed: The seed for the choice of positions and texts.
+        command: The command line that made it.
+        created: When it was made, ISO 8601.
+        versions: The versions of the packages that made it.
     """
 
     source_model: Space
@@ -74,22 +74,22 @@ class Provenance:
     versions: Mapping[str, str] = field(default_factory=recorded_versions)
 
     def dump(self) -> dict[str, Any]:
-        """As JSON holds it; `parse` reads it back."""
+        """A form that JSON can hold; `parse` reads it back."""
         held_out = [[*pair, dict(numbers)] for pair, numbers in sorted(self.held_out.items())]
         return {**asdict(self), "held_out": held_out}
 
     @classmethod
     def parse(cls, plain: Mapping[str, Any]) -> Provenance:
-        """Read what `dump` gave.
+        """Read what `dump` returned.
 
         Raises:
-            KeyError, TypeError, ValueError: It is something else.
+            KeyError, TypeError, ValueError: It is not what `dump` returns.
         """
         return cls(
             **{
                 **plain,
                 "source_model": Space(**plain["source_model"]),
                 "target_model": Space(**plain["target_model"]),
-                "held_out": {(source, target): found for source, target, found in plain["held_out"]},
+                "held_out": {(source, target): scores for source, target, scores in plain["held_out"]},
             }
         )

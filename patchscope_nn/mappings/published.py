@@ -1,4 +1,4 @@
-"""Lenses that others have published, read from their own files.
+"""Lenses published by others, read from their own file formats.
 
 A tuned lens (Belrose et al. 2023, arXiv 2303.08112) is a folder as the package `tuned-lens` 0.2.0 writes it
 (`TunedLens.save` in `tuned_lens/nn/lenses.py`): `config.json`, and `params.pt`, the state dict of one linear
@@ -7,7 +7,7 @@ translator for each block. Translator i reads `hidden_states[i]` (`tuned_lens/sc
 
 A Jacobian lens (Gurnee et al. 2026) is a file as `JacobianLens.save` writes it (`jlens/lens.py` of
 github.com/anthropics/jacobian-lens; huggingface.co/neuronpedia/jacobian-lens publishes such files, and
-TransformerLens reads and writes them): a dict of `J`, which maps a block's number to (d_model, d_model), and
+TransformerLens reads and writes them): a dict of `J`, which maps a block's index to (d_model, d_model), and
 `n_prompts`, `source_layers`, `d_model`. Block l's output is layer l here; the lens is unembed(J h).
 """
 
@@ -36,18 +36,18 @@ _TRANSLATOR = re.compile(r"(\d+)\.(weight|bias)")
 def load_published(kind: str, place: str | Path, *, info: ModelInfo) -> Fitted:
     """Read a published lens for a model.
 
-    The state of the last block is read as it is: there the lenses are the identity, and have no matrix.
+    For the last block both lenses are the identity and have no matrix.
 
     Args:
         kind: One of `PUBLISHED`.
         place: The folder or file.
-        info: The model whose states it is to map.
+        info: The model whose states it maps.
 
     Returns:
         A map from each of its layers to the model's last block.
 
     Raises:
-        MappingError: It cannot be read, holds something else, or is no lens of such a model.
+        MappingError: It cannot be read, is not such a lens, or is a lens of another model.
     """
     name, revision, maps = _read(kind, place, info)
     last = info.n_layers - 1
@@ -70,7 +70,7 @@ def load_published(kind: str, place: str | Path, *, info: ModelInfo) -> Fitted:
 def _read(
     kind: str, place: str | Path, info: ModelInfo
 ) -> tuple[str, str | None, dict[int, dict[str, torch.Tensor]]]:
-    """The model a lens says it is for (a Jacobian lens says none), its revision, and its maps."""
+    """The name and revision of the lens's model (a Jacobian lens names none), and its maps."""
     if kind == "jacobian_lens":
         return info.name, info.revision, read_jacobian_lens(place)
     maps = read_tuned_lens(place)
@@ -89,7 +89,7 @@ def read_tuned_lens(folder: str | Path) -> dict[int, dict[str, torch.Tensor]]:
         and, where the lens has one, `bias` (d_model,).
 
     Raises:
-        MappingError: The files cannot be read, or hold something else.
+        MappingError: The files cannot be read, or do not hold such a lens.
     """
     field = f"mapping.tuned_lens={str(folder)!r}"
     place = Path(folder).expanduser()
@@ -98,11 +98,11 @@ def read_tuned_lens(folder: str | Path) -> dict[int, dict[str, torch.Tensor]]:
         size, count = int(config["d_model"]), int(config["num_hidden_layers"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise MappingError(
-            f"{field} has no config.json that tells d_model and num_hidden_layers: {error}.",
+            f"{field} has no config.json with d_model and num_hidden_layers: {error}.",
             hint="Give a folder with the config.json and params.pt of the package tuned-lens.",
         ) from error
     state = _load(place / "params.pt", field=field)
-    found: dict[int, dict[str, torch.Tensor]] = {}
+    maps: dict[int, dict[str, torch.Tensor]] = {}
     for key, tensor in state.items():
         match = _TRANSLATOR.fullmatch(str(key))
         expected = (size, size) if match and match[2] == "weight" else (size,)
@@ -112,12 +112,12 @@ def read_tuned_lens(folder: str | Path) -> dict[int, dict[str, torch.Tensor]]:
                 f"({size}, {size}), '0.bias' ({size},) and so on, of {count} translators.",
                 hint="Give a lens of the package tuned-lens.",
             )
-        found.setdefault(int(match[1]) - 1, {})[match[2]] = tensor.float()
-    lacking = [number for number in range(count) if "weight" not in found.get(number - 1, {})]
-    if lacking:
-        raise MappingError(f"{field}: params.pt lacks the translator {lacking[0]} of {count}.")
+        maps.setdefault(int(match[1]) - 1, {})[match[2]] = tensor.float()
+    missing = [index for index in range(count) if "weight" not in maps.get(index - 1, {})]
+    if missing:
+        raise MappingError(f"{field}: params.pt lacks the translator {missing[0]} of {count}.")
     eye = torch.eye(size)
-    return {layer: tensors | {"weight": eye + tensors["weight"]} for layer, tensors in sorted(found.items())}
+    return {layer: tensors | {"weight": eye + tensors["weight"]} for layer, tensors in sorted(maps.items())}
 
 
 def read_jacobian_lens(file: str | Path) -> dict[int, dict[str, torch.Tensor]]:
@@ -130,14 +130,15 @@ def read_jacobian_lens(file: str | Path) -> dict[int, dict[str, torch.Tensor]]:
         For each layer it was fitted for, the map to the last block: `weight` = J (d_model, d_model).
 
     Raises:
-        MappingError: The file cannot be read, or holds something else.
+        MappingError: The file cannot be read, or does not hold such a lens.
     """
     field = f"mapping.jacobian_lens={str(file)!r}"
     state = _load(Path(file).expanduser(), field=field)
-    given, size = state.get("J"), state.get("d_model")
-    jacobians = given if isinstance(given, Mapping) else {}
-    right = (isinstance(layer, int) and _shape(one) == (size, size) for layer, one in jacobians.items())
-    if not jacobians or not all(right):
+    jacobians, size = state.get("J"), state.get("d_model")
+    if not isinstance(jacobians, Mapping):
+        jacobians = {}
+    valid = (isinstance(layer, int) and _shape(j) == (size, size) for layer, j in jacobians.items())
+    if not jacobians or not all(valid):
         raise MappingError(
             f"{field} holds {sorted(map(str, state))}; it should hold 'J', a dict of block numbers and "
             "(d_model, d_model) tensors, and 'd_model'.",
@@ -151,7 +152,7 @@ def _shape(value: Any) -> tuple[int, ...] | None:
 
 
 def _load(file: Path, *, field: str) -> Mapping[Any, Any]:
-    """A dict of a .pt file, of which nothing but tensors and plain values is unpickled."""
+    """Read a dict from a .pt file, unpickling only tensors and plain values."""
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:

@@ -1,4 +1,4 @@
-"""From what a Patchscope names as its mapping to what can travel: loaded, and checked against both models."""
+"""Resolves the mapping that a Patchscope names: loads it, and checks it against both models."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from patchscope_nn.spec.mapping import MAPPINGS
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ResolvedMapping:
-    """A mapping ready to travel into a context.
+    """A mapping that is ready to enter a context.
 
     Attributes:
-        name: How tables and manifests call it.
+        name: Its name in tables and manifests.
         kind: `identity`, `target_norm`, `call` or `pairs`.
         call: For `call`, a function from (..., d_model) to (..., d_model of the target).
         maps: For `pairs`, the tensors of each (l, l*).
-        digest: Hex digest of its weights; empty where it has none.
-        about: For `pairs`, what is known of the fit, as JSON holds it, for these pairs.
-        notices: What its user should know.
+        digest: A hex digest of its weights; empty if it has none.
+        about: For `pairs`, the metadata of the fit, limited to these pairs.
+        notices: Sentences that warn its user.
     """
 
     name: str
@@ -45,7 +45,7 @@ class ResolvedMapping:
     notices: tuple[str, ...] = ()
 
     def within(self, pairs: Iterable[Pair]) -> Any:
-        """What of it a context needs that maps states of these pairs: a function, tensors or nothing."""
+        """What a context needs to map states of these pairs: a function, tensors or nothing."""
         return {pair: self.maps[pair] for pair in sorted(set(pairs))} if self.kind == "pairs" else self.call
 
 
@@ -57,13 +57,13 @@ def resolve_mapping(
     pairs: Sequence[Pair] = (),
     sites: tuple[str, str] = (RESIDUAL.name, RESIDUAL.name),
 ) -> ResolvedMapping:
-    """Load a mapping and check, on one state of zeros and one of ones, that it fits between two models.
+    """Load a mapping, and check on two states that it maps between two models.
 
     Args:
         mapping: The `mapping` of a Patchscope.
         source: The model whose states it takes.
         target: The model whose hidden space it maps to.
-        pairs: Every (l, l*) it will be asked for; a fitted mapping needs a map for each.
+        pairs: Every (l, l*) of the run; a fitted mapping needs a map for each.
         sites: The names of the sites that are read and written.
 
     Returns:
@@ -88,10 +88,10 @@ def resolve_mapping(
     if isinstance(mapping, tuple) and mapping[0] == "fitted":
         fitted = Fitted.load(mapping[1], pairs=pairs or None)
         name = f"fitted:{Path(mapping[1]).name}"
-        found = _resolve_fitted(fitted, name, spaces=spaces, pairs=pairs)
+        resolved = _resolve_fitted(fitted, name, spaces=spaces, pairs=pairs)
         with Path(mapping[1]).open("rb") as opened:
             digest = hashlib.file_digest(opened, "sha256").hexdigest()
-        return replace(found, about={"file": str(mapping[1]), "sha256": digest, **found.about})
+        return replace(resolved, about={"file": str(mapping[1]), "sha256": digest, **resolved.about})
     if isinstance(mapping, tuple) and mapping[0] in PUBLISHED:
         kind, place = mapping
         lens = load_published(kind, place, info=source)
@@ -122,16 +122,16 @@ def _resolve_fitted(
         if (fit.name, fit.revision) != (space.name, space.revision):
             notices.append(
                 f"mapping {name} was fitted for the {side} {fit}; this run's is {space}. Unless "
-                "these have the same weights, it maps states of a kind it was not fitted on."
+                "these have the same weights, it is applied to states unlike those it was fitted on."
             )
-    wanted = tuple(dict.fromkeys(pairs)) or fitted.pairs
-    if missing := sorted(set(wanted) - set(fitted.pairs)):
+    chosen = tuple(dict.fromkeys(pairs)) or fitted.pairs
+    if missing := sorted(set(chosen) - set(fitted.pairs)):
         raise MappingError(f"mapping {name} has no map for {listed(missing)}.", hint=fitted.listed)
-    maps = fitted.chosen(wanted)
-    said = {
+    maps = fitted.chosen(chosen)
+    about = {
         **fitted.said(),
-        "pairs": [list(pair) for pair in wanted],
-        "held_out": [one for one in fitted.about.dump()["held_out"] if tuple(one[:2]) in maps],
+        "pairs": [list(pair) for pair in chosen],
+        "held_out": [scores for scores in fitted.about.dump()["held_out"] if tuple(scores[:2]) in maps],
     }
     digest = hashlib.sha256()
     for pair in sorted(maps):
@@ -142,7 +142,7 @@ def _resolve_fitted(
         kind="pairs",
         maps=maps,
         digest=digest.hexdigest()[:16],
-        about=said,
+        about=about,
         notices=tuple(notices),
     )
 
@@ -175,14 +175,14 @@ def _check_shape(call: Any, name: str, source: Space, target: Space) -> None:
     expected = (2, target.d_model)
     try:
         with torch.no_grad():
-            given = call(states)
+            mapped = call(states)
     except Exception as error:
         raise MappingError(
             f"mapping {name} fails on states of shape {tuple(states.shape)}: {error}.",
             hint=f"It should map (n, {source.d_model}) to (n, {target.d_model}).",
         ) from error
-    if not isinstance(given, torch.Tensor) or tuple(given.shape) != expected:
-        shape = tuple(given.shape) if isinstance(given, torch.Tensor) else type(given).__name__
+    if not isinstance(mapped, torch.Tensor) or tuple(mapped.shape) != expected:
+        shape = tuple(mapped.shape) if isinstance(mapped, torch.Tensor) else type(mapped).__name__
         raise MappingError(
             f"mapping {name} gives {shape} for states of shape {tuple(states.shape)}; should be {expected}.",
             hint=f"It maps {source.name} (d_model {source.d_model}) to {target.name} ({target.d_model}).",

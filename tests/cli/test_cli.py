@@ -262,7 +262,8 @@ def test_options_can_be_set_by_the_environment(patchscope, monkeypatch):
 
 
 COMMANDS = dict(typer.main.get_command(cli.app).commands)
-COMMANDS |= {f"fit {kind}": command for kind, command in COMMANDS.pop("fit").commands.items()}
+FIT = COMMANDS.pop("fit")
+COMMANDS |= {f"fit {kind}": FIT.get_command(None, kind) for kind in FIT.list_commands(None)}
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import torch
 
 import patchscope_nn as ps
 from patchscope_nn.errors import SpecError
+from patchscope_nn.fitting import fit_mapping, fit_trained
 from patchscope_nn.fitting.trained.training import Training
 from patchscope_nn.spec import MLP
 
@@ -57,7 +58,7 @@ RUN = (
 )
 RUN += ("data", "controls", "columns", "metrics", "seed", "limit", "base")
 FIT = (
-    *inspect.signature(ps.fit.fit_mapping).parameters,
+    *inspect.signature(fit_mapping).parameters,
     "column",
     "limit",
     "positions",
@@ -65,7 +66,7 @@ FIT = (
     "rank",
 )
 FIT += ("lambdas", "seed")
-TRAIN = (*inspect.signature(ps.fit.fit_trained).parameters, "layers", "max_tokens", "skip_first", "training")
+TRAIN = (*inspect.signature(fit_trained).parameters, "layers", "max_tokens", "skip_first", "training")
 
 
 def _own(columns, row):

@@ -75,7 +75,8 @@ def test_a_fit_is_not_measured_on_its_own_data(tmp_path):
     file.write_text("".join(json.dumps(row) + "\n" for row in rows_of(20)["rows"]))
     data = DataSpec(file=str(file))
     with pytest.raises(
-        DataError, match=r"held_out names the same data as is fitted on, data\.file=.*A fit says"
+        DataError,
+        match=r"held_out names the same data as is fitted on, data\.file=.*A score on the data of the fit",
     ):
         read_texts(data, held_out=data)
     other = tmp_path / "copy.jsonl"
@@ -90,8 +91,8 @@ def test_a_fit_is_not_measured_on_its_own_data(tmp_path):
         ([{"a": "x", "b": "y"}], {}, r"which column of data\.rows holds the texts\? It has a, b\. Name it"),
         ([{"a": "x"}], {"column": "b"}, r"has no column 'b'; it has a\."),
         ([{"a": 1}], {"column": "a"}, r"column 'a' of data\.rows holds no text"),
-        ([{"a": "x"}, {"a": "y"}], {}, r"has 2 different texts; a fit needs 3"),
-        ([{"a": "x"}], {"held_out": 1.0}, r"held_out=1\.0 is no share"),
+        ([{"a": "x"}, {"a": "y"}], {}, r"has 2 different texts; a fit needs at least 3"),
+        ([{"a": "x"}], {"held_out": 1.0}, r"held_out=1\.0 is not a share"),
     ],
 )
 def test_texts_that_make_no_fit(rows, options, message):
@@ -169,10 +170,10 @@ def test_pairs_that_are_named(pairs, options, expected):
 @pytest.mark.parametrize(
     ("pairs", "options", "message"),
     [
-        ("sam", {}, r"'sam' is no pair of layers\. Use same, last, cross, or pairs like 3:5"),
+        ("sam", {}, r"'sam' is not a valid pair of layers\. Use same, last, cross, or pairs like 3:5"),
         ("4:0", {}, "pairs: l=4 is outside this model, whose 4 blocks are"),
         ("0:3", {}, r"pairs: l\*=3 is outside this model"),
-        ([(1, 2, 3)], {}, "is no pair of layers"),
+        ([(1, 2, 3)], {}, "is not a valid pair of layers"),
         ("cross", {"target_layers": "x"}, "target_layers: 'x' is no layer"),
         ("same", {"one_model": True}, "leaves nothing to fit: a layer of one model needs no map to itself"),
     ],
@@ -259,7 +260,7 @@ def test_few_positions_are_a_notice_and_so_is_the_end_of_a_grid(tiny_model):
     options = {"model": tiny_model(), "pairs": "0:1", "notice": said.append}
     fit_mapping(data=rows_of(10), positions=2, lambdas=[1e-6, 1e-5], **options)
     assert said[0].startswith("fitted on 16 positions, for states of 32 dimensions")
-    assert said[1:] == ["lambda stands at an end of its grid for 1 of 1 pairs."]
+    assert said[1:] == ["lambda is at an end of its grid for 1 of 1 pairs."]
     said.clear()
     fit_mapping(data=rows_of(100), lambdas=[1e-2], **options)
     assert said == []

@@ -9,17 +9,19 @@ import hooks
 import pytest
 import tiny
 import torch
+import typer
 from lens_files import write_jacobian_lens, write_tuned_lens
 from safetensors import safe_open
 from test_fit_text import ROWS, TEXTS
 
 import patchscope_nn as ps
 from patchscope_nn import cli
-from patchscope_nn.fitting.trained.fit import TRAINED
+from patchscope_nn.fitting.trained.kinds import KINDS, TRAINED
 from patchscope_nn.fitting.trained.training import Training
 from patchscope_nn.mappings.published import read_jacobian_lens, read_tuned_lens
 from patchscope_nn.readouts import NextToken
-from patchscope_nn.spec import Patchscope, Source, Target
+from patchscope_nn.spec import TRAIN_KINDS, Patchscope, Source, Target
+from patchscope_nn.spec.training import _FIELDS
 
 TRAINING = ["--steps", "20", "--held-out", "0.2"]
 THROUGH_TEXT = [
@@ -59,6 +61,27 @@ def test_every_kind_has_a_command():
     assert [*CASES, "soft_prompt"] == [*TRAINED[:2], *TRAINED[3:], TRAINED[2]]
 
 
+@pytest.mark.parametrize("name", TRAINED)
+def test_every_option_of_a_kind_is_offered_with_its_default(name):
+    kind = KINDS[name]
+    parameters = kind.parameters()
+    assert set(parameters) - {"training", "source", "target"} == set(kind.options)
+    assert ("training" in parameters) == (kind.training is not None)
+    assert kind.summary
+    if name in TRAIN_KINDS:
+        fields = {"column", *Training.model_fields} if kind.training else {"column"}
+        assert set(_FIELDS[name]) <= fields | set(parameters)
+    group = typer.main.get_command(cli.app).commands["fit"]
+    defaults = {parameter.name: parameter.default for parameter in group.get_command(None, name).params}
+    expected = kind.training.model_dump() if kind.training else {}
+    expected |= {
+        option: parameters[option].default
+        for option in ("max_tokens", "skip_first", "subjects", "tokens")
+        if option in parameters
+    }
+    assert {option: defaults[option] for option in expected} == expected
+
+
 @pytest.mark.parametrize("kind", list(CASES))
 def test_a_mapping_is_fitted_printed_and_saved(kind, place, monkeypatch, capsys):
     options, pairs = CASES[kind]
@@ -74,7 +97,7 @@ def test_a_mapping_is_fitted_printed_and_saved(kind, place, monkeypatch, capsys)
     assert [one[:2] for one in said["held_out"]] == pairs
     assert run(monkeypatch, "fit", kind, "--model", place, *options, "--out", "g.safetensors") == 0
     printed = capsys.readouterr().out
-    assert f"{kind}, on what was held out" in printed
+    assert f"{kind}, on held-out data" in printed
     again = ps.Fitted.load("g.safetensors")
     for pair in fitted.pairs:
         assert all(
@@ -96,7 +119,10 @@ def test_a_soft_prompt_is_fitted_and_saved(place, monkeypatch, capsys):
 BAD = {
     "no such column": (
         ["tuned_lens", "--data", "rows.jsonl", "--column", "wrod"],
-        "error: column='wrod' is no column of the data.\n  hint: Did you mean 'word'? Allowed: word, said.\n",
+        (
+            "error: column='wrod' is not a column of the data.\n"
+            "  hint: Did you mean 'word'? Allowed: word, said.\n"
+        ),
     ),
     "several columns": (
         ["tuned_lens", "--data", "rows.jsonl"],

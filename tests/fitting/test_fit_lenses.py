@@ -9,8 +9,8 @@ import torch
 
 from patchscope_nn.errors import DataError, LayerError, ModelError, SpecError
 from patchscope_nn.fitting.trained.frozen import frozen
-from patchscope_nn.fitting.trained.held_out import deal_texts
 from patchscope_nn.fitting.trained.jacobian import fit_jacobian_lens
+from patchscope_nn.fitting.trained.splits import split_texts
 from patchscope_nn.fitting.trained.training import Training
 from patchscope_nn.fitting.trained.tuned_lens import fit_tuned_lens
 from patchscope_nn.models import load
@@ -109,7 +109,7 @@ def test_the_score_is_the_kl_over_the_held_out_tokens(tiny_model):
 
 
 def fit_parts(training):
-    parts = deal_texts(
+    parts = split_texts(
         TEXTS,
         tiny.TOKENIZER,
         held_out=training.held_out,
@@ -157,7 +157,7 @@ def test_a_jacobian_lens_is_the_mean_of_autograds_jacobians(family, rows_at_a_ti
         rows_at_a_time=rows_at_a_time,
         seed=3,
     )
-    parts = deal_texts(texts, tiny.TOKENIZER, held_out=0.2, seed=3, max_tokens=6, least=skip + 2)
+    parts = split_texts(texts, tiny.TOKENIZER, held_out=0.2, seed=3, max_tokens=6, least=skip + 2)
     assert found.provenance["n_texts"] == {"fitted": len(parts.fitted), "stopping": 0, "held_out": 1}
     for layer in (-1, 1):
         expected = torch.zeros(tiny.D_MODEL, tiny.D_MODEL)

@@ -87,11 +87,11 @@ def test_it_is_scored_on_the_other_subjects(tiny_model):
 @pytest.mark.parametrize(
     ("given", "error", "message"),
     [
-        ({"subject": "wrod"}, DataError, "subject='wrod' is no column of the data. Did you mean 'word'"),
+        ({"subject": "wrod"}, DataError, "subject='wrod' is not a column of the data. Did you mean 'word'"),
         ({"prompt": "The city"}, DataError, "does not name the subject"),
         ({"prompt": "The {city} of {word}"}, DataError, "asks for the column 'city'"),
         ({"prompt": "The {word}ff", "rows": [{"word": "i"}]}, PositionError, "ends with no whole token"),
-        ({"rows": ROWS[:8]}, DataError, "8 different prompts are too few to fit at 8"),
+        ({"rows": ROWS[:8]}, DataError, "8 different prompts are too few to fit on 8"),
         ({"layers": 9}, LayerError, "layer=9 is outside"),
         ({"rank": 33}, DataError, "rank=33"),
         ({"subjects": 0}, DataError, "subjects=0"),

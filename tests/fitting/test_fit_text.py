@@ -37,7 +37,7 @@ def fit(model, kind="trained_affine", **changed):
         "source": SOURCE,
         "target": TARGET,
         "text": "{said}",
-        "training": quick(KINDS[kind][1] if kind in KINDS else 0.1),
+        "training": quick(KINDS[kind].training.learning_rate if kind in KINDS else 0.1),
     } | changed
     return fit_through_text(model, given.pop("rows", ROWS), kind=kind, **given)
 
@@ -63,7 +63,9 @@ def nll_by_hand(family, row, f):
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_held_out_numbers_are_those_of_plain_hooks(family, kind, tiny_model):
-    found = fit(tiny_model(family), kind, training=quick(KINDS[kind][1], steps=8, stopping=0.0))
+    found = fit(
+        tiny_model(family), kind, training=quick(KINDS[kind].training.learning_rate, steps=8, stopping=0.0)
+    )
     (score,), tensors = found.held_out, found.maps[2, 1]
     held = [row for row in ROWS if row["word"] in held_words(found)]
     assert len({row["word"] for row in held}) == score.n_rows > 1
@@ -76,11 +78,11 @@ def test_held_out_numbers_are_those_of_plain_hooks(family, kind, tiny_model):
 
 def held_words(found):
     """The words whose prompts were held out, once more from the seed."""
-    from patchscope_nn.fitting.trained.held_out import deal
+    from patchscope_nn.fitting.trained.splits import split_items
 
     training = found.provenance["training"]
     prompts = [tuple(tiny.TOKENIZER(SOURCE.prompt.format(**row))["input_ids"]) for row in ROWS]
-    parts = deal(prompts, **{name: training[name] for name in ("held_out", "stopping", "seed")})
+    parts = split_items(prompts, **{name: training[name] for name in ("held_out", "stopping", "seed")})
     return {row["word"] for row, prompt in zip(ROWS, prompts, strict=True) if prompt in parts.held_out}
 
 
@@ -93,7 +95,7 @@ def test_training_lowers_what_the_texts_cost(kind, tiny_model):
 
 
 def test_the_same_seed_gives_the_same_map(tiny_model):
-    training = quick(KINDS["trained_low_rank"][1], steps=8)
+    training = quick(KINDS["trained_low_rank"].training.learning_rate, steps=8)
     first, again = (fit(tiny_model(), "trained_low_rank", training=training) for _ in range(2))
     assert torch.equal(first.maps[2, 1]["weight"], again.maps[2, 1]["weight"])
     assert first.held_out == again.held_out
@@ -167,11 +169,11 @@ def test_a_soft_prompt_scores_as_plain_hooks_do(family, tiny_model, tmp_path):
 
 
 def held_texts(found):
-    from patchscope_nn.fitting.trained.held_out import deal_texts
+    from patchscope_nn.fitting.trained.splits import split_texts
 
     training = found.about.settings["training"]
     shares = {name: training[name] for name in ("held_out", "stopping", "seed")}
-    return deal_texts(TEXTS, tiny.TOKENIZER, max_tokens=128, least=4, **shares).held_out
+    return split_texts(TEXTS, tiny.TOKENIZER, max_tokens=128, least=4, **shares).held_out
 
 
 def soft_by_hand(family, prompt, ids, t):

@@ -178,7 +178,8 @@ def test_models_it_was_not_fitted_for(info):
     (said,) = resolve_mapping(fitted, source=other, target=info, pairs=PAIRS).notices
     assert said == (
         "mapping fitted was fitted for the source LlamaForCausalLM (d_model 32); this run's is another at "
-        "abc (d_model 32). Unless these have the same weights, it maps states of a kind it was not fitted on."
+        "abc (d_model 32). Unless these have the same weights, it is applied to states unlike those it was "
+        "fitted on."
     )
 
 

@@ -21,6 +21,13 @@ TEXTS = [
 ]
 FITS = {"data": TEXTS, "pairs": "1:2", "positions": 3}
 TRAINS = {"layers": [1], "training": Training(steps=2, batch=4, learning_rate=0.01)}
+ROWS = [{"word": row["text"], "said": " a" + " b" * (i % 3)} for i, row in enumerate(TEXTS)]
+THROUGH_TEXT = {
+    "source": ps.Source(prompt="{word}", layer=1),
+    "target": ps.Target(prompt="The Paris -> x", position="x", layer=1),
+    "text": "{said}",
+    "training": TRAINS["training"],
+}
 
 
 @pytest.fixture
@@ -87,15 +94,24 @@ def test_texts_share_a_pass_as_far_as_the_proof_allows(load, passes):
 )
 def test_a_kind_that_is_trained_on_such_passes_is_refused(withheld, message, load):
     with pytest.raises(ModelError, match=message) as caught:
-        ps.fit("tuned_lens", model=load(withheld), data=TEXTS, **TRAINS)
+        ps.fit("trained_scale", model=load(withheld), data=ROWS, **THROUGH_TEXT)
     assert "fit a mapping in closed form" in str(caught.value).lower()
-    assert ps.fit("tuned_lens", model=load(), data=TEXTS, **TRAINS)
+    assert ps.fit("trained_scale", model=load(), data=ROWS, **THROUGH_TEXT)
+
+
+@pytest.mark.parametrize("withheld", ["mixed_lengths", "source_sharing"])
+def test_a_lens_is_trained_on_states_that_are_read_in_passes_that_are_right(withheld, load):
+    models = (load(), load(withheld))
+    first, second = (ps.fit("tuned_lens", model=model, data=TEXTS, **TRAINS) for model in models)
+    (pair,) = first.pairs
+    for name, value in first.parts(pair).items():
+        torch.testing.assert_close(value, second.parts(pair)[name], atol=1e-5, rtol=1e-4)
 
 
 def test_texts_of_one_length_are_trained_on_where_padding_is_wrong(load):
-    texts = [row for row in TEXTS if len(tiny.TOKENIZER(row["text"])["input_ids"]) == 6]
+    rows = [row | {"said": " a"} for row in ROWS]
     models = (load(), load("mixed_lengths"))
-    one, other = (ps.fit("tuned_lens", model=model, data=texts, **TRAINS) for model in models)
-    (pair,) = one.pairs
-    for name, value in one.parts(pair).items():
-        assert torch.equal(value, other.parts(pair)[name])
+    first, second = (ps.fit("trained_scale", model=model, data=rows, **THROUGH_TEXT) for model in models)
+    (pair,) = first.pairs
+    for name, value in first.parts(pair).items():
+        torch.testing.assert_close(value, second.parts(pair)[name], atol=1e-5, rtol=1e-4)

@@ -1,1 +1,1 @@
-"""Mappings in closed form, from states that two models or two layers have of the same texts."""
+"""Mappings fitted in closed form, from the states of two models or two layers at the same places of texts."""

@@ -1,4 +1,4 @@
-"""One fit: texts read, states streamed, maps solved for, and measured on texts that were held out."""
+"""Fits in closed form: read texts, stream their states, solve for the maps, score them on held-out texts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from patchscope_nn.data.rows import DataSpec
 from patchscope_nn.errors import DataError
 from patchscope_nn.fitting.closed.pairs import parse_pairs
 from patchscope_nn.fitting.closed.score import Scores
-from patchscope_nn.fitting.closed.solve import Solution, itself, solve
+from patchscope_nn.fitting.closed.solve import Solution, identity, solve
 from patchscope_nn.fitting.closed.states import Pairing
 from patchscope_nn.fitting.closed.sums import Sums, size
 from patchscope_nn.fitting.texts import DEFAULT_DATA, Texts, read_texts
@@ -23,9 +23,9 @@ from patchscope_nn.spec import RESIDUAL, Fit, FitKind
 
 Progress = Callable[[int, int], None]
 Notice = Callable[[str], None]
-#: The most bytes that sums may take at a time; pairs beyond it are fitted in another pass over the texts.
+#: The most bytes that sums may take at a time; the remaining pairs are fitted in another pass over the texts.
 _MEMORY = 2 << 30
-#: Fewer states than this many for each dimension is worth a notice.
+#: A notice is given if there are fewer states per dimension than this.
 _ENOUGH = 2
 
 
@@ -50,47 +50,47 @@ def fit_mapping(
     notice: Notice | None = None,
     **options: Any,
 ) -> Fitted:
-    """Fit maps from layers of one model to layers of another, or of itself, and measure them.
+    """Fit maps from layers of one model to layers of another, or of itself, and score them.
 
-    For each text some positions are chosen at random; both models read the text, and the states that they
-    have there are pairs (x, y). Two tokenizers are aligned by character offsets. The maps are closed forms of
-    sums over these (see `solve.py`); states are streamed, and never all held. With one model and l* the last
-    block, `affine` is the least-squares "tuned lens" of the paper (section 4.1, after Din et al. 2023).
+    Both models read each text, and their states at some random positions are the pairs (x, y) to fit.
+    Different tokenizers are aligned by character offsets. The maps are closed forms of sums over these pairs
+    (see `solve.py`); states are streamed and never held all at once. With one model and l* the last block,
+    `affine` is the least-squares "tuned lens" of the paper (section 4.1, after Din et al. 2023).
 
     Args:
         kind: `affine`, `orthogonal`, `low_rank` or `scale`.
-        model: M, whose states are mapped: what `load` takes, or gives.
+        model: M, whose states are mapped: anything `load` takes, or a loaded model.
         target_model: M*, to whose states they are mapped; None is M.
         pairs: `same`, `last`, `cross`, or pairs like `"3:5,4:6"`, as in `parse_pairs`.
         source_layers: The l of `same`, `last` and `cross`.
         target_layers: The l* of `cross`.
-        data: The texts, as `run` takes data; None is texts that ship with this package.
-        held_out: The share of the texts that is held out; or data of its own.
+        data: The texts, as `run` takes data; None uses texts that ship with this package.
+        held_out: The share of the texts to hold out, or separate data.
         sites: The name of the site that is read on each side.
-        remote: Where the target runs, as in `run`; states then come back as values.
-        source_remote: Where the source runs; None is where the target does.
+        remote: Where the target runs, as in `run`; states are sent back as values.
+        source_remote: Where the source runs; None is the same place as the target.
         base: The folder that relative data files start from.
         out: A safetensors file to save to.
-        command: The command, for the provenance.
-        progress: Called with (texts done, texts in all).
-        notice: Called with what a researcher should know.
+        command: The command line, for the provenance.
+        progress: Called with (texts done, texts in total).
+        notice: Called with a sentence if the fit may be unreliable.
         **options: The other fields of `Fit`: `column`, `limit`, `positions`, `max_tokens`, `rank`, `lambdas`
             and `seed`.
 
     Returns:
-        The maps; `about.held_out` has the numbers of each pair.
+        The maps; `about.held_out` has the scores of each pair.
 
     Raises:
-        InputError: Something given is wrong: data, layers, or a kind that does not fit the spaces.
+        InputError: The data or layers cannot be resolved, or the kind does not fit the two spaces.
     """
     places = Places.of(remote, source_remote)
     source = load(model, **places.loading(places.source))
     target = source if target_model is None else load(target_model, **places.loading(places.target))
     if isinstance(held_out, int | float):
         options = {**options, "held_out": held_out}
-    given = None if data is None else as_data(data, limit=options.get("limit"))
-    asked = Fit(kind=kind, data=None if given is None else given.model_dump(mode="json"), **options)
-    wanted = parse_pairs(
+    spec = None if data is None else as_data(data, limit=options.get("limit"))
+    fit = Fit(kind=kind, data=None if spec is None else spec.model_dump(mode="json"), **options)
+    chosen = parse_pairs(
         pairs,
         n_source=source.info.n_layers,
         n_target=target.info.n_layers,
@@ -98,16 +98,16 @@ def fit_mapping(
         target_layers=target_layers,
         one_model=target is source and sites[0] == sites[1],
     )
-    apart = None if isinstance(held_out, int | float) else as_data(held_out)
-    texts = texts_for(asked, given or as_data(DEFAULT_DATA), held_out=apart, base=base)
+    separate = None if isinstance(held_out, int | float) else as_data(held_out)
+    texts = texts_for(fit, spec or as_data(DEFAULT_DATA), held_out=separate, base=base)
     pairing = Pairing(
         source=source,
         target=target,
         backend=places.backend,
         sites=sites,
-        options=asked,
+        options=fit,
     )
-    fitted = fit_pairs(asked, pairing, texts, wanted, command=command, progress=progress, notice=notice)
+    fitted = fit_pairs(fit, pairing, texts, chosen, command=command, progress=progress, notice=notice)
     if out is not None:
         fitted.save(out)
     return fitted
@@ -116,7 +116,7 @@ def fit_mapping(
 def texts_for(
     options: Fit, data: DataSpec, *, held_out: DataSpec | None = None, base: Path | None = None
 ) -> Texts:
-    """The texts of a fit; held out is a share of them, or data of its own.
+    """Read the texts of a fit; a share of them or separate data is held out.
 
     Raises:
         InputError: The data cannot be read, or is too little.
@@ -141,18 +141,30 @@ def fit_pairs(
     progress: Progress | None = None,
     notice: Notice | None = None,
 ) -> Fitted:
-    """Fit and measure the maps of some pairs.
+    """Fit and score the maps of some pairs.
 
-    Arguments as in `fit_mapping`; `pairing` reads the states, and `texts` are dealt out. The map of a layer
-    of one model to itself is identity, and no number is reported of it; at least one pair is another.
+    The map of a layer of one model to itself is the identity and has no score.
+
+    Args:
+        options: The kind and its settings.
+        pairing: Reads the states.
+        texts: The texts, already split.
+        pairs: The pairs (l, l*); at least one is not an identity.
+        command: As in `fit_mapping`.
+        progress: As in `fit_mapping`.
+        notice: As in `fit_mapping`.
+
+    Raises:
+        DataError: No text has a position that both models read.
+        InputError: The kind does not fit the two spaces.
     """
     source, target = pairing.source.info, pairing.target.info
-    solutions = {pair: itself() for pair in pairs if pairing.is_one(pair)}
+    solutions = {pair: identity() for pair in pairs if pairing.is_identity(pair)}
     pairs = [pair for pair in pairs if pair not in solutions]
     d_in, d_out = pairing.widths
     chunks = list(_chunks(pairs, d_in, d_out))
-    each = len(texts.fitted) + len(texts.choosing)
-    count = _Count(progress, len(chunks) * each + len(texts.held_out))
+    per_chunk = len(texts.fitted) + len(texts.choosing)
+    count = _Count(progress, len(chunks) * per_chunk + len(texts.held_out))
     for chunk in chunks:
         about: dict[tuple[str, int], Any] = {}
         sums = [
@@ -166,10 +178,10 @@ def fit_pairs(
             scores.add(states)
         count(states.texts)
     if not scores.n:
-        raise _no_places("held out")
+        raise _no_positions("held out")
     if notice:
-        for said in _notices(options, scores.solutions, d_in):
-            notice(said)
+        for sentence in _notices(options, scores.solutions, d_in):
+            notice(sentence)
     n = solutions[pairs[0]].n
     return Fitted(
         kind=options.kind,
@@ -194,7 +206,7 @@ def fit_pairs(
 
 
 class _Count:
-    """Counts texts, and tells of it."""
+    """Counts the texts that have been read, and reports the count."""
 
     def __init__(self, progress: Progress | None, total: int) -> None:
         self.progress, self.total, self.done = progress, total, 0
@@ -211,20 +223,20 @@ def _summed(pairing: Pairing, texts: Sequence[str], sums: Sums, count: _Count, n
             sums.add(states.source, states.target)
         count(states.texts)
     if not sums.n:
-        raise _no_places(name)
+        raise _no_positions(name)
     return sums
 
 
-def _no_places(name: str) -> DataError:
+def _no_positions(name: str) -> DataError:
     return DataError(
-        f"the texts {name} have no position that both models read: they are too short, or no token of the "
-        "one ends where one of the other does.",
+        f"the texts {name} have no position that both models read: they are too short, or no token of one "
+        "model ends where a token of the other does.",
         hint="Give more and longer texts.",
     )
 
 
 def _chunks(pairs: Sequence[Pair], d_in: int, d_out: int) -> Iterator[list[Pair]]:
-    """Pairs whose sums fit into memory together."""
+    """Split the pairs into groups whose sums fit into memory together."""
     chunk: list[Pair] = []
     for pair in sorted(pairs):
         if chunk and 3 * size([*chunk, pair], d_in, d_out) > _MEMORY:
@@ -238,10 +250,10 @@ def _notices(options: Fit, solutions: Mapping[Pair, Solution], d_in: int) -> Ite
     n = next(iter(solutions.values())).n
     if options.kind != "scale" and n < _ENOUGH * d_in:
         yield (
-            f"fitted on {n} positions, for states of {d_in} dimensions: the maps may say little. Give more "
-            "texts, or more positions of each."
+            f"fitted on {n} positions, for states of {d_in} dimensions: the maps may be unreliable. Give "
+            "more texts, or more positions of each."
         )
     ends = [pair for pair, solution in solutions.items() if solution.settings.get("at_end_of_grid")]
     if ends:
-        what = "alpha" if options.kind == "scale" else "lambda"
-        yield f"{what} stands at an end of its grid for {len(ends)} of {len(solutions)} pairs."
+        setting = "alpha" if options.kind == "scale" else "lambda"
+        yield f"{setting} is at an end of its grid for {len(ends)} of {len(solutions)} pairs."

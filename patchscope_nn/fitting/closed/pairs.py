@@ -1,4 +1,4 @@
-"""Which pairs of layers are fitted."""
+"""The pairs of layers that are fitted."""
 
 from __future__ import annotations
 
@@ -23,43 +23,43 @@ def parse_pairs(
     target_layers: Any = "all",
     one_model: bool = False,
 ) -> tuple[Pair, ...]:
-    """The pairs (l, l*) that are named.
+    """Resolve a selection of layer pairs (l, l*).
 
     Args:
         pairs: `same` (l to l* = l), `last` (l to the last block), `cross` (every l to every l*), or pairs:
             `"3:5"`, `"embed:0,3:5"`, `[(3, 5)]`; negative numbers count from the end.
         n_source: The number of blocks of the source model.
-        n_target: Of the target model.
+        n_target: The number of blocks of the target model.
         source_layers: The l of `same`, `last` and `cross`, as in `Source.layer`.
         target_layers: The l* of `cross`.
-        one_model: Whether both are one model, in which a layer needs no map to itself.
+        one_model: True if both are one model; pairs of a layer with itself are then left out.
 
     Returns:
         The pairs, sorted.
 
     Raises:
-        LayerError: They are none of these, lie outside the models, or there are none.
+        LayerError: `pairs` cannot be read, names layers outside the models, or leaves no pair.
     """
     if isinstance(pairs, str) and pairs in _NAMED:
         sources = _layers(source_layers, n_layers=n_source, field="source_layers")
         targets = _layers(target_layers, n_layers=n_target, field="target_layers")
-        found = {
+        selected = {
             "same": [(layer, layer) for layer in sources if layer < n_target],
             "last": [(layer, n_target - 1) for layer in sources],
             "cross": [(layer, target) for layer in sources for target in targets],
         }[pairs]
     else:
         items = pairs.split(",") if isinstance(pairs, str) else pairs
-        found = [_pair(item, n_source=n_source, n_target=n_target) for item in items]
+        selected = [_pair(item, n_source=n_source, n_target=n_target) for item in items]
     if one_model:
-        found = [pair for pair in found if pair[0] != pair[1]]
-    if not found:
+        selected = [pair for pair in selected if pair[0] != pair[1]]
+    if not selected:
         raise LayerError(
             f"pairs={pairs!r} leaves nothing to fit"
             + (": a layer of one model needs no map to itself." if one_model else "."),
-            hint="Use pairs last or cross, name some as l:l*, or name another target model.",
+            hint="Use pairs last or cross, name pairs as l:l*, or give another target model.",
         )
-    return tuple(sorted(set(found)))
+    return tuple(sorted(set(selected)))
 
 
 def _layers(selector: Any, *, n_layers: int, field: str) -> tuple[int, ...]:
@@ -72,19 +72,19 @@ def _layers(selector: Any, *, n_layers: int, field: str) -> tuple[int, ...]:
 
 def _pair(item: Any, *, n_source: int, n_target: int) -> Pair:
     match = _PAIR.match(item.strip()) if isinstance(item, str) else None
-    found = match.groups() if match else item
-    if isinstance(found, str) or not isinstance(found, Sequence) or len(found) != 2:  # noqa: PLR2004 (l, l*)
+    layers = match.groups() if match else item
+    if isinstance(layers, str) or not isinstance(layers, Sequence) or len(layers) != 2:  # noqa: PLR2004 (l, l*)
         raise LayerError(
-            f"{item!r} is no pair of layers.",
+            f"{item!r} is not a valid pair of layers.",
             hint=f"Use {', '.join(_NAMED)}, or pairs like 3:5 or embed:0, separated by commas.",
         )
-    source, target = (_layer(one) for one in found)
+    source, target = map(_layer, layers)
     return (
         resolve_layers(source, n_layers=n_source, field="pairs: l")[0],
         resolve_layers(target, n_layers=n_target, field="pairs: l*")[0],
     )
 
 
-def _layer(one: Any) -> int | str:
-    """`embed` by its name, which is all that `resolve_layers` takes for it."""
-    return "embed" if one == "embed" or (isinstance(one, int) and one == EMBED) else int(one)
+def _layer(layer: Any) -> int | str:
+    """A layer as `resolve_layers` takes it: the input of block 0 only by the name `embed`."""
+    return "embed" if layer in ("embed", EMBED) else int(layer)

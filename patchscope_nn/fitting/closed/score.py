@@ -1,4 +1,4 @@
-"""How well maps do on texts that were held out."""
+"""Scores of maps on held-out texts."""
 
 from __future__ import annotations
 
@@ -12,10 +12,13 @@ from patchscope_nn.mappings import Pair, map_parts
 
 
 class Scores:
-    """Sums over held-out states, from which the numbers of each pair come.
+    """Streamed sums over held-out states, from which the scores of each pair are computed.
 
     Args:
-        solutions: The maps.
+        solutions: The maps to score.
+
+    Attributes:
+        n: How many states have been added.
     """
 
     def __init__(self, solutions: Mapping[Pair, Solution]) -> None:
@@ -27,9 +30,9 @@ class Scores:
         self._targets: dict[int, Spread] = {}
 
     def add(self, states: Paired) -> None:
-        """Map a batch of states and compare."""
+        """Map a batch of source states and compare them with the target states."""
         self.n += len(next(iter(states.source.values())))
-        targets = {layer: found.cpu().double() for layer, found in states.target.items()}
+        targets = {layer: batch.cpu().double() for layer, batch in states.target.items()}
         for layer in {pair[1] for pair in self.solutions}:
             self._targets.setdefault(layer, Spread()).add(targets[layer])
         for pair, solution in self.solutions.items():
@@ -41,12 +44,12 @@ class Scores:
             self._of_mean[pair] += float(torch.cosine_similarity(mean.expand_as(y), y, dim=-1).sum())
 
     def numbers(self) -> dict[Pair, dict[str, float]]:
-        """By pair, over all held-out states.
+        """Compute the scores of each pair over all held-out states.
 
         Returns:
-            `fraction_of_variance`: 1 - sum |f(x) - y|^2 / sum |y - mean of y|^2; `cosine`: the mean cosine of
-            f(x) and y; `cosine_of_mean`: that of y and the mean state that was fitted on, which knows nothing
-            of x; `n`: how many states.
+            `fraction_of_variance`: 1 - sum |f(x) - y|^2 / sum |y - mean of y|^2. `cosine`: the mean cosine of
+            f(x) and y. `cosine_of_mean`: the mean cosine of y and the mean target state of the fit, a
+            baseline that ignores x. `n`: the number of states.
         """
         return {
             pair: {
@@ -60,7 +63,13 @@ class Scores:
 
 
 class Spread:
-    """The summed squared distance of states to their mean, streamed (Chan et al. 1983)."""
+    """The summed squared distance of states to their mean, streamed (Chan et al. 1983).
+
+    Attributes:
+        n: How many states have been added.
+        mean: (d_model,) their mean.
+        variance: The summed squared distance to the mean.
+    """
 
     def __init__(self) -> None:
         self.n, self.mean, self.variance = 0, torch.zeros(()), 0.0
@@ -68,8 +77,8 @@ class Spread:
     def add(self, states: torch.Tensor) -> None:
         """Add (n, d_model) states in float64."""
         count, mean = len(states), states.mean(0)
-        inner = float(((states - mean) ** 2).sum())
-        apart = float(((mean - self.mean) ** 2).sum()) * self.n * count / (self.n + count)
-        self.variance += inner + apart
+        within = float(((states - mean) ** 2).sum())
+        between = float(((mean - self.mean) ** 2).sum()) * self.n * count / (self.n + count)
+        self.variance += within + between
         self.mean = self.mean + (mean - self.mean) * count / (self.n + count)
         self.n += count

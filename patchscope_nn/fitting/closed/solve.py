@@ -6,8 +6,8 @@
     orthogonal  W = U V^T of Sxy = U S V^T about the means: a rotation (Procrustes, Schoenemann 1966)
     scale       f(h) = alpha h, alpha from a grid
 
-lambda and alpha are those with the least squared error on texts that they were not fitted on, and then the
-map is fitted again on these texts, too.
+lambda and alpha are chosen by the least squared error on texts that the map was not fitted on; the map is
+then fitted again with these texts included.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class Solution:
 
     Attributes:
         parts: Its tensors, in float32.
-        mean: (d_out,) the mean of the target's states it was fitted on: what to compare a map with.
-        settings: What was chosen: `lambda` or `alpha`, and whether it stands at an end of its grid.
+        mean: (d_out,) the mean of the target's states in the fit, the baseline for the score.
+        settings: The chosen `lambda` or `alpha`, and whether it is at an end of its grid.
         n: How many states it was fitted on.
     """
 
@@ -47,37 +47,45 @@ def solve(options: Fit, fitted: Sums, choosing: Sums, pair: Pair) -> Solution:
     """Fit the map of one pair.
 
     Args:
-        options: The kind, and what decides it.
-        fitted: Sums over the states that are fitted on.
-        choosing: Sums over those that settings are chosen by.
+        options: The kind and its settings.
+        fitted: Sums over the states to fit on.
+        choosing: Sums over the states by which lambda or alpha is chosen.
         pair: (l, l*).
 
     Raises:
-        InputError: The two spaces have different sizes, and the kind needs one size; or a rank is too large.
+        InputError: The kind needs spaces of one size and these differ, or the rank is too large.
     """
-    one = fitted.centred(pair)
+    first = fitted.centred(pair)
     both = fitted.plus(choosing).centred(pair)
-    _check(options, one)
+    _check(options, *first.xy.shape)
     if options.kind == "scale":
         return _scale(choosing, both, pair)
     if options.kind == "orthogonal":
         left, _, right = torch.linalg.svd(both.xy, full_matrices=False)
-        return _solution((left @ right).T, both, {})
-    other = choosing.centred(pair, mean_x=one.mean_x, mean_y=one.mean_y)
-    chosen = _choose(one, other, options)
-    weight = _ridge(_eigen(both), both, chosen, options.rank)
+        return _solution({"weight": (left @ right).T}, both, {})
+    second = choosing.centred(pair, mean_x=first.mean_x, mean_y=first.mean_y)
+    ridge = _choose(first, second, options)
+    parts = _ridge(both, ridge, options.rank)
     ends = (options.lambdas[0], options.lambdas[-1])
-    settings = {"lambda": chosen, "at_end_of_grid": len(options.lambdas) > 1 and chosen in ends}
-    return _solution(weight, both, settings, rank=options.rank)
+    settings = {"lambda": ridge, "at_end_of_grid": len(options.lambdas) > 1 and ridge in ends}
+    return _solution(parts, both, settings if options.rank is None else {"rank": options.rank, **settings})
 
 
-def itself() -> Solution:
-    """Identity."""
+def identity() -> Solution:
+    """The map of a layer of one model to itself, which is not fitted."""
     return Solution(parts={"scale": torch.ones(1)}, mean=torch.zeros(()), settings={}, n=0)
 
 
-def _check(options: Fit, one: Centred) -> None:
-    d_in, d_out = one.xy.shape
+def shapes(options: Fit, *, d_in: int, d_out: int) -> dict[str, tuple[int, ...]]:
+    """The shapes of a fitted pair's tensors, by name."""
+    if options.kind == "scale":
+        return {"scale": (1,)}
+    if options.rank is not None:
+        return {"up": (d_out, options.rank), "down": (options.rank, d_in), "bias": (d_out,)}
+    return {"weight": (d_out, d_in), "bias": (d_out,)}
+
+
+def _check(options: Fit, d_in: int, d_out: int) -> None:
     if options.kind in ("orthogonal", "scale") and d_in != d_out:
         raise InputError(
             f"{options.kind} maps between spaces of one size; these have {d_in} and {d_out}.",
@@ -90,42 +98,40 @@ def _check(options: Fit, one: Centred) -> None:
         )
 
 
-def _eigen(one: Centred) -> tuple[torch.Tensor, torch.Tensor]:
-    values, vectors = torch.linalg.eigh(one.xx)
+def _eigen(products: Centred) -> tuple[torch.Tensor, torch.Tensor]:
+    values, vectors = torch.linalg.eigh(products.xx)
     return values.clamp_min(0), vectors
 
 
-def _ridge(
-    eigen: tuple[torch.Tensor, torch.Tensor], one: Centred, chosen: float, rank: int | None
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """The weight, (d_out, d_in); of a rank its two factors."""
-    values, vectors = eigen
-    weighed = values + chosen * values.mean()
-    weight = (vectors.T @ one.xy) / weighed[:, None]
+def _ridge(products: Centred, ridge: float, rank: int | None) -> dict[str, torch.Tensor]:
+    """`weight` (d_out, d_in); with a rank its factors, `up` (d_out, rank) and `down` (rank, d_in)."""
+    values, vectors = _eigen(products)
+    damped = values + ridge * values.mean()
+    weight = (vectors.T @ products.xy) / damped[:, None]
     if rank is None:
-        return (vectors @ weight).T
-    up = _directions(weight, weighed, rank)
-    return up, (vectors @ (weight @ up)).T
+        return {"weight": (vectors @ weight).T}
+    up = _directions(weight, damped, rank)
+    return {"up": up, "down": (vectors @ (weight @ up)).T}
 
 
-def _directions(weight: torch.Tensor, weighed: torch.Tensor, rank: int) -> torch.Tensor:
+def _directions(weight: torch.Tensor, damped: torch.Tensor, rank: int) -> torch.Tensor:
     """(d_out, rank): the directions of y that a map of that rank keeps."""
-    return torch.linalg.svd(weighed.sqrt()[:, None] * weight, full_matrices=False).Vh[:rank].T
+    return torch.linalg.svd(damped.sqrt()[:, None] * weight, full_matrices=False).Vh[:rank].T
 
 
-def _choose(one: Centred, other: Centred, options: Fit) -> float:
-    """The lambda with the least squared error on other states."""
+def _choose(first: Centred, second: Centred, options: Fit) -> float:
+    """The lambda with which a map fitted on `first` has the least squared error on `second`."""
     if len(options.lambdas) == 1:
         return options.lambdas[0]
-    values, vectors = _eigen(one)
-    target = vectors.T @ one.xy
-    xx, xy = vectors.T @ other.xx @ vectors, vectors.T @ other.xy
+    values, vectors = _eigen(first)
+    target = vectors.T @ first.xy
+    xx, xy = vectors.T @ second.xx @ vectors, vectors.T @ second.xy
     losses = []
-    for chosen in options.lambdas:
-        weighed = values + chosen * values.mean()
-        weight = target / weighed[:, None]
+    for ridge in options.lambdas:
+        damped = values + ridge * values.mean()
+        weight = target / damped[:, None]
         if options.rank is not None:
-            up = _directions(weight, weighed, options.rank)
+            up = _directions(weight, damped, options.rank)
             weight = weight @ up @ up.T
         losses.append(float((weight * (xx @ weight)).sum() - 2 * (weight * xy).sum()))
     return options.lambdas[losses.index(min(losses))]
@@ -145,24 +151,15 @@ def _scale(choosing: Sums, both: Centred, pair: Pair) -> Solution:
     )
 
 
-def _solution(
-    weight: torch.Tensor | tuple[torch.Tensor, torch.Tensor],
-    one: Centred,
-    settings: dict[str, Any],
-    *,
-    rank: int | None = None,
-) -> Solution:
-    if isinstance(weight, tuple):
-        up, down = weight
-        parts = {"up": up, "down": down}
-        moved = up @ (down @ one.mean_x)
-        settings = {"rank": rank, **settings}
-    else:
-        parts, moved = {"weight": weight}, weight @ one.mean_x
-    parts["bias"] = one.mean_y - moved
+def _solution(linear: dict[str, torch.Tensor], products: Centred, settings: dict[str, Any]) -> Solution:
+    """Add the bias with which the mean of x is mapped to the mean of y."""
+    mapped = products.mean_x
+    for name in ("down", "up", "weight"):
+        mapped = linear[name] @ mapped if name in linear else mapped
+    parts = linear | {"bias": products.mean_y - mapped}
     return Solution(
         parts={name: tensor.float() for name, tensor in parts.items()},
-        mean=one.mean_y.float(),
+        mean=products.mean_y.float(),
         settings=settings,
-        n=one.n,
+        n=products.n,
     )

@@ -1,7 +1,7 @@
-"""What a least-squares fit needs of any number of states: their count, means and products, in float64.
+"""Streamed sums for least squares: the count, means and products of states, in float64.
 
-Nothing here keeps a state. Sums are taken about a fixed point near the mean, since states have a mean that is
-far larger than their spread in some dimensions.
+No state is kept. Sums are taken about a fixed point near the mean, because in some dimensions the mean of the
+states is far larger than their spread, and precision would be lost.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ _BYTES = 8
 
 
 class Centred(NamedTuple):
-    """The products of one pair's states about a mean of x and one of y.
+    """The products of one pair's states about a mean of x and a mean of y.
 
     Attributes:
-        n: How many states.
+        n: The number of states.
         mean_x: (d_in,).
         mean_y: (d_out,).
         xx: (d_in, d_in) sum of (x - mean_x)(x - mean_x)^T.
@@ -41,8 +41,11 @@ class Sums:
 
     Args:
         pairs: The pairs.
-        about: The points that sums are taken about, by side and layer; those that are not there yet are set
-            by the first states that come. Sums that are to be added share them.
+        about: The points that sums are taken about, by side (`x` or `y`) and layer. A missing point is set to
+            the mean of the first batch. Sums that are added together must share this dictionary.
+
+    Attributes:
+        n: The number of states added so far.
     """
 
     def __init__(self, pairs: Sequence[Pair], about: dict[tuple[str, int], torch.Tensor]) -> None:
@@ -54,7 +57,7 @@ class Sums:
         self.xy: dict[Pair, torch.Tensor] = {}
 
     def add(self, source: Mapping[int, torch.Tensor], target: Mapping[int, torch.Tensor]) -> None:
-        """Add states.
+        """Add a batch of states.
 
         Args:
             source: By l, (n, d_in).
@@ -73,18 +76,18 @@ class Sums:
             _accumulate(self.xy, (layer, other), x[layer].T @ y[other])
 
     def plus(self, other: Sums) -> Sums:
-        """The sums over the states of both; they share the points they are taken about."""
+        """The sums over the states of both, which must share the points they are taken about."""
         both = Sums(self.pairs, self.about)
         both.n = self.n + other.n
         for name in ("x", "y", "xx", "yy", "xy"):
-            mine, theirs = getattr(self, name), getattr(other, name)
-            setattr(both, name, {key: mine[key] + theirs[key] for key in mine})
+            left, right = getattr(self, name), getattr(other, name)
+            setattr(both, name, {key: left[key] + right[key] for key in left})
         return both
 
     def centred(
         self, pair: Pair, *, mean_x: torch.Tensor | None = None, mean_y: torch.Tensor | None = None
     ) -> Centred:
-        """The products of a pair's states about given means, or their own."""
+        """The products of a pair's states about the given means, or about their own."""
         layer, other = pair
         x0, y0 = self.about["x", layer], self.about["y", other]
         mean_x = x0 + self.x[layer] / self.n if mean_x is None else mean_x
@@ -102,11 +105,11 @@ class Sums:
 
 
 def size(pairs: Sequence[Pair], d_in: int, d_out: int) -> int:
-    """The bytes of the sums over some pairs."""
+    """The size in bytes of the sums over some pairs."""
     layers = len({pair[0] for pair in pairs})
     return _BYTES * (layers * d_in * d_in + len(pairs) * d_in * d_out)
 
 
 def _accumulate(sums: dict[Any, torch.Tensor], key: Any, value: torch.Tensor) -> None:
-    known = sums.get(key)
-    sums[key] = value if known is None else known.add_(value)
+    total = sums.get(key)
+    sums[key] = value if total is None else total.add_(value)

@@ -1,6 +1,6 @@
-"""A model with its weights held still: plain hooks read and write its states, and gradients pass through.
+"""A frozen model whose states are read and written by plain hooks, so that gradients pass through.
 
-Only fitting differentiates, and only here; every other run goes through the compiler.
+This is only for what needs a gradient. Fits read everything else through the compiler (`fitting/reading.py`).
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class Tokens:
     """Sequences of token ids in one batch, padded on the right.
 
     Attributes:
-        ids: (batch, position) token ids; whatever stands after a sequence's end is padding.
-        lengths: (batch,) how many of them are the sequence's own.
+        ids: (batch, position) token ids, padded after the end of each sequence.
+        lengths: (batch,) the length of each sequence without padding.
     """
 
     ids: torch.Tensor
@@ -33,19 +33,19 @@ class Tokens:
 
     @property
     def mask(self) -> torch.Tensor:
-        """(batch, position), 1 where a token is a sequence's own."""
+        """(batch, position), 1 for tokens of a sequence and 0 for padding."""
         own = torch.arange(self.ids.shape[1]) < torch.tensor(self.lengths)[:, None]
         return own.long().to(self.ids.device)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Write:
-    """States that are written into a batch.
+    """States to write into a batch.
 
     Attributes:
-        layer: The block whose output they replace; `EMBED` for the input of block 0.
+        layer: The block whose output they replace; `EMBED` is the input of block 0.
         positions: (batch, n_patched) positions.
-        states: (batch, n_patched, d_model); (batch, 1, d_model) is one state at all of a row's positions.
+        states: (batch, n_patched, d_model), or (batch, 1, d_model) for one state at all positions of a row.
     """
 
     layer: int
@@ -53,7 +53,7 @@ class Write:
     states: torch.Tensor
 
     def into(self, residual: torch.Tensor) -> torch.Tensor:
-        """The residual stream, (batch, position, d_model), with the states in their place."""
+        """The residual stream, (batch, position, d_model), with the states written into it."""
         columns = torch.tensor([list(row) for row in self.positions], device=residual.device)
         rows = torch.arange(len(columns), device=residual.device)[:, None]
         residual = residual.clone()
@@ -62,11 +62,11 @@ class Write:
 
 
 class Frozen:
-    """A model's forward, open to reads, writes and gradients; made by `frozen`.
+    """A frozen model whose states can be read, written and differentiated; made by `frozen`.
 
     Attributes:
         model: The model.
-        last: The number of its last block.
+        last: The index of its last block.
     """
 
     def __init__(self, model: Model) -> None:
@@ -77,7 +77,7 @@ class Frozen:
 
     @property
     def device(self) -> Any:
-        """Where its tokens, and the tensors of a map, belong."""
+        """The device of its inputs, where the tensors of a map belong too."""
         return input_device(self.model.module)
 
     def batch(self, sequences: Sequence[Sequence[int]]) -> Tokens:
@@ -88,7 +88,7 @@ class Frozen:
         return Tokens(ids=torch.tensor(padded, device=self.device), lengths=tuple(map(len, sequences)))
 
     def _check_batch(self, sequences: Sequence[Sequence[int]], longest: int) -> None:
-        """Refuse a batch of texts that may not share a pass, as the model's proof found."""
+        """Refuse a batch that the model's proof found to be computed wrongly."""
         verdict, several = self.model.info.verdict, ""
         if verdict is None:
             return
@@ -116,14 +116,14 @@ class Frozen:
 
         Args:
             tokens: What it reads.
-            read: The layers whose states are wanted; `EMBED` for the input of block 0.
+            read: The layers whose states are returned; `EMBED` is the input of block 0.
             writes: What is written; a layer is read after it is written.
-            leaf: The layer whose states the gradient is taken for; nothing before it is kept for backward.
+            leaf: The first layer for which a gradient is taken; earlier layers keep nothing for it.
 
         Returns:
             For each layer of `read`, (batch, position, d_model).
         """
-        found: dict[int, torch.Tensor] = {}
+        captured: dict[int, torch.Tensor] = {}
 
         def pass_on(layer: int, states: torch.Tensor) -> torch.Tensor:
             for write in writes:
@@ -132,7 +132,7 @@ class Frozen:
             if layer == leaf:
                 states = states.detach().requires_grad_()
             if layer in read:
-                found[layer] = states
+                captured[layer] = states
             return states
 
         layers = {*read, *(write.layer for write in writes), *(() if leaf is None else (leaf,))}
@@ -141,29 +141,29 @@ class Frozen:
                 hooks.callback(self._hook(layer, pass_on).remove)
             kept = {"logits_to_keep": 1} if self._keeps else {}
             self.model.module(input_ids=tokens.ids, attention_mask=tokens.mask, use_cache=False, **kept)
-        return found
+        return captured
 
     def _hook(self, layer: int, pass_on: Any) -> Any:
         if layer == EMBED:
 
-            def before(_module: Any, given: Any, named: Any) -> Any:
-                if given:
-                    return (pass_on(layer, given[0]), *given[1:]), named
-                return given, named | {"hidden_states": pass_on(layer, named["hidden_states"])}
+            def before(_module: Any, args: Any, kwargs: Any) -> Any:
+                if args:
+                    return (pass_on(layer, args[0]), *args[1:]), kwargs
+                return args, kwargs | {"hidden_states": pass_on(layer, kwargs["hidden_states"])}
 
             return self._blocks[0].register_forward_pre_hook(before, with_kwargs=True)
 
-        def after(_module: Any, _given: Any, output: Any) -> Any:
+        def after(_module: Any, _args: Any, output: Any) -> Any:
             return with_states(output, pass_on(layer, states_of(output)))
 
         return self._blocks[layer].register_forward_hook(after)
 
 
 def choose_layers(model: Model, layers: Any) -> tuple[int, ...]:
-    """The layers a selector names: an int, `all`, `embed`, a range such as `0:10`, or a list of these.
+    """Resolve a layer selector: an int, `all`, `embed`, a range such as `0:10`, or a list of these.
 
     Raises:
-        LayerError: It is no selector, or names a layer outside the model.
+        LayerError: The selector cannot be read, or names a layer outside the model.
     """
     try:
         selector = parse_layers(layers)
@@ -172,29 +172,36 @@ def choose_layers(model: Model, layers: Any) -> tuple[int, ...]:
     return resolve_layers(selector, n_layers=model.info.n_layers, field="layer")
 
 
+def check_weights(model: Model) -> None:
+    """Check that the weights of a model are in this process.
+
+    Raises:
+        ModelError: They are not.
+    """
+    if is_weightless(model.module):
+        raise ModelError(
+            f"{model.info.name!r} has no weights in this process, and fitting needs them.",
+            hint="Load the model here (without --remote); what is fitted can then be used anywhere.",
+        )
+
+
 @contextmanager
-def frozen(model: Model, *, unembeds: bool = True) -> Iterator[Frozen]:
-    """Hold a model's weights still, and give them back as they were. Other threads wait.
+def frozen(model: Model) -> Iterator[Frozen]:
+    """Freeze a model's weights, and restore it afterwards. Other threads wait meanwhile.
 
     Args:
         model: A model whose weights are in this process.
-        unembeds: Whether its final norm and unembedding are needed, and so checked.
 
     Yields:
-        Its forward.
+        The frozen model.
 
     Raises:
         ModelError: The weights are elsewhere, or what follows its last block is not known.
     """
     module = model.module
-    if is_weightless(module):
-        raise ModelError(
-            f"{model.info.name!r} has no weights in this process, and fitting needs them.",
-            hint="Load the model here (without --remote); what is fitted can then be used anywhere.",
-        )
+    check_weights(model)
     with TURN:
-        if unembeds:
-            check_unembed(module, model.info.architecture, name=model.info.name)
+        check_unembed(module, model.info.architecture, name=model.info.name)
         learning = [weight for weight in module.parameters() if weight.requires_grad]
         training = module.training
         module.eval()

@@ -1,4 +1,4 @@
-"""Lenses: maps from a layer's states to the last block's, which the model's own unembedding then reads."""
+"""Reading, sampling and scoring for lenses: maps to the last block, whose states the model unembeds."""
 
 from __future__ import annotations
 
@@ -8,28 +8,31 @@ from typing import TypeAlias
 
 import torch
 
+from patchscope_nn.fitting.reading import Row, read_rows
 from patchscope_nn.fitting.trained.frozen import Frozen
+from patchscope_nn.models import Model
 
 States: TypeAlias = torch.Tensor
 Map: TypeAlias = Callable[[States], States]
 
-#: Sequences of a forward pass, and tokens that are unembedded at a time.
-_BATCH = 16
+#: About how many tokens' states are held at a time while a lens is scored.
+_SCORED = 2048
+#: How many tokens are unembedded at a time.
 _UNEMBEDDED = 256
 
 
 @dataclass(frozen=True, kw_only=True)
 class LensScore:
-    """How well a lens foretells the model's own next-token distribution, on tokens it was not fitted on.
+    """How well a lens predicts the model's own next-token distribution, on tokens it was not fitted on.
 
     Attributes:
         source_layer: l.
         target_layer: l*, the last block.
-        n_tokens: How many tokens were scored.
+        n_tokens: The number of tokens scored.
         kl_nats: The mean of KL(model || lens).
-        agreement: The share of tokens whose top token is the model's.
-        logit_lens_kl_nats: The same of the states unmapped.
-        logit_lens_agreement: The same of the states unmapped.
+        agreement: The share of tokens for which lens and model have the same top token.
+        logit_lens_kl_nats: The mean KL for the unmapped states.
+        logit_lens_agreement: The agreement for the unmapped states.
     """
 
     source_layer: int
@@ -42,34 +45,26 @@ class LensScore:
 
 
 def read_states(
-    net: Frozen, sequences: Sequence[Sequence[int]], layers: Sequence[int], *, skip_first: int = 0
+    model: Model, sequences: Sequence[tuple[int, ...]], layers: Sequence[int], *, skip_first: int
 ) -> dict[int, States]:
-    """The states of all tokens of some sequences, in order, but for the first few of each.
+    """The states of all tokens of some sequences, without the first few of each.
 
     Args:
-        net: The model.
+        model: The model.
         sequences: Token ids.
-        layers: Which layers.
-        skip_first: How many tokens at a sequence's beginning are left out.
+        layers: The layers to read.
+        skip_first: How many tokens at the beginning of a sequence are left out.
 
     Returns:
-        For each layer, (n_tokens, d_model).
+        For each layer (n_tokens, d_model), in the order of the sequences.
     """
-    found: dict[int, list[States]] = {layer: [] for layer in layers}
-    for start in range(0, len(sequences), _BATCH):
-        tokens = net.batch(sequences[start : start + _BATCH])
-        with torch.no_grad():
-            states = net.run(tokens, read=layers)
-        own = tokens.mask.bool()
-        own[:, :skip_first] = False
-        for layer in layers:
-            found[layer].append(states[layer][own])
-    return {layer: torch.cat(parts) for layer, parts in found.items()}
+    rows = [Row(ids, range(skip_first, len(ids))) for ids in sequences]
+    return {layer: torch.cat(states) for layer, states in read_rows(rows, layers, model).items()}
 
 
 def minibatches(
-    net: Frozen,
-    sequences: Sequence[Sequence[int]],
+    model: Model,
+    sequences: Sequence[tuple[int, ...]],
     layers: Sequence[int],
     *,
     size: int,
@@ -77,88 +72,101 @@ def minibatches(
     held: int,
     seed: int,
 ) -> Iterator[dict[int, States]]:
-    """Without end, the states of `size` tokens drawn at random.
+    """Endlessly yield the states of `size` tokens drawn at random.
 
     Args:
-        net: The model.
+        model: The model.
         sequences: Token ids.
-        layers: Which layers.
+        layers: The layers to read.
         size: How many tokens at a time.
         skip_first: As in `read_states`.
-        held: About how many tokens' states are held at a time; where this is all, they are read once.
+        held: About how many tokens' states are held at a time; if that is all of them, they are read once.
         seed: Decides the order.
 
     Yields:
-        For each layer, (n, d_model), n <= size.
+        For each layer (n, d_model), n <= size.
     """
     generator = torch.Generator().manual_seed(seed)
-    groups: list[list[Sequence[int]]] = [[]]
-    for number in torch.randperm(len(sequences), generator=generator).tolist():
-        if sum(map(len, groups[-1])) >= held:
-            groups.append([])
-        groups[-1].append(sequences[number])
-    bank: dict[int, States] = {}
+    order = torch.randperm(len(sequences), generator=generator).tolist()
+    groups = _groups([sequences[index] for index in order], held)
+    states: dict[int, States] = {}
     while True:
         for group in groups:
-            if not bank or len(groups) > 1:
-                bank = read_states(net, group, layers, skip_first=skip_first)
-            order = torch.randperm(len(bank[layers[0]]), generator=generator)
-            for chosen in order.split(size):
-                yield {layer: states[chosen.to(states.device)] for layer, states in bank.items()}
+            if not states or len(groups) > 1:
+                states = read_states(model, group, layers, skip_first=skip_first)
+            tokens = torch.randperm(len(states[layers[0]]), generator=generator)
+            for batch in tokens.split(size):
+                yield {layer: of_layer[batch.to(of_layer.device)] for layer, of_layer in states.items()}
 
 
 def score_lens(
-    net: Frozen, maps: Mapping[int, Map], sequences: Sequence[Sequence[int]], *, skip_first: int
+    net: Frozen, maps: Mapping[int, Map], sequences: Sequence[tuple[int, ...]], *, skip_first: int
 ) -> tuple[LensScore, ...]:
-    """Score maps to the last block, and the logit lens beside them.
+    """Score maps to the last block, beside the logit lens.
 
     Args:
         net: The model.
         maps: For each layer, its map; (n, d_model) -> (n, d_model).
-        sequences: Token ids, of texts that nothing was fitted on.
+        sequences: Token ids of held-out texts.
         skip_first: As in `read_states`.
 
     Returns:
         One score for each layer.
     """
-    mapped, count = foretell(net, maps, sequences, skip_first=skip_first)
-    plain, _ = foretell(net, dict.fromkeys(maps, lambda states: states), sequences, skip_first=skip_first)
+    with_plain = {layer: (f, lambda states: states) for layer, f in maps.items()}
+    predictions, count = predict(net, with_plain, sequences, skip_first=skip_first)
     return tuple(
         LensScore(
             source_layer=layer,
             target_layer=net.last,
             n_tokens=count,
-            kl_nats=mapped[layer][0],
-            agreement=mapped[layer][1],
-            logit_lens_kl_nats=plain[layer][0],
-            logit_lens_agreement=plain[layer][1],
+            kl_nats=kl,
+            agreement=agreement,
+            logit_lens_kl_nats=plain_kl,
+            logit_lens_agreement=plain_agreement,
         )
-        for layer in maps
+        for layer, ((kl, agreement), (plain_kl, plain_agreement)) in predictions.items()
     )
 
 
-def foretell(
-    net: Frozen, maps: Mapping[int, Map], sequences: Sequence[Sequence[int]], *, skip_first: int
-) -> tuple[dict[int, tuple[float, float]], int]:
-    """For each layer the mean KL(model || lens) in nats and the share of equal top tokens; of how many."""
-    sums = {layer: torch.zeros(2, dtype=torch.float64) for layer in maps}
+def predict(
+    net: Frozen,
+    maps: Mapping[int, Sequence[Map]],
+    sequences: Sequence[tuple[int, ...]],
+    *,
+    skip_first: int,
+) -> tuple[dict[int, list[tuple[float, float]]], int]:
+    """Compare what is unembedded from mapped states with the model's own prediction.
+
+    Args:
+        net: The model.
+        maps: For each layer, the maps to compare.
+        sequences: Token ids.
+        skip_first: As in `read_states`.
+
+    Returns:
+        For each layer and map, the mean KL(model || map) in nats and the share of equal top tokens; and the
+        number of tokens.
+    """
+    sums = {layer: torch.zeros(len(of_layer), 2, dtype=torch.float64) for layer, of_layer in maps.items()}
     count = 0
-    for start in range(0, len(sequences), _BATCH):
-        group = sequences[start : start + _BATCH]
-        bank = read_states(net, group, list({*maps, net.last}), skip_first=skip_first)
-        for chosen in torch.arange(len(bank[net.last])).split(_UNEMBEDDED):
-            count += len(chosen)
+    for group in _groups(sequences, _SCORED):
+        states = read_states(net.model, group, list({*maps, net.last}), skip_first=skip_first)
+        for tokens in torch.arange(len(states[net.last])).split(_UNEMBEDDED):
+            count += len(tokens)
             with torch.no_grad():
-                own = log_probabilities(net, bank[net.last][chosen])
-                for layer, f in maps.items():
-                    said = log_probabilities(net, f(bank[layer][chosen]))
-                    kl, same = kl_nats(own, said).sum(), (own.argmax(-1) == said.argmax(-1)).sum()
-                    sums[layer] += torch.stack([kl, same]).double().cpu()
+                own = log_probabilities(net, states[net.last][tokens])
+                for layer, of_layer in maps.items():
+                    for index, f in enumerate(of_layer):
+                        mapped = log_probabilities(net, f(states[layer][tokens]))
+                        same = (own.argmax(-1) == mapped.argmax(-1)).sum()
+                        numbers = torch.stack([kl_nats(own, mapped).sum(), same])
+                        sums[layer][index] += numbers.double().cpu()
     means = {layer: (total / count).tolist() for layer, total in sums.items()}
-    return {layer: (kl, same) for layer, (kl, same) in means.items()}, count
+    return {layer: [(kl, same) for kl, same in numbers] for layer, numbers in means.items()}, count
 
 
-def affine(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Map:
+def affine_map(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Map:
     """The map h -> W h + b, which keeps a state's dtype and device."""
 
     def f(states: States) -> States:
@@ -168,10 +176,20 @@ def affine(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Map:
 
 
 def log_probabilities(net: Frozen, states: States) -> torch.Tensor:
-    """What the model says of states of its last block: (..., d_model) -> (..., vocab_size), in float32."""
+    """The prediction from states of the last block: (..., d_model) -> (..., vocab_size), in float32."""
     return net.unembed(states).float().log_softmax(-1)
 
 
-def kl_nats(own: torch.Tensor, said: torch.Tensor) -> torch.Tensor:
-    """KL(own || said) of log probabilities, (..., vocab_size) -> (...)."""
-    return (own.exp() * (own - said)).sum(-1)
+def kl_nats(own: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """KL(own || other) of log probabilities, (..., vocab_size) -> (...)."""
+    return (own.exp() * (own - other)).sum(-1)
+
+
+def _groups(sequences: Sequence[tuple[int, ...]], tokens: int) -> list[list[tuple[int, ...]]]:
+    """Consecutive sequences, in groups that end once they have `tokens` tokens."""
+    groups: list[list[tuple[int, ...]]] = [[]]
+    for ids in sequences:
+        if sum(map(len, groups[-1])) >= tokens:
+            groups.append([])
+        groups[-1].append(ids)
+    return groups

@@ -1,9 +1,9 @@
 """Linear relational embeddings (Hernandez et al. 2023, arXiv 2308.09124): a relation as one affine map.
 
-A prompt states a relation of a subject, `The capital of {subject} is`. With s the state of the subject's
-last token at layer l, and o the last block's state at the prompt's last token, o is nearly
-f(s) = beta J s + b, where J is the mean over a few subjects of do/ds, and b the mean of o - (do/ds) s. This
-first-order slope comes out too small, which a factor beta above 1 mends (section 3).
+A prompt states a relation of a subject, `The capital of {subject} is`. Let s be the state of the subject's
+last token at layer l, and o the last block's state at the prompt's last token. Then o is approximately
+f(s) = beta J s + b, where J is the mean of do/ds over a few subjects, and b the mean of o - (do/ds) s. This
+first-order slope is too small, which a factor beta above 1 corrects (section 3).
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ import torch
 
 from patchscope_nn._util.arguments import checked
 from patchscope_nn.errors import DataError, did_you_mean
+from patchscope_nn.fitting.reading import Row, read_rows
 from patchscope_nn.fitting.trained.frozen import Frozen, choose_layers, frozen
-from patchscope_nn.fitting.trained.held_out import deal
 from patchscope_nn.fitting.trained.jacobian import jacobian_rows
-from patchscope_nn.fitting.trained.lens import Map, affine, kl_nats, log_probabilities
+from patchscope_nn.fitting.trained.kind import LAYERS, ROWS_AT_A_TIME, SEED, Option, Request, Rows
+from patchscope_nn.fitting.trained.last_block import LastBlockKind
+from patchscope_nn.fitting.trained.lens import Map, affine_map, kl_nats, log_probabilities
 from patchscope_nn.fitting.trained.outcome import Outcome, Progress
+from patchscope_nn.fitting.trained.splits import split_items
 from patchscope_nn.models import Model
 from patchscope_nn.spec.positions import resolve_positions
 from patchscope_nn.spec.prompts import encode, parse_prompt, render
 
-#: The betas that are tried where none is given.
+#: The betas that are tried if none is given.
 BETAS = (1.0, 1.25, 1.5, 1.75, 2.0, 2.25, 2.5, 2.75, 3.0, 4.0, 5.0)
-
-#: How many subjects a relation is fitted at (the paper's n).
-SUBJECTS = 8
 
 
 class Subject(NamedTuple):
@@ -46,18 +46,18 @@ class Subject(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class RelationScore:
-    """How well a relation's map foretells what the model says of subjects that it was not fitted on.
+    """How well a relation's map predicts the model's own answers, for subjects it was not fitted on.
 
     Attributes:
         source_layer: l.
         target_layer: l*, the last block.
         beta: The slope's factor.
-        n_subjects: How many subjects were scored.
-        faithfulness: The share whose top token through f is the model's (the paper's word, section 3).
+        n_subjects: The number of subjects scored.
+        faithfulness: The share for which f and the model have the same top token (paper, section 3).
         kl_nats: The mean of KL(model || f).
-        identity_faithfulness: The same share of s, unmapped.
-        mean_faithfulness: The same share of one state for all subjects: the mean of o over those fitted on.
-        mean_kl_nats: The KL of that.
+        identity_faithfulness: The faithfulness of s, unmapped.
+        mean_faithfulness: The faithfulness of one state for all subjects, the mean of o in the fit.
+        mean_kl_nats: The KL of that state.
     """
 
     source_layer: int
@@ -72,11 +72,11 @@ class RelationScore:
 
 
 class _Slopes:
-    """Means over the subjects fitted on: do/ds, s and o - (do/ds) s for each layer, and o."""
+    """Means over the subjects of the fit: do/ds and o - (do/ds) s for each layer, and o."""
 
     def __init__(self, net: Frozen, subjects: Sequence[Subject], layers: Sequence[int]) -> None:
         size, share = net.model.info.d_model, 1 / len(subjects)
-        self.net, self.count = net, len(subjects)
+        self.net = net
         self.slope = {layer: torch.zeros(size, size) for layer in layers}
         self.offset = {layer: torch.zeros(size) for layer in layers}
         self.output = torch.zeros(size)
@@ -85,19 +85,19 @@ class _Slopes:
     def add(self, subject: Subject, *, at_a_time: int) -> None:
         """Differentiate one subject's prompt."""
         last = len(subject.ids) - 1
-        for found in jacobian_rows(
+        for part in jacobian_rows(
             self.net, subject.ids, layers=list(self.slope), outputs=[last], at_a_time=at_a_time
         ):
-            output = found.outputs[last, found.rows].float().cpu()
-            self.output[found.rows] += self._share * output
-            for layer, gradients in found.gradients.items():
+            output = part.outputs[last, part.rows].float().cpu()
+            self.output[part.rows] += self._share * output
+            for layer, gradients in part.gradients.items():
                 slope = gradients[:, subject.position].cpu()
-                state = found.states[layer][subject.position].float().cpu()
-                self.slope[layer][found.rows] += self._share * slope
-                self.offset[layer][found.rows] += self._share * (output - slope @ state)
+                state = part.states[layer][subject.position].float().cpu()
+                self.slope[layer][part.rows] += self._share * slope
+                self.offset[layer][part.rows] += self._share * (output - slope @ state)
 
     def map(self, layer: int, *, beta: float, rank: int | None) -> dict[str, torch.Tensor]:
-        """The map of a layer: `weight` = beta J, of `rank` directions where it is given, and `bias`."""
+        """The map of a layer: `weight` = beta J, of `rank` directions unless that is None, and `bias`."""
         slope = self.slope[layer]
         if rank is not None:
             left, sizes, right = torch.linalg.svd(slope)
@@ -113,36 +113,36 @@ def fit_lre(
     prompt: str,
     subject: str,
     layers: Any = "all",
-    subjects: int = SUBJECTS,
+    subjects: int = 8,
     beta: float | None = None,
     rank: int | None = None,
     rows_at_a_time: int = 64,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Outcome:
-    """Fit a relation at some subjects, and score it on the others.
+    """Fit a relation on some subjects, and score it on the others.
 
     Args:
         model: The model.
         rows: The data.
-        prompt: States the relation; `{column}` placeholders are filled by the data, and one is the subject.
+        prompt: States the relation; `{column}` is filled in from the data, and one column is the subject.
         subject: The subject's column.
         layers: l, each with l* the last block.
         subjects: How many subjects it is fitted on (the paper's n).
-        beta: The slope's factor; None takes, for each layer, that of `BETAS` with which f foretells the
-            model best at the subjects fitted on.
+        beta: The slope's factor; None chooses for each layer the one of `BETAS` with the least KL to the
+            model on the subjects of the fit.
         rank: How many directions of J are kept, the largest first; None keeps all.
         rows_at_a_time: How many rows of the Jacobians a backward pass gives.
-        seed: Decides which subjects.
-        progress: Called with (subjects done, subjects in all).
+        seed: Decides which subjects it is fitted on.
+        progress: Called with (subjects done, subjects in total).
 
     Returns:
         For each (l, last block), `weight` and `bias`; `held_out` is a `RelationScore` for each.
 
     Raises:
         LayerError: A layer lies outside the model.
-        DataError: There is no such column, there are too few rows, or a number is out of range.
-        PositionError: A subject covers no whole token of its prompt.
+        DataError: A column is missing, there are too few rows, or a number is out of range.
+        PositionError: A subject does not end with a whole token of its prompt.
         ModelError: What follows the model's last block is not known.
     """
     if rows_at_a_time < 1 or subjects < 1 or (rank is not None and not 1 <= rank <= model.info.d_model):
@@ -151,24 +151,22 @@ def fit_lre(
             hint=f"The rank is at most d_model, {model.info.d_model}.",
         )
     chosen = choose_layers(model, layers)
-    found = [find_subject(model, row, prompt=prompt, subject=subject) for row in rows]
-    named = dict(zip(found, (str(row[subject]) for row in rows), strict=True))
-    found = list(named)
-    check_subjects(len(found), subjects)
-    parts = deal(found, held_out=1 - subjects / len(found), seed=seed, what="prompts")
+    examples = [find_subject(model, row, prompt=prompt, subject=subject) for row in rows]
+    names = dict(zip(examples, (str(row[subject]) for row in rows), strict=True))
+    check_subjects(len(names), subjects)
+    parts = split_items(list(names), held_out=1 - subjects / len(names), seed=seed, what="prompts")
     with frozen(model) as net:
         slopes = _Slopes(net, parts.fitted, chosen)
-        for done, one in enumerate(parts.fitted, start=1):
-            slopes.add(one, at_a_time=rows_at_a_time)
+        for done, example in enumerate(parts.fitted, start=1):
+            slopes.add(example, at_a_time=rows_at_a_time)
             if progress is not None:
                 progress(done, len(parts.fitted))
         maps, scores, betas = {}, [], {}
+        fitted, held_out = (_read_answers(net, part, chosen) for part in (parts.fitted, parts.held_out))
         for layer in chosen:
-            known = _Known(net, parts.fitted, layer)
-            betas[layer] = known.best_beta(slopes, rank) if beta is None else beta
+            betas[layer] = fitted[layer].best_beta(slopes, rank) if beta is None else beta
             maps[layer] = slopes.map(layer, beta=betas[layer], rank=rank)
-            others = _Known(net, parts.held_out, layer)
-            scores.append(others.score(maps[layer], mean=slopes.output, beta=betas[layer]))
+            scores.append(held_out[layer].score(maps[layer], mean=slopes.output, beta=betas[layer]))
     return Outcome(
         kind="lre",
         maps={(layer, model.info.n_layers - 1): tensors for layer, tensors in maps.items()},
@@ -176,8 +174,8 @@ def fit_lre(
         provenance={
             "prompt": prompt,
             "subject": subject,
-            "subjects": [named[one] for one in parts.fitted],
-            "beta": {str(layer): one for layer, one in betas.items()},
+            "subjects": [names[example] for example in parts.fitted],
+            "beta": {str(layer): factor for layer, factor in betas.items()},
             "rank": rank,
             "seed": seed,
             "n_subjects": {"fitted": len(parts.fitted), "held_out": len(parts.held_out)},
@@ -186,72 +184,73 @@ def fit_lre(
 
 
 def check_subjects(count: int, subjects: int) -> None:
-    """See that of `count` prompts some are left over when a relation is fitted at `subjects`.
+    """Check that there are more prompts than the relation is fitted on, so that some can be held out.
 
     Raises:
-        DataError: There are none.
+        DataError: There are not.
     """
     if count <= subjects:
         raise DataError(
-            f"{count} different prompts are too few to fit at {subjects} and hold others out.",
-            hint=f"Give {subjects + 1} rows or more, or fit at fewer subjects.",
+            f"{count} different prompts are too few to fit on {subjects} and hold others out.",
+            hint=f"Give {subjects + 1} rows or more, or fit on fewer subjects.",
         )
 
 
 def find_subject(model: Model, row: Mapping[str, Any], *, prompt: str, subject: str) -> Subject:
-    """Fill a relation's prompt, and find the subject's last token in it.
+    """Fill in a relation's prompt, and find the subject's last token in it.
 
     Raises:
-        DataError: There is no such column, or the prompt does not name it.
-        PositionError: The subject covers no whole token.
+        DataError: The subject's column is missing, or the prompt does not name it.
+        PositionError: The subject does not end with a whole token.
     """
     if subject not in row:
         raise DataError(
-            f"subject={subject!r} is no column of the data.", hint=did_you_mean(subject, list(row))
+            f"subject={subject!r} is not a column of the data.", hint=did_you_mean(subject, list(row))
         )
     if f"{{{subject}}}" not in prompt:
         raise DataError(
-            f"prompt={prompt!r} does not name the subject.", hint=f"Write {{{subject}}} where it stands."
+            f"prompt={prompt!r} does not name the subject.", hint=f"Write {{{subject}}} in its place."
         )
     encoded = encode(render(parse_prompt(prompt), row, field="prompt"), model.tokenizer, field="prompt")
     ((position,),) = resolve_positions(str(row[subject]), encoded, field="subject")
     return Subject(encoded.ids, position)
 
 
-class _Known:
-    """What the model makes of some subjects: s, (n, d_model), and its log probabilities, (n, vocab_size)."""
+class _Answers:
+    """The model's own states and predictions for some subjects, to compare maps of one layer with.
 
-    def __init__(self, net: Frozen, subjects: Sequence[Subject], layer: int) -> None:
-        self.net, self.layer = net, layer
-        states, outputs = [], []
+    Args:
+        net: The model.
+        states: (n, d_model), s.
+        outputs: (n, d_model), o.
+        layer: l.
+    """
+
+    def __init__(self, net: Frozen, states: torch.Tensor, outputs: torch.Tensor, layer: int) -> None:
+        self.net, self.layer, self.states = net, layer, states
         with torch.no_grad():
-            for ids, position in subjects:
-                found = net.run(net.batch([ids]), read={layer, net.last})
-                states.append(found[layer][0, position])
-                outputs.append(found[net.last][0, -1])
-            self.states = torch.stack(states)
-            self.said = log_probabilities(net, torch.stack(outputs))
+            self.own = log_probabilities(net, outputs)
 
-    def foretold(self, f: Map) -> tuple[float, float]:
+    def compare(self, f: Map) -> tuple[float, float]:
         """The share of equal top tokens, and the mean KL(model || f) in nats."""
         with torch.no_grad():
-            said = log_probabilities(self.net, f(self.states))
-        same = (said.argmax(-1) == self.said.argmax(-1)).double().mean()
-        return float(same), float(kl_nats(self.said, said).mean())
+            mapped = log_probabilities(self.net, f(self.states))
+        same = (mapped.argmax(-1) == self.own.argmax(-1)).double().mean()
+        return float(same), float(kl_nats(self.own, mapped).mean())
 
     def best_beta(self, slopes: _Slopes, rank: int | None) -> float:
-        """That of `BETAS` with which f foretells the model best."""
+        """The beta of `BETAS` with the least KL."""
         unscaled = slopes.map(self.layer, beta=1.0, rank=rank)
 
-        def lost(beta: float) -> float:
-            return self.foretold(_on(self.net, unscaled | {"weight": beta * unscaled["weight"]}))[1]
+        def loss(beta: float) -> float:
+            return self.compare(_on(self.net, unscaled | {"weight": beta * unscaled["weight"]}))[1]
 
-        return min(BETAS, key=lost)
+        return min(BETAS, key=loss)
 
     def score(self, tensors: Mapping[str, torch.Tensor], *, mean: torch.Tensor, beta: float) -> RelationScore:
-        """Score f beside s as it is, and beside the one state `mean`."""
-        faithfulness, kl = self.foretold(_on(self.net, tensors))
-        mean_faithfulness, mean_kl = self.foretold(lambda states: mean.to(states).expand(len(states), -1))
+        """Score f beside the identity, and beside one state `mean` for all subjects."""
+        faithfulness, kl = self.compare(_on(self.net, tensors))
+        mean_faithfulness, mean_kl = self.compare(lambda states: mean.to(states).expand(len(states), -1))
         return RelationScore(
             source_layer=self.layer,
             target_layer=self.net.last,
@@ -259,12 +258,56 @@ class _Known:
             n_subjects=len(self.states),
             faithfulness=faithfulness,
             kl_nats=kl,
-            identity_faithfulness=self.foretold(lambda states: states)[0],
+            identity_faithfulness=self.compare(lambda states: states)[0],
             mean_faithfulness=mean_faithfulness,
             mean_kl_nats=mean_kl,
         )
 
 
+def _read_answers(net: Frozen, subjects: Sequence[Subject], layers: Sequence[int]) -> dict[int, _Answers]:
+    """Read s at each layer and o for some subjects."""
+    rows = [Row(ids, (position, len(ids) - 1)) for ids, position in subjects]
+    read = {
+        layer: torch.stack(states)
+        for layer, states in read_rows(rows, {*layers, net.last}, net.model).items()
+    }
+    outputs = read[net.last][:, 1]
+    return {layer: _Answers(net, read[layer][:, 0], outputs, layer) for layer in layers}
+
+
 def _on(net: Frozen, tensors: Mapping[str, torch.Tensor]) -> Map:
     """The map of some tensors, on the model's device."""
-    return affine(tensors["weight"].to(net.device), tensors["bias"].to(net.device))
+    return affine_map(tensors["weight"].to(net.device), tensors["bias"].to(net.device))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RelationKind(LastBlockKind):
+    """The kind that is fitted on prompts which state a relation."""
+
+    def check_data(self, request: Request, data: Rows) -> None:
+        """As in `MappingKind`."""
+        options = request.options.options
+        subjects = {
+            find_subject(request.source, row, prompt=options["prompt"], subject=options["subject"])
+            for row in data.rows
+        }
+        check_subjects(len(subjects), self.option(request.options, "subjects"))
+
+
+KIND = RelationKind(
+    name="lre",
+    summary="A relation as one affine map, from a subject's state to the last block (arXiv 2308.09124).",
+    fit=fit_lre,
+    reads="rows",
+    options={
+        "prompt": Option("States the relation: 'The capital of {country} is'."),
+        "subject": Option("The subject's column."),
+        "layers": LAYERS,
+        "subjects": Option("How many it is fitted on.", 1),
+        "beta": Option("The slope's factor; chosen unless given."),
+        "rank": Option("How many directions of the slope are kept.", 1),
+        "rows_at_a_time": ROWS_AT_A_TIME,
+        "seed": SEED,
+    },
+    unit="subjects",
+)

@@ -1,14 +1,21 @@
-"""What a fit gives: maps, numbers on what was held out, and where they come from."""
+"""What a fit gives: maps or a prompt, scores on held-out data, and where they come from."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
+from safetensors.torch import save_file
 
-#: Called with (steps done, steps in all).
+from patchscope_nn.errors import MappingError
+from patchscope_nn.mappings import Provenance
+from patchscope_nn.mappings.fitted import METADATA
+
+#: Called with (steps done, steps in total).
 Progress: TypeAlias = Callable[[int, int], None]
 #: (l, l*) -> the tensors of its map, by name.
 Maps: TypeAlias = Mapping[tuple[int, int], Mapping[str, torch.Tensor]]
@@ -16,12 +23,12 @@ Maps: TypeAlias = Mapping[tuple[int, int], Mapping[str, torch.Tensor]]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Outcome:
-    """A fit.
+    """A fitted mapping, before its models and data are added.
 
     Attributes:
-        kind: What was fitted, for example `tuned_lens`.
-        maps: For each (l, l*), `weight` (d_out, d_in) or `scale` (1,), and it may have `bias` (d_out,).
-        held_out: One entry for each (l, l*): numbers on data that was not fitted on.
+        kind: The kind, for example `tuned_lens`.
+        maps: For each (l, l*), `weight` (d_out, d_in) or `scale` (1,), and optionally `bias` (d_out,).
+        held_out: One score for each (l, l*), on data that was not fitted on.
         provenance: The settings and the counts of the data, as JSON holds them.
     """
 
@@ -29,3 +36,40 @@ class Outcome:
     maps: Maps = field(repr=False)
     held_out: tuple[Any, ...]
     provenance: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class FittedPrompt:
+    """A soft prompt.
+
+    Attributes:
+        soft_prompt: (k, d_model), the states that replace T's first k tokens at the input of block 0.
+        held_out: A `FutureScore` for each offset.
+        about: Where it comes from; it holds the scores under the pair (l, l), by offset.
+    """
+
+    soft_prompt: torch.Tensor
+    held_out: tuple[Any, ...]
+    about: Provenance
+
+    def said(self) -> dict[str, Any]:
+        """The metadata of its file."""
+        return {"kind": "soft_prompt", **self.about.dump()}
+
+    def save(self, file: str | Path) -> Path:
+        """Write a safetensors file: the tensor `soft_prompt`, and in its metadata where it comes from.
+
+        Returns:
+            The file.
+
+        Raises:
+            MappingError: It cannot be written.
+        """
+        file = Path(file)
+        tensors = {"soft_prompt": self.soft_prompt.contiguous().cpu()}
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            save_file(tensors, file, metadata={METADATA: json.dumps(self.said())})
+        except OSError as error:
+            raise MappingError(f"{file} cannot be written: {error}.", hint="Name another file.") from error
+        return file

@@ -1,20 +1,21 @@
-"""Maps trained through the frozen model: T, with f(h) in it, should be followed by a text of the data.
+"""Maps trained through a text: the model that reads T, with f(h) written into it, should continue with it.
 
 This is a SelfIE-style adapter (Pepper et al. 2026, arXiv 2602.10352): the state h of a source prompt at
 (i, l) is mapped and written at T's placeholder at layer l*, and the loss is the cross-entropy of the row's
-text after T. The kinds go from one number to d^2 of them, and all start as the identity:
+text after T. The kinds have from one to d^2 parameters, and all start as the identity:
 
     trained_scale          f(h) = a h
     trained_scalar_affine  f(h) = a h + b
     trained_low_rank       f(h) = h + U V h + b
     trained_affine         f(h) = W h + b
 
-Much of what such a map gains may be its bias, which speaks of the data and of no state. So a fit is scored
-beside the untrained map, and with the states of other rows: what a state adds is the difference to these.
+Much of what such a map gains may come from its bias, which does not depend on the state. So each fit is also
+scored with the identity, and with the states of other rows: the difference is what the state itself adds.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -23,112 +24,37 @@ import torch
 
 from patchscope_nn._util.arguments import checked
 from patchscope_nn.errors import LayerError, MappingError, did_you_mean
-from patchscope_nn.fitting.trained.examples import BATCH, Example, make_examples, read_examples, text_nll_nats
-from patchscope_nn.fitting.trained.frozen import Frozen, frozen
-from patchscope_nn.fitting.trained.held_out import Parts, deal
+from patchscope_nn.fitting.trained.examples import Example, make_examples, read_examples, text_nll_nats
+from patchscope_nn.fitting.trained.forms import Affine, Form, LowRank, ScalarAffine, Scale
+from patchscope_nn.fitting.trained.frozen import Frozen, check_weights, frozen
+from patchscope_nn.fitting.trained.kind import MappingKind, Option, Request, Rows
 from patchscope_nn.fitting.trained.outcome import Outcome, Progress
+from patchscope_nn.fitting.trained.splits import Parts, split_items
 from patchscope_nn.fitting.trained.training import Training, descend
 from patchscope_nn.models import Model
 from patchscope_nn.spec import Source, Target
 from patchscope_nn.spec.layers import resolve_layers
 
-
-class Scale(torch.nn.Module):
-    """f(h) = a h."""
-
-    def __init__(self, _size: int, _rank: int) -> None:
-        super().__init__()
-        self.scale = torch.nn.Parameter(torch.ones(1))
-
-    def forward(self, states: torch.Tensor) -> torch.Tensor:
-        """Map states, (..., d_model) -> (..., d_model)."""
-        return self.scale * states
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """The map, by the names a file has for its parts."""
-        return {"scale": self.scale.detach().clone()}
-
-
-class ScalarAffine(torch.nn.Module):
-    """f(h) = a h + b."""
-
-    def __init__(self, size: int, _rank: int) -> None:
-        super().__init__()
-        self.scale = torch.nn.Parameter(torch.ones(1))
-        self.bias = torch.nn.Parameter(torch.zeros(size))
-
-    def forward(self, states: torch.Tensor) -> torch.Tensor:
-        """Map states, (..., d_model) -> (..., d_model)."""
-        return self.scale * states + self.bias
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """The map, by the names a file has for its parts."""
-        return {"scale": self.scale.detach().clone(), "bias": self.bias.detach().clone()}
-
-
-class LowRank(torch.nn.Module):
-    """f(h) = h + U V h + b; U is zero at first, and V random."""
-
-    def __init__(self, size: int, rank: int) -> None:
-        super().__init__()
-        self.down = torch.nn.Parameter(torch.randn(rank, size) / size**0.5)
-        self.up = torch.nn.Parameter(torch.zeros(size, rank))
-        self.bias = torch.nn.Parameter(torch.zeros(size))
-
-    def forward(self, states: torch.Tensor) -> torch.Tensor:
-        """Map states, (..., d_model) -> (..., d_model)."""
-        return states + states @ self.down.T @ self.up.T + self.bias
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """The map, by the names a file has for its parts."""
-        whole = torch.eye(len(self.bias)).to(self.bias) + self.up @ self.down
-        return {"weight": whole.detach(), "bias": self.bias.detach().clone()}
-
-
-class Affine(torch.nn.Module):
-    """f(h) = W h + b."""
-
-    def __init__(self, size: int, _rank: int) -> None:
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.eye(size))
-        self.bias = torch.nn.Parameter(torch.zeros(size))
-
-    def forward(self, states: torch.Tensor) -> torch.Tensor:
-        """Map states, (..., d_model) -> (..., d_model)."""
-        return torch.nn.functional.linear(states, self.weight, self.bias)
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """The map, by the names a file has for its parts."""
-        return {"weight": self.weight.detach().clone(), "bias": self.bias.detach().clone()}
-
-
-#: Kind -> its module, and the rate it is trained with: fewer numbers take larger steps.
-KINDS: dict[str, tuple[Any, float]] = {
-    "trained_scale": (Scale, 0.05),
-    "trained_scalar_affine": (ScalarAffine, 0.02),
-    "trained_low_rank": (LowRank, 0.002),
-    "trained_affine": (Affine, 0.001),
-}
-
-
-#: What of a source and of a target a map is trained with.
+#: The fields of a source and a target that a training uses.
 _USED = ("prompt", "position", "layer")
-#: The rank of U V where none is given.
+#: The rank of U V if none is given.
 _RANK = 8
+#: How many examples a forward pass scores.
+_BATCH = 16
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextScore:
-    """What the texts of held-out rows cost, in nats for each of their tokens.
+    """The negative log-likelihood of the texts of held-out rows, in nats per token.
 
     Attributes:
         source_layer: l.
         target_layer: l*.
-        n_rows: How many rows were scored.
-        n_tokens: How many tokens their texts have.
+        n_rows: The number of examples scored.
+        n_tokens: The number of tokens in their texts.
         nll_nats: With f(h) in T.
-        untrained_nll_nats: With h in T.
-        shuffled_nll_nats: With f of the state of a row that was fitted on.
+        untrained_nll_nats: With h in T, unmapped.
+        shuffled_nll_nats: With f(h) of another row, one that was fitted on.
     """
 
     source_layer: int
@@ -161,24 +87,25 @@ def fit_through_text(
         rows: The data.
         kind: One of `KINDS`.
         source: S, i and l.
-        target: T, i* and l*; `same` pairs l* with l, anything else is crossed with it.
-        text: What should follow T, for example ` {description}`; the data fill `{column}` placeholders.
+        target: T, i* and l*; `same` pairs l* with l, other layers are crossed with all l.
+        text: What should follow T, for example ` {description}`; `{column}` is filled in from the data.
         target_model: M*, which reads T; None is M.
-        rank: The rank of U V, for `trained_low_rank` alone; None is 8.
-        training: How; a batch is of rows. None takes the kind's learning rate, and batches of 16.
-        progress: Called with (steps done, steps in all).
+        rank: The rank of U V, only for `trained_low_rank`; None is 8.
+        training: How to train; a batch is of rows. None trains by the kind's default.
+        progress: Called with (steps done, steps in total).
 
     Returns:
         For each (l, l*) its tensors; `held_out` is a `TextScore` for each.
 
     Raises:
-        InputError: The kind, a prompt, a position, a layer or the text does not resolve, the rows are too
-            few, or the two models' states differ in size.
+        InputError: The kind, a prompt, a position, a layer or the text cannot be resolved, there are too few
+            rows, or the two models' states differ in size.
     """
     to = target_model or model
     if kind not in KINDS:
-        raise MappingError(f"{kind!r} is trained through no text.", hint=did_you_mean(kind, list(KINDS)))
-    make, rate = KINDS[kind]
+        raise MappingError(
+            f"{kind!r} is not a kind that is trained through a text.", hint=did_you_mean(kind, list(KINDS))
+        )
     size = model.info.d_model
     if rank is not None and kind != "trained_low_rank":
         raise MappingError(f"rank={rank} belongs to trained_low_rank, and this is {kind}; leave it out.")
@@ -189,27 +116,20 @@ def fit_through_text(
             f"{to.info.d_model}.",
             hint="Train between models of one d_model, with a rank of 1 to d_model; else fit: affine.",
         )
-    training = training or Training(learning_rate=rate, batch=16)
+    training = training or KINDS[kind].training or Training()
     pairs = find_pairs(model, to, source=source, target=target)
     examples = make_examples(rows, model=model, to=to, source=source, target=target, text=text)
-    dealt = deal(
-        [one.source for one in examples],
-        held_out=training.held_out,
-        stopping=training.stopping,
-        seed=training.seed,
-        what="source prompts",
-    )
-    parts = Parts(*([one for one in examples if one.source in set(part)] for part in dealt))
+    parts = _split(examples, training)
     maps, scores, steps = {}, [], {}
     with frozen(to) as net:
-        read = _read(model, net, parts, sorted({layer for layer, _ in pairs}))
-        for number, (layer, layer_star) in enumerate(pairs):
-            torch.manual_seed(training.seed)  # for V, the one random start there is
-            one = make(size, rank).to(net.device)
+        read = _read(model, parts, sorted({layer for layer, _ in pairs}), net.device)
+        for index, (layer, layer_star) in enumerate(pairs):
+            torch.manual_seed(training.seed)  # for V, the only random start
+            form = KINDS[kind].form(size, rank).to(net.device)
             course = _Course(net, parts, read[layer], layer=layer_star, training=training)
-            steps[f"{layer},{layer_star}"] = course.train(one, _later(progress, number, len(pairs)))
-            maps[layer, layer_star] = one.tensors()
-            scores.append(course.score(one, source_layer=layer))
+            steps[f"{layer},{layer_star}"] = course.train(form, _within(progress, index, len(pairs)))
+            maps[layer, layer_star] = form.tensors()
+            scores.append(course.score(form, source_layer=layer))
     return Outcome(
         kind=kind,
         maps=maps,
@@ -227,32 +147,43 @@ def fit_through_text(
 
 
 def find_pairs(model: Model, to: Model, *, source: Source, target: Target) -> list[tuple[int, int]]:
-    """The (l, l*) of a source and a target, which name a prompt, a position and layers, and nothing else.
+    """Resolve the layers of a source and a target to pairs (l, l*).
 
     Raises:
         LayerError: A layer lies outside its model.
-        MappingError: Something else of the source or the target is set.
+        MappingError: A field other than the prompt, the position and the layer is set.
     """
     for name, side in (("source", source), ("target", target)):
-        for field, about in type(side).model_fields.items():
-            given = getattr(side, field)
-            if field not in _USED and given != about.default:
+        for field, description in type(side).model_fields.items():
+            value = getattr(side, field)
+            if field not in _USED and value != description.default:
                 raise MappingError(
-                    f"{name}.{field}={given!r}: a map is trained with states of a prompt, at the blocks' "
-                    "outputs, which replace others while T is read.",
-                    hint=f"Leave it out; what is used is {', '.join(_USED)}.",
+                    f"{name}.{field}={value!r} cannot be used here: a map is trained on outputs of blocks, "
+                    "which replace the states at T's placeholder.",
+                    hint=f"Leave it out; training uses {', '.join(_USED)}.",
                 )
     layers = resolve_layers(source.layer, n_layers=model.info.n_layers, field="source.layer")
     if target.layer == "same":
-        beyond = [layer for layer in layers if layer >= to.info.n_layers]
-        if beyond:
+        if beyond := [layer for layer in layers if layer >= to.info.n_layers]:
             raise LayerError(
-                f"target.layer=same asks {to.info.name} for layer {beyond[0]}; it has {to.info.n_layers}.",
+                f"target.layer=same needs layer {beyond[0]} of {to.info.name}, which has {to.info.n_layers}.",
                 hint="Give the target's layers.",
             )
         return [(layer, layer) for layer in layers]
     written = resolve_layers(target.layer, n_layers=to.info.n_layers, field="target.layer")
     return [(layer, layer_star) for layer in layers for layer_star in written]
+
+
+def _split(examples: Sequence[Example], training: Training) -> Parts[Example]:
+    """Split examples by their source prompts, so that no prompt is both fitted on and held out."""
+    prompts = split_items(
+        [example.source for example in examples],
+        held_out=training.held_out,
+        stopping=training.stopping,
+        seed=training.seed,
+        what="source prompts",
+    )
+    return Parts(*([example for example in examples if example.source in set(part)] for part in prompts))
 
 
 class _States(NamedTuple):
@@ -263,53 +194,43 @@ class _States(NamedTuple):
     held_out: torch.Tensor
 
 
-def _read(model: Model, net: Frozen, parts: Parts[Example], layers: Sequence[int]) -> dict[int, _States]:
-    """What the examples read of each layer."""
-    read = []
-    with frozen(model, unembeds=False) as source:
-        for part in parts:
-            found = read_examples(source, part, layers)
-            read.append({layer: states.float().to(net.device) for layer, states in found.items()})
-    return {layer: _States(*(part[layer] for part in read)) for layer in layers}
+def _read(model: Model, parts: Parts[Example], layers: Sequence[int], device: Any) -> dict[int, _States]:
+    """Read the source states of all examples at each layer."""
+    check_weights(model)
+    read = [read_examples(model, part, layers) for part in parts]
+    return {layer: _States(*(part[layer].float().to(device) for part in read)) for layer in layers}
 
 
 class _Course:
     """The training of one map."""
 
     def __init__(
-        self,
-        net: Frozen,
-        parts: Parts[Example],
-        states: _States,
-        *,
-        layer: int,
-        training: Training,
+        self, net: Frozen, parts: Parts[Example], states: _States, *, layer: int, training: Training
     ) -> None:
         self.net, self.parts, self.states = net, parts, states
         self.layer, self.training = layer, training
         self._generator = torch.Generator().manual_seed(training.seed)
 
-    def train(self, one: torch.nn.Module, progress: Progress | None) -> int:
-        """Train a map, and say at which step it was left."""
+    def train(self, f: torch.nn.Module, progress: Progress | None) -> int:
+        """Train a map, and return the step whose weights it has."""
 
         def losses() -> Iterator[torch.Tensor]:
-            count = len(self.parts.fitted)
-            chosen = torch.randperm(count, generator=self._generator)[: self.training.batch].tolist()
-            lost, tokens = self._lost(
-                [self.parts.fitted[row] for row in chosen], one(self.states.fitted[chosen])
-            )
-            yield lost / tokens
+            order = torch.randperm(len(self.parts.fitted), generator=self._generator)
+            batch = order[: self.training.batch].tolist()
+            examples = [self.parts.fitted[index] for index in batch]
+            loss, tokens = self._nll(examples, f(self.states.fitted[batch]))
+            yield loss / tokens
 
         return descend(
-            {"f": one},
+            {"f": f},
             losses=losses,
-            score=lambda: {"f": self._mean(self.parts.stopping, self.states.stopping, one)},
+            score=lambda: {"f": self._mean(self.parts.stopping, self.states.stopping, f)},
             training=self.training,
             progress=progress,
         )["f"]
 
-    def score(self, one: torch.nn.Module, *, source_layer: int) -> TextScore:
-        """Score a map on the rows that are held out."""
+    def score(self, f: torch.nn.Module, *, source_layer: int) -> TextScore:
+        """Score a map on the held-out examples."""
         held = self.parts.held_out
         other = torch.arange(len(held)) % len(self.parts.fitted)
         with torch.no_grad():
@@ -318,27 +239,105 @@ class _Course:
                 target_layer=self.layer,
                 n_rows=len(held),
                 n_tokens=sum(len(example.text) for example in held),
-                nll_nats=self._mean(held, self.states.held_out, one),
+                nll_nats=self._mean(held, self.states.held_out, f),
                 untrained_nll_nats=self._mean(held, self.states.held_out, lambda states: states),
-                shuffled_nll_nats=self._mean(held, self.states.fitted[other], one),
+                shuffled_nll_nats=self._mean(held, self.states.fitted[other], f),
             )
 
     def _mean(
         self, examples: Sequence[Example], states: torch.Tensor, f: Callable[[torch.Tensor], torch.Tensor]
     ) -> float:
-        lost, tokens = 0.0, 0
-        for start in range(0, len(examples), BATCH):
-            rows = slice(start, start + BATCH)
-            more, count = self._lost(examples[rows], f(states[rows]))
-            lost, tokens = lost + float(more), tokens + count
-        return lost / tokens
+        total, tokens = 0.0, 0
+        for start in range(0, len(examples), _BATCH):
+            batch = slice(start, start + _BATCH)
+            loss, count = self._nll(examples[batch], f(states[batch]))
+            total, tokens = total + float(loss), tokens + count
+        return total / tokens
 
-    def _lost(self, examples: Sequence[Example], mapped: torch.Tensor) -> tuple[torch.Tensor, int]:
+    def _nll(self, examples: Sequence[Example], mapped: torch.Tensor) -> tuple[torch.Tensor, int]:
         return text_nll_nats(self.net, examples, mapped, layer=self.layer)
 
 
-def _later(progress: Progress | None, number: int, count: int) -> Progress | None:
-    """The progress of one of several courses, as one of the whole."""
+def _within(progress: Progress | None, index: int, count: int) -> Progress | None:
+    """The progress of one of several courses, as progress of the whole."""
     if progress is None:
         return None
-    return lambda done, total: progress(number * total + done, count * total)
+    return lambda done, total: progress(index * total + done, count * total)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ThroughText(MappingKind):
+    """A form of map that is trained through a text.
+
+    Attributes:
+        form: The map as a module.
+    """
+
+    form: type[Form]
+
+    def shapes(self, d_model: int) -> dict[str, tuple[int, ...]]:
+        """As in `MappingKind`."""
+        with torch.device("meta"):
+            tensors = self.form(d_model, 1).tensors()
+        return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+    def check(self, request: Request, *, away: bool) -> None:  # noqa: ARG002 (only prompts and sizes matter)
+        """As in `MappingKind`."""
+        source, target = request.prompts()
+        find_pairs(request.source, request.target, source=source, target=target)
+        size, other = request.source.info.d_model, request.target.info.d_model
+        rank = request.options.rank
+        if size != other or (rank or 1) > size:
+            raise MappingError(
+                f"{self.name} starts as the identity, and the states have {size} numbers and {other}"
+                + (f"; its rank is {rank}." if rank else "."),
+                hint="Train between models of one d_model, with a rank of at most that; else {fit: affine}.",
+            )
+
+    def check_data(self, request: Request, data: Rows) -> None:
+        """As in `MappingKind`."""
+        source, target = request.prompts()
+        examples = make_examples(
+            data.rows,
+            model=request.source,
+            to=request.target,
+            source=source,
+            target=target,
+            text=request.options.options["text"],
+        )
+        _split(examples, self.training_of(request.options))
+
+    def arguments(self, request: Request, layers: Sequence[int]) -> dict[str, Any]:  # noqa: ARG002 (S names them)
+        """As in `MappingKind`."""
+        source, target = request.prompts()
+        training = self.training_of(request.options)
+        return {"source": source, "target": target, "training": training, **self.own_options(request.options)}
+
+
+def _kind(name: str, formula: str, form: type[Form], *, learning_rate: float) -> ThroughText:
+    return ThroughText(
+        name=name,
+        summary=f"f(h) = {formula}, trained so that a text follows T with f(h) in it (arXiv 2602.10352).",
+        fit=functools.partial(fit_through_text, kind=name),
+        reads="rows",
+        options={
+            "text": Option("What should follow T: ' {description}'."),
+            "rank": Option("The rank of U V, for trained_low_rank; 8 unless given.", 1),
+        },
+        training=Training(learning_rate=learning_rate, batch=16),
+        two_models=True,
+        uses_prompts=True,
+        form=form,
+    )
+
+
+#: The kinds of this file, by name. Maps with fewer parameters take larger steps.
+KINDS: dict[str, ThroughText] = {
+    kind.name: kind
+    for kind in (
+        _kind("trained_scale", "a h", Scale, learning_rate=0.05),
+        _kind("trained_scalar_affine", "a h + b", ScalarAffine, learning_rate=0.02),
+        _kind("trained_low_rank", "h + U V h + b", LowRank, learning_rate=0.002),
+        _kind("trained_affine", "W h + b", Affine, learning_rate=0.001),
+    )
+}

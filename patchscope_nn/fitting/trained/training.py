@@ -1,4 +1,4 @@
-"""Gradient descent through a frozen model: one loop for all that is trained, and data apart to stop it."""
+"""Gradient descent through a frozen model: one loop for every kind, stopped by data it is not trained on."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from pydantic import Field
 from patchscope_nn.fitting.trained.outcome import Progress
 from patchscope_nn.spec import Spec
 
-#: How many times the part that says when to stop is looked at.
+#: How many times the maps are scored on the part that decides when to stop.
 _CHECKS = 10
-#: The largest norm of the gradient of one map.
+#: The largest norm of the gradient of one map; larger gradients are clipped.
 _CLIP = 1.0
 
 Key = TypeVar("Key")
@@ -24,11 +24,11 @@ class Training(Spec):
     """How something is trained.
 
     Attributes:
-        steps: Steps of the optimiser (Adam); its rate falls to zero in a line.
-        batch: What a step sees: tokens for a lens, rows for what is trained through a text.
-        learning_rate: The rate at first.
-        held_out: The share of the data that the reported numbers are computed on, and nothing else.
-        stopping: The share that chooses, for each map, the best of the steps; 0 keeps the last.
+        steps: Steps of the optimiser (Adam); its learning rate falls linearly to zero.
+        batch: How many items a step sees: tokens for a lens, rows for maps trained through a text.
+        learning_rate: The initial learning rate.
+        held_out: The share of the data that scores are computed on, and nothing else.
+        stopping: The share that chooses the best step for each map; 0 keeps the last step.
         seed: Decides what is held out, the order of the data, and random starts.
     """
 
@@ -51,55 +51,55 @@ def descend(
     """Train some maps at once, and leave each as it was when it scored best.
 
     Args:
-        maps: What is trained; none shares a parameter with another.
-        losses: Gives the losses of one step, each to be differentiated before the next is asked for.
-        score: What each map loses on the part that says when to stop; not called where that is empty.
-        training: How.
-        progress: Called with (steps done, steps in all).
+        maps: The maps to train, which share no parameters.
+        losses: Yields the losses of one step; each is differentiated before the next is computed.
+        score: Gives the loss of each map on the part that decides when to stop; not called if that is empty.
+        training: How to train.
+        progress: Called with (steps done, steps in total).
 
     Returns:
-        For each map, the step it was left at; 0 is its start.
+        For each map, the step whose weights it has; 0 is its start.
     """
     optimiser = torch.optim.Adam(
-        (weight for one in maps.values() for weight in one.parameters()), lr=training.learning_rate
+        (weight for module in maps.values() for weight in module.parameters()), lr=training.learning_rate
     )
     rate = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 1 - step / training.steps)
     best = _Best(maps, score if training.stopping else None)
-    best.look(0)
+    best.update(0)
     for step in range(1, training.steps + 1):
         optimiser.zero_grad()
         for loss in losses():
             loss.backward()
-        for one in maps.values():
-            torch.nn.utils.clip_grad_norm_(one.parameters(), _CLIP)
+        for module in maps.values():
+            torch.nn.utils.clip_grad_norm_(module.parameters(), _CLIP)
         optimiser.step()
         rate.step()
         if step % max(1, training.steps // _CHECKS) == 0 or step == training.steps:
-            best.look(step)
+            best.update(step)
         if progress is not None:
             progress(step, training.steps)
     return best.restore()
 
 
 class _Best(Generic[Key]):
-    """The maps as they were when they scored best; without a score, as they were last."""
+    """Keeps the weights with which each map scored best; without a score, the latest weights."""
 
     def __init__(
         self, maps: Mapping[Key, torch.nn.Module], score: Callable[[], Mapping[Key, float]] | None
     ) -> None:
         self.maps, self.score = maps, score
-        self.lost = dict.fromkeys(maps, float("inf"))
-        self.found: dict[Key, tuple[int, dict[str, torch.Tensor]]] = {}
+        self.losses = dict.fromkeys(maps, float("inf"))
+        self.kept: dict[Key, tuple[int, dict[str, torch.Tensor]]] = {}
 
-    def look(self, step: int) -> None:
+    def update(self, step: int) -> None:
         with torch.no_grad():
-            lost = dict.fromkeys(self.maps, 0.0) if self.score is None else self.score()
-        for key, one in lost.items():
-            if self.score is None or one < self.lost[key]:
-                self.lost[key] = one
-                self.found[key] = (step, copy.deepcopy(self.maps[key].state_dict()))
+            losses = dict.fromkeys(self.maps, 0.0) if self.score is None else self.score()
+        for key, loss in losses.items():
+            if self.score is None or loss < self.losses[key]:
+                self.losses[key] = loss
+                self.kept[key] = (step, copy.deepcopy(self.maps[key].state_dict()))
 
     def restore(self) -> dict[Key, int]:
-        for key, (_, state) in self.found.items():
+        for key, (_, state) in self.kept.items():
             self.maps[key].load_state_dict(state)
-        return {key: step for key, (step, _) in self.found.items()}
+        return {key: step for key, (step, _) in self.kept.items()}

@@ -1,11 +1,11 @@
-"""The tuned lens (Belrose et al. 2023, arXiv 2303.08112): translators trained to say what the model says.
+"""The tuned lens (Belrose et al. 2023, arXiv 2303.08112): translators that predict what the model does.
 
-For layer l, f(h) = h + A h + b, with A and b zero at first, is trained so that the model's own final norm and
-unembedding make of f(h) the distribution the model ends with: the loss is KL(model || lens) (section 3).
+For layer l, f(h) = h + A h + b, with A and b zero at first. It is trained so that the model's final norm and
+unembedding turn f(h) into the model's own final distribution: the loss is KL(model || lens) (section 3).
 
-Two things differ from the authors' training. The data may be a few thousand tokens, so a part of it says
-when to stop, layer by layer; and the optimiser is Adam, one of the two the authors' code offers. The first
-token of a text is left out unless asked for: in most models it is an attention sink, whose state is huge and
+Two things differ from the authors' training. The data may be a few thousand tokens, so a part of it decides
+when to stop, layer by layer; and the optimiser is Adam, one of the two that the authors' code offers. The
+first token of a text is left out by default: in most models it is an attention sink, with a huge state that
 says little.
 """
 
@@ -18,21 +18,24 @@ import torch
 
 from patchscope_nn._util.arguments import checked
 from patchscope_nn.fitting.trained.frozen import Frozen, choose_layers, frozen
-from patchscope_nn.fitting.trained.held_out import deal_texts
+from patchscope_nn.fitting.trained.kind import LAYERS, MAX_TOKENS, SKIP_FIRST
+from patchscope_nn.fitting.trained.last_block import LensKind
 from patchscope_nn.fitting.trained.lens import (
-    affine,
-    foretell,
+    affine_map,
     kl_nats,
     log_probabilities,
     minibatches,
+    predict,
     score_lens,
 )
 from patchscope_nn.fitting.trained.outcome import Outcome, Progress
+from patchscope_nn.fitting.trained.splits import split_texts
 from patchscope_nn.fitting.trained.training import Training, descend
 from patchscope_nn.models import Model
 
 #: About how many tokens' states are held in memory at a time.
 _HELD = 16_384
+_TRAINING = Training()
 
 
 class Translator(torch.nn.Module):
@@ -47,8 +50,8 @@ class Translator(torch.nn.Module):
         """Translate states, (n, d_model) -> (n, d_model)."""
         return states + torch.nn.functional.linear(states.to(self.bias), self.matrix, self.bias).to(states)
 
-    def whole(self) -> dict[str, torch.Tensor]:
-        """I + A and b, as they are now."""
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The map as saved: `weight` = I + A and `bias` = b."""
         weight = torch.eye(len(self.bias)).to(self.matrix) + self.matrix.detach()
         return {"weight": weight, "bias": self.bias.detach().clone()}
 
@@ -69,11 +72,11 @@ def fit_tuned_lens(
     Args:
         model: The model.
         texts: What it reads.
-        layers: l, each with l* the last block; of the last block itself nothing can be learned.
+        layers: l, each with l* the last block; for the last block itself nothing can be learned.
         max_tokens: How many tokens of a text are read.
-        skip_first: How many tokens at a text's beginning are left out.
-        training: How; a batch is of tokens.
-        progress: Called with (steps done, steps in all).
+        skip_first: How many tokens at the beginning of a text are left out.
+        training: How to train; a batch is of tokens. None trains by default.
+        progress: Called with (steps done, steps in total).
 
     Returns:
         For each (l, last block), `weight` = I + A and `bias` = b; `held_out` is a `LensScore` for each.
@@ -83,21 +86,21 @@ def fit_tuned_lens(
         DataError: The texts are too few or too short.
         ModelError: What follows the model's last block is not known.
     """
-    training = training or Training()
+    training = training or _TRAINING
     chosen = choose_layers(model, layers)
-    parts = deal_texts(
+    parts = split_texts(
         texts,
         model.tokenizer,
         held_out=training.held_out,
         stopping=training.stopping,
         seed=training.seed,
         max_tokens=max_tokens,
-        least=skip_first + 1,
+        least=skip_first + KIND.least,
     )
     with frozen(model) as net:
         translators = {layer: Translator(model.info.d_model).to(net.device) for layer in chosen}
         batches = minibatches(
-            net,
+            model,
             parts.fitted,
             sorted({*chosen, net.last}),
             size=training.batch,
@@ -107,8 +110,9 @@ def fit_tuned_lens(
         )
 
         def score() -> dict[int, float]:
-            found, _ = foretell(net, translators, parts.stopping, skip_first=skip_first)
-            return {layer: lost for layer, (lost, _) in found.items()}
+            maps = {layer: [translator] for layer, translator in translators.items()}
+            predictions, _ = predict(net, maps, parts.stopping, skip_first=skip_first)
+            return {layer: kl for layer, [(kl, _)] in predictions.items()}
 
         steps = descend(
             translators,
@@ -117,16 +121,12 @@ def fit_tuned_lens(
             training=training,
             progress=progress,
         )
-        tensors = {layer: one.whole() for layer, one in translators.items()}
-        scores = score_lens(
-            net,
-            {layer: affine(**found) for layer, found in tensors.items()},
-            parts.held_out,
-            skip_first=skip_first,
-        )
+        tensors = {layer: translator.tensors() for layer, translator in translators.items()}
+        maps = {layer: affine_map(**of_layer) for layer, of_layer in tensors.items()}
+        scores = score_lens(net, maps, parts.held_out, skip_first=skip_first)
     return Outcome(
         kind="tuned_lens",
-        maps={(layer, model.info.n_layers - 1): found for layer, found in tensors.items()},
+        maps={(layer, model.info.n_layers - 1): of_layer for layer, of_layer in tensors.items()},
         held_out=scores,
         provenance={
             "max_tokens": max_tokens,
@@ -146,3 +146,15 @@ def _losses(
         own = log_probabilities(net, states[net.last])
     for layer, translator in translators.items():
         yield kl_nats(own, log_probabilities(net, translator(states[layer]))).mean()
+
+
+KIND = LensKind(
+    name="tuned_lens",
+    summary="Translators to the last block, trained to predict what the model predicts (arXiv 2303.08112).",
+    fit=fit_tuned_lens,
+    reads="texts",
+    options={"layers": LAYERS, "max_tokens": MAX_TOKENS, "skip_first": SKIP_FIRST},
+    training=_TRAINING,
+    data="builtin:contexts",
+    least=1,
+)

@@ -1,4 +1,4 @@
-"""What is fitted on, and what is kept apart to say how well the fit does."""
+"""Data split into a part to fit on, a part to stop or choose by, and a held-out part to score on."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ Item = TypeVar("Item")
 
 
 class Parts(NamedTuple, Generic[Item]):
-    """Items, dealt out.
+    """Items, split.
 
     Attributes:
-        fitted: What is fitted on.
-        stopping: What says when to stop, and chooses among settings; empty where nothing is chosen.
-        held_out: What the reported numbers are computed on, and nothing else.
+        fitted: The items to fit on.
+        stopping: The items that decide when to stop, or choose among settings; empty if nothing is chosen.
+        held_out: The items that scores are computed on, and nothing else.
     """
 
     fitted: list[Item]
@@ -26,27 +26,27 @@ class Parts(NamedTuple, Generic[Item]):
     held_out: list[Item]
 
     def counts(self) -> dict[str, int]:
-        """How many items each part has, by its name."""
+        """The number of items in each part, by its name."""
         return {name: len(items) for name, items in self._asdict().items()}
 
 
-def deal(
+def split_items(
     items: Sequence[Item], *, held_out: float, seed: int, stopping: float = 0.0, what: str = "rows"
 ) -> Parts[Item]:
-    """Deal items out at random; equal items are one, so that none is both fitted on and held out.
+    """Split items at random. Equal items count once, so that none is both fitted on and held out.
 
     Args:
         items: The items; hashable.
-        held_out: The share that is held out, above 0 and below 1.
-        seed: Decides which.
-        stopping: The share that says when to stop.
-        what: What messages call the items.
+        held_out: The share to hold out, above 0 and below 1.
+        seed: Decides the split.
+        stopping: The share that decides when to stop.
+        what: What error messages call the items.
 
     Returns:
-        The parts; those that are asked for hold one item or more.
+        The parts; each part with a share above 0 has at least one item.
 
     Raises:
-        DataError: A share is no share, or there are too few items for one in each part.
+        DataError: The shares leave nothing to fit on, or there are too few items for one in each part.
     """
     if not 0 < held_out < 1 or not 0 <= stopping < 1 - held_out:
         raise DataError(
@@ -66,7 +66,7 @@ def deal(
     return Parts(mixed[n_held + n_stop :], mixed[n_held : n_held + n_stop], mixed[:n_held])
 
 
-def deal_texts(
+def split_texts(
     texts: Sequence[str],
     tokenizer: object,
     *,
@@ -76,22 +76,22 @@ def deal_texts(
     max_tokens: int,
     least: int,
 ) -> Parts[tuple[int, ...]]:
-    """Tokenize texts and deal them out.
+    """Tokenize texts and split them.
 
     Args:
         texts: The texts.
         tokenizer: A transformers tokenizer.
-        held_out: As in `deal`.
-        seed: As in `deal`.
-        stopping: As in `deal`.
-        max_tokens: How many tokens of a text are read; what comes after is left out.
+        held_out: As in `split_items`.
+        seed: As in `split_items`.
+        stopping: As in `split_items`.
+        max_tokens: How many tokens of a text are read; the rest is cut off.
         least: How many tokens a text needs; shorter ones are left out.
 
     Returns:
-        Token ids, dealt out; texts that begin alike are one.
+        Token ids; texts with the same first `max_tokens` tokens count once.
 
     Raises:
-        DataError: As in `deal`; or all texts are too short.
+        DataError: As in `split_items`, or all texts are too short.
     """
     encoded = [encode(text, tokenizer, field="a text").ids[:max_tokens] for text in texts if text]
     long = [ids for ids in encoded if len(ids) >= least]
@@ -101,6 +101,6 @@ def deal_texts(
             f"{max(map(len, encoded), default=0)}).",
             hint="Give longer texts, or skip fewer tokens at their beginning.",
         )
-    return deal(
+    return split_items(
         long, held_out=held_out, seed=seed, stopping=stopping, what=f"texts of {least} tokens or more"
     )

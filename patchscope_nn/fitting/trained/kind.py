@@ -1,0 +1,191 @@
+"""The contract of a kind that is trained: its options, and for recipes its shapes, its checks and its data.
+
+A kind is one file of this folder: the function that fits it, and an object that describes it. `kinds.py`
+lists the objects. `ps.fit`, `patchscope fit` and recipes (`mapping: {train: ...}`) use nothing else.
+"""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+from patchscope_nn.data.rows import DataSpec
+from patchscope_nn.fitting.trained.outcome import FittedPrompt, Outcome
+from patchscope_nn.fitting.trained.training import Training
+from patchscope_nn.mappings import Pair
+from patchscope_nn.models import Model
+from patchscope_nn.spec import Patchscope, Source, Target, Train
+
+
+class Option(NamedTuple):
+    """How the command line offers one keyword argument of a fit.
+
+    Attributes:
+        help: One phrase.
+        least: The smallest number it takes; None if it is not a number, or may be any.
+        selector: True for layers and offsets, which are written as in YAML: `all`, `[0, 4]`, `0:10`.
+    """
+
+    help: str
+    least: int | None = None
+    selector: bool = False
+
+
+LAYERS = Option("Which layers: all, 5, [0, 4, 8] or 0:10.", selector=True)
+MAX_TOKENS = Option("How many tokens of a text are read.", 2)
+SKIP_FIRST = Option("How many tokens at a text's beginning are left out.", 0)
+ROWS_AT_A_TIME = Option("Rows of a Jacobian that a backward pass gives.", 1)
+HELD_OUT = Option("The share of the data that it is scored on, and nothing else.")
+SEED = Option("Decides what is held out, the order of the data, random starts.", 0)
+
+
+class Rows(NamedTuple):
+    """The data of a training that a recipe asks for.
+
+    Attributes:
+        spec: Where the rows come from.
+        column: The column of the texts, for kinds that read texts.
+        rows: The rows.
+    """
+
+    spec: DataSpec
+    column: str | None
+    rows: list[dict[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """A training that a recipe asks for.
+
+    Attributes:
+        options: The recipe's `train`.
+        scope: The Patchscope.
+        source: M.
+        target: M*; the same object if there is one model.
+        pairs: The (l, l*) of the run.
+        sites: The names of the sites that are read and written.
+    """
+
+    options: Train
+    scope: Patchscope
+    source: Model
+    target: Model
+    pairs: tuple[Pair, ...]
+    sites: tuple[str, str]
+
+    def prompts(self) -> tuple[Source, Target]:
+        """The recipe's source and target without models, which are passed to a fit separately."""
+        return (
+            self.scope.source.model_copy(update={"model": None}),
+            self.scope.target.model_copy(update={"model": None}),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedKind:
+    """A kind of mapping or prompt that is trained, or differentiated, through a frozen model.
+
+    Attributes:
+        name: What `ps.fit`, `patchscope fit` and recipes call it.
+        summary: One sentence for `patchscope fit --help`.
+        fit: Takes a model, the data, keyword arguments, and `progress`. Its keyword arguments are the kind's
+            options, with their defaults.
+        reads: `texts` if the data are texts of one column, `rows` if they are whole data rows.
+        options: How the command line offers the keyword arguments. `training`, `source` and `target` are not
+            listed: they have the same options for every kind.
+        training: How it is trained by default; None if it takes no steps.
+        data: What `patchscope fit` trains on by default; None if data must be named.
+        unit: What progress counts.
+        two_models: True if states of one model may be written into another.
+    """
+
+    name: str
+    summary: str
+    fit: Callable[..., Outcome | FittedPrompt] = field(repr=False)
+    reads: Literal["texts", "rows"]
+    options: Mapping[str, Option]
+    training: Training | None = None
+    data: str | None = None
+    unit: str = "steps"
+    two_models: bool = False
+
+    def parameters(self) -> dict[str, inspect.Parameter]:
+        """The keyword arguments of `fit` that a user sets."""
+        signature = inspect.signature(self.fit, eval_str=True)
+        internal = ("kind", "progress", "target_model")
+        return {
+            name: parameter
+            for name, parameter in signature.parameters.items()
+            if parameter.kind is parameter.KEYWORD_ONLY and name not in internal
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class MappingKind(TrainedKind, ABC):
+    """A trained kind that gives a mapping, so that recipes can ask for it.
+
+    Attributes:
+        uses_prompts: True if the recipe's source and target decide the maps.
+    """
+
+    uses_prompts: bool = False
+
+    @abstractmethod
+    def shapes(self, d_model: int) -> dict[str, tuple[int, ...]]:
+        """The shapes of the tensors of a pair's map, by name."""
+
+    def learns(self, pair: Pair) -> bool:  # noqa: ARG002 (kinds that cannot learn a pair say so)
+        """True if there is something to learn for a pair; otherwise its map is the identity."""
+        return True
+
+    @abstractmethod
+    def check(self, request: Request, *, away: bool) -> None:
+        """Check that the kind fits the Patchscope and the models.
+
+        Args:
+            request: What the recipe asks for.
+            away: True if the weights of a model are on a server.
+
+        Raises:
+            LayerError: The kind has no map to one of the target layers.
+            MappingError: The kind does not fit the prompts, sites or models.
+        """
+
+    @abstractmethod
+    def check_data(self, request: Request, data: Rows) -> None:
+        """Check the data before anything runs: columns, prompts, positions, and how many there are.
+
+        Raises:
+            InputError: The data does not fill a prompt or is too little.
+        """
+
+    def column(self, options: Train) -> str | None:
+        """The column of the texts that a recipe names, or means."""
+        return options.column
+
+    @abstractmethod
+    def arguments(self, request: Request, layers: Sequence[int]) -> dict[str, Any]:
+        """The keyword arguments of `fit` for a recipe.
+
+        Args:
+            request: What the recipe asks for.
+            layers: The source layers that have something to learn.
+        """
+
+    def training_of(self, options: Train) -> Training:
+        """The kind's way of training, changed as a recipe says."""
+        default = (self.training or Training()).model_dump()
+        changed = {name: value for name, value in options.options.items() if name in default}
+        return Training(**default | changed | {"seed": options.seed})
+
+    def own_options(self, options: Train) -> dict[str, Any]:
+        """The options of a recipe that are neither of the data nor of the training."""
+        others = {"column"} | (set(Training.model_fields) if self.training else set())
+        return {name: value for name, value in options.options.items() if name not in others}
+
+    def option(self, options: Train, name: str) -> Any:
+        """An option as a recipe gives it, or its default."""
+        return options.options.get(name, self.parameters()[name].default)
