@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from types import SimpleNamespace
 
@@ -100,6 +101,20 @@ def load(tmp_path, monkeypatch):
     return lambda name: ps.load(make(name), tokenizer=tiny.TOKENIZER)
 
 
+@pytest.fixture(scope="module")
+def proven():
+    """proven(name): a model of a kind and its reference, made and proven once, to be looked at and run."""
+
+    @functools.cache
+    def get(name):
+        model = ps.load(make(name), tokenizer=tiny.TOKENIZER)
+        parts = map(model.info.architecture.part, (ATTENTION, MLP))
+        attention, mlp = (part and part.path for part in parts)
+        return model, hooks.Reference(make(name), blocks=MODELS[name][3], attention=attention, mlp=mlp)
+
+    return get
+
+
 #: Letters of which no two make a token.
 _LETTERS = "abcdfghjkmnopqrsuvwyz"
 
@@ -190,9 +205,9 @@ def test_thresholds(config, expected):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_both_sides_of_a_length_are_tried(name, load):
+def test_both_sides_of_a_length_are_tried(name, proven):
     length = MODELS[name][2]
-    verdict = load(name).info.verdict
+    verdict = proven(name)[0].info.verdict
     assert verdict.limit is None
     tried = {entry.tokens for entry in verdict.comparisons}
     assert min(tried) < 24
@@ -201,8 +216,8 @@ def test_both_sides_of_a_length_are_tried(name, load):
     assert verdict.off(readout="generate", tokens=length - 1) == ()
 
 
-def test_nothing_is_off_where_the_window_of_every_block_is_known(load):
-    assert load("window").info.verdict.withheld == ()
+def test_nothing_is_off_where_the_window_of_every_block_is_known(proven):
+    assert proven("window")[0].info.verdict.withheld == ()
 
 
 @pytest.mark.parametrize(
@@ -213,8 +228,8 @@ def test_nothing_is_off_where_the_window_of_every_block_is_known(load):
         ("temperature", {"mixed_lengths"}),
     ],
 )
-def test_what_is_wrong_beyond_a_length_is_off_there_alone(name, wrong, load):
-    length, model = MODELS[name][2], load(name)
+def test_what_is_wrong_beyond_a_length_is_off_there_alone(name, wrong, proven):
+    length, (model, _) = MODELS[name][2], proven(name)
     withheld = model.info.verdict.withheld
     assert {entry.optimisation for entry in withheld} >= wrong
     short, long = row_of(8, 7), row_of(8, length + 2)
@@ -228,16 +243,13 @@ def test_what_is_wrong_beyond_a_length_is_off_there_alone(name, wrong, load):
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("readout", READOUTS)
-def test_cells_are_right_on_both_sides_of_a_length(name, readout, load, run_cells):
-    length, blocks = MODELS[name][2:]
+def test_cells_are_right_on_both_sides_of_a_length(name, readout, proven, run_cells):
+    length = MODELS[name][2]
     rows = [
         *(row_of(8, 7), row_of(9, length - 2), row_of(length - 1, length)),
         *(row_of(length + 1, length + 1), row_of(length + 6, length + 5), row_of(6, length + 5)),
     ]
-    scope, model = scope_of(READOUTS[readout]), load(name)
-    parts = map(model.info.architecture.part, (ATTENTION, MLP))
-    attention, mlp = (part and part.path for part in parts)
-    reference = hooks.Reference(make(name), blocks=blocks, attention=attention, mlp=mlp)
+    scope, (model, reference) = scope_of(READOUTS[readout]), proven(name)
     pair = hooks.Pair(scope, reference, tokenizer=tiny.TOKENIZER, eos=[tiny.EOS_ID])
     for some in (rows, rows[:2]):
         for cell, given in run_cells(scope, model, rows=some, controls=["unpatched"]):
