@@ -11,7 +11,7 @@ from patchscope_nn._util.clocks import utc_now
 from patchscope_nn._util.versions import recorded_versions
 from patchscope_nn.body.mappings import Pair
 from patchscope_nn.models import ModelInfo
-from patchscope_nn.spec import RESIDUAL, site_named
+from patchscope_nn.spec import RESIDUAL
 
 
 @checked_class
@@ -36,6 +36,9 @@ class Space:
     @classmethod
     def of(cls, info: ModelInfo, *, site: str = RESIDUAL.name) -> Space:
         """The space of a loaded model."""
+        # Not a global: this class travels inside a user's mapping, and would take the registry with it.
+        from patchscope_nn.spec import site_named
+
         width = info.width(site_named(site))
         return cls(name=info.name, revision=info.revision, dtype=info.dtype, d_model=width, site=site)
 
