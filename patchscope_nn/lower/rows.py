@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 import torch
 
 from patchscope_nn.body.program import Cut, Embedded, RowsProgram, Write
-from patchscope_nn.lower.asked import readout_of
-from patchscope_nn.lower.made import WrittenStates
+from patchscope_nn.lower.readout import readout_of
+from patchscope_nn.lower.written import WrittenStates
 from patchscope_nn.models import Model, ModelInfo
 from patchscope_nn.plan import Plan, from_cache
 from patchscope_nn.spec import read_position

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from patchscope_nn.body.program import CellRows, OwnTokens, PackedProgram, Write
-from patchscope_nn.lower.asked import readout_of
-from patchscope_nn.lower.made import WrittenStates
+from patchscope_nn.lower.readout import readout_of
 from patchscope_nn.lower.rows import by_layer, writes_of
+from patchscope_nn.lower.written import WrittenStates
 from patchscope_nn.models import Model
 from patchscope_nn.plan import Layout, Plan, Segment, shares_attention
 from patchscope_nn.spec import read_position

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from patchscope_nn.body.program import PrefixProgram, Read, SitePath, SourceProgram, StepProgram
-from patchscope_nn.lower.made import WrittenStates
 from patchscope_nn.lower.rows import batch_of, by_layer, options_of, target_rows
 from patchscope_nn.lower.segments import target_segments
+from patchscope_nn.lower.written import WrittenStates
 from patchscope_nn.mappings import ResolvedMapping
 from patchscope_nn.models import Model, ModelInfo
 from patchscope_nn.plan import Plan, SourcePass, State, Step

@@ -324,7 +324,7 @@ def test_what_is_predicted_is_what_runs(family, readout, off, tiny_model, monkey
         readout, readout
     )
     if readout.name == "generate":  # a plan cannot know where a row will end
-        monkeypatch.setattr("patchscope_nn.lower.asked.eos_ids", lambda _model: ())
+        monkeypatch.setattr("patchscope_nn.lower.readout.eos_ids", lambda _model: ())
     used = Optimisations.none() if off == "all" else replace(Optimisations(), **({off: False} if off else {}))
     rows = [
         {"s": source, "t": f"The city of{target}"} for source in TEXTS[:2] for target in ("x", " is x", "xx")
@@ -359,7 +359,7 @@ def test_what_is_predicted_is_what_runs(family, readout, off, tiny_model, monkey
 )
 def test_what_is_predicted_of_other_writes_is_what_runs(target, readout, off, tiny_model, monkeypatch):
     model = tiny_model("llama", copy=1)
-    monkeypatch.setattr("patchscope_nn.lower.asked.eos_ids", lambda _model: ())
+    monkeypatch.setattr("patchscope_nn.lower.readout.eos_ids", lambda _model: ())
     used = Optimisations.none() if off else Optimisations()
     scope = scope_of(position={"each": [0, -1]}, layer=[0, 1], target_layer=[0, 2], readout=readout)
     scope = Patchscope(

@@ -212,7 +212,8 @@ def test_a_site_that_is_wrong_is_refused_where_it_is_asked_for(monkeypatch):
             target=Target(prompt="{t}", position="x", layer=2, site=sites.get("target", "residual")),
             readout=NextToken(top_k=3),
         )
-        with pytest.raises(InputError, match="site='attention': reads and writes there are wrong for"):
+        message = "site='attention': reads and writes at this site give wrong results for"
+        with pytest.raises(InputError, match=message):
             ps.run(scope, model=model, data=list(ROWS))
 
 
