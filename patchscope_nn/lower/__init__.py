@@ -1,4 +1,4 @@
-"""Lowers a step of a plan to a `StepProgram` of plain values, the only thing that may enter an nnsight context.
+"""Lowers a step of a plan to a `StepProgram`: plain values, which are all that may enter an nnsight context.
 
 The code inside the context may run on machines that do not have this package, so it never sees a `Cell`, a
 `Plan` or a tokenizer.
