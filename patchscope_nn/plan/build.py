@@ -85,8 +85,8 @@ class Plan:
             entries=[*self._entries()],
             carries=not self.independent,
         )
-        for group, cells, place in self._windows():
-            reads = reader.read(cells, next_entry=place)
+        for group, cells, next_entry in self._windows():
+            reads = reader.read(cells, next_entry=next_entry)
             targets = packer.passes(cells, group.prefix)
             shares = any(target.layout and target.layout.prefix for target in targets)
             prefix = group.prefix if shares else ()
@@ -112,7 +112,7 @@ class Plan:
         """
         decodes = self.sweep.scope.readout.decodes
         most = self.budget.max_rows * (_DECODING_PASSES_PER_STEP if decodes else _PASSES_PER_STEP)
-        place = 0
+        next_entry = 0
         for group in self.groups:
             window: list[Cell] = []
             for entry in group.entries:
@@ -120,12 +120,12 @@ class Plan:
                     if cell.number in self._skipped:
                         continue
                     if len(window) == most:
-                        yield group, tuple(window), place
+                        yield group, tuple(window), next_entry
                         window = []
                     window.append(cell)
-                place += 1
+                next_entry += 1
             if window:
-                yield group, tuple(window), place
+                yield group, tuple(window), next_entry
 
     def __str__(self) -> str:
         from patchscope_nn.plan.text import render_plan

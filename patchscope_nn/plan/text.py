@@ -39,12 +39,12 @@ def render_plan(planned: Plan) -> str:
         tree.add(Text(line))
     if planned.n_cells:
         tree.add(Text("what each optimisation leaves to run")).add(_stages(planned))
-    shown = list(islice(planned.steps(), _SHOWN))
-    branch = tree.add(Text(f"contexts: {totals.steps} {shown[0].context}" if shown else "contexts: none"))
-    for number, step in enumerate(shown):
+    steps = list(islice(planned.steps(), _SHOWN))
+    branch = tree.add(Text(f"contexts: {totals.steps} {steps[0].context}" if steps else "contexts: none"))
+    for number, step in enumerate(steps):
         _add_step(branch, planned, number, step)
-    if totals.steps > len(shown):
-        branch.add(Text(f"... and {totals.steps - len(shown)} more like these"))
+    if totals.steps > len(steps):
+        branch.add(Text(f"... and {totals.steps - len(steps)} more like these"))
     console = Console(file=io.StringIO(), width=160, no_color=True, force_jupyter=False)
     console.print(tree)
     lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]  # the StringIO given above

@@ -86,10 +86,10 @@ def _check_cut(target: Target, info: ModelInfo) -> None:
         )
     cuts = SITES[target.site].cuts
     if embeds(target.layer) or not cuts:
-        given = "target.layer: embed" if cuts else f"target.site: {target.site}"
+        field = "target.layer: embed" if cuts else f"target.site: {target.site}"
         raise InputError(
-            f"target.write: cut changes the attention of the blocks l*, and cannot be used with {given}.",
-            hint=f"Leave {given} out.",
+            f"target.write: cut changes the attention of the blocks l*, and cannot be used with {field}.",
+            hint=f"Leave {field} out.",
         )
 
 
@@ -112,18 +112,18 @@ def check_text_only(scope: Patchscope) -> None:
 def check_site(name: str, side: Source | Target, info: ModelInfo) -> None:
     """Check that the model has the site, and that the site can be read (for M) or written (for M*)."""
     site = SITES[side.site]
-    given, instead = f"{name}.site={site.name!r}", f"site: {RESIDUAL.name}"
+    field, instead = f"{name}.site={site.name!r}", f"site: {RESIDUAL.name}"
     wrong = info.verdict and info.verdict.why(site.name)
     if wrong:
         raise InputError(
-            f"{given}: reads and writes at this site give wrong results for {info.name}: {wrong}.",
+            f"{field}: reads and writes at this site give wrong results for {info.name}: {wrong}.",
             hint=f"Use {instead}.",
         )
     if missing := info.lacks(site):
-        raise InputError(f"{given}: {missing}", hint=f"Use {instead}.")
+        raise InputError(f"{field}: {missing}", hint=f"Use {instead}.")
     if not (site.readable if isinstance(side, Source) else site.writable):
         raise InputError(
-            f"{given}: states at this site can only be {'written' if isinstance(side, Source) else 'read'}.",
+            f"{field}: states at this site can only be {'written' if isinstance(side, Source) else 'read'}.",
             hint=f"Use {instead}.",
         )
     if embeds(side.layer) and not site.embeds:

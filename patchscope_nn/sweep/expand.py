@@ -219,14 +219,16 @@ def _others(scope: Patchscope, entries: Sequence[Entry], *, seed: int) -> tuple[
         first.setdefault(entry.row, number)
     order = list(first)
     random.Random(seed).shuffle(order)  # noqa: S311 (a seeded choice, no secret)
-    place = {row: index for index, row in enumerate(order)}
+    place_of = {row: index for index, row in enumerate(order)}
     averaged = scope.source.mean == "positions"
     others = []
     for number, entry in enumerate(entries):
         if entry.text_only:
             others.append(number)
             continue
-        candidates = (first[order[(place[entry.row] + step) % len(order)]] for step in range(1, len(order)))
+        candidates = (
+            first[order[(place_of[entry.row] + step) % len(order)]] for step in range(1, len(order))
+        )
         fitting = (other for other in candidates if _can_replace(entries[other], entry, averaged=averaged))
         other = next(fitting, None)
         if other is None:
