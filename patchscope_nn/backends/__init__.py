@@ -1,8 +1,8 @@
-"""Where a step runs: here, through the rehearsal of a server, on NDIF, or its two models in two places.
+"""Backends decide where a step runs: in this process, in a rehearsal of a server, on NDIF, or in two places.
 
-places.py     the places, and Places: where M and M* run
-steps.py      a plan's steps, one after the other
-crossing.py   what travels between two places
+places.py     the backends, and `Places`: where M and M* run
+steps.py      runs a plan's steps one after the other
+crossing.py   divides a step whose models run in two places
 ndif/         jobs on an NDIF server
 """
 

@@ -1,4 +1,4 @@
-"""Backends: where a step's context is opened. One method, so that a test can stand in for a cluster."""
+"""Backends open the context of a step, each in its own place; `Places` says where M and M* run."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from patchscope_nn.plan import Context
 
 
 class Backend(Protocol):
-    """Runs one step."""
+    """Runs steps in one place."""
 
     @property
     def name(self) -> str:
-        """How manifests call it."""
+        """Its name in manifests."""
 
     @property
     def remote(self) -> bool:
-        """Whether each request runs one model only."""
+        """True if each request can run only one model."""
 
     def run(
         self,
@@ -37,14 +37,14 @@ class Backend(Protocol):
     ) -> Results:
         """Open the context, run the step, and return its results.
 
-        `hear` has a function for each target pass, to be called while it runs; only a backend that runs in
-        this process calls them.
+        `hear` has a function for each target pass, to be called while the pass runs. Only a backend that runs
+        in this process calls them.
         """
 
 
 @dataclass(frozen=True)
 class Local:
-    """The models are in this process."""
+    """Runs steps in this process."""
 
     name: str = "local"
     remote: bool = False
@@ -67,9 +67,9 @@ class Local:
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """nnsight's rehearsal of a remote run: the request is serialised, read back, and run in this process.
+    """Rehearses a remote run: nnsight serialises each request, reads it back, and runs it in this process.
 
-    Passing it is necessary for a remote run, not sufficient.
+    A step that fails here also fails on a server; a step that passes here can still fail there.
     """
 
     name: str = "rehearsal"
@@ -82,9 +82,9 @@ class Rehearsal:
         *,
         source: Model,
         target: Model,
-        hear: Sequence[Hear] = (),  # noqa: ARG002 (nothing is heard from a server)
+        hear: Sequence[Hear] = (),  # noqa: ARG002 (servers do not call it)
     ) -> Results:
-        """Take a step through nnsight's serialisation."""
+        """Run a step in this process, through nnsight's serialisation."""
         from nnsight.intervention.backends.local import LocalSimulationBackend
 
         if context == "bridged":
@@ -98,7 +98,7 @@ class Rehearsal:
 
 @dataclass(frozen=True)
 class Ndif:
-    """A model on an NDIF server; each step is a job.
+    """Runs steps on an NDIF server; each step is a job.
 
     Attributes:
         host: The server's URL.
@@ -115,9 +115,9 @@ class Ndif:
         *,
         source: Model,
         target: Model,
-        hear: Sequence[Hear] = (),  # noqa: ARG002 (nothing is heard from a server)
+        hear: Sequence[Hear] = (),  # noqa: ARG002 (servers do not call it)
     ) -> Results:
-        """Send a step as a job, and wait for it."""
+        """Send a step as a job, and wait for its results."""
         if context == "bridged":
             return Bridged(self, self).run(context, program, source=source, target=target)
         return client.wait(self.host, client.submit(self.host, context, program, target), context)
@@ -125,7 +125,7 @@ class Ndif:
 
 @dataclass(frozen=True)
 class Bridged:
-    """Source and target in two places: the states of the one travel as values to the other.
+    """Runs M and M* in two places; the states of M travel to M* as values.
 
     Attributes:
         source: Where M runs.
@@ -150,27 +150,27 @@ class Bridged:
         target: Model,
         hear: Sequence[Hear] = (),
     ) -> Results:
-        """Run the source's half, then the target's."""
+        """Run the half of a step that reads the source, then the half that writes the target."""
         half = self.read(program, source=source)
         return self.target.run("session", half, source=target, target=target, hear=hear)
 
     def read(self, program: StepProgram, *, source: Model) -> StepProgram:
-        """Run the source's half of a step, and return the target's."""
+        """Run the half of a step that reads the source, and return the half that writes the target."""
         read = self.source.run("session", source_half(program), source=source, target=source)
         return target_half(program, in_place_of(program, read["kept"]))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Places:
-    """Where M and M* run, and how models that are given by name are loaded there.
+    """Where M and M* run, and how models that are passed by name are loaded there.
 
-    The options of a run are resolved once, here; what is prepared holds the result.
+    The options of a run are resolved here, once; a prepared run holds the result.
 
     Attributes:
         source: Where M runs.
         target: Where M* runs.
         dtype: The dtype of models that are loaded, as in `models.load`.
-        device_map: Their devices, likewise.
+        device_map: The devices of models that are loaded, as in `models.load`.
     """
 
     source: Backend = Local()
@@ -190,11 +190,11 @@ class Places:
         Args:
             remote: Where M* runs. False: in this process; True: on the NDIF that nnsight is configured for;
                 a URL: on that server; `local`: in this process, as a rehearsal of a server.
-            source_remote: Where M runs, in the same words; None is where M* runs.
+            source_remote: Where M runs, with the same values; None: where M* runs.
             **loading: `dtype` and `device_map`.
 
         Raises:
-            InputError: A place is none of these.
+            InputError: A value is not one of these.
         """
         target = _place(remote)
         source = target if source_remote is None else _place(source_remote)
@@ -202,11 +202,11 @@ class Places:
 
     @property
     def backend(self) -> Backend:
-        """Runs steps that need both models."""
+        """The backend that runs steps with both models."""
         return self.target if self.source == self.target else Bridged(self.source, self.target)
 
     def loading(self, place: Backend) -> dict[str, Any]:
-        """The options that load a model for one of the two places; a server has its own weights."""
+        """Return the options that load a model for a place. Servers have their own weights."""
         return {"dtype": self.dtype, "device_map": self.device_map, "weights": not isinstance(place, Ndif)}
 
 

@@ -24,7 +24,7 @@ class PassTooLargeError(RunError):
     """A pass ran out of memory.
 
     Attributes:
-        rows: The most cells that a pass of the step held.
+        rows: How many cells the largest pass of the step had.
     """
 
     def __init__(self, rows: int) -> None:
@@ -38,13 +38,16 @@ class PassTooLargeError(RunError):
 
 
 class Listener(Protocol):
-    """Hears of a step while it runs, where it runs in this process. What it raises ends the run."""
+    """Follows a step while it runs in this process. An exception that it raises ends the run."""
 
     def read(self, count: int) -> None:
-        """So many cells' prompts have been read."""
+        """Called when the prompts of `count` more cells have been read."""
 
     def decoded(self, cell: int, ids: Sequence[int]) -> None:
-        """A cell, by its number, has these tokens by now; decoded, and cut at the stop, they are its text."""
+        """Called with a cell's number and its tokens so far, after each new token.
+
+        As text, cut at the stop string, they are the cell's text so far.
+        """
 
 
 def run_steps(
@@ -64,14 +67,16 @@ def run_steps(
         target: M*.
         mapping: f.
         backend: Where the contexts are opened.
-        listener: Told what is read and decoded as it happens; nothing is heard from another process.
+        listener: Called as prompts are read and tokens are decoded; only if the models run in this process.
 
     Yields:
-        For each step its cells and those they run for, with raw readouts; to be taken before the next step.
+        For each step, an iterator over its cells and their copies, with raw readouts. Exhaust it before you
+        take the next one.
 
     Raises:
-        PassTooLargeError: A pass ran out of memory; what was yielded is done, and can be planned around.
-        RunError: A step gave another number of rows than it has cells.
+        PassTooLargeError: A pass ran out of memory. The cells that were yielded are done; the caller can plan
+            the others again.
+        RunError: A step returned a different number of rows than it has cells.
     """
     reused = plan.optimisations.memory_reuse and not backend.remote and target.info.device == "cpu"
     with memory_reused() if reused else nullcontext():
@@ -114,14 +119,14 @@ def _run_steps(
 
 
 def _hear(plan: Plan, step: Step, program: StepProgram, listener: Listener) -> Iterator[Hear]:
-    """For each target pass a function that tells the listener of its cells."""
+    """Yield, for each target pass, a function that tells the listener about its cells."""
     for target_pass, target in zip(step.targets, program["targets"], strict=True):
         cells = [step.cells[index] for index in target_pass.cells]
-        yield _teller(plan, cells, set(target["readout"].get("eos", ())), listener)
+        yield _hear_pass(plan, cells, set(target["readout"].get("eos", ())), listener)
 
 
-def _teller(plan: Plan, cells: Sequence[Cell], ends: set[int], listener: Listener) -> Hear:
-    """A function for one target pass (see `body.contexts.Hear`)."""
+def _hear_pass(plan: Plan, cells: Sequence[Cell], ends: set[int], listener: Listener) -> Hear:
+    """Return the function for one target pass (see `body.contexts.Hear`)."""
     numbers = [(cell.number, *plan.copies.get(cell.number, ())) for cell in cells]
     texts: list[list[int]] = [[] for _ in cells]
 
@@ -138,12 +143,12 @@ def _teller(plan: Plan, cells: Sequence[Cell], ends: set[int], listener: Listene
 
 
 def results_of(plan: Plan, step: Step, results: Results) -> Iterator[tuple[Cell, dict[str, Any]]]:
-    """The cells of a step, and those it ran for, each with its readout."""
-    for one, rows in zip(step.targets, results["passes"], strict=True):
-        if len(rows) != len(one.cells):
-            raise RunError(f"a pass of {len(one.cells)} cells gave {len(rows)} results.")
-        for place, row in zip(one.cells, rows, strict=True):
-            cell = step.cells[place]
+    """Yield the cells of a step and their copies, each with its readout."""
+    for target, rows in zip(step.targets, results["passes"], strict=True):
+        if len(rows) != len(target.cells):
+            raise RunError(f"a pass of {len(target.cells)} cells returned {len(rows)} results.")
+        for index, row in zip(target.cells, rows, strict=True):
+            cell = step.cells[index]
             yield cell, row
             for number in plan.copies.get(cell.number, ()):
                 yield plan.sweep.cells[number], row
@@ -151,16 +156,16 @@ def results_of(plan: Plan, step: Step, results: Results) -> Iterator[tuple[Cell,
 
 @contextmanager
 def _memory_watched(step: Step) -> Iterator[None]:
-    """Tell running out of memory from other failures, whatever wraps it, and let go of what was held."""
+    """Turn any error that means out of memory into `PassTooLargeError`, and free the memory of the pass."""
     try:
         yield
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        rows = max(len(one.cells) for one in step.targets)
+        rows = max(len(target.cells) for target in step.targets)
     else:
         return
-    # Only here are the failed pass's tensors out of reach: while an error is handled, its frames hold them.
+    # Not inside `except`: there, the frames of the error still hold the tensors of the failed pass.
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -168,8 +173,8 @@ def _memory_watched(step: Step) -> Iterator[None]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that a device, or the machine, has no more memory."""
-    said = str(error).lower()
+    """Return whether an error says that a device, or the machine, is out of memory."""
+    message = str(error).lower()
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
-        text in said for text in ("out of memory", "can't allocate memory", "not enough memory")
+        text in message for text in ("out of memory", "can't allocate memory", "not enough memory")
     )

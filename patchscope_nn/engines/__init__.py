@@ -1,4 +1,4 @@
-"""How a step runs on a model: one engine for each kind of model.
+"""Engines run steps on models: one engine for each kind of model.
 
 engine.py        the contract
 transformers.py  transformers models, in this process or on NDIF
@@ -13,7 +13,7 @@ ENGINES: dict[str, Engine] = {"transformers": Transformers()}
 
 
 def engine_of(model: Model) -> Engine:
-    """The engine that runs a model."""
+    """Return the engine that runs a model."""
     return ENGINES[model.info.engine]
 
 

@@ -14,20 +14,20 @@ from patchscope_nn.plan import Context
 class Engine(Protocol):
     """Runs steps on models of one kind.
 
-    A model names its engine (`ModelInfo.engine`). Nothing outside `engines` asks which engine it is: the
-    planner asks `ModelInfo.supports`, and backends ask `opens`. An engine is right if its results equal those
-    of plain PyTorch hooks on the same weights; `tests/engine_check.py` checks that.
+    A model names its engine (`ModelInfo.engine`). Code outside `engines` never asks which engine it is: the
+    planner asks `ModelInfo.supports`, and backends ask `opens`. An engine is correct if its results equal
+    those of plain PyTorch hooks on the same weights; `tests/engine_check.py` checks that.
     """
 
     @property
     def name(self) -> str:
-        """The name by which models and options know it."""
+        """The name that models and options use for it."""
 
     def supports(self, info: ModelInfo, feature: Feature) -> bool:
-        """Whether something can be done with a model on this engine."""
+        """Return whether a model on this engine supports a feature."""
 
     def opens(self, context: Context) -> bool:
-        """Whether it can run a step in a context."""
+        """Return whether it can run a step in a context."""
 
     def run(
         self,
@@ -42,14 +42,13 @@ class Engine(Protocol):
         """Run a step, or a series of steps, in a context.
 
         Args:
-            context: One that it opens.
+            context: A context that it opens.
             program: The step. It is not changed.
             source: M.
-            target: M*; the same object where there is one model.
-            backend: An nnsight backend that takes the step elsewhere; None runs it in this process. One that
-                does not wait returns nothing here.
-            hear: For each target pass a function that is called while it runs in this process; or none.
+            target: M*; the same object as `source` if there is one model.
+            backend: An nnsight backend that runs the step elsewhere; None runs it in this process.
+            hear: For each target pass, a function that is called while it runs in this process; may be empty.
 
         Returns:
-            The step's `Results`; for a series a list of them.
+            The step's `Results`; for a series, a list of them; None if the backend does not wait for them.
         """

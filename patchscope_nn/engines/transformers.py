@@ -21,11 +21,11 @@ class Transformers:
     name = "transformers"
 
     def supports(self, info: ModelInfo, feature: Feature) -> bool:
-        """As its architecture says, which was found by structure at load."""
+        """Return what the model's architecture supports, as found from its structure when it was loaded."""
         return info.supports(feature)
 
     def opens(self, context: Context) -> bool:
-        """Whether it can run a step in a context; a bridged step runs as two sessions."""
+        """Return whether it can run a step in a context. A bridged step runs as two sessions."""
         return context in ("fused", "session", "nested")
 
     @in_turn
@@ -39,8 +39,8 @@ class Transformers:
         backend: Any = None,
         hear: Sequence[Hear] = (),
     ) -> Any:
-        """Run a step, or a series of steps, as `Engine.run` says."""
-        # A body is shipped by the source of its functions; without this they would be looked up by name.
+        """Run a step, or a series of steps; see `Engine.run`."""
+        # Functions are sent to servers by their source; without this, nnsight would send their names.
         nnsight.register("patchscope_nn")
         traced = source.traced, target.traced
         with torch.no_grad(), _untracked(*traced):
@@ -49,7 +49,7 @@ class Transformers:
 
 @contextmanager
 def _untracked(*models: Any) -> Iterator[None]:
-    """Leave the models' training mode as it was; a Patchscope never runs with dropout."""
+    """Put the models into evaluation mode, since a Patchscope runs without dropout, and restore it after."""
     training = [module for module in (model._module for model in models) if module.training]  # noqa: SLF001 (as in Model.module)
     for module in training:
         module.eval()

@@ -1,4 +1,4 @@
-"""A step that only reads: the states of prompts at layers, and nothing is written."""
+"""Programs of steps that write nothing: they only read states, or do nothing at all."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ def reading(
     *,
     site: str = RESIDUAL.name,
 ) -> StepProgram:
-    """A step that reads states of prompts and returns all of them.
+    """Return the program of a step that reads states of prompts and returns all of them.
 
     Args:
-        rows: Token ids, and the positions that are read of them, from the left.
+        rows: The token ids of each prompt, and the positions that are read from it.
         layers: The layers that are read; -1 is the input of block 0.
         info: The model.
         site: The name of the site.
 
     Returns:
-        The program; `gathered` takes its states apart.
+        The program; `gathered` sorts the states that it returns.
     """
     inputs = batch_of([ids for ids, _ in rows], info, 0)
     width = inputs["input_ids"].shape[1]
@@ -58,7 +58,7 @@ def reading(
 
 
 def nothing(site: SitePath | None = None) -> StepProgram:
-    """A step that does nothing; as a job it shows whether a server still works."""
+    """Return the program of a step that does nothing. As a job, it shows whether a server still works."""
     path: SitePath = site or {"blocks": "", "part": "", "end": "output"}
     return {
         "sources": [],
@@ -74,7 +74,7 @@ def nothing(site: SitePath | None = None) -> StepProgram:
 
 
 def gathered(kept: dict[int, torch.Tensor], layers: Sequence[int], *, n_rows: int) -> dict[int, torch.Tensor]:
-    """The states that `reading` read, by layer.
+    """Return the states that a `reading` step has read, by layer.
 
     Args:
         kept: The states that the step returned.
@@ -82,7 +82,7 @@ def gathered(kept: dict[int, torch.Tensor], layers: Sequence[int], *, n_rows: in
         n_rows: The number of rows it read.
 
     Returns:
-        For each layer (n_positions, d_model) in the order of the rows.
+        For each layer, (n_positions, d_model) in the order of the rows.
     """
     return {
         layer: torch.cat([kept[index * n_rows + row] for row in range(n_rows)])

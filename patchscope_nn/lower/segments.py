@@ -1,4 +1,4 @@
-"""Target prompts as segments of one sequence (see `plan/layout.py`), in plain values."""
+"""Lowers packed target passes, with segments of one sequence (see `plan/layout.py`), to plain values."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from patchscope_nn.body.program import CellRows, OwnTokens, PackedProgram, Write
-from patchscope_nn.lower.asked import readout_of
-from patchscope_nn.lower.made import WrittenStates
+from patchscope_nn.lower.readout import readout_of
 from patchscope_nn.lower.rows import by_layer, writes_of
+from patchscope_nn.lower.written import WrittenStates
 from patchscope_nn.models import Model
 from patchscope_nn.plan import Layout, Plan, Segment, shares_attention
 from patchscope_nn.spec import read_position
@@ -19,9 +19,9 @@ from patchscope_nn.sweep import Cell
 
 
 def target_segments(
-    plan: Plan, cells: Sequence[Cell], layout: Layout, made: WrittenStates, target: Model
+    plan: Plan, cells: Sequence[Cell], layout: Layout, written: WrittenStates, target: Model
 ) -> PackedProgram:
-    """A target pass as segments of one sequence."""
+    """Return the program of a packed target pass."""
     segments, info = layout.segments, target.info
     ids = [
         token
@@ -33,11 +33,11 @@ def target_segments(
     if info.supports("positions"):
         inputs["position_ids"] = torch.tensor([positions])
     writes: list[tuple[int, Write]] = []
-    for place, cell in enumerate(cells):
+    for number, cell in enumerate(cells):
         if cell.target_layer is not None:
-            branch = segments[layout.of_cell[place]]
+            branch = segments[layout.of_cell[number]]
             tokens = [branch.at(at) for at in cell.target_positions]
-            writes += writes_of(cell, 0, tokens, made, place)
+            writes += writes_of(cell, 0, tokens, written, number)
     read = [_read_token(plan, cell, segments[at]) for cell, at in zip(cells, layout.of_cell, strict=True)]
     decodes = plan.sweep.scope.readout.decodes
     width = len(plan.sweep.target_prompts[cells[0].target_prompt].ids)
@@ -52,7 +52,7 @@ def target_segments(
         "inputs": inputs,
         "options": options,
         "writes": by_layer(writes),
-        "readout": readout_of(plan, cells, made.numbers, target, mask),
+        "readout": readout_of(plan, cells, written.numbers, target, mask),
         "windows": list(info.architecture.windows),
         "names": [name for name in info.architecture.block_arguments if name != "self"],
         "depth": layout.depth,
@@ -75,7 +75,7 @@ def _read_token(plan: Plan, cell: Cell, segment: Segment) -> int:
 
 
 def _bases(segments: Sequence[Segment]) -> dict[int, list[int | None]]:
-    """By layer, for each token that joins after it, the place of the unpatched token it starts from."""
+    """Return {layer: for each token that joins after it, the index of the unpatched token it starts from}."""
     bases: dict[int, list[int | None]] = {}
     for segment in segments:
         if segment.enters > EMBED:
@@ -88,7 +88,7 @@ def _bases(segments: Sequence[Segment]) -> dict[int, list[int | None]]:
 
 
 def _allowed(layout: Layout) -> torch.Tensor:
-    """(n_tokens, n_prefix + n_tokens): whether a token attends to another."""
+    """Return (n_tokens, n_prefix + n_tokens): True if a token attends to another."""
     prefix, total = layout.prefix, layout.n_tokens
     allowed = torch.zeros(total, prefix + total, dtype=torch.bool)
     allowed[:, :prefix] = True
@@ -105,7 +105,7 @@ def _allowed(layout: Layout) -> torch.Tensor:
 
 
 def _own(layout: Layout) -> OwnTokens:
-    """The tokens behind the prefix that each token sees."""
+    """Return the tokens after the prefix that each token attends to."""
     seen = []
     for segment in layout.segments:
         before: list[int] = []
@@ -124,17 +124,20 @@ def _own(layout: Layout) -> OwnTokens:
 
 
 def _rows(layout: Layout, width: int) -> CellRows:
-    """Where the tokens of each cell's whole prompt stand among prefix and segments: (n_cells, n_tokens).
+    """Return where the tokens of each cell's whole prompt are in prefix and segments: (n_cells, n_tokens).
 
-    `own` follows the cell's branch, `clean` its trunk; `enters` tells from which block on it is the branch.
+    `own` follows the cell's branch, and `clean` its trunk. `enters` is the layer after which `own` holds.
     """
     own, clean, enters = [], [], []
     for at in layout.of_cell:
         segment = layout.segments[at]
         trunk = segment if segment.trunk is None else layout.segments[segment.trunk]
         shared = list(range(layout.prefix))
-        of_trunk = [*shared, *(layout.prefix + trunk.at(one) for one in range(layout.prefix, width))]
-        of_branch = [layout.prefix + segment.at(one) for one in range(segment.first, width)]
+        of_trunk = [
+            *shared,
+            *(layout.prefix + trunk.at(position) for position in range(layout.prefix, width)),
+        ]
+        of_branch = [layout.prefix + segment.at(position) for position in range(segment.first, width)]
         clean.append(of_trunk)
         own.append([*of_trunk[: segment.first], *of_branch])
         enters.append(segment.enters)

@@ -1,4 +1,4 @@
-"""A step of a plan -> its `StepProgram`."""
+"""Lowers a whole step of a plan to its `StepProgram`."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from patchscope_nn.body.program import PrefixProgram, Read, SitePath, SourceProgram, StepProgram
-from patchscope_nn.lower.made import WrittenStates
 from patchscope_nn.lower.rows import batch_of, by_layer, options_of, target_rows
 from patchscope_nn.lower.segments import target_segments
+from patchscope_nn.lower.written import WrittenStates
 from patchscope_nn.mappings import ResolvedMapping
 from patchscope_nn.models import Model, ModelInfo
 from patchscope_nn.plan import Plan, SourcePass, State, Step
@@ -26,7 +26,7 @@ def lower(
     prefix: Any = None,
     keeps_prefix: bool = False,
 ) -> StepProgram:
-    """Turn a step into plain values, which is all that may enter a context.
+    """Return the program of a step.
 
     Args:
         plan: The plan.
@@ -34,22 +34,19 @@ def lower(
         source: M.
         target: M*.
         mapping: f.
-        states: The states that earlier steps kept; `step.carried` names those that this one uses.
+        states: The states that earlier steps kept; `step.carried` names those that this step uses.
         prefix: The keys and values of the step's prefix, if an earlier step has computed them.
-        keeps_prefix: Whether a later step may use this one's.
-
-    Returns:
-        The program.
+        keeps_prefix: True if the step returns those of its prefix, for later steps.
     """
     scope, numbers = plan.sweep.scope, step.numbers
-    made = WrittenStates(plan, numbers)
-    # In a fused step both sides are rows of one batch, and so padded to one width.
+    written = WrittenStates(plan, numbers)
+    # In a fused step, both sides are rows of one batch and are padded to the same width.
     width = _fused_width(plan, step) if step.context == "fused" else 0
     targets = [
-        target_rows(plan, [step.cells[cell] for cell in target_pass.cells], made, target, width)
+        target_rows(plan, [step.cells[cell] for cell in target_pass.cells], written, target, width)
         if target_pass.layout is None
         else target_segments(
-            plan, [step.cells[cell] for cell in target_pass.cells], target_pass.layout, made, target
+            plan, [step.cells[cell] for cell in target_pass.cells], target_pass.layout, written, target
         )
         for target_pass in step.targets
     ]
@@ -57,8 +54,8 @@ def lower(
         "sources": [_source(plan, source_pass, numbers, source.info, width) for source_pass in step.sources],
         "targets": targets,
         "prefix": _prefix(step, target.info, prefix, keeps=keeps_prefix),
-        "given": {numbers[state]: states[state].clone() for state in step.carried} | made.given,
-        "sums": made.sums,
+        "given": {numbers[state]: states[state].clone() for state in step.carried} | written.given,
+        "sums": written.sums,
         "keep": [numbers[state] for state in step.kept],
         "writing": {
             "mapping": mapping.kind,
@@ -72,7 +69,7 @@ def lower(
 
 
 def _fused_width(plan: Plan, step: Step) -> int:
-    """The tokens of a step's longest row on either side."""
+    """Return the number of tokens of a step's longest row on either side."""
     sweep = plan.sweep
     sources = (sweep.source_prompts[prompt] for source_pass in step.sources for prompt in source_pass.prompts)
     targets = (sweep.target_prompts[cell.target_prompt] for cell in step.cells)
@@ -80,16 +77,17 @@ def _fused_width(plan: Plan, step: Step) -> int:
 
 
 def paths_of(info: ModelInfo, site: str) -> SitePath:
-    """Where a site is: the list of blocks, the part inside one (empty for the block), and its end.
+    """Return where a site is in a model: the blocks, the part inside a block, and its input or output.
 
-    The input of a block is the output of the one below, whose number it has here.
+    A site in the residual stream is always the output of a block: the input of block n is the output of
+    block n - 1, and layers here are numbered accordingly.
     """
-    found = SITES[site]
-    part = info.architecture.part(found)
+    definition = SITES[site]
+    part = info.architecture.part(definition)
     return {
         "blocks": info.architecture.blocks,
         "part": part.path if part else "",
-        "end": "output" if found.in_stream else found.end,
+        "end": "output" if definition.in_stream else definition.end,
     }
 
 
@@ -110,7 +108,7 @@ def _source(
             finals.append({**read, "positions": [column - width for column in columns]})
         else:
             reads.append((state.layer, read))
-    # Some models cut tokens off before their last blocks where few are unembedded.
+    # Not for whole passes: some models drop the other tokens before their last blocks.
     lean = plan.optimisations.lean_readout and finals and not source_pass.whole
     keep = max((-read["positions"][-1] for read in finals), default=1)
     return {
@@ -123,7 +121,7 @@ def _source(
 
 
 def _prefix(step: Step, info: ModelInfo, known: Any, *, keeps: bool) -> PrefixProgram | None:
-    """How to run what a step's target prompts begin with, or its keys and values if they are known."""
+    """Return the program of the tokens that a step's target prompts begin with; None if there are none."""
     if not step.prefix:
         return None
     options = options_of(info, keep=None, cache=True)

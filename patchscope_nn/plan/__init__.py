@@ -1,7 +1,15 @@
-"""Planning: cells -> the forward passes that serve them. Pure; no tensors, no weights.
+"""Plans the forward passes that serve the cells of a sweep. Pure; no tensors, no weights.
 
-`build` makes a plan of `passes`: in an `order` of the data rows, with `sources` read once and cells `pack`ed
-within a `budget`, as a `layout` of segments where that can be. `count` counts it, `text` draws it.
+build.py    the plan, and the six transformations that make it
+order.py    the order of the entries, by the tokens their target prompts begin with
+sources.py  which source prompts a step runs
+pack.py     which cells share a target pass
+layout.py   a packed target pass as segments of one sequence
+budget.py   how much memory a pass may take
+proven.py   switches off what the proof of a model does not allow
+passes.py   the data of a plan: states, passes, steps, optimisations
+count.py    counts passes, tokens and FLOPs
+text.py     draws a plan as a tree
 """
 
 from patchscope_nn.plan.budget import MAX_ROWS, MEMORY, Budget

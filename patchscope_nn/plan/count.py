@@ -1,8 +1,8 @@
-"""What a plan will run, counted: passes, rows, tokens, tokens x blocks, FLOPs. Pure.
+"""Counts what a plan will run: passes, rows, tokens, tokens x blocks, FLOPs. Pure.
 
-A token that goes through a block counts once in `blocks`. Those a readout appends are counted as if no row
-met its end early. FLOPs are two for each weight of a linear map a token meets, and four for each number that
-attention multiplies; norms, activations and softmaxes, a few per cent, are left out.
+A token that goes through a block counts once in `blocks`. Tokens that a readout appends are counted as if no
+row ended early. FLOPs are two for each weight of a linear map that a token meets, and four for each number
+that attention multiplies. Norms, activations and softmaxes (a few per cent) are left out.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from patchscope_nn.plan.passes import Optimisations, SourcePass, Step, TargetPas
 
 
 class Counts(NamedTuple):
-    """What runs.
+    """What a plan or a step runs.
 
     Attributes:
-        steps: Contexts.
-        source_passes: Forwards of M.
+        steps: Steps, each one context.
+        source_passes: Forward passes of M.
         source_rows: Source prompts in them.
         source_tokens: Their tokens, padding included.
-        source_blocks: Tokens of M times blocks they go through.
-        states: Hidden states and distributions read.
-        target_passes: Patched forwards of M*.
+        source_blocks: Tokens of M times the blocks they go through.
+        states: Hidden states and distributions that are read.
+        target_passes: Patched forward passes of M*.
         target_rows: Cells in them.
         target_tokens: Their tokens, padding and shared prefixes included.
-        target_blocks: Tokens of M* times blocks they go through.
-        readout_tokens: Tokens the readouts append.
-        readout_blocks: The same, times blocks.
-        flops: All of it, in floating-point operations.
+        target_blocks: Tokens of M* times the blocks they go through.
+        readout_tokens: Tokens that the readouts append.
+        readout_blocks: These tokens times the blocks they go through.
+        flops: Floating-point operations of all passes.
     """
 
     steps: int = 0
@@ -53,11 +53,11 @@ class Counts(NamedTuple):
     def __add__(self, other: object) -> Counts:
         if not isinstance(other, Counts):
             return NotImplemented
-        return Counts(*(one + two for one, two in zip(self, other, strict=True)))
+        return Counts(*(a + b for a, b in zip(self, other, strict=True)))
 
 
 def count(planned: Plan) -> Counts:
-    """Count all of a plan, making its steps one after the other."""
+    """Count a whole plan, making its steps one after the other."""
     total = Counts()
     prefix: tuple[int, ...] = ()
     for step in planned.steps():
@@ -67,7 +67,7 @@ def count(planned: Plan) -> Counts:
 
 
 def stages(planned: Plan) -> Iterator[tuple[str, Counts]]:
-    """Count what would run with no optimisation, then with one more after the other, up to the plan's own."""
+    """Yield (name, counts): without optimisations, then adding those of the plan one by one."""
     names = [name for name in Optimisations.names() if getattr(planned.optimisations, name)]
     used = Optimisations.none()
     yield "none", count(_with(planned, used))
@@ -89,18 +89,18 @@ def _with(planned: Plan, optimisations: Optimisations) -> Plan:
 
 
 def count_step(planned: Plan, step: Step, *, prefix_known: bool = False) -> Counts:
-    """Count one step; `prefix_known` where the step before it ran the same prefix."""
-    found = Counts(steps=1)
+    """Count one step. With `prefix_known`, the step before it has run the same prefix."""
+    counts = Counts(steps=1)
     for source in step.sources:
-        found += _source(planned, source)
+        counts += _source(planned, source)
     if step.prefix and not prefix_known:
         tokens, info = len(step.prefix), planned.sweep.target
         blocks = tokens * info.n_layers
         flops = _flops(info, blocks=blocks, attended=blocks * tokens, read=1)
-        found += Counts(target_tokens=tokens, target_blocks=blocks, flops=flops)
+        counts += Counts(target_tokens=tokens, target_blocks=blocks, flops=flops)
     for target in step.targets:
-        found += _target(planned, step, target)
-    return found
+        counts += _target(planned, step, target)
+    return counts
 
 
 def _flops(info: ModelInfo, *, blocks: int, attended: int, read: int) -> int:
@@ -108,53 +108,53 @@ def _flops(info: ModelInfo, *, blocks: int, attended: int, read: int) -> int:
     return 2 * (blocks * sizes.block_weights + read * sizes.unembed_weights) + 4 * attended * sizes.attention
 
 
-def source_width(planned: Plan, one: SourcePass) -> int:
-    """The tokens of a source pass's rows, padded to the longest."""
-    return max(len(planned.sweep.source_prompts[prompt].ids) for prompt in one.prompts)
+def source_width(planned: Plan, source: SourcePass) -> int:
+    """Return how many tokens each row of a source pass has, padding included."""
+    return max(len(planned.sweep.source_prompts[prompt].ids) for prompt in source.prompts)
 
 
-def target_width(planned: Plan, step: Step, one: TargetPass) -> int:
-    """The tokens of a target pass's rows, padded to the longest, before its readout."""
-    prompts = {step.cells[place].target_prompt for place in one.cells}
+def target_width(planned: Plan, step: Step, target: TargetPass) -> int:
+    """Return how many tokens each row of a target pass has before its readout, padding included."""
+    prompts = {step.cells[place].target_prompt for place in target.cells}
     return max(len(planned.sweep.target_prompts[prompt].ids) for prompt in prompts)
 
 
-def _source(planned: Plan, one: SourcePass) -> Counts:
-    info, width = planned.sweep.source, source_width(planned, one)
-    tokens = width * len(one.prompts)
-    blocks = tokens * one.depth(info.n_layers)
+def _source(planned: Plan, source: SourcePass) -> Counts:
+    info, width = planned.sweep.source, source_width(planned, source)
+    tokens = width * len(source.prompts)
+    blocks = tokens * source.depth(info.n_layers)
     finals = [
         len(planned.sweep.source_prompts[state.prompt].ids) - state.positions[-1]
-        for state in one.states
+        for state in source.states
         if state.layer is None
     ]
-    read = tokens if one.whole else max(finals, default=0) * len(one.prompts)
+    read = tokens if source.whole else max(finals, default=0) * len(source.prompts)
     return Counts(
         source_passes=1,
-        source_rows=len(one.prompts),
+        source_rows=len(source.prompts),
         source_tokens=tokens,
         source_blocks=blocks,
-        states=len(one.states),
+        states=len(source.states),
         flops=_flops(info, blocks=blocks, attended=blocks * width, read=read),
     )
 
 
-def _target(planned: Plan, step: Step, one: TargetPass) -> Counts:
+def _target(planned: Plan, step: Step, target: TargetPass) -> Counts:
     sweep, lean = planned.sweep, planned.optimisations.lean_readout
-    info, layout, rows = sweep.target, one.layout, len(one.cells)
+    info, layout, rows = sweep.target, target.layout, len(target.cells)
     if layout is None:
-        width = target_width(planned, step, one)
+        width = target_width(planned, step, target)
         tokens, keys = width * rows, width
         blocks = tokens * info.n_layers
     else:
         tokens, keys = layout.n_tokens, layout.prefix + layout.n_tokens
         blocks = sum(layout.running(layer - 1) for layer in range(layout.depth))
     read = rows if lean else tokens
-    if not sweep.scope.readout.unembeds:  # it stops where the last state is written
-        layers = [layer for place in one.cells for _, layer in sweep.writes(step.cells[place])]
+    if not sweep.scope.readout.unembeds:  # the pass stops after the last write
+        layers = [layer for place in target.cells for _, layer in sweep.writes(step.cells[place])]
         read, tokens = 0, tokens if layers else 0
         blocks = tokens * (1 + max(layers, default=-1)) if layout is None else blocks
-    more = _appended(planned, step, one)
+    more = _appended(planned, step, target)
     return Counts(
         target_passes=1,
         target_rows=rows,
@@ -171,22 +171,22 @@ def _target(planned: Plan, step: Step, one: TargetPass) -> Counts:
     )
 
 
-def _appended(planned: Plan, step: Step, one: TargetPass) -> int:
-    """How many tokens run behind the prompts of a pass, all rows together.
+def _appended(planned: Plan, step: Step, target: TargetPass) -> int:
+    """Return how many tokens a readout runs after the prompts of a pass, all rows together.
 
-    Where no keys and values are kept, the prompts run again with them.
+    Without cached keys and values, the prompts run again with each of them, and are counted too.
     """
-    sweep, cells = planned.sweep, [step.cells[place] for place in one.cells]
+    sweep, cells = planned.sweep, [step.cells[place] for place in target.cells]
     readout = sweep.scope.readout
-    again = 0 if from_cache(sweep, planned.optimisations) else target_width(planned, step, one)
-    if readout.decoded:  # the last token that is decoded is not read
+    again = 0 if from_cache(sweep, planned.optimisations) else target_width(planned, step, target)
+    if readout.decoded:  # the last decoded token does not run
         most = readout.decoded - 1
-        # How likely the tokens are without the patch takes one more forward.
-        plain = target_width(planned, step, one) + most if readout.runs_unpatched else 0
-        return len(cells) * (plain + (sum(again + place for place in range(1, most + 1)) if again else most))
+        # The probabilities of the tokens without the patch take one more forward pass.
+        plain = target_width(planned, step, target) + most if readout.runs_unpatched else 0
+        return len(cells) * (plain + (sum(again + count for count in range(1, most + 1)) if again else most))
     if readout.appends:
         columns = zip(*(sweep.entries[cell.entry].continuations for cell in cells), strict=True)
         longest = [max(map(len, column)) for column in columns]
-        # The first token of a choice is scored by the prompt's own pass, unless the prompt is read again.
+        # The pass of the prompt scores the first token of a choice, unless the prompt is read again.
         return len(cells) * sum(again + tokens if again else tokens - 1 for tokens in longest)
     return 0

@@ -2,13 +2,15 @@
 
 A pass is one sequence in which no token is run twice:
 
-* the **prefix**, tokens that all its target prompts begin with, is run once and kept as keys and values;
-* a **trunk** is the rest of one clean target prompt, as far as anything needs it;
-* a **branch** is one cell's own tokens, from its first patched one on. It attends to the prefix, to its
-  trunk up to where it branches off, and to itself.
+* The **prefix** is the tokens that all target prompts of the step begin with. It runs once and is kept as
+  keys and values.
+* A **trunk** is the rest of one unpatched target prompt, as far as any cell needs it.
+* A **branch** is one cell's own tokens, from its first patched token on. It attends to the prefix, to its
+  trunk up to the token where it branches off, and to itself.
 
-A branch of layer l* is, below l*, what its trunk is; so it enters there, and the blocks below never see it
-(late entry). Tokens are ordered by where they enter: at every block those that run are the first so many.
+Below l*, a branch equals its trunk. So it joins the sequence at l*, and the blocks below never run it (late
+entry). Tokens are ordered by the layer at which they join, so that the tokens that run at a block are always
+the first ones of the sequence.
 """
 
 from __future__ import annotations
@@ -29,13 +31,13 @@ class Segment(NamedTuple):
     """Tokens first..last-1 of a target prompt, at `offset` of the sequence.
 
     Attributes:
-        prompt: T, a number.
-        first: Its first token's position.
-        last: One past its last.
+        prompt: T, the number of a prompt.
+        first: The position of its first token.
+        last: The position after its last token.
         enters: The layer after which it joins the sequence; `START` for the embeddings.
-        offset: Where its first token stands in the sequence.
-        trunk: For a branch, the place of its trunk in `Layout.segments`; None where it needs none.
-        cell: For a branch, its cell, a place in the pass.
+        offset: The index of its first token in the sequence.
+        trunk: For a branch, the index of its trunk in `Layout.segments`; None if it needs no trunk.
+        cell: For a branch, the index of its cell in the pass; None for a trunk.
     """
 
     prompt: int
@@ -47,7 +49,7 @@ class Segment(NamedTuple):
     cell: int | None
 
     def at(self, position: int) -> int:
-        """Where a position of its prompt stands in the sequence."""
+        """Return the index in the sequence of a position of its prompt."""
         return self.offset + position - self.first
 
 
@@ -56,11 +58,11 @@ class Layout:
     """A pass as a sequence of segments.
 
     Attributes:
-        prefix: The tokens that were run before, and are shared.
-        segments: In the order of the sequence.
-        of_cell: For each cell of the pass, the place of the segment that is read: its branch, or for an
-            unpatched cell its trunk.
+        prefix: How many tokens of the shared prefix come before the sequence.
         depth: How many blocks the pass runs through.
+        segments: The segments, in the order of the sequence.
+        of_cell: For each cell of the pass, the index of the segment that is read: its branch, or for an
+            unpatched cell its trunk.
     """
 
     prefix: int
@@ -70,21 +72,21 @@ class Layout:
 
     @property
     def n_tokens(self) -> int:
-        """The tokens of the sequence."""
-        return sum(one.last - one.first for one in self.segments)
+        """The number of tokens of the sequence."""
+        return sum(segment.last - segment.first for segment in self.segments)
 
     def running(self, layer: int) -> int:
-        """How many tokens have joined once block `layer` has run (`EMBED`: before block 0)."""
-        return sum(one.last - one.first for one in self.segments if one.enters <= layer)
+        """Return how many tokens have joined after block `layer` has run (`EMBED`: before block 0)."""
+        return sum(segment.last - segment.first for segment in self.segments if segment.enters <= layer)
 
 
 def branches_at(cell: Cell) -> int:
-    """The position from which on a cell differs from its clean prompt."""
+    """Return the first position at which a cell differs from its unpatched prompt."""
     return min(cell.target_positions)
 
 
 def needed_end(sweep: Sweep, cell: Cell) -> int:
-    """How many tokens of its target prompt a cell needs: all it writes, and as far as it is read."""
+    """Return how many tokens of its target prompt a cell needs: up to its last written or read position."""
     whole = len(sweep.target_prompts[cell.target_prompt].ids)
     written = max(cell.target_positions) + 1
     if not sweep.scope.readout.unembeds:
@@ -95,16 +97,17 @@ def needed_end(sweep: Sweep, cell: Cell) -> int:
 
 
 def needs_clean(sweep: Sweep, cell: Cell) -> bool:
-    """Whether a branch needs the clean states of its own tokens: to stand in for them below l*.
+    """Return whether a branch needs the unpatched states of its own tokens, which its trunk then computes.
 
-    Their keys and values, where decoding goes on from them; the states themselves, where not every token of
-    the branch is written, or what is replaced is looked at: by the mapping, the write or the readout.
+    If the readout decodes, it needs their keys and values in the blocks below l*. It needs the states at l*
+    if not every token of the branch is written, or if the mapping, the write or the readout uses the states
+    that are replaced.
     """
     scope = sweep.scope
     written = len(cell.target_positions) == needed_end(sweep, cell) - branches_at(cell)
-    looks = scope.mapping == "target_norm" or scope.target.mode != "replace"
-    looks = looks or scope.readout.looks_at_replaced
-    return scope.readout.decodes or not written or looks
+    uses_replaced = scope.mapping == "target_norm" or scope.target.mode != "replace"
+    uses_replaced = uses_replaced or scope.readout.looks_at_replaced
+    return scope.readout.decodes or not written or uses_replaced
 
 
 def lay_out(sweep: Sweep, cells: Sequence[Cell], *, prefix: int, late_entry: bool) -> Layout:
@@ -112,9 +115,9 @@ def lay_out(sweep: Sweep, cells: Sequence[Cell], *, prefix: int, late_entry: boo
 
     Args:
         sweep: The sweep.
-        cells: The pass's cells.
-        prefix: How many tokens of every target prompt are shared and already run.
-        late_entry: Whether branches enter at l*; else all enter before block 0.
+        cells: The cells of the pass.
+        prefix: How many tokens of every target prompt are in the shared prefix.
+        late_entry: True if branches enter at l*; else they enter before block 0.
 
     Returns:
         The layout.
@@ -125,57 +128,48 @@ def lay_out(sweep: Sweep, cells: Sequence[Cell], *, prefix: int, late_entry: boo
         trunks[cell.target_prompt] = max(
             trunks.get(cell.target_prompt, 0), _trunk_end(sweep, cell, last, late_entry=late_entry)
         )
-    placed: list[tuple[int, int | None, int, int]] = [
-        (START, None, prompt, end) for prompt, end in trunks.items() if end > prefix
+    segments = [
+        Segment(prompt, prefix, end, START, 0, None, None) for prompt, end in trunks.items() if end > prefix
     ]
-    placed += [
-        (_enters(cell, late_entry=late_entry), number, cell.target_prompt, branches_at(cell))
-        for number, cell in enumerate(cells)
-        if cell.target_layer is not None
-    ]
-    placed.sort(key=lambda one: one[0])
-    return _place(sweep, cells, placed, prefix)
-
-
-def _enters(cell: Cell, *, late_entry: bool) -> int:
-    return START if cell.target_layer is None or not late_entry else cell.target_layer
+    for number, cell in enumerate(cells):
+        if cell.target_layer is not None:
+            first, end = branches_at(cell), needed_end(sweep, cell)
+            enters = cell.target_layer if late_entry else START
+            segments.append(Segment(cell.target_prompt, first, end, enters, 0, None, number))
+    segments.sort(key=lambda segment: segment.enters)
+    return _place(sweep, cells, segments, prefix)
 
 
 def _trunk_end(sweep: Sweep, cell: Cell, last: int, *, late_entry: bool) -> int:
-    """How many tokens of its clean prompt a cell needs."""
+    """Return how many tokens of its unpatched prompt a cell needs; `last` is the last layer."""
     if cell.target_layer is None:
         whole = len(sweep.target_prompts[cell.target_prompt].ids)
         return read_position(sweep.scope.readout, whole) + 1
     if late_entry and needs_clean(sweep, cell):
         return needed_end(sweep, cell)
-    # What enters after the last block attends to nothing any more.
+    # A branch that joins after the last block does not attend to anything.
     return 0 if late_entry and cell.target_layer == last else branches_at(cell)
 
 
-def _place(
-    sweep: Sweep, cells: Sequence[Cell], placed: list[tuple[int, int | None, int, int]], prefix: int
-) -> Layout:
+def _place(sweep: Sweep, cells: Sequence[Cell], ordered: Sequence[Segment], prefix: int) -> Layout:
+    """Set the offsets and the trunks of ordered segments; each trunk comes before its branches."""
     segments: list[Segment] = []
     trunk_of: dict[int, int] = {}
     of_cell: dict[int, int] = {}
     offset = 0
-    for enters, number, prompt, position in placed:
-        if number is None:
-            first, end = prefix, position
+    for index, segment in enumerate(ordered):
+        segments.append(segment._replace(offset=offset, trunk=trunk_of.get(segment.prompt)))
+        if segment.cell is None:
+            trunk_of[segment.prompt] = index
         else:
-            first, end = position, needed_end(sweep, cells[number])
-        segments.append(Segment(prompt, first, end, enters, offset, trunk_of.get(prompt), number))
-        if number is None:
-            trunk_of[prompt] = len(segments) - 1
-        else:
-            of_cell[number] = len(segments) - 1
-        offset += end - first
+            of_cell[segment.cell] = index
+        offset += segment.last - segment.first
     read = (
         of_cell[number] if number in of_cell else trunk_of[cell.target_prompt]
         for number, cell in enumerate(cells)
     )
     depth = sweep.target.n_layers
-    if not sweep.scope.readout.unembeds:  # what was written can be read where it was written
+    if not sweep.scope.readout.unembeds:  # the readout takes the states that were written
         written = [max(cell.target_layer, 0) for cell in cells if cell.target_layer is not None]
-        depth = 1 + max(written, default=-1)  # the input of block 0 is written where block 0 begins
+        depth = 1 + max(written, default=-1)  # the input of block 0 is written when block 0 is called
     return Layout(prefix=prefix, depth=depth, segments=tuple(segments), of_cell=tuple(read))

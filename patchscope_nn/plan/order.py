@@ -1,7 +1,8 @@
-"""In which order entries run: those together whose target prompts begin alike, so that this is run once.
+"""Orders entries so that target prompts that begin with the same tokens run together, and run those once.
 
-A group's cells are planned together, and hold one prefix in memory. Small groups would make small passes,
-so entries that few others are like go into one last group, with what its prompts have in common, if anything.
+The cells of a group are planned together, and keep one prefix in memory. Small groups would make small
+passes, so all entries of small groups go into one last group. Its prefix is what its prompts have in common,
+if anything.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import NamedTuple
 from patchscope_nn.spec import read_position
 from patchscope_nn.sweep import Sweep
 
-#: Fewer tokens than this are not worth a pass of their own.
+#: A prefix of fewer tokens is not worth its own pass.
 _SHORTEST = 2
 
 
@@ -21,7 +22,7 @@ class Group(NamedTuple):
 
     Attributes:
         entries: The entries, in the order in which they run.
-        prefix: The tokens that all their target prompts begin with, before any is patched or read.
+        prefix: The tokens that all their target prompts begin with, before the first patched or read token.
     """
 
     entries: tuple[int, ...]
@@ -31,26 +32,26 @@ class Group(NamedTuple):
 def group_entries(
     sweep: Sweep, entries: Collection[int], *, cells_of: Mapping[int, int], enough: int
 ) -> list[Group]:
-    """Group entries by how their target prompts begin.
+    """Group entries by the tokens that their target prompts begin with.
 
     Args:
         sweep: The sweep.
-        entries: The entries that are to run, in order.
-        cells_of: For each of them how many cells it has.
-        enough: How many cells make a group worth while.
+        entries: The entries that will run, in order.
+        cells_of: {entry: how many of its cells run}.
+        enough: The fewest cells of a group, except for the last.
 
     Returns:
-        The groups, each entry in one of them; those of one target prompt are neighbours.
+        The groups. Each entry is in one of them; entries with the same target prompt are neighbours.
     """
     of_prompt: dict[int, list[int]] = {}
     for entry in entries:
         of_prompt.setdefault(sweep.entries[entry].target_prompt, []).append(entry)
     beginnings = _beginnings(sweep, entries)
-    found, rest = [], []
+    groups, rest = [], []
     for prompts, prefix in _alike(beginnings):
-        together = [entry for prompt in sorted(prompts) for entry in of_prompt[prompt]]
-        if sum(cells_of[entry] for entry in together) >= enough:
-            found.append(Group(tuple(together), prefix))
+        members = [entry for prompt in sorted(prompts) for entry in of_prompt[prompt]]
+        if sum(cells_of[entry] for entry in members) >= enough:
+            groups.append(Group(tuple(members), prefix))
         else:
             rest += prompts
     if rest:
@@ -59,12 +60,12 @@ def group_entries(
         for prompt in rest:
             prefix = _common(prefix, beginnings[prompt])
         prefix = prefix if len(prefix) >= _SHORTEST else ()
-        found.append(Group(tuple(entry for prompt in rest for entry in of_prompt[prompt]), prefix))
-    return sorted(found, key=lambda group: min(group.entries))
+        groups.append(Group(tuple(entry for prompt in rest for entry in of_prompt[prompt]), prefix))
+    return sorted(groups, key=lambda group: min(group.entries))
 
 
 def _alike(beginnings: Mapping[int, tuple[int, ...]]) -> Iterator[tuple[list[int], tuple[int, ...]]]:
-    """Prompts that share at least half of their beginnings, and what they share."""
+    """Yield prompts that share at least half of their beginnings, with the tokens that they share."""
     prompts: list[int] = []
     prefix: tuple[int, ...] = ()
     for prompt in sorted(beginnings, key=lambda prompt: (beginnings[prompt], prompt)):
@@ -80,19 +81,19 @@ def _alike(beginnings: Mapping[int, tuple[int, ...]]) -> Iterator[tuple[list[int
 
 
 def _beginnings(sweep: Sweep, entries: Collection[int]) -> dict[int, tuple[int, ...]]:
-    """For each target prompt the tokens that come before everything its entries patch or read."""
+    """Return {target prompt: the tokens before the first one that its entries patch or read}."""
     ends: dict[int, int] = {}
-    for entry in entries:
-        one = sweep.entries[entry]
-        whole = len(sweep.target_prompts[one.target_prompt].ids)
-        written = one.target_positions or one.source_positions
-        end = min(read_position(sweep.scope.readout, whole), *(min(together) for together in written))
-        ends[one.target_prompt] = min(end, ends.get(one.target_prompt, end))
+    for number in entries:
+        entry = sweep.entries[number]
+        whole = len(sweep.target_prompts[entry.target_prompt].ids)
+        written = entry.target_positions or entry.source_positions
+        end = min(read_position(sweep.scope.readout, whole), *(min(positions) for positions in written))
+        ends[entry.target_prompt] = min(end, ends.get(entry.target_prompt, end))
     return {prompt: sweep.target_prompts[prompt].ids[:end] for prompt, end in ends.items()}
 
 
-def _common(one: Sequence[int], other: Sequence[int]) -> tuple[int, ...]:
-    size = next(
-        (at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other))
-    )
-    return tuple(one[:size])
+def _common(first: Sequence[int], second: Sequence[int]) -> tuple[int, ...]:
+    """Return the tokens that two sequences begin with."""
+    pairs = enumerate(zip(first, second, strict=False))
+    size = next((at for at, (a, b) in pairs if a != b), min(len(first), len(second)))
+    return tuple(first[:size])

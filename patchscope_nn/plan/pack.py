@@ -1,7 +1,7 @@
-"""Row packing: the target passes of a step. Transformation 5 of a plan.
+"""Row packing: plans the target passes of a step. Transformation 5 of a plan.
 
-Cells go as segments of one sequence where the architecture lets them, else as rows of a padded batch. They
-are sorted by l*, so that the cells of a pass enter at nearly the same block and run together from there on.
+Cells run as segments of one sequence if the architecture allows it, else as rows of a padded batch. They are
+sorted by l*, so that the cells of a pass enter at nearly the same block and run together from there on.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from patchscope_nn.plan.passes import Optimisations, TargetPass
 from patchscope_nn.spec import SITES, read_position
 from patchscope_nn.sweep import Cell, Sweep
 
-#: With clean prompts among them, or where decoding goes on for long, a sequence may be this much longer.
+#: A sequence may be this much longer if it also holds unpatched prompts, or if its readout decodes.
 _LONGER = 4
-#: Up to so many tokens behind the prefix are picked out one by one.
+#: The most tokens after the prefix that a token may attend to separately.
 FEW_OWN = 8
 
 
 def packs(sweep: Sweep, optimisations: Optimisations) -> bool:
-    """Whether the cells of a sweep go as segments of one sequence."""
+    """Return whether the cells of a sweep run as segments of one sequence."""
     wanted = optimisations.prefix_sharing or optimisations.late_entry
     target = sweep.scope.target
     possible = SITES[target.site].packs and not target.alters
@@ -32,10 +32,10 @@ def packs(sweep: Sweep, optimisations: Optimisations) -> bool:
 
 
 def from_cache(sweep: Sweep, optimisations: Optimisations) -> bool:
-    """Whether decoding goes on from the keys and values of the prompt, and not from the prompt read again.
+    """Return whether decoding continues from the prompt's keys and values, instead of reading it again.
 
-    A write at every decoded token is defined on keys and values. So is what a model that is not causal over
-    its prompt decodes.
+    A write at every decoded token needs keys and values, also with the optimisation off. So does a model
+    whose prompt tokens attend to later ones: reading the prompt again would change it.
     """
     needed = sweep.scope.target.every_step or not sweep.target.supports("causal")
     return sweep.target.supports("cache") and (optimisations.cached_decoding or needed)
@@ -44,10 +44,10 @@ def from_cache(sweep: Sweep, optimisations: Optimisations) -> bool:
 def shares_attention(
     sweep: Sweep, optimisations: Optimisations, cells: Sequence[Cell], *, prefix: int
 ) -> bool:
-    """Whether the tokens of a packed pass attend to its prefix apart from their own few tokens.
+    """Return whether the tokens of a packed pass attend to the prefix and to their own tokens separately.
 
-    Only on a CPU, whose attention over one long sequence is slow, and where PyTorch gives what it takes. Of a
-    model elsewhere the device is not known here; the pass itself looks, and makes a mask where it is no CPU.
+    This pays only on a CPU, where attention over one long sequence is slow. If the model runs elsewhere, its
+    device is not known here; then the pass checks it, and uses a mask if it is not a CPU.
     """
     info = sweep.target
     possible = info.supports("shared_attention") and info.device in {"cpu", ELSEWHERE}
@@ -59,7 +59,13 @@ def shares_attention(
 
 
 class Packer:
-    """Plans the target passes of one step after the other."""
+    """Plans the target passes of each step.
+
+    Args:
+        sweep: The sweep.
+        budget: The most that a pass may hold.
+        optimisations: The optimisations that are on.
+    """
 
     def __init__(self, sweep: Sweep, budget: Budget, optimisations: Optimisations) -> None:
         self.sweep, self.optimisations = sweep, optimisations
@@ -69,22 +75,22 @@ class Packer:
         self.caches = self.decodes and from_cache(sweep, optimisations)
 
     def passes(self, cells: Sequence[Cell], prefix: Sequence[int]) -> tuple[TargetPass, ...]:
-        """Serve the cells of a step.
+        """Plan the passes of a step.
 
         Args:
-            cells: The cells.
-            prefix: What all their target prompts begin with, to be run once.
+            cells: The cells of the step.
+            prefix: The tokens that all their target prompts begin with, which run once.
 
         Returns:
-            The passes, whose cells are places in `cells`.
+            The passes; their cells are indices into `cells`.
         """
         if not packs(self.sweep, self.optimisations):
             return self.padded(cells)
         shared = len(prefix)
 
-        def entry(place: int) -> tuple[Any, ...]:
+        def sort_key(place: int) -> tuple[Any, ...]:
             cell = cells[place]
-            # Cells that need a trunk stand beside those that need the same one.
+            # Cells that need the same trunk are neighbours.
             trunk = (cell.target_prompt,) if branches_at(cell) > shared else ()
             return self._lengths(cell), trunk, _layer_key(cell)
 
@@ -94,31 +100,31 @@ class Packer:
                 batch,
                 lay_out(self.sweep, [cells[place] for place in batch], prefix=shared, late_entry=late),
             )
-            for batch in self._sequences(cells, sorted(range(len(cells)), key=entry), shared)
+            for batch in self._sequences(cells, sorted(range(len(cells)), key=sort_key), shared)
         )
 
     def padded(self, cells: Sequence[Cell]) -> tuple[TargetPass, ...]:
-        """Serve the cells of a step as rows of padded batches: prompts of one length together."""
+        """Plan the passes of a step as rows of padded batches, sorted by length."""
         mixed = self.optimisations.mixed_lengths
 
-        def entry(place: int) -> tuple[Any, ...]:
-            alike = () if mixed else self._lengths(cells[place])
-            return self.row_tokens(cells[place]), alike, _layer_key(cells[place])
+        def sort_key(place: int) -> tuple[Any, ...]:
+            lengths = () if mixed else self._lengths(cells[place])
+            return self.row_tokens(cells[place]), lengths, _layer_key(cells[place])
 
         def fits(batch: Sequence[int]) -> bool:
-            longest = cells[batch[-1]]  # and is read as far back as any, since they are sorted
+            longest = cells[batch[-1]]  # it also reads the most positions, since rows are sorted
             if not mixed and self._lengths(longest) != self._lengths(cells[batch[0]]):
                 return False
             width, read = self.row_tokens(longest), self.read_back(longest)
             size = self.costs.batch(len(batch), width, read=read, decodes=self.caches)
             return size <= self.memory and len(batch) <= self.max_rows
 
-        return tuple(TargetPass(batch) for batch in cut(sorted(range(len(cells)), key=entry), fits))
+        return tuple(TargetPass(batch) for batch in cut(sorted(range(len(cells)), key=sort_key), fits))
 
     def _sequences(
         self, cells: Sequence[Cell], places: Sequence[int], prefix: int
     ) -> Iterator[tuple[int, ...]]:
-        """Cut a step's cells into passes; a clean prompt counts once a pass."""
+        """Cut a step's cells into packed passes; each unpatched prompt counts once in a pass."""
         shared = shares_attention(self.sweep, self.optimisations, cells, prefix=prefix)
         longest = self.costs.longest_sequence(shared_attention=shared)
         most_own = longest * (_LONGER if self.decodes and not shared else 1)
@@ -157,7 +163,7 @@ class Packer:
         return packed + 2 * self.costs.cached(rows * width) if self.decodes else packed
 
     def read_back(self, cell: Cell) -> int:
-        """How many positions of a cell's row, from the end, reach the unembedding."""
+        """Return how many positions of a cell's row, counted from the end, are unembedded."""
         whole = self.prompt_tokens(cell)
         return (
             whole - read_position(self.sweep.scope.readout, whole)
@@ -166,32 +172,32 @@ class Packer:
         )
 
     def _lengths(self, cell: Cell) -> tuple[int, ...]:
-        """The lengths that the cells of a packed pass have in common; empty where they may all differ.
+        """Return the lengths that all cells of a packed pass must share with this one; empty for none.
 
-        Rows that decode from one pass have prompts of one length, since they have no padding. Without mixed
-        lengths, what is appended has one length too.
+        Prompts that decode from one packed pass must have the same length, since they have no padding.
+        Without mixed lengths, appended tokens must have the same length too.
         """
         if not self.optimisations.mixed_lengths:
             return (self.prompt_tokens(cell), *map(len, self.sweep.entries[cell.entry].continuations))
         return (self.prompt_tokens(cell),) if self.decodes else ()
 
     def prompt_tokens(self, cell: Cell) -> int:
-        """The tokens of a cell's target prompt."""
+        """Return the number of tokens of a cell's target prompt."""
         return len(self.sweep.target_prompts[cell.target_prompt].ids)
 
     def row_tokens(self, cell: Cell) -> int:
-        """The tokens of a cell's row, those its readout appends included."""
+        """Return the number of tokens of a cell's row, including those that its readout appends."""
         return self.prompt_tokens(cell) + appended(self.sweep, cell)
 
 
 def appended(sweep: Sweep, cell: Cell) -> int:
-    """How many tokens, at the most, a readout puts behind a cell's prompt."""
+    """Return how many tokens a readout appends to a cell's prompt at most."""
     continuations = sweep.entries[cell.entry].continuations
     return max([sweep.scope.readout.decoded, *map(len, continuations)])
 
 
 def cut(items: Sequence[int], fits: Callable[[Sequence[int]], bool]) -> Iterator[tuple[int, ...]]:
-    """Cut items, in order, into the longest batches that fit; one item always does."""
+    """Yield items, in order, in the longest batches that fit. A single item always fits."""
     batch: list[int] = []
     for item in items:
         if batch and not fits([*batch, item]):
@@ -203,5 +209,5 @@ def cut(items: Sequence[int], fits: Callable[[Sequence[int]], bool]) -> Iterator
 
 
 def _layer_key(cell: Cell) -> tuple[int, ...]:
-    """Sorts cells by l*; unpatched ones come first."""
+    """A sort key: by l*, unpatched cells first."""
     return () if cell.target_layer is None else (cell.target_layer,)

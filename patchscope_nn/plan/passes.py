@@ -1,4 +1,4 @@
-"""What a plan is made of: states, passes, steps. Frozen data."""
+"""The data of a plan: states, passes, steps, optimisations. Frozen."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ Context: TypeAlias = Literal["fused", "session", "nested", "bridged"]
 
 
 class State(NamedTuple):
-    """What a source pass reads: a hidden state, or (layer None) the final next-token distribution.
+    """Something that a source pass reads: hidden states, or a next-token distribution.
 
     Attributes:
-        prompt: S, a number.
-        positions: i, from the left.
+        prompt: S, the number of a prompt.
+        positions: i, in the order of the prompt.
         layer: l; None for the distribution after the last of the positions.
     """
 
@@ -28,12 +28,12 @@ class State(NamedTuple):
 
 
 class SourcePass(NamedTuple):
-    """One forward of M over a batch of source prompts.
+    """One forward pass of M over a batch of source prompts.
 
     Attributes:
-        prompts: The batch's rows.
-        states: What is read.
-        whole: Whether it runs to its end, and not just as deep as is read.
+        prompts: The prompt of each row.
+        states: The states that are read.
+        whole: True if it runs through the whole model; else it stops after the last state.
     """
 
     prompts: tuple[int, ...]
@@ -41,7 +41,7 @@ class SourcePass(NamedTuple):
     whole: bool = False
 
     def depth(self, n_layers: int) -> int:
-        """How many blocks it runs through."""
+        """Return how many blocks it runs through."""
         layers = [state.layer for state in self.states]
         if self.whole or None in layers:
             return n_layers
@@ -49,11 +49,11 @@ class SourcePass(NamedTuple):
 
 
 class TargetPass(NamedTuple):
-    """One patched forward of M* (and what its readout runs after it).
+    """One patched forward pass of M*, and what its readout runs after it.
 
     Attributes:
-        cells: Its cells, as places in `Step.cells`.
-        layout: Where each stands in one packed sequence; None for a batch of whole, padded prompts.
+        cells: Its cells, as indices into `Step.cells`.
+        layout: The layout of its packed sequence; None for a batch of whole, padded prompts.
     """
 
     cells: tuple[int, ...]
@@ -62,16 +62,16 @@ class TargetPass(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One context: what is done together, or lost together.
+    """One nnsight context. Remotely it is one job; if it fails, all of its cells do.
 
     Attributes:
-        context: How it is opened.
+        context: The kind of context.
         cells: The cells it runs.
-        sources: Source passes.
-        targets: Target passes.
-        carried: States that come in from earlier steps.
-        kept: States that go out to later ones.
-        dropped: States, kept by this or an earlier step, that no later one needs.
+        sources: The source passes.
+        targets: The target passes.
+        carried: States that it takes over from earlier steps.
+        kept: States that it returns for later steps.
+        dropped: States, kept by this or an earlier step, that no later step needs.
         prefix: The tokens that all its packed target passes begin with.
     """
 
@@ -86,7 +86,7 @@ class Step:
 
     @cached_property
     def numbers(self) -> dict[State, int]:
-        """The state numbers of the step's program: of the states it takes over, then of those it reads."""
+        """{state: its number in the step's program}: first the states it takes over, then those it reads."""
         fresh = (state for source_pass in self.sources for state in source_pass.states)
         return {state: number for number, state in enumerate([*self.carried, *fresh])}
 
@@ -94,24 +94,24 @@ class Step:
 @checked_class
 @dataclass(frozen=True, kw_only=True)
 class Optimisations:
-    """What a plan may do to run fewer tokens and passes. None of it changes a result.
+    """What a plan may do to run fewer tokens and passes. No optimisation changes a result.
 
     Attributes:
         deduplication: Run equal cells of different data rows once.
-        source_sharing: Run a source prompt once for all that is read of it, no deeper than that, in a batch
-            with others; off, each state has a forward of its own.
-        row_packing: Run many cells in a pass; off, each has its own.
-        cached_decoding: Decode from the prompt's keys and values; off, every token reads its prompt again.
-        mixed_lengths: Let prompts of different lengths share a pass; off, a pass holds prompts of one length
-            and needs no padding.
-        prefix_sharing: Run what target prompts begin with once.
+        source_sharing: Run a source prompt once for all states that are read from it, only up to the deepest
+            of them, in a batch with other prompts. Off: each state has its own forward pass.
+        row_packing: Run many cells in a pass. Off: each cell has its own pass.
+        cached_decoding: Decode from the prompt's keys and values. Off: each token reads its prompt again.
+        mixed_lengths: Let prompts of different lengths share a pass. Off: the prompts of a pass have one
+            length and need no padding.
+        prefix_sharing: Run the tokens that target prompts begin with once.
         late_entry: Let a cell skip the blocks below l*.
-        shared_attention: Attend to what cells share apart from what is their own, on a CPU, so that more of
-            them run together.
+        shared_attention: On a CPU, attend to the shared prefix and to a cell's own tokens separately, so that
+            more cells run together.
         lean_readout: Unembed only the positions that are read.
-        early_leaving: Let rows that met their end leave the batch while the others generate on.
-        memory_reuse: Keep the memory of one pass for the next, on a CPU under Linux, and do not return it to
-            the system each time.
+        early_leaving: Let rows that have ended leave the batch while the others continue to decode.
+        memory_reuse: On a CPU under Linux, keep the memory of one pass for the next instead of returning it
+            to the system.
     """
 
     deduplication: bool = True
@@ -128,10 +128,10 @@ class Optimisations:
 
     @classmethod
     def names(cls) -> tuple[str, ...]:
-        """The names of the optimisations, in the order in which a plan applies them."""
-        return tuple(one.name for one in fields(cls))
+        """Return the names of the optimisations, in the order in which a plan applies them."""
+        return tuple(field.name for field in fields(cls))
 
     @classmethod
     def none(cls) -> Optimisations:
-        """Every one of them off."""
+        """Return all optimisations switched off."""
         return cls(**dict.fromkeys(cls.names(), False))

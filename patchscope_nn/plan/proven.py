@@ -1,4 +1,4 @@
-"""What the proof of the models leaves of the optimisations that a plan may use. Pure."""
+"""Switches off the optimisations that the proof of a model does not allow. Pure."""
 
 from __future__ import annotations
 
@@ -11,50 +11,54 @@ from patchscope_nn.plan.passes import Optimisations
 from patchscope_nn.spec import Readout
 from patchscope_nn.sweep import Sweep
 
-#: What depends on how prompts stand in a pass; the others only decide what is run again.
+#: Optimisations that change how prompts are arranged in a pass. The others only avoid repeated work.
 _ARRANGED = ("mixed_lengths", "prefix_sharing", "late_entry", "shared_attention", "cached_decoding", FUSED)
-#: What decides how source prompts run.
+#: Optimisations that change how source prompts run.
 _OF_SOURCES = ("source_sharing", "mixed_lengths")
 _PACKING = ("prefix_sharing", "late_entry")
 
 
 def allowed(sweep: Sweep, optimisations: Optimisations) -> tuple[Optimisations, tuple[Withheld, ...]]:
-    """Switch off what the proofs of a sweep's models do not allow for its prompts.
+    """Switch off the optimisations that the proofs of a sweep's models do not allow for its prompts.
 
     Args:
         sweep: The sweep.
-        optimisations: What is wanted.
+        optimisations: The optimisations that are requested.
 
     Returns:
-        What may be used, and what was taken from it.
+        The optimisations that may be used, and those that were requested and are withheld.
 
     Raises:
-        InputError: `every_step` needs to decode from keys and values, which is wrong for the target model.
+        InputError: A prompt is longer than what is right for a model, or `every_step` needs to decode from
+            keys and values, which gives wrong results for the target model.
     """
     entries = tuple(dict.fromkeys(_withheld(sweep)))
     for entry in entries:
         if entry.optimisation == PLAIN:
             raise InputError(
-                f"a prompt, with what is appended, has more than {entry.beyond} tokens. {entry.why}",
+                f"a prompt, with the tokens that are appended, has more than {entry.beyond} tokens. "
+                f"{entry.why}",
                 hint=f"Use prompts of up to {entry.beyond} tokens.",
             )
     off = {entry.optimisation for entry in entries}
     if sweep.scope.target.every_step and "cached_decoding" in off:
         why = next(entry.why for entry in entries if entry.optimisation == "cached_decoding")
         raise InputError(
-            f"target.every_step decodes from keys and values, which is wrong for {sweep.target.name}: {why}.",
+            f"target.every_step decodes from keys and values, which gives wrong results for "
+            f"{sweep.target.name}: {why}.",
             hint="Leave every_step out, or use another model.",
         )
-    used = {name: False for name in Optimisations.names() if name in off}
-    wanted = tuple(
+    switched_off = {name: False for name in Optimisations.names() if name in off}
+    withheld = tuple(
         entry
         for entry in entries
         if entry.optimisation == FUSED or getattr(optimisations, entry.optimisation, False)
     )
-    return replace(optimisations, **used), wanted
+    return replace(optimisations, **switched_off), withheld
 
 
 def _withheld(sweep: Sweep) -> Iterator[Withheld]:
+    """Yield what the verdicts of both models withhold, for the lengths of this sweep's prompts."""
     source = max((len(prompt.ids) for prompt in sweep.source_prompts), default=0)
     of_source = _of(sweep.source, None, source)
     yield from (entry for entry in of_source if entry.optimisation in (*_OF_SOURCES, PLAIN))
@@ -63,15 +67,16 @@ def _withheld(sweep: Sweep) -> Iterator[Withheld]:
     verdict = sweep.target.verdict
     most = None if verdict is None else verdict.longest_packed
     if most is not None and 2 * target > most:
-        # One cell's packed pass may hold its prompt twice: as the clean prompt, and with the patch.
+        # The packed pass of one cell may hold its prompt twice: unpatched and patched.
         why = f"a packed pass of a cell could have more than {most} tokens"
         yield from (Withheld(name, None, most // 2, why) for name in _PACKING)
 
 
 def _of(info: ModelInfo, readout: Readout | None, tokens: int) -> Iterator[Withheld]:
-    """What a model's verdict withholds; `readout` None is for what any readout withholds.
+    """Yield what a model's verdict withholds for a readout and a number of tokens.
 
-    For a kind that decodes and that the proof does not try, what is wrong with any other is withheld.
+    If the proof does not try this kind of readout and it decodes, or if `readout` is None, everything that
+    is wrong with any readout is withheld.
     """
     verdict = info.verdict
     if verdict is None:
@@ -86,7 +91,7 @@ def _of(info: ModelInfo, readout: Readout | None, tokens: int) -> Iterator[Withh
 
 
 def _longest_target(sweep: Sweep) -> int:
-    """The longest target prompt, with the tokens that its readout appends."""
+    """Return the length of the longest target prompt, with the tokens that its readout appends."""
     more = sweep.scope.readout.decoded
     return max(
         (

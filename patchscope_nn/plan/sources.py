@@ -1,7 +1,7 @@
-"""Source sharing: which source prompts a step runs, and what it reads of them. Transformation 4 of a plan.
+"""Source sharing: plans which source prompts a step runs, and what it reads. Transformation 4 of a plan.
 
-A prompt is run in the first step that needs it, once, for every state that a cell of this or any later step
-reads of it. What later steps need is kept until the last entry that reads the prompt has run.
+The first step that needs a prompt runs it, once, for every state that a cell of this or any later step reads
+from it. States that later steps need are kept until the last entry that reads the prompt has run.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from patchscope_nn.sweep import Cell, Sweep, VectorAt, Weighted
 
 
 def states_of(sweep: Sweep, cell: Cell) -> Iterator[State]:
-    """What a cell needs of source passes."""
+    """Yield the states that a cell needs from source passes."""
     for layer, _ in sweep.writes(cell):
         for prompt, positions, _ in terms_of(cell):
             if not isinstance(prompt, VectorAt):
@@ -26,20 +26,20 @@ def states_of(sweep: Sweep, cell: Cell) -> Iterator[State]:
 
 
 def terms_of(cell: Cell) -> tuple[Weighted, ...]:
-    """What is added up to the state a cell writes: nothing, one state, or several."""
+    """Return the terms of the state that a cell writes: none, one, or those of a weighted sum."""
     if cell.source is None or cell.source_positions is None:
         return ()
     return cell.terms or ((cell.source, cell.source_positions, 1.0),)
 
 
 class Reads(NamedTuple):
-    """What a step reads of its sources.
+    """The source passes of a step, and the states that it takes over and hands on.
 
     Attributes:
         passes: The source passes.
-        carried: States that come in from earlier steps.
+        carried: States that it takes over from earlier steps.
         kept: States of these passes that later steps need.
-        dropped: States that no later step needs any more.
+        dropped: States that no later step needs.
     """
 
     passes: tuple[SourcePass, ...]
@@ -49,14 +49,14 @@ class Reads(NamedTuple):
 
 
 class Reader:
-    """Plans the source passes of one step after the other.
+    """Plans the source passes of each step, in order.
 
     Args:
         sweep: The sweep.
-        budget: What a pass may hold.
-        optimisations: What it may do to run less.
+        budget: The most that a pass may hold.
+        optimisations: The optimisations that are on.
         entries: The entries, in the order in which they run.
-        carries: Whether a step may use states that an earlier one read.
+        carries: True if a step may use states that an earlier one has read.
     """
 
     def __init__(
@@ -84,10 +84,10 @@ class Reader:
 
         Args:
             cells: The step's cells.
-            next_entry: The first place in the order of entries that has cells in later steps.
+            next_entry: Index, in the order of entries, of the first that has cells in later steps.
 
         Returns:
-            The passes, and the states that come and go.
+            The passes, and the states that are taken over and handed on.
         """
         needed = dict.fromkeys(state for cell in cells for state in states_of(self.sweep, cell))
         if not self.sharing:
@@ -101,9 +101,8 @@ class Reader:
             if self._last[prompt] >= next_entry:
                 states.update(dict.fromkeys(self._all(prompt)))
         passes = tuple(self._batches(fresh))
-        kept = tuple(
-            state for one in passes for state in one.states if self._last[state.prompt] >= next_entry
-        )
+        read = (state for source in passes for state in source.states)
+        kept = tuple(state for state in read if self._last[state.prompt] >= next_entry)
         self._held |= dict.fromkeys(kept)
         dropped = tuple(state for state in self._held if self._last[state.prompt] < next_entry)
         for state in dropped:
@@ -111,18 +110,18 @@ class Reader:
         return Reads(passes, carried, kept, dropped)
 
     def _all(self, prompt: int) -> Iterator[State]:
-        """Every state that any cell reads of a prompt."""
+        """Yield every state that any cell reads from a prompt."""
         cells = self.sweep.cells
         for entry in dict.fromkeys(self._readers[prompt]):
-            for read, places in cells.sources(entry):
-                if read == prompt:
-                    for positions in places:
+            for source, position_sets in cells.sources(entry):
+                if source == prompt:
+                    for positions in position_sets:
                         yield from (State(prompt, positions, layer) for layer in cells.layers)
                         if cells.compares and prompt == self.sweep.entries[entry].source:
                             yield State(prompt, positions[-1:], None)
 
     def _batches(self, fresh: dict[int, dict[State, None]]) -> Iterator[SourcePass]:
-        """Cut prompts, those of similar length together, into batches within the budget."""
+        """Cut prompts, sorted by length, into batches within the budget."""
         batch: list[int] = []
         for prompt in sorted(fresh, key=self._length):
             if batch and not self._fits([*batch, prompt], fresh):
@@ -140,13 +139,13 @@ class Reader:
         if not self.mixed and len(batch) * width > tokens:
             return False
         wide = len(batch) * width > _LONGER * self.costs.longest_sequence(shared_attention=False)
-        # Padding is work for nothing: once a batch keeps the processor busy, little of it is let in.
+        # Padding is wasted work: once a batch keeps the processor busy, only little padding is allowed.
         padded = tokens > _ENOUGH and len(batch) * width > _PADDED * tokens
         fits = len(batch) <= self.budget.max_rows and size <= self.budget.memory
         return fits and not wide and not padded
 
     def _read_back(self, prompt: int, states: dict[State, None]) -> int:
-        """How many positions, from the end, have to reach the unembedding."""
+        """Return how many positions, counted from the end, must be unembedded."""
         finals = [state.positions[-1] for state in states if state.layer is None]
         return self._length(prompt) - min(finals) if finals else 0
 
@@ -154,9 +153,9 @@ class Reader:
         return len(self.sweep.source_prompts[prompt].ids)
 
 
-#: A padded batch has no mask that grows with its square; it may be this much longer than a packed sequence.
+#: A padded batch has no mask that grows with its square, so it may be longer than a packed sequence by this.
 _LONGER = 4
-#: So many tokens keep a processor busy; beyond them a batch may be this much larger for its padding.
+#: This many tokens keep a processor busy. Beyond them, padding may make a batch larger by this factor.
 _ENOUGH, _PADDED = 96, 1.1
 
 

@@ -1,4 +1,4 @@
-"""A plan as a tree that a person can read before running it."""
+"""Draws a plan as a tree, to be read before it is run."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ def render_plan(planned: Plan) -> str:
         tree.add(Text(line))
     if planned.n_cells:
         tree.add(Text("what each optimisation leaves to run")).add(_stages(planned))
-    shown = list(islice(planned.steps(), _SHOWN))
-    branch = tree.add(Text(f"contexts: {totals.steps} {shown[0].context}" if shown else "contexts: none"))
-    for number, step in enumerate(shown):
+    steps = list(islice(planned.steps(), _SHOWN))
+    branch = tree.add(Text(f"contexts: {totals.steps} {steps[0].context}" if steps else "contexts: none"))
+    for number, step in enumerate(steps):
         _add_step(branch, planned, number, step)
-    if totals.steps > len(shown):
-        branch.add(Text(f"... and {totals.steps - len(shown)} more like these"))
+    if totals.steps > len(steps):
+        branch.add(Text(f"... and {totals.steps - len(steps)} more like these"))
     console = Console(file=io.StringIO(), width=160, no_color=True, force_jupyter=False)
     console.print(tree)
     lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]  # the StringIO given above
@@ -52,7 +52,7 @@ def render_plan(planned: Plan) -> str:
 
 
 def plan_html(planned: Plan) -> str:
-    """A plan as a notebook shows it: its facts, what each optimisation leaves to run, and the tree.
+    """Return a plan as HTML for notebooks: its facts, what each optimisation leaves to run, and the tree.
 
     Args:
         planned: The plan.
@@ -93,10 +93,10 @@ def _facts(planned: Plan, totals: Counts) -> Iterator[str]:
     )
     yield from (f"note: {notice}" for notice in sweep.notices)
     if not packs(sweep, planned.optimisations) and planned.n_cells:
-        yield f"note: {_why_padded(planned)}, so that every cell is a row of a padded batch of whole prompts"
+        yield f"note: {_why_padded(planned)}, so every cell is a row of a padded batch of whole prompts"
     if sweep.scope.readout.decodes and not sweep.target.supports("cache"):
         name = sweep.target.family
-        yield f"note: {name} keeps no keys and values: each token that is decoded reads its prompt again"
+        yield f"note: {name} keeps no keys and values, so each decoded token reads its prompt again"
     for entry in planned.withheld:
         yield f"note: {entry} ({entry.why}), so {cost_of(entry.optimisation)}"
     for info in dict.fromkeys((sweep.source, sweep.target)):
@@ -104,7 +104,7 @@ def _facts(planned: Plan, totals: Counts) -> Iterator[str]:
             later = ": its first job carries the proof" if info.device == ELSEWHERE else ""
             yield f"note: {info.name} is not proven{later}"
     if sinks := _sinks(planned):
-        yield f"note: {sinks}, in most models an attention sink, whose state is huge and says little"
+        yield f"note: {sinks}; in most models it is an attention sink, whose state is huge and says little"
 
 
 def _sinks(planned: Plan) -> str:
@@ -116,7 +116,7 @@ def _sinks(planned: Plan) -> str:
 
 
 def _stages(planned: Plan) -> Any:
-    """A table: with nothing saved, then with one optimisation more a line."""
+    """A table of counts: without optimisations, then with one more on each line."""
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
@@ -147,15 +147,15 @@ def _why_padded(planned: Plan) -> str:
     if not SITES[target.site].packs:
         return f"target.site={target.site!r} is written inside a block"
     if target.alters:
-        asked = {
+        changes = {
             "corrupt": target.corrupt,
             "soft_prompt": target.soft_prompt,
             "write: cut": target.cut,
             "every_step": target.every_step,
         }
-        return f"target.{next(name for name, given in asked.items() if given)} is done to whole prompts"
+        return f"target.{next(name for name, used in changes.items() if used)} applies to whole prompts"
     if not sweep.target.supports("causal"):
-        return f"tokens of a prompt of {sweep.target.name} see those after them"
+        return f"the tokens of a prompt of {sweep.target.name} see those after them"
     if not sweep.target.supports("packing"):
         return f"the blocks of {sweep.target.family} cannot be run on segments of a sequence"
     return "each decoded token reads its prompt again"
@@ -166,7 +166,7 @@ def _describe(info: ModelInfo) -> str:
 
 
 def size_text(size: int) -> str:
-    """A number of bytes, in the unit that suits it."""
+    """Return a number of bytes as text, in the largest unit that it reaches."""
     return next((f"{size / unit:.3g} {name}" for unit, name in _UNITS if size >= unit), f"{size} bytes")
 
 
@@ -175,10 +175,10 @@ def _add_step(branch: Any, planned: Plan, number: int, step: Step) -> None:
 
     carried = f", {len(step.carried)} states carried in" if step.carried else ""
     node = branch.add(Text(f"{number + 1} {step.context}{carried}"))
-    for one in step.sources:
-        size = f"{len(one.prompts)} prompts x {source_width(planned, one)} tokens"
-        depth = one.depth(planned.sweep.source.n_layers)
-        node.add(Text(f"source: {size} through {depth} blocks -> {len(one.states)} states"))
+    for source in step.sources:
+        size = f"{len(source.prompts)} prompts x {source_width(planned, source)} tokens"
+        depth = source.depth(planned.sweep.source.n_layers)
+        node.add(Text(f"source: {size} through {depth} blocks -> {len(source.states)} states"))
     if step.prefix:
         node.add(Text(f"prefix: {len(step.prefix)} tokens, run once for all steps that begin so"))
     for target in step.targets:
@@ -186,8 +186,8 @@ def _add_step(branch: Any, planned: Plan, number: int, step: Step) -> None:
             width = target_width(planned, step, target)
             node.add(Text(f"target: {len(target.cells)} rows x {width} tokens"))
             continue
-        trunks = sum(segment.cell is None for segment in target.layout.segments)
+        n_trunks = sum(segment.cell is None for segment in target.layout.segments)
         only = replace(step, sources=(), targets=(target,), prefix=())
         blocks = count_step(planned, only).target_blocks
         size = f"{target.layout.n_tokens} tokens, {blocks} tokens x blocks"
-        node.add(Text(f"target: {len(target.cells)} cells and {trunks} clean prompts packed into {size}"))
+        node.add(Text(f"target: {len(target.cells)} cells and {n_trunks} clean prompts packed into {size}"))

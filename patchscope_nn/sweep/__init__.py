@@ -1,13 +1,17 @@
-"""A Patchscope and its data rows -> the cells: every combination, fully resolved. Pure.
+"""Turns a Patchscope and its data rows into cells: every combination, fully resolved. Pure.
 
-resolve.py   rows: prompts filled and tokenized, positions and layers counted out
-cells.py     the cells of the sweep
-expand.py    both together
-vectors.py   states that are given and not read
+entry.py     a resolved data row
+cell.py      a cell
+resolve.py   resolves data rows: fills and tokenizes prompts, resolves positions and layers
+checks.py    checks that a Patchscope's fields fit its models and each other
+cells.py     makes the cells of the resolved rows
+expand.py    the whole sweep: resolves the rows, then makes the cells
+vectors.py   states from files
 """
 
-from patchscope_nn.sweep.cells import Cell, Cells, Weighted
-from patchscope_nn.sweep.entry import Entry, Row, Source, Term, Together, VectorAt
+from patchscope_nn.sweep.cell import Cell, Weighted
+from patchscope_nn.sweep.cells import Cells
+from patchscope_nn.sweep.entry import Entry, PositionSet, Row, Source, Term, VectorAt
 from patchscope_nn.sweep.expand import Sweep, expand
 from patchscope_nn.sweep.resolve import Resolver
 
@@ -15,12 +19,12 @@ __all__ = [
     "Cell",
     "Cells",
     "Entry",
+    "PositionSet",
     "Resolver",
     "Row",
     "Source",
     "Sweep",
     "Term",
-    "Together",
     "VectorAt",
     "Weighted",
     "expand",

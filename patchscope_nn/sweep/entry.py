@@ -1,4 +1,4 @@
-"""What a data row is once it is resolved. Frozen data."""
+"""A resolved data row. Frozen data."""
 
 from __future__ import annotations
 
@@ -7,31 +7,37 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 Row = Mapping[str, Any]
-#: The positions that are patched together, from the left.
-Together = tuple[int, ...]
+#: Positions that are patched together, in the order of the prompt.
+PositionSet = tuple[int, ...]
 
 
 class VectorAt(NamedTuple):
-    """A vector in a file, resolved for a data row."""
+    """A vector in a file, resolved for a data row.
+
+    Attributes:
+        file: Path of the file.
+        key: Name of the tensor; None if the file holds only one.
+        row: Row of the tensor if it is a matrix; None if it is a vector.
+    """
 
     file: str
     key: str | None
     row: int | None
 
     def __str__(self) -> str:
-        place = "" if self.row is None else f"[{self.row}]"
-        return f"{self.file}{f':{self.key}' if self.key else ''}{place}"
+        row = "" if self.row is None else f"[{self.row}]"
+        return f"{self.file}{f':{self.key}' if self.key else ''}{row}"
 
 
-#: What a state is taken from: a source prompt, by its number, or a vector in a file.
+#: Where a state comes from: a source prompt, by its number, or a vector in a file.
 Source = int | VectorAt
 
 
 def prompt_of(source: Source | None) -> int:
-    """The number of a source that is a prompt.
+    """Return the number of a source that is a prompt.
 
     Raises:
-        TypeError: It is not one.
+        TypeError: The source is not a prompt.
     """
     if isinstance(source, int):
         return source
@@ -39,54 +45,55 @@ def prompt_of(source: Source | None) -> int:
 
 
 class Term(NamedTuple):
-    """One of several states that are added up to what is written.
+    """A term of a weighted sum of states.
 
     Attributes:
-        prompt: A source prompt, a number.
-        positions: Where it is read, one entry for each of the entry's own `source_positions`.
-        weight: What it is multiplied with.
+        prompt: The number of its source prompt.
+        positions: Where it is read: one position set for each of the entry's own `source_positions`.
+        weight: Its weight.
     """
 
     prompt: int
-    positions: tuple[Together, ...]
+    positions: tuple[PositionSet, ...]
     weight: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One data row with one target prompt: what it reads, what it writes, and what it is compared with.
+    """One data row with one target prompt: what is read, where it is written, what it is compared with.
 
-    A data row has an entry for each prompt of an ensemble, for each l where the target prompt names l, and
-    for each text that stands in the place of a state (`text-only`).
+    A data row usually has one entry. It has more if there are several target prompts (an ensemble), if the
+    target prompt names the layer l (one entry for each l), and with the `text-only` control (one entry for
+    each text that replaces a state).
 
     Attributes:
-        row: The data row.
+        row: The number of the data row.
         source: S, the number of a prompt; or a vector from a file.
-        source_positions: i, one for each cell.
-        weight: What the state is multiplied with; not 1 where `terms` are added to it.
-        terms: What is added to it.
-        target_prompt: T, a number.
-        target_positions: i*, one for each cell; None where it is the source's own.
-        layer: The place of the only l it is for, among all l; None for all.
-        text_only: Whether T holds the source's text, and nothing is written.
-        corrupted: The tokens of T whose embeddings are disturbed.
-        unseen: The tokens of T that i* does not see, where attention is cut.
-        reference_ids: Ids of the named reference tokens.
+        source_positions: Every i that is swept.
+        weight: The weight of the source's state; 1 unless `terms` are added to it.
+        terms: The states that are added to it.
+        target_prompt: T, the number of a prompt.
+        target_positions: Every i* that is swept; None if i* is i.
+        layer: If the entry is for a single l, the index of that l among all; None for all l.
+        text_only: True if T holds the source's text, and nothing is written.
+        corrupted: The tokens of T whose embeddings get noise.
+        unseen: The tokens of T that i* cannot attend to, if attention is cut.
+        reference_ids: The ids of the named reference tokens.
         choices: The texts of the choices.
-        continuations: Their ids.
+        continuations: The token ids of the choices.
     """
 
     row: int
     source: Source
-    source_positions: tuple[Together, ...]
+    source_positions: tuple[PositionSet, ...]
     weight: float = 1.0
     terms: tuple[Term, ...] = ()
     target_prompt: int
-    target_positions: tuple[Together, ...] | None
+    target_positions: tuple[PositionSet, ...] | None
     layer: int | None = None
     text_only: bool = False
-    corrupted: Together = ()
-    unseen: Together = ()
+    corrupted: PositionSet = ()
+    unseen: PositionSet = ()
     reference_ids: tuple[int, ...]
     choices: tuple[str, ...]
     continuations: tuple[tuple[int, ...], ...]

@@ -1,9 +1,9 @@
-"""A sweep: a Patchscope over its data rows, layers and positions. Pure; no tensors, no weights.
+"""Expands a Patchscope over its data rows, layers and positions. Pure; no tensors, no weights.
 
-1. resolve every row (`resolve.py`);
-2. where states are averaged over rows, make one entry of them;
-3. choose whose state each row is shown by `shuffled`;
-4. pair sources with targets, and add the controls (`cells.py`).
+1. Resolve every row into entries (`resolve.py`).
+2. If states are averaged over rows, merge the entries of those rows into one.
+3. For the control `shuffled`, choose for each entry another entry whose state is written instead.
+4. Pair sources with targets, and add the controls (`cells.py`).
 """
 
 from __future__ import annotations
@@ -16,27 +16,29 @@ from patchscope_nn.errors import DataError, InputError, Problem, SpecError, did_
 from patchscope_nn.models import Model, ModelInfo
 from patchscope_nn.spec import Control, Patchscope
 from patchscope_nn.spec.prompts import Encoded, dropped_notice
-from patchscope_nn.sweep.cells import Cell, Cells
+from patchscope_nn.sweep.cell import Cell
+from patchscope_nn.sweep.cells import Cells
 from patchscope_nn.sweep.entry import Entry, Row, Source, Term, VectorAt, prompt_of
 from patchscope_nn.sweep.resolve import Resolver
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep:
-    """All the cells of a Patchscope, and the prompts they speak of.
+    """All cells of a Patchscope, and the prompts that they refer to by number.
 
     Attributes:
         scope: The Patchscope.
-        source: What is known of M.
-        target: What is known of M*.
+        source: The description of M.
+        target: The description of M*.
         source_prompts: Every distinct S.
         target_prompts: Every distinct T.
-        cells: The cells, in the order of the data's rows, made as they are asked for.
+        cells: The cells, in the order of the data rows. Each is made on demand.
         rows: The data rows.
-        entries: The data rows, resolved.
+        entries: The resolved data rows.
         vectors: Every distinct vector from a file.
-        shifts: What is added to l and l* to count them as the sites do: 1 for the input of a block.
-        seed: What random numbers start from.
+        shifts: The offsets of the two sites: added to the l and l* of a cell, they give the layers that the
+            user named. 1 for the input of a block.
+        seed: The seed of all random numbers.
     """
 
     scope: Patchscope
@@ -53,23 +55,23 @@ class Sweep:
 
     @property
     def notices(self) -> tuple[str, ...]:
-        """What a user should know of the prompts."""
+        """Notes for the user about the prompts."""
         dropped = dict.fromkeys(prompt.dropped for prompt in (*self.source_prompts, *self.target_prompts))
         return tuple(dropped_notice(names) for names in dropped if names)
 
     def source_text(self, source: Source) -> str:
-        """A source as text: its prompt, or where its vector is."""
+        """Return a source as text: its prompt, or the path of its vector."""
         return str(source) if isinstance(source, VectorAt) else self.source_prompts[source].text
 
     def pairs(self, cell: Cell) -> Iterator[tuple[int, int]]:
-        """Yield every (l, l*) a cell's state is mapped for: a window of one state maps it once."""
+        """Yield the (l, l*) that maps the state of each write; one state for a window has one (l, l*)."""
         own = self.scope.target.states == "own"
         for layer, target_layer in self.writes(cell):
             if layer is not None and cell.target_layer is not None:
                 yield layer, target_layer if own else cell.target_layer
 
     def writes(self, cell: Cell) -> Iterator[tuple[int | None, int]]:
-        """Yield every (l, l*) a cell writes: one, or those of a window that are in both models."""
+        """Yield every (l, l*) that a cell writes: one, or for a window each that exists in both models."""
         target = self.scope.target
         if cell.target_layer is None:
             return
@@ -95,20 +97,20 @@ def expand(
     Args:
         scope: The Patchscope.
         rows: The data rows; `[{}]` for prompts without placeholders.
-        controls: `unpatched` adds one cell for each row and T; `random` and `shuffled` one for each cell.
-        source: M; only its description and tokenizer are used.
-        target: M*; the same.
-        seed: What random states, the choice of other rows and sampling start from.
+        controls: `unpatched` adds one cell for each row and T; `random` and `shuffled` add one for each cell.
+        source: M. Only its description and its tokenizer are used.
+        target: M*, likewise.
+        seed: The seed of random states, of the choice of other rows, and of sampling.
 
     Returns:
         The sweep.
 
     Raises:
         InputError: A prompt, position, layer, site or reference does not resolve; the message names the
-            field and, where there are several, the data row.
+            field and, if there are several rows, the data row.
     """
     if not rows:
-        raise DataError("the data holds no row.", hint="Give at least one, or raise --limit.")
+        raise DataError("the data has no rows.", hint="Give at least one, or raise --limit.")
     _check_controls(scope, controls)
     resolver = Resolver(scope, source, target, text_only="text-only" in controls)
     entries = [
@@ -135,13 +137,13 @@ def expand(
 
 def _check_controls(scope: Patchscope, controls: Sequence[Control]) -> None:
     mode = scope.target.mode
-    states = [one for one in controls if one == "shuffled" or (one == "random" and mode != "cut")]
-    if states and not scope.target.needs_state:
+    stateful = [name for name in controls if name == "shuffled" or (name == "random" and mode != "cut")]
+    if stateful and not scope.target.needs_state:
         raise SpecError(
             [
                 Problem(
                     field="controls",
-                    message=f"{states[0]} stands for a state, and target.write: {mode} writes none; "
+                    message=f"{stateful[0]} replaces a state, and target.write: {mode} writes none; "
                     f"leave it out{', or use random' if mode == 'cut' else ''}",
                 )
             ]
@@ -160,7 +162,7 @@ def _numbered(resolver: Resolver, row: Row, number: int, count: int) -> list[Ent
 def _averaged(
     scope: Patchscope, rows: Sequence[Row], entries: Sequence[Entry]
 ) -> tuple[list[Row], list[Entry]]:
-    """One row for all, or for each value of a column: its states are the mean over the rows."""
+    """Merge all rows, or all rows with the same value of a column, into one row with their mean state."""
     column = scope.source.mean[1] if isinstance(scope.source.mean, tuple) else None
     if column is not None and any(column not in row for row in rows):
         names = [name for name in rows[0] if all(name in row for row in rows)]
@@ -173,61 +175,65 @@ def _averaged(
     of_row: dict[int, list[Entry]] = {}
     for entry in entries:
         of_row.setdefault(entry.row, []).append(entry)
-    found: list[Entry] = []
+    averaged: list[Entry] = []
     common: list[Row] = []
     for numbers in groups.values():
         first = rows[numbers[0]]
-        common.append({k: v for k, v in first.items() if all(rows[one].get(k) == v for one in numbers)})
-        for place, entry in enumerate(of_row[numbers[0]]):
-            found.append(_mean([of_row[one][place] for one in numbers], row=len(common) - 1, entry=entry))
-    return common, found
+        common.append({k: v for k, v in first.items() if all(rows[row].get(k) == v for row in numbers)})
+        groups_of_entries = zip(*(of_row[row] for row in numbers), strict=True)
+        averaged += [_mean(merged, row=len(common) - 1) for merged in groups_of_entries]
+    return common, averaged
 
 
-def _mean(entries: Sequence[Entry], *, row: int, entry: Entry) -> Entry:
-    if len({_apart_from_source(one) for one in entries}) > 1:
+def _mean(entries: Sequence[Entry], *, row: int) -> Entry:
+    """Merge entries that differ only in their source into one, whose state is the mean of theirs."""
+    if len({_without_source(entry) for entry in entries}) > 1:
         raise DataError(
-            "source.mean: rows are averaged into one state, which is written into one target prompt and read "
-            "out once, and what theirs ask for differs.",
+            "source.mean: the averaged rows should have the same target prompt and readout, since their mean "
+            "is written and read once, and theirs differ.",
             hint="Leave columns out of target and readout, or use those that all averaged rows share.",
         )
-    sizes = {tuple(map(len, one.source_positions)) for one in entries}
+    sizes = {tuple(map(len, entry.source_positions)) for entry in entries}
     if len(sizes) > 1:
         raise DataError(
-            "source.mean: rows are averaged position by position, and theirs are not as many.",
+            "source.mean: rows are averaged position by position, and they have different numbers of "
+            "positions.",
             hint="Name one position.",
         )
     weight = 1 / len(entries)
-    terms = [Term(prompt_of(one.source), one.source_positions, weight) for one in entries[1:]]
+    terms = [Term(prompt_of(entry.source), entry.source_positions, weight) for entry in entries[1:]]
     terms += [
-        Term(term.prompt, term.positions, term.weight * weight) for one in entries for term in one.terms
+        Term(term.prompt, term.positions, term.weight * weight) for entry in entries for term in entry.terms
     ]
-    return replace(entry, row=row, weight=weight, terms=tuple(terms))
+    return replace(entries[0], row=row, weight=weight, terms=tuple(terms))
 
 
-def _apart_from_source(one: Entry) -> Entry:
-    return replace(one, row=0, source=0, source_positions=(), weight=1.0, terms=())
+def _without_source(entry: Entry) -> Entry:
+    return replace(entry, row=0, source=0, source_positions=(), weight=1.0, terms=())
 
 
 def _others(scope: Patchscope, entries: Sequence[Entry], *, seed: int) -> tuple[int, ...]:
-    """For each entry the first one of another row, with another source, whose state it is shown instead."""
+    """For each entry, choose one of another row with another source, whose state `shuffled` writes."""
     first: dict[int, int] = {}
     for number, entry in enumerate(entries):
         first.setdefault(entry.row, number)
     order = list(first)
     random.Random(seed).shuffle(order)  # noqa: S311 (a seeded choice, no secret)
-    place = {row: index for index, row in enumerate(order)}
+    place_of = {row: index for index, row in enumerate(order)}
     averaged = scope.source.mean == "positions"
     others = []
-    for number, one in enumerate(entries):
-        if one.text_only:
+    for number, entry in enumerate(entries):
+        if entry.text_only:
             others.append(number)
             continue
-        turned = (first[order[(place[one.row] + step) % len(order)]] for step in range(1, len(order)))
-        fit = (other for other in turned if _can_stand_in(entries[other], one, averaged=averaged))
-        other = next(fit, None)
+        candidates = (
+            first[order[(place_of[entry.row] + step) % len(order)]] for step in range(1, len(order))
+        )
+        fitting = (other for other in candidates if _can_replace(entries[other], entry, averaged=averaged))
+        other = next(fitting, None)
         if other is None:
             raise DataError(
-                f"controls: shuffled shows data row {one.row} the state of another row with another source "
+                f"controls: shuffled gives data row {entry.row} the state of another row with another source "
                 "prompt and as many positions, and there is none.",
                 hint="Give more rows (raise --limit), or leave shuffled out.",
             )
@@ -235,11 +241,10 @@ def _others(scope: Patchscope, entries: Sequence[Entry], *, seed: int) -> tuple[
     return tuple(others)
 
 
-def _can_stand_in(other: Entry, one: Entry, *, averaged: bool) -> bool:
-    """Whether it reads another source, and gives as many states; of what is averaged there is one."""
-    sizes = [
-        [1 if averaged else len(together) for together in entry.source_positions] for entry in (other, one)
-    ]
-    fits = all(size == sizes[0][min(place, len(sizes[0]) - 1)] for place, size in enumerate(sizes[1]))
-    another = (other.source, other.terms) != (one.source, one.terms)
-    return another and fits
+def _can_replace(other: Entry, entry: Entry, *, averaged: bool) -> bool:
+    """Return whether `other` reads another source than `entry`, and as many states (one if `averaged`)."""
+    other_sizes, sizes = (
+        [1 if averaged else len(positions) for positions in side.source_positions] for side in (other, entry)
+    )
+    fits = all(size == other_sizes[min(place, len(other_sizes) - 1)] for place, size in enumerate(sizes))
+    return (other.source, other.terms) != (entry.source, entry.terms) and fits

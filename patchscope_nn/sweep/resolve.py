@@ -1,6 +1,6 @@
-"""Data rows resolved: prompts filled and tokenized, positions and layers counted out. Pure.
+"""Resolves data rows: fills and tokenizes their prompts, and finds their positions and layers. Pure.
 
-Each distinct prompt is tokenized once and known by its number from then on.
+Each distinct prompt is tokenized once, and referred to by its number from then on.
 """
 
 from __future__ import annotations
@@ -25,11 +25,17 @@ from patchscope_nn.spec.prompts import (
     render,
 )
 from patchscope_nn.sweep.checks import check_site, check_text_only, check_write, compares, embeds
-from patchscope_nn.sweep.entry import Entry, Row, Source, Term, Together, VectorAt, prompt_of
+from patchscope_nn.sweep.entry import Entry, PositionSet, Row, Source, Term, VectorAt, prompt_of
 
 
 class Prompts:
-    """The distinct prompts of one side, numbered as they come."""
+    """The distinct prompts of one side, numbered in the order in which they are met.
+
+    Args:
+        side: `source` or `target`, for messages.
+        model: The model that reads them.
+        more: How many tokens the readout appends to a prompt at most.
+    """
 
     def __init__(self, side: str, model: Model, *, more: int) -> None:
         self.side, self.model, self.more = side, model, more
@@ -39,7 +45,7 @@ class Prompts:
         self._specs: list[PromptSpec] = []
 
     def number(self, prompt: PromptSpec) -> int:
-        """The number of a prompt, tokenizing it at its first coming."""
+        """Return the number of a prompt, and tokenize it if it is new."""
         if prompt not in self._numbers:
             encoded = encode(prompt, self.model.tokenizer, field=f"{self.side}.prompt")
             self.check_length(encoded, more=self.more, of="to generate")
@@ -49,12 +55,12 @@ class Prompts:
             self.digests.append(hashlib.sha256(repr(encoded.ids).encode()).hexdigest())
         return self._numbers[prompt]
 
-    def spliced(self, number: int, positions: Together, text: str) -> int:
-        """The number of a prompt in which a text stands in the place of some of its tokens."""
+    def spliced(self, number: int, positions: PositionSet, text: str) -> int:
+        """Return the number of a copy of a prompt in which a text replaces some of its tokens."""
         whole = self.encoded[number]
         first, last = min(positions), max(positions)
         start, end = whole.spans[first][0], whole.spans[last][1]
-        # What a token begins with before its word (a space, a line end) stays.
+        # Whitespace at the start of the first token stays.
         start += len(whole.text[start:end]) - len(whole.text[start:end].lstrip())
         spec = self._specs[number]
         if isinstance(spec, str):
@@ -63,13 +69,13 @@ class Prompts:
         return self.number((*whole.ids[:first], *ids, *whole.ids[last + 1 :]))
 
     def check_length(self, encoded: Encoded, *, more: int, of: str) -> None:
-        """Refuse a prompt that, with the tokens that come after it, is longer than the model reads."""
+        """Check that a prompt, with `more` tokens after it, is not longer than the model can read."""
         info = self.model.info
         if info.n_positions is not None and len(encoded.ids) + more > info.n_positions:
-            # transformers keeps the factors of the longest prompt so far for those that are read next.
+            # transformers keeps the scaling factors of the longest prompt so far for all later prompts.
             dynamic = (
-                ": the model could read on, but its dynamic rotary embedding then depends on the prompts "
-                "that it read before"
+                ": the model could read more, but its dynamic rotary embedding then depends on the prompts "
+                "that it has read before"
             )
             raise InputError(
                 f"{self.side}.prompt has {len(encoded.ids)} tokens"
@@ -79,15 +85,15 @@ class Prompts:
 
 
 class Resolver:
-    """Resolves the data rows of one Patchscope, one after the other.
+    """Resolves the data rows of one Patchscope.
 
     Attributes:
-        layers: l, the same for every row: blocks whose output is read, or `EMBED`; where no state is written,
-            l*, if that is given.
-        target_layers: l*, or None for `same`.
-        shift, target_shift: How many blocks below l and l* the blocks are whose output is meant, as their
-            sites say.
-        compares: Whether the source's own next-token distribution is to be read.
+        layers: Every l, the same for all rows: the blocks whose output is read, or `EMBED`. If no state is
+            written and l* is given, this is l*.
+        target_layers: Every l*; None for `same`.
+        shift, target_shift: The offsets of the source's and the target's site: a site `before` block n is the
+            output of block n - 1.
+        compares: Whether cells are compared with the source's own next-token distribution.
         sources: The distinct S.
         targets: The distinct T.
         vectors: The distinct vectors.
@@ -128,85 +134,76 @@ class Resolver:
 
         Args:
             row: Column names and values.
-            number: The row's.
+            number: The number of the row.
 
         Returns:
-            Its entries.
+            The entries of the row.
 
         Raises:
             InputError: A prompt, position, reference or choice does not resolve.
         """
         scope = self.scope
         source, positions, terms = self._source(row)
-        given = scope.target.prompts or (scope.target.prompt,)
         entries = []
-        for prompt in given:
+        for prompt in scope.target.prompts or (scope.target.prompt,):
             layered = prompt is not None and PER_LAYER in placeholders(prompt)
-            for place in range(len(self.layers)) if layered else (None,):
-                named = {} if place is None else {PER_LAYER: self.layers[place] + self.shift}
-                target = self._target(prompt, {**row, **named})
+            for index in range(len(self.layers)) if layered else (None,):
+                layer_column = {} if index is None else {PER_LAYER: self.layers[index] + self.shift}
+                target = self._target(prompt, {**row, **layer_column})
                 entry = self._entry(row, number, target)
                 entries.append(
-                    replace(
-                        entry,
-                        source=source,
-                        source_positions=positions,
-                        terms=terms,
-                        layer=place,
-                    )
+                    replace(entry, source=source, source_positions=positions, terms=terms, layer=index)
                 )
             if self.text_only:
-                entries += self._bare(row, entries[-1])
+                entries += self._text_only(row, entries[-1])
         return entries
 
-    def _source(self, row: Row) -> tuple[Source, tuple[Together, ...], tuple[Term, ...]]:
-        """S, i, and what is taken off."""
+    def _source(self, row: Row) -> tuple[Source, tuple[PositionSet, ...], tuple[Term, ...]]:
+        """Return S, every i, and the states that are subtracted (`source.minus`)."""
         source = self.scope.source
         if source.vector is not None:
             return self._vector(source.vector, row), ((0,),), ()
-        given = _required(source.prompt)
-        number = self.sources.number(render(given, row, field="source.prompt"))
-        read = self.sources.encoded[number]
-        asked = fill(source.position, row, field="source.position")
-        positions = resolve_positions(asked, read, field="source.position")
+        number = self.sources.number(render(_required(source.prompt), row, field="source.prompt"))
+        selector = fill(source.position, row, field="source.position")
+        positions = resolve_positions(selector, self.sources.encoded[number], field="source.position")
         if source.minus is None:
             return number, positions, ()
-        other = self.sources.number(render(source.minus, row, field="source.minus"))
-        taken = resolve_positions(asked, self.sources.encoded[other], field="source.minus")
+        minus = self.sources.number(render(source.minus, row, field="source.minus"))
+        subtracted = resolve_positions(selector, self.sources.encoded[minus], field="source.minus")
         averaged = source.mean == "positions"
-        if len(taken) != len(positions) or (
-            not averaged and list(map(len, taken)) != list(map(len, positions))
+        if len(subtracted) != len(positions) or (
+            not averaged and list(map(len, subtracted)) != list(map(len, positions))
         ):
             raise InputError(
-                f"source.position names {len(positions)} positions of source.prompt and {len(taken)} of "
-                "source.minus, or spans of other lengths.",
+                f"source.position names {len(positions)} positions of source.prompt and {len(subtracted)} of "
+                "source.minus, or spans of different lengths.",
                 hint="Name one position that both have, or use mean: positions.",
             )
-        return number, positions, (Term(other, taken, -1.0),)
+        return number, positions, (Term(minus, subtracted, -1.0),)
 
     def _vector(self, vector: Vector, row: Row) -> VectorAt:
         index = vector.index
         if isinstance(index, str):
-            said = str(render(index, row, field="source.vector.index"))
-            if not said.removeprefix("-").isdecimal():
+            text = str(render(index, row, field="source.vector.index"))
+            if not text.removeprefix("-").isdecimal():
                 raise InputError(
-                    f"source.vector.index: {said!r} is no whole number.",
+                    f"source.vector.index: {text!r} is not a whole number.",
                     hint="Give the number of a row of the file's matrix, or a column that holds one.",
                 )
-            index = int(said)
+            index = int(text)
         at = VectorAt(vector.file, vector.key, index)
         self.vectors[at] = None
         return at
 
     def _target(self, prompt: PromptSpec | None, row: Row) -> int:
-        """T."""
+        """Return the number of T; without a target prompt, T is S."""
         if prompt is None:
             prompt = _required(self.scope.source.prompt)
             return self.targets.number(render(prompt, row, field="source.prompt"))
         return self.targets.number(render(prompt, row, field="target.prompt"))
 
-    def _entry(self, row: Row, number: int, target: int, *, bare: bool = False) -> Entry:
-        """All but the source; of a bare prompt, in which nothing is written, what it is compared with."""
+    def _entry(self, row: Row, number: int, target: int, *, text_only: bool = False) -> Entry:
+        """Make an entry without its source. With `text_only`, nothing is written: only the readout is set."""
         readout, written = self.scope.readout, self.targets.encoded[target]
         texts = tuple(_texts(readout, row))
         ids = tuple(
@@ -216,30 +213,34 @@ class Resolver:
         appended = ids if readout.appends else ()
         if appended:
             self.targets.check_length(written, more=max(map(len, appended)), of=f"of readout.{readout.name}")
-        corrupt, cut = self.scope.target.corrupt, self.scope.target.cut
+        target_scope = self.scope.target
+        corrupt, cut = (None, None) if text_only else (target_scope.corrupt, target_scope.cut)
         return Entry(
             row=number,
             source=0,
             source_positions=(),
             target_prompt=target,
-            target_positions=() if bare else self._target_positions(written, row),
-            corrupted=_tokens(corrupt.position, written, row, "corrupt") if corrupt and not bare else (),
-            unseen=_tokens(cut.position, written, row, "write.cut") if cut and not bare else (),
+            target_positions=() if text_only else self._target_positions(written, row),
+            corrupted=_tokens(corrupt.position, written, row, "corrupt") if corrupt else (),
+            unseen=_tokens(cut.position, written, row, "write.cut") if cut else (),
             reference_ids=() if appended else tuple(first for first, *_ in ids),
             choices=texts if appended else (),
             continuations=appended,
         )
 
-    def _target_positions(self, written: Encoded, row: Row) -> tuple[Together, ...] | None:
+    def _target_positions(self, written: Encoded, row: Row) -> tuple[PositionSet, ...] | None:
         target = self.scope.target
         if target.position is None and target.prompt is None and not target.prompts:
             return None
         position = -1 if target.position is None else target.position
-        asked = fill(position, row, field="target.position")
-        return resolve_positions(asked, written, field="target.position")
+        selector = fill(position, row, field="target.position")
+        return resolve_positions(selector, written, field="target.position")
 
-    def _bare(self, row: Row, entry: Entry) -> Iterator[Entry]:
-        """For every (i, i*): T with the source's text, up to i, in place of i*; where T = S, T as it is."""
+    def _text_only(self, row: Row, entry: Entry) -> Iterator[Entry]:
+        """Yield an entry for every (i, i*), in whose T the source's text up to i replaces i*.
+
+        If T is S, T stays as it is.
+        """
         read = self.sources.encoded[prompt_of(entry.source)]
         own = self.scope.target.prompt is None and not self.scope.target.prompts
         for positions in entry.source_positions:
@@ -250,7 +251,7 @@ class Resolver:
                     prompt = self.targets.spliced(prompt, written, text)
                     last = (len(self.targets.encoded[prompt].ids) - 1,)
                 yield replace(
-                    self._entry(row, entry.row, prompt, bare=True),
+                    self._entry(row, entry.row, prompt, text_only=True),
                     source=entry.source,
                     source_positions=(positions,),
                     target_positions=(last,),
@@ -259,18 +260,18 @@ class Resolver:
 
 
 def _required(prompt: PromptSpec | None) -> PromptSpec:
-    if prompt is None:  # Source and Patchscope let nothing else through
-        raise ValueError("a source without a vector has a prompt")
+    if prompt is None:  # Source has checked this
+        raise ValueError("a source without a vector should have a prompt")
     return prompt
 
 
-def _tokens(position: Any, written: Encoded, row: Row, field: str) -> Together:
-    """The tokens a selector names, whose texts may name columns."""
+def _tokens(position: Any, written: Encoded, row: Row, field: str) -> PositionSet:
+    """Resolve a selector, after filling in the columns it names, to single tokens."""
     name = f"target.{field}.position"
-    found = resolve_positions(fill(position, row, field=name), written, field=name)
-    return tuple(dict.fromkeys(at for together in found for at in together))
+    sets = resolve_positions(fill(position, row, field=name), written, field=name)
+    return tuple(dict.fromkeys(token for positions in sets for token in positions))
 
 
 def _texts(readout: Readout, row: Row) -> Iterator[str]:
-    """The readout's texts, filled by a row."""
+    """The readout's texts, filled in from a row."""
     return (str(render(text, row, field=f"readout.{readout.name}")) for text in readout.texts)

@@ -1,4 +1,4 @@
-"""Vectors from files: states that come from no prompt, and learned target embeddings."""
+"""Loads vectors from files: states that come from no prompt, and learned target embeddings."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _BUILTIN = Path(__file__).parents[1] / "data" / "builtin"
 
 
 def load_vector(at: VectorAt) -> torch.Tensor:
-    """Read one vector, (1, d_model).
+    """Load one vector, (1, d_model).
 
     Raises:
-        MappingError: The file cannot be read, or has no such tensor or row.
+        MappingError: The file cannot be read, or does not have that tensor or row.
     """
     tensor = _tensor(at.file, at.key, "source.vector")
     if tensor.ndim == 1 and at.row is None:
@@ -43,10 +43,10 @@ def load_vector(at: VectorAt) -> torch.Tensor:
 
 
 def load_soft_prompt(file: str) -> torch.Tensor:
-    """Read learned embeddings, (k, d_model).
+    """Load learned embeddings, (k, d_model).
 
     Raises:
-        MappingError: The file cannot be read, or does not hold them.
+        MappingError: The file cannot be read, or does not hold learned embeddings.
     """
     tensor = _tensor(file, "soft_prompt", "target.soft_prompt")
     if tensor.ndim != 2:  # noqa: PLR2004 (a matrix)
@@ -58,21 +58,21 @@ def load_soft_prompt(file: str) -> torch.Tensor:
 
 
 def check_vectors(sweep: Sweep) -> str:
-    """Check that a sweep's vectors fit its models, and give a hex digest of their files' contents.
+    """Check that a sweep's vectors fit its models, and return a hex digest of the files' contents.
 
     Raises:
-        MappingError: One does not fit, or cannot be read.
+        MappingError: A vector does not fit, or cannot be read.
     """
     files = dict.fromkeys(at.file for at in sweep.vectors)
     width = sweep.source.width(SITES[sweep.scope.source.site])
     for at in sweep.vectors:
-        _fits(load_vector(at), width, sweep.source.name, str(at))
+        _check_width(load_vector(at), width, sweep.source.name, str(at))
     soft = sweep.scope.target.soft_prompt
     if soft:
         files[soft] = None
         tensor = load_soft_prompt(soft)
-        _fits(tensor, sweep.target.d_model, sweep.target.name, soft)
-        # Where the source's text stands in T, there are no learned embeddings.
+        _check_width(tensor, sweep.target.d_model, sweep.target.name, soft)
+        # A text-only T has no learned embeddings.
         prompts = {entry.target_prompt for entry in sweep.entries if not entry.text_only}
         shortest = min(len(sweep.target_prompts[prompt].ids) for prompt in prompts)
         if len(tensor) > shortest:
@@ -81,20 +81,20 @@ def check_vectors(sweep: Sweep) -> str:
                 f"{shortest} tokens.",
                 hint="Give a target prompt with a token for each of them.",
             )
-    contents = [hashlib.sha256(_place(file).read_bytes()).hexdigest() for file in files]
+    contents = [hashlib.sha256(_path(file).read_bytes()).hexdigest() for file in files]
     return hashlib.sha256(repr(contents).encode()).hexdigest()[:16] if contents else ""
 
 
-def _fits(tensor: torch.Tensor, width: int, model: str, said: str) -> None:
+def _check_width(tensor: torch.Tensor, width: int, model: str, name: str) -> None:
     if tensor.shape[-1] != width:
         raise MappingError(
-            f"{said} is {tensor.shape[-1]} wide; the states of {model} are {width}.",
-            hint="Give one that was made for this model.",
+            f"{name} is {tensor.shape[-1]} wide; the states of {model} are {width} wide.",
+            hint="Use a vector that was made for this model.",
         )
 
 
-def _place(file: str) -> Path:
-    """A file; `builtin:NAME` is one that ships."""
+def _path(file: str) -> Path:
+    """Return the path of a file; `builtin:NAME` is a file that ships with the package."""
     kind, _, name = file.partition(":")
     return _BUILTIN / f"{name}.safetensors" if kind == "builtin" else Path(file)
 
@@ -103,8 +103,8 @@ def _tensor(file: str, key: str | None, field: str) -> torch.Tensor:
     from safetensors import SafetensorError
 
     try:
-        place = _place(file)
-        return _read(str(place), key, place.stat().st_mtime_ns)
+        path = _path(file)
+        return _read(str(path), key, path.stat().st_mtime_ns)
     except OSError as error:
         raise MappingError(
             f"{field}: {file} cannot be read: {error.strerror or error}.",
@@ -112,7 +112,7 @@ def _tensor(file: str, key: str | None, field: str) -> torch.Tensor:
         ) from error
     except SafetensorError as error:
         raise MappingError(
-            f"{field}: {file} is no safetensors file: {error}.",
+            f"{field}: {file} is not a safetensors file: {error}.",
             hint="Write one with safetensors.torch.save_file.",
         ) from error
     except KeyError as error:
@@ -124,7 +124,7 @@ def _tensor(file: str, key: str | None, field: str) -> torch.Tensor:
 
 
 @functools.lru_cache(maxsize=8)
-def _read(file: str, key: str | None, changed: int) -> torch.Tensor:  # noqa: ARG001 (a changed file is read anew)
+def _read(file: str, key: str | None, changed: int) -> torch.Tensor:  # noqa: ARG001 (a changed file is read again)
     from safetensors import safe_open
 
     with safe_open(file, framework="pt") as opened:

@@ -177,7 +177,7 @@ def test_rows_that_are_averaged_are_written_and_read_alike(target, readout, tiny
     model, rows = tiny_model(), [row | {"x": x} for row, x in zip(ROWS, ("x", "The", "x"), strict=True)]
     scope = scope_of("next_token", {"mean": "rows"}, target=target).model_copy(update={"readout": readout})
     with pytest.raises(
-        DataError, match=r"source\.mean: rows are averaged into one state, .* differs\. Leave"
+        DataError, match=r"source\.mean: the averaged rows should have the same .* differ\. Leave"
     ):
         expand(scope, rows=rows, source=model, target=model)
 
@@ -191,7 +191,9 @@ def test_what_cannot_be_averaged_or_taken_off(tiny_model):
 
     with pytest.raises(DataError, match=r"no column 'sort' in every row\. .*Allowed: s, b, t, kind"):
         sweep({"mean": {"rows": "sort"}})
-    with pytest.raises(DataError, match=r"position by position, and theirs are not as many\. Name one"):
+    with pytest.raises(
+        DataError, match=r"position by position, and they have different numbers of positions\. Name one"
+    ):
         sweep({"mean": "rows", "position": {"start": 0}})
     for source in ({"position": {"start": 0}}, {"position": {"each": "all"}, "mean": "positions"}):
         with pytest.raises(InputError, match=r"positions of source\.prompt and .* of source\.minus"):

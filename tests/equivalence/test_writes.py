@@ -331,7 +331,7 @@ def test_every_step_of_what_decodes_nothing(tiny_model):
     with pytest.raises(InputError) as raised:
         expand(scope_of("next_token", target={"every_step": True}), rows=ROWS, source=model, target=model)
     assert str(raised.value) == (
-        "target.every_step writes at every token that is decoded, and readout: next_token decodes none. "
+        "target.every_step writes at every decoded token, and readout: next_token decodes none. "
         "Use readout: generate or choices, or leave every_step out."
     )
 
@@ -349,49 +349,49 @@ def weightless(model, **parts):
         pytest.param(
             {"write": {"cut": {"position": 0}}},
             {"parts": ()},
-            "target.write: cut needs blocks with an attention that takes a mask we can make; those of "
-            "LlamaForCausalLM (llama) are not such. Use write: zero, or another model.",
+            "target.write: cut needs blocks that accept an attention mask in a known form; the blocks of "
+            "LlamaForCausalLM (llama) do not. Use write: zero, or another model.",
             id="cut without an attention",
         ),
         pytest.param(
             {"write": {"cut": {"position": 0}}},
             {"windows": ()},
-            "target.write: cut needs blocks with an attention that takes a mask we can make; those of "
-            "LlamaForCausalLM (llama) are not such. Use write: zero, or another model.",
+            "target.write: cut needs blocks that accept an attention mask in a known form; the blocks of "
+            "LlamaForCausalLM (llama) do not. Use write: zero, or another model.",
             id="cut where it is not known what is seen",
         ),
         pytest.param(
             {"write": {"cut": {"position": 0}}, "layer": ["embed", 1]},
             {},
-            "target.write: cut is made in the attention of the blocks l*, and target.layer: embed is another "
-            "place. Leave it out.",
+            "target.write: cut changes the attention of the blocks l*, and cannot be used with target.layer: "
+            "embed. Leave target.layer: embed out.",
             id="cut of embeddings",
         ),
         pytest.param(
             {"write": {"cut": {"position": 0}}, "site": "before"},
             {},
-            "target.write: cut is made in the attention of the blocks l*, and target.site: before is another "
-            "place. Leave it out.",
+            "target.write: cut changes the attention of the blocks l*, and cannot be used with target.site: "
+            "before. Leave target.site: before out.",
             id="cut of an input",
         ),
         pytest.param(
             {"every_step": True},
             {"arguments": ("input_ids",)},
-            "target.every_step writes while decoding from keys and values, and llama keeps none. "
+            "target.every_step writes while decoding from cached keys and values, and llama keeps none. "
             "Leave every_step out.",
             id="every step without a cache",
         ),
         pytest.param(
             {"every_step": True, "write": {"cut": {"position": 0}}},
             {},
-            "target.every_step writes at every token that is decoded, and target.write: cut writes nothing. "
+            "target.every_step writes at every decoded token, and target.write: cut writes nothing. "
             "Leave every_step out.",
             id="every step and a cut",
         ),
         pytest.param(
             {"window": 2, "states": "own"},
             {},
-            "target.states: own writes the state of l + k in block l* + k, and needs l* = l. "
+            "target.states: own writes the state of block l + k in block l* + k, and needs l* = l. "
             "Use target.layer: same, or states: one.",
             id="own states without same",
         ),
@@ -399,7 +399,7 @@ def weightless(model, **parts):
             {"write": "zero", "scale": [1, 2]},
             {},
             "target.scale multiplies f(h), and target.write: zero writes none. "
-            "Leave scale out; noise and blend have a number of their own.",
+            "Leave scale out; noise and blend have their own number.",
             id="scaled nothing",
         ),
     ],
@@ -428,8 +428,8 @@ def test_relevancy_needs_a_prompt_as_it_is(target):
 @pytest.mark.parametrize(
     ("write", "control", "message"),
     [
-        ("zero", "random", "random stands for a state, and target.write: zero writes none; leave it out"),
-        ("zero", "shuffled", "shuffled stands for a state, and target.write: zero writes none; leave it out"),
+        ("zero", "random", "random replaces a state, and target.write: zero writes none; leave it out"),
+        ("zero", "shuffled", "shuffled replaces a state, and target.write: zero writes none; leave it out"),
         ({"noise": 1}, "random", "target.write: noise writes none; leave it out"),
         ({"cut": {"position": 0}}, "shuffled", "target.write: cut writes none; leave it out, or use random"),
     ],

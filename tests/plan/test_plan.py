@@ -324,7 +324,7 @@ def test_what_is_predicted_is_what_runs(family, readout, off, tiny_model, monkey
         readout, readout
     )
     if readout.name == "generate":  # a plan cannot know where a row will end
-        monkeypatch.setattr("patchscope_nn.lower.asked.eos_ids", lambda _model: ())
+        monkeypatch.setattr("patchscope_nn.lower.readout.eos_ids", lambda _model: ())
     used = Optimisations.none() if off == "all" else replace(Optimisations(), **({off: False} if off else {}))
     rows = [
         {"s": source, "t": f"The city of{target}"} for source in TEXTS[:2] for target in ("x", " is x", "xx")
@@ -359,7 +359,7 @@ def test_what_is_predicted_is_what_runs(family, readout, off, tiny_model, monkey
 )
 def test_what_is_predicted_of_other_writes_is_what_runs(target, readout, off, tiny_model, monkeypatch):
     model = tiny_model("llama", copy=1)
-    monkeypatch.setattr("patchscope_nn.lower.asked.eos_ids", lambda _model: ())
+    monkeypatch.setattr("patchscope_nn.lower.readout.eos_ids", lambda _model: ())
     used = Optimisations.none() if off else Optimisations()
     scope = scope_of(position={"each": [0, -1]}, layer=[0, 1], target_layer=[0, 2], readout=readout)
     scope = Patchscope(
@@ -380,14 +380,14 @@ def test_what_is_predicted_of_other_writes_is_what_runs(target, readout, off, ti
 @pytest.mark.parametrize(
     ("target", "said"),
     [
-        ({"corrupt": {"position": 0}}, "target.corrupt is done to whole prompts"),
-        ({"write": {"cut": {"position": 0}}}, "target.write: cut is done to whole prompts"),
-        ({"every_step": True}, "target.every_step is done to whole prompts"),
+        ({"corrupt": {"position": 0}}, "target.corrupt applies to whole prompts"),
+        ({"write": {"cut": {"position": 0}}}, "target.write: cut applies to whole prompts"),
+        ({"every_step": True}, "target.every_step applies to whole prompts"),
     ],
 )
 def test_a_plan_says_why_rows_are_whole(target, said, model):
     scope = Patchscope(source=Source(prompt="The Tower is"), target=target, readout=Generate())
-    assert f"note: {said}, so that every cell is a row" in str(plan(sweep_of(model, scope)))
+    assert f"note: {said}, so every cell is a row" in str(plan(sweep_of(model, scope)))
 
 
 def test_the_digest_is_of_what_will_run(model):
@@ -462,7 +462,7 @@ def test_fused_is_refused_where_a_state_comes_too_late(model):
         plan(sweep, context="fused")
     assert str(raised.value) == (
         "context='fused' runs source and target in one forward, where the state of layer 2 cannot be written "
-        "at layer 1, which came before it. Use context='session' (or 'auto'), or layers with l <= l*."
+        "at layer 1, which runs before it. Use context='session' (or 'auto'), or layers with l <= l*."
     )
 
 

@@ -164,7 +164,9 @@ def test_every_step_is_refused_where_decoding_from_keys_and_values_is_wrong(plan
     scope = Patchscope(
         source=Source(prompt="{s}", layer=1), target=target, readout=Generate(max_new_tokens=3)
     )
-    with pytest.raises(InputError, match="every_step decodes from keys and values, which is wrong for"):
+    with pytest.raises(
+        InputError, match="every_step decodes from keys and values, which gives wrong results for"
+    ):
         ps.run(scope, model=load("llama"), data=list(ROWS))
 
 
@@ -180,7 +182,7 @@ def test_a_fused_context_that_is_wrong_is_not_chosen_and_is_refused(plant):
     tables = [ps.run(scope, model=given, data=list(ROWS), context=context) for given, context in contexts]
     right, same, wrong = ([row["top_ids"] for row in table.rows] for table in tables)
     assert right == same != wrong
-    with pytest.raises(InputError, match=r"context='fused' is wrong for .*: \w+ differs by"):
+    with pytest.raises(InputError, match=r"context='fused' gives wrong results for .*: \w+ differs by"):
         ps.run(scope, model=model, data=list(ROWS), context="fused")
 
 
@@ -212,7 +214,8 @@ def test_a_site_that_is_wrong_is_refused_where_it_is_asked_for(monkeypatch):
             target=Target(prompt="{t}", position="x", layer=2, site=sites.get("target", "residual")),
             readout=NextToken(top_k=3),
         )
-        with pytest.raises(InputError, match="site='attention': reads and writes there are wrong for"):
+        message = "site='attention': reads and writes at this site give wrong results for"
+        with pytest.raises(InputError, match=message):
             ps.run(scope, model=model, data=list(ROWS))
 
 

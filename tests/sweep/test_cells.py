@@ -158,7 +158,7 @@ def test_rows_of_one_source_prompt_are_no_stand_ins(model):
     sweep = sweep_of(scope_of(source={"layer": 0}), model, rows=rows, controls=["shuffled"])
     assert [cell.source for cell in sweep.cells if cell.control == "shuffled"][:2] == [1, 1]
     with pytest.raises(
-        DataError, match=r"controls: shuffled shows data row 0 the state of another row .* Give more rows"
+        DataError, match=r"controls: shuffled gives data row 0 the state of another row .* Give more rows"
     ):
         sweep_of(scope_of(), model, rows=rows[:2], controls=["shuffled"])
 
@@ -246,8 +246,8 @@ def test_equal_cells_of_different_rows_start_from_the_same_number(model):
         pytest.param(
             {"target": {"position": 1}, "readout": NextToken(position=0)},
             PositionError,
-            "readout.next_token.position=0 stands before the patched position 1, where the patch cannot be "
-            "seen. Read at the patched token or after it; -1 is the last.",
+            "readout.next_token.position=0 is before the patched position 1, where the patch has no effect. "
+            "Read at the patched token or after it; -1 is the last.",
             id="readout before the patch",
         ),
         pytest.param(
@@ -327,7 +327,7 @@ def test_errors_name_the_row_where_there_are_several(model):
 
 
 def test_no_rows(model):
-    with pytest.raises(DataError, match="the data holds no row"):
+    with pytest.raises(DataError, match="the data has no rows"):
         sweep_of(scope_of(), model, rows=[])
 
 
@@ -496,20 +496,20 @@ def test_text_only_of_a_chat_and_of_the_source_itself(model):
     [
         pytest.param(
             {"source": {"prompt": None, "vector": "file"}},
-            "controls: text-only puts the source's text in the place of its state, and there is no one text. "
-            "Leave text-only out where the source is a vector or the mean of rows.",
+            "controls: text-only replaces the source's state by its text, and this source does not have a "
+            "single text. Leave text-only out if the source is a vector or the mean of rows.",
             id="a vector",
         ),
         pytest.param(
             {"source": {"mean": "rows"}, "target": {"prompt": "x"}},
-            "controls: text-only puts the source's text in the place of its state, and there is no one text. "
-            "Leave text-only out where the source is a vector or the mean of rows.",
+            "controls: text-only replaces the source's state by its text, and this source does not have a "
+            "single text. Leave text-only out if the source is a vector or the mean of rows.",
             id="the mean of rows",
         ),
         pytest.param(
             {"readout": NextToken(position=2)},
-            "controls: text-only makes target prompts of other lengths, in which "
-            "readout.next_token.position=2 is another token. Count it from the end: -1 is the last token.",
+            "controls: text-only changes the length of the target prompt, and then readout.next_token."
+            "position=2 is a different token. Count it from the end: -1 is the last token.",
             id="read at a place from the left",
         ),
     ],

@@ -112,8 +112,8 @@ def prepared_scope(place):
         ),
         pytest.param(
             {"key": "wide", "index": 1},
-            "{file}:wide[1] is 33 wide; the states of LlamaForCausalLM are 32. "
-            "Give one that was made for this model.",
+            "{file}:wide[1] is 33 wide; the states of LlamaForCausalLM are 32 wide. "
+            "Use a vector that was made for this model.",
             id="wrong width",
         ),
     ],
@@ -130,7 +130,9 @@ def test_files_that_cannot_be_read(tmp_path, tiny_model):
     ):
         prepared(tiny_model(), {"vector": str(tmp_path / "nowhere")})
     (tmp_path / "text").write_text("no tensors")
-    with pytest.raises(MappingError, match=r"text is no safetensors file: .*\. Write one with safetensors"):
+    with pytest.raises(
+        MappingError, match=r"text is not a safetensors file: .*\. Write one with safetensors"
+    ):
         prepared(tiny_model(), {"vector": str(tmp_path / "text")})
 
 
@@ -140,7 +142,7 @@ def test_a_column_that_holds_no_number(file, tiny_model):
     assert [at.row for at in found.sweep.vectors] == [1, -1, 2]
     for wrong in ("first", "1.5", "--1", ""):
         with pytest.raises(
-            InputError, match=r"^source\.vector\.index: '.*' is no whole number\. Give the number"
+            InputError, match=r"^source\.vector\.index: '.*' is not a whole number\. Give the number"
         ):
             prepared(tiny_model(), {"vector": vector}, rows=[{"n": wrong}])
     with pytest.raises(InputError, match=r"source\.vector\.index asks for the column 'n'"):
@@ -169,7 +171,9 @@ def test_a_vector_needs_a_target_prompt_and_names_its_reference(file, tiny_model
         target=Target(prompt="x"),
         readout={"next_token": {"reference": "source"}},
     )
-    with pytest.raises(InputError, match=r"needs one source prompt, and there is none\. Name the reference"):
+    with pytest.raises(
+        InputError, match=r"needs one source prompt, and the source is a vector\. Name the reference"
+    ):
         prepare(scope, model=tiny_model())
 
 
@@ -189,7 +193,7 @@ def test_a_vector_needs_a_target_prompt_and_names_its_reference(file, tiny_model
         (
             {"soft_prompt": torch.zeros(1, 8)},
             "x",
-            "is 8 wide; the states of LlamaForCausalLM are 32. Give one that was made for this model.",
+            "is 8 wide; the states of LlamaForCausalLM are 32 wide. Use a vector that was made for this",
         ),
         pytest.param(
             {"soft_prompt": torch.zeros(3, WIDTH)},

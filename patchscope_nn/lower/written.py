@@ -1,4 +1,4 @@
-"""The states of a step that are written: read, given, or made of several."""
+"""Numbers the states that a step writes: states that it reads, vectors from files, and sums of these."""
 
 from __future__ import annotations
 
@@ -14,12 +14,17 @@ from patchscope_nn.sweep.vectors import load_soft_prompt, load_vector
 
 
 class WrittenStates:
-    """The states that are written: those that are read, and those that are made of them.
+    """The states that a step writes, each with its state number.
+
+    Args:
+        plan: The plan.
+        numbers: The numbers of the states that the step reads or takes over. Other states get the next ones.
 
     Attributes:
-        numbers: States that are read.
+        numbers: The same.
         given: Vectors from files, by number.
-        sums: The states that are made of others.
+        sums: The states that are sums of others.
+        soft: The number of the soft prompt; None without one.
     """
 
     def __init__(self, plan: Plan, numbers: Mapping[State, int]) -> None:
@@ -33,21 +38,21 @@ class WrittenStates:
         self.soft = self._given(load_soft_prompt(soft)) if soft else None
 
     def number(self, cell: Cell, layer: int | None) -> int | None:
-        """The number of what a cell writes of a layer; None where it writes no state."""
+        """Return the number of the state that a cell writes for a layer l; None if it writes no state."""
         terms = terms_of(cell)
         if not terms:
             return None
         mean = self.sweep.scope.source.mean == "positions"
         if len(terms) == 1 and not cell.terms and not mean:
-            return self._one(terms[0][0], terms[0][1], layer)
+            return self._term(terms[0][0], terms[0][1], layer)
         key = (terms, layer)
         if key not in self._known:
-            parts = [(self._one(prompt, positions, layer), weight) for prompt, positions, weight in terms]
+            parts = [(self._term(prompt, positions, layer), weight) for prompt, positions, weight in terms]
             self._known[key] = self._take()
             self.sums.append({"state": self._known[key], "terms": parts, "mean": mean})
         return self._known[key]
 
-    def _one(self, source: Source, positions: tuple[int, ...], layer: int | None) -> int:
+    def _term(self, source: Source, positions: tuple[int, ...], layer: int | None) -> int:
         if not isinstance(source, VectorAt):
             return self.numbers[State(source, positions, layer)]
         if source not in self._vectors:

@@ -1,4 +1,4 @@
-"""What a readout is asked for, in plain values."""
+"""Lowers a readout to plain values."""
 
 from __future__ import annotations
 
@@ -19,17 +19,14 @@ from patchscope_nn.sweep import Cell
 def readout_of(
     plan: Plan, cells: Sequence[Cell], numbers: Mapping[State, int], target: Model, mask: Any
 ) -> ReadoutProgram:
-    """What a target pass reads.
+    """Return the program of what a target pass reads.
 
     Args:
         plan: The plan.
         cells: The cells of the pass.
-        numbers: The numbers of the states that its step reads.
+        numbers: The state numbers of its step.
         target: M*.
         mask: (n_cells, n_tokens) the attention mask of the prompts.
-
-    Returns:
-        That part of the program.
     """
     readout, used = plan.sweep.scope.readout, plan.optimisations
     cached = from_cache(plan.sweep, used)
@@ -53,10 +50,10 @@ def readout_of(
 
 
 def body_of(readout: Readout) -> Callable[..., Any]:
-    """The function that reads a readout inside a context.
+    """Import the function that reads a readout inside a context.
 
     Raises:
-        InputError: It cannot be imported.
+        InputError: The function cannot be imported.
     """
     module, _, name = readout.body.partition(":")
     try:
@@ -64,14 +61,14 @@ def body_of(readout: Readout) -> Callable[..., Any]:
     except (ImportError, AttributeError) as error:
         raise InputError(
             f"the body {readout.body!r} of the readout {readout.name} cannot be imported: {error}.",
-            hint="Write module:function, and run where Python finds the module (PYTHONPATH).",
+            hint="Write module:function, and make sure that Python finds the module (PYTHONPATH).",
         ) from error
     return body
 
 
 @dataclass(frozen=True)
 class _PassCells:
-    """The cells of a pass, as `spec.PassCells` describes them."""
+    """The cells of a pass. Implements `spec.PassCells`."""
 
     plan: Plan
     cells: Sequence[Cell]
@@ -105,22 +102,22 @@ class _PassCells:
 
 
 def eos_ids(model: Model) -> tuple[int, ...]:
-    """The ids that end a text: those of the generation config, and the tokenizer's."""
+    """Return the ids that end a text: those of the generation config, and the tokenizer's."""
     config = getattr(model.module, "generation_config", None)
-    given = getattr(config, "eos_token_id", None)
-    ids = given if isinstance(given, list) else [given]
-    return tuple(dict.fromkeys(one for one in [*ids, model.tokenizer.eos_token_id] if one is not None))
+    configured = getattr(config, "eos_token_id", None)
+    ids = configured if isinstance(configured, list) else [configured]
+    return tuple(dict.fromkeys(id_ for id_ in [*ids, model.tokenizer.eos_token_id] if id_ is not None))
 
 
 @functools.lru_cache(maxsize=32)
 def stop_ids(tokenizer: Any, stop: str) -> tuple[int, ...]:
-    """The tokens whose text holds a stop string.
+    """Return the tokens whose text contains a stop string.
 
-    A row that decodes one can stop; a stop string spread over tokens ends no row early, and is cut from the
-    text afterwards all the same.
+    A row that decodes such a token stops. A stop string that is spread over several tokens does not stop its
+    row early, but it is also cut from the text afterwards.
     """
     ids = [[token] for token in range(len(tokenizer))]
-    fast = getattr(tokenizer, "backend_tokenizer", None)  # ten times as fast as through transformers
+    fast = getattr(tokenizer, "backend_tokenizer", None)  # ten times faster than through transformers
     pieces = (
         fast.decode_batch(ids, skip_special_tokens=False)
         if fast is not None and not tokenizer.clean_up_tokenization_spaces
