@@ -244,6 +244,4 @@ def test_the_explorer_says_why_it_has_nothing_to_show(tmp_path):
     answers, told = Answers(lenses(), Options()), []
     Query(lambda query: answers.grid(view, query), told.append).run()
     assert told[-1]["event"] == "error"
-    assert (
-        "cells failed. The first: the hidden state that was read is not finite" in told[-1]["message"]
-    )
+    assert "cells failed. The first: the hidden state that was read is not finite" in told[-1]["message"]
