@@ -2,7 +2,8 @@
 
 The last state of each source prompt is written into the token-identity prompt "cat -> cat ... ?", which makes
 the model repeat the token that the state encodes (Ghandeharioun et al. 2024, section 4.1). The score is
-precision@1: how often the top token read from the state is the model's own next token after the source prompt.
+precision@1: how often the top token read from the state is the model's own next token after the source
+prompt.
 """
 
 import patchscope_nn as ps

@@ -14,7 +14,8 @@ folder = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/example")
 # Included recipes are loaded by name; `sets` changes fields, like `--set` on the command line.
 recipe = ps.load_recipe("next-token", sets=["source.layer=[12,18,21,24,27,29]", "metrics=[precision_at_1]"])
 
-# A second call with the same recipe, data and model resumes an interrupted run, and computes no finished cell twice.
+# A second call with the same recipe, data and model resumes an interrupted run, and computes no finished
+# cell twice.
 ps.run(recipe, model="builtin:smollm2-135m-instruct", limit=12, out=folder)
 
 run = ps.load_run(folder)  # needs no model
