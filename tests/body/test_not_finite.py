@@ -211,7 +211,7 @@ def test_means_leave_failed_cells_out_and_say_how_many(model, tmp_path, capsys):
     print_run(run, as_json=False)
     shown = " ".join(capsys.readouterr().out.split())
     assert "12 cells in" in shown
-    assert "2 of them without numbers, which no mean counts: the hidden state that was read" in shown
+    assert "2 of them have no numbers and are left out of means: the hidden state that was read" in shown
     page = run.report(tmp_path / "page.html").read_text()
     assert "4 cells failed" in page
     print_run(run, as_json=True)
