@@ -10,7 +10,7 @@ from patchscope_nn.cli import options, printing
 
 
 def recipes(*, json: options.Json = False) -> None:
-    """List the included recipes and their costs on their default models."""
+    """List the included recipes and their costs."""
     from patchscope_nn.runs.costs import costs
 
     with printing.waiting("counting cells", quiet=json):
