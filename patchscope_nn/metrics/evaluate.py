@@ -39,7 +39,7 @@ def check_metrics(uses: Sequence[MetricUse], readout: Readout) -> list[str]:
 def check_names(
     columns: Sequence[ColumnUse], uses: Sequence[MetricUse], *, taken: Sequence[str]
 ) -> list[str]:
-    """List users' columns and metrics whose names are already columns of a run's table; empty if there are none.
+    """List users' columns and metrics whose names are taken by columns of a run's table; empty if none is.
 
     Args:
         columns: The derived columns.
