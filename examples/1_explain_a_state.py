@@ -15,7 +15,7 @@ look = ps.explain(
 print(f"{look.model}, token {look.token[0]!r} of {look.prompt!r}\n")
 print("layer      the model says it is")
 for entry in look.says:
-    # The first entry is the control: the same prompt with nothing written into it. What the control says
-    # does not come from the state.
+    # The first entry is the control: the same prompt without a patch. What the control says does not come
+    # from the state.
     layer = "unpatched" if entry.layer is None else entry.layer
     print(f"{layer!s:<10} {entry.text.strip(' :')}")

@@ -1,7 +1,7 @@
-"""The logit lens as a table: the next token that each hidden state gives, tokens by layers.
+"""The logit lens as a table: the next token predicted from each hidden state, tokens by layers.
 
-The logit lens is a Patchscope too: a state is written after the last block, where only the final norm and the
-unembedding are left to run.
+The logit lens is a Patchscope too: a state is written after the last block, so that only the final norm and
+the unembedding follow.
 """
 
 import patchscope_nn as ps
@@ -14,8 +14,8 @@ scope = ps.Patchscope(
         position={"each": "all"},  # one cell for each token of the prompt
         layer=[0, 12, 18, 21, 24, 27, 29],  # and for each of these layers
     ),
-    # Every state is written at the last token, which is the one that is read. After the last block no token
-    # sees any other, so the rest of the target prompt does not matter.
+    # Every state is written at the last token, whose logits are read. After the last block, tokens no longer
+    # attend to each other, so the rest of the target prompt does not matter.
     target=ps.Target(prompt=PROMPT, position=-1, layer=-1),
     readout=ps.NextToken(top_k=1),
 )

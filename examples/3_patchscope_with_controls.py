@@ -1,8 +1,9 @@
 """At which layer does a state hold the next token, and is the readout better than its controls?
 
-Each source prompt's last state is written into the token-identity prompt "cat -> cat ... ?", which makes the
-model repeat what it finds there (Ghandeharioun et al. 2024, section 4.1). The score is precision@1: how often
-the token read from the state is the one that the model itself says after the source prompt.
+The last state of each source prompt is written into the token-identity prompt "cat -> cat ... ?", which makes
+the model repeat the token that the state encodes (Ghandeharioun et al. 2024, section 4.1). The score is
+precision@1: how often the top token read from the state is the model's own next token after the source
+prompt.
 """
 
 import patchscope_nn as ps

@@ -1,4 +1,4 @@
-"""Keep a run in a folder, load it in another session, and export its table, report and figures.
+"""Save a run in a folder, load it in another session, and export its table, report and figures.
 
 Usage: python 5_keep_and_plot_a_run.py [FOLDER]
 
@@ -11,11 +11,11 @@ from pathlib import Path
 import patchscope_nn as ps
 
 folder = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/example")
-# Recipes that ship with the package are named; `sets` changes fields, as `--set` does on the command line.
+# Included recipes are loaded by name; `sets` changes fields, like `--set` on the command line.
 recipe = ps.load_recipe("next-token", sets=["source.layer=[12,18,21,24,27,29]", "metrics=[precision_at_1]"])
 
-# A second call with the same recipe, data and model goes on where the first one stopped, and runs no finished
-# cell again.
+# A second call with the same recipe, data and model resumes an interrupted run, and computes no finished
+# cell twice.
 ps.run(recipe, model="builtin:smollm2-135m-instruct", limit=12, out=folder)
 
 run = ps.load_run(folder)  # needs no model

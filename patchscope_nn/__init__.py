@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from patchscope_nn.spec.mapping import mapping
     from patchscope_nn.spec.positions import Each, Span
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOMES = {
     "data.readers": ("reader",),

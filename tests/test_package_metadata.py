@@ -112,7 +112,7 @@ def test_a_wheel_with_a_test_or_without_a_template_is_refused(check, capsys):
         "patchscope_nn/explore/page/index.html",
         *(f"patchscope_nn/explore/page/p{number}.js" for number in range(8)),
         "patchscope_nn/py.typed",
-        "patchscope_nn-0.1.0.dist-info/licenses/LICENSE",
+        "patchscope_nn-0.2.0.dist-info/licenses/LICENSE",
     ]
     check.check_wheel(names)
     with pytest.raises(check.CheckError, match="should leave out"):

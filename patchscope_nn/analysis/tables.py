@@ -1,7 +1,8 @@
-"""Results as a table: one tidy row for a cell, with the columns of every run in one order.
+"""Results as a tidy table: one row per cell, with the same column order in every run.
 
-The control is null for the real cell. Layers and positions are resolved: blocks from 0 (-1 is the input of
-block 0), positions from the left, as lists, since several tokens may be patched together.
+The control is null for patched cells. Layers and positions are resolved: layers are blocks counted from 0, and
+-1 is the input of block 0. Positions count from the left, and are lists because several tokens may be
+patched together.
 """
 
 from __future__ import annotations
@@ -38,13 +39,13 @@ _TEXTS_KEPT = 2**15
 
 
 def columns_of(readout: Readout, uses: Sequence[MetricUse], derived: Sequence[ColumnUse] = ()) -> list[str]:
-    """The names of a run's columns, in order."""
+    """Return the names of a run's columns, in order."""
     metrics = [use.name for use in uses if use.name not in readout.given]
     return [*PLACES, *readout.given, *(use.name for use in derived), *metrics, "error"]
 
 
 class _Tokens:
-    """Token ids as text, as `spec.Tokens` describes them; the texts of single tokens are kept."""
+    """Decode token ids, as `spec.Tokens` describes; the texts of single tokens are cached."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
@@ -55,14 +56,14 @@ class _Tokens:
 
 
 class Tabulator:
-    """Makes the table's rows; what many cells share, it says once.
+    """Build the rows of a run's table.
 
     Args:
         sweep: The sweep.
         uses: The metrics.
-        tokenizer: The target model's.
+        tokenizer: The target model's tokenizer.
         mapping: The mapping's name.
-        derived: The columns that users' functions add.
+        derived: The columns computed by users' functions.
     """
 
     def __init__(
@@ -78,15 +79,15 @@ class Tabulator:
         self._tokens = _Tokens(tokenizer)
 
     def row(self, cell: Cell, raw: Mapping[str, Any]) -> dict[str, Any]:
-        """One cell's row.
+        """Build the row of one cell.
 
         Args:
             cell: The cell.
-            raw: What its readout gave inside the context.
+            raw: The values that its readout returned inside the context.
 
         Returns:
-            The columns of `columns_of`, by name. Where a user's function fails, its column is None, `error`
-            says why, and the other columns are kept.
+            The columns of `columns_of`, by name. If a user's function fails, its column is None, `error` says
+            why, and the other columns are kept.
         """
         if "not_finite" in raw:
             return self.failed(cell, self._not_finite(cell, raw["not_finite"]))
@@ -100,30 +101,32 @@ class Tabulator:
         return {**columns, **metrics.values, "error": error}
 
     def _not_finite(self, cell: Cell, where: str) -> str:
-        """Why a cell has no numbers: where the first one stopped being finite."""
+        """Say why a cell has no numbers: where the first value that is not finite occurred."""
         source, target = (f"{info.name} ({info.dtype})" for info in (self.sweep.source, self.sweep.target))
         if where == "read":
             layer = -1 if cell.source_layer is None else cell.source_layer + self.sweep.shifts[0]
-            at = "the embedding" if layer < 0 else f"layer {layer}"
-            return f"the hidden state that was read is not finite: {at} of {source}. Another dtype may help."
-        if where == "written":
-            how = self.sweep.scope.target.mode
+            place = "the embedding" if layer < 0 else f"layer {layer}"
             return (
-                "the state that was written is not finite, though the one that was read is: mapping "
-                f"{self.mapping}, scale {cell.scale:g}, write {how} made it so."
+                f"the hidden state that was read is not finite: {place} of {source}. Another dtype may help."
+            )
+        if where == "written":
+            mode = self.sweep.scope.target.mode
+            return (
+                "the state that was written is not finite, although the state that was read is: see mapping "
+                f"{self.mapping}, scale {cell.scale:g}, write {mode}."
             )
         if where == "replaced":
             return f"the hidden state that the write changes is not finite: {target}. Another dtype may help."
         if where == "compared":
             return (
-                "what the patched run is compared with is not finite: the logits, or the state that was "
-                f"replaced, of a run without the patch, of {source} or {target}. Another dtype may help."
+                "the reference is not finite: the logits or the replaced state of a run without the patch, "
+                f"of {source} or {target}. Another dtype may help."
             )
-        patched = ", though the state that was written is" if cell.target_layer is not None else ""
+        patched = ", although the state that was written is" if cell.target_layer is not None else ""
         return f"the logits of {target} are not finite{patched}. Another dtype may help."
 
     def failed(self, cell: Cell, reason: str) -> dict[str, Any]:
-        """The row of a cell that has no result."""
+        """Build the row of a cell that has no result."""
         names = columns_of(self.sweep.scope.readout, self.uses, self.derived)
         return {**dict.fromkeys(names), **self._places(cell), "error": reason}
 
@@ -136,11 +139,13 @@ class Tabulator:
             "control": cell.control,
             "source_prompt": None if cell.source is None else sweep.source_text(cell.source),
             "source_position": None if read is None or source is None else list(read),
-            "source_token": None if source is None or read is None else [source.tokens[at] for at in read],
+            "source_token": None
+            if source is None or read is None
+            else [source.tokens[index] for index in read],
             "source_layer": None if cell.source_layer is None else cell.source_layer + sweep.shifts[0],
             "target_prompt": target.text,
             "target_position": list(cell.target_positions),
-            "target_token": [target.tokens[at] for at in cell.target_positions],
+            "target_token": [target.tokens[i] for i in cell.target_positions],
             "target_layer": None if cell.target_layer is None else cell.target_layer + sweep.shifts[1],
             "source_model": sweep.source.name,
             "target_model": sweep.target.name,
@@ -151,7 +156,7 @@ class Tabulator:
 
 
 def frame(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Any:
-    """Rows as a pandas DataFrame with the run's columns; layers are nullable integers."""
+    """Convert rows to a pandas DataFrame with the run's columns; layers are nullable integers."""
     import pandas as pd
 
     table = pd.DataFrame({name: [row.get(name) for row in rows] for name in names}, columns=list(names))
@@ -163,9 +168,9 @@ def frame(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Any:
 
 
 def light_frame(rows: Iterable[Mapping[str, Any]], names: Sequence[str], *, metrics: Sequence[str]) -> Any:
-    """Rows as a DataFrame that says where each cell is and its metrics, and leaves empty what was read of it.
+    """Convert rows to a DataFrame that keeps places, metrics and errors, and leaves the other columns empty.
 
-    What many cells have in common is held once, so that a hundred thousand cells take some 20 MB.
+    Equal texts and lists are stored once, so that a hundred thousand cells take about 20 MB.
     """
     kept = [name for name in names if name in (*PLACES, "error") or name in metrics]
     texts: dict[str, str] = {}
@@ -179,7 +184,7 @@ def light_frame(rows: Iterable[Mapping[str, Any]], names: Sequence[str], *, metr
     return frame([{name: shared(row.get(name)) for name in kept} for row in rows], names)
 
 
-#: What the other columns hold; one that stands nowhere is a metric, a number.
+#: The types of columns that no readout has; a column without a type is a metric, and holds numbers.
 _TYPES: dict[str, ColumnType] = {
     **dict.fromkeys(("row", "source_layer", "target_layer", "sample"), "integer"),
     **dict.fromkeys(("source_position", "target_position"), "integers"),
@@ -190,7 +195,7 @@ _TYPES: dict[str, ColumnType] = {
 
 
 def arrow_schema(names: Sequence[str], kinds: Mapping[str, ColumnType]) -> Any:
-    """The pyarrow schema of a run's columns: one for every part of a table that is written in parts."""
+    """Return the pyarrow schema of a run's columns, which all parts of a table share."""
     import pyarrow as pa
 
     types = {name: kind for readout in readout_kinds().values() for name, kind in readout.columns.items()}
@@ -216,21 +221,21 @@ def write_parquet(
     *,
     kinds: Mapping[str, ColumnType] = {},
 ) -> None:
-    """Write a table part by part, so that it is never held whole.
+    """Write a table part by part, so that it is never in memory as a whole.
 
     Args:
-        rows: The rows, which may be read as they are asked for.
+        rows: The rows, which may be read lazily.
         names: The run's columns.
         file: The parquet file.
-        kinds: The kind of each column that a user's function adds, as `metrics.Column` has it.
+        kinds: The kind of each column computed by a user's function, as in `metrics.Column`.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    schema, taken = arrow_schema(names, kinds), iter(rows)
+    schema, remaining = arrow_schema(names, kinds), iter(rows)
     parts = (
-        pa.Table.from_pandas(frame(some, names), schema=schema, preserve_index=False)
-        for some in iter(lambda: list(islice(taken, _ROWS_AT_ONCE)), [])
+        pa.Table.from_pandas(frame(chunk, names), schema=schema, preserve_index=False)
+        for chunk in iter(lambda: list(islice(remaining, _ROWS_AT_ONCE)), [])
     )
     first = next(parts, schema.empty_table())
     with pq.ParquetWriter(file, first.schema) as writer:

@@ -31,7 +31,7 @@ def main() -> None:
     """Run the command line, and turn the package's errors into messages and exit codes."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            # A model may say characters that the terminal's encoding lacks; they are shown escaped.
+            # A model may generate characters that the terminal cannot encode; they are shown escaped.
             stream.reconfigure(errors="backslashreplace")
     try:
         for word in sys.argv[1:]:
@@ -41,8 +41,8 @@ def main() -> None:
     except PatchscopeError as error:
         _end(error)
     except OSError as error:
-        # A full disk, or a folder that may not be written: no fault of the code that a traceback would show.
-        _end(RunError(f"{error}.", hint="When that is mended, the same command goes on with what is done."))
+        # For example a full disk or a read-only folder. This is not a bug, so no traceback is shown.
+        _end(RunError(f"{error}.", hint="Once this is fixed, the same command continues the run."))
 
 
 def _end(error: PatchscopeError) -> NoReturn:

@@ -1,4 +1,4 @@
-"""The commands. Each imports what it needs when it runs, so that `--help` and `lint` answer at once."""
+"""The commands. Each imports what it needs only when it runs, so that `--help` and `lint` are fast."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def explain(
     json: options.Json = False,
     log_level: options.Level = LogLevel.warning,  # noqa: ARG001 (acted on by its callback)
 ) -> None:
-    """The quick look: layer by layer, what the model says a hidden state is."""
+    """Show what the model says about a hidden state, layer by layer."""
     with printing.waiting("loading the model", quiet=json):
         from patchscope_nn.runs.explain import look, prepare_look
         from patchscope_nn.spec import Source
@@ -75,11 +75,11 @@ app.command()(plan)
 
 @app.command()
 def jobs(
-    folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, finished or not.")],
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run, finished or not.")],
     *,
     json: options.Json = False,
 ) -> None:
-    """List the jobs that a run sent to a server, and how they ended."""
+    """List the jobs that a run sent to a server, and their states."""
     from patchscope_nn.backends.ndif.job_log import JobLog
     from patchscope_nn.runs.manifest import read_manifest
 
@@ -94,9 +94,10 @@ def doctor(
     remote: options.Remote = None,
     json: options.Json = False,
 ) -> None:
-    """Is everything in place: versions, models and, with --remote, key, server and a round trip.
+    """Check the installation, a model or a server.
 
-    With --model, the proof of the model: what was compared with plain hooks, and what is switched off for it.
+    With --model, prove the model: show what was compared with plain hooks, and what is switched off for it.
+    With --remote, check the server: its versions and models, your key, and a round trip.
     """
     from patchscope_nn.backends import Ndif, Places
     from patchscope_nn.models import builtin

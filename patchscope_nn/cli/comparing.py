@@ -16,40 +16,43 @@ if TYPE_CHECKING:
 
 
 def print_experiment(experiment: Experiment, *, as_json: bool) -> None:
-    """Print what comparing a recipe's methods found, and where it is."""
+    """Print the comparison of a recipe's methods, and the paths of its folder and page."""
     folder = experiment.path
     page = folder / "comparison.html" if folder else None
-    shown = str(page) if page and page.exists() else None
+    page_path = str(page) if page and page.exists() else None
     comparison = experiment.compare()
     if as_json:
         runs = {
             name: {"folder": str(run.path), "hash": run.manifest["hash"], "cells": len(run.rows)}
             for name, run in experiment.items()
         }
-        out_json({"folder": str(folder), "page": shown, "methods": runs, "comparison": comparison.records()})
+        out_json(
+            {"folder": str(folder), "page": page_path, "methods": runs, "comparison": comparison.records()}
+        )
         return
     print_comparison(comparison, title=experiment.title)
     show(
         "",
         f"{sum(len(run.rows) for run in experiment.values())} cells of {len(experiment)} methods in {folder}",
-        f"page: {shown}" if shown else "no page: pip install 'patchscope-nn[report]'",
+        f"page: {page_path}" if page_path else "no page: pip install 'patchscope-nn[report]'",
     )
 
 
 def print_comparison(comparison: Comparison, *, title: str) -> None:
-    """Print a table for each metric: every run's mean, its controls', and its difference to the first."""
-    over = dict.fromkeys(one for name in comparison.names for one in comparison.best[name])
+    """Print a table per metric: the means of each run and its controls, and differences to the first run."""
+    over = dict.fromkeys(axis for name in comparison.names for axis in comparison.best[name])
     best = f"best over {' and '.join(over).replace('_', ' ')}, " if over else ""
     n_rows = int(comparison.means["n_rows"].max())
     show(
         title,
         f"{best}mean over all cells, with 95 % intervals over {n_rows} data rows;",
-        f"differences are to {comparison.names[0]}; p by sign flips of rows, and corrected t over layers",
+        f"differences are to {comparison.names[0]}; p: sign-flip test over rows, and corrected t over layers",
     )
     for metric in comparison.metrics:
-        show("", _of_metric(comparison, metric=metric))
-    told = [line for line in comparison.between().to_dict("records") if line["first_control"] == REAL]
-    for line in told:
+        show("", _metric_table(comparison, metric=metric))
+    for line in comparison.between().to_dict("records"):
+        if line["first_control"] != REAL:
+            continue
         if line["first_unpaired"] or line["second_unpaired"]:
             show(
                 f"{line['metric']}: {line['first_unpaired']} cells of {line['first']} and"
@@ -57,7 +60,7 @@ def print_comparison(comparison: Comparison, *, title: str) -> None:
             )
 
 
-def _of_metric(comparison: Comparison, *, metric: str) -> Any:
+def _metric_table(comparison: Comparison, *, metric: str) -> Any:
     means = comparison.means[comparison.means["metric"] == metric]
     controls = sorted(set(means["control"]) - {REAL})
     between = comparison.between()
@@ -67,8 +70,8 @@ def _of_metric(comparison: Comparison, *, metric: str) -> Any:
     for name in dict.fromkeys(means["run"]):
         own = means[means["run"] == name].set_index("control").to_dict("index")
         line = differences.get(name)
-        beside = [mean_text(own.get(control)).replace(" [", "\n[") for control in controls]
-        table.add_row(name, mean_text(own.get(REAL)), *beside, *_difference(line))
+        control_means = [mean_text(own.get(control)).replace(" [", "\n[") for control in controls]
+        table.add_row(name, mean_text(own.get(REAL)), *control_means, *_difference(line))
     return table
 
 
@@ -79,11 +82,11 @@ def _difference(line: Mapping[str, Any] | None) -> list[str]:
     return [mean_text(line, sign="+"), *p_values, str(line["n_pairs"])]
 
 
-def print_compared(comparison: Comparison, *, page: Path | None, as_json: bool) -> None:
-    """Print a comparison of runs, and where its page is."""
+def print_compared(comparison: Comparison, *, page: Path | None, title: str, as_json: bool) -> None:
+    """Print a comparison of runs, and the path of its page."""
     if as_json:
         out_json({"page": None if page is None else str(page), **comparison.records()})
         return
-    print_comparison(comparison, title=f"{', '.join(comparison.names[1:])} beside {comparison.names[0]}")
+    print_comparison(comparison, title=title)
     if page is not None:
         show("", f"page: {page}")

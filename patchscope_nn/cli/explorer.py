@@ -1,4 +1,4 @@
-"""`patchscope explore`: the page on which a prompt is asked."""
+"""`patchscope explore`: a local page for exploring a prompt."""
 
 from __future__ import annotations
 
@@ -24,13 +24,16 @@ def explore(
     json: options.Json = False,
     log_level: options.Level = LogLevel.warning,  # noqa: ARG001 (acted on by its callback)
 ) -> None:
-    """Open a local page: a grid of tokens x layers, and what the model says each state is."""
+    """Open a local page for exploring a prompt.
+
+    The page shows a grid of tokens x layers, and what the model says about each state.
+    """
     if not all(map(importlib.util.find_spec, _NEEDED)):
         raise InputError(
             f"The explorer needs {' and '.join(_NEEDED)}, which are not installed.",
             hint="pip install 'patchscope-nn[explore]'",
         )
-    # Before anything that imports nnsight; see there.
+    # Must come before anything that imports nnsight; the module says why.
     from patchscope_nn.explore import server  # isort: skip
     from patchscope_nn.explore.answers import Answers
     from patchscope_nn.explore.copies import Options
@@ -48,16 +51,16 @@ def explore(
             answers.load(source, target)
             answers.warm_up(source, target)
         explorer = server.Explorer(answers, models=(source, target), view=view)
-        announce = functools.partial(_tell, as_json=json)
+        announce = functools.partial(_announce, as_json=json)
         server.serve(explorer, bound, open_browser=not no_browser, announce=announce)
 
 
-def _tell(address: str, *, as_json: bool) -> None:
+def _announce(address: str, *, as_json: bool) -> None:
     if as_json:
         printing.out_json({"address": address})
     else:
         printing.out(address)
         printing.note(
-            "Ctrl-C stops it. The address holds a token: whoever has it can use this page's models."
+            "Press Ctrl-C to stop. Keep the address private: its token gives access to this page's models."
         )
-    sys.stdout.flush()  # into a pipe too: whoever reads it waits for it
+    sys.stdout.flush()  # a process that reads the address from a pipe waits for it

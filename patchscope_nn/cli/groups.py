@@ -1,4 +1,4 @@
-"""Options that several commands share, in groups: a command names a group as one parameter."""
+"""Groups of options that several commands share; a command takes a group as a single parameter."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class OneModel:
-    """A model in this process."""
+    """The options for a single model in this process."""
 
     model: options.Model = None
     dtype: options.Dtype = "auto"
     device_map: options.DeviceMap = None
 
     def load(self) -> Any:
-        """Load it; the builtin model unless another is named.
+        """Load the model, by default the builtin one.
 
         Raises:
-            InputError: It cannot be loaded.
+            InputError: The model cannot be loaded.
         """
         from patchscope_nn.models import builtin
         from patchscope_nn.proof import load
@@ -36,7 +36,7 @@ class OneModel:
 
 @dataclass(frozen=True, kw_only=True)
 class Models:
-    """M and M*, how they are loaded, and where they run."""
+    """The options for M and M*, how they are loaded, and where they run."""
 
     model: options.Model = None
     source_model: options.SourceModel = None
@@ -48,7 +48,7 @@ class Models:
 
     @property
     def names(self) -> dict[str, Any]:
-        """What says which models, as `prepare` takes it."""
+        """The arguments of `prepare` that name the models."""
         return {
             "model": self.model,
             "source_model": self.source_model,
@@ -57,36 +57,36 @@ class Models:
 
     @property
     def where(self) -> dict[str, Any]:
-        """`remote` and `source_remote`, as Python has them."""
+        """The arguments `remote` and `source_remote` of `run`."""
         return {
             "remote": options.remote_value(self.remote),
             "source_remote": options.source_remote_value(self.source_remote),
         }
 
     def places(self) -> Places:
-        """Where M and M* run.
+        """Return where M and M* run, and how they are loaded.
 
         Raises:
-            InputError: An option names no place.
+            InputError: `--remote` or `--source-remote` is not a valid place.
         """
         from patchscope_nn.backends import Places
 
         return Places.of(**self.where, dtype=self.dtype, device_map=self.device_map)
 
 
-#: What the planner may do to run less, and what `--help` says of it. Turned off, each gives the same numbers.
+#: The planner's optimisations and their help texts. Results are the same when an optimisation is off.
 _SWITCHES = {
-    "deduplication": "Run equal cells once.",
-    "source_sharing": "Run a source prompt once for all that is read of it.",
-    "row_packing": "Run many cells in a pass.",
-    "cached_decoding": "Decode from the prompt's keys and values.",
-    "mixed_lengths": "Let prompts of different lengths share a pass.",
-    "prefix_sharing": "Run what target prompts begin with once.",
-    "late_entry": "Let a cell skip the blocks below l*.",
-    "shared_attention": "Attend to what cells share apart from what is their own.",
+    "deduplication": "Run identical cells once.",
+    "source_sharing": "Run a source prompt once for all states read from it.",
+    "row_packing": "Run many cells in one forward pass.",
+    "cached_decoding": "Reuse the prompt's keys and values when decoding.",
+    "mixed_lengths": "Let prompts of different lengths share a forward pass.",
+    "prefix_sharing": "Run a common prefix of target prompts once.",
+    "late_entry": "Skip the blocks below l*.",
+    "shared_attention": "On a CPU, attend to a shared prefix separately from each cell's own tokens.",
     "lean_readout": "Unembed only the positions that are read.",
-    "early_leaving": "Let rows that met their end leave the batch.",
-    "memory_reuse": "Keep the memory of one pass for the next, on a CPU under Linux.",
+    "early_leaving": "Remove rows that have finished generating from the batch.",
+    "memory_reuse": "On a CPU under Linux, reuse the memory of the previous pass.",
 }
 Switches: Any = make_dataclass(
     "Switches",
@@ -98,17 +98,17 @@ Switches: Any = make_dataclass(
 
 @dataclass(frozen=True, kw_only=True)
 class Planning:
-    """How passes are planned."""
+    """The options for planning passes."""
 
     context: options.ContextName = options.Context.auto
     max_rows: options.MaxRows = None
     memory: options.Memory = None
 
     def given(self, switches: Any) -> dict[str, Any]:
-        """The same as `Execution` takes it, with the optimisations that are switched on.
+        """Return these options as arguments of `Execution`, with the optimisations that are switched on.
 
         Raises:
-            InputError: `--memory` is no size.
+            InputError: `--memory` is not a valid size.
         """
         from patchscope_nn.plan import Optimisations
 
@@ -121,13 +121,13 @@ class Planning:
 
 
 def grouped(command: Callable[..., None]) -> Callable[..., None]:
-    """Spread each parameter that is a group into its options, since typer reads one flat signature.
+    """Replace each parameter that is a group by its options, because typer needs a flat signature.
 
     Args:
-        command: A command with parameters whose types are dataclasses of options.
+        command: A command, some of whose parameters are dataclasses of options.
 
     Returns:
-        The command as typer takes it.
+        The command with the flat signature.
     """
     signature = inspect.signature(command, eval_str=True)
     groups: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""What `patchscope plan` prints: the passes, the fit that a run uses, and what crosses between two models."""
+"""Printing of plans: the passes, the fit that a run uses, and the traffic between two models."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Planned(NamedTuple):
-    """The plan of a recipe, or of one of its methods, and what belongs to it."""
+    """The plan of a recipe or of one of its methods, with its mapping, traffic and folder."""
 
     plan: Plan
     mapping: ResolvedMapping
@@ -25,11 +25,11 @@ class Planned(NamedTuple):
 
 
 def print_plans(planned: Mapping[str, Planned], *, as_json: bool) -> None:
-    """Print plans as trees, or their counts; their fits, and what crosses between two models.
+    """Print plans as trees, with their fits and the traffic between two models; or their counts as JSON.
 
     Args:
-        planned: The plans by method; of a recipe without methods a single one.
-        as_json: Print the counts.
+        planned: The plans by method; a recipe without methods has a single plan.
+        as_json: Print the counts as JSON.
     """
     if as_json:
         counts = {name: _plan_counts(entry) for name, entry in planned.items()}
@@ -63,10 +63,10 @@ def _plan_counts(planned: Planned) -> dict[str, Any]:
 
 
 def _fit_line(mapping: ResolvedMapping) -> str:
-    """Which fit a run uses, and what it does on texts or rows that were held out."""
+    """Describe the fit that a run uses, and its scores on held-out texts or rows."""
     about = mapping.about
     start = f"mapping {mapping.name}: "
-    some = f"{len(mapping.maps)} pairs of layers"
+    n_pairs = f"{len(mapping.maps)} pairs of layers"
     if "held_out" not in about:
         if "texts" in about:
             texts = about["texts"]
@@ -74,21 +74,21 @@ def _fit_line(mapping: ResolvedMapping) -> str:
             what = f"to be fitted before the run on {n_texts} texts ({n_held} held out)"
         else:
             what = f"to be trained before the run on {about['data']['n_rows']} rows, some of them held out"
-        return f"{start}{some}, {what}, and kept in {about['file']}"
-    line = f"{start}{about['kind']}, {some}"
-    numbers = [found for *_, found in about["held_out"]]
+        return f"{start}{n_pairs}, {what}, and saved in {about['file']}"
+    line = f"{start}{about['kind']}, {n_pairs}"
+    scores = [pair_scores for *_, pair_scores in about["held_out"]]
     measured = []
     for key, name in _MEASURED.items():
-        values = [found[key] for found in numbers if key in found]
+        values = [pair_scores[key] for pair_scores in scores if key in pair_scores]
         if values:
             measured.append(f"{min(values):.2f} to {max(values):.2f} {name}")
     if measured:
         what = "rows" if "n_rows" in about.get("data", ()) else "texts"
-        line += f"; on {what} held out {', '.join(measured)}"
+        line += f"; on held-out {what} {', '.join(measured)}"
     return line + (f"; {about['file']}" if "file" in about else "")
 
 
-#: What a plan tells of a fit's numbers, and in which words.
+#: The scores of a fit that are printed, and their names.
 _MEASURED = {
     "fraction_of_variance": "of the variance",
     "cosine": "cosine",
@@ -111,9 +111,10 @@ def _crossing_line(crossing: Traffic) -> str:
         return line
     weights = size_text(crossing.weights)
     if crossing.mapped_here == crossing.steps:
-        kept = f", and its weights ({weights}) stay" if crossing.weights else ""
+        kept = f", and its weights ({weights}) stay here" if crossing.weights else ""
         return f"{line}; {crossing.mapping} maps them here, before they cross{kept}"
-    some = f" in {crossing.mapped_here} steps, and there in the others" if crossing.mapped_here else ""
-    where = f"here{some}" if some else "where M* runs"
+    where = "where M* runs"
+    if crossing.mapped_here:
+        where = f"here in {crossing.mapped_here} steps, and there in the others"
     sent = f"; its weights cross too ({weights} a step, counted)" if crossing.weights else ""
     return f"{line}; {crossing.mapping} maps them {where}{sent}"

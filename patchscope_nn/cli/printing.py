@@ -30,12 +30,12 @@ def out(text: str) -> None:
 
 
 def note(text: str) -> None:
-    """Print something that is no result."""
+    """Print a message that is not a result."""
     sys.stderr.write(f"{text}\n")
 
 
 def caution(text: str) -> None:
-    """Print what a researcher should know of a result."""
+    """Print a note that matters for interpreting a result."""
     note(f"note: {text}")
 
 
@@ -45,18 +45,17 @@ def out_json(value: Any) -> None:
 
 
 def print_error(error: PatchscopeError, *, as_json: bool) -> None:
-    """Print an error of the package: what was wrong, and what to do."""
+    """Print an error of the package and its hint."""
     if as_json:
-        found = error.problems if isinstance(error, SpecError) else ()
-        said = {"error": error.message, "hint": error.hint, "problems": [asdict(one) for one in found]}
-        out_json(said)
+        problems = [asdict(problem) for problem in error.problems] if isinstance(error, SpecError) else []
+        out_json({"error": error.message, "hint": error.hint, "problems": problems})
     else:
         note(f"error: {error.message}" + (f"\n  hint: {error.hint}" if error.hint else ""))
 
 
 @contextmanager
 def waiting(what: str, *, quiet: bool) -> Iterator[None]:
-    """Say what takes its time."""
+    """Show a status line on a terminal while the block runs."""
     if quiet or not sys.stderr.isatty():
         yield
         return
@@ -67,34 +66,34 @@ def waiting(what: str, *, quiet: bool) -> Iterator[None]:
 
 
 class Progress:
-    """A bar on a terminal; elsewhere a plain line every few seconds.
+    """Show progress: a bar on a terminal, elsewhere a plain line every few seconds.
 
     Args:
-        what: What is being done.
+        what: The name of the task.
         quiet: Print nothing.
-        unit: What is counted.
+        unit: The name of the things that are counted.
     """
 
     def __init__(self, what: str, *, quiet: bool, unit: str = "cells") -> None:
         self.what, self.quiet, self.unit = what, quiet, unit
         self._bar: Any = None
         self._line = ""
-        self._started = self._said = time.monotonic()
+        self._started = self._last_note = time.monotonic()
 
     def __call__(self, done: int, total: int) -> None:
-        """Show that `done` of `total` are done."""
+        """Show that `done` of `total` units are done."""
         if self.quiet:
             return
         if sys.stderr.isatty():
             self._show(done, total)
             return
         now = time.monotonic()
-        if done == total or now - self._said >= _PLAIN_EVERY_S:
-            self._said = now
+        if done == total or now - self._last_note >= _PLAIN_EVERY_S:
+            self._last_note = now
             note(f"{self.what}: {done} of {total} {self.unit}, {now - self._started:.0f} s")
 
     def tell(self, line: str) -> None:
-        """Say what the jobs on a server do: in the bar, or elsewhere as a line of its own."""
+        """Show the state of the jobs on a server, in the bar or as a separate line."""
         if self.quiet or line == self._line:
             return
         self._line = line
@@ -119,7 +118,7 @@ class Progress:
 
 
 def grid(*headers: str, title: str | None = None) -> Any:
-    """A table without lines, with these headers and no row yet."""
+    """Return an empty table without lines, with these headers."""
     from rich.table import Table
 
     table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
@@ -128,93 +127,99 @@ def grid(*headers: str, title: str | None = None) -> Any:
     return table
 
 
-def show(*things: Any) -> None:
-    """Print texts and tables, as wide as the terminal is."""
+def show(*renderables: Any) -> None:
+    """Print texts and tables, fitted to the width of the terminal."""
     from rich.console import Console
 
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
-    for thing in things:
-        console.print(thing, markup=False)
+    for renderable in renderables:
+        console.print(renderable, markup=False)
 
 
-def mean_text(found: Mapping[str, Any] | None, *, sign: str = "") -> str:
-    """A mean with its interval, of which a single row has none; `sign` is that of a format."""
+def mean_text(summary: Mapping[str, Any] | None, *, sign: str = "") -> str:
+    """Format a mean with its interval, which is missing for a single row; `sign` is as in a format spec."""
     from patchscope_nn.analysis.statistics import is_null
 
-    if found is None or is_null(found["mean"]):
+    if summary is None or is_null(summary["mean"]):
         return ""
-    low, high = found["low"], found["high"]
+    low, high = summary["low"], summary["high"]
     spread = "" if is_null(low) else f" [{low:{sign}.2f}, {high:{sign}.2f}]"
-    return f"{found['mean']:{sign}.2f}{spread}"
+    return f"{summary['mean']:{sign}.2f}{spread}"
 
 
 def _cell(text: str) -> Any:
-    """Model text for a terminal: nothing of it is markup, and control characters are shown, not obeyed."""
+    """Prepare generated text for a terminal: without markup, and with control characters made visible."""
     from rich.text import Text
 
-    shown = "".join(
+    visible = "".join(
         char if char.isprintable() else {"\n": "⏎", "\t": "→"}.get(char, f"\\x{ord(char):02x}")
         for char in text
     )
-    return Text(shown)
+    return Text(visible)
 
 
 def print_look(look: Look, *, as_json: bool) -> None:
-    """Print a quick look: the unpatched control on top, then layer by layer."""
+    """Print the result of `explain`: the unpatched control, then layer by layer."""
     if as_json:
         out_json(asdict(look))
         return
-    same = all(one.layer == one.target_layer for one in look.says)
+    same = all(entry.layer == entry.target_layer for entry in look.says)
     table = grid("layer" if same else "layer -> layer", "the model says it is", "next token", "p")
-    for one in look.says:
-        if one.layer is None:
+    for entry in look.says:
+        if entry.layer is None:
             name = "unpatched"
         else:
-            layer = "embed" if one.layer < 0 else str(one.layer)
-            name = layer if same else f"{layer} -> {one.target_layer}"
-        style = "dim" if one.layer is None else None
-        said = _cell(one.error or one.text.strip(" :\n") or "…")
-        probability = "" if one.probability is None else f"{one.probability:.2f}"
-        table.add_row(name, said, _cell(one.next_token), probability, style=style)
-    where = ", ".join(f"{at} {token!r}" for at, token in zip(look.position, look.token, strict=True))
-    show(_cell(f"{look.model} on {look.prompt!r}, token {where}"), "", table)
+            layer = "embed" if entry.layer < 0 else str(entry.layer)
+            name = layer if same else f"{layer} -> {entry.target_layer}"
+        style = "dim" if entry.layer is None else None
+        description = _cell(entry.error or entry.text.strip(" :\n") or "…")
+        probability = "" if entry.probability is None else f"{entry.probability:.2f}"
+        table.add_row(name, description, _cell(entry.next_token), probability, style=style)
+    tokens = ", ".join(
+        f"{position} {token!r}" for position, token in zip(look.position, look.token, strict=True)
+    )
+    show(_cell(f"{look.model} on {look.prompt!r}, token {tokens}"), "", table)
 
 
 def print_recipes(counted: Sequence[tuple[Recipe, Cost | str]], *, as_json: bool) -> None:
-    """Print the recipes that ship, each with its cost, or with why that cannot be counted."""
+    """Print the included recipes, each with its cost or the reason why it cannot be counted."""
     if as_json:
-        out_json([_counted(*one) for one in counted])
+        out_json([_counted(recipe, cost) for recipe, cost in counted])
         return
-    table = grid("name", "what it asks", "from", "rows", "cells", "decoded")
+    table = grid("name", "question", "paper", "rows", "cells", "decoded")
     for column in table.columns[3:]:
         column.justify, column.no_wrap = "right", True
-    for one, cost in counted:
+    for recipe, cost in counted:
         numbers = ("?",) * 3 if isinstance(cost, str) else (f"{number:,}" for number in cost[:3])
         fits = " (a mapping is fitted first)" if not isinstance(cost, str) and cost.fits else ""
-        table.add_row(one.name, one.title + fits, one.paper or "", *numbers)
-    show(table, "", "data rows, cells and the most decoded tokens of the whole recipe; --limit takes fewer")
-    for why in dict.fromkeys(cost for _, cost in counted if isinstance(cost, str)):
-        show(f"?: {why}")
+        table.add_row(recipe.name, recipe.title + fits, recipe.paper or "", *numbers)
+    show(
+        table,
+        "",
+        "data rows, cells and maximum of decoded tokens of the whole recipe; --limit uses fewer rows",
+    )
+    for reason in dict.fromkeys(cost for _, cost in counted if isinstance(cost, str)):
+        show(f"?: {reason}")
 
 
 def _counted(recipe: Recipe, cost: Cost | str) -> dict[str, Any]:
-    said = {"name": recipe.name, "title": recipe.title, "paper": recipe.paper, "model": recipe.model}
+    record = {"name": recipe.name, "title": recipe.title, "paper": recipe.paper, "model": recipe.model}
     if isinstance(cost, str):
-        return said | {"cost": None, "uncounted": cost}
-    return said | {"cost": cost._asdict()}
+        return record | {"cost": None, "uncounted": cost}
+    return record | {"cost": cost._asdict()}
 
 
-def print_problems(found: Mapping[str, Sequence[Problem]], *, as_json: bool) -> None:
+def print_problems(by_file: Mapping[str, Sequence[Problem]], *, as_json: bool) -> None:
     """Print the problems of recipe files, as `file:line: field: message`."""
     if as_json:
-        out_json({file: [asdict(one) for one in problems] for file, problems in found.items()})
+        out_json({file: [asdict(problem) for problem in problems] for file, problems in by_file.items()})
         return
-    for file, problems in found.items():
+    for file, problems in by_file.items():
         if not problems:
             out(f"{file}: ok")
-        for one in problems:
-            line = f":{one.line}" if one.line is not None else ""
-            out(f"{file}{line}: {one.field + ': ' if one.field else ''}{one.message}")
+        for problem in problems:
+            line = f":{problem.line}" if problem.line is not None else ""
+            out(f"{file}{line}: {problem.field + ': ' if problem.field else ''}{problem.message}")
 
 
 def print_jobs(jobs: Sequence[Job], *, as_json: bool) -> None:
@@ -224,19 +229,19 @@ def print_jobs(jobs: Sequence[Job], *, as_json: bool) -> None:
         return
     table = grid("job", "server", "cells", "sent", "state", "")
     for job in jobs:
-        said = job.said.strip().splitlines()
-        last = said[-1] if said else ""
+        messages = job.said.strip().splitlines()
+        last = messages[-1] if messages else ""
         table.add_row(job.id, job.host, str(len(job.cells)), job.sent, job.state, _cell(last))
     show(table if jobs else "This run sent no jobs.")
 
 
 def print_findings(findings: Sequence[Finding], *, verdict: Verdict | None, as_json: bool) -> None:
-    """Print what the doctor found, and the verdict of a model's proof."""
+    """Print the doctor's findings, and the verdict of a model's proof."""
     if as_json:
         proof = {} if verdict is None else {"proof": verdict.dump()}
         out_json([finding._asdict() | (proof if finding.what == "model" else {}) for finding in findings])
         return
-    table = grid("", "what", "found", "what mends it")
+    table = grid("", "check", "found", "how to fix it")
     for finding in findings:
         table.add_row(finding.state, finding.what, _cell(finding.found), finding.mend)
     show(table)
@@ -245,7 +250,7 @@ def print_findings(findings: Sequence[Finding], *, verdict: Verdict | None, as_j
 
 
 def _proof_table(verdict: Verdict) -> Any:
-    """What the proof compared, with differences in standard deviations of the logits."""
+    """Return the table of the proof's comparisons; differences are in standard deviations of the logits."""
     table = grid("compared with plain hooks", "blocks", "tokens", "difference", "rounding", "outcome")
     for what, blocks, tokens, *differences, outcome in verdict.comparisons:
         error, tolerance = (f"{number:.1e}" for number in differences)
@@ -254,7 +259,7 @@ def _proof_table(verdict: Verdict) -> Any:
 
 
 def print_report(pages: Sequence[Path], *, figures: Sequence[Path], as_json: bool) -> None:
-    """Print where a report is, those of an experiment's methods, and the figures that were asked for."""
+    """Print the paths of a report, of the reports of an experiment's methods, and of figures."""
     if as_json:
         first, *others = map(str, pages)
         methods = {"methods": others} if others else {}

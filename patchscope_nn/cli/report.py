@@ -1,4 +1,4 @@
-"""The command that builds reports again, and writes figures for a paper."""
+"""The command that rebuilds reports, and writes figures for a paper."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from patchscope_nn.cli import options, printing
 
 def report(
     folder: Annotated[
-        Path, typer.Argument(metavar="RUN", help="A run folder, finished or not, or an experiment's.")
+        Path, typer.Argument(metavar="RUN", help="The folder of a run, finished or not, or of an experiment.")
     ],
     *,
     figures: options.Figures = None,
     json: options.Json = False,
 ) -> None:
-    """Build the HTML report of a run, or of an experiment with all its methods, again."""
+    """Rebuild the HTML report of a run. For an experiment, also rebuild the reports of its methods."""
     from patchscope_nn.runs.experiments import Experiment, open_finished
 
     finished = open_finished(folder)
     pages = [finished.report()]
     if isinstance(finished, Experiment):
-        pages += [one.report() for one in finished.values()]
+        pages += [run.report() for run in finished.values()]
     files = [] if figures is None else finished.save_figures(figures)
     printing.print_report(pages, figures=files, as_json=json)

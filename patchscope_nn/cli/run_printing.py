@@ -1,4 +1,4 @@
-"""What the command line prints of a run: its means, and where it is."""
+"""Printing of a finished run: its means and its folder."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ _MOST_ERRORS = 5
 
 
 def print_run(run: Run, *, as_json: bool) -> None:
-    """Print what a run found, and where it is."""
+    """Print a run's means, its errors, and the paths of its folder and report."""
     report = run.path / "report.html" if run.path else None
-    shown = str(report) if report and report.exists() else None
+    report_path = str(report) if report and report.exists() else None
     if as_json:
         summary = json.loads(run.summary().to_json(orient="records")) if run.metrics else []
         out_json(
             {
                 "folder": str(run.path),
-                "report": shown,
+                "report": report_path,
                 "cells": len(run.rows),
                 "failed": sum(_errors(run).values()),
                 "hash": run.manifest["hash"],
@@ -39,25 +39,27 @@ def print_run(run: Run, *, as_json: bool) -> None:
     show("", f"{len(run.rows)} cells in {run.path}")
     errors = _errors(run).most_common()
     for error, count in errors[:_MOST_ERRORS]:
-        show(f"{count} of them without numbers, which no mean counts: {error}")
+        show(f"{count} of them have no numbers and are left out of means: {error}")
     if len(errors) > _MOST_ERRORS:
         show(f"{sum(count for _, count in errors[_MOST_ERRORS:])} of them have other errors; see the table.")
-    show(f"report: {shown}" if shown else "no report: pip install 'patchscope-nn[report]'")
+    show(f"report: {report_path}" if report_path else "no report: pip install 'patchscope-nn[report]'")
 
 
 def _errors(run: Run) -> Counter[str]:
-    """The number of cells with each error."""
+    """Count the cells with each error."""
     return Counter(row["error"] for row in run.rows if row["error"] is not None)
 
 
 def _summary(run: Run) -> Iterator[Any]:
-    """Scales and layers down; the first metric beside its controls, the others alone (the report has all).
+    """Yield a table with a line for each scale and layer, and a line of text for controls without a layer.
 
-    A control that has no layer, such as `unpatched`, stands below, where the others have one.
+    The table has the first metric with its controls, and the other metrics without (the report has all).
     """
-    found = json.loads(run.summary(by_source=True).to_json(orient="records"))
+    summary = json.loads(run.summary(by_source=True).to_json(orient="records"))
     axis = "target_layer" if "source_layer" in run.best_over else "source_layer"
-    means = {((one.get("scale"), one[axis]), one["metric"], one["control"]): one for one in found}
+    means = {
+        ((entry.get("scale"), entry[axis]), entry["metric"], entry["control"]): entry for entry in summary
+    }
     whole = (None, None)
     places = sorted({place for place, *_ in means} - {whole}, key=_order) or [whole]
     layered = {control for place, _, control in means if place in places} | {"patched"}
@@ -66,7 +68,7 @@ def _summary(run: Run) -> Iterator[Any]:
     columns += [(metric, "patched") for metric in run.metrics[1:]]
     headers = [f"{metric if control == 'patched' else ''}\n{control}" for metric, control in columns]
     best = f", best over {' and '.join(run.best_over).replace('_', ' ')}" if run.best_over else ""
-    n_rows = max((one["n_rows"] for one in found), default=0)
+    n_rows = max((entry["n_rows"] for entry in summary), default=0)
     over = f"mean over {n_rows} data rows with 95 % intervals{best}, by {axis.replace('_', ' ')}"
     title = f"{run.manifest['recipe']['title']}\n{over}\n"
     scaled = any(scale is not None for scale, _ in places)
@@ -76,11 +78,13 @@ def _summary(run: Run) -> Iterator[Any]:
         line = [means.get(((scale, layer), *column)) for column in columns]
         table.add_row(*([f"{scale:g}"] if scaled else []), name, *map(mean_text, line))
     yield table
-    flat = [one for one in found if one["metric"] == run.metrics[0] and one["control"] not in layered]
+    flat = [
+        entry for entry in summary if entry["metric"] == run.metrics[0] and entry["control"] not in layered
+    ]
     if flat:
-        said = ", ".join(f"{one['control']} {mean_text(one)}" for one in flat)
-        yield f"\n{run.metrics[0]} without a state: {said}"
+        controls_text = ", ".join(f"{entry['control']} {mean_text(entry)}" for entry in flat)
+        yield f"\n{run.metrics[0]} without a state: {controls_text}"
 
 
 def _order(place: tuple[Any, ...]) -> tuple[float, ...]:
-    return tuple(float("-inf") if one is None else one for one in place)
+    return tuple(float("-inf") if value is None else value for value in place)

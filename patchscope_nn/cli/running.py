@@ -33,7 +33,7 @@ def run(
     json: options.Json = False,
     log_level: options.Level = LogLevel.warning,  # noqa: ARG001 (acted on by its callback)
 ) -> None:
-    """Run a recipe. The same command again resumes it, and computes no finished cell twice."""
+    """Run a recipe. The same command resumes an interrupted run; finished cells are not run again."""
     prepared = _prepare(recipe, models, sets=sets, limit=limit, quiet=json)
     from patchscope_nn.backends.ndif.job_size import JOBS
     from patchscope_nn.runs.execute import Execution
@@ -50,11 +50,11 @@ def run(
         notice=progress.tell,
         command=command,
     )
-    fitted = {name: _fitted(one, command=command, quiet=json) for name, one in prepared.runs.items()}
+    fitted = {name: _fitted(method, command=command, quiet=json) for name, method in prepared.runs.items()}
     try:
         finished = run_prepared(replace(prepared, runs=fitted), execution, out=folder)
     except KeyboardInterrupt:
-        printing.note(f"\nInterrupted. What is done is kept in {folder}; go on with:\n  {command}")
+        printing.note(f"\nInterrupted. Finished cells are kept in {folder}; continue with:\n  {command}")
         for run_folder in prepared.folders(folder).values():
             _leave_or_cancel(run_folder)
         raise typer.Exit(_INTERRUPTED) from None
@@ -80,7 +80,7 @@ def plan(
     json: options.Json = False,
     log_level: options.Level = LogLevel.warning,  # noqa: ARG001 (acted on by its callback)
 ) -> None:
-    """Show what would run, before it runs: contexts, passes, rows and tokens."""
+    """Show what a recipe would run. Prints contexts, passes, rows and tokens; no cell is computed."""
     prepared = _prepare(recipe, models, sets=sets, limit=limit, quiet=json)
     from patchscope_nn.backends.crossing import traffic
     from patchscope_nn.cli.plan_printing import Planned, print_plans
@@ -90,11 +90,11 @@ def plan(
     folders = prepared.folders(prepared.default_folder)
     planned = {}
     for name, method in prepared.runs.items():
-        made = plan_run(method, execution)
+        method_plan = plan_run(method, execution)
         planned[name] = Planned(
-            plan=made,
+            plan=method_plan,
             mapping=method.mapping,
-            crossing=traffic(made, method.mapping),
+            crossing=traffic(method_plan, method.mapping),
             folder=folders[name],
         )
     print_plans(planned, as_json=json)
@@ -103,7 +103,7 @@ def plan(
 def _prepare(
     recipe: str, models: groups.Models, *, sets: list[str] | None, limit: int | None, quiet: bool
 ) -> Prepared:
-    """Read a recipe and prepare it, and print what a researcher should know of its mappings."""
+    """Read and prepare a recipe, and print the notices about its mappings."""
     from patchscope_nn.recipe import find, load_recipe
 
     parsed = load_recipe(recipe, sets=sets or ())
@@ -120,7 +120,7 @@ def _prepare(
 
 
 def _fitted(prepared: PreparedRun, *, command: str, quiet: bool) -> PreparedRun:
-    """The run with its mapping fitted, where that is still to be done, with a bar of its own."""
+    """Fit the run's mapping with its own progress bar, if it is not fitted yet."""
     from patchscope_nn.runs.execute import fit_first
 
     if prepared.fit is None or prepared.fit.done:
@@ -130,24 +130,24 @@ def _fitted(prepared: PreparedRun, *, command: str, quiet: bool) -> PreparedRun:
 
 
 def _leave_or_cancel(folder: Path) -> None:
-    """Ask what becomes of the jobs that are on their way; where nobody can answer they are left."""
+    """Ask whether to leave or cancel unfinished jobs; without a terminal they are left on the server."""
     from patchscope_nn.backends.ndif.job_log import JobLog
 
     job_log = JobLog(folder)
     live = len(job_log.live())
     if live and sys.stdin.isatty() and _wants_cancel(live):
         job_log.drop()
-        printing.note("Cancelled: their results will not be fetched. (A server that has begun one ends it.)")
+        printing.note("Cancelled: their results will not be fetched. (A running job still runs to its end.)")
     elif live:
-        printing.note(f"{live} jobs are left on their server; the same command fetches them.")
+        printing.note(f"{live} jobs are left on the server; the same command fetches their results.")
 
 
 def _wants_cancel(live: int) -> bool:
-    asked = f"{live} jobs are on their way. Leave them, to be fetched by the same command, or cancel them?"
+    question = f"{live} jobs are unfinished. Leave them, to be fetched by the same command, or cancel them?"
     while True:
         try:
-            answer = typer.prompt(f"{asked} [leave/cancel]", default="leave", err=True).lower()
-        except (KeyboardInterrupt, typer.Abort):  # Ctrl-C again, or the end of the input
+            answer = typer.prompt(f"{question} [leave/cancel]", default="leave", err=True).lower()
+        except (KeyboardInterrupt, typer.Abort):  # Ctrl-C again, or end of input
             return False
         if answer and "leave".startswith(answer):
             return False

@@ -1,9 +1,9 @@
-"""What is made of a cell's readout: derived columns, then metrics, one number each. Pure; no torch.
+"""Derived columns and metrics, which are computed from each cell's readout. Pure functions; no torch.
 
-registry.py   what a metric is, and how recipes and scripts name one
-values.py     the metrics that ship, each with its source; a new metric goes there
-columns.py    users' columns, which run after the readout and before the metrics
-evaluate.py   whether these fit a run, and computing them
+registry.py   what a metric is, and how recipes and scripts name metrics
+values.py     the included metrics, each with its source; new metrics go there
+columns.py    users' columns, computed after the readout and before the metrics
+evaluate.py   checks whether columns and metrics fit a run, and computes them
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Derived columns: functions that run after the readout and before the metrics, which may read their values.
+"""Derived columns: functions that run after the readout and before the metrics, which can read their values.
 
     @ps.column
     def first_word(columns, row) -> str:
         return columns["text"].split()[0]
 
-The annotation of what it returns is the column's type: `str` (also without one), `float`, `int` or `bool`, or
-a `list` of texts or numbers. None is a missing value.
+The return annotation is the column's type: `str` (also the default), `float`, `int`, `bool`, or a `list` of
+texts or numbers. None is a missing value.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ _TYPES: dict[ColumnType, Any] = {"text": str, "number": (int, float), "texts": s
 
 @dataclass(frozen=True, kw_only=True)
 class Column:
-    """A derived column. It is called like the function it was made of.
+    """A derived column. It can be called like its function.
 
     Attributes:
         name: Its name in the table.
-        kind: `text`, `number`, `texts` or `numbers`; the last two are lists.
-        compute: Takes a cell's columns and its data row; returns the value, or None.
-        digest: Hex digest of its code.
+        kind: `text`, `number`, `texts` or `numbers`; the last two are for lists.
+        compute: The function; it takes a cell's columns and its data row, and returns the value or None.
+        digest: Hex digest of the function's code.
     """
 
     name: str
@@ -59,29 +59,29 @@ class Column:
     digest: str
 
     def __call__(self, columns: Mapping[str, Any], row: Mapping[str, Any]) -> Any:
-        """The value of one cell."""
+        """Compute the value for one cell."""
         return self.compute(columns, row)
 
     def check(self, value: Any) -> Any:
-        """A value as the table holds it: numbers as floats.
+        """Check a value, and return it in the form that tables hold: numbers as floats.
 
         Raises:
-            TypeError: It is not of the column's kind.
+            TypeError: The value is not of the column's kind.
         """
         value = plain(value)
         if value is None:
             return None
         items = value if self.kind in ("texts", "numbers") else [value]
         if not isinstance(items, list | tuple) or not all(
-            isinstance(one, _TYPES[self.kind]) for one in items
+            isinstance(item, _TYPES[self.kind]) for item in items
         ):
             raise TypeError(
-                f"it returned {shown(value)}, which is not a {self.kind}; annotate what it returns, for "
-                f"example -> {type(value).__name__}"
+                f"it returned {shown(value)}, which is not a {self.kind}; annotate the return type, "
+                f"for example -> {type(value).__name__}"
             )
         if self.kind in ("text", "texts"):
             return list(items) if self.kind == "texts" else value
-        return [float(one) for one in items] if self.kind == "numbers" else float(value)
+        return [float(item) for item in items] if self.kind == "numbers" else float(value)
 
 
 class ColumnUse(NamedTuple):
@@ -89,8 +89,8 @@ class ColumnUse(NamedTuple):
 
     Attributes:
         name: Its name.
-        function: `module:name` where it is named so; it is imported when a run is prepared.
-        column: The column; None while `function` is not imported.
+        function: `module:name`, if it is named this way; it is imported when a run is prepared.
+        column: The column; None until `function` is imported.
     """
 
     name: str
@@ -98,7 +98,7 @@ class ColumnUse(NamedTuple):
     column: Column | None = None
 
     def dump(self) -> Any:
-        """The form YAML holds: the name, or `{function: module:name}`."""
+        """Return the form for YAML: the name, or `{function: module:name}`."""
         return {"function": self.function} if self.function else self.name
 
 
@@ -106,7 +106,7 @@ def _adopt(name: str, loaded: Any) -> Column:
     return as_column(loaded, name=name)
 
 
-#: The columns that are registered or brought by packages. None ships.
+#: The columns that are registered or offered by packages. None is included.
 COLUMNS: Registry[Column] = Registry("patchscope_nn.columns", noun="column", entries={}, adopt=_adopt)
 
 
@@ -121,30 +121,30 @@ def column(
     """Register a function as a column that recipes and scripts can name; used as a decorator.
 
     Args:
-        function: A function `(columns, row)`; `columns` has the cell's places, what its readout gave and the
-            columns before it, `row` the columns of its data row.
-        name: Its name; None takes the function's.
+        function: A function `(columns, row)`. `columns` has the cell's place in the sweep, its readout's
+            columns and the derived columns before this one; `row` is the data row.
+        name: The column's name; None uses the function's.
 
     Returns:
         The column, which can still be called like the function.
 
     Raises:
-        InputError: The name is taken or cannot be a column's, or the function is not as it should be.
+        InputError: The name is taken or not valid, or the function does not take (columns, row).
     """
 
     def register(function: Callable[..., Any]) -> Column:
-        made = as_column(function, name=name)
-        COLUMNS.register(made.name, made, home=reference_of(function))
-        return made
+        derived = as_column(function, name=name)
+        COLUMNS.register(derived.name, derived, home=reference_of(function))
+        return derived
 
     return decorate(function, register)
 
 
 def as_column(function: Any, *, name: str | None = None) -> Column:
-    """A column made of a function, without registering it.
+    """Make a column from a function, without registering it.
 
     Raises:
-        ValueError: The name cannot be a column's, or the function is not as it should be.
+        ValueError: The name is not a valid column name, or the function does not take (columns, row).
     """
     if isinstance(function, Column):
         return function if name in (None, function.name) else replace(function, name=str(name))
@@ -161,13 +161,11 @@ def as_column(function: Any, *, name: str | None = None) -> Column:
 
 
 def _kind(function: Any, name: str) -> ColumnType:
-    """The type a function says it returns; a text where it says nothing."""
+    """Return the column type for a function's return annotation; without an annotation it is text."""
     try:
         returned = typing.get_type_hints(function).get("return", str)
-    except (
-        NameError,
-        TypeError,
-    ):  # an annotation that only a type checker can read, or an object without any
+    except (NameError, TypeError):
+        # An annotation that only a type checker can evaluate, or an object without annotations.
         returned = str
     parts = [part for part in typing.get_args(returned) if part is not NoneType]
     if NoneType in typing.get_args(returned) and len(parts) == 1:
@@ -185,17 +183,17 @@ def parse_column(value: Any) -> ColumnUse:
         value: A name, `{function: module:name}`, a function, a `Column` or a `ColumnUse`.
 
     Returns:
-        The column as it is used. One given as `{function: ...}` is not imported yet.
+        The column. If it is given as `{function: ...}`, its function is not imported yet.
 
     Raises:
-        ValueError: It is none of these, or there is no such column.
+        ValueError: The value has none of these forms, or there is no column of this name.
     """
     if isinstance(value, ColumnUse):
         return value
     if callable(value):
-        made = as_column(value)
-        function = "" if COLUMNS.entries.get(made.name) == made else reference_of(made.compute)
-        return ColumnUse(made.name, function, made)
+        derived = as_column(value)
+        function = "" if COLUMNS.entries.get(derived.name) == derived else reference_of(derived.compute)
+        return ColumnUse(derived.name, function, derived)
     if isinstance(value, str):
         return ColumnUse(value, column=COLUMNS.find(value))
     if isinstance(value, Mapping) and set(value) == {"function"} and isinstance(value["function"], str):
@@ -205,10 +203,10 @@ def parse_column(value: Any) -> ColumnUse:
 
 
 def resolve_column(use: ColumnUse) -> ColumnUse:
-    """A column whose function is imported.
+    """Import a column's function, if it is not imported yet.
 
     Raises:
-        ValueError: It cannot be imported, or is not a function of (columns, row).
+        ValueError: The function cannot be imported, or does not take (columns, row).
     """
     if use.column is not None:
         return use

@@ -1,4 +1,4 @@
-"""Columns and metrics of a cell: whether they fit a run, and computing them so that no error stops it."""
+"""Checking that columns and metrics fit a run, and computing them for a cell without stopping at errors."""
 
 from __future__ import annotations
 
@@ -17,67 +17,67 @@ _EXAMPLES = {"reference": ", for example reference: source"}
 
 
 def check_metrics(uses: Sequence[MetricUse], readout: Readout) -> list[str]:
-    """Why metrics cannot be computed on a readout; empty where they can.
+    """List the reasons why metrics cannot be computed on a readout; empty if they can.
 
     Args:
-        uses: The metrics; one that is not imported yet is passed over.
+        uses: The metrics; those that are not imported yet are skipped.
         readout: The readout.
     """
-    found = []
+    problems = []
     for use in uses:
         metric = use.metric
         if metric is None:
             continue
         if metric.readout not in (None, readout.name):
-            found.append(f"{use.name} reads {metric.readout}, and the readout is {readout.name}")
+            problems.append(f"{use.name} reads {metric.readout}, and the readout is {readout.name}")
         elif metric.needs is not None and not getattr(readout, metric.needs, None):
             how = _EXAMPLES.get(metric.needs, ": true")
-            found.append(f"{use.name} needs readout.{readout.name}.{metric.needs}{how}")
-    return found
+            problems.append(f"{use.name} needs readout.{readout.name}.{metric.needs}{how}")
+    return problems
 
 
 def check_names(
     columns: Sequence[ColumnUse], uses: Sequence[MetricUse], *, taken: Sequence[str]
 ) -> list[str]:
-    """Why the names of users' columns and metrics cannot be columns of a run's table; empty where they can.
+    """List users' columns and metrics whose names are taken by columns of a run's table; empty if none is.
 
     Args:
-        columns: The columns that are derived from a readout's.
+        columns: The derived columns.
         uses: The metrics.
         taken: The table's other columns.
     """
     derived = [use.name for use in columns]
-    found = [f"column {name!r} has the name of a column of the table" for name in derived if name in taken]
+    problems = [f"column {name!r} has the name of a column of the table" for name in derived if name in taken]
     own = [use.name for use in uses if use.metric is not None and use.metric.digest]
-    return found + [
+    return problems + [
         f"metric {name!r} has the name of a column of the table" for name in own if name in (*taken, *derived)
     ]
 
 
 def check_columns(uses: Sequence[MetricUse], rows: Sequence[Mapping[str, Any]]) -> None:
-    """Check that every data row has the columns the metrics read.
+    """Check that every data row has the columns that the metrics read.
 
     Raises:
-        DataError: A parameter names a column that a row does not have.
+        DataError: A parameter names a column that is missing in a row.
     """
     for use in uses:
         for name, column in use.parameters:
             for number, row in enumerate(rows):
                 if column not in row:
-                    near = did_you_mean(column, list(row))
+                    suggestion = did_you_mean(column, list(row))
                     raise DataError(
                         f"metrics.{use.name}.{name}={column!r} is not a column of data row {number}.",
-                        hint=f"A metric's parameter names a column of the data. {near} A text that is the "
-                        f"same for every row is a column, too: data: {{rows: [{{{name}: {column}}}]}}, and "
-                        f"{use.name}: {{{name}: {name}}}.",
+                        hint=f"A metric's parameter names a column of the data. {suggestion} A text that is "
+                        "the same for every row must be a column, too: "
+                        f"data: {{rows: [{{{name}: {column}}}]}}, and {use.name}: {{{name}: {name}}}.",
                     )
 
 
 class Computed(NamedTuple):
-    """What was computed of one cell.
+    """The columns or metrics computed for one cell.
 
     Attributes:
-        values: The value of each column or metric by name; None where there is none.
+        values: The value of each column or metric by name; None if there is none.
         problems: A sentence for each function that failed.
     """
 
@@ -86,7 +86,7 @@ class Computed(NamedTuple):
 
 
 def compute_metrics(uses: Sequence[MetricUse], columns: Columns, row: Mapping[str, Any]) -> Computed:
-    """The metrics of one cell.
+    """Compute the metrics of one cell.
 
     Args:
         uses: The metrics, resolved.
@@ -94,7 +94,7 @@ def compute_metrics(uses: Sequence[MetricUse], columns: Columns, row: Mapping[st
         row: Its data row.
 
     Returns:
-        A finite number or None for each metric; the value of one that fails is None.
+        A finite number or None for each metric; a metric that fails has None.
     """
     calls = {
         use.name: _Call("metric", use.metric.compute, _number, dict(use.parameters))
@@ -105,11 +105,11 @@ def compute_metrics(uses: Sequence[MetricUse], columns: Columns, row: Mapping[st
 
 
 def compute_columns(uses: Sequence[ColumnUse], columns: Columns, row: Mapping[str, Any]) -> Computed:
-    """The derived columns of one cell, each of which may read those before it.
+    """Compute the derived columns of one cell. Each can read the derived columns before it.
 
     Args:
         uses: The columns, resolved.
-        columns: The cell's places, and what its readout gave.
+        columns: The cell's place in the sweep, and its readout's columns.
         row: Its data row.
     """
     values: dict[str, Any] = {}
@@ -124,7 +124,7 @@ def compute_columns(uses: Sequence[ColumnUse], columns: Columns, row: Mapping[st
 
 
 class _Call(NamedTuple):
-    """A user's function, what checks its value, and its parameters."""
+    """A user's function, the check of its value, and its parameters."""
 
     noun: str
     function: Callable[..., Any]
@@ -133,7 +133,7 @@ class _Call(NamedTuple):
 
 
 def _compute(calls: Mapping[str, _Call], columns: Columns, row: Mapping[str, Any]) -> Computed:
-    # A function may not change what others read, nor what is written.
+    # Functions must not change the values that other functions read or that are written to the table.
     read_only = MappingProxyType(dict(columns)), MappingProxyType(dict(row))
     values: dict[str, Any] = dict.fromkeys(calls)
     problems = []
@@ -146,11 +146,11 @@ def _compute(calls: Mapping[str, _Call], columns: Columns, row: Mapping[str, Any
 
 
 def _number(value: Any) -> float | None:
-    """A metric's value as a float; a boolean counts as 0 or 1.
+    """Convert a metric's value to a float; a boolean becomes 0 or 1.
 
     Raises:
-        TypeError: It is neither a number nor None.
-        ValueError: It is not finite.
+        TypeError: The value is neither a number nor None.
+        ValueError: The value is not finite.
     """
     if value is None or (type(value) is float and math.isfinite(value)):
         return value
@@ -158,23 +158,25 @@ def _number(value: Any) -> float | None:
     if not isinstance(number, int | float):
         raise TypeError(f"it returned {shown(value)}, which is not a number; return a number or None")
     if not math.isfinite(number):
-        raise ValueError(f"it returned {number}; return a finite number, or None where there is none")
+        raise ValueError(f"it returned {number}; return a finite number, or None if there is none")
     return float(number)
 
 
-#: How many data rows a manifest keeps the reference texts of, and the longest text.
-_ROWS, _LIMIT = 24, 1000
+#: A manifest keeps the reference texts of this many data rows, up to this many characters each.
+_MAX_ROWS, _MAX_CHARACTERS = 24, 1000
 
 
 def references(uses: Sequence[MetricUse], rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-    """The texts that metrics compare with, for the first data rows; a report shows them beside the answers.
+    """Collect the texts that metrics compare with, for the first data rows; reports show them.
 
     Args:
         uses: The metrics.
         rows: The data rows.
 
     Returns:
-        For each of the first rows the columns that are parameters of a metric; empty where there are none.
+        For each of the first rows, the columns that are parameters of a metric; empty if there are none.
     """
     columns = dict.fromkeys(column for use in uses for _, column in use.parameters)
-    return [{name: str(row[name])[:_LIMIT] for name in columns} for row in rows[:_ROWS]] if columns else []
+    if not columns:
+        return []
+    return [{name: str(row[name])[:_MAX_CHARACTERS] for name in columns} for row in rows[:_MAX_ROWS]]

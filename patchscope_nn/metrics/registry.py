@@ -1,12 +1,12 @@
-"""The registry of metrics: what a metric is, and how a recipe or a script names one.
+"""The registry of metrics: what a metric is, and how recipes and scripts name metrics.
 
-A metric is a function of a cell's columns and its data row. It returns a number, or None where there is none:
+A metric is a function of a cell's columns and its data row. It returns a number, or None if there is none:
 
     @ps.metric(readout="generate", title="Words")
     def words(columns, row):
         return len(columns["text"].split())
 
-A keyword-only argument without a default is a parameter; a recipe gives it the name of a data column.
+A keyword-only argument without a default is a parameter. A recipe sets it to the name of a data column.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ Compute: TypeAlias = Callable[..., float | None]
 
 @dataclass(frozen=True, kw_only=True)
 class MetricInfo:
-    """What figures and comparisons need to know of a metric; a run's manifest holds it.
+    """What figures and comparisons need to know about a metric; stored in a run's manifest.
 
     Attributes:
-        name: Its name, which is also its column's.
-        title: What a figure calls it.
-        readout: The name of the readout that it reads; None reads any.
+        name: The name of the metric and of its column.
+        title: The title in figures.
+        readout: The name of the readout that it reads; None means any.
         higher_is_better: Whether a higher number is better.
-        digest: Hex digest of its code; empty for a metric that ships.
+        digest: Hex digest of its code; empty for an included metric.
     """
 
     name: str
@@ -52,12 +52,13 @@ class MetricInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class Metric(MetricInfo):
-    """A metric. It is called like the function it was made of.
+    """A metric. It can be called like its function.
 
     Attributes:
-        compute: Takes a cell's columns, its data row and the parameters; returns the number.
-        parameters: The parameters it needs, each of which a recipe gives the name of a data column.
-        needs: A field of the readout that has to be set, for example `reference`.
+        compute: The function; it takes a cell's columns, its data row and the parameters, and returns a
+            number or None.
+        parameters: The required parameters; a recipe sets each to the name of a data column.
+        needs: A field of the readout that must be set, for example `reference`.
     """
 
     compute: Compute = field(repr=False)
@@ -65,7 +66,7 @@ class Metric(MetricInfo):
     needs: str | None = None
 
     def __call__(self, columns: Columns, row: Mapping[str, Any], **parameters: str) -> float | None:
-        """The number of one cell, or None where it has none."""
+        """Compute the number for one cell, or None if it has none."""
         return self.compute(columns, row, **parameters)
 
 
@@ -74,9 +75,9 @@ class MetricUse(NamedTuple):
 
     Attributes:
         name: Its name.
-        parameters: Its parameters as pairs, each with the name of a data column.
-        function: `module:name` where it is named so; it is imported when a run is prepared.
-        metric: The metric; None while `function` is not imported.
+        parameters: Pairs of a parameter and the name of a data column.
+        function: `module:name`, if it is named this way; it is imported when a run is prepared.
+        metric: The metric; None until `function` is imported.
     """
 
     name: str
@@ -85,7 +86,7 @@ class MetricUse(NamedTuple):
     metric: Metric | None = None
 
     def dump(self) -> Any:
-        """The form YAML holds: the name, `{name: parameters}`, or `{function: module:name}`."""
+        """Return the form for YAML: the name, `{name: parameters}`, or `{function: module:name}`."""
         if self.function:
             return {_FUNCTION: self.function, **dict(self.parameters)}
         return {self.name: dict(self.parameters)} if self.parameters else self.name
@@ -98,7 +99,7 @@ def _adopt(name: str, loaded: Any) -> Metric:
     return as_metric(loaded, name=name)
 
 
-#: All metrics; `values.py` registers those that ship.
+#: All metrics; `values.py` registers the included ones.
 METRICS: Registry[Metric] = Registry("patchscope_nn.metrics", noun="metric", entries={}, adopt=_adopt)
 
 
@@ -126,42 +127,42 @@ def metric(
     """Register a function as a metric, so that recipes and scripts can name it; used as a decorator.
 
     Args:
-        function: A function `(columns, row)` that returns a number or None; `columns` has the cell's columns
-            by name, `row` those of its data row. Each keyword-only argument is the name of a data column.
-        name: Its name and its column's; None takes the function's.
-        title: What figures call it; empty takes the name.
-        readout: The name of the readout that it reads, for example `generate`; None reads any.
-        needs: A field of the readout that has to be set, for example `relevancy`.
-        higher_is_better: Whether a higher number is better. It decides what `best_over` takes.
+        function: A function `(columns, row)` that returns a number or None. `columns` has the cell's columns
+            by name, `row` is its data row. Each keyword-only argument receives the name of a data column.
+        name: The name of the metric and of its column; None uses the function's.
+        title: The title in figures; empty uses the name.
+        readout: The name of the readout that it reads, for example `generate`; None means any.
+        needs: A field of the readout that must be set, for example `relevancy`.
+        higher_is_better: Whether a higher number is better; `best_over` uses this.
 
     Returns:
         The metric, which can still be called like the function.
 
     Raises:
-        InputError: The name is taken or cannot be a column's, or the function does not take (columns, row).
+        InputError: The name is taken or not valid, or the function does not take (columns, row).
     """
 
     def register(function: Compute) -> Metric:
-        made = as_metric(
+        registered = as_metric(
             function, name=name, title=title, readout=readout, needs=needs, higher_is_better=higher_is_better
         )
-        METRICS.register(made.name, made, home=reference_of(function))
-        return made
+        METRICS.register(registered.name, registered, home=reference_of(function))
+        return registered
 
     return decorate(function, register)
 
 
 def as_metric(function: Any, *, name: str | None = None, title: str = "", **facts: Any) -> Metric:
-    """A metric made of a function, without registering it.
+    """Make a metric from a function, without registering it.
 
     Args:
-        function: A function `(columns, row)`, or a metric, which keeps its own facts.
-        name: Its name; None takes the function's.
-        title: What figures call it; empty takes the name.
-        **facts: The other attributes of `Metric`.
+        function: A function `(columns, row)`, or a metric, which keeps its own attributes.
+        name: The metric's name; None uses the function's.
+        title: The title in figures; empty uses the name.
+        **facts: Other attributes of `Metric`.
 
     Raises:
-        ValueError: The name cannot be a column's, or the function does not take (columns, row).
+        ValueError: The name is not a valid column name, or the function does not take (columns, row).
     """
     if isinstance(function, Metric):
         return function if name in (None, function.name) else replace(function, name=str(name))
@@ -181,16 +182,19 @@ def as_metric(function: Any, *, name: str | None = None, title: str = "", **fact
 
 
 def cell_arguments(function: Any, *, noun: str, name: str) -> tuple[str, ...]:
-    """The keyword-only arguments without a default of a function of (columns, row).
+    """Return the names of a function's keyword-only arguments without a default.
 
     Raises:
-        ValueError: It is not a function of (columns, row).
+        ValueError: The function does not take (columns, row).
     """
     try:
         signature = inspect.signature(function)
         arguments = signature.parameters.values()
-        keywords = [one for one in arguments if one.kind is one.KEYWORD_ONLY and one.default is one.empty]
-        names = tuple(argument.name for argument in keywords)
+        names = tuple(
+            argument.name
+            for argument in arguments
+            if argument.kind is argument.KEYWORD_ONLY and argument.default is argument.empty
+        )
         signature.bind({}, {}, **dict.fromkeys(names, ""))
     except TypeError as error:
         raise ValueError(
@@ -201,22 +205,22 @@ def cell_arguments(function: Any, *, noun: str, name: str) -> tuple[str, ...]:
 
 
 def parse_metric(value: Any) -> MetricUse:
-    """Check the form of a metric, and that its parameters are those it needs.
+    """Parse a metric, and check its parameters.
 
     Args:
         value: A name, `{name: {parameter: column}}`, `{function: module:name, parameter: column}`, a
             function, a `Metric` or a `MetricUse`.
 
     Returns:
-        The metric as it is used. A metric given as `{function: ...}` is not imported yet.
+        The metric. If it is given as `{function: ...}`, its function is not imported yet.
 
     Raises:
-        ValueError: There is no such metric, or its parameters are not those it needs.
+        ValueError: There is no metric of this name, or its parameters are missing or wrong.
     """
     if isinstance(value, MetricUse):
         return value
     if callable(value):
-        return _parse_given(value)
+        return _parse_callable(value)
     if isinstance(value, Mapping) and _FUNCTION in value:
         return _parse_function(value)
     if isinstance(value, str):
@@ -227,27 +231,27 @@ def parse_metric(value: Any) -> MetricUse:
             "{function: module:name}"
         )
     name, parameters = next(iter(value.items()))
-    found = METRICS.find(str(name))
-    return MetricUse(found.name, _parse_parameters(found, parameters or {}), metric=found)
+    known = METRICS.find(str(name))
+    return MetricUse(known.name, _parse_parameters(known, parameters or {}), metric=known)
 
 
-def _parse_given(function: Any) -> MetricUse:
-    """A metric given as a Python function, which must need no parameter and have a name of its own."""
-    made = as_metric(function)
-    known = METRICS.entries.get(made.name)
-    if known == made:
-        return MetricUse(made.name, _parse_parameters(made, {}), metric=made)
+def _parse_callable(function: Any) -> MetricUse:
+    """Parse a metric given as a Python function, which must have no parameters and a unique name."""
+    parsed = as_metric(function)
+    known = METRICS.entries.get(parsed.name)
+    if known == parsed:
+        return MetricUse(parsed.name, _parse_parameters(parsed, {}), metric=parsed)
     if known is not None and not known.digest:
         raise ValueError(
-            f"the metric {made.name!r} of {reference_of(made.compute)} has the name of that of "
+            f"the metric {parsed.name!r} of {reference_of(parsed.compute)} has the name of that of "
             "patchscope_nn; give it another name"
         )
-    if made.parameters:
+    if parsed.parameters:
         raise ValueError(
-            f"the metric {made.name} needs {', '.join(made.parameters)}; register it with @ps.metric, and "
-            f"give {_form(made)}"
+            f"the metric {parsed.name} needs {', '.join(parsed.parameters)}; register it with @ps.metric, "
+            f"and give {_form(parsed)}"
         )
-    return MetricUse(made.name, function=reference_of(made.compute), metric=made)
+    return MetricUse(parsed.name, function=reference_of(parsed.compute), metric=parsed)
 
 
 def _parse_function(value: Mapping[Any, Any]) -> MetricUse:
@@ -260,21 +264,21 @@ def _parse_function(value: Mapping[Any, Any]) -> MetricUse:
 
 
 def resolve_metric(use: MetricUse) -> MetricUse:
-    """A metric whose function is imported.
+    """Import a metric's function, if it is not imported yet, and check its parameters.
 
     Raises:
-        ValueError: It cannot be imported, is not a metric, or its parameters are not those it needs.
+        ValueError: The function cannot be imported or is not a metric, or its parameters are wrong.
     """
     if use.metric is not None:
         return use
-    made = as_metric(import_function(use.function), name=use.name)
-    return use._replace(parameters=_parse_parameters(made, dict(use.parameters)), metric=made)
+    imported = as_metric(import_function(use.function), name=use.name)
+    return use._replace(parameters=_parse_parameters(imported, dict(use.parameters)), metric=imported)
 
 
-def _parse_parameters(found: Metric, parameters: Any) -> tuple[tuple[str, str], ...]:
-    if not _are_columns(parameters) or set(parameters) != set(found.parameters):
-        raise ValueError(f"{found.name} is written {_form(found)}; given {parameters!r}")
-    return tuple((key, str(parameters[key])) for key in found.parameters)
+def _parse_parameters(metric: Metric, parameters: Any) -> tuple[tuple[str, str], ...]:
+    if not _are_columns(parameters) or set(parameters) != set(metric.parameters):
+        raise ValueError(f"{metric.name} is written {_form(metric)}; given {parameters!r}")
+    return tuple((key, str(parameters[key])) for key in metric.parameters)
 
 
 def _are_columns(parameters: Any) -> bool:
@@ -283,14 +287,14 @@ def _are_columns(parameters: Any) -> bool:
     )
 
 
-def _form(found: Metric) -> str:
-    """How YAML writes a metric."""
-    columns = ", ".join(f"{name}: COLUMN" for name in found.parameters)
-    return f"{{{found.name}: {{{columns}}}}}" if columns else found.name
+def _form(metric: Metric) -> str:
+    """Return the form of a metric in YAML, for messages."""
+    columns = ", ".join(f"{name}: COLUMN" for name in metric.parameters)
+    return f"{{{metric.name}: {{{columns}}}}}" if columns else metric.name
 
 
 def described(manifest: Mapping[str, Any]) -> dict[str, MetricInfo]:
-    """What is known of metrics by name: those that ship, and those of a run, as its manifest has them.
+    """Return the descriptions of metrics by name: of all registered ones, and of those in a run's manifest.
 
     Args:
         manifest: A run's manifest; the code of its metrics need not be installed.
@@ -300,20 +304,20 @@ def described(manifest: Mapping[str, Any]) -> dict[str, MetricInfo]:
 
 
 def dump_infos(uses: Sequence[MetricUse], *, readout: str) -> list[dict[str, Any]]:
-    """What a manifest holds of a run's metrics, for `described`.
+    """Return the descriptions of a run's metrics as a manifest stores them; `described` reads them back.
 
     Args:
         uses: The metrics, resolved.
         readout: The name of the run's readout.
     """
-    found = [use.metric for use in uses if use.metric is not None]
     return [
         {
-            "name": one.name,
-            "title": one.title,
-            "readout": one.readout or readout,
-            "higher_is_better": one.higher_is_better,
-            "digest": one.digest,
+            "name": use.metric.name,
+            "title": use.metric.title,
+            "readout": use.metric.readout or readout,
+            "higher_is_better": use.metric.higher_is_better,
+            "digest": use.metric.digest,
         }
-        for one in found
+        for use in uses
+        if use.metric is not None
     ]

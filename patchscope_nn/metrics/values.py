@@ -1,9 +1,9 @@
-"""The metrics that ship: each takes a cell's columns and its data row, and returns a number or None.
+"""The included metrics. Each takes a cell's columns and its data row, and returns a number or None.
 
-A new metric is a function here; nothing else names it. `registry.py` says what the decorator takes.
+To include another metric, add a function here. `registry.py` documents the decorator.
 
-ROUGE is computed here and compared with rouge-score in the tests: that package takes two seconds to import,
-since it loads nltk and with it scipy and scikit-learn, and twice the time for each text.
+ROUGE is implemented here and compared with rouge-score in the tests, because importing that package takes two
+seconds (it loads nltk, scipy and scikit-learn), and it needs twice the time for each text.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from patchscope_nn.metrics.registry import Columns, metric
 
 @metric(title="Precision@1", readout="next_token", needs="reference")
 def precision_at_1(columns: Columns, _row: Mapping[str, Any]) -> float | None:
-    """1 where the patched run's top token is the reference token, else 0 (section 4.1)."""
+    """1 if the patched run's top token is the reference token, else 0 (section 4.1)."""
     reference = columns.get("reference_ids")
     return None if not reference else float(columns["top_ids"][0] == reference[0])
 
@@ -53,15 +53,15 @@ def nll_nats(columns: Columns, _row: Mapping[str, Any]) -> float | None:
     higher_is_better=False,
 )
 def kl_nats(columns: Columns, _row: Mapping[str, Any]) -> float | None:
-    """KL(p_source || p_patched), where both models share a vocabulary."""
+    """KL(p_source || p_patched), if both models share a vocabulary."""
     return columns.get("kl_nats")
 
 
 @metric(title="Top-k overlap with the source's own", readout="next_token", needs="reference")
 def top_k_overlap(columns: Columns, _row: Mapping[str, Any]) -> float | None:
-    """Share of the source's own top-k tokens that are among the patched run's top-k, 0..1.
+    """Share of the source model's top-k tokens that are among the patched run's top-k tokens, 0..1.
 
-    Both lists are of `readout.next_token.top_k` tokens (overlap at depth k: Webber et al. 2010, section 3).
+    k is `readout.next_token.top_k` (overlap at depth k: Webber et al. 2010, section 3).
     """
     own = columns.get("source_top_ids")
     return None if not own else len({*own} & {*columns["top_ids"]}) / len(own)
@@ -77,8 +77,8 @@ def rank(columns: Columns, _row: Mapping[str, Any]) -> float | None:
 @metric(title="Reciprocal rank of the reference token", readout="next_token", needs="reference")
 def reciprocal_rank(columns: Columns, row: Mapping[str, Any]) -> float | None:
     """1 / `rank`; its mean is the mean reciprocal rank (Voorhees 1999, section 3)."""
-    found = rank(columns, row)
-    return None if found is None else 1.0 / found
+    reference_rank = rank(columns, row)
+    return None if reference_rank is None else 1.0 / reference_rank
 
 
 @metric(title="ROUGE-L", readout="generate")
@@ -95,10 +95,10 @@ def rouge_1(columns: Columns, row: Mapping[str, Any], *, reference: str) -> floa
 
 @metric(title="Contains the reference", readout="generate")
 def contains(columns: Columns, row: Mapping[str, Any], *, reference: str) -> float | None:
-    """1 where the text holds a data column's, both lower-cased and without spaces and marks, else 0.
+    """1 if the generated text contains a data column's, else 0; case, spaces and punctuation are ignored.
 
-    None where the column has no letter or digit, which every text would hold. Section 4.2 leaves out the
-    spaces alone and minds the case.
+    None if the column has no letter or digit, because every text would contain it. Section 4.2 ignores only
+    spaces, and compares with case.
     """
     wanted = _letters(str(row[reference]))
     return float(wanted in _letters(columns["text"])) if wanted else None
@@ -112,26 +112,27 @@ def contains(columns: Columns, row: Mapping[str, Any], *, reference: str) -> flo
 def relevancy(columns: Columns, _row: Mapping[str, Any]) -> float | None:
     """Mean over the generated tokens of |p_patched - p_unpatched|, 0..1 (SelfIE: Chen et al. 2024).
 
-    How much the text owes to the state: near 0 the target model would have said it anyway.
+    It measures how much the text depends on the state: near 0, the target model would generate it anyway.
     """
     patched, unpatched = columns.get("token_probs"), columns.get("unpatched_token_probs")
     if not patched or not unpatched:
         return None
-    return sum(abs(one - other) for one, other in zip(patched, unpatched, strict=True)) / len(patched)
+    return sum(abs(p - q) for p, q in zip(patched, unpatched, strict=True)) / len(patched)
 
 
 @metric(title="Accuracy", readout="choices")
 def choice_accuracy(columns: Columns, row: Mapping[str, Any], *, answer: str) -> float:
-    """1 where the most likely choice is a data column's, spaces around it left out, else 0."""
+    """1 if the most likely choice is a data column's text (surrounding spaces ignored), else 0."""
     return float(columns["choice"].strip() == str(row[answer]).strip())
 
 
 @metric(title="Log-odds of the answer (nats)", readout="choices")
 def choice_log_odds(columns: Columns, row: Mapping[str, Any], *, answer: str) -> float | None:
-    """Log-odds in nats: log p(answer) - log of the sum of the other choices' p; above 0 it has the most.
+    """Log-odds in nats: log p(answer) - log of the sum of p over the other choices.
 
-    The logit difference of Wang et al. 2023 (section 3), for more than two answers. None where the answer is
-    no choice, or is the only one.
+    It generalises the logit difference of Wang et al. 2023 (section 3) to more than two answers. Above 0, the
+    answer is more likely than all other choices together. None if the answer is not among the choices, or is
+    the only one.
     """
     wanted = str(row[answer]).strip()
     pairs = list(zip(columns["choices"], columns["choice_logprobs"], strict=True))
@@ -144,22 +145,23 @@ def choice_log_odds(columns: Columns, row: Mapping[str, Any], *, answer: str) ->
 
 @metric(title="Cosine with the state it replaced", readout="hidden", needs="clean")
 def cosine(columns: Columns, _row: Mapping[str, Any]) -> float | None:
-    """Cosine between the state that was written and the one it replaced; the mean where they are several."""
+    """Cosine between the written state and the state it replaced; with several states, the mean."""
     return _mean_over_states(columns, _cosine)
 
 
 @metric(title="Fraction of the replaced state's variance", readout="hidden", needs="clean")
 def fraction_of_variance(columns: Columns, _row: Mapping[str, Any]) -> float | None:
-    """How much of the replaced state's variance the written one has: 1 - |f(h) - c|^2 / |c - mean(c)|^2.
+    """Share of the replaced state's variance that the written state explains, at most 1.
 
-    The variance is that over the d_model components of one state c, since a cell has no other; a fit's (as in
-    Fraser-Taliente et al. 2026) is over a data set. At most 1; below 0 the mean of c would be nearer.
+    It is 1 - |f(h) - c|^2 / |c - mean(c)|^2, with the variance over the d_model components of the replaced
+    state c, since a cell has no other sample. The score of a fit uses the variance over a data set instead
+    (as in Fraser-Taliente et al. 2026). Below 0, the mean of c would be a better prediction than f(h).
     """
     return _mean_over_states(columns, _fraction)
 
 
 def rouge_1_f1(text: str, reference: str) -> float:
-    """ROUGE-1 F1 of two texts: the words they share, as often as both have them (Lin 2004, section 2).
+    """Compute ROUGE-1 F1 of two texts: the words they share, counted with multiplicity (Lin 2004, section 2).
 
     Args:
         text: The text.
@@ -173,7 +175,7 @@ def rouge_1_f1(text: str, reference: str) -> float:
 
 
 def rouge_l_f1(text: str, reference: str) -> float:
-    """ROUGE-L F1 of two texts: the longest common subsequence of their words (Lin 2004, section 3).
+    """Compute ROUGE-L F1 of two texts: the longest common subsequence of their words (Lin 2004, section 3).
 
     Args:
         text: The text.
@@ -201,39 +203,39 @@ def _letters(text: str) -> str:
 def _longest_common_subsequence(ours: Sequence[str], theirs: Sequence[str]) -> int:
     lengths = [0] * (len(theirs) + 1)
     for word in ours:
-        before = lengths[:]
-        for place, other in enumerate(theirs, start=1):
-            lengths[place] = (
-                before[place - 1] + 1 if word == other else max(before[place], lengths[place - 1])
+        previous = lengths[:]
+        for column, other in enumerate(theirs, start=1):
+            lengths[column] = (
+                previous[column - 1] + 1 if word == other else max(previous[column], lengths[column - 1])
             )
     return lengths[-1]
 
 
 def _log_sum(logs: Sequence[float]) -> float:
     highest = max(logs)
-    return highest + math.log(sum(math.exp(one - highest) for one in logs))
+    return highest + math.log(sum(math.exp(value - highest) for value in logs))
 
 
 Vector = Sequence[float]
 
 
-def _mean_over_states(columns: Columns, of: Callable[[Vector, Vector], float | None]) -> float | None:
+def _mean_over_states(columns: Columns, score: Callable[[Vector, Vector], float | None]) -> float | None:
     written, clean = columns.get("hidden"), columns.get("clean")
     if not written or not clean:
         return None
-    found = [of(*pair) for pair in zip(written, clean, strict=True)]
-    numbers = [one for one in found if one is not None]
-    return sum(numbers) / len(numbers) if len(numbers) == len(found) else None
+    scores = [score(*pair) for pair in zip(written, clean, strict=True)]
+    numbers = [value for value in scores if value is not None]
+    return sum(numbers) / len(numbers) if len(numbers) == len(scores) else None
 
 
-def _cosine(one: Vector, other: Vector) -> float | None:
-    product = sum(a * b for a, b in zip(one, other, strict=True))
-    norms = math.hypot(*one) * math.hypot(*other)
+def _cosine(written: Vector, clean: Vector) -> float | None:
+    product = sum(a * b for a, b in zip(written, clean, strict=True))
+    norms = math.hypot(*written) * math.hypot(*clean)
     return product / norms if norms else None
 
 
 def _fraction(written: Vector, clean: Vector) -> float | None:
-    middle = sum(clean) / len(clean)
-    variance = sum((a - middle) ** 2 for a in clean)
-    missed = sum((a - b) ** 2 for a, b in zip(written, clean, strict=True))
-    return 1.0 - missed / variance if variance else None
+    mean = sum(clean) / len(clean)
+    variance = sum((a - mean) ** 2 for a in clean)
+    residual = sum((a - b) ** 2 for a, b in zip(written, clean, strict=True))
+    return 1.0 - residual / variance if variance else None

@@ -190,7 +190,7 @@ def test_one_context_for_two_models_has_no_bridge(tiny_model):
         ({"mapping": "target_norm"}, "; target_norm maps them where M* runs"),
         (
             {"mapping": "affine", "mapped_here": 3, "weights": 4096},
-            "; affine maps them here, before they cross, and its weights (4 KiB) stay",
+            "; affine maps them here, before they cross, and its weights (4 KiB) stay here",
         ),
         (
             {"mapping": "affine", "weights": 512},
@@ -314,8 +314,8 @@ def test_a_ledger_that_is_read_is_not_changed_and_a_half_line_goes_before_the_ne
     assert file.read_text().count("\n") == 2
 
 
-LEFT = "2 jobs are left on their server; the same command fetches them."
-ASKED = "2 jobs are on their way. Leave them, to be fetched by the same command, or cancel them?"
+LEFT = "2 jobs are left on the server; the same command fetches their results."
+ASKED = "2 jobs are unfinished. Leave them, to be fetched by the same command, or cancel them?"
 
 
 @pytest.mark.parametrize("answer", ["leave", "l", ""])

@@ -119,14 +119,14 @@ def test_a_target_prompt(way, readout, model):
     message = "not finite"
     patched = [row for row in run.rows if row["control"] is None]
     if readout == "hidden":  # what was written is what was read
-        check(patched, {1}, "what the patched run is compared with is not finite")
+        check(patched, {1}, "the reference is not finite")
         return
     check(patched, {1}, message)
     (control,) = (row for row in run.rows if row["control"] and row["row"] == 1)
     assert control["error"] == (
         "the logits of LlamaForCausalLM (float32) are not finite. Another dtype may help."
     )
-    assert "though the state that was written is" in patched[-1]["error"]
+    assert "although the state that was written is" in patched[-1]["error"]
 
 
 def test_a_state_that_is_not_finite_and_is_replaced(model):
@@ -140,7 +140,7 @@ def test_a_state_that_is_not_finite_and_is_replaced(model):
     assert row["error"] is None
     scope = scope.model_copy(update={"readout": READOUTS["generate"]})
     (row,) = ps.run(scope, model=model).rows
-    assert row["error"].startswith("what the patched run is compared with is not finite")
+    assert row["error"].startswith("the reference is not finite")
     target = ps.Target(prompt=f"The city of {BAD} is", position=BAD, layer="embed", write="add")
     (row,) = ps.run(scope.model_copy(update={"target": target}), model=model).rows
     assert row["error"].startswith("the hidden state that the write changes is not finite: Llama")
@@ -148,8 +148,8 @@ def test_a_state_that_is_not_finite_and_is_replaced(model):
 
 def test_a_mapping_and_a_write_that_make_it_so(model):
     for mapping, target, message in (
-        (blown, {}, "mapping blown, scale 1, write replace made it so"),
-        ("identity", {"scale": [1.0, 1e39]}, "mapping identity, scale 1e+39, write replace made it so"),
+        (blown, {}, "see mapping blown, scale 1, write replace."),
+        ("identity", {"scale": [1.0, 1e39]}, "see mapping identity, scale 1e+39, write replace."),
     ):
         scope = scope_of(READOUTS["next_token"], **target).model_copy(update={"mapping": mapping})
         run = ps.run(scope, model=model, data=[{"s": "Diana"}])
@@ -211,7 +211,7 @@ def test_means_leave_failed_cells_out_and_say_how_many(model, tmp_path, capsys):
     print_run(run, as_json=False)
     shown = " ".join(capsys.readouterr().out.split())
     assert "12 cells in" in shown
-    assert "2 of them without numbers, which no mean counts: the hidden state that was read" in shown
+    assert "2 of them have no numbers and are left out of means: the hidden state that was read" in shown
     page = run.report(tmp_path / "page.html").read_text()
     assert "4 cells failed" in page
     print_run(run, as_json=True)

@@ -329,7 +329,7 @@ def test_interrupted_says_how_to_go_on_and_goes_on(patchscope, folder):
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "What is done is kept in stopped; go on with:" in errors
+    assert "Finished cells are kept in stopped; continue with:" in errors
     assert "Traceback" not in errors
     finished = len((folder / "stopped/cells.jsonl").read_text().splitlines())
     assert 0 < finished < N_CELLS

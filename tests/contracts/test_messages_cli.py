@@ -112,8 +112,8 @@ BAD = {
         "metrics.rouge_l.reference='answer' is not a column of data row 0.",
         (
             "A metric's parameter names a column of the data. Allowed: text. A text that is the same for "
-            "every row is a column, too: data: {rows: [{reference: answer}]}, and rouge_l: {reference: "
-            "reference}."
+            "every row must be a column, too: data: {rows: [{reference: answer}]}, and rouge_l: "
+            "{reference: reference}."
         ),
     ),
     "a file that is not there": (

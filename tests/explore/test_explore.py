@@ -474,9 +474,9 @@ def test_without_its_packages_the_command_says_what_to_install(monkeypatch, caps
 
 
 def test_the_address_is_printed_for_people_and_for_programs(capsys):
-    cli.explorer._tell("http://127.0.0.1:1/x/", as_json=True)
+    cli.explorer._announce("http://127.0.0.1:1/x/", as_json=True)
     assert json.loads(capsys.readouterr().out) == {"address": "http://127.0.0.1:1/x/"}
-    cli.explorer._tell("http://127.0.0.1:1/x/", as_json=False)
+    cli.explorer._announce("http://127.0.0.1:1/x/", as_json=False)
     assert capsys.readouterr().out == "http://127.0.0.1:1/x/\n"
 
 

@@ -143,7 +143,7 @@ def test_plan_and_run_say_which_fit_they_use(patchscope, folder, tmp_path):
     file = next(part for part in line.split() if part.endswith(".safetensors"))
     assert line == (
         "mapping fit:affine: 4 pairs of layers, to be fitted before the run on 48 texts (12 held out), and "
-        f"kept in {file}"
+        f"saved in {file}"
     )
     assert file.startswith(str(tmp_path / "cache" / "fits" / "affine-"))
     run = patchscope("run", "tiny.yaml", *MODELS, *mapping)
@@ -155,7 +155,7 @@ def test_plan_and_run_say_which_fit_they_use(patchscope, folder, tmp_path):
     shares = [one["fraction_of_variance"] for one in held]
     cosines = [one["cosine"] for one in held]
     assert line == (
-        f"mapping fit:affine: affine, 4 pairs of layers; on texts held out {min(shares):.2f} to "
+        f"mapping fit:affine: affine, 4 pairs of layers; on held-out texts {min(shares):.2f} to "
         f"{max(shares):.2f} of the variance, {min(cosines):.2f} to {max(cosines):.2f} cosine; {file}"
     )
     again = patchscope("run", "tiny.yaml", *MODELS, *mapping)

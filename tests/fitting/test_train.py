@@ -256,9 +256,9 @@ def test_a_plan_says_what_is_to_be_trained_and_then_how_well_it_does(kind, numbe
     n_rows = len(ASKED[kind]["data"]["rows"])
     assert said == (
         f"mapping train:{kind}: 2 pairs of layers, to be trained before the run on {n_rows} rows, some of "
-        f"them held out, and kept in {prepared.fit.file}"
+        f"them held out, and saved in {prepared.fit.file}"
     )
     after = _fit_line(fit_first(prepared).mapping)
-    assert after.startswith(f"mapping train:{kind}: {kind}, 2 pairs of layers; on rows held out ")
+    assert after.startswith(f"mapping train:{kind}: {kind}, 2 pairs of layers; on held-out rows ")
     assert numbers in after
     assert after.endswith(f"; {prepared.fit.file}")

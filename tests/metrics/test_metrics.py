@@ -168,8 +168,8 @@ def test_a_text_in_the_place_of_a_column_is_told_how_to_be_one(row, near):
         check_columns([parse_metric({"contains": {"reference": "royal"}})], [row])
     assert str(caught.value) == (
         "metrics.contains.reference='royal' is not a column of data row 0. A metric's parameter names a "
-        f"column of the data. {near} A text that is the same for every row is a column, too: data: {{rows: "
-        "[{reference: royal}]}, and contains: {reference: reference}."
+        f"column of the data. {near} A text that is the same for every row must be a column, too: "
+        "data: {rows: [{reference: royal}]}, and contains: {reference: reference}."
     )
 
 

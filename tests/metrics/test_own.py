@@ -133,8 +133,8 @@ def constant(value):
         (ZeroDivisionError("division by zero"), "ZeroDivisionError: division by zero"),
         ("three", "TypeError: it returned 'three', which is not a number; return a number or None"),
         ([1.0], "TypeError: it returned [1.0], which is not a number; return a number or None"),
-        (math.nan, "ValueError: it returned nan; return a finite number, or None where there is none"),
-        (math.inf, "ValueError: it returned inf; return a finite number, or None where there is none"),
+        (math.nan, "ValueError: it returned nan; return a finite number, or None if there is none"),
+        (math.inf, "ValueError: it returned inf; return a finite number, or None if there is none"),
     ],
     ids=str,
 )
@@ -170,7 +170,7 @@ def test_a_column_of_another_type_than_it_says_is_the_cells_error(tiny_model):
     run = ps.run(SCOPE, model=tiny_model(), data=ROWS[:1], columns=[wrong], metrics=[words])
     (error,) = set(run.table()["error"])
     assert error.startswith("column wrong failed: TypeError: it returned '")
-    assert "which is not a number; annotate what it returns, for example -> str." in error
+    assert "which is not a number; annotate the return type, for example -> str." in error
     assert run.table()["words"].notna().all()
 
 

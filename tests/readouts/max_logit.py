@@ -8,7 +8,7 @@ import patchscope_nn as ps
 
 
 def read_max_logit(run, *, scale: float) -> list[dict[str, Any]]:
-    """Read the largest logit of each cell; this function travels to where the model runs."""
+    """Read the largest logit of each cell; this function is sent to where the model runs."""
     values, ids = run.logits.float().max(dim=-1)
     return [
         {"max_id": token_id, "max_logit": scale * value}
@@ -20,10 +20,10 @@ def read_max_logit(run, *, scale: float) -> list[dict[str, Any]]:
 class MaxLogit(ps.Readout):
     """Readout: the largest logit of the next token, and its token.
 
-    Gives `max_token` and `max_logit`.
+    Its columns are `max_token` and `max_logit`.
 
     Attributes:
-        scale: What the logit is multiplied with.
+        scale: The logit is multiplied by this.
     """
 
     name = "max_logit"
@@ -37,9 +37,9 @@ class MaxLogit(ps.Readout):
     scale: float = 1.0
 
     def lower(self, cells):
-        """Give the body its options, in plain values."""
+        """Return the body's arguments, as plain values."""
         return {"scale": self.scale}
 
     def tabulate(self, raw, tokens, texts):
-        """Turn what the body returned for a cell into its columns."""
+        """Return a cell's columns from the body's raw values."""
         return {"max_token": tokens.token(raw["max_id"]), "max_logit": raw["max_logit"]}

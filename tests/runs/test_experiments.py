@@ -391,7 +391,7 @@ def test_compare_runs_by_folder(patchscope, here):
         assert done.returncode == 0, done.stderr
     done = patchscope("compare", "one/token-identity", "two", "--out", "page.html")
     assert done.returncode == 0, done.stderr
-    assert "lenses beside lenses-token-identity" in done.stdout
+    assert "lenses compared with lenses-token-identity" in done.stdout
     assert "page: page.html" in done.stdout
     assert (here / "page.html").stat().st_size > 100_000
     plain = json.loads(patchscope("compare", "one/token-identity", "two", "--json").stdout)
