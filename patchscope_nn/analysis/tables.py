@@ -1,7 +1,7 @@
 """Results as a tidy table: one row per cell, with the same column order in every run.
 
-The control is null for patched cells. Layers and positions are resolved: layers are blocks counted from 0, and
--1 is the input of block 0. Positions count from the left, and are lists because several tokens may be
+The control is null for patched cells. Layers and positions are resolved: layers are blocks counted from 0,
+and -1 is the input of block 0. Positions count from the left, and are lists because several tokens may be
 patched together.
 """
 

@@ -43,7 +43,7 @@ _Entry = TypeVar("_Entry")
 
 
 def by_layer(entries: Iterable[tuple[int, _Entry]]) -> dict[int, list[_Entry]]:
-    """Group entries by layer, in the order in which a forward pass reaches them (the embeddings' -1 first)."""
+    """Group entries by layer, in the order a forward pass reaches them (embeddings, -1, come first)."""
     groups: dict[int, list[_Entry]] = {}
     for layer, entry in entries:
         groups.setdefault(layer, []).append(entry)
