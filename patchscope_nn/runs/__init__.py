@@ -1,16 +1,17 @@
-"""One execution of a Patchscope or a recipe, from what is given to the folder it leaves.
+"""One execution of a Patchscope or a recipe, from the user's arguments to the run folder.
 
 run.py           ps.run: prepare, then run each method, then compare them
-loading.py       M and M*, loaded where they run
-prepare.py       models and data loaded, every cell resolved
-prepared.py      what prepare gives
-execute.py       a prepared run, step by step
-manifest.py      what a run folder's manifest.json says
-folder.py        the run folder while it is written
-results.py       Run: a run read back
-lazy_rows.py     the rows of a run, read when they are asked for
+loading.py       loads M and M* where they run
+prepare.py       loads models and data, and resolves every cell
+prepared.py      the result of `prepare`
+execute.py       executes a prepared run step by step
+manifest.py      the contents of a run folder's manifest.json
+folder.py        writes the run folder
+results.py       Run: the results of a run
+lazy_rows.py     the rows of a run, read from its folder on access
 experiments.py   Experiment: the runs of several methods, and their comparison
 explain.py       ps.explain
-costs.py         what the recipes that ship cost
-doctor.py        whether everything is in place
+costs.py         the costs of the included recipes
+doctor.py        checks of the installation, a model or a server
+conformance.py   checks of a kind of readout
 """

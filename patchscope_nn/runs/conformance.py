@@ -1,4 +1,4 @@
-"""Checks that a kind of readout keeps its contract (`spec.Readout`), also a kind of a user's own."""
+"""Checks that a kind of readout fulfils its contract (`spec.Readout`); for users' kinds too."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from patchscope_nn.runs.run import run
 from patchscope_nn.spec import Patchscope, Readout, Source, Target
 from patchscope_nn.spec.prompts import encode
 
-#: Source and target prompts of several lengths, so that rows are padded where they are not packed.
+#: Source and target prompts of several lengths, so that rows are padded if they are not packed.
 _PROMPTS = (
     {"s": "The Eiffel Tower is in the city of", "t": "The city of Paris is x, the city"},
     {"s": "Diana is in the city", "t": "The city x is"},
     {"s": "The Tower", "t": "The city of the Tower is in Paris x, in"},
 )
 _POSITION = -2
-#: What has to give the table that a run with all optimisations gives.
+#: Runs with these options must have the same table as a run with all optimisations.
 _WAYS: dict[str, dict[str, Any]] = {
     "no optimisation": {"optimisations": Optimisations.none()},
     "two cells a pass": {"max_rows": 2},
@@ -45,13 +45,13 @@ class HookedCell:
 
     Attributes:
         row: The data row.
-        ids: The token ids of T.
-        logits: `logits(more)`: (len(more) + 1, vocab), the logits after T, patched, and after each of the
-            token ids `more` that are read behind it.
-        unpatched: The same for T without the patch.
+        ids: The token ids of the target prompt T.
+        logits: `logits(more)`: (len(more) + 1, vocab), the logits of the patched run after T, and after each
+            of the token ids `more` that follow T.
+        unpatched: The same without the patch.
         written: (d_model,) the state that is written.
         replaced: (d_model,) the state that it replaces.
-        source_logits: (vocab,) the source's own logits at the position that is read.
+        source_logits: (vocab,) the source model's logits at the position that is read.
     """
 
     row: Mapping[str, Any]
@@ -70,27 +70,27 @@ def check_readout(
     expected: Callable[[HookedCell], Mapping[str, Any]] | None = None,
     columns: Mapping[str, Any] | None = None,
 ) -> None:
-    """Check that a kind of readout keeps its contract.
+    """Check that a kind of readout fulfils its contract.
 
-    It is written to YAML and read back, looked up in the JSON Schema, and run: with every optimisation, with
-    none, in small passes, in one forward with its source, and as a rehearsal of a server, which all have to
-    give the same table. With `expected` the table is compared with plain PyTorch hooks, too.
+    The example is written to YAML and read back, and looked up in the JSON Schema. Then it runs with every
+    optimisation, with none, in small passes, in one forward pass with its source, and as a rehearsal of a
+    server; all tables must be the same. With `expected`, the table is also compared with plain PyTorch hooks.
 
     Args:
         example: A readout of the kind.
         model: A model with a few blocks.
-        expected: From a cell under plain hooks to some of its columns.
-        columns: Data columns that the example's texts name.
+        expected: Computes some of a cell's columns from its values under plain hooks.
+        columns: Data columns that the example's texts use.
 
     Raises:
-        AssertionError: The kind does not keep its contract; the message says where.
+        AssertionError: The kind does not fulfil its contract; the message says where.
     """
     _check_documents(example)
     rows = [{**row, **(columns or {})} for row in _PROMPTS]
     whole = _run(example, model, rows)
     _check_table(example, whole)
-    for name, how in _WAYS.items():
-        _check_same(example, whole, _run(example, model, rows, **how), name)
+    for name, options in _WAYS.items():
+        _check_same(example, whole, _run(example, model, rows, **options), name)
     alone = _run(example, model, rows[:1], layers=(0,), context="session")
     _check_same(example, alone, _run(example, model, rows[:1], layers=(0,)), "one forward with the source")
     if expected is not None:
@@ -99,11 +99,11 @@ def check_readout(
             if row["control"] is None:
                 cell = _hooked(hooks, model, row, rows[row["row"]])
                 for name, value in expected(cell).items():
-                    _require(_same(row[name], value), f"{name} is {row[name]}, and by plain hooks {value}")
+                    _require(_same(row[name], value), f"{name} is {row[name]}, with plain hooks {value}")
 
 
 def _check_documents(example: Readout) -> None:
-    """The kind is parsed from YAML and Python, dumped, in the JSON Schema, and listed in messages."""
+    """Check that the kind can be parsed and dumped, is in the JSON Schema, and is listed in messages."""
     recipe = Recipe(name="conformance", source=Source(prompt="x"), readout=example)
     for plain in (dump(recipe), resolved(recipe)):
         again = Recipe(**yaml.safe_load(yaml.safe_dump(plain)))
@@ -134,14 +134,14 @@ def _run(
     rows: Sequence[Mapping[str, Any]],
     *,
     layers: tuple[int, ...] = (0, -1),
-    **how: Any,
+    **options: Any,
 ) -> Run:
     scope = Patchscope(
         source=Source(prompt="{s}", layer=layers),
         target=Target(prompt="{t}", position=_POSITION),
         readout=example,
     )
-    return run(scope, model=model, data=rows, controls=["unpatched", "random"], **how)
+    return run(scope, model=model, data=rows, controls=["unpatched", "random"], **options)
 
 
 def _check_table(example: Readout, whole: Run) -> None:
@@ -149,12 +149,12 @@ def _check_table(example: Readout, whole: Run) -> None:
     _require(not errors, f"{len(errors)} of {len(whole.rows)} cells have no result: {errors[:1]}")
     names = list(whole.table().columns)
     start = names.index(example.given[0]) if example.given[0] in names else 0
-    shown = tuple(names[start : start + len(example.given)])
-    _require(shown == example.given, f"the table has the columns {shown}, and it gives {example.given}")
-    _require(set(example.given) <= set(example.columns), "it gives a column that `columns` does not type")
+    actual = tuple(names[start : start + len(example.given)])
+    _require(actual == example.given, f"the table has the columns {actual}, not {example.given}")
+    _require(set(example.given) <= set(example.columns), "it returns a column that is not in `columns`")
     for row in whole.rows:
         _require(set(example.given) <= set(row), f"a row lacks {set(example.given) - set(row)}")
-    with tempfile.TemporaryDirectory() as folder:  # where a value is not of its column's type, this raises
+    with tempfile.TemporaryDirectory() as folder:  # raises if a value is not of its column's type
         write_parquet(whole.rows, names, Path(folder) / "cells.parquet")
 
 
@@ -167,13 +167,13 @@ def _check_same(example: Readout, whole: Run, other: Run, way: str) -> None:
             )
 
 
-def _same(one: Any, other: Any) -> bool:
-    """Whether two values are equal, numbers but for rounding."""
-    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
-        return len(one) == len(other) and all(map(_same, one, other))
-    if isinstance(one, float) and isinstance(other, float):
-        return math.isclose(one, other, rel_tol=_TOLERANCE, abs_tol=_TOLERANCE)
-    return bool(one == other)
+def _same(first: Any, second: Any) -> bool:
+    """Compare two values, with a tolerance for floats."""
+    if isinstance(first, list | tuple) and isinstance(second, list | tuple):
+        return len(first) == len(second) and all(map(_same, first, second))
+    if isinstance(first, float) and isinstance(second, float):
+        return math.isclose(first, second, rel_tol=_TOLERANCE, abs_tol=_TOLERANCE)
+    return bool(first == second)
 
 
 def _require(holds: bool, message: str) -> None:  # noqa: FBT001 (as in an assert)

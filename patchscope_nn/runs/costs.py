@@ -1,4 +1,4 @@
-"""What a recipe costs on its default model, before anything runs: counted from its cells, without weights."""
+"""The cost of a recipe on its default model, counted from its cells without loading weights."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from patchscope_nn.runs.prepare import prepare
 
 
 class Cost(NamedTuple):
-    """What a whole recipe runs, all its methods together.
+    """The cost of a whole recipe, with all its methods.
 
     Attributes:
-        rows: Data rows.
-        cells: Cells, those of controls included.
-        decoded_tokens: The most tokens that are decoded.
-        fits: Whether a mapping is fitted first, where it is not kept from an earlier run.
+        rows: The number of data rows.
+        cells: The number of cells, including controls.
+        decoded_tokens: The maximum number of decoded tokens.
+        fits: Whether a mapping is fitted first, unless it is saved from an earlier run.
     """
 
     rows: int
@@ -30,20 +30,21 @@ class Cost(NamedTuple):
 
 
 def costs() -> list[tuple[Recipe, Cost | str]]:
-    """Every recipe that ships, and what it costs; of each model config and tokenizer are loaded, once."""
-    once = cache(lambda name: load(name, weights=False))
-    return [(one, cost(one, loader=lambda model, **_: once(model))) for one in map(load_recipe, shipped())]
+    """Return every included recipe with its cost; the config and tokenizer of each model are loaded once."""
+    load_once = cache(lambda name: load(name, weights=False))
+    recipes = map(load_recipe, shipped())
+    return [(recipe, cost(recipe, loader=lambda model, **_: load_once(model))) for recipe in recipes]
 
 
 def cost(recipe: Recipe, *, loader: Loader) -> Cost | str:
-    """Count a recipe that ships.
+    """Count the cost of an included recipe.
 
     Args:
         recipe: The recipe.
-        loader: What loads its model, as `models.load` does.
+        loader: Loads its model, like `models.load`.
 
     Returns:
-        The cost; or why it cannot be counted here: the tokenizer is not there, or a package is missing.
+        The cost; or the reason why it cannot be counted, for example a missing tokenizer or package.
     """
     base = find(recipe.name).parent
     try:

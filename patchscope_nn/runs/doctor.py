@@ -1,4 +1,4 @@
-"""Is everything in place? Each check says what it found, and where something is wrong, what mends it."""
+"""Checks of the installation, a model and a server. A finding says how to fix a problem."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ _TIMEOUT_S = 30.0
 
 
 class Finding(NamedTuple):
-    """One check.
+    """The result of one check.
 
     Attributes:
-        what: What was looked at.
-        state: `ok`, `note` (works, but look) or `wrong`.
+        what: What was checked.
+        state: `ok`, `note` (works, but worth a look) or `wrong`.
         found: What was found.
-        mend: The command, or act, that mends it.
+        mend: The command or action that fixes the problem.
     """
 
     what: str
@@ -37,32 +37,32 @@ class Finding(NamedTuple):
 
 
 def check_here() -> Iterator[Finding]:
-    """Versions, the builtin model, and what installed packages add."""
+    """Check versions, the builtin model, and what installed packages offer."""
     yield Finding("Python", "ok", platform.python_version())
     for name, version in versions_of(DECIDING).items():
         yield Finding(name, "ok", version)
-    there = builtin.weights_file() is not None or builtin.folder() is not None
+    installed = builtin.weights_file() is not None or builtin.folder() is not None
     yield Finding(
         "builtin model",
-        "ok" if there else "note",
-        "its weights are installed" if there else "its weights are not installed; the Hub is asked for it",
-        "" if there else builtin.INSTALL,
+        "ok" if installed else "note",
+        "its weights are installed" if installed else "its weights are not installed; they come from the Hub",
+        "" if installed else builtin.INSTALL,
     )
     for registry in (METRICS, COLUMNS, READERS, MAPPINGS, READOUTS, SITE_NAMES):
         for name, package, problem in registry.plugins():
             found = f"{name}, of {package}" + (f": {problem}" if problem else "")
-            mend = "mend or uninstall that package" if problem else ""
+            mend = "fix or uninstall that package" if problem else ""
             yield Finding(registry.noun, "wrong" if problem else "ok", found, mend)
 
 
 def check_model(model: str) -> tuple[Finding, Verdict | None]:
-    """A model's proof: that it loads, and that the compiler gives what plain hooks give.
+    """Check that a model loads and that its results equal those of plain hooks.
 
     Args:
         model: Its id, folder or builtin name.
 
     Returns:
-        The finding, and the verdict; None where the model is refused.
+        The finding, and the verdict of the proof; None if the model is refused.
     """
     from patchscope_nn.proof import load
 
@@ -72,21 +72,22 @@ def check_model(model: str) -> tuple[Finding, Verdict | None]:
         return Finding("model", "wrong", error.message, error.hint), None
     verdict = loaded.info.verdict
     if verdict is None:
-        return Finding("model", "note", f"{model} is not proven: its weights are elsewhere"), None
+        return Finding("model", "note", f"{model} is not proven: its weights are not on this machine"), None
     took = f" (proven in {verdict.elapsed_s:.1f} s)"
     if not verdict.withheld:
         limit = "" if verdict.limit is None else f", up to {verdict.limit} tokens"
         return Finding("model", "ok", f"{model}: everything equals plain hooks{limit}{took}"), verdict
     off = "; ".join(dict.fromkeys(map(str, verdict.withheld)))
-    return Finding("model", "note", f"{model}: {off}{took}", "nothing to do: it is off by itself"), verdict
+    mend = "nothing to do: it is switched off automatically"
+    return Finding("model", "note", f"{model}: {off}{took}", mend), verdict
 
 
 def check_server(host: str, model: str) -> Iterator[Finding]:
-    """A server: reachable, key, versions, models, and a round trip.
+    """Check a server: connection, key, versions, models, and a round trip.
 
     Args:
         host: Its URL.
-        model: The model that is asked for.
+        model: The model to use.
     """
     import httpx
 
@@ -113,25 +114,23 @@ def _get(host: str, path: str) -> dict[str, Any]:
 
 
 def _key(host: str) -> Finding:
-    who = _get(host, "/whoami").get("email")
-    if who:
-        return Finding("key", "ok", f"valid, of {who}")
-    if client.headers():
-        found = "there is one, which the server does not know; it may ask for none"
-        return Finding("key", "note", found, "export NDIF_API_KEY=... with a key from https://login.ndif.us")
+    email = _get(host, "/whoami").get("email")
+    if email:
+        return Finding("key", "ok", f"valid, of {email}")
+    found = "the server does not know your key" if client.headers() else "you have none"
     mend = "export NDIF_API_KEY=... with a key from https://login.ndif.us"
-    return Finding("key", "note", "there is none; the server may ask for none", mend)
+    return Finding("key", "note", f"{found}; the server may not need one", mend)
 
 
 def _versions(there: dict[str, Any]) -> Iterator[Finding]:
     python = str(there.get("python_version", "?")).split()[0]
-    yield Finding("Python there", "ok", f"{python} (source travels: it need not be the one here)")
+    yield Finding("Python there", "ok", f"{python} (code is sent as source: versions may differ)")
     for name, ours in versions_of(DECIDING).items():
         theirs = str(there.get("packages", {}).get(name, "none"))
         same = ours.split("+")[0] == theirs.split("+", maxsplit=1)[0]
         # A model's parts move between nnsight's minor versions, and transformers' major ones.
-        counts = 2 if name == "nnsight" else 1
-        near = ours.split(".")[:counts] == theirs.split(".")[:counts]
+        n_parts = 2 if name == "nnsight" else 1
+        near = ours.split(".")[:n_parts] == theirs.split(".")[:n_parts]
         state: Literal["ok", "note", "wrong"] = "ok" if same else "note" if near else "wrong"
         mend = "" if same else f"pip install '{name}=={theirs}'"
         yield Finding(f"{name} there", state, theirs if same else f"{theirs}, here {ours}", mend)
@@ -139,20 +138,22 @@ def _versions(there: dict[str, Any]) -> Iterator[Finding]:
 
 def _models(status: dict[str, Any], model: str) -> Iterator[Finding]:
     running = {
-        str(one.get("repo_id")): one
-        for one in status.get("deployments", {}).values()
-        if one.get("application_state") == "RUNNING"
+        str(deployment.get("repo_id")): deployment
+        for deployment in status.get("deployments", {}).values()
+        if deployment.get("application_state") == "RUNNING"
     }
     listed = ", ".join(sorted(running)) or "none"
     yield Finding("models that run", "ok", listed)
     wanted = builtin.HUB_ID if model == builtin.NAME else model
-    if (found := running.get(wanted)) is None:
-        said = f"{wanted} does not run; the server may deploy it when it is asked for"
-        yield Finding("your model", "note", said, f"--model with one that runs: {listed}")
+    deployment = running.get(wanted)
+    if deployment is None:
+        found = f"{wanted} is not running; the server may deploy it on request"
+        yield Finding("your model", "note", found, f"--model with a model that runs: {listed}")
         return
-    limit = found.get("execution_timeout_seconds")
-    limited = f", {limit:g} s a job" if limit else ""
-    yield Finding("your model", "ok", f"{wanted} runs, in {found.get('dtype') or 'a dtype unknown'}{limited}")
+    limit = deployment.get("execution_timeout_seconds")
+    limited = f", {limit:g} s per job" if limit else ""
+    dtype = deployment.get("dtype") or "an unknown dtype"
+    yield Finding("your model", "ok", f"{wanted} runs, in {dtype}{limited}")
 
 
 def _round_trip(host: str, model: str) -> Iterator[Finding]:
@@ -164,5 +165,5 @@ def _round_trip(host: str, model: str) -> Iterator[Finding]:
         source=Source(prompt="Paris", layer=0), target=Target(prompt="x", layer=0), readout=NextToken(top_k=1)
     )
     started = time.monotonic()
-    said = run(scope, model=model, remote=host).table()["top_tokens"][0][0]
-    yield Finding("one cell", "ok", f"{said!r} after {time.monotonic() - started:.1f} s")
+    token = run(scope, model=model, remote=host).table()["top_tokens"][0][0]
+    yield Finding("one cell", "ok", f"{token!r} after {time.monotonic() - started:.1f} s")

@@ -30,12 +30,12 @@ COMPARISON = "comparison"
 @checked_class
 @dataclass(frozen=True, kw_only=True)
 class Experiment(Mapping[str, Run]):
-    """A mapping from each method's name to its run.
+    """The runs of a recipe's methods, as a mapping from each method's name to its run.
 
     Attributes:
-        title: What the recipe asks.
+        title: The recipe's title.
         runs: The runs, in the recipe's order.
-        path: The folder; None where it was kept in memory.
+        path: The folder; None if the experiment was kept in memory.
     """
 
     title: str
@@ -52,15 +52,15 @@ class Experiment(Mapping[str, Run]):
         return len(self.runs)
 
     def compare(self) -> Comparison:
-        """Every method's means, and its paired differences to the first and to its own controls.
+        """Compute each method's means, and its paired differences to the first method and to its controls.
 
         Raises:
-            InputError: The methods share no metric, or no cell.
+            InputError: The methods have no metric or no cell in common.
         """
         return compare_runs(self.runs)
 
     def report(self, path: str | Path | None = None) -> Path:
-        """Write the page that shows the methods side by side.
+        """Write the page that compares the methods.
 
         Args:
             path: The file; None writes `comparison.html` in the experiment's folder.
@@ -79,28 +79,28 @@ class Experiment(Mapping[str, Run]):
     def save_figures(
         self, folder: str | Path, *, formats: Sequence[str] = ("pdf", "svg", "png")
     ) -> list[Path]:
-        """Write figures for a paper: the methods in one, and each method's own in a folder of its name.
+        """Write figures for a paper: comparisons of the methods, and each method's figures in a subfolder.
 
         Args:
-            folder: The folder; it is made if need be.
-            formats: Of `pdf`, `svg` and `png`.
+            folder: The folder; it is created if necessary.
+            formats: Some of `pdf`, `svg` and `png`.
 
         Returns:
             The files.
 
         Raises:
-            InputError: plotly or matplotlib is not installed, or a format is none of these.
+            InputError: plotly or matplotlib is not installed, or a format is not valid.
         """
         from patchscope_nn.report.figures import comparison_curve, save_figures
 
-        found = self.compare()
+        comparison = self.compare()
         known = {name: info for run in self.runs.values() for name, info in described(run.manifest).items()}
         drawn = [
             (
                 f"{metric} of all methods",
-                comparison_curve(found.layers, metric=metric, names=found.names, known=known),
+                comparison_curve(comparison.layers, metric=metric, names=comparison.names, known=known),
             )
-            for metric in found.metrics
+            for metric in comparison.metrics
         ]
         files = save_figures(drawn, folder, formats=formats)
         for name, run in self.runs.items():
@@ -108,18 +108,18 @@ class Experiment(Mapping[str, Run]):
         return files
 
     def _repr_html_(self) -> str:
-        """The experiment as a notebook shows it."""
+        """Return the HTML that notebooks show."""
         from patchscope_nn.report import comparison_html
 
         return comparison_html(self.compare(), title=self.title)
 
 
 def save_comparison(experiment: Experiment, folder: Path) -> None:
-    """Write what comparing an experiment's methods gives: JSON, CSV, and with plotly the page.
+    """Write the comparison of an experiment's methods: JSON, CSV and, if plotly is installed, the page.
 
     Args:
         experiment: The experiment.
-        folder: The folder that holds the folders of its runs.
+        folder: The folder that contains the folders of its runs.
     """
     comparison = experiment.compare()
     folders = {name: slug(name) for name in experiment}
@@ -135,46 +135,46 @@ def compare_runs(runs: Mapping[str, Run], *, best: Sequence[str] | None = None) 
     """Compare runs cell by cell.
 
     Args:
-        runs: The runs by what to call them; the first is what the others are compared with.
-        best: What the best is taken over; None takes what each run's recipe says.
+        runs: The runs by name; the others are compared with the first.
+        best: The axes over which the best is taken; None uses `best_over` of each run's recipe.
 
     Raises:
-        InputError: The runs share no metric, or no cell.
+        InputError: The runs have no metric or no cell in common.
     """
     return compare(
         [
             ComparedRun(
                 name=name,
-                table=one.light_table(),
-                metrics=tuple(one.metrics),
-                best=one.best_over if best is None else tuple(best),
-                score=one.manifest["recipe"].get("score"),
-                known=described(one.manifest),
-                data=str(one.manifest.get("data_hash")),
+                table=run.light_table(),
+                metrics=tuple(run.metrics),
+                best=run.best_over if best is None else tuple(best),
+                score=run.manifest["recipe"].get("score"),
+                known=described(run.manifest),
+                data=str(run.manifest.get("data_hash")),
             )
-            for name, one in runs.items()
+            for name, run in runs.items()
         ]
     )
 
 
 def write_page(comparison: Comparison, runs: Mapping[str, Run], *, path: Path, title: str) -> Path:
-    """Write the page that shows runs side by side.
+    """Write the page that compares runs.
 
     Raises:
         InputError: plotly is not installed.
     """
     from patchscope_nn.report import MAX_CELLS, Side, write_comparison
 
-    most = MAX_CELLS // len(runs)
+    max_cells = MAX_CELLS // len(runs)
     sides = [
         Side(
             name=name,
-            manifest=one.manifest,
-            metrics=tuple(one.metrics),
-            first_cells=frame(list(islice(one.rows, most)), one.manifest["columns"]),
-            n_cells=len(one.rows),
+            manifest=run.manifest,
+            metrics=tuple(run.metrics),
+            first_cells=frame(list(islice(run.rows, max_cells)), run.manifest["columns"]),
+            n_cells=len(run.rows),
         )
-        for name, one in runs.items()
+        for name, run in runs.items()
     ]
     return write_comparison(comparison, sides, path=path, title=title)
 
@@ -183,27 +183,28 @@ def open_finished(folder: str | Path) -> Run | Experiment:
     """Read a run or an experiment back from its folder.
 
     Raises:
-        FolderError: It is no such folder.
+        FolderError: It is not the folder of a run or an experiment.
     """
     folder = Path(folder)
     record = _comparison_of(folder)
     if record is None:
         return load_run(folder)
-    runs = {name: load_run(folder / place) for name, place in record["folders"].items()}
+    runs = {name: load_run(folder / subfolder) for name, subfolder in record["folders"].items()}
     return Experiment(title=record["title"], runs=runs, path=folder)
 
 
 def load_runs(folders: Sequence[str | Path]) -> dict[str, Run]:
-    """Read runs back, each under a name that no other has.
+    """Read runs back, each under a unique name.
 
     Args:
-        folders: Run folders, or folders of experiments, which stand for all their runs.
+        folders: Folders of runs, or of experiments, which stand for all their runs.
 
     Returns:
-        The runs: those of an experiment by method, others by recipe, or by folder where recipes are alike.
+        The runs by name. Runs of an experiment are named by method, other runs by recipe. If names coincide,
+        the folder is the name.
 
     Raises:
-        FolderError: A folder is neither.
+        FolderError: A folder is neither that of a run nor that of an experiment.
     """
     named: list[tuple[str, Path]] = []
     for folder in map(Path, folders):
@@ -211,16 +212,21 @@ def load_runs(folders: Sequence[str | Path]) -> dict[str, Run]:
         if record is None:
             named.append((load_run(folder).manifest["recipe"]["name"], folder))
         else:
-            named += [(name, folder / place) for name, place in record["folders"].items()]
-    names, last = [name for name, _ in named], [folder.name for _, folder in named]
+            named += [(name, folder / subfolder) for name, subfolder in record["folders"].items()]
+    names, last_parts = [name for name, _ in named], [folder.name for _, folder in named]
     runs: dict[str, Run] = {}
     for name, folder in named:
-        unique = [known for known, all_of in ((name, names), (folder.name, last)) if all_of.count(known) == 1]
-        runs[next(iter(unique), str(folder))] = load_run(folder)
+        if names.count(name) == 1:
+            key = name
+        elif last_parts.count(folder.name) == 1:
+            key = folder.name
+        else:
+            key = str(folder)
+        runs[key] = load_run(folder)
     return runs
 
 
 def _comparison_of(folder: Path) -> dict[str, Any] | None:
-    """What an experiment's folder says of it; None where the folder is a single run's."""
+    """Read the record of an experiment from its folder; None if the folder has none."""
     file = folder / f"{COMPARISON}.json"
     return dict(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else None

@@ -1,7 +1,7 @@
-"""The quick look: layer by layer, what the model says a hidden state is, and what it would say next.
+"""A quick look at one token: a description and the next token for its hidden state at every layer.
 
-Two Patchscopes read the same states: the few-shot description prompt (section 4.3), which lets the model
-describe what it finds, and the token-identity prompt (section 4.1), which lets it repeat the next token.
+Two Patchscopes read the same states. With the few-shot description prompt (section 4.3), the model describes
+the state in words; with the token-identity prompt (section 4.1), it predicts a next token.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from patchscope_nn.spec import Patchscope, Readout, Source, Target, prompts
 
 @dataclass(frozen=True, kw_only=True)
 class LayerSays:
-    """What one state is said to be.
+    """The description of one state.
 
     Attributes:
-        layer: l; -1 is the embedding; None for the unpatched control.
-        target_layer: l*.
-        text: The description the model generated, up to the end of its line.
+        layer: The source layer l; -1 is the embedding; None for the unpatched control.
+        target_layer: The target layer l*.
+        text: The description that the model generated, up to the end of its line.
         next_token: The top token of the token-identity prompt.
-        probability: Its probability; None where there is none.
-        error: Why there is nothing; None where there is.
+        probability: The probability of `next_token`; None if there is an error.
+        error: Why the state could not be described; None if it could.
     """
 
     layer: int | None
@@ -48,8 +48,8 @@ class Look:
     Attributes:
         prompt: The source prompt, as the model read it.
         position: The position that was read, from the left.
-        token: Its token.
-        model: M's name, and M*'s where it is another.
+        token: The token at this position.
+        model: M's name, and M*'s if it is another model.
         says: The unpatched control first, then one entry for each (l, l*).
     """
 
@@ -75,26 +75,26 @@ def explain(
     progress: Progress | None = None,
     **models: Any,
 ) -> Look:
-    """Ask a model what its hidden states mean, one token of one prompt at every layer.
+    """Ask a model what its hidden states mean: one token of one prompt, at every layer.
 
     Args:
         prompt: The source prompt.
-        position: Which token.
-        layer: Which layers.
-        target_layer: Where the states are written; `same` is the layer they come from.
-        max_new_tokens: The most tokens to generate.
+        position: The token to read.
+        layer: The layers to read.
+        target_layer: The layers to write to; `same` is the layer that the state comes from.
+        max_new_tokens: The maximum number of tokens to generate.
         remote: As in `run`.
         source_remote: As in `run`.
         dtype: As in `run`.
         device_map: As in `run`.
-        progress: Called with (cells done, cells in all).
+        progress: Called with (cells done, total cells).
         **models: `model`, `source_model` and `target_model`, as in `run`.
 
     Returns:
-        What was said.
+        The descriptions, and those of the unpatched control.
 
     Raises:
-        InputError: The prompt, position, layers or models do not resolve.
+        InputError: The prompt, position, layers or models are not valid.
     """
     places = Places.of(remote, source_remote, dtype=dtype, device_map=device_map)
     prepared = prepare_look(
@@ -113,7 +113,7 @@ def prepare_look(
     """Prepare the two runs of a quick look, which share their models.
 
     Args:
-        source: The states; braces in its prompt are text, since there is no data here.
+        source: The states to read; braces in its prompt are plain text, since there is no data.
         target_layer: As in `explain`.
         max_new_tokens: As in `explain`.
         places: Where the models run.
@@ -124,8 +124,8 @@ def prepare_look(
     """
     if source.prompt is not None:
         source = source.model_copy(update={"prompt": prompts.literal(source.prompt)})
-    ours, theirs = load_models(places=places, **models)
-    # One line is one entry of the few-shot list; what follows it is the next entry, not this one's.
+    source_model, target_model = load_models(places=places, **models)
+    # Each line is an entry of the few-shot list, so a description ends with its line.
     readings: dict[str, tuple[str, Readout]] = {
         "description": (prompts.DESCRIBE, Generate(max_new_tokens=max_new_tokens, stop="\n")),
         "token identity": (prompts.IDENTITY, NextToken(top_k=1)),
@@ -137,8 +137,8 @@ def prepare_look(
             ),
             places=places,
             controls=("unpatched",),
-            source_model=ours,
-            target_model=theirs,
+            source_model=source_model,
+            target_model=target_model,
         ).only
         for name, (target_prompt, readout) in readings.items()
     }
