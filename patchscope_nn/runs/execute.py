@@ -1,9 +1,9 @@
-"""A prepared run, executed step by step.
+"""Execution of a prepared run, step by step.
 
-1. fit the mapping and prove models that are on servers, where that is still to be done;
-2. plan the cells that are not finished yet;
-3. run the plan, and write each step's cells before the next step begins;
-4. write the table and the report.
+1. Fit the mapping, and prove models on servers, unless this has been done before.
+2. Plan the cells that are not finished yet.
+3. Run the plan, and write each step's cells before the next step begins.
+4. Write the table and the report.
 """
 
 from __future__ import annotations
@@ -34,27 +34,27 @@ from patchscope_nn.runs.manifest import finished_manifest, new_manifest, new_ses
 from patchscope_nn.runs.prepared import PreparedRun
 from patchscope_nn.runs.results import Run
 
-#: Called with (done, in all).
+#: Called with (done, total).
 Progress: TypeAlias = Callable[[int, int], None]
-#: How many cells' rows are written at a time.
+#: The number of cells whose rows are written at a time.
 _ROWS_AT_ONCE = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
 class Execution:
-    """How a run is planned and executed. None of it changes a result.
+    """How a run is planned and executed. These options do not change results.
 
     Attributes:
         context: How source and target share a context; `auto` chooses.
-        max_rows: The most cells of a forward pass; None is the planner's.
-        memory: The most bytes a forward pass may take; None is half of what the target's device has free.
-        optimisations: What the planner may do to run less; None is all of it.
-        jobs: How many jobs may be on their way to a server at a time.
-        patience: How long servers are waited for.
-        progress: Called with (cells done, cells in all) after each step.
-        notice: Called with a line about what jobs or fits do.
-        command: The command, for the manifest and a fit's provenance.
-        listener: Hears what is read and decoded in this process, as it happens.
+        max_rows: The maximum number of cells in a forward pass; None uses the planner's.
+        memory: The maximum bytes of a forward pass; None uses half of the free memory of the target's device.
+        optimisations: The optimisations that the planner may use; None allows all.
+        jobs: The maximum number of unfinished jobs on a server.
+        patience: How long to wait for servers.
+        progress: Called with (cells done, total cells) after each step.
+        notice: Called with a line of text about jobs or fits.
+        command: The command line, for the manifest and a fit's provenance.
+        listener: Receives states and tokens while steps run in this process.
     """
 
     context: Context | Literal["auto"] = "auto"
@@ -76,21 +76,22 @@ def plan_run(
 
     Args:
         prepared: The run.
-        execution: How it will run; None is the default.
-        done: The numbers of the cells that are finished.
+        execution: How it will run; None uses the defaults.
+        done: The numbers of the finished cells.
 
     Raises:
-        InputError: The context cannot serve these cells, or a budget is below 1.
+        InputError: The cells cannot run in this context, or a limit is below 1.
     """
-    how = execution or Execution()
+    execution = execution or Execution()
+    memory = usable_memory(prepared.target.info) if execution.memory is None else execution.memory
     return plan(
         prepared.sweep,
-        context=how.context,
-        max_rows=how.max_rows,
-        memory=usable_memory(prepared.target.info) if how.memory is None else how.memory,
+        context=execution.context,
+        max_rows=execution.max_rows,
+        memory=memory,
         done=done,
         remote=prepared.places.backend.remote,
-        optimisations=how.optimisations,
+        optimisations=execution.optimisations,
     )
 
 
@@ -101,13 +102,13 @@ def fit_first(
     progress: Progress | None = None,
     notice: Callable[[str], None] | None = None,
 ) -> PreparedRun:
-    """Fit or train the mapping, where that is still to be done.
+    """Fit or train the mapping, unless this has been done before.
 
     Args:
         prepared: The run.
-        command: The command, for the fit's provenance.
-        progress: Called with (done, in all), of what `prepared.fit.unit` says.
-        notice: Called with what a researcher should know of the fit.
+        command: The command line, for the fit's provenance.
+        progress: Called with (done, total), counted in `prepared.fit.unit`.
+        notice: Called with a line of text about the fit that a researcher should know.
 
     Returns:
         The run with its mapping.
@@ -119,19 +120,19 @@ def fit_first(
 
 
 def execute(prepared: PreparedRun, execution: Execution, *, out: Path | None = None) -> Run:
-    """Run what was prepared, and write its folder.
+    """Execute a prepared run, and write its folder.
 
     Args:
         prepared: The run.
         execution: How it runs.
-        out: The folder; a run that was begun there is continued. None keeps the run in memory.
+        out: The folder; an unfinished run in it is continued. None keeps the run in memory.
 
     Returns:
         The finished run.
 
     Raises:
         FolderError: The folder holds another run, or another process writes it.
-        RunError: The run failed; what is finished is kept in the folder.
+        RunError: The run failed; finished cells are kept in the folder.
     """
     prepared = fit_first(_proven(prepared), command=execution.command, notice=execution.notice)
     backend, whole = prepared.places.backend, plan_run(prepared, execution)
@@ -144,10 +145,10 @@ def execute(prepared: PreparedRun, execution: Execution, *, out: Path | None = N
             if execution.progress:
                 execution.progress(len(store.done), len(prepared.sweep.cells))
         n_cells, elapsed_s = len(store.done) - n_before, time.monotonic() - started
-        # What is made of finished cells may have been asked for since an earlier session.
-        asked = {name: manifest[name] for name in ("recipe", "references", "columns", "metrics")}
+        # A probe or summary may have been added to the recipe since an earlier session.
+        current = {name: manifest[name] for name in ("recipe", "references", "columns", "metrics")}
         manifest = finished_manifest(
-            (store.manifest or manifest) | asked, new_session(backend, n_cells=n_cells, elapsed_s=elapsed_s)
+            (store.manifest or manifest) | current, new_session(backend, n_cells=n_cells, elapsed_s=elapsed_s)
         )
         run = Run(manifest=manifest, rows=_with_probe(prepared, store), path=store.path)
         store.finish(run.rows, manifest)
@@ -157,7 +158,7 @@ def execute(prepared: PreparedRun, execution: Execution, *, out: Path | None = N
 
 
 def _proven(prepared: PreparedRun) -> PreparedRun:
-    """The run, whose planner knows what the proofs of models on servers found."""
+    """Prove models on servers, so that the planner knows the verdicts."""
     source, target = prove_on_servers(prepared.source, prepared.target, prepared.places)
     if source is prepared.source and target is prepared.target:
         return prepared
@@ -176,7 +177,7 @@ def _uncollected() -> Iterator[None]:
 
 
 def _with_probe(prepared: PreparedRun, store: InMemory) -> Sequence[Mapping[str, Any]]:
-    """The rows of the finished cells, with the columns of the recipe's probe."""
+    """Return the rows of the finished cells, with the columns of the recipe's probe."""
     rows, probe = store.rows(), prepared.recipe["probe"]
     if probe is None:
         return rows
@@ -204,13 +205,13 @@ def _write_ensemble_and_report(run: Run) -> None:
 def _unfinished(
     prepared: PreparedRun, whole: Plan, store: InMemory, execution: Execution
 ) -> Iterator[dict[int, dict[str, Any]]]:
-    """Run the cells that are not finished yet, and give table rows by cell number, some at a time.
+    """Run the unfinished cells, and yield chunks of table rows by cell number.
 
-    Passes are halved after one that was too large. Numbers that are not finite spread through a packed
-    sequence, so such cells run again as rows of a batch.
+    If a pass is too large, passes are halved. In a packed sequence, values that are not finite spread to
+    other cells, so the affected cells run again as rows of a batch.
     """
     job_log = JobLog(store.path)
-    # Cells of jobs on their way are not planned again; without a server nobody would fetch them.
+    # Cells of unfinished jobs are not planned again, unless this run has no server to fetch them from.
     live = job_log.live() if _on_server(prepared.places.backend) else ()
     done = store.done.union(*(job.cells for job in live if job.context != "read"))
     planned = plan_run(prepared, execution, done=done) if done else whole
@@ -226,16 +227,16 @@ def _unfinished(
         packed = packs(prepared.sweep, used)
         try:
             for step in _results(prepared, planned, store, execution, job_log):
-                # A step may run for many more cells than it holds.
-                while some := list(islice(step, _ROWS_AT_ONCE)):
+                # A step may yield many more cells than it holds, because of deduplication.
+                while chunk := list(islice(step, _ROWS_AT_ONCE)):
                     rows = {
                         cell.number: tabulate.failed(cell, raw.reason)
                         if isinstance(raw, Failed)
                         else tabulate.row(cell, raw)
-                        for cell, raw in some
+                        for cell, raw in chunk
                         if isinstance(raw, Failed) or not (packed and "not_finite" in raw)
                     }
-                    n_again += len(some) - len(rows)
+                    n_again += len(chunk) - len(rows)
                     yield rows
         except PassTooLargeError as error:
             if error.rows == 1:
@@ -258,7 +259,7 @@ def _unfinished(
 def _results(
     prepared: PreparedRun, planned: Plan, store: InMemory, execution: Execution, job_log: JobLog
 ) -> Iterator[Any]:
-    """The cells with their readouts, a step or a job at a time."""
+    """Return an iterator of steps or jobs, each an iterator of cells with their raw readouts."""
     backend = prepared.places.backend
     models = {"source": prepared.source, "target": prepared.target}
     if not _on_server(backend):

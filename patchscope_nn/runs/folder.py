@@ -1,15 +1,15 @@
-"""The folder that one execution leaves, while it is written.
+"""Writing of run folders.
 
-    manifest.json   what ran: the recipe, its hash, models, versions, seed, timings
-    cells.jsonl     one line for each finished cell, while running; kept afterwards
-    probe.json      what a probe says of the cells, where the recipe has one
-    cells.parquet   the table, at the end
-    ensemble.csv    what several target prompts say together, at the end, where there are several
-    report.html     the report, at the end
+    manifest.json   the recipe, its hash, models, versions, seed, timings
+    cells.jsonl     a line for each finished cell, written while running
+    probe.json      the columns of a probe, if the recipe has one
+    cells.parquet   the table, written at the end
+    ensemble.csv    combined results of several target prompts, written at the end
+    report.html     the report, written at the end
 
-A folder belongs to one hash: another recipe never continues it. A line that a killed process left half
-written is cut off, and its cell is run again. Cells are read back from their lines when they are asked for,
-so that a run of a hundred thousand holds none of them.
+A folder belongs to one hash, so another recipe never continues it. If a process was killed while it wrote a
+line, the incomplete line is removed and its cell runs again. Cells are read from the file on access, so even
+a run of a hundred thousand cells needs little memory.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ _LOCK = ".lock"
 
 
 class InMemory:
-    """A store for a run that leaves no folder.
+    """The store of a run without a folder.
 
     Attributes:
         path: None.
-        manifest: None; there is no earlier one.
+        manifest: None, since there is no earlier session.
         done: The numbers of the cells finished so far.
     """
 
@@ -52,26 +52,26 @@ class InMemory:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Nothing is held."""
+        """Do nothing: there is no lock to release."""
 
     def append(self, rows: Mapping[int, Mapping[str, Any]]) -> None:
-        """Keep finished cells: table rows by the number of their cell."""
+        """Store finished cells: table rows by cell number."""
         self._rows.update(rows)
         self.done.update(rows)
 
     def rows(self) -> Sequence[Mapping[str, Any]]:
-        """The rows of the finished cells, in the order of the sweep."""
+        """Return the rows of the finished cells, in the order of the sweep."""
         return tuple(self._rows[number] for number in sorted(self._rows))
 
     def probe_columns(self, probe: Any) -> Mapping[str, Sequence[Any]] | None:  # noqa: ARG002 (none is kept)
-        """The columns of an earlier session's probe; None, since none is kept."""
+        """Return the columns of an earlier session's probe: always None."""
         return None
 
     def keep_probe_columns(self, probe: Any, columns: Mapping[str, Sequence[Any]]) -> None:
-        """Nothing is kept."""
+        """Do nothing: a later session cannot use them."""
 
     def finish(self, rows: Sequence[Mapping[str, Any]], manifest: Manifest) -> None:
-        """Nothing more is to be written."""
+        """Do nothing: there are no files to write."""
 
 
 class RunFolder(InMemory):
@@ -79,7 +79,7 @@ class RunFolder(InMemory):
 
     Attributes:
         path: The folder.
-        manifest: What an earlier session wrote, or this one did.
+        manifest: The manifest written by an earlier session, or by this one.
         done: The numbers of the cells finished so far.
     """
 
@@ -90,7 +90,7 @@ class RunFolder(InMemory):
         self._lines = lines
 
     def append(self, rows: Mapping[int, Mapping[str, Any]]) -> None:
-        """Write finished cells, so that no later death of this process loses them."""
+        """Write finished cells at once, so that they are not lost if the process dies later."""
         lines = {
             number: json.dumps({"cell": number, **row}, ensure_ascii=False).encode() + b"\n"
             for number, row in rows.items()
@@ -101,11 +101,11 @@ class RunFolder(InMemory):
         self.done.update(rows)
 
     def rows(self) -> Sequence[Mapping[str, Any]]:
-        """The rows of the finished cells, read from the folder when they are asked for."""
+        """Return the rows of the finished cells, which are read from the folder on access."""
         return self._lines
 
     def probe_columns(self, probe: Any) -> Mapping[str, Sequence[Any]] | None:
-        """The columns of an earlier session's probe; None where it was another, or of other cells."""
+        """Return the columns of an earlier session's probe; None if the probe or the cells have changed."""
         return kept_probe_columns(self.path, probe, n_cells=len(self._lines))
 
     def keep_probe_columns(self, probe: Any, columns: Mapping[str, Sequence[Any]]) -> None:
@@ -113,7 +113,7 @@ class RunFolder(InMemory):
         write_whole(self.path / PROBE, json.dumps({"probe": probe, "columns": columns}) + "\n")
 
     def finish(self, rows: Sequence[Mapping[str, Any]], manifest: Manifest) -> None:
-        """Write the table and the manifest of a run that is done."""
+        """Write the table and the manifest of a finished run."""
         with replacing(self.path / TABLE) as draft:
             write_parquet(rows, manifest["columns"], draft, kinds=manifest["derived"])
         write_manifest(self.path, manifest)
@@ -121,17 +121,17 @@ class RunFolder(InMemory):
 
 @contextmanager
 def open_folder(path: Path, manifest: Manifest) -> Iterator[RunFolder]:
-    """Create a run's folder, or go on with it, alone.
+    """Create or continue a run's folder, and lock it against other processes.
 
     Args:
         path: The folder.
-        manifest: What is about to run; its `hash` is the run's identity.
+        manifest: The manifest of the run; its `hash` identifies the run.
 
     Yields:
-        The folder, with the cells that are done.
+        The folder, with the finished cells.
 
     Raises:
-        FolderError: The folder belongs to another run or to something else, or another process writes it.
+        FolderError: The folder belongs to another run, has other files, or is in use by another process.
     """
     import filelock
 
@@ -139,7 +139,9 @@ def open_folder(path: Path, manifest: Manifest) -> Iterator[RunFolder]:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise FolderError(f"{path} cannot be made: {error.strerror}.", hint="Give another --out.") from error
+        raise FolderError(
+            f"{path} cannot be created: {error.strerror}.", hint="Give another --out."
+        ) from error
     lock = filelock.FileLock(path / _LOCK)
     try:
         lock.acquire(timeout=0)
@@ -163,18 +165,18 @@ def _check_owner(path: Path, digest: str) -> None:
     if path.exists() and not path.is_dir():
         raise FolderError(f"{path} is a file.", hint="Give a folder as --out.")
     if (path / MANIFEST).exists():
-        theirs = read_manifest(path).get("hash")
-        if theirs != digest:
+        existing = read_manifest(path).get("hash")
+        if existing != digest:
             raise FolderError(
-                f"{path} holds another run (hash {theirs}, this one is {digest}).",
-                hint="Give another --out, or run the same recipe, options and model to go on with it.",
+                f"{path} holds another run (hash {existing}, this run has {digest}).",
+                hint="Give another --out, or use that run's recipe, options and model to continue it.",
             )
     elif path.exists() and any(entry.name != _LOCK for entry in path.iterdir()):
-        raise FolderError(f"{path} is not empty and holds no run.", hint="Give another --out.")
+        raise FolderError(f"{path} is not empty and is not the folder of a run.", hint="Give another --out.")
 
 
 def kept_probe_columns(folder: Path, probe: Any, *, n_cells: int) -> Mapping[str, Sequence[Any]] | None:
-    """The columns that a run folder keeps of a probe; None where they are another's, or of fewer cells."""
+    """Read a probe's columns from a run folder; None if they are of another probe or of fewer cells."""
     file = folder / PROBE
     if not probe or not file.exists():
         return None

@@ -1,4 +1,4 @@
-"""The rows of a run's table, read when they are asked for, so that a large run is never held whole."""
+"""The rows of a run's table, read on access, so that a large run is never in memory as a whole."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from patchscope_nn._util.files import whole_lines
 
 
 class Lines(Sequence[Mapping[str, Any]]):
-    """The cells of a `cells.jsonl`, in the order of the sweep, read when they are asked for.
+    """The cells of a `cells.jsonl`, in the order of the sweep, read on access.
 
     Attributes:
         file: The file.
-        size: How many bytes its whole lines take.
+        size: The number of bytes of its complete lines.
     """
 
     def __init__(self, file: Path) -> None:
@@ -27,17 +27,17 @@ class Lines(Sequence[Mapping[str, Any]]):
             self.add(int(line[len(_LINE) : line.index(b",")]), len(line))
 
     def add(self, number: int, length: int) -> None:
-        """Take note of the line of a cell that was appended, of so many bytes."""
+        """Register the line of a cell that was appended to the file; `length` is in bytes."""
         self._numbers.append(number)
         self._starts.append(self.size)
         self.size += length
         self._order = None
 
     def numbers(self) -> Sequence[int]:
-        """The numbers of the cells, in the order of the file."""
+        """Return the numbers of the cells, in the order of the file."""
         return self._numbers
 
-    def _places(self) -> Sequence[int]:
+    def _sorted_lines(self) -> Sequence[int]:
         if self._order is None:
             self._order = sorted(range(len(self._numbers)), key=self._numbers.__getitem__)
         return self._order
@@ -49,26 +49,26 @@ class Lines(Sequence[Mapping[str, Any]]):
         if not len(self):
             return
         with self.file.open("rb") as stream:
-            for place in self._places():
-                stream.seek(self._starts[place])
+            for line in self._sorted_lines():
+                stream.seek(self._starts[line])
                 yield _parsed(stream.readline())
 
     @overload
-    def __getitem__(self, place: int) -> Mapping[str, Any]: ...
+    def __getitem__(self, index: int) -> Mapping[str, Any]: ...
     @overload
-    def __getitem__(self, place: slice) -> list[Mapping[str, Any]]: ...
-    def __getitem__(self, place: int | slice) -> Mapping[str, Any] | list[Mapping[str, Any]]:
-        places = self._places()
+    def __getitem__(self, index: slice) -> list[Mapping[str, Any]]: ...
+    def __getitem__(self, index: int | slice) -> Mapping[str, Any] | list[Mapping[str, Any]]:
+        lines = self._sorted_lines()
         with self.file.open("rb") as stream:
 
-            def at(one: int) -> Mapping[str, Any]:
-                stream.seek(self._starts[one])
+            def read(line: int) -> Mapping[str, Any]:
+                stream.seek(self._starts[line])
                 return _parsed(stream.readline())
 
-            return [at(one) for one in places[place]] if isinstance(place, slice) else at(places[place])
+            return [read(line) for line in lines[index]] if isinstance(index, slice) else read(lines[index])
 
 
-#: How a line begins; the number of its cell comes next.
+#: The beginning of every line; the number of its cell follows.
 _LINE = b'{"cell": '
 
 
@@ -79,11 +79,11 @@ def _parsed(line: bytes) -> Mapping[str, Any]:
 
 
 class Widened(Sequence[Mapping[str, Any]]):
-    """Rows with more columns, each put in when a row is asked for.
+    """Rows with additional columns, which are added on access.
 
     Args:
         rows: The rows.
-        columns: A value for each row and name.
+        columns: The values of each column, one per row.
     """
 
     def __init__(self, rows: Sequence[Mapping[str, Any]], columns: Mapping[str, Sequence[Any]]) -> None:
@@ -97,10 +97,10 @@ class Widened(Sequence[Mapping[str, Any]]):
             yield {**row, **dict(zip(self._columns, more, strict=True))}
 
     @overload
-    def __getitem__(self, place: int) -> Mapping[str, Any]: ...
+    def __getitem__(self, index: int) -> Mapping[str, Any]: ...
     @overload
-    def __getitem__(self, place: slice) -> list[Mapping[str, Any]]: ...
-    def __getitem__(self, place: int | slice) -> Mapping[str, Any] | list[Mapping[str, Any]]:
-        if isinstance(place, slice):
-            return [self[one] for one in range(*place.indices(len(self)))]
-        return {**self._rows[place], **{name: values[place] for name, values in self._columns.items()}}
+    def __getitem__(self, index: slice) -> list[Mapping[str, Any]]: ...
+    def __getitem__(self, index: int | slice) -> Mapping[str, Any] | list[Mapping[str, Any]]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        return {**self._rows[index], **{name: values[index] for name, values in self._columns.items()}}

@@ -1,4 +1,4 @@
-"""M and M*: loaded where they run, and proven there."""
+"""Loading M and M* where they run, and proving models on servers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from patchscope_nn.models import Model, builtin, common_base, wear, wear_named
 from patchscope_nn.proof import load, proven, proven_on
 from patchscope_nn.recipe import Recipe
 
-#: Loads a model, as `models.load` does.
+#: Loads a model, like `models.load`.
 Loader: TypeAlias = Callable[..., Model]
 
 
@@ -24,38 +24,39 @@ def load_models(
     target_model: Any = None,
     loader: Loader | None = None,
 ) -> tuple[Model, Model]:
-    """Load M and M*; both are one object where they are one model in one place.
+    """Load M and M*. They are the same object if they are the same model in the same place.
 
-    What the caller names comes before what the recipe names. A model and its LoRA adapter, or two adapters of
-    one model, share the weights that no adapter changes.
+    Models named by the caller override those of the recipe. A model and its LoRA adapter, or two adapters of
+    one model, share the weights of the base model.
 
     Args:
-        recipe: The recipe, which may name models; None stands for one that names none.
+        recipe: The recipe, which may name models; None if there is no recipe.
         places: Where the models run, and how they are loaded.
-        model: Both models: what `load` takes.
-        source_model: M, where it is not `model`.
-        target_model: M*, where it is not M.
-        loader: Loads a model; None is `load`.
+        model: Both models, in any form that `load` takes.
+        source_model: M, if it is not `model`.
+        target_model: M*, if it is not M.
+        loader: Loads a model; None uses `load`.
 
     Returns:
         M and M*.
 
     Raises:
-        InputError: A model cannot be loaded, or `dtype` is not a dtype.
+        InputError: A model cannot be loaded, or `dtype` is not a valid dtype.
     """
     loader = loader or load
     common = recipe.model if recipe else builtin.NAME
-    ours = _first(source_model, model, recipe and recipe.source.model, common)
-    theirs = _first(target_model, model, recipe and recipe.target.model, ours)
+    source_name = _first(source_model, model, recipe and recipe.source.model, common)
+    target_name = _first(target_model, model, recipe and recipe.target.model, source_name)
     source_options, target_options = places.loading(places.source), places.loading(places.target)
-    both_named = isinstance(theirs, str | Path) and isinstance(ours, str | Path)
-    if places.source == places.target and (theirs is ours or (both_named and theirs == ours)):
-        source = target = loader(ours, **source_options)
-    elif _weights_here(places) and (base := common_base(ours, theirs)):
-        plain = loader(base, dtype=places.dtype, device_map=places.device_map)
-        source, target = (proven(wear_named(plain, name)) for name in (ours, theirs))
+    both_named = isinstance(target_name, str | Path) and isinstance(source_name, str | Path)
+    same_model = target_name is source_name or (both_named and target_name == source_name)
+    if places.source == places.target and same_model:
+        source = target = loader(source_name, **source_options)
+    elif _weights_here(places) and (base := common_base(source_name, target_name)):
+        base_model = loader(base, dtype=places.dtype, device_map=places.device_map)
+        source, target = (proven(wear_named(base_model, name)) for name in (source_name, target_name))
     else:
-        source, target = loader(ours, **source_options), loader(theirs, **target_options)
+        source, target = loader(source_name, **source_options), loader(target_name, **target_options)
     adapter = recipe and recipe.target.adapter
     return source, proven(wear(target, adapter)) if adapter else target
 
@@ -69,7 +70,7 @@ def _weights_here(places: Places) -> bool:
 
 
 def prove_on_servers(source: Model, target: Model, places: Places) -> tuple[Model, Model]:
-    """Prove models whose weights are on a server, by a job each, the first time they are met.
+    """Prove models whose weights are on a server, with a job each, unless their verdicts are cached.
 
     Args:
         source: M.
@@ -77,14 +78,14 @@ def prove_on_servers(source: Model, target: Model, places: Places) -> tuple[Mode
         places: Where they run.
 
     Returns:
-        M and M*, with what was found; the same objects where both are in this process.
+        M and M* with their verdicts; the same objects if both are in this process.
 
     Raises:
-        ModelError: A model cannot be traced there.
+        ModelError: A model cannot be traced on its server.
         ServerError: A server cannot be reached.
     """
-    found = _proven_on(source, places.source)
-    return found, found if target is source else _proven_on(target, places.target)
+    proven_source = _proven_on(source, places.source)
+    return proven_source, proven_source if target is source else _proven_on(target, places.target)
 
 
 def _proven_on(model: Model, place: Backend) -> Model:

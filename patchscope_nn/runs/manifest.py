@@ -1,4 +1,4 @@
-"""What `manifest.json` says: what ran, with which models and packages, where, and how long."""
+"""The contents of `manifest.json`: what ran, with which models and packages, where, and for how long."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ Manifest = dict[str, Any]
 
 
 def new_manifest(prepared: PreparedRun, planned: Plan, *, command: str | None) -> Manifest:
-    """The manifest of a run that begins.
+    """Build the manifest of a new run.
 
     Args:
         prepared: The run.
         planned: The plan of all its cells.
-        command: The command, where there is one.
+        command: The command line, if the run was started by one.
     """
     sweep, mapping = prepared.sweep, prepared.mapping
     return {
@@ -69,13 +69,13 @@ def _columns(prepared: PreparedRun) -> list[str]:
 
 
 def _model(info: ModelInfo) -> dict[str, Any]:
-    left_out = ("architecture", "verdict")
-    described = {name: value for name, value in asdict(info).items() if name not in left_out}
-    return described | {"proof": "skipped" if info.verdict is None else info.verdict.summary()}
+    omitted = ("architecture", "verdict")
+    fields = {name: value for name, value in asdict(info).items() if name not in omitted}
+    return fields | {"proof": "skipped" if info.verdict is None else info.verdict.summary()}
 
 
 def new_session(backend: Backend, *, n_cells: int, elapsed_s: float) -> dict[str, Any]:
-    """What a manifest says of one session, which has just ended and finished so many cells."""
+    """Build the record of a session that has just ended, and that finished `n_cells` cells."""
     return {
         "ended": utc_now(),
         "cells": n_cells,
@@ -87,7 +87,7 @@ def new_session(backend: Backend, *, n_cells: int, elapsed_s: float) -> dict[str
 
 
 def finished_manifest(manifest: Manifest, session: dict[str, Any]) -> Manifest:
-    """The manifest of a finished run, with its last session; one that ran nothing changes nothing."""
+    """Build the manifest of a finished run. A last session without cells changes nothing."""
     if manifest["state"] == "finished" and not session["cells"]:
         return manifest
     sessions = [*manifest["sessions"], session]
@@ -102,23 +102,23 @@ def finished_manifest(manifest: Manifest, session: dict[str, Any]) -> Manifest:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Replace a run folder's manifest, whole."""
+    """Replace a run folder's manifest atomically."""
     write_whole(folder / MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a run folder.
+    """Read the manifest of a run folder.
 
     Raises:
-        FolderError: There is none, or it cannot be read.
+        FolderError: The folder has none, or it cannot be read.
     """
     file = folder / MANIFEST
     try:
         return dict(json.loads(file.read_text(encoding="utf-8")))
     except FileNotFoundError:
         raise FolderError(
-            f"{folder} is no run folder: it has no {MANIFEST}.",
-            hint="`patchscope run` prints a run's folder.",
+            f"{folder} is not the folder of a run: it has no {MANIFEST}.",
+            hint="`patchscope run` prints the folder of its run.",
         ) from None
     except (OSError, ValueError) as error:
         raise FolderError(f"{file} cannot be read: {error}.") from error

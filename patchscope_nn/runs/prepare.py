@@ -1,6 +1,6 @@
-"""Preparing runs: models and data loaded, every cell resolved. Nothing runs and nothing is written.
+"""Preparation of runs: models and data are loaded, every cell is resolved. Nothing runs, nothing is written.
 
-Every error in what the user gave is raised here.
+All errors in the user's input are raised here.
 """
 
 from __future__ import annotations
@@ -54,11 +54,11 @@ def prepare(
     loader: Loader | None = None,
     **models: Any,
 ) -> Prepared:
-    """Load and resolve what a Patchscope or a recipe needs, of all its methods, and write nothing.
+    """Load and resolve everything that a Patchscope, or a recipe with all its methods, needs.
 
     Args:
         scope: A Patchscope, a recipe, or a recipe's name or file.
-        places: Where M and M* run, and how they are loaded; None is in this process.
+        places: Where M and M* run, and how they are loaded; None means in this process.
         data: As in `run`.
         controls: As in `run`.
         columns: As in `run`.
@@ -66,14 +66,14 @@ def prepare(
         seed: As in `run`.
         limit: As in `run`.
         base: As in `run`.
-        loader: Loads a model; None is `load`.
+        loader: Loads a model; None uses `load`.
         **models: `model`, `source_model` and `target_model`, as in `run`.
 
     Returns:
         The prepared runs. A model that several methods use is loaded once.
 
     Raises:
-        InputError: Something given is wrong.
+        InputError: An argument, the recipe or the data is not valid.
     """
     if isinstance(scope, str | Path):
         base = base or find(scope).parent
@@ -85,7 +85,7 @@ def prepare(
         name: method.model_copy(update=changed | _functions(method, columns=columns, metrics=metrics))
         for name, method in (recipe.of_methods() or {recipe.name: recipe}).items()
     }
-    # A row in which a column of any method is missing is left out of all, so that all have the same rows.
+    # If a row lacks a column of any method, it is dropped for all methods, so that all have the same rows.
     used = {column: field for method in methods.values() for column, field in _used_columns(method).items()}
     prepare_method = partial(
         _prepare_run,
@@ -103,7 +103,7 @@ def prepare(
 
 
 def _recipe_of(scope: Patchscope) -> Recipe:
-    """A recipe that holds a Patchscope, whose fields have been checked."""
+    """Build a recipe from a Patchscope, whose fields have been checked."""
     fields = {name: getattr(scope, name) for name in Patchscope.model_fields}
     return Recipe.model_construct(name="patchscope", title="A Patchscope", **fields)
 
@@ -111,15 +111,15 @@ def _recipe_of(scope: Patchscope) -> Recipe:
 def _functions(
     recipe: Recipe, *, columns: Sequence[Any] | None, metrics: Sequence[Any] | None
 ) -> dict[str, Any]:
-    """The derived columns and the metrics, imported and checked against the recipe's readout.
+    """Import the derived columns and the metrics, and check them against the recipe's readout.
 
     Args:
         recipe: The recipe.
-        columns: The columns that are given; None takes the recipe's.
-        metrics: The metrics that are given; None takes the recipe's.
+        columns: The caller's columns; None uses the recipe's.
+        metrics: The caller's metrics; None uses the recipe's.
 
     Raises:
-        SpecError: One cannot be imported, or does not fit the readout.
+        SpecError: A function cannot be imported, or does not fit the readout.
     """
     columns = recipe.columns if columns is None else columns
     metrics = recipe.metrics if metrics is None else metrics
@@ -138,23 +138,23 @@ def _functions(
 
 
 def _used_columns(recipe: Recipe) -> dict[str, str]:
-    """The data columns that a run reads, each with the first field that reads it."""
-    asked = asked_columns(recipe, metrics=recipe.metrics, probe=recipe.probe)
-    return {column: field for field, column in reversed(list(asked))}
+    """Return the data columns that a run reads, each with the first field that reads it."""
+    uses = asked_columns(recipe, metrics=recipe.metrics, probe=recipe.probe)
+    return {column: field for field, column in reversed(list(uses))}
 
 
 class _LoadOnce:
-    """A loader that loads nothing twice."""
+    """A loader that loads each model once."""
 
     def __init__(self, loader: Loader) -> None:
         self._loader = loader
         self._loaded: dict[tuple[Any, ...], tuple[Any, Model]] = {}
 
     def __call__(self, model: Any, **options: Any) -> Model:
-        named = str(model) if isinstance(model, str | Path) else id(model)
-        key = (named, repr(sorted(options.items())))
+        name = str(model) if isinstance(model, str | Path) else id(model)
+        key = (name, repr(sorted(options.items())))
         if key not in self._loaded:
-            # The model itself is kept too, so that no other object takes its id.
+            # The object is kept too, so that its id is not reused.
             self._loaded[key] = model, self._loader(model, **options)
         return self._loaded[key][1]
 
@@ -169,20 +169,20 @@ def _prepare_run(
     used: Mapping[str, str],
     models: Mapping[str, Any],
 ) -> PreparedRun:
-    """Prepare a recipe without methods, or one method of a recipe.
+    """Prepare a single run: a recipe without methods, or one method of a recipe.
 
     Args:
         recipe: The recipe.
         places: Where M and M* run.
-        data: The rows, where they are not the recipe's.
-        limit: The most data rows.
+        data: The rows; None uses the recipe's.
+        limit: The maximum number of data rows.
         base: The folder that relative data files start from.
-        used: The data columns that may not be missing, each with the field that uses it.
-        models: What `load_models` takes besides.
+        used: The data columns that must have values, each with the field that uses it.
+        models: Further arguments of `load_models`.
     """
     rows, dropped = _rows(recipe.data if data is None else data, base=base, limit=limit, used=used)
     if dropped:
-        _log.warning("%d data rows were left out: a column that is used is missing there.", dropped)
+        _log.warning("%d data rows were dropped, because a column that is used has no value.", dropped)
     check_columns(recipe.metrics, rows)
     source, target = load_models(recipe, places=places, **models)
     sweep = expand(
@@ -191,11 +191,11 @@ def _prepare_run(
     mapping, fit = _mapping(
         recipe.scope, sweep.cells.pairs, source=source, target=target, places=places, base=base
     )
-    # Rows that source.mean averages keep the columns they share.
+    # Rows averaged by source.mean keep only the columns that they share.
     check_columns(recipe.metrics, sweep.rows)
-    asked = recipe.model_dump(mode="json", exclude={"methods"}) | {"model": source.info.name}
+    plain_recipe = recipe.model_dump(mode="json", exclude={"methods"}) | {"model": source.info.name}
     prepared = PreparedRun(
-        recipe=asked if data is None else asked | {"data": None},
+        recipe=plain_recipe if data is None else plain_recipe | {"data": None},
         sweep=sweep,
         vectors=check_vectors(sweep),
         source=source,
@@ -224,7 +224,7 @@ def _check_label(label: str, rows: Sequence[Mapping[str, Any]]) -> None:
     for number, row in enumerate(rows):
         if label not in row:
             raise DataError(
-                f"probe.label={label!r} is no column of data row {number}.",
+                f"probe.label={label!r} is not a column of data row {number}.",
                 hint=did_you_mean(label, list(row)),
             )
 
@@ -238,23 +238,21 @@ def _mapping(
     places: Places,
     base: Path | None,
 ) -> tuple[ResolvedMapping, Planned | None]:
-    """f, and how it is fitted where that is still to be done."""
-    asked = scope.mapping
-    if asked == ALIGNED:
-        asked = "identity" if same_model(source, target) else Fit()
-    read, written = (SITES[side.site].space for side in (scope.source, scope.target))
-    if isinstance(asked, Fit | Train):
+    """Resolve the mapping f, and plan its fit if it is not fitted yet."""
+    requested = scope.mapping
+    if requested == ALIGNED:
+        requested = "identity" if same_model(source, target) else Fit()
+    sites = (SITES[scope.source.site].space, SITES[scope.target.site].space)
+    if isinstance(requested, Fit | Train):
         spaces: dict[str, Any] = {"source": source, "target": target, "pairs": pairs}
-        spaces |= {"sites": (read, written), "base": base}
+        spaces |= {"sites": sites, "base": base}
         fit: Planned | None
-        if isinstance(asked, Fit):
-            fit = plan_fit(asked, places=places, **spaces)
+        if isinstance(requested, Fit):
+            fit = plan_fit(requested, places=places, **spaces)
         else:
-            fit = plan_training(asked, scope=scope, **spaces)
+            fit = plan_training(requested, scope=scope, **spaces)
         if fit is not None:
             return fit.mapping(), fit
-        asked = "identity"
-    mapping = resolve_mapping(
-        asked, source=source.info, target=target.info, pairs=pairs, sites=(read, written)
-    )
+        requested = "identity"
+    mapping = resolve_mapping(requested, source=source.info, target=target.info, pairs=pairs, sites=sites)
     return mapping, None

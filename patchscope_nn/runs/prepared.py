@@ -1,4 +1,4 @@
-"""What `prepare` gives: everything that runs need, resolved and checked. Nothing has run yet."""
+"""The result of `prepare`: everything that runs need, resolved and checked. Nothing has run yet."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from patchscope_nn.models import Model
 from patchscope_nn.recipe import slug
 from patchscope_nn.sweep import Sweep
 
-#: Fields of a recipe that decide what is made of finished cells, and not what the cells are.
-_AFTERWARDS = ("best_over", "probe", "score")
+#: Fields of a recipe that affect only what is computed from finished cells.
+_POSTPROCESSING = ("best_over", "probe", "score")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,18 +25,18 @@ class PreparedRun:
     """One run: a Patchscope, or one method of a recipe.
 
     Attributes:
-        recipe: What is asked, as a plain mapping with all defaults.
+        recipe: The recipe, as a plain mapping with all defaults.
         sweep: The cells.
         source: M.
         target: M*.
         places: Where M and M* run.
-        mapping: f.
-        columns: What is derived from each cell's readout, before the metrics.
-        metrics: What is computed of each cell.
+        mapping: The mapping f.
+        columns: The derived columns, which are computed before the metrics.
+        metrics: The metrics.
         data_hash: Hex digest of the data rows.
-        vectors: Hex digest of the files that vectors come from; empty where there are none.
-        fit: How the mapping is fitted or trained before the run, where it is.
-        n_dropped: How many data rows were left out, because a column that is used is missing there.
+        vectors: Hex digest of the files with vectors; empty if there are none.
+        fit: The fit or training of the mapping before the run; None if there is none.
+        n_dropped: The number of data rows that were dropped, because a column that is used has no value.
     """
 
     recipe: Mapping[str, Any]
@@ -54,22 +54,22 @@ class PreparedRun:
 
     @property
     def digest(self) -> str:
-        """Hex digest of what decides the results: recipe, data, models, mapping; not how they are run.
+        """Hex digest of everything that affects results: recipe, data, models and mapping, not the execution.
 
-        What is made of finished cells is left out, so that another probe or summary goes on with them.
+        Postprocessing of finished cells is excluded, so that a run with another probe or summary reuses them.
         """
         models = [(info.name, info.revision, info.dtype) for info in (self.sweep.source, self.sweep.target)]
-        asked = {name: value for name, value in self.recipe.items() if name not in _AFTERWARDS}
+        fields = {name: value for name, value in self.recipe.items() if name not in _POSTPROCESSING}
         if not self.columns:
-            asked.pop("columns", None)
+            fields.pop("columns", None)
         functions = [use.column for use in self.columns] + [use.metric for use in self.metrics]
-        own = [(one.name, one.digest) for one in functions if one is not None and one.digest]
+        own = [(function.name, function.digest) for function in functions if function and function.digest]
         mapping = [self.mapping.name, self.mapping.digest]
-        return digest([asked, self.data_hash, models, *mapping, self.vectors, *own])
+        return digest([fields, self.data_hash, models, *mapping, self.vectors, *own])
 
     @property
     def labels(self) -> list[str] | None:
-        """The class of each data row, where the recipe has a probe."""
+        """The class of each data row; None if the recipe has no probe."""
         probe = self.recipe["probe"]
         return None if probe is None else [str(row[probe["label"]]) for row in self.sweep.rows]
 
@@ -84,11 +84,11 @@ class PreparedRun:
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """An experiment: the run of each method. A Patchscope, or a recipe without methods, is a single run.
+    """The prepared runs of a recipe's methods. A Patchscope, or a recipe without methods, is a single run.
 
     Attributes:
         name: The recipe's name.
-        title: What it asks.
+        title: The recipe's title.
         runs: The prepared runs by method; a single run has the recipe's name.
     """
 
@@ -98,22 +98,22 @@ class Prepared:
 
     @property
     def is_single(self) -> bool:
-        """Whether there are no methods to compare."""
+        """True if there are no methods to compare."""
         return len(self.runs) == 1
 
     @property
     def only(self) -> PreparedRun:
-        """The run of an experiment of one.
+        """The single run.
 
         Raises:
-            ValueError: There are several.
+            ValueError: There are several runs.
         """
         (run,) = self.runs.values()
         return run
 
     @property
     def digest(self) -> str:
-        """Hex digest of what decides the results, with the methods' names where there are several."""
+        """Hex digest of everything that affects results, with the methods' names if there are several."""
         if self.is_single:
             return self.only.digest
         return digest([(name, run.digest) for name, run in self.runs.items()])
@@ -124,7 +124,7 @@ class Prepared:
         return Path("runs") / f"{self.name}-{self.digest[:8]}"
 
     def folders(self, folder: Path) -> dict[str, Path]:
-        """Where each run is kept: in the folder itself, or of several in a folder of the method's name."""
+        """Return each run's folder: the folder itself or, with several methods, a subfolder for each."""
         if self.is_single:
             return dict.fromkeys(self.runs, folder)
         return {name: folder / slug(name) for name in self.runs}

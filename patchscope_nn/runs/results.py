@@ -1,4 +1,4 @@
-"""Run: what one execution leaves, finished or not, read back."""
+"""Run: the results of one execution, finished or not."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 @checked_class
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One execution: what ran and what came out.
+    """The results of one execution.
 
     Attributes:
-        manifest: What ran, as `manifest.json` holds it.
-        rows: One mapping for each cell, in the order of the sweep; with a folder, read when asked for.
-        path: Its folder; None where it was kept in memory.
+        manifest: The contents of `manifest.json`.
+        rows: A mapping for each cell, in the order of the sweep; with a folder, they are read on access.
+        path: The folder; None if the run was kept in memory.
     """
 
     manifest: Manifest
@@ -44,30 +44,30 @@ class Run:
         )
 
     def table(self) -> pd.DataFrame:
-        """The cells as a tidy pandas DataFrame, one row for each."""
+        """Return the cells as a tidy pandas DataFrame, with a row for each."""
         return frame(self.rows, self.manifest["columns"])
 
     def heatmap(self, *, value: str | None = None) -> go.Figure:
-        """What the states say, source prompts x layers, as a plotly Figure.
+        """Draw the texts read from the states, source prompts x layers, as a plotly Figure.
 
         Args:
-            value: The column that shades the cells; None takes the one that fits the readout.
+            value: The column that shades the cells; None chooses one that fits the readout.
 
         Raises:
-            InputError: plotly is not installed, or there is no such column.
+            InputError: plotly is not installed, or there is no column of this name.
         """
         from patchscope_nn.report.figures import text_heatmap
 
         return text_heatmap(self.table(), value=value)
 
     def ensemble(self, how: Literal["intersect", "average"] | None = None) -> pd.DataFrame:
-        """What several target prompts say of each state, put together, as a pandas DataFrame.
+        """Combine the next tokens of several target prompts for each state, as a pandas DataFrame.
 
         Args:
-            how: `intersect` or `average`; None is the Patchscope's `target.combine`.
+            how: `intersect` or `average`; None uses the Patchscope's `target.combine`.
 
         Raises:
-            InputError: The run holds no next tokens.
+            InputError: The run has no next tokens.
         """
         from patchscope_nn.analysis.ensembles import combine
 
@@ -75,18 +75,18 @@ class Run:
         return combine(self.table(), how=chosen)
 
     def summary(self, *, by_source: bool = False) -> pd.DataFrame:
-        """The mean of each metric with its 95 % bootstrap interval over data rows, as a tidy DataFrame.
+        """Return each metric's means with 95 % bootstrap intervals over data rows, as a tidy DataFrame.
 
-        Where the recipe has `best_over`, the best over these layers is taken first, for controls alike.
+        If the recipe has `best_over`, the best over these layers is taken first, for controls as well.
 
         Args:
-            by_source: Average over the target layers too.
+            by_source: Also average over the target layers.
 
         Returns:
-            A line for each metric, control (`patched` for the real cells), pair of layers and scale:
-            `metric`, `control`, `source_layer`, `target_layer` (none where a control reads no layer, or where
-            the best was taken over it), `scale` (only where there are several), `mean`, `low`, `high` (none
-            where there is a single row), `n_rows`, `n_cells`.
+            A row for each metric, control (`patched` for the patched cells), pair of layers and scale. The
+            columns are `metric`, `control`, `source_layer`, `target_layer` (missing if a control reads no
+            layer, or if the best was taken over it), `scale` (only if there are several), `mean`, `low`,
+            `high` (missing if there is a single data row), `n_rows`, `n_cells`.
         """
         from patchscope_nn.analysis.statistics import summarise
 
@@ -99,17 +99,17 @@ class Run:
         )
 
     def light_table(self) -> pd.DataFrame:
-        """The cells as `table` gives them, without what was read of them: places, metrics and errors."""
+        """Return the cells like `table`, but only with their places, metrics and errors, to save memory."""
         return light_frame(self.rows, self.manifest["columns"], metrics=self.metrics)
 
     @property
     def best_over(self) -> tuple[str, ...]:
-        """What the summary and the figures take the best over."""
+        """The axes over which the summary and the figures take the best."""
         return tuple(self.manifest["recipe"].get("best_over") or ())
 
     @property
     def metrics(self) -> list[str]:
-        """The names of this run's metrics, those of its probe last."""
+        """The names of this run's metrics; those of its probe come last."""
         named = [entry["name"] for entry in self.manifest["metrics"]]
         return named + (list(PROBE_METRICS) if self.manifest["recipe"].get("probe") else [])
 
@@ -139,14 +139,14 @@ class Run:
         """Write the report's figures for a paper, without a browser.
 
         Args:
-            folder: The folder; it is made if need be.
-            formats: Of `pdf`, `svg` and `png`.
+            folder: The folder; it is created if necessary.
+            formats: Some of `pdf`, `svg` and `png`.
 
         Returns:
             The files.
 
         Raises:
-            InputError: plotly or matplotlib is not installed, or a format is none of these.
+            InputError: plotly or matplotlib is not installed, or a format is not valid.
         """
         from patchscope_nn.report import run_figures
         from patchscope_nn.report.figures import save_figures
@@ -154,7 +154,7 @@ class Run:
         return save_figures(run_figures(*self._tables(), manifest=self.manifest), folder, formats=formats)
 
     def _tables(self) -> tuple[pd.DataFrame, pd.DataFrame]:
-        """The table of all cells, which may leave out what they say, and that of those a page shows."""
+        """Return the table of all cells, light if there are many, and the full table of the first cells."""
         from patchscope_nn.report import MAX_CELLS
 
         if len(self.rows) <= MAX_CELLS:
@@ -162,7 +162,7 @@ class Run:
         return self.light_table(), frame(list(islice(self.rows, MAX_CELLS)), self.manifest["columns"])
 
     def _repr_html_(self) -> str:
-        """The run as a notebook shows it."""
+        """Return the HTML that notebooks show."""
         from patchscope_nn.report import run_html
 
         where = "in memory" if self.path is None else str(self.path)
@@ -177,10 +177,10 @@ def load_run(path: str | Path) -> Run:
         path: The folder.
 
     Returns:
-        The run, with the cells that are done.
+        The run, with the finished cells.
 
     Raises:
-        FolderError: It is no run folder.
+        FolderError: It is not the folder of a run.
     """
     folder = Path(path)
     manifest = read_manifest(folder)

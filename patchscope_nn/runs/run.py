@@ -31,7 +31,7 @@ class PlaceOptions(TypedDict, total=False):
 
 
 class ExecutionOptions(TypedDict, total=False):
-    """How a run is executed, which changes no result; see `run`."""
+    """How a run is executed; these options do not change results. See `run`."""
 
     context: Context | Literal["auto"]
     max_rows: int | None
@@ -68,41 +68,40 @@ def run(scope: Any, *, out: str | Path | None = None, **options: Unpack[RunOptio
 
     Args:
         scope: A Patchscope, a recipe, or a recipe's name or file.
-        out: The folder; the same call again continues a run that was interrupted. None keeps everything in
-            memory.
+        out: The run's folder. The same call continues an interrupted run. None keeps everything in memory.
         **options: What runs, where and how:
 
-            model: What `load` takes; None takes the recipe's, or the builtin model.
-            source_model: M, where it is not `model`.
-            target_model: M*, where it is not M.
+            model: The model, in any form that `load` takes; None uses the recipe's, or the builtin model.
+            source_model: M, if it is not `model`.
+            target_model: M*, if it is not M.
             data: Rows (mappings of columns to values), a pandas DataFrame, a `datasets.Dataset`, a function
-                that returns rows, or a mapping as a recipe's `data`; None takes the recipe's, or a single row
-                without columns.
-            controls: Names of controls; None takes the recipe's.
-            columns: Functions of (columns, row) that derive columns from a readout's, or their names; None
-                takes the recipe's.
-            metrics: Metrics as in a recipe, or functions of (columns, row); None takes the recipe's.
-            seed: The seed of random states, other rows and sampling; None takes the recipe's, or 0.
-            limit: The most data rows.
-            base: The folder that relative data files start from; None is the recipe's, or the current one.
+                that returns rows, or a mapping like a recipe's `data`; None uses the recipe's, or a single
+                row without columns.
+            controls: Names of controls; None uses the recipe's.
+            columns: Functions of (columns, row) that derive columns, or their names; None uses the recipe's.
+            metrics: Metrics as in a recipe, or functions of (columns, row); None uses the recipe's.
+            seed: The seed for random states, shuffled rows and sampling; None uses the recipe's, or 0.
+            limit: The maximum number of data rows.
+            base: The folder that relative data files start from; None uses the recipe's, or the current one.
             remote: Where M* runs. False: in this process; True: on the NDIF that nnsight is configured for; a
                 URL: on that server; `local`: in this process, as a rehearsal of a remote run.
-            source_remote: Where M runs, in the same words; None is where M* runs.
-            dtype: The dtype of models that are given by name, as in `load`.
+            source_remote: Where M runs, in the same form; None means where M* runs.
+            dtype: The dtype of models given by name, as in `load`.
             device_map: Their devices, as in `load`.
             context: How source and target share a context; `auto` chooses.
-            max_rows: The most cells of a forward pass; None is the planner's.
-            memory: The most bytes a forward pass may take; None is half of what the target's device has free.
-            optimisations: What the planner may do to run less; None is all of it.
-            jobs: How many jobs may be on their way to a server at a time.
-            progress: Called with (cells done, cells in all) after each step.
+            max_rows: The maximum number of cells in a forward pass; None uses the planner's.
+            memory: The maximum bytes of a forward pass; None uses half of the free memory of the target's
+                device.
+            optimisations: The optimisations that the planner may use; None allows all.
+            jobs: The maximum number of unfinished jobs on a server.
+            progress: Called with (cells done, total cells) after each step.
 
     Returns:
-        The run; of a recipe with several methods the experiment, a mapping from their names to their runs.
+        The run. For a recipe with several methods, an experiment: a mapping from method names to runs.
 
     Raises:
-        InputError: Something given is wrong; nothing has been written.
-        RunError: The run failed; with a folder, the same call continues it.
+        InputError: An argument, the recipe or the data is not valid; nothing has been written.
+        RunError: The run failed; if it has a folder, the same call continues it.
     """
     if not isinstance(scope, Patchscope | Recipe | str | Path):
         raise InputError(
@@ -110,25 +109,25 @@ def run(scope: Any, *, out: str | Path | None = None, **options: Unpack[RunOptio
             hint="Give a Patchscope, a Recipe, or the name or file of a recipe; a mapping becomes a recipe "
             "by ps.Recipe(**mapping).",
         )
-    given: dict[str, Any] = {**options}
-    places = Places.of(**_taken(given, PlaceOptions))
-    execution = Execution(**_taken(given, ExecutionOptions))
-    return run_prepared(prepare(scope, places=places, **given), execution, out=out)
+    remaining: dict[str, Any] = {**options}
+    places = Places.of(**_pop_options(remaining, PlaceOptions))
+    execution = Execution(**_pop_options(remaining, ExecutionOptions))
+    return run_prepared(prepare(scope, places=places, **remaining), execution, out=out)
 
 
-def _taken(given: dict[str, Any], kind: type[PlaceOptions | ExecutionOptions]) -> dict[str, Any]:
-    """Take the options of one kind out of those that are given."""
-    return {name: given.pop(name) for name in kind.__annotations__ if name in given}
+def _pop_options(options: dict[str, Any], kind: type[PlaceOptions | ExecutionOptions]) -> dict[str, Any]:
+    """Remove the options of one kind from `options`, and return them."""
+    return {name: options.pop(name) for name in kind.__annotations__ if name in options}
 
 
 def run_prepared(
     prepared: Prepared, execution: Execution | None = None, *, out: str | Path | None = None
 ) -> Run | Experiment:
-    """Run what `prepare` prepared, and compare the methods where there are several.
+    """Run what `prepare` returned. If there are several methods, compare them.
 
     Args:
         prepared: The run, or the methods of an experiment.
-        execution: How they run; None is the default.
+        execution: How they run; None uses the defaults.
         out: As in `run`.
 
     Returns:
@@ -139,7 +138,7 @@ def run_prepared(
     """
     folder = None if out is None else Path(out)
     if folder is not None and not prepared.is_single and (folder / MANIFEST).exists():
-        raise FolderError(f"{folder} holds a run.", hint="Give another --out: a folder for all the methods.")
+        raise FolderError(f"{folder} holds a run.", hint="Give another --out: a folder for all methods.")
     runs = run_each(prepared, execution, folder=folder)
     if prepared.is_single:
         return next(iter(runs.values()))
@@ -152,7 +151,7 @@ def run_prepared(
 def run_each(
     prepared: Prepared, execution: Execution | None = None, *, folder: Path | None = None
 ) -> dict[str, Run]:
-    """Run what was prepared, one method after the other; arguments as in `run_prepared`."""
+    """Run the prepared methods one after the other; the arguments are as in `run_prepared`."""
     execution = execution or Execution()
     folders = {} if folder is None else prepared.folders(folder)
     n_before, n_cells = 0, sum(len(method.sweep.cells) for method in prepared.runs.values())
@@ -165,5 +164,5 @@ def run_each(
 
 
 def _progress_of_all(progress: Progress | None, *, n_before: int, n_cells: int) -> Progress | None:
-    """The progress of one method, counted over the cells of all."""
+    """Return a progress callback for one method that counts the cells of all methods."""
     return None if progress is None else lambda done, _: progress(n_before + done, n_cells)

@@ -194,7 +194,10 @@ def test_a_probe_that_fits_not(more, message):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"probe": {"label": "wrd"}}, "probe.label='wrd' is no column of data row 0. Did you mean 'word'?"),
+        (
+            {"probe": {"label": "wrd"}},
+            "probe.label='wrd' is not a column of data row 0. Did you mean 'word'?",
+        ),
         (
             {"data": {"rows": ROWS[:2]}},
             "probe.folds=3 needs as many different source prompts, and the data has 2.",

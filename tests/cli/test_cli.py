@@ -229,7 +229,7 @@ BAD = {
     "remote": (["run", "tiny.yaml", "--remote", "somewhere"], "remote='somewhere' is no server"),
     "one row": (["run", "tiny.yaml", "--limit", "1"], "controls: shuffled"),
     "fused": (["run", "tiny.yaml", "--set", "target.layer=0", "--context", "fused"], "context='fused' runs"),
-    "no run": (["report", "model"], "model is no run folder: it has no manifest.json"),
+    "no run": (["report", "model"], "model is not the folder of a run: it has no manifest.json"),
     "explain nothing": (["explain", "", "--model", "model"], "prompt: is an empty text"),
     "context of two": (["run", "tiny.yaml", "--context", "nested"], "context='nested' does not serve one"),
 }

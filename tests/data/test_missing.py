@@ -114,7 +114,7 @@ def test_rows_are_left_out_on_demand_and_counted(tiny_model, tmp_path, caplog):
         run = ps.run(file, model=tiny_model(), out=tmp_path / "run")
     assert list(run.table()["source_prompt"]) == ["The Paris", "The city", "The Tower"]
     assert (run.manifest["n_rows"], run.manifest["n_dropped"]) == (3, 2)
-    assert caplog.messages == ["2 data rows were left out: a column that is used is missing there."]
+    assert caplog.messages == ["2 data rows were dropped, because a column that is used has no value."]
 
 
 def test_a_limit_counts_the_rows_that_are_kept(tiny_model, tmp_path):

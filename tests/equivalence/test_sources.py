@@ -159,7 +159,7 @@ def test_rows_that_are_averaged_keep_what_they_share(tiny_model):
     table = ps.run(scope, model=model, data=rows, metrics=[{"contains": {"reference": "answer"}}]).table()
     assert table["row"].tolist() == [0] * 4 + [1] * 4
     assert set(table["contains"]) <= {0.0, 1.0}
-    with pytest.raises(DataError, match=r"metrics\.contains\.reference='s' is no column of data row 0"):
+    with pytest.raises(DataError, match=r"metrics\.contains\.reference='s' is not a column of data row 0"):
         ps.run(scope, model=model, data=rows, metrics=[{"contains": {"reference": "s"}}])
 
 

@@ -174,7 +174,7 @@ def test_another_mapping_of_the_same_name_is_another_run(tiny_model, tmp_path):
 
 def test_a_folder_with_other_things_in_it_is_left_alone(tiny_model, tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(FolderError, match="is not empty and holds no run"):
+    with pytest.raises(FolderError, match="is not empty and is not the folder of a run"):
         ps.run(scope(), out=tmp_path, **asked(tiny_model()))
     assert [entry.name for entry in tmp_path.iterdir()] == ["thesis.tex"]
 
