@@ -104,7 +104,7 @@ class Planning:
     max_rows: options.MaxRows = None
     memory: options.Memory = None
 
-    def given(self, switches: Any) -> dict[str, Any]:
+    def execution_options(self, switches: Any) -> dict[str, Any]:
         """Return these options as arguments of `Execution`, with the optimisations that are switched on.
 
         Raises:
@@ -140,12 +140,12 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
         flat += _options_of(groups[name]) if name in groups else [parameter]
 
     @functools.wraps(command)
-    def call(**given: Any) -> None:
-        made = {
-            name: group(**{field.name: given.pop(field.name) for field in fields(group)})
+    def call(**values: Any) -> None:
+        group_values = {
+            name: group(**{field.name: values.pop(field.name) for field in fields(group)})
             for name, group in groups.items()
         }
-        command(**given, **made)
+        command(**values, **group_values)
 
     call.__signature__ = signature.replace(parameters=flat)  # type: ignore[attr-defined]  # inspect's own name
     call.__annotations__ = {parameter.name: parameter.annotation for parameter in flat}

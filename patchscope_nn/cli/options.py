@@ -195,30 +195,30 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
 
 
-def memory_value(given: str | None) -> int | None:
+def memory_value(text: str | None) -> int | None:
     """Parse a size in bytes: a number, with or without a unit (2GiB and 2GB are both 2**31).
 
     Raises:
         InputError: The text is not a valid size.
     """
-    if given is None:
+    if text is None:
         return None
-    size = _SIZE.fullmatch(given.strip())
+    size = _SIZE.fullmatch(text.strip())
     if size is None:
         raise InputError(
-            f"--memory={given!r} is not a valid size.", hint="Write bytes, or for example 500MiB or 2GiB."
+            f"--memory={text!r} is not a valid size.", hint="Write bytes, or for example 500MiB or 2GiB."
         )
     return int(float(size[1]) * _UNITS[size[2].upper()])
 
 
-def remote_value(given: str | None) -> bool | str:
+def remote_value(text: str | None) -> bool | str:
     """Convert the value of `--remote` to the argument `remote` of `run`."""
-    return {None: False, "no": False, "ndif": True}.get(given, given or False)
+    return {None: False, "no": False, "ndif": True}.get(text, text or False)
 
 
-def source_remote_value(given: str | None) -> bool | str | None:
+def source_remote_value(text: str | None) -> bool | str | None:
     """Convert the value of `--source-remote` to the argument `source_remote` of `run`."""
-    return None if given is None else remote_value(given)
+    return None if text is None else remote_value(text)
 
 
 def parse_selector(text: str, *, option: str) -> Any:

@@ -60,8 +60,8 @@ def _summary(run: Run) -> Iterator[Any]:
     means = {
         ((entry.get("scale"), entry[axis]), entry["metric"], entry["control"]): entry for entry in summary
     }
-    whole = (None, None)
-    places = sorted({place for place, *_ in means} - {whole}, key=_order) or [whole]
+    no_place = (None, None)
+    places = sorted({place for place, *_ in means} - {no_place}, key=_order) or [no_place]
     layered = {control for place, _, control in means if place in places} | {"patched"}
     controls = sorted(layered, key=lambda control: (control != "patched", control))
     columns = [(run.metrics[0], control) for control in controls]

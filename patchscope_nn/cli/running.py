@@ -44,7 +44,7 @@ def run(
     progress = printing.Progress(prepared.name, quiet=json)
     command = shlex.join(["patchscope", *sys.argv[1:]])
     execution = Execution(
-        **planning.given(switches),
+        **planning.execution_options(switches),
         jobs=jobs or JOBS,
         progress=progress,
         notice=progress.tell,
@@ -86,7 +86,7 @@ def plan(
     from patchscope_nn.cli.plan_printing import Planned, print_plans
     from patchscope_nn.runs.execute import Execution, plan_run
 
-    execution = Execution(**planning.given(switches))
+    execution = Execution(**planning.execution_options(switches))
     folders = prepared.folders(prepared.default_folder)
     planned = {}
     for name, method in prepared.runs.items():

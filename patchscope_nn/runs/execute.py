@@ -135,12 +135,12 @@ def execute(prepared: PreparedRun, execution: Execution, *, out: Path | None = N
         RunError: The run failed; finished cells are kept in the folder.
     """
     prepared = fit_first(_proven(prepared), command=execution.command, notice=execution.notice)
-    backend, whole = prepared.places.backend, plan_run(prepared, execution)
-    manifest = new_manifest(prepared, whole, command=execution.command)
+    backend, full_plan = prepared.places.backend, plan_run(prepared, execution)
+    manifest = new_manifest(prepared, full_plan, command=execution.command)
     started = time.monotonic()
     with _uncollected(), InMemory() if out is None else open_folder(out, manifest) as store:
         n_before = len(store.done)
-        for rows in _unfinished(prepared, whole, store, execution):
+        for rows in _unfinished(prepared, full_plan, store, execution):
             store.append(rows)
             if execution.progress:
                 execution.progress(len(store.done), len(prepared.sweep.cells))
@@ -203,7 +203,7 @@ def _write_ensemble_and_report(run: Run) -> None:
 
 
 def _unfinished(
-    prepared: PreparedRun, whole: Plan, store: InMemory, execution: Execution
+    prepared: PreparedRun, full_plan: Plan, store: InMemory, execution: Execution
 ) -> Iterator[dict[int, dict[str, Any]]]:
     """Run the unfinished cells, and yield chunks of table rows by cell number.
 
@@ -214,7 +214,7 @@ def _unfinished(
     # Cells of unfinished jobs are not planned again, unless this run has no server to fetch them from.
     live = job_log.live() if _on_server(prepared.places.backend) else ()
     done = store.done.union(*(job.cells for job in live if job.context != "read"))
-    planned = plan_run(prepared, execution, done=done) if done else whole
+    planned = plan_run(prepared, execution, done=done) if done else full_plan
     tabulate = Tabulator(
         prepared.sweep,
         prepared.metrics,
