@@ -314,7 +314,16 @@ def counted(model):
             hook.remove()
 
 
-@pytest.mark.parametrize("off", [None, "all", *Optimisations.names()])
+#: Optimisations that are off together: none, all, those without which rows are whole and padded, and each.
+SETS = {
+    "none": (),
+    "all": Optimisations.names(),
+    "segments": ("prefix_sharing", "late_entry"),
+    **{name: (name,) for name in Optimisations.names()},
+}
+
+
+@pytest.mark.parametrize("off", SETS)
 @pytest.mark.parametrize("readout", [NextToken(reference="source"), Hidden(), "generate", "choices"], ids=str)
 @pytest.mark.parametrize("family", ["llama", "gptj"])
 def test_what_is_predicted_is_what_runs(family, readout, off, tiny_model, monkeypatch):
@@ -325,11 +334,11 @@ def test_what_is_predicted_is_what_runs(family, readout, off, tiny_model, monkey
     )
     if readout.name == "generate":  # a plan cannot know where a row will end
         monkeypatch.setattr("patchscope_nn.lower.readout.eos_ids", lambda _model: ())
-    used = Optimisations.none() if off == "all" else replace(Optimisations(), **({off: False} if off else {}))
+    used = replace(Optimisations(), **dict.fromkeys(SETS[off], False))
     rows = [
         {"s": source, "t": f"The city of{target}"} for source in TEXTS[:2] for target in ("x", " is x", "xx")
     ]
-    scope = scope_of(position={"each": [0, -1]}, target_layer=[0, 2], readout=readout)
+    scope = scope_of(layer=["embed", 2], position={"each": [0, -1]}, target_layer=[0, 2], readout=readout)
     sweep = sweep_of(model, scope, rows=rows, controls=["unpatched", "shuffled"])
     planned = plan(sweep, context="session", max_rows=6, optimisations=used)
     mapping = resolve_mapping("identity", source=model.info, target=model.info)
