@@ -333,5 +333,5 @@ class PatchedRun(Protocol):
 
 
 def identity_writing() -> Writing:
-    """The writing of a step that maps and changes nothing."""
+    """Return the writing of a step that leaves states as they are."""
     return {"mapping": "identity", "weights": None, "mode": "replace", "amount": 0.0}
