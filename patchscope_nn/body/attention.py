@@ -1,8 +1,9 @@
-"""Attention of tokens that share a prefix and see few others, inside a context.
+"""Attention of tokens that share a prefix and attend to few other tokens, inside a context.
 
-As one sequence with a mask, attention grows with the square of its tokens. Here the prefix is one product for
-all of them, without a mask; what else a token sees is picked out; and the two are joined by the normalisers
-of their softmaxes. A block still calls PyTorch's `scaled_dot_product_attention`, and this stands in for it.
+With a mask over the whole sequence, attention would grow with the square of its tokens. Here all tokens
+attend to the prefix in one product without a mask, and each token's other keys are gathered by index. The two
+results are joined by the normalisers of their softmaxes. A block still calls PyTorch's
+`scaled_dot_product_attention`; the context below replaces that function.
 """
 
 from __future__ import annotations
@@ -16,31 +17,31 @@ from patchscope_nn.body.program import OwnTokens
 
 
 def in_attending(cache: Any, prefix: int, own: OwnTokens) -> Any:
-    """A context in which the block of its `layer` attends so.
+    """Return a context in which block `layer` attends to the prefix and to each token's own ones separately.
 
     Args:
-        cache: The keys and values the blocks keep; attention is to these.
-        prefix: How many of them, the first ones, every token sees.
-        own: What else each token sees.
+        cache: The keys and values of all blocks; attention is to these.
+        prefix: How many keys, the first ones, every token attends to.
+        own: The other tokens that each token attends to.
 
     Returns:
-        The context, to be entered once a block: set `layer` before, and find in `calls` how often a block
-        has asked for its attention.
+        The context. Set its `layer`, then enter it to call that block; its `calls` counts how often blocks
+        have called the attention function.
     """
 
     def __torch_function__(  # noqa: N807 (torch calls it so)
         mode: Any, func: Any, _types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        given = kwargs or {}
+        kwargs = kwargs or {}
         if func is not torch.nn.functional.scaled_dot_product_attention:
-            return func(*args, **given)
+            return func(*args, **kwargs)
         mode.calls += 1
         kept = cache.layers[mode.layer]
-        return in_attention(args[0], kept.keys, kept.values, prefix, own, scale=given.get("scale"))
+        return in_attention(args[0], kept.keys, kept.values, prefix, own, scale=kwargs.get("scale"))
 
-    # Made here, and not as a class of this package, which no server has.
-    made = type("Attending", (TorchFunctionMode,), {"__torch_function__": __torch_function__})
-    attending = made()
+    # The class is made here, since servers do not have the classes of this package.
+    attending_class = type("Attending", (TorchFunctionMode,), {"__torch_function__": __torch_function__})
+    attending = attending_class()
     attending.layer = attending.calls = 0
     return attending
 
@@ -54,15 +55,15 @@ def in_attention(
     *,
     scale: float | None,
 ) -> torch.Tensor:
-    """Attention of each token to a prefix and to its own tokens.
+    """Compute the attention of each token to a prefix and to its own tokens.
 
     Args:
         queries: (1, n_heads, n_tokens, d_head).
         keys: (1, n_kv_heads, prefix + n_tokens, d_head).
-        values: The same.
-        prefix: How many keys, the first ones, every token sees.
-        own: The tokens behind the prefix that each one attends to, for n_tokens or more.
-        scale: What products of queries and keys are multiplied with; None is d_head ** -0.5.
+        values: The same shape.
+        prefix: How many keys, the first ones, every token attends to.
+        own: The tokens after the prefix that each token attends to, for n_tokens or more.
+        scale: The factor of the products of queries and keys; None is d_head ** -0.5.
 
     Returns:
         (1, n_heads, n_tokens, d_head).
@@ -73,7 +74,7 @@ def in_attention(
     queries = queries.reshape(groups, heads // groups, count, size)
     seen, norm = _in_own(queries, keys[0, :, prefix:], values[0, :, prefix:], own, scale)
     if prefix:
-        # PyTorch has no public function that gives the normaliser too.
+        # PyTorch has no public function that also returns the normaliser.
         shared, shared_norm = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(  # noqa: SLF001
             queries.flatten(1, 2)[None], keys[:, :, :prefix], values[:, :, :prefix], 0.0, False, scale=scale
         )
@@ -89,9 +90,9 @@ def _in_own(
     own: OwnTokens,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of each token to its own ones, and the logarithm of the normaliser.
+    """Compute the attention of each token to its own tokens, and the logarithm of its normaliser.
 
-    Queries are (n_kv_heads, n_heads of each, n_tokens, d_head), keys and values without the second.
+    Queries are (n_kv_heads, heads of each, n_tokens, d_head), keys and values (n_kv_heads, n_tokens, d_head).
     """
     count = queries.shape[2]
     columns = own["places"][:count].unbind(1)

@@ -1,4 +1,4 @@
-"""Source and target prompts as rows of padded batches, inside a context."""
+"""Runs source and target prompts as rows of padded batches, inside a context."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def in_target(
     *,
     hear: Any,
 ) -> list[dict[str, Any]]:
-    """Run a batch of target prompts with the states written into them, and read them out."""
+    """Run a batch of target prompts with states written into them, and return the readouts of its cells."""
     readout, inputs = target["readout"], target["inputs"]
     with model.trace(**inputs, **target["options"]) as tracer:
         written = in_patched(model, target, states, site, writing, inputs=inputs)
@@ -101,10 +101,10 @@ def in_patched(
 
 
 def in_plain(model: Any) -> Any:
-    """The model without any patch, as a function to be called outside of a trace."""
+    """Return the model without any patch, as a function to be called outside of a trace."""
 
-    def forward(**given: Any) -> Any:
-        with model.trace(**given):
+    def forward(**kwargs: Any) -> Any:
+        with model.trace(**kwargs):
             logits = model.output.logits.clone()
             cache = model.output.get("past_key_values")
         return SimpleNamespace(logits=logits, past_key_values=cache)
@@ -115,12 +115,12 @@ def in_plain(model: Any) -> Any:
 def in_stepping(
     model: Any, target: RowsProgram, states: dict[int, torch.Tensor], site: SitePath, writing: Writing
 ) -> Any:
-    """The model as a function that writes at every token it decodes; of several states it writes the last."""
+    """Return the model as a function that writes at every token it decodes: the last of several states."""
     last = {number: state[-1:] for number, state in states.items()}
 
-    def forward(input_ids: torch.Tensor, **given: Any) -> Any:
+    def forward(input_ids: torch.Tensor, **kwargs: Any) -> Any:
         columns = list(range(input_ids.shape[1]))
-        with model.trace(input_ids=input_ids, **given):
+        with model.trace(input_ids=input_ids, **kwargs):
             for layer, writes in target["writes"].items():
                 stepped: Any = [{**write, "positions": columns} for write in writes]
                 in_write(in_site(model, site, layer, input_ids.shape), stepped, last, writing)
@@ -134,15 +134,15 @@ def in_stepping(
 def in_rereading(
     model: Any, target: RowsProgram, states: dict[int, torch.Tensor], site: SitePath, writing: Writing
 ) -> Any:
-    """The model as a function that keeps no cache: it takes the ids read so far in the place of one.
+    """Return the model as a function without a cache: `past_key_values` are the ids that it has read so far.
 
-    It reads the prompt again, with the patch; the tokens behind it are not patched. Its logits begin with
-    those after the last token that was read before.
+    It reads the prompt again, with the patch; the tokens after the prompt are not patched. Its logits begin
+    with those after the last token that it had read before.
     """
 
-    def forward(input_ids: torch.Tensor, past_key_values: torch.Tensor, **given: Any) -> Any:
+    def forward(input_ids: torch.Tensor, past_key_values: torch.Tensor, **kwargs: Any) -> Any:
         ids = torch.cat([past_key_values.to(input_ids.device), input_ids], dim=1)
-        mask = given["attention_mask"]
+        mask = kwargs["attention_mask"]
         inputs = {"input_ids": ids, "attention_mask": mask}
         if "position_ids" in target["inputs"]:
             inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp_min(0)
@@ -155,13 +155,13 @@ def in_rereading(
 
 
 def in_positions(logits: torch.Tensor, positions: list[int]) -> torch.Tensor:
-    """The logits that are read, (batch, vocab); positions count from the end."""
+    """Return the logits that are read, (batch, vocab); positions count from the end."""
     return logits[list(range(len(logits))), positions]
 
 
 def fused(model: Any, program: Any, backend: Any, hear: Sequence[Any]) -> dict[str, Any]:
-    """Run source and target rows as one batch: at each block the source is read, then the target written."""
-    source, target, heard = program["sources"][0], program["targets"][0], hear[0] if hear else None
+    """Run source and target rows as one batch: in each block, sources are read, then targets written."""
+    source, target, hear_pass = program["sources"][0], program["targets"][0], hear[0] if hear else None
     reads, writes = source["reads"], target["writes"]
     layers = sorted({*reads, *writes})
     states: dict[int, torch.Tensor] = {}
@@ -169,7 +169,7 @@ def fused(model: Any, program: Any, backend: Any, hear: Sequence[Any]) -> dict[s
     shape, shape_written = source["inputs"]["input_ids"].shape, target["inputs"]["input_ids"].shape
     first = shape[0]
     options = {name: max(value, source["options"].get(name, 0)) for name, value in target["options"].items()}
-    rows: Any = None  # if the backend does not wait, this is returned
+    rows: Any = None  # returned if the backend does not wait
     with model.trace(backend=backend, **options) as tracer:
         meet = tracer.barrier(2)
         with tracer.invoke(**source["inputs"]):
@@ -187,7 +187,7 @@ def fused(model: Any, program: Any, backend: Any, hear: Sequence[Any]) -> dict[s
         with tracer.invoke():
             states.update(in_finals(model.output.logits, source["finals"]))
             rows = nnsight.save(
-                _in_fused_readout(model, model.output, target, states, written, first=first, hear=heard)
+                _in_fused_readout(model, model.output, target, states, written, first=first, hear=hear_pass)
             )
     return {"passes": [rows], "kept": {}, "prefix": None}
 
@@ -202,7 +202,7 @@ def _in_fused_readout(
     first: int,
     hear: Any,
 ) -> list[dict[str, Any]]:
-    """Read out the target's rows, which stand behind the source's, from row `first` on."""
+    """Read out the target's rows, which follow the source's, from row `first` on."""
     readout = target["readout"]
     if not readout["unembeds"]:
         rows = in_readout(model, readout, None, None, states=states, written=written)

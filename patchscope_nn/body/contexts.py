@@ -1,10 +1,10 @@
-"""The contexts that a step runs in. The only place that opens a trace.
+"""Opens the contexts that a step runs in. Only `body` opens traces.
 
-fused    one trace; source and target are two invokes that meet at a barrier, and so one forward
+fused    one trace: source and target are two invokes that meet at a barrier, in one forward pass
 session  one session: source traces, then target traces that use their values
-nested   two models: the source's traces run inside the target's session
-bridged  two models, not both in this process: the source's session gives its states back, and they
-travel as values inside the target's (two sessions, which `backends` runs)
+nested   two models: the source traces run inside the session of the target
+bridged  two models that are not both in this process: two sessions, run by `backends`; the states of the
+         first are sent to the second as values
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from patchscope_nn.body.packed import in_packed, in_prefix
 from patchscope_nn.body.program import Results, StepProgram
 from patchscope_nn.body.states import in_sums
 
-#: Called while a target pass runs in this process, with rows and the token that each has just decoded; first
-#: with two empty lists, once the prompts have been read.
+#: Called while a target pass runs in this process: first with two empty lists, when the prompts have been
+#: read; then after each decoding step, with the rows that continue and the token that each has just decoded.
 Hear = Callable[[list[int], list[int]], None]
 
 
 def open_context(
     context: str, program: Any, source: Any, target: Any, *, backend: Any, hear: Sequence[Hear]
 ) -> Any:
-    """Open a context and run a step in it; `engines.Engine.run` explains the arguments."""
+    """Open a context and run a step in it; see `engines.Engine.run` for the arguments."""
     if context == "fused":
         return fused(target, program, backend, hear)
     if context == "session":
@@ -66,11 +66,11 @@ def _in_session(source: Any, target: Any, program: StepProgram, hear: Sequence[H
         prefix = in_prefix(target, program["prefix"], site)
     passes = []
     for number, target_pass in enumerate(program["targets"]):
-        heard = hear[number] if hear else None
+        hear_pass = hear[number] if hear else None
         if target_pass["layout"] == "rows":
-            rows = in_target(target, target_pass, states, site, writing, hear=heard)
+            rows = in_target(target, target_pass, states, site, writing, hear=hear_pass)
         else:
-            rows = in_packed(target, target_pass, states, site, writing, prefix=prefix, hear=heard)
+            rows = in_packed(target, target_pass, states, site, writing, prefix=prefix, hear=hear_pass)
         passes.append(rows)
     kept = {number: states[number].clone() for number in program["keep"]}
     returned = prefix if program["prefix"] is not None and program["prefix"]["kept"] else None

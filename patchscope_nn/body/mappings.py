@@ -1,4 +1,4 @@
-"""What a mapping does to states, inside a context: these functions travel, with tensors, to where M* runs."""
+"""Applies a mapping to states, inside a context. These functions travel, with tensors, to where M* runs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 #: (l, l*): the layer that is read and the layer that is written; -1 is the input of block 0.
 Pair: TypeAlias = tuple[int, int]
-#: The tensors of one pair's map, by what they are: `weight`, `up`, `down`, `scale`, `bias`.
+#: The tensors of one pair's map, by name: `weight`, `up`, `down`, `scale`, `bias`.
 Parts: TypeAlias = Mapping[str, torch.Tensor]
 
 
@@ -20,14 +20,14 @@ def apply_mapping(
     clean: torch.Tensor,
     pairs: Sequence[Sequence[int]] = (),
 ) -> torch.Tensor:
-    """Map states, inside a context.
+    """Map states of the source to states of the target.
 
     Args:
         kind: The kind of a `ResolvedMapping`.
-        call: Its function; for `pairs` the maps.
+        call: Its function; for `pairs`, the maps.
         states: (n, d_model) states of the source.
         clean: (n, d_model of the target) the states they will replace.
-        pairs: (n,) the (l, l*) of each state; only `pairs` looks at it.
+        pairs: (n,) the (l, l*) of each state; used only for `pairs`.
 
     Returns:
         (n, d_model of the target), in the dtype and on the device of `clean`.
@@ -48,30 +48,30 @@ def apply_mapping(
 def map_pairs(
     maps: Mapping[Pair, Parts], states: torch.Tensor, pairs: Sequence[Sequence[int]]
 ) -> torch.Tensor:
-    """Map each state by the map of its own (l, l*), the states of one pair together.
+    """Map each state by the map of its (l, l*), all states of a pair at once.
 
     Args:
         maps: The maps.
         states: (n, d_in).
-        pairs: (n,) the (l, l*) of each.
+        pairs: (n,) the (l, l*) of each state.
 
     Returns:
         (n, d_out), in the dtype and on the device of the maps.
     """
     groups: dict[Pair, list[int]] = {}
-    for place, (layer, target_layer) in enumerate(pairs):
-        groups.setdefault((layer, target_layer), []).append(place)
-    mapped = torch.cat([map_parts(maps[pair], states[places]) for pair, places in groups.items()])
+    for number, (layer, target_layer) in enumerate(pairs):
+        groups.setdefault((layer, target_layer), []).append(number)
+    mapped = torch.cat([map_parts(maps[pair], states[numbers]) for pair, numbers in groups.items()])
     ordered = torch.empty_like(mapped)
-    ordered[[place for places in groups.values() for place in places]] = mapped
+    ordered[[number for numbers in groups.values() for number in numbers]] = mapped
     return ordered
 
 
 def map_parts(parts: Parts, states: torch.Tensor) -> torch.Tensor:
-    """f(h) = (weight h | up (down h) | scale h) + bias, of one pair.
+    """Return f(h) = (weight h | up (down h) | scale h) + bias, for one pair.
 
     Args:
-        parts: Its tensors.
+        parts: The tensors of its map.
         states: (..., d_in).
 
     Returns:

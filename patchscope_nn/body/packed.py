@@ -1,8 +1,8 @@
-"""Target prompts as segments of one sequence, inside a context.
+"""Runs target prompts as segments of one sequence, inside a context.
 
-The model's own forward is a shell here: it embeds the tokens, gives every block what that block is called
-with, and ends in its own norm and unembedding. Between, each block is called with the tokens that have
-joined by then (see `plan/layout.py`), and the shell skips it.
+The model's own forward pass embeds the tokens, computes the arguments of every block, and applies its own
+norm and unembedding at the end. In between, it skips its blocks: this module calls each block itself, with
+only the tokens that have joined the sequence by then (see `plan/layout.py`).
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from patchscope_nn.body.states import in_blocks, in_explained, in_readout, in_wr
 
 
 def in_prefix(model: Any, prefix: PrefixProgram, site: SitePath) -> Any:
-    """Run the tokens that all target prompts of a step begin with; return their keys and values."""
+    """Run the tokens that all target prompts of a step begin with, and return their keys and values."""
     if prefix["known"] is not None:
         return prefix["known"]
-    # A cache without a config keeps every token of every block, whatever its window: masks see to that.
+    # A cache without a config keeps every token in every block; windows are left to the masks.
     cache = DynamicCache()
     with model.trace(**prefix["inputs"], **prefix["options"], past_key_values=cache) as tracer:
-        in_blocks(model, site)[-1].output  # noqa: B018 (waiting for it is the point: then all have run)
+        in_blocks(model, site)[-1].output  # noqa: B018 (it waits until the last block has run)
         tracer.stop()
     return cache
 
@@ -40,7 +40,7 @@ def in_packed(
     prefix: Any,
     hear: Any,
 ) -> list[dict[str, Any]]:
-    """Run a pass's segments with the states written into them, and read them out."""
+    """Run the segments of a pass with states written into them, and return the readouts of its cells."""
     writes, readout = target["writes"], target["readout"]
     written: dict[int, Any] = {}
     masks: dict[Any, torch.Tensor] = {}
@@ -57,13 +57,13 @@ def in_packed(
                 if -1 in writes:
                     written.update(in_write(hidden, writes[-1], states, writing))
             if hidden.shape[1]:
-                given = dict(zip(target["names"], args, strict=False)) | kwargs
-                given = _in_narrowed(given, hidden, target["n_tokens"])
+                arguments = dict(zip(target["names"], args, strict=False)) | kwargs
+                arguments = _in_narrowed(arguments, hidden, target["n_tokens"])
                 if attending is None or hidden.device.type != "cpu":
-                    given["attention_mask"] = _in_mask(target, hidden, target["windows"][layer], masks)
-                    output = blocks[layer](**given)
+                    arguments["attention_mask"] = _in_mask(target, hidden, target["windows"][layer], masks)
+                    output = blocks[layer](**arguments)
                 else:
-                    output = _in_attended(blocks[layer], given, attending, layer)
+                    output = _in_attended(blocks[layer], arguments, attending, layer)
                 hidden = output[0] if target["tuples"] else output
             hidden = _in_joined(hidden, target["bases"].get(layer))
             if layer in writes:
@@ -85,34 +85,34 @@ def in_packed(
 
 
 def _in_fork(prefix: Any) -> Any:
-    """A cache that goes on from another and leaves it as it is; what they share is not copied."""
+    """Return a cache that continues another and leaves it unchanged, without copying what they share."""
     fork = copy.copy(prefix)
     fork.layers = [copy.copy(layer) for layer in prefix.layers]
     return fork
 
 
 def _in_narrowed(given: dict[str, Any], hidden: torch.Tensor, total: int) -> dict[str, Any]:
-    """What a block is called with, for the tokens that run: the first so many of the sequence."""
+    """Restrict the arguments of a block to the tokens that run, which are the first ones of the sequence."""
     narrowed = {name: _in_narrow(value, hidden.shape[1], total) for name, value in given.items()}
     return narrowed | {"hidden_states": hidden, "attention_mask": None}
 
 
 def _in_attended(block: Any, given: dict[str, Any], attending: Any, layer: int) -> Any:
-    """Call a block that attends as `attending` does."""
+    """Call a block inside `attending`, and check that it has called its attention exactly once."""
     attending.layer, calls = layer, attending.calls
     with attending:
         output = block(**given)
     if attending.calls != calls + 1:
         raise RuntimeError(
-            f"block {layer} does not attend as the first one does; run without shared attention"
+            f"block {layer} does not call its attention as the first block does; run without shared attention"
         )
     return output
 
 
 def _in_narrow(value: Any, count: int, total: int) -> Any:
-    """The first `count` of the sequence's `total` tokens, in (1, n_tokens, ...) or (n_tokens,) tensors."""
+    """Return the first `count` of `total` tokens of (1, n_tokens, ...) or (n_tokens,) tensors."""
     if isinstance(value, tuple):
-        return tuple(_in_narrow(one, count, total) for one in value)
+        return tuple(_in_narrow(part, count, total) for part in value)
     if isinstance(value, torch.Tensor):
         if value.ndim > 1 and value.shape[1] == total:
             return value[:, :count]
@@ -124,28 +124,28 @@ def _in_narrow(value: Any, count: int, total: int) -> Any:
 def _in_mask(
     target: PackedProgram, hidden: torch.Tensor, window: int | None, masks: dict[Any, torch.Tensor]
 ) -> torch.Tensor:
-    """Which token attends to which, as a mask to be added: (1, 1, n_running, n_prefix + n_running).
+    """Return the additive attention mask of a block, (1, 1, n_running, n_prefix + n_running).
 
-    `masks` keeps the last one: it serves every block with as many tokens and the same window.
+    `masks` keeps the last mask, for the next blocks with as many tokens and the same window.
     """
     count, keys = hidden.shape[1], target["key_positions"]
     if (count, window) not in masks:
         seen = target["prefix"] + count
-        everything = masks["allowed"] if "allowed" in masks else _in_allowed(target)
-        allowed = everything[:count, :seen]
+        all_allowed = masks["allowed"] if "allowed" in masks else _in_allowed(target)
+        allowed = all_allowed[:count, :seen]
         if window is not None:
             positions = keys[target["prefix"] :][:count]
             allowed = allowed & (positions[:, None] - keys[None, :seen] < window)
         mask = torch.zeros(allowed.shape, dtype=hidden.dtype, device=hidden.device)
         mask.masked_fill_(~allowed.to(hidden.device), torch.finfo(hidden.dtype).min)
         masks.clear()
-        masks["allowed"] = everything
+        masks["allowed"] = all_allowed
         masks[count, window] = mask[None, None]
     return masks[count, window]
 
 
 def _in_allowed(target: PackedProgram) -> torch.Tensor:
-    """(n_tokens, n_prefix + n_tokens): whether a token attends to another."""
+    """Return (n_tokens, n_prefix + n_tokens): True if a token attends to another."""
     if target["allowed"] is not None:
         return target["allowed"]
     prefix = target["prefix"]
@@ -159,23 +159,23 @@ def _in_allowed(target: PackedProgram) -> torch.Tensor:
 
 
 def _in_joined(hidden: torch.Tensor, bases: list[int | None] | None) -> torch.Tensor:
-    """The tokens that run, and behind them those that join here, each starting from its unpatched token.
+    """Append the tokens that join after this block; each starts with the state of its unpatched token.
 
-    A token without a base is about to be written, and starts from zeros.
+    A token without a base is about to be written, and starts with zeros.
     """
     if not bases:
         return hidden
     fresh = hidden.new_zeros(1, len(bases), hidden.shape[2])
-    known = [place for place, base in enumerate(bases) if base is not None]
+    known = [index for index, base in enumerate(bases) if base is not None]
     if known:
-        fresh[:, known] = hidden[:, [bases[place] for place in known]]
+        fresh[:, known] = hidden[:, [bases[index] for index in known]]
     return torch.cat([hidden, fresh], dim=1)
 
 
 def _in_rows(cache: Any, rows: CellRows) -> Any:
-    """The keys and values of each cell's whole prompt, a row for each: decoding goes on from them.
+    """Return the keys and values of each cell's whole prompt, one row for each cell, to decode from.
 
-    In the blocks that a cell's own tokens did not run through they are the clean prompt's.
+    In blocks that a cell's own tokens have not run through, they are those of the unpatched prompt.
     """
     whole = DynamicCache()
     for layer, kept in enumerate(cache.layers):

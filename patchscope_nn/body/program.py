@@ -1,13 +1,13 @@
-"""`StepProgram`: one step of a plan as plain values. It is all that plan and body know of each other.
+"""`StepProgram`: one step of a plan as plain values, the whole interface between `plan` and `body`.
 
 A body may run on a server that does not have this package. So a program holds only dictionaries, lists,
 strings, numbers and tensors, and never a `Cell`, a `Plan`, a tokenizer or a callback. `lower` builds it; the
 functions of `body` read it and never change it.
 
-Hidden states are known by **state numbers**: `plan.Step.numbers` gives one to every state that the step reads
-or takes over from an earlier step, and `lower` numbers the states that are made of these from there on.
-Layers are block numbers; -1 is the input of block 0. Positions are columns of the padded batch, or places in
-the packed sequence.
+Hidden states are referred to by **state numbers**: `plan.Step.numbers` numbers every state that the step
+reads or takes over from an earlier step, and `lower` continues with the states that are computed from these.
+Layers are block numbers; -1 is the input of block 0. Positions are columns of the padded batch, or indices
+into the packed sequence.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class SitePath(TypedDict):
     blocks: str
     #: Path of a part inside a block, for example `self_attn`; empty for the block itself.
     part: str
-    #: Which of its tensors: `output` or `input`.
+    #: Which tensor of it: `output` or `input`.
     end: str
 
 
@@ -47,7 +47,7 @@ class SourceProgram(TypedDict):
     inputs: dict[str, torch.Tensor]
     #: Further arguments of the model: `use_cache`, `logits_to_keep`.
     options: dict[str, Any]
-    #: True if the pass runs through the whole model, also where nothing needs that.
+    #: True if the pass runs through the whole model, even if no state needs that.
     whole: bool
     #: Hidden states to read, by layer, in ascending order of layers.
     reads: dict[int, list[Read]]
@@ -56,7 +56,7 @@ class SourceProgram(TypedDict):
 
 
 class Sum(TypedDict):
-    """A state that is made of others: their weighted sum."""
+    """A state that is the weighted sum of others."""
 
     #: Its state number.
     state: int
@@ -81,12 +81,12 @@ class Write(TypedDict):
     seed: int | None
     #: (l, l*) that the mapping takes the state between.
     pair: tuple[int, int]
-    #: What the mapped state is multiplied with.
+    #: The factor of the mapped state.
     scale: float
 
 
 class Embedded(TypedDict):
-    """What is done to the embeddings of one row."""
+    """Changes to the embeddings of one row."""
 
     #: Row in the batch.
     row: int
@@ -95,7 +95,7 @@ class Embedded(TypedDict):
     end: int
     #: Number of a soft prompt that replaces the first embeddings; None for none.
     soft: int | None
-    #: Standard deviation of the noise, in units of that of the row's embeddings; 0 for none.
+    #: Standard deviation of the noise, in units of that of the row's own embeddings; 0 for none.
     noise: float
     #: The columns that get the noise.
     positions: list[int]
@@ -113,11 +113,11 @@ class Cut(TypedDict):
 
 
 class ReadoutProgram(TypedDict):
-    """What a target pass reads: the kind's own body and arguments, and what a `PatchedRun` needs to know."""
+    """What a target pass reads: the body of the kind, its arguments, and the fields of a `PatchedRun`."""
 
     #: The function that reads it: `read(run, **asked)` with a `PatchedRun`. It travels by its source.
     read: Callable[..., list[dict[str, Any]]]
-    #: Its keyword arguments, as the kind's `lower` gives them.
+    #: Its keyword arguments, from the kind's `lower`.
     asked: dict[str, Any]
     #: As the attributes of the kind say (see `spec.Readout`); `clean` is `looks_at_replaced`.
     unembeds: bool
@@ -138,18 +138,18 @@ class ReadoutProgram(TypedDict):
 
 
 class TargetProgram(TypedDict):
-    """What every target pass has: rows of a padded batch, or segments of one sequence."""
+    """The fields that every target pass has, over rows of a padded batch or segments of one sequence."""
 
     #: How many cells it has.
     cells: int
     #: As in `SourceProgram`.
     inputs: dict[str, torch.Tensor]
     options: dict[str, Any]
-    #: What is written, by layer, in ascending order of layers.
+    #: The states to write, by layer, in ascending order of layers.
     writes: dict[int, list[Write]]
     #: What is read from it.
     readout: ReadoutProgram
-    #: The attention window of each block; None where it sees everything.
+    #: The attention window of each block; None for no window.
     windows: list[int | None]
     #: The names of a block's positional arguments.
     names: list[str]
@@ -158,7 +158,7 @@ class TargetProgram(TypedDict):
 class RowsProgram(TargetProgram):
     """A target pass over a padded batch: one row for each cell."""
 
-    #: Tells it from a packed pass.
+    #: Marks a pass over rows.
     layout: Literal["rows"]
     #: Changes to embeddings.
     embedded: list[Embedded]
@@ -168,55 +168,55 @@ class RowsProgram(TargetProgram):
     rereads: bool
     #: True if the state is written again at each decoded token.
     every_step: bool
-    #: Where each row is read; counted from the end.
+    #: The position where each row is read, counted from the end.
     positions: list[int]
 
 
 class CellRows(TypedDict):
-    """Where the tokens of each cell's whole prompt stand in the packed sequence: (n_cells, n_tokens)."""
+    """Where the tokens of each cell's whole prompt are in prefix and sequence: (n_cells, n_tokens)."""
 
     #: In the blocks that the cell's own tokens run through.
     own: torch.Tensor
     #: In the blocks before these: the tokens of the unpatched prompt.
     clean: torch.Tensor
-    #: (n_cells,) the layer after which a cell's own tokens join.
+    #: (n_cells,) the layer after which a cell's own tokens join the sequence.
     enters: torch.Tensor
 
 
 class OwnTokens(TypedDict):
-    """The tokens behind the prefix that each token attends to: (n_tokens, n_own)."""
+    """The tokens after the prefix that each token attends to: (n_tokens, n_own)."""
 
-    #: Their places behind the prefix.
+    #: Their indices after the prefix.
     places: torch.Tensor
-    #: Which of these are real; the others are padding.
+    #: True for a token; the others are padding.
     real: torch.Tensor
 
 
 class PackedProgram(TargetProgram):
     """A target pass over one sequence that holds the segments of all its cells (see `plan/layout.py`)."""
 
-    #: Tells it from a pass over rows.
+    #: Marks a packed pass.
     layout: Literal["packed"]
     #: How many blocks run.
     depth: int
     #: How many tokens run from block 0 on.
     entering: int
-    #: By layer, for each token that joins after it, the place of the unpatched token it starts from; None for
-    #: one that is about to be written.
+    #: By layer, for each token that joins after it, the index of the unpatched token it starts from; None for
+    #: a token that is about to be written.
     bases: dict[int, list[int | None]]
-    #: How many tokens of the sequence come from the step's prefix.
+    #: How many tokens the step's prefix has.
     prefix: int
-    #: How many tokens are behind the prefix.
+    #: How many tokens are after the prefix.
     n_tokens: int
-    #: What each token attends to besides the prefix, if the two are attended separately; else None.
+    #: The tokens that each token attends to besides the prefix, if it attends to both separately; else None.
     own: OwnTokens | None
-    #: (n_tokens, prefix + n_tokens) whether a token attends to another; None where `own` tells it.
+    #: (n_tokens, prefix + n_tokens) True if a token attends to another; None if there is `own`.
     allowed: torch.Tensor | None
     #: (prefix + n_tokens,) the position of each token in its own prompt.
     key_positions: torch.Tensor
     #: True if a block returns a tuple.
     tuples: bool
-    #: (n_cells) which tokens are read.
+    #: (n_cells) the index of the token that is read.
     read: list[int]
     #: For readouts that decode: the rows of the cache that decoding starts from; None for others.
     rows: CellRows | None
@@ -228,7 +228,7 @@ class PrefixProgram(TypedDict):
     #: As in `SourceProgram`; a batch of one row.
     inputs: dict[str, torch.Tensor]
     options: dict[str, Any]
-    #: Its keys and values where an earlier step has computed them; None where this step does.
+    #: Its keys and values, if an earlier step has computed them; None if this step computes them.
     known: Any
     #: True if the step returns its keys and values, for later steps.
     kept: bool
@@ -248,22 +248,22 @@ class Writing(TypedDict):
 
 
 class StepProgram(TypedDict):
-    """One step: source passes, then target passes that use what those read."""
+    """One step: source passes, then target passes that use the states of these."""
 
     #: The passes, in the order in which they run.
     sources: list[SourceProgram]
     targets: list[RowsProgram | PackedProgram]
-    #: What the packed target passes begin with; None if they share nothing.
+    #: The tokens that the packed target passes begin with; None if they share none.
     prefix: PrefixProgram | None
-    #: States that come in, by number: from earlier steps, or from files.
+    #: States from earlier steps and from files, by number.
     given: dict[int, torch.Tensor]
-    #: States that are made of others.
+    #: States that are sums of others.
     sums: list[Sum]
     #: Numbers of the states that the step returns.
     keep: list[int]
     #: How states are mapped and written.
     writing: Writing
-    #: Where states are read, and where they are written.
+    #: The sites where states are read and written.
     source_site: SitePath
     target_site: SitePath
 
@@ -271,46 +271,47 @@ class StepProgram(TypedDict):
 class Series(TypedDict):
     """Several steps that run in one context."""
 
-    #: The steps; none uses states of another.
+    #: The steps. No step uses states of another.
     series: list[StepProgram]
 
 
 class Results(TypedDict):
     """What a step returns."""
 
-    #: For each target pass the readouts of its cells.
+    #: For each target pass, the readouts of its cells.
     passes: list[list[dict[str, Any]]]
-    #: The states that were asked for, by number.
+    #: The states named by `keep`, by number.
     kept: dict[int, torch.Tensor]
-    #: The prefix's keys and values; None where they were not asked for.
+    #: The keys and values of the prefix; None if they are not kept.
     prefix: Any
 
 
 class PatchedRun(Protocol):
-    """What a readout's body is given: a pass whose target prompts have been read, with the patch.
+    """The input of a readout's body: a pass whose target prompts have been read, with the patch.
 
-    Nothing from here on is patched, unless `target.every_step` asks for it.
+    Nothing after the prompts is patched, unless `target.every_step` is set.
 
     Attributes:
-        n_cells: The cells of the pass. A body returns one dict of plain values for each, in their order.
-        logits: (n_cells, vocab) where T is read; None for a readout that does not unembed.
-        forward: M* as a function of the keyword arguments of its own `forward`.
-        plain: M* without any patch, as such a function.
+        n_cells: The number of cells. A body returns one dict of plain values for each cell, in order.
+        logits: (n_cells, vocab) at the position where T is read; None for a readout that does not unembed.
+        forward: M* as a function, with the keyword arguments of its own `forward`.
+        plain: M* without any patch, as a function with the same arguments.
         cache: The prompts' keys and values, a row for each cell; only for a readout that decodes.
-        mask: (n_cells, n_tokens) the prompts' attention mask, 0 where a row is padded; as `cache`.
-        states: By number what was read of M: (n_positions, d_model) states and (vocab,) log-probabilities.
-        written: By cell the (n_positions, d_model) states that were written and those they replaced; there is
-            no entry for a cell that is not patched.
+        mask: (n_cells, n_tokens) the prompts' attention mask, 0 for padding; only for a readout that decodes.
+        states: By number, what was read from M: (n_positions, d_model) states and (vocab,) log-probabilities.
+        written: By cell, the (n_positions, d_model) states that were written and those they replaced. An
+            unpatched cell has no entry.
         numbered: True if `forward` takes position_ids.
-        extra: More keyword arguments for a `forward` whose last logits alone are read.
+        extra: More keyword arguments for a `forward` of which only the last logits are read.
         eos: Ids that end a text.
         leaving: True if rows that have ended may leave the batch.
-        mixed: True if rows of different lengths may share a forward.
-        rereads: True if `forward` reads the prompt again and takes its ids for `cache`. Its logits then begin
+        mixed: True if rows of different lengths may share a forward pass.
+        rereads: True if `forward` reads the prompt again, and `cache` holds its ids. Its logits then begin
             with those after the last token that was read before.
-        stepwise: True if tokens behind the prompt must be read one by one, each seeing only those before it.
-        heard: Called at each step of decoding with the rows that go on and the token of each; None elsewhere
-            than in this process.
+        stepwise: True if tokens after the prompt must be read one by one, so that none attends to a later
+            one.
+        heard: Called after each decoding step with the rows that continue and the token of each; None unless
+            the pass runs in this process.
     """
 
     n_cells: int
@@ -332,5 +333,5 @@ class PatchedRun(Protocol):
 
 
 def identity_writing() -> Writing:
-    """The writing of a step that maps and changes nothing."""
+    """Return the writing of a step that leaves states as they are."""
     return {"mapping": "identity", "weights": None, "mode": "replace", "amount": 0.0}

@@ -1,7 +1,7 @@
-"""What is read from a patched run. These functions run inside a context, on whatever machine that is.
+"""The bodies of the readouts: they read a patched run, inside a context, perhaps on a server.
 
-So they take and give plain lists and tensors, use torch alone, and know nothing of this package's classes.
-Each kind of readout names its body here, which takes the run and the kind's own options (see `PatchedRun`).
+They use only torch, and no classes of this package; they take and return plain lists and tensors. Each kind
+of readout names its body, which takes the run (see `PatchedRun`) and the kind's own options.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import torch
 from patchscope_nn.body.decoding import read_continued, read_unpatched
 from patchscope_nn.body.program import PatchedRun
 
-#: Taking rows out copies the cache of those that stay; it pays once one in so many has ended.
+#: Removing rows copies the cache of those that stay. It pays once one row in this many has ended.
 _LEAVING = 8
-#: How many logits of a batch are worked on at a time, on a CPU.
+#: How many logits are processed at a time on a CPU.
 _IN_CACHE = 3 * 2**19
-#: The logits whose maximum is looked at before they are.
+#: The size of the blocks of logits whose maxima are compared first.
 _BLOCK = 256
-#: A logit so far below the top one has a probability of exactly 0.
+#: A logit this far below the top logit has a probability of exactly 0.
 _NOTHING = -1e4
 
 
@@ -32,14 +32,14 @@ def read_next_token(
     compared: list[int],
     from_source: bool,
 ) -> list[dict[str, Any]]:
-    """The next token's distribution, and what it says of reference tokens.
+    """Read the next token's distribution, and compare it with reference tokens and with the source.
 
     Args:
         run: The patched run.
         top_k: How many tokens to keep.
-        references: For each row the ids of its reference tokens, as many for each; may be empty.
-        compared: For each row the number of its own source distribution; empty where nothing is compared.
-        from_source: Whether the reference is the source's own top token.
+        references: For each row the ids of its reference tokens, as many for each row; may be empty.
+        compared: For each row the state number of its source distribution; empty if nothing is compared.
+        from_source: True if the reference is the source's own top token.
 
     Returns:
         One dict for each row; log-probabilities and entropies in nats, ranks from 1.
@@ -50,11 +50,11 @@ def read_next_token(
     if compared:
         numbers = list(dict.fromkeys(compared))
         before = torch.stack([run.states[number].to(logits.device) for number in numbers])
-        place = {number: at for at, number in enumerate(numbers)}
-        own = torch.tensor([place[number] for number in compared], device=logits.device)
+        index_of = {number: at for at, number in enumerate(numbers)}
+        own = torch.tensor([index_of[number] for number in compared], device=logits.device)
         if from_source:
             wanted = before.argmax(-1)[own][:, None]
-    # On a CPU what is computed of few rows at a time stays in its cache.
+    # With few rows at a time, intermediate results stay in the cache of a CPU.
     size = max(1, _IN_CACHE // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
     parts = [
         read_logits(
@@ -65,28 +65,35 @@ def read_next_token(
         )
         for at in range(0, len(logits), size)
     ]
-    found = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    result = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     if before is not None:
-        found["surprisal_nats"] = -before[own, found["top_ids"][:, 0]]
-        found["source_top_ids"] = top_logits(before, found["top_ids"].shape[1])[1][own]
+        result["surprisal_nats"] = -before[own, result["top_ids"][:, 0]]
+        result["source_top_ids"] = top_logits(before, result["top_ids"].shape[1])[1][own]
     if wanted.shape[1]:
-        found["reference_ids"] = wanted
-        found["nll_nats"] = -found["reference_logprobs"][:, 0]
+        result["reference_ids"] = wanted
+        result["nll_nats"] = -result["reference_logprobs"][:, 0]
     else:
-        found = {name: value for name, value in found.items() if not name.startswith("reference")}
-    listed = {name: value.tolist() for name, value in found.items()}
+        result = {name: value for name, value in result.items() if not name.startswith("reference")}
+    listed = {name: value.tolist() for name, value in result.items()}
     return [{name: values[row] for name, values in listed.items()} for row in range(len(logits))]
 
 
 def read_logits(
     logits: torch.Tensor, *, top_k: int, wanted: torch.Tensor, before: torch.Tensor | None = None
 ) -> dict[str, torch.Tensor]:
-    """The same as tensors: `wanted` are (batch, n_references) ids, `before` (batch, vocab) log p_source."""
+    """Return the columns of `read_next_token` as tensors.
+
+    Args:
+        logits: (batch, vocab).
+        top_k: How many tokens to keep.
+        wanted: (batch, n_references) the ids of the reference tokens.
+        before: (batch, vocab) the source's log-probabilities; None if nothing is compared.
+    """
     scores = logits.float()
     values, ids = top_logits(scores, min(top_k, scores.shape[-1]))
     of_wanted = scores.gather(-1, wanted)
     ranks = [1 + (scores > column[:, None]).sum(-1) for column in of_wanted.unbind(-1)]
-    # Below the top by so much, a token (one that is ruled out has a logit of -inf) weighs nothing.
+    # A token this far below the top has no weight, and a logit of -inf (a token that is ruled out) no NaN.
     below = (scores - values[:, :1]).clamp_min_(_NOTHING)
     weights = below.exp()
     total = weights.sum(-1)
@@ -94,7 +101,7 @@ def read_logits(
     compared = {}
     if before is not None:
         probs = before.exp()
-        # Tokens that the source rules out weigh nothing, even where the patched run rules them out too.
+        # Tokens that the source rules out have no weight, even if the patched run rules them out too.
         differs = (before - scores + norm).masked_fill_(probs == 0, 0)
         compared["kl_nats"] = (probs * differs).sum(-1)
     return compared | {
@@ -107,10 +114,10 @@ def read_logits(
 
 
 def top_logits(scores: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The highest logits of each row and their ids, (batch, count), as `topk` gives them.
+    """Return the highest logits of each row and their ids, (batch, count), like `topk`.
 
-    On a CPU the blocks of highest maxima are found first: they hold all that is looked for, and a maximum is
-    many times cheaper than a search.
+    On a CPU, the blocks with the highest maxima are found first. They contain all of the highest logits, and
+    a maximum is many times cheaper than a search.
     """
     batch, vocab = scores.shape
     blocks = vocab // _BLOCK
@@ -118,12 +125,12 @@ def top_logits(scores: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Te
         return scores.topk(count, dim=-1)
     whole = scores[:, : blocks * _BLOCK].view(batch, blocks, _BLOCK)
     best = whole.amax(-1).topk(count, dim=-1).indices.sort(-1).values[:, :, None]
-    found = whole.gather(1, best.expand(-1, -1, _BLOCK)).flatten(1)
+    candidates = whole.gather(1, best.expand(-1, -1, _BLOCK)).flatten(1)
     ids = (best * _BLOCK + torch.arange(_BLOCK)).flatten(1)
     if blocks * _BLOCK < vocab:
-        found = torch.cat([found, scores[:, blocks * _BLOCK :]], dim=1)
+        candidates = torch.cat([candidates, scores[:, blocks * _BLOCK :]], dim=1)
         ids = torch.cat([ids, torch.arange(blocks * _BLOCK, vocab).expand(batch, -1)], dim=1)
-    values, places = found.topk(count, dim=-1)
+    values, places = candidates.topk(count, dim=-1)
     return values, ids.gather(1, places)
 
 
@@ -136,27 +143,76 @@ def read_generate(
     seeds: list[int],
     prompts: list[list[int]] | None,
 ) -> list[dict[str, Any]]:
-    """Decode each row until it meets an end, a stop or the limit.
+    """Decode each row until an end token, a stop token or the limit.
 
     Args:
         run: The patched run.
         max_new_tokens: The most tokens to decode.
-        stops: Ids of tokens that hold the stop string; the text is cut later, on the client.
-        temperature: 0 is greedy; else the tokens are sampled by the Gumbel-max trick, with each row's own
-            noise, so that a row's text does not depend on its batch.
+        stops: Ids of the tokens that contain the stop string; the text is cut later, on the client.
+        temperature: 0 is greedy; else the tokens are sampled (see `read_noised`).
         seeds: One seed for each row.
-        prompts: For each row the ids of T, where it is asked how likely its tokens are; else None.
+        prompts: For each row the ids of T, if the probabilities of its tokens are requested; else None.
 
     Returns:
         One dict for each row: `token_ids`; `stopped`, which is `eos`, `stop` or `length`; `sound`, the sum of
-        the top logits, which is a finite number if they are; where asked, for each token `token_probs`, and
-        `unpatched_token_probs` after T as it is.
+        the top logits, which is finite if they are. If requested, `token_probs`, and `unpatched_token_probs`
+        after the unpatched T.
     """
-    logits, cache, mask, eos = run.logits, run.cache, run.mask, run.eos
+    ends = torch.tensor([*run.eos, *stops], dtype=torch.long, device=run.logits.device)
+    ids, sound, probs = read_decoded(
+        run,
+        max_new_tokens=max_new_tokens,
+        ends=ends,
+        temperature=temperature,
+        seeds=seeds,
+        probable=prompts is not None,
+    )
+    rows = [
+        read_ended(row_ids, eos=run.eos, stops=stops) | {"sound": row_sound}
+        for row_ids, row_sound in zip(ids.tolist(), sound.tolist(), strict=True)
+    ]
+    if prompts is not None:
+        for row, row_probs in zip(rows, torch.stack(probs, dim=1).tolist(), strict=True):
+            row["token_probs"] = row_probs[: len(row["token_ids"])]
+        for some_rows, some_prompts in read_alike(rows, prompts, mixed=run.mixed):
+            read_unpatched(
+                run.plain,
+                some_rows,
+                some_prompts,
+                numbered=run.numbered,
+                stepwise=run.stepwise,
+                device=run.logits.device,
+            )
+    return rows
+
+
+def read_decoded(
+    run: PatchedRun,
+    *,
+    max_new_tokens: int,
+    ends: torch.Tensor,
+    temperature: float,
+    seeds: list[int],
+    probable: bool,
+) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    """Decode a batch until all rows have ended.
+
+    Args:
+        run: The patched run.
+        max_new_tokens: The most tokens to decode.
+        ends: The ids that end a row.
+        temperature: As in `read_generate`.
+        seeds: One seed for each row.
+        probable: True if the probabilities of the tokens are requested.
+
+    Returns:
+        (batch, n) the ids, which mean nothing after a row's end; (batch,) the sums of the top logits; for
+        each step, if requested, (batch,) the probabilities of its tokens.
+    """
+    logits, cache, mask = run.logits, run.cache, run.mask
     batch = logits.shape[0]
     noises = [torch.Generator().manual_seed(seed) for seed in seeds]
-    ends = torch.tensor([*eos, *stops], dtype=torch.long, device=logits.device)
-    # Rows still in the batch, by number; a row that leaves keeps its last token to the end of `chosen`.
+    # Numbers of the rows that are still in the batch. A row that leaves repeats its last token in `chosen`.
     alive = torch.arange(batch, device=logits.device)
     done = torch.zeros(batch, dtype=torch.bool, device=logits.device)
     latest = torch.zeros(batch, dtype=torch.long, device=logits.device)
@@ -171,7 +227,7 @@ def read_generate(
         sound = sound.scatter_add(0, alive, best)
         latest = latest.scatter(0, alive, token)
         chosen.append(latest)
-        if prompts is not None:
+        if probable:
             of_token = torch.softmax(logits.float(), dim=-1).gather(-1, token[:, None])[:, 0]
             likely = likely.scatter(0, alive, of_token)
             probs.append(likely)
@@ -183,40 +239,39 @@ def read_generate(
             break
         if run.leaving and gone * _LEAVING >= len(done):
             stay = (~done).nonzero()[:, 0]
-            cache.reorder_cache(stay)  # unlike batch_select_indices it knows recurrent states
+            cache.reorder_cache(stay)  # unlike batch_select_indices, it handles recurrent states
             alive, mask, token, done = alive[stay], mask[stay], token[stay], done[stay]
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-        where = {"position_ids": mask.sum(-1, keepdim=True) - 1} if run.numbered else {}
-        output = run.forward(
-            input_ids=token[:, None],
-            attention_mask=mask,
-            past_key_values=cache,
-            use_cache=True,
-            **where,
-            **run.extra,
-        )
-        logits, cache = output.logits[:, -1], output.past_key_values
-    said = zip(torch.stack(chosen, dim=1).tolist(), sound.tolist(), strict=True)
-    rows = [read_ended(ids, eos=eos, stops=stops) | {"sound": total} for ids, total in said]
-    if prompts is not None:
-        for row, own in zip(rows, torch.stack(probs, dim=1).tolist(), strict=True):
-            row["token_probs"] = own[: len(row["token_ids"])]
-        for some in read_alike(rows, prompts, mixed=run.mixed):
-            read_unpatched(
-                run.plain, *some, numbered=run.numbered, stepwise=run.stepwise, device=logits.device
-            )
-    return rows
+        logits, cache = read_one_more(run, token, cache, mask)
+    return torch.stack(chosen, dim=1), sound, probs
+
+
+def read_one_more(run: PatchedRun, token: torch.Tensor, cache: Any, mask: torch.Tensor) -> tuple[Any, Any]:
+    """Run one more token of each row; return the logits after it, (batch, vocab), and the cache."""
+    positions = {"position_ids": mask.sum(-1, keepdim=True) - 1} if run.numbered else {}
+    output = run.forward(
+        input_ids=token[:, None],
+        attention_mask=mask,
+        past_key_values=cache,
+        use_cache=True,
+        **positions,
+        **run.extra,
+    )
+    return output.logits[:, -1], output.past_key_values
 
 
 def read_noised(scores: torch.Tensor, noises: list[torch.Generator]) -> torch.Tensor:
-    """Scores with Gumbel noise, (batch, vocab), each row with its own: their maximum is a sample."""
+    """Add Gumbel noise to scores, (batch, vocab): the maximum of each row is then a sample.
+
+    Each row has its own generator, so that its text does not depend on its batch.
+    """
     noise = torch.stack([torch.rand(scores.shape[1], generator=generator) for generator in noises])
     return scores - torch.log(-torch.log(noise.clamp_min(1e-20))).to(scores)
 
 
 def read_ended(ids: list[int], *, eos: list[int], stops: list[int]) -> dict[str, Any]:
-    """A row's tokens up to where it met its end, and which end that was."""
-    end = next((place for place, token in enumerate(ids) if token in eos or token in stops), None)
+    """Return a row's tokens up to its end, and which kind of end that was."""
+    end = next((index for index, token in enumerate(ids) if token in eos or token in stops), None)
     if end is None:
         return {"token_ids": ids, "stopped": "length"}
     if ids[end] in eos:
@@ -225,21 +280,21 @@ def read_ended(ids: list[int], *, eos: list[int], stops: list[int]) -> dict[str,
 
 
 def read_alike(rows: list[dict[str, Any]], prompts: list[list[int]], *, mixed: bool) -> list[Any]:
-    """Rows and prompts that may share a forward: all, or those of each length."""
+    """Return groups of (rows, prompts) that may share a forward pass: all, or those of each length."""
     lengths = [len(prompt) + len(row["token_ids"]) for prompt, row in zip(prompts, rows, strict=True)]
     groups: dict[int, Any] = {}
     for length, row, prompt in zip(lengths, rows, prompts, strict=True):
-        some = groups.setdefault(0 if mixed else length, ([], []))
-        some[0].append(row)
-        some[1].append(prompt)
+        group = groups.setdefault(0 if mixed else length, ([], []))
+        group[0].append(row)
+        group[1].append(prompt)
     return list(groups.values())
 
 
 def read_choices(run: PatchedRun, *, continuations: list[list[list[int]]]) -> list[dict[str, Any]]:
-    """The summed log-probability of each row's continuations, and these normalised over the choices.
+    """Score each row's choices: their summed log-probabilities, and these normalised over the choices.
 
     Args:
-        run: The patched run; its cache is left as it is.
+        run: The patched run. Its cache is not changed.
         continuations: (batch, n_choices, n) token ids.
 
     Returns:
@@ -250,11 +305,10 @@ def read_choices(run: PatchedRun, *, continuations: list[list[list[int]]]) -> li
         rows = [row[choice] for row in continuations]
         longest = max(len(row) for row in rows)
         ids = torch.tensor([row + [row[-1]] * (longest - len(row)) for row in rows], device=run.logits.device)
-        counted = torch.tensor([[place < len(row) for place in range(longest)] for row in rows]).to(
-            ids.device
-        )
+        real = [[index < len(row) for index in range(longest)] for row in rows]
+        counted = torch.tensor(real).to(ids.device)
         if run.rereads:
-            # A forward that reads the prompt again scores all of a choice.
+            # A forward pass that reads the prompt again scores every token of a choice.
             mask = torch.cat([run.mask, run.mask.new_ones(len(rows), longest)], dim=1)
             output = run.forward(input_ids=ids, attention_mask=mask, past_key_values=run.cache)
             scores = output.logits[:, :-1]
@@ -273,18 +327,18 @@ def read_choices(run: PatchedRun, *, continuations: list[list[list[int]]]) -> li
         columns.append((of_ids * counted).sum(-1))
     summed = torch.stack(columns, dim=1)
     return [
-        {"choice_logprobs": one, "choice_probs": probs}
-        for one, probs in zip(summed.tolist(), torch.softmax(summed, dim=-1).tolist(), strict=True)
+        {"choice_logprobs": logprobs, "choice_probs": probs}
+        for logprobs, probs in zip(summed.tolist(), torch.softmax(summed, dim=-1).tolist(), strict=True)
     ]
 
 
 def read_hidden(run: PatchedRun, *, clean: bool) -> list[dict[str, Any]]:
-    """What was written for each cell, and with `clean` what stood there; an unpatched cell has nothing."""
+    """Return the states that each cell wrote, and with `clean` those they replaced; None if unpatched."""
     names = ["hidden", "clean"][: 1 + clean]
     return [
         {
-            name: run.written[cell][place].float().tolist() if cell in run.written else None
-            for place, name in enumerate(names)
+            name: run.written[cell][index].float().tolist() if cell in run.written else None
+            for index, name in enumerate(names)
         }
         for cell in range(run.n_cells)
     ]

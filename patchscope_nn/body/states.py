@@ -1,7 +1,7 @@
-"""Reading and writing hidden states, inside a context.
+"""Reads and writes hidden states, inside a context.
 
-Functions named `in_...` run inside a context, on whatever machine that is. They take parts of a program (see
-`program.py`), and use torch, nnsight and other functions of `body`.
+Functions named `in_...` run inside a context, perhaps on a server. They take parts of a program (see
+`program.py`), and use only torch, nnsight and other functions of `body`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from patchscope_nn.body.program import (
 
 
 def in_blocks(model: Any, site: SitePath) -> Any:
-    """The list of decoder blocks."""
+    """Return the list of decoder blocks."""
     part = model
     for name in site["blocks"].split("."):
         part = getattr(part, name)
@@ -34,15 +34,15 @@ def in_blocks(model: Any, site: SitePath) -> Any:
 
 
 def in_site(model: Any, site: SitePath, layer: int, shape: Any, *, first: int = 0) -> Any:
-    """The states at a site of a layer, (batch, n_tokens, d_model), as a view that can be written to.
+    """Return the states at a site of a layer, (batch, n_tokens, d_model), as a view that can be written to.
 
     A module returns them alone, or first in a tuple or list. OPT's MLP returns them flat, (batch * n_tokens,
-    d_model); nnsight cannot tell which rows of a flat tensor belong to an invoke, so a fused trace takes
-    those from `first` on here.
+    d_model). nnsight cannot tell which rows of a flat tensor belong to an invoke, so in a fused trace the
+    rows from `first` on are taken here.
 
     Args:
         model: The model.
-        site: Where in a block.
+        site: The site in a block.
         layer: The block; -1 is the input of block 0.
         shape: (batch, n_tokens) of the pass.
         first: The first row of this invoke in the batch.
@@ -54,7 +54,7 @@ def in_site(model: Any, site: SitePath, layer: int, shape: Any, *, first: int = 
     for name in site["part"].split(".") if site["part"] else ():
         part = getattr(part, name)
     if site["end"] == "input":
-        # Other modules may take the same tensor; a write must not reach them.
+        # Other modules may use the same tensor, and a write must not change it for them.
         part.input = part.input.clone()
         value = part.input
     else:
@@ -68,7 +68,7 @@ def in_site(model: Any, site: SitePath, layer: int, shape: Any, *, first: int = 
 
 
 def in_read(value: torch.Tensor, reads: list[Read]) -> dict[int, torch.Tensor]:
-    """States by number, each (n_positions, d_model)."""
+    """Return states by number, each (n_positions, d_model)."""
     counts = [len(read["positions"]) for read in reads]
     rows = [read["row"] for read in reads for _ in read["positions"]]
     gathered = value[rows, [position for read in reads for position in read["positions"]]]
@@ -76,7 +76,7 @@ def in_read(value: torch.Tensor, reads: list[Read]) -> dict[int, torch.Tensor]:
 
 
 def in_finals(logits: torch.Tensor, finals: list[Read]) -> dict[int, torch.Tensor]:
-    """Unpatched next-token log-probabilities by number, each (vocab,)."""
+    """Return next-token log-probabilities by number, each (vocab,)."""
     if not finals:
         return {}
     last = logits[[read["row"] for read in finals], [read["positions"][-1] for read in finals]]
@@ -85,15 +85,15 @@ def in_finals(logits: torch.Tensor, finals: list[Read]) -> dict[int, torch.Tenso
 
 
 def in_sums(states: dict[int, torch.Tensor], sums: list[Sum]) -> dict[int, torch.Tensor]:
-    """States that are made of others: weighted sums, perhaps of means over positions."""
-    made = {}
+    """Return weighted sums of states, by number; each term may first be averaged over its positions."""
+    summed = {}
     for entry in sums:
         total: Any = None
         for number, weight in entry["terms"]:
             term = states[number].mean(0, keepdim=True) if entry["mean"] else states[number]
             total = term * weight if total is None else total + term.to(total) * weight
-        made[entry["state"]] = total
-    return made
+        summed[entry["state"]] = total
+    return summed
 
 
 def in_write(
@@ -134,13 +134,13 @@ def in_write(
 
 
 def in_mode(mode: str, amount: float, clean: torch.Tensor, mapped: torch.Tensor) -> torch.Tensor:
-    """The states after the write.
+    """Return the states after the write.
 
     Args:
-        mode: The name of the write.
-        amount: Its number.
+        mode: The write mode.
+        amount: The number of the mode.
         clean: (n, d_model) the previous states.
-        mapped: (n, d_model) f(h), matched and scaled; for `noise` numbers of mean 0 and variance 1.
+        mapped: (n, d_model) f(h), matched and scaled; for `noise`, standard normal numbers.
     """
     if mode in ("add", "add_matched"):
         return clean + mapped
@@ -154,13 +154,13 @@ def in_mode(mode: str, amount: float, clean: torch.Tensor, mapped: torch.Tensor)
 
 
 def in_random(states: torch.Tensor, seed: int, *, matched: bool = True, alike: bool = False) -> torch.Tensor:
-    """States of random direction, each with the norm of the one it stands for; or standard normal numbers.
+    """Return states of random direction with the norms of those they replace, or standard normal numbers.
 
     Args:
-        states: (n, d_model) what they stand for.
-        seed: What they start from.
-        matched: Whether they have the norms of the states.
-        alike: Whether all have one direction, as one state has that is written at several positions.
+        states: (n, d_model) the states that they replace.
+        seed: The seed.
+        matched: True if they have the norms of `states`; else they are standard normal numbers.
+        alike: True if all have the same direction, for one state that is written at several positions.
     """
     count = 1 if alike else len(states)
     noise = torch.randn(count, states.shape[1], generator=torch.Generator().manual_seed(seed)).to(states)
@@ -176,7 +176,7 @@ def in_explained(
     states: dict[int, torch.Tensor],
     written: dict[int, Any],
 ) -> list[dict[str, Any]]:
-    """Add `not_finite` to each row with a number that is not finite: where the first such number arose."""
+    """Add `not_finite` to each row that has a number that is not finite: where the first of them arose."""
     for cell, row in enumerate(rows):
         parts = written.get(cell, ())
         if in_is_finite(row, parts, target["readout"]):
@@ -198,10 +198,10 @@ def in_explained(
 
 
 def in_is_finite(row: dict[str, Any], parts: Any, readout: ReadoutProgram) -> bool:
-    """True if what a row was read from is finite; `sound` is taken out of the row.
+    """Return True if the numbers that a row was read from are finite, and remove `sound` from the row.
 
-    `parts` are the states that its cell wrote and replaced. They are all that a readout reads which does not
-    unembed, and are faster to look at than its lists.
+    `parts` are the states that its cell wrote and replaced. A readout that does not unembed reads only these,
+    and they are faster to check than the row's lists.
     """
     if not readout["unembeds"]:
         return not parts or bool(parts[0].float().isfinite().all())
@@ -211,9 +211,9 @@ def in_is_finite(row: dict[str, Any], parts: Any, readout: ReadoutProgram) -> bo
 
 
 def in_has_nan(row: dict[str, Any], parts: Any, readout: ReadoutProgram) -> bool:
-    """True if a number of a row is NaN, or a replaced state that the readout looks at is not finite.
+    """Return True if a number of a row is NaN, or if a replaced state that the readout uses is not finite.
 
-    A token with a logit of -inf is ruled out: its log-probability is infinite, and is a number.
+    A token that is ruled out (its logit is -inf) has an infinite log-probability, so only NaN counts.
     """
     if not readout["unembeds"]:
         return bool(readout["clean"] and parts) and not parts[1].float().isfinite().all()
@@ -222,7 +222,7 @@ def in_has_nan(row: dict[str, Any], parts: Any, readout: ReadoutProgram) -> bool
 
 
 def in_numbers(value: Any) -> list[float]:
-    """The numbers in nested lists."""
+    """Return the numbers in nested lists."""
     if isinstance(value, list):
         if {*map(type, value)} == {float}:
             return value
@@ -231,7 +231,7 @@ def in_numbers(value: Any) -> list[float]:
 
 
 def in_embedded(value: torch.Tensor, embedded: list[Embedded], states: dict[int, torch.Tensor]) -> None:
-    """Put soft prompts at the beginning of rows, and noise on the embeddings of others."""
+    """Replace the first embeddings of rows by soft prompts, and add noise to embeddings."""
     for change in embedded:
         row, start = change["row"], change["start"]
         if change["soft"] is not None:
@@ -240,7 +240,7 @@ def in_embedded(value: torch.Tensor, embedded: list[Embedded], states: dict[int,
         if change["noise"]:
             columns = change["positions"]
             noise = in_random(value[row, columns], change["seed"], matched=False)
-            # If T is read again, decoded tokens follow it, which do not count.
+            # If T is read again, decoded tokens follow it; the spread is that of T alone.
             spread = value[row, start : change["end"]].std()
             value[row, columns] = value[row, columns] + change["noise"] * spread * noise
 
@@ -253,27 +253,27 @@ def in_cut(
     Args:
         block: The block.
         cuts: The edges.
-        attention_mask: (batch, width) which columns are tokens, and no padding.
+        attention_mask: (batch, width) True for tokens, False for padding.
         names: The names of the block's positional arguments.
-        window: How many tokens back a token sees in this block; None for all.
+        window: How many tokens back a token attends to in this block; None for all.
     """
     args, kwargs = block.inputs
-    given = dict(zip(names, args, strict=False)) | kwargs
-    hidden = given.pop(names[0])
+    arguments = dict(zip(names, args, strict=False)) | kwargs
+    hidden = arguments.pop(names[0])
     real = attention_mask.to(hidden.device).bool()
     batch, width = real.shape
     allowed = torch.ones(width, width, dtype=torch.bool, device=hidden.device).tril()
     if window is not None:
         allowed = allowed & torch.ones_like(allowed).triu(1 - window)
     allowed = allowed[None] & real[:, None, :]
-    # A padding token sees itself: a softmax over nothing would be NaN.
+    # A padding token attends to itself: a softmax over nothing would be NaN.
     allowed = allowed | torch.eye(width, dtype=torch.bool, device=hidden.device)[None]
     for cut in cuts:
         for token in cut["positions"]:
             allowed[cut["row"], token, [unseen for unseen in cut["unseen"] if unseen != token]] = False
     mask = torch.zeros(batch, 1, width, width, dtype=hidden.dtype, device=hidden.device)
-    given["attention_mask"] = mask.masked_fill(~allowed[:, None], torch.finfo(hidden.dtype).min)
-    block.inputs = ((hidden,), given)
+    arguments["attention_mask"] = mask.masked_fill(~allowed[:, None], torch.finfo(hidden.dtype).min)
+    block.inputs = ((hidden,), arguments)
 
 
 def in_readout(
@@ -287,17 +287,17 @@ def in_readout(
     plain: Any = None,
     hear: Any = None,
 ) -> list[dict[str, Any]]:
-    """Call the body of the readout. The prompt has been read: nothing from here on is patched.
+    """Call the body of the readout. The prompts have been read, and nothing is patched from here on.
 
     Args:
         model: M*, as a function.
-        readout: What is read.
+        readout: The program of the readout.
         logits: (n_cells, vocab) at the positions that are read; None for a readout that does not unembed.
         cache: Keys and values, a row for each cell; only for readouts that decode.
-        states: What source passes read, for the reference distributions.
-        written: By cell, what was written and what it replaced.
-        plain: M* without any patch, as a function, where `model` is not that.
-        hear: Called while the pass runs (see `contexts.Hear`); None for nothing.
+        states: The states and distributions that source passes have read, by number.
+        written: By cell, the states that were written and those they replaced.
+        plain: M* without any patch, as a function; None if `model` is that.
+        hear: Called while the pass runs (see `contexts.Hear`); may be None.
 
     Returns:
         One dict for each cell.

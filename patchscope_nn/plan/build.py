@@ -82,7 +82,7 @@ class Plan:
             self.sweep,
             self.budget,
             self.optimisations,
-            entries=[*self._entries()],
+            entries=[entry for group in self.groups for entry in group.entries],
             carries=not self.independent,
         )
         for group, cells, next_entry in self._windows():
@@ -101,15 +101,8 @@ class Plan:
                 prefix=prefix,
             )
 
-    def _entries(self) -> Iterator[int]:
-        for group in self.groups:
-            yield from group.entries
-
     def _windows(self) -> Iterator[tuple[Group, tuple[Cell, ...], int]]:
-        """Transformation 3: yield the cells of each step, with their group and the first unfinished entry.
-
-        That entry is an index into the order of all entries.
-        """
+        """Transformation 3: yield (group, cells, index of the first entry with cells left) for each step."""
         decodes = self.sweep.scope.readout.decodes
         most = self.budget.max_rows * (_DECODING_PASSES_PER_STEP if decodes else _PASSES_PER_STEP)
         next_entry = 0

@@ -136,7 +136,7 @@ class Cells(Sequence[Cell]):
             yield from ((term.prompt, term.positions) for term in read.terms)
 
     def _all_layers(self, depth: int) -> list[tuple[int, int]]:
-        """Every (l, l*). A write that needs no state has l = l*."""
+        """Return every (l, l*). A write that needs no state has l = l*."""
         resolver = self._resolver
         shifts = resolver.shift - resolver.target_shift
         written = resolver.target_layers
@@ -153,7 +153,7 @@ class Cells(Sequence[Cell]):
         return [pair for pair in self._layers if pair[0] == layer]
 
     def _size(self, entry: Entry) -> int:
-        """How many cells an entry has."""
+        """Return how many cells an entry has."""
         if entry.text_only:
             return 1
         n_patched = len(_position_pairs(entry)) * len(self._layers_of(entry))
@@ -211,7 +211,7 @@ class Cells(Sequence[Cell]):
         return self._make(cell, number, control, positions, patch)
 
     def _source_entry(self, number: int, control: Control | None) -> Entry:
-        """The entry whose state a cell writes."""
+        """Return the entry whose state a cell writes."""
         if control == "shuffled" and self._others is not None:
             return self._entries[self._others[number]]
         return self._entries[number]
@@ -276,7 +276,7 @@ class Cells(Sequence[Cell]):
 
 
 def _position_pairs(entry: Entry) -> list[tuple[PositionSet, PositionSet]]:
-    """Every (i, i*) of an entry."""
+    """Return every (i, i*) of an entry."""
     return [
         (positions, written)
         for positions in entry.source_positions
@@ -285,7 +285,7 @@ def _position_pairs(entry: Entry) -> list[tuple[PositionSet, PositionSet]]:
 
 
 def _read(entry: Entry, at: int) -> tuple[Source, PositionSet, tuple[Weighted, ...]]:
-    """The source, the positions and the terms of an entry's state at its position set number `at`."""
+    """Return the source, the positions and the terms of an entry's state, for its i number `at`."""
     positions = entry.source_positions[at]
     if not entry.terms:
         return entry.source, positions, ()

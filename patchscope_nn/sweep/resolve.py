@@ -273,5 +273,5 @@ def _tokens(position: Any, written: Encoded, row: Row, field: str) -> PositionSe
 
 
 def _texts(readout: Readout, row: Row) -> Iterator[str]:
-    """The readout's texts, filled in from a row."""
+    """Yield the readout's texts, filled in from a row."""
     return (str(render(text, row, field=f"readout.{readout.name}")) for text in readout.texts)

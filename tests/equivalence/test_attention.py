@@ -113,7 +113,7 @@ def test_it_is_left_out(family, target, used, request, calls):
 
 def test_a_block_that_attends_otherwise_is_an_error():
     attending = in_attending(None, 0, OWN)
-    with pytest.raises(RuntimeError, match="block 3 does not attend as the first one does"):
+    with pytest.raises(RuntimeError, match="block 3 does not call its attention as the first block does"):
         packed._in_attended(lambda **given: given, {}, attending, 3)
 
 

@@ -213,8 +213,8 @@ class Scheduler:
 
     def _numbers(self, step: Step) -> Passes:
         copies = self.planned.copies
-        cells = [[step.cells[place].number for place in one.cells] for one in step.targets]
-        return tuple(tuple((number, *copies.get(number, ())) for number in one) for one in cells)
+        passes = [[step.cells[index].number for index in target.cells] for target in step.targets]
+        return tuple(tuple((number, *copies.get(number, ())) for number in cells) for cells in passes)
 
     def _check(self, flight: _Flight) -> tuple[Rows, End, str] | None:
         """Check a job. If it ended with rows: the rows, how it ended, and the server's reason."""
@@ -275,7 +275,7 @@ class Scheduler:
             self.job_log.ended(flight.job.id, "failed", error.message)
             raise error
         self._flights.remove(flight)
-        rows = [row for one in flight.job.passes for row in one]
+        rows = [row for cells in flight.job.passes for row in cells]
         if client.too_long(seen):
             self.size.too_long(len(rows))
         if len(rows) > 1:
