@@ -23,7 +23,9 @@ def test_what_is_text():
     assert wrong_text("Café 😀 \x00") == ""
     assert wrong_text(HALF) == rf"'The \ud83d city' {HOLDS}"
     assert wrong_text("\ud83d\ude00").endswith("write it whole")  # two halves are no whole in Python
-    assert wrong_text(UNDECODED).startswith(r"'Caf\udcc3\udca9' holds bytes that are no text in the locale '")
+    assert wrong_text(UNDECODED).startswith(
+        r"'Caf\udcc3\udca9' holds bytes that are not text in the locale '"
+    )
     assert wrong_text(UNDECODED).endswith("(set PYTHONUTF8=1) or in a locale such as LC_ALL=C.UTF-8")
 
 
@@ -89,7 +91,7 @@ def test_the_command_line_names_the_locale_and_the_way_out(folder):
     assert done.returncode == 2
     assert done.stdout == b""
     said = done.stderr.decode()
-    assert said.startswith(r"error: 'Caf\udcc3\udca9' holds bytes that are no text in the locale 'C' (")
+    assert said.startswith(r"error: 'Caf\udcc3\udca9' holds bytes that are not text in the locale 'C' (")
     assert "set PYTHONUTF8=1" in said
     # Decoded, the prompt is read; the description prompt is too long for so tiny a model.
     assert "reads at most" in explain(PYTHONUTF8="1").stderr.decode()

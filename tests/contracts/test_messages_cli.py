@@ -41,7 +41,7 @@ BAD = {
     "an unknown field": (
         ["--set", "source.layers=3"],
         (
-            "tiny.yaml: source.layers: is no field here. Did you mean 'layer'? "
+            "tiny.yaml: source.layers: is not a field here. Did you mean 'layer'? "
             "Allowed: prompt, position, layer, site, model, mean, minus, vector. (from --set source.layers=3)"
         ),
         "",

@@ -33,8 +33,8 @@ BEGIN = "a recipe is a mapping that begins with name, title and source"
 
 #: YAML below GOOD's three lines -> its problems.
 FIELDS = {
-    "titel: b": [f"line 4: titel: is no field here. Did you mean 'title'? {TOP}"],
-    "source.layer: 3": [f"line 4: source.layer: is no field here. Did you mean 'source'? {TOP}"],
+    "titel: b": [f"line 4: titel: is not a field here. Did you mean 'title'? {TOP}"],
+    "source.layer: 3": [f"line 4: source.layer: is not a field here. Did you mean 'source'? {TOP}"],
     "seed: -1": ["line 4: seed: input should be greater than or equal to 0; given -1"],
     "seed: yes": ["line 4: seed: input should be a valid integer; given 'yes'"],
     "paper: 2401.06102": ["line 4: paper: input should be a valid string; given 2401.06102"],
@@ -60,8 +60,8 @@ FIELDS = {
     "mapping: {fit: {kind: afine, limt: 3}}": [
         (
             "line 4: mapping: fit.kind: 'afine' is not allowed here. Did you mean 'affine'? Allowed: affine, "
-            "orthogonal, low_rank, scale.; fit.limt: is no field here. Did you mean 'limit'? Allowed: kind, "
-            "data, column, held_out, limit, positions, max_tokens, rank, lambdas, seed."
+            "orthogonal, low_rank, scale.; fit.limt: is not a field here. Did you mean 'limit'? Allowed: "
+            "kind, data, column, held_out, limit, positions, max_tokens, rank, lambdas, seed."
         )
     ],
     "mapping: {fit: {data: {builtin: context}}}": [
@@ -74,7 +74,7 @@ FIELDS = {
         f"line 4: mapping: 'identty' is not a known mapping. Did you mean 'identity'? {MAPPINGS}"
     ],
     "mapping: {function: rotate}": [
-        "line 4: mapping: function: 'rotate' should read module:name, for example my_code:my_function"
+        "line 4: mapping: function: 'rotate' should be module:name, for example my_code:my_function"
     ],
     "readout: next_tken": [
         (
@@ -90,7 +90,7 @@ FIELDS = {
     ],
     "readout:\n  generate:\n    max-new-tokens: 3\n    stop: 5": [
         (
-            "line 6: readout.generate.max-new-tokens: is no field here. Did you mean 'max_new_tokens'? "
+            "line 6: readout.generate.max-new-tokens: is not a field here. Did you mean 'max_new_tokens'? "
             "Allowed: max_new_tokens, stop, temperature, seed, relevancy."
         ),
         "line 7: readout.generate.stop: input should be a valid string; given 5",
@@ -252,9 +252,9 @@ def test_all_problems_come_at_once_in_the_order_of_the_file(tmp_path):
         """)
     )
     expected = [
-        f"line 3: titel: is no field here. Did you mean 'title'? {TOP}",
+        f"line 3: titel: is not a field here. Did you mean 'title'? {TOP}",
         (
-            "line 6: source.posn: is no field here. "
+            "line 6: source.posn: is not a field here. "
             "Did you mean 'position'? Allowed: prompt, position, layer, site, model, mean, minus, vector."
         ),
         (
@@ -274,10 +274,10 @@ def test_all_problems_come_at_once_in_the_order_of_the_file(tmp_path):
 
 #: A `--set` on GOOD with `readout: generate` and one metric -> its problems.
 SETS = {
-    "sorce.layer=2": [f"sorce: is no field here. Did you mean 'source'? {TOP} (from --set sorce.layer=2)"],
+    "sorce.layer=2": [f"sorce: is not a field here. Did you mean 'source'? {TOP} (from --set sorce.layer=2)"],
     "source.layr=2": [
         (
-            "source.layr: is no field here. Did you mean 'layer'? "
+            "source.layr: is not a field here. Did you mean 'layer'? "
             "Allowed: prompt, position, layer, site, model, mean, minus, vector. (from --set source.layr=2)"
         )
     ],
@@ -296,7 +296,7 @@ SETS = {
     ],
     "readout.generate.stp=2": [
         (
-            "readout.generate.stp: is no field here. Did you mean 'stop'? "
+            "readout.generate.stp: is not a field here. Did you mean 'stop'? "
             "Allowed: max_new_tokens, stop, temperature, seed, relevancy. (from --set readout.generate.stp=2)"
         )
     ],

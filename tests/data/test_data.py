@@ -228,7 +228,7 @@ def test_inline_rows_are_copied():
         (
             {"fille": "x.csv"},
             (
-                "DataSpec: fille: is no field here. Did you mean 'file'? "
+                "DataSpec: fille: is not a field here. Did you mean 'file'? "
                 "Allowed: builtin, file, hub, split, config, revision, rows, reader, "
                 "function, arguments, where, drop_missing."
             ),

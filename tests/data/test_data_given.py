@@ -151,7 +151,7 @@ def test_what_is_no_data_says_what_to_give(tiny_model, name):
 
 
 def test_a_wrong_key_beside_a_right_one_is_named():
-    with pytest.raises(SpecError, match=r"splits: is no field here\. Did you mean 'split'"):
+    with pytest.raises(SpecError, match=r"splits: is not a field here\. Did you mean 'split'"):
         as_data({"hub": "org/name", "splits": "test"})
 
 

@@ -115,7 +115,7 @@ WRONG = {
     ],
     "methods:\n  a: {}\n  b: {target: {layers: 3}}": [
         (
-            "line 10: methods.b.target.layers: is no field here. Did you mean 'layer'? "
+            "line 10: methods.b.target.layers: is not a field here. Did you mean 'layer'? "
             "Allowed: prompt, prompts, combine, position, layer,"
         )
     ],
@@ -159,7 +159,7 @@ def test_what_is_wrong_with_methods_has_its_line(tmp_path, text):
 
 
 def test_a_wrong_method_in_python():
-    with pytest.raises(SpecError, match=r"methods\.b\.target\.layers: is no field here"):
+    with pytest.raises(SpecError, match=r"methods\.b\.target\.layers: is not a field here"):
         Recipe(name="a", title="b", source={"prompt": "x"}, methods={"a": {}, "b": {"target.layers": 1}})
 
 
@@ -382,7 +382,7 @@ def test_lint_says_what_is_wrong_with_a_method(patchscope, here):
     (here / "bad.yaml").write_text(RECIPE.replace("layer: -1", "layr: -1"))
     done = patchscope("lint", "bad.yaml")
     assert done.returncode == 2
-    assert "bad.yaml:11: methods.Logit lens.target.layr: is no field here" in done.stdout
+    assert "bad.yaml:11: methods.Logit lens.target.layr: is not a field here" in done.stdout
 
 
 def test_compare_runs_by_folder(patchscope, here):
