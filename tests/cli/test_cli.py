@@ -218,7 +218,7 @@ BAD = {
     "text": (["run", "tiny.yaml", "--set", "target.position=Rome"], "'Rome' does not occur in this"),
     "half a token": (
         ["run", "tiny.yaml", "--set", "target.position=cit"],
-        "ends with no whole token of this",
+        "does not end with a whole token of this",
     ),
     "column": (["run", "tiny.yaml", "--set", "source.prompt='{txt}'"], "the column 'txt'"),
     "data": (["run", "tiny.yaml", "--set", "data={file: none.jsonl}"], "none.jsonl"),

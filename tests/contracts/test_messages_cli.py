@@ -59,7 +59,7 @@ BAD = {
     "a range of no layers": (
         ["--set", "source.layer=7:9"],
         "source.layer='7:9' holds no layer of this model, whose blocks are 0..3.",
-        "A range leaves its stop out, as in Python: '0:10' is layers 0 to 9.",
+        "A range excludes its stop, as in Python: '0:10' is layers 0 to 9.",
     ),
     "a position outside": (
         ["--set", "source.position=9"],
@@ -68,7 +68,7 @@ BAD = {
     ),
     "a span outside": (
         ["--set", "source.position={start: 3, end: 9}"],
-        f"data row 0: source.position=[3, 9) is no span inside {SOURCE}.",
+        f"data row 0: source.position=[3, 9) is not a span inside {SOURCE}.",
         POSITION,
     ),
     "a text that is absent": (
@@ -78,7 +78,7 @@ BAD = {
     ),
     "a text that splits no token": (
         ["--set", "target.position=cit"],
-        f"data row 0: target.position='cit' ends with no whole token of {TARGET}.",
+        f"data row 0: target.position='cit' does not end with a whole token of {TARGET}.",
         POSITION,
     ),
     "a mapping of the wrong shape": (

@@ -49,11 +49,11 @@ FIELDS = {
     ],
     "target: {position: [], layer: lst}": [
         f"line 4: target.position: is an empty list; {POSITIONS}",
-        f"line 4: target.layer: 'lst' is no layer; {LAYERS} or 'same'",
+        f"line 4: target.layer: 'lst' is not a valid layer; {LAYERS} or 'same'",
     ],
     "target: {prompt: {entity}}": [
         (
-            f"line 4: target.prompt: {{'entity': None}} is no prompt; {PROMPTS}. "
+            f"line 4: target.prompt: {{'entity': None}} is not a valid prompt; {PROMPTS}. "
             'Quote a text that begins with a brace: "{column}"'
         )
     ],
@@ -159,10 +159,10 @@ FILES = {
         "line 2: source: is required and was not given",
     ],
     "name: a\ntitle: b\nsource:\n  layer: 1\n": [
-        "line 3: source: should have a prompt, or else a vector from a file",
+        "line 3: source: should have either a prompt or a vector from a file",
     ],
     "name: a\ntitle: b\nsource:\n  layer: 1:x\n": [
-        f"line 4: source.layer: '1:x' is no layer; {LAYERS}",
+        f"line 4: source.layer: '1:x' is not a valid layer; {LAYERS}",
     ],
     "name: a\nsource: {prompt: {{x}}}\n": [
         (
@@ -281,10 +281,10 @@ SETS = {
             "Allowed: prompt, position, layer, site, model, mean, minus, vector. (from --set source.layr=2)"
         )
     ],
-    "source.layer=zz": [f"source.layer: 'zz' is no layer; {LAYERS} (from --set source.layer=zz)"],
+    "source.layer=zz": [f"source.layer: 'zz' is not a valid layer; {LAYERS} (from --set source.layer=zz)"],
     "source.prompt={x}": [
         (
-            f"source.prompt: {{'x': None}} is no prompt; {PROMPTS}. "
+            f"source.prompt: {{'x': None}} is not a valid prompt; {PROMPTS}. "
             'Quote a text that begins with a brace: "{column}" (from --set source.prompt={x})'
         )
     ],

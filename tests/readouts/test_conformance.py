@@ -163,7 +163,7 @@ def kind(**attributes):
 @pytest.mark.parametrize(
     ("attributes", "message"),
     [
-        ({}, "the readout Mine has no name"),
+        ({}, "the readout Mine does not define name"),
         ({"name": "Max Logit"}, "is named 'Max Logit'"),
         ({"name": "generate"}, r"the name 'generate' is taken by patchscope_nn.readouts.generate.Generate"),
         ({"name": "mine", "columns": {}}, "the readout mine has no columns"),
