@@ -74,7 +74,7 @@ def test_a_data_file_and_a_recipe_file(tiny_model, tmp_path):
     with pytest.raises(InputError) as caught:
         ps.run(recipe, model=tiny_model())
     assert str(caught.value) == (
-        rf"data.file='rows.jsonl', line 2: the column 'a': 'The \ud83d city' {HOLDS}. Mend the data."
+        rf"data.file='rows.jsonl', line 2: the column 'a': 'The \ud83d city' {HOLDS}. Correct the data."
     )
     (problem,) = lint(recipe)
     assert HOLDS in problem.message

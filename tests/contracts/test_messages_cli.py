@@ -126,13 +126,13 @@ BAD = {
         "data.file='latin.csv' is not UTF-8 text.",
         "Save the file as UTF-8.",
     ),
-    "a file that is no JSON": (
+    "a file that is not JSON": (
         ["--set", "data={file: bad.jsonl}"],
         (
-            "data.file='bad.jsonl', line 2, column 2: is no JSON "
+            "data.file='bad.jsonl', line 2, column 2: is not JSON "
             "(Expecting property name enclosed in double quotes)."
         ),
-        "Mend that line.",
+        "Correct that line.",
     ),
     "an unknown dtype": (
         ["--dtype", "float23"],

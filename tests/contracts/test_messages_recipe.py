@@ -66,7 +66,7 @@ FIELDS = {
     ],
     "mapping: {fit: {data: {builtin: context}}}": [
         (
-            "line 4: mapping: fit.data.builtin: 'context' is no builtin data. Did you mean 'contexts'? "
+            "line 4: mapping: fit.data.builtin: 'context' is not builtin data. Did you mean 'contexts'? "
             f"Allowed: {', '.join(BUILTIN)}."
         )
     ],
@@ -125,7 +125,7 @@ FIELDS = {
     "data: contexts": ["line 4: data: should be a mapping of fields; given 'contexts'"],
     "data:\n  builtin: contxts": [
         (
-            "line 5: data.builtin: 'contxts' is no builtin data. "
+            "line 5: data.builtin: 'contxts' is not builtin data. "
             "Did you mean 'contexts'? "
             "Allowed: attributes, contexts, directions, entities, facts, texts, topics, two-hop, words."
         )
