@@ -103,4 +103,4 @@ def test_what_a_terminal_cannot_print_is_escaped(tmp_path):
     command = [sys.executable, "-m", "patchscope_nn", "lint", str(tmp_path / "r.yaml")]
     done = subprocess.run(command, env=variables, capture_output=True, check=False)
     assert done.returncode == 2
-    assert rb"name: '\xe9' is no recipe name" in done.stdout
+    assert rb"name: '\xe9' is not a valid recipe name" in done.stdout

@@ -205,7 +205,7 @@ def test_lint_tells_every_problem_with_its_line(patchscope, folder):
 
 
 BAD = {
-    "unknown recipe": (["run", "nxt-token"], "'nxt-token' is no recipe"),
+    "unknown recipe": (["run", "nxt-token"], "'nxt-token' is not a recipe"),
     "unknown field": (["run", "tiny.yaml", "--set", "source.layers=3"], "source.layers"),
     "layer": (
         ["run", "tiny.yaml", "--set", "source.layer=4"],

@@ -153,8 +153,8 @@ FILES = {
     "null\n": [f"line 1: holds nothing; {BEGIN}"],
     "# a comment\nname: A b\n": [
         (
-            "line 2: name: 'A b' is no recipe name; use lower-case letters and digits, with single hyphens "
-            "between words: my-recipe"
+            "line 2: name: 'A b' is not a valid recipe name; use lower-case letters and digits, with single "
+            "hyphens between words: my-recipe"
         ),
         "line 2: source: is required and was not given",
     ],
@@ -170,19 +170,19 @@ FILES = {
             'for example "{entity}" for a text with braces'
         )
     ],
-    "a: &x [*x]\n": ["line 1: is no YAML we can read: found unconstructable recursive node."],
+    "a: &x [*x]\n": ["line 1: cannot be read as YAML: found unconstructable recursive node."],
     "\na: !!int b\n": [
-        "line 1: holds a scalar that does not fit its tag: invalid literal for int() with base 10: 'b'"
+        "line 1: contains a scalar that does not fit its tag: invalid literal for int() with base 10: 'b'"
     ],
     "a: !!python/name:os.system\n": [
         (
-            "line 1: is no YAML we can read: could not determine a constructor for the tag "
+            "line 1: cannot be read as YAML: could not determine a constructor for the tag "
             "'tag:yaml.org,2002:python/name:os.system'."
         )
     ],
     "a: 1\n---\nb: 2\n": [
         (
-            "line 2: is no YAML we can read: expected a single document in the stream but found another "
+            "line 2: cannot be read as YAML: expected a single document in the stream but found another "
             "document. Check the indentation, and quote texts that hold ': ' or begin with a mark."
         )
     ],
@@ -226,7 +226,7 @@ def test_a_syntax_error_has_its_line(text, line, tmp_path):
     path.write_text(text)
     (problem,) = lint(path)
     assert problem.line == line
-    assert problem.message.startswith("is no YAML we can read: ")
+    assert problem.message.startswith("cannot be read as YAML: ")
     assert problem.message.endswith(
         ". Check the indentation, and quote texts that hold ': ' or begin with a mark."
     )
@@ -311,11 +311,11 @@ SETS = {
     ],
     "readout=next_token": ["line 6: metrics.0: rouge_l reads generate, and the readout is next_token"],
     "layer 5": [
-        "--set layer 5: is no assignment; write --set key.path=value, for example --set source.layer=5"
+        "--set layer 5: is not an assignment; write --set key.path=value, for example --set source.layer=5"
     ],
     "source..layer=5": [
         (
-            "--set source..layer=5: is no assignment; write --set key.path=value, "
+            "--set source..layer=5: is not an assignment; write --set key.path=value, "
             "for example --set source.layer=5"
         )
     ],
@@ -345,9 +345,12 @@ SHIPPED = f"Allowed: {', '.join(shipped())}."
     [
         (
             "next-tokn",
-            f"'next-tokn' is no recipe. Did you mean 'next-token'? {SHIPPED} Or give a file: my-recipe.yaml.",
+            (
+                f"'next-tokn' is not a recipe. Did you mean 'next-token'? {SHIPPED} "
+                "Or give a file: my-recipe.yaml."
+            ),
         ),
-        ("zzz", f"'zzz' is no recipe. {SHIPPED} Or give a file: my-recipe.yaml."),
+        ("zzz", f"'zzz' is not a recipe. {SHIPPED} Or give a file: my-recipe.yaml."),
         ("zzz.yaml", "the recipe 'zzz.yaml' does not exist. Check the path."),
         ("a/b", "the recipe 'a/b' does not exist. Check the path."),
         (

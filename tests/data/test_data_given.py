@@ -107,16 +107,16 @@ BAD = {
     "columns": (
         {"text": ["a", "b"]},
         (
-            "data is a mapping with the keys 'text', which are not those of a recipe's data. Give columns as "
-            "pandas.DataFrame(data), a single row as [data], and a split of a dataset as data['train']. "
+            "data is a mapping with the keys 'text', which are not those of a recipe's data. Give columns "
+            "as pandas.DataFrame(data), a single row as [data], and a split of a dataset as data['train']. "
             f"{FORMS}"
         ),
     ),
     "a dataset with splits": (
         datasets.DatasetDict(train=datasets.Dataset.from_list(ROWS)),
         (
-            "data is a mapping with the keys 'train', which are not those of a recipe's data. Give columns as "
-            "pandas.DataFrame(data), a single row as [data], and a split of a dataset as data['train']. "
+            "data is a mapping with the keys 'train', which are not those of a recipe's data. Give columns "
+            "as pandas.DataFrame(data), a single row as [data], and a split of a dataset as data['train']. "
             f"{FORMS}"
         ),
     ),

@@ -121,10 +121,10 @@ WRONG = {
     ],
     "methods:\n  a: 3\n  b: {name: x}": [
         "line 9: methods.a: should be a mapping of changes, or empty; given 3",
-        "line 10: methods.b.name: is no method's to change; leave it out. Allowed: model, data,",
+        "line 10: methods.b.name: cannot be changed by a method; leave it out. Allowed: model, data,",
     ],
     "methods:\n  a b: {}\n  A-B: {}": [
-        "line 10: methods.A-B: has the folder 'a-b' that 'a b' has; give it another name"
+        "line 10: methods.A-B: has the same folder, 'a-b', as 'a b'; give it another name"
     ],
     "methods:\n  a: {}\n  '??': {}": [
         "line 10: methods.??: has neither letter nor digit; name the method in words"
@@ -142,7 +142,7 @@ WRONG = {
             "Allowed: source_layer, target_layer."
         )
     ],
-    "score: nll": ["line 8: score: 'nll' is no metric of this recipe. Did you mean 'nll_nats'?"],
+    "score: nll": ["line 8: score: 'nll' is not a metric of this recipe. Did you mean 'nll_nats'?"],
 }
 
 
