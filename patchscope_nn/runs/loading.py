@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from patchscope_nn.backends import Backend, Ndif, Places
-from patchscope_nn.models import Model, builtin, common_base, wear, wear_named
+from patchscope_nn.models import Model, builtin, common_base, with_adapter, with_named_adapter
 from patchscope_nn.proof import load, proven, proven_on
 from patchscope_nn.recipe import Recipe
 
@@ -53,11 +53,11 @@ def load_models(
         source = target = loader(ours, **source_options)
     elif _weights_here(places) and (base := common_base(ours, theirs)):
         plain = loader(base, dtype=places.dtype, device_map=places.device_map)
-        source, target = (proven(wear_named(plain, name)) for name in (ours, theirs))
+        source, target = (proven(with_named_adapter(plain, name)) for name in (ours, theirs))
     else:
         source, target = loader(ours, **source_options), loader(theirs, **target_options)
     adapter = recipe and recipe.target.adapter
-    return source, proven(wear(target, adapter)) if adapter else target
+    return source, proven(with_adapter(target, adapter)) if adapter else target
 
 
 def _first(*candidates: Any) -> Any:

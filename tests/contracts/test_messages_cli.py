@@ -136,7 +136,7 @@ BAD = {
     ),
     "an unknown dtype": (
         ["--dtype", "float23"],
-        "dtype='float23' is no dtype of a model.",
+        "dtype='float23' is not a valid dtype.",
         "Did you mean 'float32'? Allowed: auto, float32, bfloat16, float16, float64.",
     ),
     "an encoder-decoder": (
@@ -146,7 +146,7 @@ BAD = {
     ),
     "an encoder": (
         ["--model", "bert"],
-        "'bert' (BertLMHeadModel) is an encoder: its tokens see those after them.",
+        "'bert' (BertLMHeadModel) is an encoder: its tokens attend to later tokens.",
         "Use a causal language model.",
     ),
 }
