@@ -46,7 +46,7 @@ def _without_others(module: Any, path: str, layers: Sequence[int]) -> Any:
     blocks = [*module.get_submodule(path)]
     others = [block for layer, block in enumerate(blocks) if layer not in layers]
     as_they_are = [*module.parameters(), *module.buffers(), *others]
-    short = copy.deepcopy(module, {id(one): one for one in as_they_are})
+    short = copy.deepcopy(module, {id(part): part for part in as_they_are})
     kept = [short.get_submodule(path)[layer] for layer in layers]
     for part, name in _places([_settings(block) for block in blocks]):
         for place, block in enumerate(kept):
