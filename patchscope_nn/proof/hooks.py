@@ -46,8 +46,8 @@ class Hooks:
     Attributes:
         causal: True if a token of a prompt never attends to those after it. If it does, decoding continues
             from the keys and values of the prompt, token by token, as the model's own `generate` does.
-        incremental: True if one forward pass over a prompt and its continuation gives the same as one pass
-            for each token of the continuation.
+        incremental: True if one forward pass over a prompt and its continuation equals separate passes for
+            each token of the continuation.
         batches: True if a row of a batch is the same as that row alone; None until that is known.
     """
 
