@@ -2,15 +2,15 @@
 
 PatchscopeError
 ├── InputError            something given is wrong; the command line exits with 2
-│   ├── SpecError         a field of a Patchscope or recipe, with all its problems
-│   ├── PositionError     a position that names no token of its prompt
+│   ├── SpecError         fields of a Patchscope or recipe, with all their problems
+│   ├── PositionError     a position that does not name a token of its prompt
 │   ├── LayerError        a layer that the model does not have
 │   ├── MappingError      a mapping that does not fit between the two hidden spaces
-│   ├── ModelError        a model that cannot be found, or is no decoder
+│   ├── ModelError        a model that cannot be found, or is not a decoder
 │   ├── DataError         data that cannot be read, is empty, or lacks a column
 │   └── FolderError       a run folder that belongs to something else
 └── RunError              the run itself failed; the command line exits with 1
-    ├── ServerError       a server cannot be reached, or does not answer in time; the same call goes on
+    ├── ServerError       a server cannot be reached, or does not answer in time; repeat the call
     └── JobError          a server ran a job, and it failed
 """
 
@@ -29,8 +29,6 @@ class PatchscopeError(Exception):
         hint: What to do next; printed after the message.
     """
 
-    retryable = False
-
     def __init__(self, message: str, *, hint: str = "") -> None:
         self.message = message
         self.hint = hint
@@ -38,11 +36,11 @@ class PatchscopeError(Exception):
 
 
 class InputError(PatchscopeError):
-    """Something the user gave is wrong, and the user can mend it."""
+    """Something the user gave is wrong, and the user can correct it."""
 
 
 class PositionError(InputError):
-    """A position names no token of its prompt."""
+    """A position does not name a token of its prompt."""
 
 
 class LayerError(InputError):
@@ -50,7 +48,7 @@ class LayerError(InputError):
 
 
 class MappingError(InputError):
-    """A mapping cannot take the source's hidden states to the target's."""
+    """A mapping does not fit between the source's hidden space and the target's."""
 
 
 class ModelError(InputError):
@@ -72,8 +70,6 @@ class RunError(PatchscopeError):
 class ServerError(RunError):
     """A server cannot be reached, or does not answer in time."""
 
-    retryable = True
-
 
 class JobError(RunError):
     """A server ran a job, and it failed; the message is the server's."""
@@ -86,7 +82,7 @@ class Problem:
     Attributes:
         field: The dotted path of the field, for example `source.layer`.
         message: What was given, what is allowed and what to do.
-        line: The line of the YAML file, from 1; None where there is no file.
+        line: The line of the YAML file, counted from 1; None if the field is not from a file.
     """
 
     field: str
@@ -102,7 +98,8 @@ class SpecError(InputError):
     """All the problems of a specification, reported at once.
 
     Attributes:
-        problems: One entry for each problem, in the order of the file.
+        problems: The problems, in the order of the file.
+        origin: The name of the file, class or function that was checked; empty if there is none.
     """
 
     def __init__(self, problems: Iterable[Problem], *, origin: str = "") -> None:
@@ -117,14 +114,14 @@ class SpecError(InputError):
 
 
 def did_you_mean(given: str, allowed: Sequence[str]) -> str:
-    """The sentence that names the nearest allowed name, and then all of them.
+    """Suggest the nearest allowed name, and list all allowed names.
 
     Args:
         given: The name that is not allowed.
-        allowed: The names that are.
+        allowed: The allowed names.
 
     Returns:
-        For example `Did you mean 'layer'? Allowed: layer, model.`; `There are none.` where none is allowed.
+        For example `Did you mean 'layer'? Allowed: layer, model.`; `There are none.` if `allowed` is empty.
     """
     if not allowed:
         return "There are none."

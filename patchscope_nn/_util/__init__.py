@@ -1,1 +1,1 @@
-"""Helpers that know nothing of Patchscopes: plain values, checked arguments, files."""
+"""Helpers that know nothing about Patchscopes: plain values, checked arguments, files."""

@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar, Union, Unpack, cast, get_args, get_ori
 from patchscope_nn._util.plain import plain, shown, wrong_text
 from patchscope_nn.errors import Problem, SpecError
 
-# No ParamSpec: it cannot travel to a server by value, as this module does where a user's class names it.
+# A ParamSpec cannot be serialised by value, as this module is when a user's class that names it travels.
 _F = TypeVar("_F", bound=Callable[..., Any])
 _T = TypeVar("_T")
 
@@ -23,35 +23,35 @@ _PACKED = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
 
 
 def checked(function: _F) -> _F:
-    """Make a function check its arguments.
+    """Make a function check its arguments against their annotations.
 
-    Numbers of numpy, torch and pandas become Python's own where those are asked for.
+    Numbers of numpy, torch and pandas are converted if the annotation asks for Python's own numbers.
 
     Args:
-        function: The function. Its `**options` are checked where an unpacked TypedDict names them; others
-            are left to the function they are passed on to.
+        function: The function. Its `**options` are checked if their annotation is an unpacked TypedDict;
+            otherwise the function they are passed on to checks them.
 
     Returns:
-        The function; it raises `SpecError` with every argument that is of a wrong type.
+        The function. It raises a `SpecError` that lists every argument of a wrong type.
     """
     signature = inspect.signature(function)
-    # What a function returns may have a type that only type checkers import.
+    # The return annotation may be a type that only type checkers import.
     annotations = {name: hint for name, hint in function.__annotations__.items() if name != "return"}
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         bound = signature.bind(*args, **kwargs)
         hints: dict[str, Any] = {}
-        # Not kept: a class that travels to a server takes what its methods hold with it.
-        with suppress(NameError):  # there, the names that annotations use are missing
+        # Resolved in each call: hints kept on a method would travel with its class to servers.
+        with suppress(NameError):  # on a server, the names in annotations are missing
             hints = get_type_hints(SimpleNamespace(__annotations__=annotations), function.__globals__)
         wrong = []
         for arguments, of_arguments in _scopes(signature, bound.arguments, hints):
-            for name, given in arguments.items():
+            for name, argument in arguments.items():
                 hint = of_arguments.get(name, Any)
-                value, fits = given, _fits(given, hint)
-                if not fits and not isinstance(given, str):
-                    arguments[name] = value = plain(given)
+                value, fits = argument, _fits(argument, hint)
+                if not fits and not isinstance(argument, str):
+                    arguments[name] = value = plain(argument)
                     fits = _fits(value, hint)
                 if problem := _problem(value, hint, fits=fits):
                     wrong.append(Problem(field=name, message=problem))
@@ -65,7 +65,7 @@ def checked(function: _F) -> _F:
 def _scopes(
     signature: inspect.Signature, arguments: dict[str, Any], hints: dict[str, Any]
 ) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """The arguments by name with their types: those of the signature, then those of `**options`."""
+    """Yield the arguments by name with their types: first those of the signature, then `**options`."""
     packed = {name for name, parameter in signature.parameters.items() if parameter.kind in _PACKED}
     yield arguments, {name: hint for name, hint in hints.items() if name not in packed}
     for name in packed:
@@ -76,7 +76,7 @@ def _scopes(
 def checked_class(kind: type[_T]) -> type[_T]:
     """Make a class check the arguments of its constructor and of its own public methods.
 
-    `forward` is left as it is: it runs inside traces, and on servers.
+    `forward` is not checked, because it runs inside traces and on servers.
     """
     for name, member in list(vars(kind).items()):
         if (name.startswith("_") and name != "__init__") or name == "forward":
@@ -89,14 +89,14 @@ def checked_class(kind: type[_T]) -> type[_T]:
 
 
 def _problem(value: Any, hint: Any, *, fits: bool) -> str:
-    """What is wrong with an argument; empty where nothing is. A path may be no text."""
+    """Describe what is wrong with an argument; empty if it is valid. A path need not be valid Unicode."""
     if not fits:
         return f"should be {_words(hint)}; given {shown(value)}"
     return wrong_text(value) if isinstance(value, str) and Path not in get_args(hint) else ""
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value is of an annotated type; a boolean is no number, and a text no list."""
+    """True if a value has an annotated type. A boolean does not count as a number, nor a text as a list."""
     kind, parts = get_origin(hint) or hint, get_args(hint)
     if kind is Any or getattr(kind, "_is_protocol", False):
         return True
@@ -111,11 +111,12 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def _holds(value: Any, parts: tuple[Any, ...]) -> bool:
-    """Whether what a container holds is of the annotated types."""
+    """True if the items of a container have the annotated types."""
     if isinstance(value, dict) and len(parts) > 1:
         return _all_fit(value, parts[0]) and _all_fit(value.values(), parts[1])
     if not isinstance(value, list | tuple | set | dict):
-        # An array is made plain first; another sequence may read each item from a file.
+        # Arrays are refused here and converted by `plain`. Other sequences may read each item from a file,
+        # so their items are not checked.
         return not hasattr(value, "tolist")
     if isinstance(value, tuple) and len(parts) > 1 and parts[-1] is not ...:
         return len(value) == len(parts) and all(map(_fits, value, parts))
@@ -123,7 +124,7 @@ def _holds(value: Any, parts: tuple[Any, ...]) -> bool:
 
 
 def _all_fit(values: Iterable[Any], hint: Any) -> bool:
-    """Whether each of some values is of an annotated type; the rows of a large run are looked at quickly."""
+    """True if every value has an annotated type. Comparing the set of types is fast for many rows."""
     return hint is Any or {*map(type, values)} <= {hint} or all(_fits(value, hint) for value in values)
 
 
@@ -143,7 +144,7 @@ _WORDS: dict[Any, str] = {
 
 
 def _words(hint: Any) -> str:
-    """An annotated type in words."""
+    """Describe an annotated type in words."""
     *first, last = _alternatives(hint)
     return f"{', '.join(first)} or {last}" if first else last
 

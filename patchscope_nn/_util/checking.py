@@ -1,6 +1,6 @@
-"""The base of all specification objects, and what is wrong with one, in the house's words.
+"""The base class of all specification objects, and the messages of its validation errors.
 
-Numbers of numpy, torch and pandas become Python's own here, as they do for arguments in `arguments.py`.
+Numbers of numpy, torch and pandas are converted to Python's own, as `arguments.py` does for arguments.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from pydantic import ValidationError as _ValidationError
 from patchscope_nn._util.plain import plain, shown
 from patchscope_nn.errors import Problem, SpecError, did_you_mean
 
-#: Objects that a document names by a word (`generate: {...}`): what fields stand below that word.
+#: The models of objects that a document names by a word (`generate: {...}`). Messages list their fields.
 NAMED: dict[str, type[BaseModel]] = {}
 
 
 class Spec(BaseModel):
-    """The base of all specification objects: frozen, keyword-only, closed to unknown fields.
+    """The base class of all specification objects: frozen, keyword-only, without unknown fields.
 
     Raises:
-        SpecError: On construction, with every problem at once.
+        SpecError: A field is wrong; the error lists all problems.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, arbitrary_types_allowed=True)
@@ -38,40 +38,40 @@ class Spec(BaseModel):
     def _plain(cls, value: Any) -> Any:
         return plain(value)
 
-    # Tells pydantic that nested objects may be built without this method, so that one error collects all.
+    # Lets pydantic build nested objects without this method, so that one error collects all problems.
     __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]  # pydantic's own marker
 
 
 def problems(error: _ValidationError, model: type[BaseModel]) -> list[Problem]:
-    """What pydantic found wrong, in the house's words.
+    """Convert a pydantic error into problems with this package's messages.
 
     Args:
         error: Pydantic's error.
-        model: The model that was being built, for the names it allows.
+        model: The class that was being built; messages list its fields.
 
     Returns:
         One problem for each wrong field.
     """
-    found: dict[str, Problem] = {}
+    by_field: dict[str, Problem] = {}
     for detail in error.errors(include_url=False):
         *above, last = detail["loc"] or ("",)
-        # An unknown field is spelt as the user spelt it, with any marks it has.
-        given = (last,) if detail["type"] == "extra_forbidden" or _is_name(last) else ()
-        loc = (*filter(_is_name, above), *given)
+        # The name of an unknown field is the user's, and may contain any character.
+        end = (last,) if detail["type"] == "extra_forbidden" or _is_name(last) else ()
+        loc = (*filter(_is_name, above), *end)
         field = ".".join(str(part) for part in loc)
-        found.setdefault(field, Problem(field=field, message=_message(detail, loc, model)))
-    return list(found.values())
+        by_field.setdefault(field, Problem(field=field, message=_message(detail, loc, model)))
+    return list(by_field.values())
 
 
 def _is_name(part: int | str) -> bool:
-    """Pydantic adds the names of its own validators to a path; a field has none of these marks."""
+    """True for the name or index of a field; False for the validator names that pydantic adds to a path."""
     return isinstance(part, int) or not any(mark in part for mark in "[(-")
 
 
 def _message(detail: Any, loc: tuple[int | str, ...], model: type[BaseModel]) -> str:
-    kind, given = detail["type"], detail["input"]
+    kind, value = detail["type"], detail["input"]
     if kind == "extra_forbidden":
-        return f"is no field here. {did_you_mean(str(loc[-1]), _fields(model, loc[:-1]))}"
+        return f"is not a field here. {did_you_mean(str(loc[-1]), _fields(model, loc[:-1]))}"
     if kind == "missing":
         return "is required and was not given"
     text = detail["msg"].removeprefix("Value error, ")
@@ -79,13 +79,13 @@ def _message(detail: Any, loc: tuple[int | str, ...], model: type[BaseModel]) ->
         return text
     if kind == "literal_error":
         allowed = _QUOTED.findall(detail["ctx"]["expected"])
-        return f"{shown(given)} is not allowed here. {did_you_mean(str(given), allowed)}"
+        return f"{shown(value)} is not allowed here. {did_you_mean(str(value), allowed)}"
     text = _YAML_WORDS.get(kind, text)
-    return f"{text[0].lower()}{text[1:]}; given {shown(given)}"
+    return f"{text[0].lower()}{text[1:]}; given {shown(value)}"
 
 
 _QUOTED = re.compile(r"'([^']*)'")
-#: Pydantic speaks of Python's types; the user may be writing YAML.
+#: Messages in YAML's words, in place of pydantic's, which name Python types.
 _YAML_WORDS = {
     "dict_type": "should be a mapping",
     "model_type": "should be a mapping of fields",
@@ -94,7 +94,7 @@ _YAML_WORDS = {
 
 
 def _fields(model: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
-    """The fields allowed at a path below a model."""
+    """List the fields allowed at a path below a model."""
     for part in path:
         if part in NAMED:
             model = NAMED[str(part)]

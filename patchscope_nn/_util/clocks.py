@@ -1,4 +1,4 @@
-"""The time, as manifests, job logs and provenance hold it."""
+"""The time, as manifests, job logs and provenance records store it."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ from datetime import UTC, datetime
 
 
 def utc_now() -> str:
-    """The time in UTC, in ISO 8601 to the second."""
+    """Return the current time in UTC, in ISO 8601 to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")

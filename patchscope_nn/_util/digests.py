@@ -1,4 +1,4 @@
-"""Digests of values, which tell one run, fit or proof from another."""
+"""Digests of values, which identify runs, fits and proofs."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 
 
 def digest(value: Any, *, length: int = 16) -> str:
-    """Hex digest of a value's JSON; keys are sorted, and what JSON does not know is written as text.
+    """Return a hex digest of a value's JSON. Keys are sorted, and values that JSON lacks become texts.
 
     Args:
         value: Numbers, texts, lists and mappings.
-        length: How many hex digits of the SHA-256.
+        length: The number of hex digits of the SHA-256 to keep.
     """
     text = json.dumps(value, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:length]

@@ -1,4 +1,4 @@
-"""Files that are whole whenever somebody reads them, also after a process was killed while it wrote."""
+"""Writing files that are always complete for readers, even if a process is killed while it writes."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ _BLOCK = 1 << 16
 
 @contextmanager
 def replacing(file: Path) -> Iterator[Path]:
-    """A draft beside `file`, which replaces it once the block has ended without an error.
+    """Yield a draft beside `file`, which replaces it if the block ends without an error.
 
-    A reader sees the old file or the whole new one. A draft that is not used is removed.
+    A reader sees the old file or the complete new one. After an error the draft is removed.
 
     Args:
         file: The file. Its folder must exist.
 
     Yields:
-        The path of the draft, of this thread alone.
+        The path of the draft, which only this thread uses.
     """
     draft = file.with_name(f".{file.name}.{os.getpid()}-{threading.get_ident()}.partial")
     try:
@@ -32,13 +32,13 @@ def replacing(file: Path) -> Iterator[Path]:
 
 
 def write_whole(file: Path, text: str) -> None:
-    """Write a text as UTF-8; a reader sees the old file or the whole new one."""
+    """Write a text as UTF-8; a reader sees the old file or the complete new one."""
     with replacing(file) as draft:
         draft.write_text(text, encoding="utf-8")
 
 
 def append_lines(file: Path, lines: bytes) -> None:
-    """Append whole lines, and return once they are on the disk."""
+    """Append complete lines, and return once they are on the disk."""
     with file.open("ab") as stream:
         stream.write(lines)
         stream.flush()
@@ -46,7 +46,7 @@ def append_lines(file: Path, lines: bytes) -> None:
 
 
 def whole_lines(file: Path) -> Iterator[bytes]:
-    """The lines of a file, without a last one that is half written; none where there is no file."""
+    """Yield the lines of a file, except a half-written last line; nothing if the file does not exist."""
     if not file.exists():
         return
     with file.open("rb") as stream:
@@ -56,12 +56,12 @@ def whole_lines(file: Path) -> Iterator[bytes]:
 
 
 def cut_half_line(file: Path) -> None:
-    """Remove a last line that a killed process left half written; only for the process that writes next."""
+    """Remove a half-written last line of a killed process; call it only in the process that writes next."""
     if not file.exists():
         return
     with file.open("rb+") as stream:
         size = end = stream.seek(0, os.SEEK_END)
-        while end:  # the end of the last whole line, looked for backwards
+        while end:  # search backwards for the end of the last complete line
             start = max(0, end - _BLOCK)
             stream.seek(start)
             newline = stream.read(end - start).rfind(b"\n")

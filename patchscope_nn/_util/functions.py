@@ -1,4 +1,4 @@
-"""Functions that users bring: imported by name, named, and told apart by what their code does."""
+"""Users' functions: importing them by name, naming them, and identifying them by what their code does."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ _REFERENCE = re.compile(r"[^:\s]+:[^:\s]+")
 
 
 def check_reference(text: str) -> str:
-    """Check that a text reads `module:name`, without importing anything.
+    """Check that a text has the form `module:name`, without importing anything.
 
     Raises:
-        ValueError: It does not.
+        ValueError: The text has another form.
     """
     if not _REFERENCE.fullmatch(text):
-        raise ValueError(f"function: {text!r} should read module:name, for example my_code:my_function")
+        raise ValueError(f"function: {text!r} should be module:name, for example my_code:my_function")
     return text
 
 
 def import_function(reference: str) -> Any:
-    """Import what `module:name` names.
+    """Import the object that `module:name` names.
 
     Args:
         reference: The module, a colon, and the name of a function or object in it.
@@ -32,7 +32,7 @@ def import_function(reference: str) -> Any:
         The object.
 
     Raises:
-        ValueError: The module cannot be imported, or has no such name.
+        ValueError: The module cannot be imported, or does not define the name.
     """
     module, name = check_reference(reference).split(":")
     try:
@@ -43,24 +43,24 @@ def import_function(reference: str) -> Any:
 
 
 def reference_of(function: Any) -> str:
-    """`module:name` of a function, or of the class of an object that is called like one."""
+    """Return `module:name` of a function, or of the class of a callable object."""
     named = function if hasattr(function, "__qualname__") else type(function)
     return f"{named.__module__}:{named.__qualname__}"
 
 
 def name_of(function: Any) -> str:
-    """The name of a function, or of the class of an object that is called like one."""
+    """Return the name of a function, or of the class of a callable object."""
     return str(getattr(function, "__name__", type(function).__name__))
 
 
 def function_bytes(function: Any) -> bytes:
-    """What a function computes, as bytes that are the same in every process.
+    """Return bytes that identify what a function computes, equal in every process.
 
-    These are its bytecode, constants, defaults and closure, and those of the functions of its own module that
-    it calls. Code of other modules does not count.
+    They hold its bytecode, constants, defaults and closure, and those of the functions of its own module that
+    it calls. Code of other modules is left out.
 
     Args:
-        function: A function; anything else that can be called gives its name only.
+        function: A function. Another callable is identified by its name only.
     """
     return b"".join(_parts(function, seen=set()))
 
@@ -83,13 +83,13 @@ def _parts(function: Any, *, seen: set[str]) -> Iterable[bytes]:
 
 
 def _names(code: CodeType) -> list[str]:
-    """The names that code looks up, its inner functions included."""
+    """List the names that a code object looks up, including those of its inner functions."""
     inner = [name for part in code.co_consts if isinstance(part, CodeType) for name in _names(part)]
     return [*code.co_names, *inner]
 
 
 def value_bytes(value: Any) -> bytes:
-    """A value as bytes that are the same in every process; empty for an object that has none."""
+    """Return bytes that identify a value, equal in every process; empty for an object without such bytes."""
     if hasattr(type(value), "detach"):  # a tensor; torch is not imported here
         return bytes(value.detach().float().cpu().contiguous().numpy().tobytes())
     if isinstance(value, CodeType):

@@ -1,4 +1,4 @@
-"""Values from outside: numbers of numpy, torch and pandas made plain; missing values; texts that are none."""
+"""Values from users: converting numbers of numpy, torch and pandas, missing values, and invalid texts."""
 
 from __future__ import annotations
 
@@ -7,28 +7,28 @@ import sys
 from typing import Any
 
 _HALVES = range(0xD800, 0xE000)
-#: Python decodes a byte that its locale does not know to one of these.
+#: Python decodes a byte that is invalid in its locale to one of these.
 _UNDECODED = range(0xDC80, 0xDD00)
 _SHOWN = 80
 
 
 def shown(value: Any) -> str:
-    """A value as messages show it, cut where it is long."""
+    """Return a value's `repr` for messages, shortened if it is long."""
     text = repr(value)
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 def plain(value: Any) -> Any:
-    """A value with Python's own numbers and lists in the place of numpy's, torch's and pandas'.
+    """Convert numbers and arrays of numpy, torch and pandas to Python's own numbers and lists.
 
     Args:
-        value: Anything. Lists, tuples and dictionaries are looked into; other objects stay what they are.
+        value: Anything. Items of lists, tuples and dictionaries are converted; other objects are unchanged.
 
     Returns:
         The value: an array or a tensor becomes a list, an array scalar a number.
 
     Raises:
-        ValueError: A text is none that can be read or written (see `wrong_text`).
+        ValueError: A text cannot be encoded (see `wrong_text`).
     """
     if isinstance(value, str):
         if problem := wrong_text(value):
@@ -43,17 +43,17 @@ def plain(value: Any) -> Any:
 
 
 def is_missing(value: Any) -> bool:
-    """Whether a value stands for nothing: None, NaN, pandas' NA or NaT."""
+    """True for a missing value: None, NaN, pandas' NA or NaT."""
     if value is None:
         return True
     try:
-        return bool(value != value)  # noqa: PLR0124 (what NaN and NaT are told by)
-    except (ArithmeticError, TypeError, ValueError):  # an array, which is a value; or NA, which is not
+        return bool(value != value)  # noqa: PLR0124 (only NaN and NaT differ from themselves)
+    except (ArithmeticError, TypeError, ValueError):  # an array, which is not missing; or NA, which is
         return type(value).__name__ == "NAType"
 
 
 def wrong_text(text: str) -> str:
-    """What is wrong with a text that holds half a character (a lone surrogate); empty for any other."""
+    """Describe the problem of a text with half a character (a lone surrogate); empty for a valid text."""
     if text.isascii():
         return ""
     half = next((char for char in text if ord(char) in _HALVES), None)
@@ -63,7 +63,7 @@ def wrong_text(text: str) -> str:
     if ord(half) not in _UNDECODED:
         return f"{quoted} holds half a character, {half!a}, which no tokenizer can read; write it whole"
     return (
-        f"{quoted} holds bytes that are no text in the locale {locale.setlocale(locale.LC_CTYPE)!r} "
+        f"{quoted} holds bytes that are not text in the locale {locale.setlocale(locale.LC_CTYPE)!r} "
         f"({sys.getfilesystemencoding()}). Give it as UTF-8, in Python's UTF-8 mode (set PYTHONUTF8=1) or in "
         "a locale such as LC_ALL=C.UTF-8"
     )

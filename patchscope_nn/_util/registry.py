@@ -1,13 +1,13 @@
-"""Registries that users can add to: what ships, what a script registers, and what installed packages bring.
+"""Registries that users can extend: builtin entries, registered ones, and those of installed packages.
 
-A package brings an entry by an entry point whose name is the entry's name:
+A package provides an entry by an entry point whose name is the entry's name:
 
     [project.entry-points."patchscope_nn.metrics"]
     words = "my_package.metrics:words"
 
-Names are read from the packages' metadata, once, when a name that does not ship is asked for or when names
-are listed. A package is imported only when its own entry is used, so that one that fails to import does not
-disturb the others.
+The names are read once from the packages' metadata, when names are listed or a name that is not builtin is
+looked up. A package is imported only when its entry is used, so a package that fails to import does not
+affect the others.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ _OURS = "patchscope_nn"
 
 
 class Plugin(NamedTuple):
-    """An entry that an installed package brings.
+    """An entry that an installed package provides.
 
     Attributes:
         name: The entry's name.
         package: The package and its version.
-        problem: Why it cannot be used; empty where it can.
+        problem: Why it cannot be used; empty if it can.
     """
 
     name: str
@@ -42,10 +42,10 @@ class Registry(Generic[_T]):
     """Entries by name. A name belongs to one package: nothing replaces an entry of another.
 
     Args:
-        group: The group of entry points that adds to it, for example `patchscope_nn.metrics`.
+        group: The group of entry points that add entries, for example `patchscope_nn.metrics`.
         noun: What an entry is called in messages, for example `metric`.
-        entries: The entries that ship. Those that are registered or loaded are added to this dictionary.
-        adopt: Makes an entry of what an entry point loads, given its name; None takes it as it is.
+        entries: The builtin entries. Registered and loaded entries are added to this dictionary.
+        adopt: Converts a name and the object that its entry point loads to an entry; None uses the object.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Registry(Generic[_T]):
         self._all_loaded = False
 
     def register(self, name: str, entry: _T, *, home: str) -> None:
-        """Add an entry; the same function may be registered again, as a notebook does.
+        """Add an entry. The same function may be registered again, as happens in notebooks.
 
         Args:
             name: Its name.
@@ -70,7 +70,7 @@ class Registry(Generic[_T]):
             home: Where it is defined, `module:name`.
 
         Raises:
-            ValueError: The name is taken by what ships, by other code, or by an installed package.
+            ValueError: The name belongs to a builtin entry, to other code, or to an installed package.
         """
         if home.startswith(f"{_OURS}."):
             self.entries[name] = entry
@@ -85,10 +85,10 @@ class Registry(Generic[_T]):
         self._homes[name] = home
 
     def find(self, name: str) -> _T:
-        """The entry of a name, loaded from its package if need be.
+        """Return the entry of a name, after loading it from its package if necessary.
 
         Raises:
-            ValueError: There is no such entry, two packages bring it, or its package cannot be loaded.
+            ValueError: The name is unknown, two packages provide it, or its package cannot be loaded.
         """
         if name in self.entries:
             return self.entries[name]
@@ -98,12 +98,12 @@ class Registry(Generic[_T]):
         if len(points) > 1:
             packages = " and ".join(map(_package, points))
             raise ValueError(
-                f"the {self.noun} {name!r} is brought by two packages, {packages}; uninstall one, or name "
-                "the one you want as {function: module:name}"
+                f"the {self.noun} {name!r} is provided by two packages, {packages}; uninstall one, or name "
+                "the function you want as {function: module:name}"
             )
         try:
             loaded = points[0].load()
-            # A module that registers its entry in Python has done so by now.
+            # The module may have registered the entry itself while it was imported.
             if name not in self.entries:
                 self.entries[name] = self._adopt(name, loaded) if self._adopt else loaded
             self._homes.setdefault(name, points[0].value)
@@ -116,26 +116,26 @@ class Registry(Generic[_T]):
         return self.entries[name]
 
     def names(self) -> list[str]:
-        """All names: those that ship first, then those that are registered or brought by packages."""
+        """List all names: first builtin and registered entries, then those of installed packages."""
         return list(dict.fromkeys([*self.entries, *self._points]))
 
     def __contains__(self, name: object) -> bool:
         return name in self.entries or name in self._points
 
     def load_all(self) -> dict[str, _T]:
-        """The entries with all that packages bring; one that cannot be loaded is left out (see `plugins`)."""
+        """Return all entries, except those of packages that cannot be loaded (see `plugins`)."""
         if not self._all_loaded:
             self._all_loaded = True
-            list(self.plugins())  # which loads each
+            list(self.plugins())  # loads each
         return self.entries
 
     def plugins(self) -> Iterator[Plugin]:
-        """Load what packages bring, and yield each entry with what is wrong with it."""
+        """Load the entries of installed packages, and yield each with its problem, if it has any."""
         for name, points in self._points.items():
             for point in points:
                 home = self._homes.get(name, _OURS)
                 if name in self.entries and home.partition(":")[0] != point.module:
-                    problem = f"its name is that of the {self.noun} of {home}, which is used instead"
+                    problem = f"it has the same name as the {self.noun} of {home}, which is used"
                 else:
                     problem = self._problem(name)
                 yield Plugin(name, _package(point), problem)
@@ -149,24 +149,27 @@ class Registry(Generic[_T]):
 
     def _refuse(self, name: str, home: str, other: str) -> None:
         raise ValueError(
-            f"the {self.noun} {name!r} of {home} has the name of that of {other}; give it another name"
+            f"the {self.noun} {name!r} of {home} has the same name as that of {other}; give it another name"
         )
 
     @cached_property
     def _points(self) -> dict[str, list[metadata.EntryPoint]]:
-        """The entry points of the group by name; a package that is found twice on the path counts once."""
-        found: dict[str, dict[tuple[str, str], metadata.EntryPoint]] = {}
+        """The entry points of the group by name. A package that is on the path twice counts once."""
+        by_name: dict[str, dict[tuple[str, str], metadata.EntryPoint]] = {}
         for point in metadata.entry_points(group=self.group):
-            found.setdefault(point.name, {}).setdefault((_package(point), point.value), point)
-        return {name: list(points.values()) for name, points in found.items()}
+            by_name.setdefault(point.name, {}).setdefault((_package(point), point.value), point)
+        return {name: list(points.values()) for name, points in by_name.items()}
 
 
 def decorate(function: Any, register: Callable[[Any], _T]) -> Any:
-    """What a decorator that registers functions returns, with or without arguments.
+    """Implement a decorator that registers functions and may be used with or without arguments.
 
     Args:
-        function: The function that is decorated; None where the decorator is given arguments first.
-        register: Registers a function, and returns what takes its place.
+        function: The decorated function; None if the decorator was called with arguments first.
+        register: Registers a function, and returns the object that replaces it.
+
+    Returns:
+        The result of `register`; if `function` is None, a decorator.
 
     Raises:
         InputError: `register` raised a ValueError, or the decorated object cannot be called.

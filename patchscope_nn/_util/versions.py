@@ -6,17 +6,17 @@ import platform
 from collections.abc import Sequence
 from importlib import metadata
 
-#: The packages that decide numbers and the paths of modules, here and on a server.
+#: The packages that determine numbers and the paths of modules, here and on a server.
 DECIDING = ("nnsight", "torch", "transformers")
 #: The packages whose versions are recorded with a result.
 RECORDED = ("patchscope-nn", *DECIDING, "tokenizers", "safetensors")
 
 
 def versions_of(packages: Sequence[str] = RECORDED) -> dict[str, str]:
-    """The installed version of each package, by its name."""
+    """Return the installed version of each package, by its name."""
     return {name: metadata.version(name) for name in packages}
 
 
 def recorded_versions() -> dict[str, str]:
-    """The versions of Python and of the packages that are recorded with a result."""
+    """Return the versions of Python and of the packages that are recorded with a result."""
     return {"python": platform.python_version(), **versions_of()}

@@ -1,4 +1,4 @@
-"""YAML text in the style of the recipes that ship."""
+"""YAML text in the style of the builtin recipes."""
 
 from __future__ import annotations
 
@@ -22,6 +22,6 @@ def yaml_text(value: object, *, allow_unicode: bool = True) -> str:
 
     Args:
         value: Mappings, lists, texts, numbers, booleans and None.
-        allow_unicode: Write characters outside ASCII as they are, and not as escapes.
+        allow_unicode: Write characters outside ASCII literally, not as escapes.
     """
     return str(yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=allow_unicode, width=100))

@@ -15,7 +15,7 @@ from typing import Any
 
 from patchscope_nn.metrics import ColumnUse, MetricUse, compute_columns, compute_metrics
 from patchscope_nn.spec import ColumnType, Readout, readout_kinds
-from patchscope_nn.spec.prompts import decode
+from patchscope_nn.spec.encoding import decode
 from patchscope_nn.sweep import Cell, Sweep
 
 PLACES = (

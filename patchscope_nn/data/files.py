@@ -1,4 +1,4 @@
-"""Data files: .jsonl, .json, .csv, .tsv and .parquet, read row by row with the place of each. No torch."""
+"""Data files: .jsonl, .json, .csv, .tsv and .parquet, read row by row with line numbers. No torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from patchscope_nn.errors import DataError, did_you_mean
 
 
 class Numbered(NamedTuple):
-    """A row, and where it stands: `line 3` or `row 3`."""
+    """A row and its place in the data: `line 3` or `row 3`."""
 
     where: str
     row: Any
@@ -22,12 +22,12 @@ Rows: TypeAlias = Generator[Numbered, None, None]
 
 
 def number_rows(rows: Iterable[Any]) -> Rows:
-    """Rows that stand in no file, counted from 1."""
+    """Number rows that are not read from lines of a file, from 1."""
     return (Numbered(f"row {number}", row) for number, row in enumerate(rows, start=1))
 
 
 def read_file(file: Path, *, name: str, base: Path | None) -> Rows:
-    """The rows of a file, in the format its ending names.
+    """Read the rows of a file in the format of its ending.
 
     Args:
         file: The file.
@@ -35,10 +35,10 @@ def read_file(file: Path, *, name: str, base: Path | None) -> Rows:
         base: The folder a relative path starts from; None is the working directory.
 
     Yields:
-        The rows, each with its place; nothing yet says that they are a table.
+        The rows, each with its place. They are not yet checked to form a table.
 
     Raises:
-        DataError: The file is missing, unreadable, or not in a format that is read here.
+        DataError: The file is missing, cannot be read, or has an unsupported format.
     """
     read = _READERS.get(file.suffix.lower())
     if read is None:
@@ -49,7 +49,7 @@ def read_file(file: Path, *, name: str, base: Path | None) -> Rows:
         if not path.exists():
             raise DataError(f"{name} does not exist; looked for {path}.", hint="Check data.file.")
         yield from read(path, name)
-    except (OSError, RuntimeError) as error:  # RuntimeError: the home of no user
+    except (OSError, RuntimeError) as error:  # RuntimeError: the home of an unknown user
         reason = getattr(error, "strerror", None) or str(error).rstrip(".")
         raise DataError(f"{name} cannot be read: {reason}.", hint="Check the file.") from None
     except UnicodeDecodeError:
@@ -57,13 +57,13 @@ def read_file(file: Path, *, name: str, base: Path | None) -> Rows:
 
 
 def _read_json_lines(path: Path, name: str) -> Rows:
-    # Only "\n" ends a line of JSON Lines; a text may hold the other characters that Python splits at.
+    # Only "\n" ends a line of JSON Lines; texts may contain other characters that Python splits lines at.
     with path.open(encoding="utf-8-sig", newline="\n") as lines:
         yield from read_jsonl(lines, name=name)
 
 
 def read_jsonl(lines: Iterable[str], *, name: str) -> Rows:
-    """The rows of JSON Lines; empty lines are passed over."""
+    """Read the rows of JSON Lines; empty lines are skipped."""
     for number, line in enumerate(lines, start=1):
         if line.strip():
             yield Numbered(f"line {number}", _json(line, name=name, above=number - 1))
@@ -85,9 +85,9 @@ def _json(text: str, *, name: str, above: int = 0) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         where = f"line {error.lineno + above}, column {error.colno}"
-        raise DataError(f"{name}, {where}: is no JSON ({error.msg}).", hint="Mend that line.") from None
+        raise DataError(f"{name}, {where}: is not JSON ({error.msg}).", hint="Correct that line.") from None
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{name}, line {1 + above}: is no JSON we can read ({error}).") from None
+        raise DataError(f"{name}, line {1 + above}: is JSON that cannot be read ({error}).") from None
 
 
 def _read_csv(path: Path, name: str, *, delimiter: str = ",") -> Rows:
@@ -97,8 +97,8 @@ def _read_csv(path: Path, name: str, *, delimiter: str = ",") -> Rows:
             yield from _records(records, name=name)
         except csv.Error as error:
             raise DataError(
-                f"{name}, line {records.line_num}: is no {path.suffix[1:].upper()} ({error}).",
-                hint='Put a text that holds quotes or line ends in quotes, and write its own as "".',
+                f"{name}, line {records.line_num}: is not {path.suffix[1:].upper()} ({error}).",
+                hint='Put a text that holds quotes or line ends in quotes, and write quotes in it as "".',
             ) from None
 
 
@@ -122,7 +122,7 @@ def _records(records: Any, *, name: str) -> Rows:
                 hint="Give every row the same columns; put a text that holds the separator in quotes.",
             )
         else:
-            # An empty cell is how these files write that a value is missing.
+            # In these files, an empty cell stands for a missing value.
             row = {column: text or None for column, text in zip(header, record, strict=True)}
             yield Numbered(f"line {records.line_num}", row)
 
@@ -140,7 +140,7 @@ def _read_parquet(path: Path, name: str) -> Rows:
             yield from number_rows(row for batch in table.iter_batches() for row in batch.to_pylist())
     except pa.ArrowException as error:
         reason = str(error).partition("\n")[0].rstrip(".")
-        raise DataError(f"{name} is no Parquet file ({reason}).", hint="Check the file.") from None
+        raise DataError(f"{name} is not a Parquet file ({reason}).", hint="Check the file.") from None
 
 
 _READERS: dict[str, Callable[[Path, str], Rows]] = {

@@ -1,4 +1,4 @@
-"""Data as Python gives it: rows, data frames, datasets, or what a recipe's `data` says."""
+"""Data that is given in Python: rows, data frames, datasets, or the fields of a recipe's `data`."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from patchscope_nn.errors import DataError
 
 @checked
 def as_data(given: Any, *, limit: int | None = None) -> DataSpec:
-    """What is given as data in Python, as a recipe says it.
+    """Convert data that is given in Python to a `DataSpec`.
 
     Args:
-        given: A `DataSpec`, a mapping as a recipe's `data`, a table (of pandas, polars or pyarrow), or
-            rows: any iterable of mappings, such as a `datasets.Dataset`; or a function that returns rows.
-        limit: The most rows that are taken from an iterable; None takes all.
+        given: A `DataSpec`, a mapping as in a recipe's `data`, a table (of pandas, polars or pyarrow), a
+            function that returns rows, or rows: any iterable of mappings, for example a `datasets.Dataset`.
+        limit: The maximum number of rows taken from an iterable; None takes all.
 
     Returns:
         The data.
 
     Raises:
         DataError: It is none of these.
-        SpecError: It is a mapping that is no recipe's `data`.
+        SpecError: It is a mapping with keys of a recipe's `data`, but not valid.
     """
     if isinstance(given, DataSpec):
         return given
@@ -54,9 +54,9 @@ def _named(given: Mapping[Any, Any]) -> DataSpec:
     if given and not set(given) & set(DataSpec.model_fields):
         keys = ", ".join(map(repr, list(given)[:8]))
         raise DataError(
-            f"data is a mapping with the keys {keys}; of a recipe's data it has none.",
-            hint="Columns make rows as pandas.DataFrame(data); a single row is given as [data]; of a dataset "
-            f"with splits give one, such as data['train']. {FORMS}",
+            f"data is a mapping with the keys {keys}, which are not those of a recipe's data.",
+            hint="Give columns as pandas.DataFrame(data), a single row as [data], and a split of a dataset "
+            f"as data['train']. {FORMS}",
         )
     return DataSpec(**{str(key): value for key, value in given.items()})
 
@@ -64,13 +64,13 @@ def _named(given: Mapping[Any, Any]) -> DataSpec:
 def _row(row: Any, number: int) -> dict[str, Any]:
     if not isinstance(row, Mapping):
         raise DataError(
-            f"data, row {number}: {shown(row)} is no row; a row is a mapping of columns to values.",
+            f"data, row {number}: {shown(row)} is not a row; a row is a mapping of columns to values.",
             hint=FORMS,
         )
     wrong = [name for name in row if not isinstance(name, str)]
     if wrong:
         raise DataError(
-            f"data, row {number}: the column {wrong[0]!r} has a name that is no text.",
-            hint="Name the columns in words, which {column} placeholders can hold.",
+            f"data, row {number}: the column {wrong[0]!r} has a name that is not a text.",
+            hint="Name the columns in words, so that {column} placeholders can name them.",
         )
     return dict(row)

@@ -1,10 +1,10 @@
-"""Readers: users' functions that return data rows, registered by name or brought by installed packages.
+"""Readers: users' functions that return data rows, registered by name or provided by installed packages.
 
     @ps.reader
     def capitals(continent="Europe"):
         return [{"country": "France", "capital": "Paris"}, ...]
 
-A reader runs on this machine, when a run is prepared; its rows are what a run is identified by.
+A reader runs on this machine when a run is prepared. Its rows are part of the run's identity.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from patchscope_nn._util.registry import Registry, decorate
 from patchscope_nn.data.files import Rows, number_rows
 from patchscope_nn.errors import DataError, PatchscopeError
 
-#: The readers that are registered or brought by packages. None ships.
+#: The readers that are registered or provided by packages. There are no builtin ones.
 READERS: Registry[Callable[..., Any]] = Registry("patchscope_nn.data", noun="reader", entries={})
 
 
@@ -29,7 +29,7 @@ def reader(function: Callable[..., Any], /) -> Callable[..., Any]: ...
 def reader(*, name: str | None = None) -> Callable[[Callable[..., Any]], Callable[..., Any]]: ...
 @checked
 def reader(function: Callable[..., Any] | None = None, *, name: str | None = None) -> Any:
-    """Register a function as a reader, which `data: {reader: name}` names; used as a decorator.
+    """Register a function as a reader for `data: {reader: name}`; used as a decorator.
 
     Args:
         function: Returns rows: mappings of column names to values, or a data frame. Its keyword arguments are
@@ -37,7 +37,7 @@ def reader(function: Callable[..., Any] | None = None, *, name: str | None = Non
         name: Its name; None takes the function's.
 
     Returns:
-        The function, unchanged; without one a decorator.
+        The function, unchanged; a decorator if `function` is None.
 
     Raises:
         InputError: The name is taken.
@@ -51,10 +51,10 @@ def reader(function: Callable[..., Any] | None = None, *, name: str | None = Non
 
 
 def find_reader(*, name: str | None, function: str | None) -> Callable[..., Any]:
-    """The reader of a name, or of `module:name`.
+    """Return the reader of a name, or of `module:name`.
 
     Raises:
-        DataError: There is none, or it cannot be imported.
+        DataError: It does not exist, or it cannot be imported.
     """
     try:
         return READERS.find(name) if name is not None else import_function(str(function))
@@ -65,7 +65,7 @@ def find_reader(*, name: str | None, function: str | None) -> Callable[..., Any]
 
 
 def call_reader(function: Callable[..., Any], arguments: Mapping[str, Any], *, name: str) -> Rows:
-    """The rows a reader gives, each with its number.
+    """Yield the rows that a reader returns, each with its number.
 
     Args:
         function: The reader.
@@ -73,7 +73,7 @@ def call_reader(function: Callable[..., Any], arguments: Mapping[str, Any], *, n
         name: What messages call it.
 
     Raises:
-        DataError: It fails, or returns something that is not rows.
+        DataError: The reader fails, or does not return rows.
     """
     try:
         yield from number_rows(records_of(function(**arguments)))
@@ -82,15 +82,15 @@ def call_reader(function: Callable[..., Any], arguments: Mapping[str, Any], *, n
     except Exception as error:
         # A user's function may raise anything.
         raise DataError(
-            f"{name} failed: {type(error).__name__}: {error}.", hint="Mend the reader, or data.arguments."
+            f"{name} failed: {type(error).__name__}: {error}.", hint="Correct the reader, or data.arguments."
         ) from error
 
 
 def records_of(given: Any) -> Any:
-    """The rows of a data frame of pandas, polars or pyarrow; anything else is taken as rows.
+    """Return the rows of a data frame of pandas, polars or pyarrow; other objects are taken as rows.
 
     Raises:
-        DataError: Two columns have one name, or it is not an iterable of rows.
+        DataError: Two columns have the same name, or the object is not an iterable of rows.
     """
     columns = getattr(given, "columns", ())
     names = list(getattr(given, "column_names", None) or columns)

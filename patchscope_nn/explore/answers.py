@@ -19,7 +19,7 @@ from patchscope_nn.runs.execute import Execution, execute
 from patchscope_nn.runs.loading import load_models
 from patchscope_nn.runs.prepare import prepare
 from patchscope_nn.runs.prepared import PreparedRun
-from patchscope_nn.spec.prompts import decode, encode
+from patchscope_nn.spec.encoding import decode, encode
 
 #: The number of pairs of models that stay loaded.
 _PAIRS_KEPT = 2

@@ -1,11 +1,11 @@
-"""Models: load one, describe it, and find its parts. The one place that knows architectures.
+"""Models: loading and describing them, and finding their parts. Only this package knows architectures.
 
 Parts are found through transformers' own interfaces (`get_decoder`, `get_input_embeddings`,
-`get_output_embeddings`, the config's depth); what those do not name is found by the names in
-`architecture.py`. Everything else in the package addresses a part by its path, a plain string.
+`get_output_embeddings`, the config's depth), and parts without an interface by the names in
+`architecture.py`. The other packages address a part by its path, a plain string.
 """
 
-from patchscope_nn.models.adapter import common_base, wear, wear_named
+from patchscope_nn.models.adapter import common_base, with_adapter, with_named_adapter
 from patchscope_nn.models.architecture import find_architecture, input_device, is_offloaded
 from patchscope_nn.models.info import (
     ELSEWHERE,
@@ -46,6 +46,6 @@ __all__ = [
     "memory_reused",
     "same_vocabulary",
     "usable_memory",
-    "wear",
-    "wear_named",
+    "with_adapter",
+    "with_named_adapter",
 ]

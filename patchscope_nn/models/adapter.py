@@ -1,4 +1,4 @@
-"""A model that wears a LoRA adapter: an oracle trained to answer questions about states, for example."""
+"""Models with a LoRA adapter, for example an oracle that was trained to answer questions about states."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from patchscope_nn.models.wrappers import adapter_base, adapter_tokenizer
 
 
 @in_turn
-def wear(
+def with_adapter(
     model: Model, adapter: str, *, name: str | None = None, revision: str | None = None, tokenizer: Any = None
 ) -> Model:
-    """A model with an adapter's weights merged into it.
+    """Return a new model with an adapter's weights merged into it.
 
-    The matrices that the adapter leaves alone are shared with the first model, which is left as it is.
+    The given model is not changed. Both share the matrices that the adapter does not change.
 
     Args:
         model: The model the adapter was trained for.
         adapter: A folder or a Hugging Face id of a peft adapter.
         name: The new model's name; None is `MODEL+ADAPTER`.
         revision: The adapter's revision.
-        tokenizer: The new model's tokenizer; None is the one that is saved with the adapter, or else the
-            first model's.
+        tokenizer: The new model's tokenizer; None takes the tokenizer saved with the adapter, or if there is
+            none, the tokenizer of `model`.
 
     Returns:
-        Another model.
+        The new model.
 
     Raises:
         ModelError: The model's weights are on a server, peft is not installed, or the adapter does not fit.
@@ -41,7 +41,7 @@ def wear(
     if model.info.device == ELSEWHERE:
         raise ModelError(
             f"the adapter {adapter} would be merged into weights that are on a server.",
-            hint="Have the merged model deployed there, and name that.",
+            hint="Have the merged model deployed there, and name it.",
         )
     try:
         from peft import PeftModel
@@ -52,32 +52,32 @@ def wear(
         ) from error
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # peft's, of names in transformers
+            warnings.simplefilter("ignore", FutureWarning)  # peft's, about names in transformers
             wrapper = PeftModel.from_pretrained(_sharing_copy(model.module), adapter, revision=revision)
-            # Merged into fewer bits, an adapter would be rounded away.
+            # Merging into quantised weights would round the adapter away, so it stays separate.
             quantised = getattr(model.module, "is_quantized", False)
-            # A safe merge makes new matrices; the other would change those that are shared.
-            worn = wrapper.get_base_model() if quantised else wrapper.merge_and_unload(safe_merge=True)
+            # A safe merge makes new matrices; an ordinary one would change the shared ones.
+            adapted = wrapper.get_base_model() if quantised else wrapper.merge_and_unload(safe_merge=True)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelError(
-            f"the adapter {adapter} cannot be put on {model.info.name}: {reason}",
+            f"the adapter {adapter} cannot be added to {model.info.name}: {reason}",
             hint="Give a folder or id with adapter_config.json and its weights, made for this model.",
         ) from error
     tokenizer = tokenizer or adapter_tokenizer(adapter, revision=revision) or model.tokenizer
-    loaded = load(worn, tokenizer=tokenizer)
+    loaded = load(adapted, tokenizer=tokenizer)
     return replace(loaded, info=replace(loaded.info, name=name))
 
 
 def common_base(first: Any, second: Any) -> Any:
-    """The model to load once for two that are asked for, one of them an adapter, or both.
+    """Return the base model that two models share, so that it is loaded only once.
 
     Args:
-        first: What `load` takes.
-        second: The same.
+        first: A model as `load` takes it.
+        second: Another.
 
     Returns:
-        What `load` takes; None where neither is an adapter, or they are made for different models.
+        The base model as `load` takes it; None if neither is an adapter, or if their bases differ.
     """
     models = (first, second)
     bases = [_base_of(model) for model in models]
@@ -90,17 +90,17 @@ def common_base(first: Any, second: Any) -> Any:
     return next((model for base, model in zip(bases, models, strict=True) if base is None), roots[0])
 
 
-def wear_named(model: Model, asked: Any) -> Model:
-    """A model itself, or where an adapter is asked for, the model with it."""
-    return model if _base_of(asked) is None else wear(model, str(asked), name=str(asked))
+def with_named_adapter(model: Model, name: Any) -> Model:
+    """Return the model with the adapter that `name` refers to; if it is not an adapter, the model itself."""
+    return model if _base_of(name) is None else with_adapter(model, str(name), name=str(name))
 
 
-def _base_of(asked: Any) -> str | None:
-    base = adapter_base(str(asked)) if isinstance(asked, str | Path) else None
+def _base_of(name: Any) -> str | None:
+    base = adapter_base(str(name)) if isinstance(name, str | Path) else None
     return base and base[0]
 
 
 def _sharing_copy(module: Any) -> Any:
-    """A copy of a model that shares its matrices; vectors are copied, since adapters load biases in place."""
+    """Copy a model, sharing its matrices. Vectors are copied, because adapters load biases in place."""
     tensors = [tensor for tensor in (*module.parameters(), *module.buffers()) if tensor.ndim > 1]
     return copy.deepcopy(module, {id(tensor): copy.copy(tensor) for tensor in tensors})

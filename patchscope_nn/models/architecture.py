@@ -1,4 +1,4 @@
-"""Where a model keeps its parts, and how large they are. Every branch on an architecture is in this file."""
+"""Finding a model's parts, and measuring them. All code that depends on the architecture is in this file."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from patchscope_nn.errors import ModelError
 from patchscope_nn.models.block import run_block, states_of
 from patchscope_nn.models.info import Architecture, Part, Sizes
 
-#: What models call their final norm, for which transformers has no interface. What blocks call their parts
-#: stands in `spec/sites.py`.
+#: The names of the final norm, for which transformers has no interface. The names of parts inside blocks are
+#: in `spec/sites.py`.
 _FINAL_NORM = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "norm_f")
 
 
 def find_architecture(module: Any, *, name: str) -> Architecture:
-    """Find a model's parts.
+    """Find a model's parts, and run a token through its first block to learn how blocks behave.
 
     Args:
         module: The transformers model.
         name: Its name, for messages.
 
     Returns:
-        The paths of its parts.
+        The paths of its parts, and the properties of its blocks.
 
     Raises:
-        ModelError: The blocks or the unembedding are not to be found.
+        ModelError: The blocks or the unembedding cannot be found, or the model cannot be used.
     """
     paths = {id(part): path for path, part in module.named_modules()}
     decoder = module.get_decoder()
@@ -42,8 +42,8 @@ def find_architecture(module: Any, *, name: str) -> Architecture:
         )
     if "reference_sliding_attention" in (setting(module.config.get_text_config(), "layer_types") or ()):
         raise ModelError(
-            f"{name!r} ({type(module).__name__}): a decoded token sees all of the prompt, but only "
-            "the latest decoded ones. It is read in one way in a prompt, and in another when it is decoded.",
+            f"{name!r} ({type(module).__name__}): a decoded token attends to the whole prompt, but only to "
+            "the latest decoded tokens. A token is computed differently in a prompt than in decoding.",
             hint="Use a model whose windows are the same for both.",
         )
     block = module.get_submodule(blocks)[0]
@@ -63,11 +63,11 @@ def find_architecture(module: Any, *, name: str) -> Architecture:
         arguments=tuple(inspect.signature(module.forward).parameters),
         block_arguments=block_arguments,
         windows=windows or (),
-        packs=windows is not None and _packs(module, block_arguments) and block_run.gives is not None,
-        gives_tuples=block_run.gives is tuple,
+        packs=windows is not None and _packs(module, block_arguments) and block_run.output_type is not None,
+        gives_tuples=block_run.output_type is tuple,
         attends=block_run.attends,
         kept=block_run.kept,
-        # Gemma 4's "vision" is of images alone.
+        # Gemma 4's "vision" concerns only images.
         causal=setting(module.config.get_text_config(), "use_bidirectional_attention")
         in (None, False, "vision"),
         stretches=_stretches(module.config.get_text_config()),
@@ -75,9 +75,9 @@ def find_architecture(module: Any, *, name: str) -> Architecture:
 
 
 def _parts(block: Any, widths: Mapping[str, tuple[int, int]], d_model: int) -> tuple[Part, ...]:
-    """The modules inside a block; one whose widths were not seen is taken to be as wide as the block.
+    """List the modules inside a block. Modules of unknown width are assumed to have the width of the block.
 
-    A list of modules is not called itself, so it has no output.
+    Lists of modules are left out: they are not called, so they have no output.
     """
     from torch.nn import ModuleList
 
@@ -89,11 +89,11 @@ def _parts(block: Any, widths: Mapping[str, tuple[int, int]], d_model: int) -> t
 
 
 def _find_blocks(module: Any, inside: str) -> str | None:
-    """The path of the decoder blocks: the list as long as the config's depth, or else the heaviest list.
+    """Find the path of the decoder blocks: the list with the config's depth, otherwise with most weights.
 
     Args:
         module: The transformers model.
-        inside: The path of what its `get_decoder` gives, which in some families is not the decoder.
+        inside: The path of the result of `get_decoder`, which in some families is not the decoder.
     """
     from torch.nn import ModuleList
 
@@ -109,7 +109,7 @@ def _find_blocks(module: Any, inside: str) -> str | None:
     return max(weights, key=lambda path: weights[path], default=None)
 
 
-#: What a block may be given for its tokens to be told apart by a mask and their positions alone.
+#: The arguments that a block may take for packing, which separates tokens only by mask and position.
 _PACKABLE = {
     *("self", "hidden_states", "attention_mask", "position_ids", "position_embeddings", "cache_position"),
     *("past_key_values", "layer_past", "use_cache", "output_attentions", "kwargs"),
@@ -118,7 +118,7 @@ _PACKABLE = {
 
 
 def _windows(config: Any, count: int) -> tuple[int | None, ...] | None:
-    """How many tokens back each of so many blocks sees; None where it is not all or a sliding window."""
+    """Return each block's attention window, None for full attention; None if a block has another kind."""
     window = setting(config, "sliding_window")
     kinds = setting(config, "layer_types")
     if kinds is None:
@@ -135,30 +135,30 @@ def _packs(module: Any, arguments: tuple[str, ...]) -> bool:
 
 
 def output_embeddings(module: Any) -> Any:
-    """The linear map to the vocabulary; None where there is none."""
+    """Return the linear map to the vocabulary; None if there is none."""
     named = (part for path, part in module.named_modules() if path.rpartition(".")[2] == "lm_head")
     return module.get_output_embeddings() or next(named, None)
 
 
 def input_device(module: Any) -> Any:
-    """The device a model takes its tokens on; weights that are offloaded have none of their own."""
+    """Return the device of a model's input tokens; the CPU if the embedding's weights are offloaded."""
     weight = weight_of(module.get_input_embeddings())
     device = module.device if weight is None else weight.device
     return "cpu" if device.type == "meta" and not is_weightless(module) else device
 
 
 def is_offloaded(module: Any) -> bool:
-    """Whether accelerate moves a model's weights to where they are needed, from memory or disk."""
+    """True if accelerate keeps a model's weights in memory or on disk, and loads them when needed."""
     return any(hasattr(part, "_hf_hook") for part in module.modules())
 
 
 def is_weightless(module: Any) -> bool:
-    """Whether a model is only its structure: every weight on the meta device, and none offloaded."""
+    """True if a model has only its structure: every weight is on the meta device, and none is offloaded."""
     return not is_offloaded(module) and all(weight.device.type == "meta" for weight in module.parameters())
 
 
 def unembed(module: Any, architecture: Architecture, states: Any) -> Any:
-    """The logits a model makes of the output of its last block: its final norm and its unembedding.
+    """Compute logits from states of the last block, with the model's final norm and unembedding.
 
     Args:
         module: The transformers model.
@@ -166,7 +166,7 @@ def unembed(module: Any, architecture: Architecture, states: Any) -> Any:
         states: (..., d_model) hidden states.
 
     Returns:
-        (..., vocab_size) logits, scaled and capped as the model's own forward does it.
+        (..., vocab_size) logits, scaled and capped as in the model's own forward.
     """
     if architecture.final_norm is not None:
         states = module.get_submodule(architecture.final_norm)(states)
@@ -180,7 +180,7 @@ def unembed(module: Any, architecture: Architecture, states: Any) -> Any:
 
 
 def check_unembed(module: Any, architecture: Architecture, *, name: str) -> None:
-    """Make sure, on three tokens, that `unembed` of the last block's output gives the model's own logits.
+    """Check on three tokens that `unembed` of the last block's output equals the model's own logits.
 
     Args:
         module: The transformers model, with its weights.
@@ -188,33 +188,33 @@ def check_unembed(module: Any, architecture: Architecture, *, name: str) -> None
         name: Its name, for messages.
 
     Raises:
-        ModelError: It does more, or other, between its last block and its logits.
+        ModelError: The model computes its logits differently.
     """
     import torch
 
-    found: list[Any] = []
+    outputs: list[Any] = []
     last = module.get_submodule(architecture.blocks)[-1]
-    handle = last.register_forward_hook(lambda _module, _given, output: found.append(output))
+    handle = last.register_forward_hook(lambda _module, _inputs, output: outputs.append(output))
     try:
         with torch.no_grad():
             ids = torch.tensor([[1, 2, 3]], device=input_device(module))
             logits = module(input_ids=ids, use_cache=False).logits
-            states = states_of(found[0])
-            with suppress(RuntimeError):  # shapes that do not fit
+            states = states_of(outputs[0])
+            with suppress(RuntimeError):  # the shapes do not fit
                 ours = unembed(module, architecture, states)
                 if ours.shape == logits.shape and torch.allclose(ours, logits, rtol=1e-2, atol=1e-2):
                     return
     finally:
         handle.remove()
     raise ModelError(
-        f"{name!r} ({type(module).__name__}) makes its logits of its last block's output in a way that is "
-        f"not known here: {architecture.final_norm or 'no norm'}, then {architecture.unembed}, gives others.",
+        f"{name!r} ({type(module).__name__}) computes its logits from its last block's output in an unknown "
+        f"way: {architecture.final_norm or 'no norm'}, then {architecture.unembed}, results in other logits.",
         hint="Please report the architecture; patchscope_nn/models/architecture.py is where it belongs.",
     )
 
 
 def measure(module: Any, architecture: Architecture) -> Sizes:
-    """How large a model's parts are.
+    """Measure a model's parts.
 
     Args:
         module: The transformers model.
@@ -236,32 +236,32 @@ def measure(module: Any, architecture: Architecture) -> Sizes:
 
 
 def setting(config: Any, name: str) -> Any:
-    """A setting of a config, or None; where blocks differ in it, that of the first."""
+    """Return a setting of a config, or None; if it differs between blocks, that of the first block."""
     try:
         return getattr(config, name, None)
-    except RuntimeError:  # transformers': this setting differs between blocks
+    except RuntimeError:  # raised by transformers if the setting differs between blocks
         return getattr(config.per_layer_config[0], name, None)
 
 
 def longest_prompt(config: Any) -> int | None:
-    """The most tokens that a model reads, as its config says; None where it sets no limit."""
+    """Return the maximum number of tokens in a model's config; None if there is no limit."""
     most = setting(config, "max_position_embeddings")
     return most if isinstance(most, int) and most > 0 else None
 
 
 def _stretches(config: Any) -> bool:
     rotary = setting(config, "rope_parameters")
-    given = rotary if isinstance(rotary, dict) else {}
-    kinds = [given, *(kind for kind in given.values() if isinstance(kind, dict))]
+    parameters = rotary if isinstance(rotary, dict) else {}
+    kinds = [parameters, *(kind for kind in parameters.values() if isinstance(kind, dict))]
     return any(kind.get("rope_type") == "dynamic" for kind in kinds)
 
 
 def _shapes(module: Any) -> list[tuple[int, ...]]:
-    """The shapes of a module's linear maps; a quantised weight is packed, and has another shape."""
+    """List the shapes of a module's linear maps, also of quantised ones, whose weights are packed."""
     shapes: list[tuple[int, ...]] = []
     for part in module.modules():
         size_in, size_out = getattr(part, "in_features", None), getattr(part, "out_features", None)
-        if hasattr(part, "base_layer"):  # peft's: its parts are counted
+        if hasattr(part, "base_layer"):  # a wrapper of peft, whose parts are counted
             continue
         if isinstance(size_in, int) and isinstance(size_out, int):
             shapes.append((size_out, size_in))
@@ -271,7 +271,7 @@ def _shapes(module: Any) -> list[tuple[int, ...]]:
 
 
 def weight_of(part: Any) -> Any:
-    """The weight of an embedding or of an unembedding; None where it is packed away."""
+    """Return the weight of an embedding or an unembedding; None if it is packed (quantised)."""
     from torch import Tensor
 
     weight = getattr(part, "weight", None)
@@ -279,7 +279,7 @@ def weight_of(part: Any) -> Any:
 
 
 def dtype_of(module: Any) -> str:
-    """The dtype that a model computes in: that of its embeddings, or where these are packed, its own."""
+    """Return the dtype a model computes in: that of its embedding, or if that is packed, the model's own."""
     weight = weight_of(module.get_input_embeddings())
     dtype = weight.dtype if weight is not None and weight.is_floating_point() else module.dtype
     return str(dtype).removeprefix("torch.")
@@ -293,7 +293,7 @@ def refuse_shared_scales(module: Any, *, name: str) -> None:
         name: Its name, for messages.
 
     Raises:
-        ModelError: Its activations are quantised with a scale that is taken over all tokens of a pass.
+        ModelError: Its activations are quantised with one scale for all tokens of a pass.
     """
     for path, part in module.named_modules():
         if ".quantized.dynamic" in type(part).__module__:
@@ -301,5 +301,5 @@ def refuse_shared_scales(module: Any, *, name: str) -> None:
                 f"{name!r} is quantised by torch.ao.quantization.quantize_dynamic ({path}): activations are "
                 "rounded with one scale for all tokens of a pass, so that a token's state depends on the "
                 "tokens after it and on the other prompts of its batch.",
-                hint="Use the model as it was before, or quantise its weights alone (bitsandbytes, torchao).",
+                hint="Use the unquantised model, or quantise only its weights (bitsandbytes, torchao).",
             )

@@ -1,4 +1,4 @@
-"""What one token shows of a model's blocks: what they hand on, how they attend, and what they keep."""
+"""Learning from one token what a model's blocks return, how they attend, and what they cache."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from patchscope_nn.errors import ModelError
 
 
 class BlockRun(NamedTuple):
-    """A token that went through the first block.
+    """What was observed while a token went through the first block.
 
     Attributes:
-        gives: What the block gives: `torch.Tensor`, or a `tuple` that starts with one; None where it is
-            neither, or the model did not run, as some do not without their weights.
-        attends: Whether it calls PyTorch's `scaled_dot_product_attention` once, with the keys and values that
-            it keeps.
-        kept: How many numbers it keeps of the token; 0 where it keeps no keys and values.
-        widths: For each module inside the block that has one state for the token at its first input and at
-            its output, the widths of these; empty where the model did not run.
+        output_type: The type of the block's output: `torch.Tensor`, or a `tuple` that starts with a tensor;
+            None if it is neither, or if the model did not run, as some do not without their weights.
+        attends: True if it calls PyTorch's `scaled_dot_product_attention` once, with the keys and values that
+            it caches.
+        kept: The number of values it caches for the token; 0 if it caches no keys and values.
+        widths: The widths of first input and output, for each module inside the block with one state for the
+            token at both; empty if the model did not run.
     """
 
-    gives: type | None
+    output_type: type | None
     attends: bool
     kept: int
     widths: Mapping[str, tuple[int, int]]
 
 
-class _Done(Exception):  # noqa: N818 (it is no error: it ends a forward once the block has run)
+class _Done(Exception):  # noqa: N818 (not an error: it ends a forward once the block has run)
     """Raised by a hook."""
 
 
@@ -38,28 +38,21 @@ def run_block(module: Any, block: Any, *, device: Any, weightless: bool, name: s
     Args:
         module: The transformers model.
         block: Its first block.
-        device: Where it takes its tokens.
-        weightless: Whether it has no weights; then only shapes are computed.
+        device: The device of its input tokens.
+        weightless: True if it has no weights; then only shapes are computed.
         name: Its name, for messages.
 
     Returns:
-        What the token showed.
+        What was observed.
 
     Raises:
-        ModelError: The model does not run on token ids alone, or its blocks do not give one state a token.
+        ModelError: The model does not run on token ids alone, or its blocks do not return a state per token.
     """
     import torch
-    from torch.overrides import TorchFunctionMode
 
     outputs: list[Any] = []
     widths: dict[str, tuple[int, int]] = {}
     attended: list[tuple[int, int]] = []
-
-    class Noting(TorchFunctionMode):
-        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if func is torch.nn.functional.scaled_dot_product_attention:
-                attended.append((args[1].shape[-1], args[2].shape[-1]))
-            return func(*args, **(kwargs or {}))
 
     def stop(_module: Any, _inputs: Any, output: Any) -> None:
         outputs.append(output)
@@ -71,11 +64,11 @@ def run_block(module: Any, block: Any, *, device: Any, weightless: bool, name: s
         for options in _attempts(device, weightless=weightless):
             attended.clear()
             try:
-                with torch.no_grad(), Noting(), _measuring(block, widths):
+                with torch.no_grad(), _recording_attention(attended), _measuring(block, widths):
                     module(**options)
             except _Done:
                 break
-            except Exception as error:  # noqa: BLE001 (any of a family's own; the next attempt asks for less)
+            except Exception as error:  # noqa: BLE001 (families raise any error; the next attempt needs less)
                 problem = error
     finally:
         handle.remove()
@@ -91,7 +84,7 @@ def run_block(module: Any, block: Any, *, device: Any, weightless: bool, name: s
     layer = _kept(options.get("past_key_values"))
     same = layer is None or attended == [(layer.keys.shape[-1], layer.values.shape[-1])]
     return BlockRun(
-        gives=next((kind for kind in (torch.Tensor, tuple) if isinstance(outputs[0], kind)), None),
+        output_type=next((kind for kind in (torch.Tensor, tuple) if isinstance(outputs[0], kind)), None),
         attends=len(attended) == 1 and same,
         kept=0 if layer is None else layer.keys.numel() + layer.values.numel(),
         widths=widths,
@@ -99,8 +92,24 @@ def run_block(module: Any, block: Any, *, device: Any, weightless: bool, name: s
 
 
 @contextmanager
+def _recording_attention(calls: list[tuple[int, int]]) -> Iterator[None]:
+    """While active, add the widths of keys and values of each `scaled_dot_product_attention` to `calls`."""
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    class Recording(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.nn.functional.scaled_dot_product_attention:
+                calls.append((args[1].shape[-1], args[2].shape[-1]))
+            return func(*args, **(kwargs or {}))
+
+    with Recording():
+        yield
+
+
+@contextmanager
 def _measuring(block: Any, widths: dict[str, tuple[int, int]]) -> Iterator[None]:
-    """While active, the widths of one token's states at the modules inside a block are put into `widths`."""
+    """While active, add the widths of one token's states at the modules inside a block to `widths`."""
 
     def measure(path: str) -> Any:
         def hook(_module: Any, args: Any, kwargs: Any, output: Any) -> None:
@@ -118,9 +127,10 @@ def _measuring(block: Any, widths: dict[str, tuple[int, int]]) -> Iterator[None]
 
 
 def _attempts(device: Any, *, weightless: bool) -> Iterator[dict[str, Any]]:
-    """Arguments of a forward over one token, the most telling first.
+    """Yield arguments of a forward over one token; the first ones show most about the block.
 
-    Without weights the token brings a whole mask, since making one looks at values; some families take none.
+    Without weights a complete mask is passed, because transformers would read values to make one. Some
+    families do not accept it, so the second attempt passes an ordinary mask.
     """
     import torch
     from transformers import DynamicCache
@@ -133,42 +143,42 @@ def _attempts(device: Any, *, weightless: bool) -> Iterator[dict[str, Any]]:
 
 
 def _kept(cache: Any) -> Any:
-    """The layer of a cache that holds the token's keys and values; None where none does."""
+    """Return the layer of a cache that holds the token's keys and values; None if there is none."""
     layers = getattr(cache, "layers", ())
     return next((layer for layer in layers if getattr(layer, "keys", None) is not None), None)
 
 
 def states_of(output: Any) -> Any:
-    """The states that a module gives: its output, or the first of several."""
+    """Return the states in a module's output: the output itself, or its first element."""
     return output[0] if isinstance(output, tuple | list) else output
 
 
 def first_input(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """What nnsight calls a module's `input`: its first positional argument, or else its first keyword's."""
+    """Return nnsight's `input` of a module: its first positional argument, otherwise its first keyword's."""
     return args[0] if args else next(iter(kwargs.values()), None)
 
 
 def _width(states: Any) -> int:
-    """The width of the one state of a token, (1, 1, width) or (1, width); 0 for anything else."""
+    """Return the width of a single token's state, (1, 1, width) or (1, width); 0 for other shapes."""
     shape = tuple(getattr(states, "shape", ()))
     return shape[-1] if len(shape) in (2, 3) and {*shape[:-1]} == {1} else 0
 
 
 def with_states(output: Any, states: Any) -> Any:
-    """An output with other states in the place of its own."""
+    """Replace the states in a module's output."""
     return type(output)((states, *output[1:])) if isinstance(output, tuple | list) else states
 
 
 def _check_states(output: Any, module: Any, *, name: str) -> None:
-    """Refuse blocks whose output for one token is not one state of the model's width."""
+    """Refuse blocks whose output for a token is not a single state of the model's width."""
     states = states_of(output)
     width = module.config.get_text_config().hidden_size
     shape = tuple(getattr(states, "shape", ()))
     if shape not in ((1, 1, width), (1, width)):
         what = f"states of shape {shape}" if shape else f"a {type(states).__name__}"
         raise ModelError(
-            f"{name!r} ({type(module).__name__}): its blocks hand on {what} for one token, where one state "
-            f"of size {width} is expected. A layer's hidden state is not defined for a model that carries "
-            "several streams, or something else, from block to block.",
+            f"{name!r} ({type(module).__name__}): its blocks return {what} for one token; one state of size "
+            f"{width} is expected. A layer's hidden state is not defined for a model that passes several "
+            "streams, or something else, from block to block.",
             hint="Use a model with one residual stream.",
         )

@@ -28,16 +28,16 @@ _SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
 def weights_file() -> Path | None:
-    """The GGUF file of the installed package, or None where the package is absent."""
-    found = importlib.util.find_spec(_PACKAGE)
-    for folder in (found and found.submodule_search_locations) or ():
+    """Return the GGUF file of the installed package; None if the package is not installed."""
+    package = importlib.util.find_spec(_PACKAGE)
+    for folder in (package and package.submodule_search_locations) or ():
         if (file := Path(folder) / _FILE).is_file():
             return file
     return None
 
 
 def cache_folder() -> Path:
-    """The user's cache for converted models; `PATCHSCOPE_CACHE` names another."""
+    """Return the user's cache for converted models: `PATCHSCOPE_CACHE`, or the system's default."""
     if named := os.environ.get("PATCHSCOPE_CACHE"):
         return Path(named)
     import platformdirs
@@ -46,13 +46,13 @@ def cache_folder() -> Path:
 
 
 def folder() -> Path | None:
-    """The converted model as a Hugging Face folder, converting it at the first call.
+    """Return the converted model's Hugging Face folder; the first call converts it.
 
     Returns:
-        The folder, or None where the weights' package is not installed.
+        The folder; None if the package with the weights is not installed.
 
     Raises:
-        ModelError: The installed file is not the one we know.
+        ModelError: The installed file has another checksum.
     """
     done = cache_folder() / f"smollm2-135m-instruct-{_SHA256[:12]}"
     if (done / "config.json").is_file():
@@ -64,36 +64,36 @@ def folder() -> Path | None:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     if digest != _SHA256:
         raise ModelError(
-            f"{file} is not the file we know (sha256 {digest[:12]}..., expected {_SHA256[:12]}...).",
+            f"{file} is not the expected file (sha256 {digest[:12]}..., expected {_SHA256[:12]}...).",
             hint=f"Reinstall it: {INSTALL} --force-reinstall",
         )
     return _convert(file, done)
 
 
 def _convert(file: Path, done: Path) -> Path:
-    """Dequantise to float32 safetensors; the folder appears whole or not at all."""
+    """Dequantise to float32 safetensors; the folder appears complete or not at all."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     _LOG.warning("converting %s for its first use; later uses take it from %s", NAME, done)
     done.parent.mkdir(parents=True, exist_ok=True)
-    with redirect_stderr(io.StringIO()):  # for the bar of a GGUF file, transformers has no setting
+    with redirect_stderr(io.StringIO()):  # transformers has no setting for the progress bar of GGUF files
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
         loaded = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-    # A model read from GGUF refuses to be saved; one built from its config, without the mark, does not.
+    # A model read from GGUF refuses to be saved; a model built from its config without this mark does not.
     if hasattr(loaded.config, "quantization_config"):
         del loaded.config.quantization_config
     model = AutoModelForCausalLM.from_config(loaded.config, dtype=torch.float32)
     model.load_state_dict(loaded.state_dict())
     model.generation_config = loaded.generation_config
     with tempfile.TemporaryDirectory(dir=done.parent, prefix="converting-") as work:
-        made = Path(work) / "model"
-        model.save_pretrained(made)
-        tokenizer.save_pretrained(made)
+        draft = Path(work) / "model"
+        model.save_pretrained(draft)
+        tokenizer.save_pretrained(draft)
         try:
-            made.replace(done)
+            draft.replace(done)
         except OSError:
-            # Another process may have finished the same conversion first; its folder is as good as ours.
+            # Another process may have finished the same conversion first; its folder has the same content.
             if not (done / "config.json").is_file():
                 raise
     return done

@@ -1,4 +1,4 @@
-"""What planning needs to know of a model; nothing here holds a weight."""
+"""Descriptions of models, as the planner needs them; they hold no weights."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from patchscope_nn.errors import ModelError
 from patchscope_nn.models.verdict import Verdict
 from patchscope_nn.spec.sites import ATTENTION, RESIDUAL, Site
 
-#: Modules that are numbered, such as the hundreds of experts of a mixture, are left out of messages.
+#: Messages leave out numbered modules, for example the hundreds of experts of a mixture.
 _NUMBERED = re.compile(r"\.\d+(\.|$)")
 #: The device of a model whose weights are not in this process.
 ELSEWHERE = "remote"
 
 
-#: What the planner and the checks may ask of a model:
-#: `cache`            a forward pass can go on from the keys and values of an earlier one
-#: `causal`           a token of a prompt never attends to those after it
-#: `cut`              attention edges can be cut: blocks take a mask, and what they see without one is known
-#: `few_logits`       only some positions can be unembedded
+#: The features of a model that the planner and the checks use:
+#: `cache`            a forward pass can continue from the keys and values of an earlier one
+#: `causal`           a token of a prompt never attends to later tokens
+#: `cut`              attention edges can be cut: blocks take a mask, and their attention without one is known
+#: `few_logits`       a subset of the positions can be unembedded
 #: `packing`          blocks can run one by one on segments of a sequence (see `plan/layout.py`)
-#: `positions`        it takes the position of each token
+#: `positions`        the forward takes the position of each token
 #: `shared_attention` attention to a shared prefix can be computed separately
 Feature: TypeAlias = Literal[
     "cache", "causal", "cut", "few_logits", "packing", "positions", "shared_attention"
@@ -50,22 +50,22 @@ class Architecture:
 
     Attributes:
         blocks: The list of decoder blocks.
-        parts: The modules inside the first block, which stands for all.
-        final_norm: The norm between the last block and the unembedding; None where there is none.
+        parts: The modules inside the first block; the other blocks are assumed to be alike.
+        final_norm: The norm between the last block and the unembedding; None if there is none.
         embed: The token embedding.
         unembed: The linear map to the vocabulary.
-        arguments: The names the model's forward takes.
-        block_arguments: The names a block's forward takes, in order.
-        windows: For each block how many tokens back its attention sees; None for all. Empty where what blocks
-            see is neither all nor a window.
-        packs: Whether blocks can be run one by one on segments of a sequence (see `layout.py`).
-        gives_tuples: Whether a block gives a tuple that starts with its states, and not the bare states.
-        attends: Whether a block calls PyTorch's `scaled_dot_product_attention` once, with the keys and values
-            that it keeps.
-        kept: How many numbers a block keeps of a token in its cache; 0 where that is not known.
-        causal: Whether a token of a prompt never sees those after it. Where it does, what is decoded still
-            sees only what came before it: decoding goes on from the prompt's keys and values, token by token.
-        stretches: Whether its rotary factors change once it has read more tokens than its config names.
+        arguments: The arguments of the model's forward.
+        block_arguments: The arguments of a block's forward, in order.
+        windows: The size of each block's attention window in tokens; None for full attention. Empty if a
+            block's attention is of another kind.
+        packs: True if blocks can be run one by one on segments of a sequence (see `plan/layout.py`).
+        gives_tuples: True if a block returns a tuple that starts with its states, False if only its states.
+        attends: True if a block calls PyTorch's `scaled_dot_product_attention` once, with the keys and values
+            that it caches.
+        kept: The number of values a block caches for a token; 0 if that is not known.
+        causal: True if a token of a prompt never attends to later tokens. If False, decoded tokens still
+            attend only to earlier ones, since decoding continues token by token from the prompt's cache.
+        stretches: True if its rotary factors change when it reads more tokens than its config names.
     """
 
     blocks: str
@@ -84,13 +84,13 @@ class Architecture:
     stretches: bool = False
 
     def part(self, site: Site) -> Part | None:
-        """The module that a site is at; None for the block itself, and where blocks have no such module."""
+        """Return the module of a site; None for the block itself, or if blocks do not have the module."""
         parts = {part.path: part for part in self.parts}
         return next((parts[path] for path in site.modules if path in parts), None)
 
     @property
     def features(self) -> frozenset[Feature]:
-        """What can be done with the model."""
+        """The features that the model supports."""
         masks = self.part(ATTENTION) is not None and "attention_mask" in self.block_arguments
         known = {
             "cache": "past_key_values" in self.arguments,
@@ -106,14 +106,14 @@ class Architecture:
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """How large a model's parts are, in numbers (not bytes): what a token costs, and what it takes to hold.
+    """The sizes of a model's parts, in numbers (not bytes), from which time and memory are estimated.
 
     Attributes:
-        block_weights: The weights of a block's linear maps; 2 FLOPs each for a token.
-        unembed_weights: The weights of the unembedding; the same.
+        block_weights: The number of weights in a block's linear maps; each costs 2 FLOPs per token.
+        unembed_weights: The number of weights in the unembedding; each costs 2 FLOPs per token.
         attention: The width of all attention heads together.
-        cache: The keys and values a block keeps of a token.
-        widest: The widest activation inside a block.
+        cache: The number of values in the keys and values that a block caches for a token.
+        widest: The width of the widest activation inside a block.
     """
 
     block_weights: int
@@ -125,22 +125,22 @@ class Sizes:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelInfo:
-    """A model, described.
+    """The description of a model.
 
     Attributes:
-        name: The id, folder or `builtin:` name it was loaded by.
-        revision: The commit of a Hub model, where known.
+        name: The id, folder or `builtin:` name from which it was loaded.
+        revision: The commit of a Hub model, if known.
         family: transformers' `model_type`.
         n_layers: The number of decoder blocks.
         d_model: The width of the residual stream.
         vocab_size: The number of logits.
-        n_positions: The longest prompt, in tokens; None where the config sets no limit.
+        n_positions: The length of the longest prompt, in tokens; None if the config does not set a limit.
         dtype: The weights' dtype, for example `float32`.
-        device: The device of the embedding; `remote` where the weights are not in this process.
-        tied: Whether embedding and unembedding share their weights.
+        device: The device of the embedding; `remote` if the weights are not in this process.
+        tied: True if embedding and unembedding share their weights.
         architecture: Where the parts are.
-        sizes: How large they are.
-        verdict: What the proof at load found out; None where the model was not proven.
+        sizes: The sizes of the parts.
+        verdict: The result of the proof at load; None if the model was not proven.
         engine: The name of the engine that runs it.
     """
 
@@ -160,22 +160,22 @@ class ModelInfo:
     engine: str = "transformers"
 
     def supports(self, feature: Feature) -> bool:
-        """Whether something can be done with the model."""
+        """True if the model supports a feature."""
         return feature in self.architecture.features
 
     def lacks(self, site: Site) -> str | None:
-        """Why the model does not have a site; None where it has it."""
+        """Explain why the model does not have a site; None if it has it."""
         architecture = self.architecture
         if site.in_stream or architecture.part(site) is not None:
             return None
-        there = [part.path for part in architecture.parts if not _NUMBERED.search(part.path)]
+        present = [part.path for part in architecture.parts if not _NUMBERED.search(part.path)]
         return (
-            f"the blocks of {self.name} ({self.family}) have no such module: none of "
-            f"{', '.join(site.modules)}. They have {', '.join(there) or 'no modules'}."
+            f"the blocks of {self.name} ({self.family}) have none of the modules "
+            f"{', '.join(site.modules)}. They have {', '.join(present) or 'no modules'}."
         )
 
     def width(self, site: Site) -> int:
-        """The size of the states at a site.
+        """Return the size of the states at a site.
 
         Raises:
             ModelError: The model does not have the site.
@@ -189,7 +189,7 @@ class ModelInfo:
 
     @property
     def bytes_per_number(self) -> int:
-        """The size of one number of its dtype, in bytes."""
+        """The size of a number of its dtype, in bytes."""
         return 2 if self.dtype in ("bfloat16", "float16") else 4
 
 
@@ -199,7 +199,7 @@ class Model:
     """A model ready to be traced.
 
     Attributes:
-        info: What is known of it.
+        info: Its description.
         tokenizer: Its transformers tokenizer.
         traced: The `nnsight.TransformersModel`.
     """
@@ -211,11 +211,11 @@ class Model:
     @property
     def module(self) -> Any:
         """The transformers model that nnsight wraps."""
-        return self.traced._module  # noqa: SLF001 (nnsight has no public name for it)
+        return self.traced._module  # noqa: SLF001 (nnsight has no public attribute for it)
 
 
 def same_vocabulary(first: Model, second: Model) -> bool:
-    """Whether two models number their tokens alike, so that their distributions can be compared."""
+    """True if two models have the same token ids, so that their distributions can be compared."""
     if first.tokenizer is second.tokenizer:
         return True
     return bool(first.tokenizer.get_vocab() == second.tokenizer.get_vocab())

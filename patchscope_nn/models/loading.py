@@ -1,4 +1,4 @@
-"""Loading a model, or wrapping one that is loaded, and describing it."""
+"""Loading and describing a model, or wrapping and describing a loaded one."""
 
 from __future__ import annotations
 
@@ -45,59 +45,60 @@ def load(
     Args:
         model: A Hugging Face id or a folder, of a model or of a LoRA adapter;
             `builtin:smollm2-135m-instruct`; an `nnsight.TransformersModel`; a transformers model, also
-            compiled or with adapters of peft; or a `Model` (returned as it is).
+            compiled or with adapters of peft; or a `Model` (returned unchanged).
         revision: The Hub revision.
-        dtype: A torch dtype or its name; `auto` keeps the checkpoint's own.
+        dtype: A torch dtype or its name; `auto` keeps the checkpoint's dtype.
         device_map: Passed to transformers.
-        tokenizer: The tokenizer; needed only for a transformers model whose own cannot be found.
-        weights: False reads only the config and the tokenizer, which is what a remote model needs here.
+        tokenizer: The tokenizer; needed only for a transformers model whose tokenizer cannot be found.
+        weights: False loads only the config and the tokenizer, which is enough for a remote model.
         **options: Passed to transformers' `from_pretrained` (`quantization_config`,
             `attn_implementation`, ...).
 
     Returns:
-        The model, its tokenizer, and what is known of it.
+        The model with its tokenizer and its description.
 
     Raises:
-        ModelError: The model cannot be found, is no decoder, or hides its parts; or `dtype` names no dtype.
+        ModelError: The model cannot be found, is not a decoder, or its parts cannot be found; or `dtype` is
+            not a valid dtype.
     """
     if isinstance(dtype, str) and dtype not in _DTYPES:
-        raise ModelError(f"dtype={dtype!r} is no dtype of a model.", hint=did_you_mean(dtype, _DTYPES))
+        raise ModelError(f"dtype={dtype!r} is not a valid dtype.", hint=did_you_mean(dtype, _DTYPES))
     if isinstance(model, Model):
         return model
     if not isinstance(model, str | Path):
         return _wrap(model, tokenizer, weights=weights)
     name = str(model)
-    place, options = _locate(name), {**options, "revision": revision}
+    source, options = _locate(name), {**options, "revision": revision}
     from transformers import AutoConfig, AutoTokenizer
 
     with _explained(name), _quiet():
-        if (base := adapter_base(place, revision=revision)) is not None:
+        if (base := adapter_base(source, revision=revision)) is not None:
             options = {"dtype": dtype, "device_map": device_map, "weights": weights, **options}
             return _load_adapter(name, base, tokenizer, options)
-        auto = _auto_class(AutoConfig.from_pretrained(place, revision=revision), name)
-        tokenizer = tokenizer or AutoTokenizer.from_pretrained(place, revision=revision)
+        auto = _auto_class(AutoConfig.from_pretrained(source, revision=revision), name)
+        tokenizer = tokenizer or AutoTokenizer.from_pretrained(source, revision=revision)
         if not weights:
-            return _describe(name, _structure(name, place, tokenizer, revision, auto), tokenizer)
+            return _describe(name, _structure(name, source, tokenizer, revision, auto), tokenizer)
         if device_map is not None:
             options["device_map"] = device_map
-        module, found = auto.from_pretrained(place, dtype=dtype, output_loading_info=True, **options)
-    _refuse_random_weights(module, found["missing_keys"], name)
+        module, report = auto.from_pretrained(source, dtype=dtype, output_loading_info=True, **options)
+    _refuse_random_weights(module, report["missing_keys"], name)
     _refuse_no_decoder(module, name)
     return _describe(name, _traced(module, tokenizer), tokenizer)
 
 
 def _load_adapter(name: str, base: tuple[str, str | None], tokenizer: Any, options: dict[str, Any]) -> Model:
-    """The model that an adapter names, with the adapter merged into it."""
-    from patchscope_nn.models.adapter import wear  # which describes what it makes by this module
+    """Load the model that an adapter is for, with the adapter merged into it."""
+    from patchscope_nn.models.adapter import with_adapter  # which imports this module
 
     revision = options["revision"]
     tokenizer = tokenizer or adapter_tokenizer(name, revision=revision)
     model = load(base[0], **{**options, "revision": base[1]}, tokenizer=tokenizer)
-    return wear(model, name, name=name, revision=revision, tokenizer=model.tokenizer)
+    return with_adapter(model, name, name=name, revision=revision, tokenizer=model.tokenizer)
 
 
 def _auto_class(config: Any, name: str) -> Any:
-    """The transformers class that loads a checkpoint with its language modelling head."""
+    """Return the transformers class that loads a checkpoint with its language modelling head."""
     import transformers
     from transformers.models.auto import modeling_auto
 
@@ -115,10 +116,10 @@ def _auto_class(config: Any, name: str) -> Any:
 
 
 def _traced(module: Any, tokenizer: Any) -> Any:
-    """A transformers model as nnsight traces it.
+    """Wrap a transformers model for nnsight.
 
-    nnsight puts it into a text-generation pipeline, which complains at length about models that also read
-    images.
+    nnsight puts it into a text-generation pipeline, whose long warnings about models that also read images
+    are silenced.
     """
     from nnsight import TransformersModel
     from transformers.utils import logging
@@ -131,29 +132,29 @@ def _traced(module: Any, tokenizer: Any) -> Any:
         logging.set_verbosity(before)
 
 
-def _structure(name: str, place: str, tokenizer: Any, revision: str | None, auto: Any) -> Any:
-    """A model without its weights, known to a server by its id on the Hub."""
+def _structure(name: str, source: str, tokenizer: Any, revision: str | None, auto: Any) -> Any:
+    """Return a model without its weights, which a server knows by its id on the Hub."""
     from nnsight import TransformersModel
     from transformers import GenerationConfig
 
     options: dict[str, Any] = {"task": _TASK}
     if auto.__name__ != "AutoModelForCausalLM":
-        # A processor of images needs files and packages that texts can do without.
+        # Without this, an image processor would be loaded, which needs additional files and packages.
         options = {"task": "image-text-to-text", "processor": tokenizer}
-    traced = TransformersModel(place, tokenizer=tokenizer, revision=revision, **options)
-    with suppress(OSError):  # most have one, which tells what ends a text
-        traced._module.generation_config = GenerationConfig.from_pretrained(place, revision=revision)  # noqa: SLF001 (as in Model.module)
+    traced = TransformersModel(source, tokenizer=tokenizer, revision=revision, **options)
+    with suppress(OSError):  # most models have one; it names the tokens that end a text
+        traced._module.generation_config = GenerationConfig.from_pretrained(source, revision=revision)  # noqa: SLF001 (as in Model.module)
     if name == builtin.NAME:
         traced.repo_id = builtin.HUB_ID
     return traced
 
 
 def _locate(name: str) -> str:
-    """Where transformers finds a name: the converted folder of the builtin model, else the name."""
+    """Return what transformers loads for a name: the builtin model's converted folder, or the name itself."""
     if not name.startswith("builtin:"):
         return name
     if name != builtin.NAME:
-        raise ModelError(f"{name!r} is no builtin model.", hint=f"The one there is: {builtin.NAME!r}.")
+        raise ModelError(f"{name!r} is not a builtin model.", hint=f"The only one is {builtin.NAME!r}.")
     with _quiet():
         folder = builtin.folder()
     return builtin.HUB_ID if folder is None else str(folder)
@@ -171,7 +172,7 @@ def _wrap(model: Any, tokenizer: Any, *, weights: bool) -> Model:
     model = unwrapped(model)
     if not isinstance(model, PreTrainedModel):
         raise ModelError(
-            f"a {type(model).__name__} is no model we can trace.",
+            f"a {type(model).__name__} is not a model that can be traced.",
             hint="Give a Hugging Face id, a folder, a transformers model or an nnsight TransformersModel.",
         )
     base = model.config._name_or_path or type(model).__name__  # noqa: SLF001 (transformers' own name for it)
@@ -188,7 +189,7 @@ def _wrap(model: Any, tokenizer: Any, *, weights: bool) -> Model:
 
 
 def _refuse_no_decoder(module: Any, name: str) -> None:
-    """Refuse what cannot go on with a text: encoder-decoders, and models without an unembedding."""
+    """Refuse models that cannot continue a text: encoder-decoders, and models without an unembedding."""
     if module.config.is_encoder_decoder:
         raise _no_decoder(name, module.config.model_type, "an encoder-decoder")
     if output_embeddings(module) is None:
@@ -199,13 +200,13 @@ def _refuse_no_decoder(module: Any, name: str) -> None:
 
 
 def _refuse_random_weights(module: Any, missing: Collection[str], name: str) -> None:
-    """Refuse a checkpoint without some of the model's weights: transformers makes these up at random."""
+    """Refuse a checkpoint that lacks weights of the model, which transformers initialises at random."""
     if missing:
-        shown = ", ".join(sorted(missing)[:3]) + ", ..." * (len(missing) > 3)  # noqa: PLR2004 (as many as are shown)
+        names = ", ".join(sorted(missing)[:3]) + ", ..." * (len(missing) > 3)  # noqa: PLR2004 (three are named)
         raise ModelError(
-            f"{name!r} lacks weights of a {type(module).__name__}, which would be random: {shown}.",
-            hint="Use a checkpoint that was saved with its language modelling head. If random weights are "
-            "what you want, load the model by transformers and give it as it is.",
+            f"{name!r} lacks weights of a {type(module).__name__}, which would be random: {names}.",
+            hint="Use a checkpoint that was saved with its language modelling head. If you want random "
+            "weights, load the model with transformers and pass the model itself.",
         )
 
 
@@ -244,7 +245,7 @@ def _describe(name: str, traced: Any, tokenizer: Any) -> Model:
 
 
 def _check_config(config: Any, module: Any, name: str) -> None:
-    """Refuse a config that does not say what every decoder's does."""
+    """Refuse a config without the fields that every decoder's config has."""
     for field in ("hidden_size", "vocab_size"):
         if not isinstance(getattr(config, field, None), int):
             raise ModelError(
@@ -254,7 +255,7 @@ def _check_config(config: Any, module: Any, name: str) -> None:
 
 
 def _refuse_looking_ahead(module: Any, name: str) -> None:
-    """Some encoders pass for language models; a decoder has no gradient from a token to one before it."""
+    """Refuse encoders that load as language models: a decoder's logits have no gradient from later tokens."""
     import torch
 
     embedded: list[torch.Tensor] = []
@@ -272,21 +273,21 @@ def _refuse_looking_ahead(module: Any, name: str) -> None:
         hook.remove()
     if gradient[0, 1:].any():
         raise ModelError(
-            f"{name!r} ({type(module).__name__}) is an encoder: its tokens see those after them.",
+            f"{name!r} ({type(module).__name__}) is an encoder: its tokens attend to later tokens.",
             hint="Use a causal language model.",
         )
 
 
 @contextmanager
 def _explained(name: str) -> Iterator[None]:
-    """Turn what loading raises into one message that says what to do."""
+    """While active, convert errors of loading to a `ModelError` with a hint."""
     try:
         yield
     except (OSError, ValueError, KeyError) as error:
         if isinstance(error, ModelError):
             raise
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        reason = lines[-1 if "original errors" in lines[0] else 0]  # transformers gives the reason last
+        reason = lines[-1 if "original errors" in lines[0] else 0]  # there, transformers puts the reason last
         raise ModelError(f"the model {name!r} could not be loaded: {reason}", hint=_hint(name)) from error
 
 
@@ -303,18 +304,18 @@ def _hint(name: str) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep transformers' loading bars, and its reports of weights it does not need, out of the terminal."""
+    """While active, hide transformers' progress bars and its reports of unused weights."""
     from transformers.utils import logging
 
-    def is_no_report(record: Any) -> bool:
+    def is_other(record: Any) -> bool:
         return "LOAD REPORT" not in record.getMessage()
 
-    shown, reports = logging.is_progress_bar_enabled(), logging.get_logger("transformers.modeling_utils")
+    had_bar, logger = logging.is_progress_bar_enabled(), logging.get_logger("transformers.modeling_utils")
     logging.disable_progress_bar()
-    reports.addFilter(is_no_report)
+    logger.addFilter(is_other)
     try:
         yield
     finally:
-        reports.removeFilter(is_no_report)
-        if shown:
+        logger.removeFilter(is_other)
+        if had_bar:
             logging.enable_progress_bar()

@@ -1,4 +1,4 @@
-"""How much memory there is to use, and using it again."""
+"""The available memory, and reusing freed memory."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 
 from patchscope_nn.models.info import ELSEWHERE, ModelInfo
 
-#: The share of what is free that a forward pass may take: estimates err, and others use the machine too.
+#: The fraction of free memory that a forward pass may use: estimates can be wrong, and memory is shared.
 _SHARE = 0.5
 
 
 def usable_memory(info: ModelInfo) -> int | None:
-    """The bytes that a forward pass of a model may take: half of what its device has free.
+    """Return the number of bytes that a forward pass may use: half of the free memory of the model's device.
 
-    None where its weights are elsewhere. A model over several devices counts with the one that embeds tokens.
+    For a model on several devices, the device of the embedding is used. None if the weights are elsewhere.
     """
     import torch
 
@@ -32,17 +32,17 @@ def usable_memory(info: ModelInfo) -> int | None:
     return int(free * _SHARE)
 
 
-#: glibc's `mallopt`: parameters, and what they are where nobody has set them.
+#: Parameters of glibc's `mallopt`, and their default values.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 _TRIM_THRESHOLD, _MMAP_MAX = 2**17, 2**16
 
 
 @contextmanager
 def memory_reused() -> Iterator[None]:
-    """Keep freed memory for what comes next, and give it back to the system at the end.
+    """While active, keep freed memory for reuse; at the end, return it to the system.
 
-    glibc takes every large block, as the logits of a pass are, from the system anew, which clears it page by
-    page: some 5 % of a sweep's time. Elsewhere than under glibc this does nothing.
+    By default glibc requests each large block, for example the logits of a pass, from the system, which
+    clears it page by page. That takes about 5 % of a sweep's time. Without glibc this does nothing.
     """
     libc: Any = ctypes.CDLL(None) if sys.platform == "linux" else None
     if not hasattr(libc, "mallopt") or not hasattr(libc, "malloc_trim"):

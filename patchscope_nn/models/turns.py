@@ -1,8 +1,8 @@
-"""One thread at a time: models are loaded, traced and trained in turns.
+"""A lock for the whole process: only one thread at a time loads, traces or trains models.
 
-nnsight keeps the state of a trace on the model, and two threads that trace one model break each other's runs.
-While transformers loads a model, it sets PyTorch's default dtype for all threads. One lock serves the whole
-process: with several, two threads could each hold one and wait for the other's.
+nnsight keeps the state of a trace on the model, so two threads that trace the same model break each other's
+runs. While transformers loads a model, it sets PyTorch's default dtype for all threads. There is only one
+lock, because with several, two threads could each hold one and wait for the other's.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ TURN = threading.RLock()
 
 
 def in_turn(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
-    """Let a function wait until no other thread loads, traces or trains a model."""
+    """Make a function wait until no other thread loads, traces or trains a model; a decorator."""
 
     @functools.wraps(function)
     def waiting(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:

@@ -1,34 +1,34 @@
-"""What the proof at load found out about a model: which optimisations hold on it, and up to which length."""
+"""The result of the proof at load: which optimisations are correct on a model, and up to which length."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
-#: The names under which a verdict withholds the fused context, cuts of attention edges, and any run at all.
-#: The other names are those of `Optimisations` and of sites.
+#: The names that a verdict uses for the fused context, for cuts of attention edges, and for all runs. Its
+#: other names are those of `Optimisations` and of sites.
 FUSED, CUT, PLAIN = "fused", "cut", "every run"
-#: What it costs that a thing is off; of a site `cost_of` says it.
+#: The consequence of switching each of these off; for a site see `cost_of`.
 COSTS = {
     FUSED: "source and target run in separate passes",
     "deduplication": "equal cells run once each",
-    "source_sharing": "each state is read in a pass of its own",
-    "row_packing": "each cell runs in a pass of its own",
-    "mixed_lengths": "prompts of each length run in passes of their own",
+    "source_sharing": "each state is read in a separate pass",
+    "row_packing": "each cell runs in a separate pass",
+    "mixed_lengths": "prompts of different lengths run in separate passes",
     "prefix_sharing": "each cell reads its whole target prompt",
     "late_entry": "each cell runs through every block",
     "shared_attention": "packed passes hold fewer cells",
     "lean_readout": "every position is unembedded",
     "cached_decoding": "each decoded token reads its prompt again",
-    "early_leaving": "rows that met their end stay in the batch",
-    "memory_reuse": "each pass allocates its memory anew",
+    "early_leaving": "finished rows stay in the batch",
+    "memory_reuse": "each pass allocates new memory",
     CUT: "target.write: cut is refused",
     PLAIN: "longer prompts are refused",
 }
 
 
 def cost_of(name: str) -> str:
-    """What it costs that an optimisation, a site or anything else with a name here is off."""
+    """Describe the consequence of switching off an optimisation or a site."""
     return COSTS.get(name, f"site: {name} is refused")
 
 
@@ -37,9 +37,10 @@ class Withheld(NamedTuple):
 
     Attributes:
         optimisation: Its name, or `fused`.
-        readout: The readout it is off for; None for every readout.
-        beyond: It is off where a prompt, with what is appended, or a packed pass has more tokens than this.
-        why: What happens with it.
+        readout: The readout for which it is off; None for every readout.
+        beyond: It is off if a prompt, with appended tokens, or a packed pass has more tokens than this; 0
+            switches it off for every length.
+        why: What is wrong with it.
     """
 
     optimisation: str
@@ -49,12 +50,12 @@ class Withheld(NamedTuple):
 
     @property
     def name(self) -> str:
-        """What is off, as messages spell it."""
+        """The optimisation's name in messages, with hyphens."""
         return self.optimisation.replace("_", "-")
 
     @property
     def longer(self) -> str:
-        """Beyond which length it is off, in words; empty for every length."""
+        """The length beyond which it is off, in words; empty if it is off for every length."""
         return f" beyond {self.beyond} tokens" if self.beyond else ""
 
     def __str__(self) -> str:
@@ -63,15 +64,15 @@ class Withheld(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """One comparison of the proof.
+    """A comparison in a proof.
 
     Attributes:
         what: What was compared.
-        blocks: How many blocks ran: all of the model's, or a few where all are alike.
-        tokens: The longest prompt of it, in tokens.
-        error: The largest difference, in standard deviations of what was compared.
+        blocks: The number of blocks that ran: all of the model's, or a few if all are alike.
+        tokens: The length of its longest prompt, in tokens.
+        error: The largest difference, in standard deviations of the compared values.
         tolerance: The largest difference that rounding explains.
-        outcome: `equal`, or what is off because of it.
+        outcome: `equal`, or what is switched off because of it.
     """
 
     what: str
@@ -84,15 +85,15 @@ class Comparison(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What holds on a model.
+    """The result of a model's proof.
 
     Attributes:
-        key: Hex digest of the model's structure and of everything else that decides the verdict.
-        causal: Whether a token of a prompt never sees those after it.
-        limit: Nothing was tried on more tokens than this; None where the config names no larger threshold.
+        key: A hex digest of the model's structure and of everything else that determines the verdict.
+        causal: True if a token of a prompt never attends to later tokens.
+        limit: The maximum number of tokens that was tested; None if the config names no larger threshold.
         withheld: What is switched off.
         comparisons: What was compared.
-        elapsed_s: How long the proof took.
+        elapsed_s: The duration of the proof.
     """
 
     key: str
@@ -103,7 +104,7 @@ class Verdict:
     elapsed_s: float = 0.0
 
     def dump(self) -> dict[str, Any]:
-        """The verdict as plain values, for JSON."""
+        """Convert the verdict to plain values, for JSON."""
         named = {
             "withheld": [entry._asdict() for entry in self.withheld],
             "comparisons": [entry._asdict() for entry in self.comparisons],
@@ -111,16 +112,16 @@ class Verdict:
         return asdict(self) | named
 
     def summary(self) -> dict[str, Any]:
-        """What a manifest says of it: what is off, and why."""
+        """Convert the verdict to plain values for a manifest, without the comparisons."""
         plain = self.dump()
         return {name: plain[name] for name in ("key", "causal", "limit", "withheld", "elapsed_s")}
 
     @classmethod
     def parse(cls, plain: dict[str, Any]) -> Verdict:
-        """Read what `dump` gave.
+        """Convert the result of `dump` to a verdict.
 
         Raises:
-            KeyError, TypeError: It is not that.
+            KeyError, TypeError: The values are not a result of `dump`.
         """
         return cls(
             **plain
@@ -131,7 +132,7 @@ class Verdict:
         )
 
     def off(self, *, readout: str, tokens: int) -> tuple[Withheld, ...]:
-        """What is off for a readout of prompts of so many tokens, appended ones included."""
+        """List what is off for a readout of prompts with `tokens` tokens, appended ones included."""
         return tuple(
             entry
             for entry in self.withheld
@@ -139,26 +140,26 @@ class Verdict:
         )
 
     def why(self, name: str) -> str | None:
-        """Why something is off, at some length or at all; None where it is not."""
+        """Return why something is off, for some lengths or all; None if it is not off."""
         return next((entry.why for entry in self.withheld if entry.optimisation == name), None)
 
     def withholds(self, optimisation: str, *, tokens: int) -> bool:
-        """Whether an optimisation is off for any readout of prompts of so many tokens."""
+        """True if an optimisation is off for any readout of prompts with `tokens` tokens."""
         beyond = [entry.beyond for entry in self.withheld if entry.optimisation == optimisation]
         beyond += [] if self.limit is None else [self.limit]
         return any(tokens > length or not length for length in beyond)
 
     @property
     def batches(self) -> bool:
-        """Whether texts of one length may share a pass."""
+        """True if texts of equal length may share a pass."""
         return all(entry.optimisation != "source_sharing" for entry in self.withheld)
 
     @property
     def longest_packed(self) -> int | None:
-        """The most tokens of a packed sequence, its prefix included; None where there is no limit.
+        """The maximum number of tokens of a packed sequence, its prefix included; None if not limited.
 
-        A packed sequence puts tokens at places that they do not have in their prompt. Where a model looks at
-        the place, and not at the position, it is right up to the first threshold only.
+        In a packed sequence, a token's index differs from its index in its prompt. A model that uses the
+        index instead of the position id is correct only up to the first threshold.
         """
         limits = [entry.beyond for entry in self.withheld if entry.beyond]
         limits += [] if self.limit is None else [self.limit]

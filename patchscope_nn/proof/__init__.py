@@ -1,9 +1,9 @@
-"""Proof at load: what the compiler makes of a Patchscope equals the model under plain hooks, or is not used.
+"""Proof at load: compares the compiler with plain hooks on a model, and switches off what differs.
 
-No list of architectures is trusted. `load` loads a model, and the first time its structure is met `prove`
-compares the compiler with plain PyTorch hooks on that very model. Optimisations that change a number are
-switched off for it, by name. A model that even the plain path gets wrong is refused. The verdict is kept in
-the user's cache.
+There is no list of supported architectures. `load` loads a model, and when its structure is new, `prove`
+compares the compiler with plain PyTorch hooks on this model. Optimisations that change a number are switched
+off for it, by name. A model on which even the plain path is wrong is refused. The verdict is stored in the
+user's cache.
 """
 
 from patchscope_nn.proof.loading import load, proven, proven_on

@@ -1,4 +1,4 @@
-"""The checks of a proof, one after the other: what is compared, and what is switched off where it differs."""
+"""The checks of a proof: what is compared, and what is switched off if it differs."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from patchscope_nn.proof.trials import DECODED, Lengths, Runner, Trial, readout_
 from patchscope_nn.readouts import Choices, Generate, Hidden, NextToken
 from patchscope_nn.spec import RESIDUAL, SITES, Site
 
-#: What rounding may change in a logit, by dtype, in standard deviations of the logits; the rounding of the
-#: model itself is measured, and may raise it.
+#: The change of a logit that rounding explains, by dtype, in standard deviations of the logits. In half
+#: precision, it is raised to `_TIMES_NOISE` times the measured rounding of the model.
 _ROUNDING = {"float64": 1e-6, "float32": 5e-4, "float16": 3e-2, "bfloat16": 0.15}
 _TIMES_NOISE = 4
-#: The shortest prompts.
+#: The lengths of the shortest prompts.
 SHORT = Lengths(7, 6)
-#: The shortest prompt in which a token before the last can be patched behind another.
+#: The shortest prompt with a token before its last that can be patched and is not the first.
 _SHORTEST = 3
 _ALL = Optimisations()
-#: What can be wrong in decoding alone; the others arrange how a prompt is read, which every readout does.
+#: The optimisations that can fail only in decoding. The others concern reading a prompt.
 OF_DECODING = ("cached_decoding", "mixed_lengths", "early_leaving")
 
 
 def probed_layers(model: Model) -> tuple[int, ...]:
-    """The first, a middle and the last block, and the first block of every kind."""
+    """Return the first, a middle and the last block, and the first block of every kind."""
     blocks = model.module.get_submodule(model.info.architecture.blocks)
     types = setting(model.module.config.get_text_config(), "layer_types") or [None] * len(blocks)
     windows = model.info.architecture.windows or (None,) * len(blocks)
@@ -43,9 +43,9 @@ def probed_layers(model: Model) -> tuple[int, ...]:
 
 
 def paired_sites(info: ModelInfo) -> Iterator[tuple[Site, Site]]:
-    """Sites that are read and sites that are written, so that each site of a model is tried both ways.
+    """Yield pairs of a site to read and a site to write, so that each site of a model is read and written.
 
-    Two sites are paired where their states have one width. The residual stream is tried by other trials.
+    The states of paired sites have equal widths. The residual stream is tested by other trials.
     """
     groups: dict[int, list[Site]] = {}
     for site in SITES.values():
@@ -55,14 +55,21 @@ def paired_sites(info: ModelInfo) -> Iterator[tuple[Site, Site]]:
         beside = [RESIDUAL] if width == info.d_model else []
         read = [site for site in sites if site.readable] or beside
         written = [site for site in sites if site.writable] or beside
-        # Where one of the lists is empty, such states cannot be compared without a mapping.
-        for place in range(max(len(read), len(written)) if read and written else 0):
-            yield read[place % len(read)], written[(place + 1) % len(written)]
+        # If one of the lists is empty, states of this width cannot be compared without a mapping.
+        for number in range(max(len(read), len(written)) if read and written else 0):
+            yield read[number % len(read)], written[(number + 1) % len(written)]
 
 
 @dataclass
 class Checks:
-    """The checks of one proof: what was compared so far, and what is off."""
+    """The checks of a proof, with the comparisons so far and what is switched off.
+
+    Attributes:
+        model: The model.
+        limit: The maximum number of tokens that is tested; None if there is no larger threshold.
+        withheld: What is switched off.
+        comparisons: The comparisons so far.
+    """
 
     model: Model
     limit: int | None = None
@@ -78,14 +85,14 @@ class Checks:
         self.beyond = 0
 
     def begin(self, lengths: Sequence[int]) -> None:
-        """Compare on ordinary prompts: short ones, and ones beyond some lengths; decoding crosses each."""
+        """Compare on ordinary prompts: short ones, and ones beyond `lengths`, which decoding also crosses."""
         short = SHORT
         source = max([short.source + 4, *(length + 4 for length in lengths)])
         target = source - 1
         across = [Lengths(short.source, length) for length in lengths if length >= _SHORTEST]
         self._measure_rounding()
         rows = (short, Lengths(source, target))
-        # Two source prompts of one length share a pass also where those of several lengths may not.
+        # Two source prompts of equal length share a pass, even if prompts of different lengths may not.
         three = (short, short._replace(other=True), Lengths(source, target))
         first = Trial(readout=readout_of(NextToken), rows=three, layers=self.layers)
         self._orient(first)
@@ -105,17 +112,17 @@ class Checks:
         self._check_fused()
 
     def compare_next_tokens(self) -> None:
-        """Compare next tokens of short prompts with all optimisations, and nothing else."""
+        """Compare only the next tokens of short prompts, with all optimisations."""
         self._measure_rounding()
         trial = Trial(readout=readout_of(NextToken), rows=(SHORT,), layers=self.layers)
         self._orient(trial)
         self._check(trial)
 
     def go_beyond(self, length: int) -> bool:
-        """Compare on both sides of a length; False where the model does not run there."""
+        """Compare on both sides of a length; return False if the model does not run beyond it."""
         self.beyond = length
         short = SHORT
-        # Decoding crosses the length, and goes on behind it.
+        # Decoding crosses the length in the first row, and begins beyond it in the second.
         across, behind = Lengths(short.source, length), Lengths(length + 6, length + 4)
         try:
             self._compare_lengths(length, length + 4)
@@ -128,30 +135,30 @@ class Checks:
         except ModelError as error:
             self.withheld.append(Withheld(PLAIN, None, length, error.message))
             return False
-        except Exception:  # noqa: BLE001 (whatever stops it, no more than this length is proven)
+        except Exception:  # noqa: BLE001 (after any error, the proof ends at this length)
             return False
         return True
 
     def _decode(self, *rows: Lengths, leaving: bool = False) -> None:
-        """Compare what is decoded behind prompts; with `leaving` a row ends, so rows may be short."""
+        """Compare decoding after prompts; with `leaving`, one row ends early and leaves the batch."""
         first, middle = self.layers[0], self.middle
-        # Two prompts of one length, of which one ends before the other and leaves the batch.
+        # Two prompts of equal length, of which one ends before the other.
         two = (rows[0], rows[0]._replace(other=True), *rows[1:]) if leaving else rows
         trial = Trial(readout=readout_of(Generate), rows=two, layers=(middle,))
         self._check(trial, eos=self._end_of_some(trial) if leaving else None)
         self._check(Trial(readout=readout_of(Choices), rows=rows, layers=(first,), target_layers=(middle,)))
 
     def _decode_padded(self, *rows: Lengths) -> None:
-        """Compare what is decoded from rows of several lengths, on a model whose cells are mostly packed.
+        """Compare decoding from rows of different lengths, on a model whose cells are usually packed.
 
-        Its cells are rows where a site inside a block is written, and where packing is off.
+        Its cells are rows if a site inside a block is written, or if packing is off.
         """
         first, middle = self.layers[:1], (self.middle,)
         trial = Trial(readout=readout_of(Choices), rows=rows, layers=first, target_layers=middle)
         self._check(trial, Optimisations(prefix_sharing=False, late_entry=False))
 
     def _check_sites(self) -> None:
-        """Compare reads at one site inside a block and writes at another; a site that is wrong is off."""
+        """Compare reads and writes at sites inside a block; switch off the sites that differ."""
         first, middle = self.layers[:1], (self.middle,)
         residual = Trial(readout=readout_of(NextToken), rows=(SHORT,), layers=first, target_layers=middle)
         trials = [replace(residual, sites=sites) for sites in paired_sites(self.model.info)]
@@ -164,7 +171,7 @@ class Checks:
                 self._find_wrong_sites(trial)
 
     def _find_wrong_sites(self, trial: Trial) -> None:
-        """Try each site of a trial beside the residual stream, or a site of another width beside itself."""
+        """Test each site of a trial with the residual stream, or if their widths differ, with itself."""
         info = self.model.info
         for site in dict.fromkeys(trial.sites):
             other = RESIDUAL if info.width(site) == info.d_model else site
@@ -178,25 +185,25 @@ class Checks:
                     self._withhold(site.name, alone, error, problem)
 
     def _check_mask(self, rows: tuple[Lengths, ...]) -> None:
-        """Compare a run with a mask of ours, in which a token does not see one that it never sees."""
+        """Compare a run with an explicit mask that cuts attention to a later token, so nothing changes."""
         if not (self.model.info.supports("cut") and self.hooks.causal) or self._off(CUT):
             return
         trial = Trial(readout=readout_of(NextToken), rows=rows[-1:], layers=self.layers, cuts=True)
         self._settle(CUT, "plain path", trial, *self._error(trial, _ALL))
 
     def _measure_rounding(self) -> None:
-        """In half precision, raise the tolerance where rounding alone changes more."""
+        """In half precision, raise the tolerance if rounding alone changes more."""
         if self.model.info.dtype in ("float16", "bfloat16"):
             noise = self.hooks.noise(self.runner.target_prompt(SHORT))
             self.tolerance = max(self.tolerance, _TIMES_NOISE * noise) if noise < float("inf") else noise
 
     def _orient(self, trial: Trial) -> None:
-        """Run the first trial's reference, and find out whether tokens of a prompt see those after them."""
+        """Run the first trial's reference, and find out whether tokens of a prompt attend to later tokens."""
         self.reference.prepare(trial)
         ahead = self.reference.ahead
         if not (self.tolerance < float("inf") and ahead < float("inf")):
             raise ModelError(
-                f"{self.model.info.name} gives numbers that are not finite in {self.model.info.dtype}.",
+                f"{self.model.info.name} computes numbers that are not finite in {self.model.info.dtype}.",
                 hint="Load it with another dtype, for example dtype='bfloat16' or 'float32'.",
             )
         if ahead > self.tolerance:
@@ -205,7 +212,7 @@ class Checks:
             self.runner.model = replace(self.model, info=replace(self.model.info, architecture=architecture))
 
     def _compare_lengths(self, count: int, longer_count: int) -> None:
-        """Find out whether a prompt says other things of its beginning when more follows it."""
+        """Find out whether the logits of a prompt change when more tokens follow it."""
         row = Lengths(longer_count - count, count)
         prompt = self.runner.target_prompt(row)
         longer = [*prompt, *self.runner.source_prompt(row)]
@@ -214,7 +221,7 @@ class Checks:
             self.hooks.incremental = False
 
     def _check(self, trial: Trial, most: Optimisations = _ALL, *, eos: int | None = None) -> None:
-        """Compare a trial with all optimisations, or most; find those to blame where it differs."""
+        """Compare a trial with the optimisations `most`; if it differs, find those that change it."""
         self.reference.prepare(trial)
         self.runner.verdict = Verdict(key="", limit=self.limit, withheld=tuple(self.withheld))
         error, problem = self._error(trial, most, eos=eos)
@@ -225,14 +232,14 @@ class Checks:
             self._note(f"{used}: {trial.name}", trial, error, "equal")
 
     def _check_fused(self) -> None:
-        """Compare a source and a target that share one forward, and what is decoded behind it."""
+        """Compare a source and a target that share a forward, with decoding after it if that is cached."""
         cached = [
             kind for kind in (Choices, Generate) if not self._off("cached_decoding", readout_of(kind).name)
         ]
         readout = readout_of(NextToken)
         if cached:
             readout = readout_of(Choices) if Choices in cached else Generate(max_new_tokens=2)
-        # Prompts of one length share a forward also where those of several may not.
+        # Prompts of equal length share a forward, even if prompts of different lengths may not.
         row = Lengths(SHORT.target, SHORT.target) if self._off("mixed_lengths") else SHORT
         first, middle = self.layers[:1], (self.middle,)
         trial = Trial(readout=readout, rows=(row,), layers=first, target_layers=middle)
@@ -250,7 +257,7 @@ class Checks:
             )
 
     def _find_guilty(self, trial: Trial, problem: str, most: Optimisations, *, eos: int | None) -> None:
-        """Add one optimisation after the other to the plain path; those with which it differs are off."""
+        """Add the optimisations one by one to the plain path, and switch off those that change it."""
         self._check_plain(trial)
         used = Optimisations.none()
         before = len(self.withheld)
@@ -258,15 +265,15 @@ class Checks:
             tried = replace(used, **{name: getattr(most, name)})
             wrong, reason = self._error(trial, tried, eos=eos) if tried != used else (0.0, "")
             if reason:
-                # What is decoded from rows of several lengths was tried with one readout, and holds for both.
+                # Decoding from rows of different lengths is tested with one readout for both.
                 self._withhold(name, trial, wrong, reason, both=most != _ALL or name == "mixed_lengths")
             else:
                 used = tried
         if len(self.withheld) == before:
-            # Each in turn is equal, and all together were not: what differs is not reproducible.
+            # Now everything is equal, and before it was not: the difference is not reproducible.
             raise ModelError(
                 f"{self.model.info.name}: {trial.name} {problem} with all optimisations in one run, and is "
-                "equal in the next: the model does not give the same numbers twice.",
+                "equal in the next: the model does not compute the same numbers twice.",
                 hint="Look for dropout or other randomness in it; load(..., proof=False) skips the proof.",
             )
 
@@ -278,11 +285,11 @@ class Checks:
         context: Literal["auto", "session"] = "session",
         eos: int | None = None,
     ) -> tuple[float, str]:
-        """The largest error of a run of a trial, and what is wrong with it; nothing where it is equal."""
+        """Run a trial; return its largest error, and what is wrong with it, which is empty if it is equal."""
         try:
             cells = self.runner.run(trial, optimisations, context=context, eos=eos)
             error = max(self.reference.error(trial, cell, raw, eos=eos) for cell, raw in cells)
-        except Exception as failure:  # whatever an optimisation raises on this model, it is off for it
+        except Exception as failure:  # an optimisation that raises any error is off for this model
             if is_out_of_memory(failure):
                 raise
             reason = (str(failure).strip().splitlines() or [""])[0]
@@ -290,7 +297,7 @@ class Checks:
         return error, "" if error <= self.tolerance else f"differs by {error:.2g} standard deviations"
 
     def _end_of_some(self, trial: Trial) -> int | None:
-        """A token that the first row decodes, and the second, as long, does not: an end for one of them."""
+        """Find a token that the first row decodes and the second does not; it ends the first row early."""
         self.reference.prepare(trial)
         decoded: list[list[int]] = [[] for _ in trial.rows[:2]]
         for _ in range(DECODED - 1):
@@ -301,12 +308,12 @@ class Checks:
         return None
 
     def _off(self, name: str, readout: str | None = None) -> bool:
-        """Whether something is off: for a readout, or else for any."""
+        """True if something is off for a readout; without a readout, if it is off for any."""
         entries = [entry for entry in self.withheld if entry.optimisation == name]
         return any(readout is None or entry.readout in (None, readout) for entry in entries)
 
     def _withhold(self, name: str, trial: Trial, error: float, problem: str, *, both: bool = False) -> None:
-        """Switch something off: for the readout of a trial, or both that decode, or all."""
+        """Switch something off: for the trial's readout, for `both` that decode, or for every readout."""
         readouts: tuple[str | None, ...] = (None,)
         if trial.readout.decodes and name in OF_DECODING:
             readouts = ("generate", "choices") if both else (trial.readout.name,)
@@ -317,7 +324,7 @@ class Checks:
         self.runner.verdict = replace(self.runner.verdict, withheld=tuple(self.withheld))
 
     def _settle(self, name: str, what: str, trial: Trial, error: float, problem: str) -> None:
-        """Note that a trial is equal, or switch off what it was made to try."""
+        """Record that a trial is equal, or switch off what it tests."""
         if problem:
             self._withhold(name, trial, error, problem)
         else:

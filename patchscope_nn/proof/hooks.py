@@ -36,7 +36,7 @@ class Write(NamedTuple):
     state: torch.Tensor
 
 
-class _Done(Exception):  # noqa: N818 (it is no error: it ends a forward once everything has been read)
+class _Done(Exception):  # noqa: N818 (not an error: it ends a forward once everything has been read)
     """Raised by a hook, once everything has been read."""
 
 
@@ -46,8 +46,8 @@ class Hooks:
     Attributes:
         causal: True if a token of a prompt never attends to those after it. If it does, decoding continues
             from the keys and values of the prompt, token by token, as the model's own `generate` does.
-        incremental: True if one forward pass over a prompt and its continuation gives the same as one pass
-            for each token of the continuation.
+        incremental: True if one forward pass over a prompt and its continuation equals separate passes for
+            each token of the continuation.
         batches: True if a row of a batch is the same as that row alone; None until that is known.
     """
 
@@ -64,13 +64,13 @@ class Hooks:
         states: dict[Place, torch.Tensor] = {}
 
         def keep(place: Place) -> Any:
-            def see(found: torch.Tensor) -> torch.Tensor:
-                states[place] = found.view(len(ids), -1).clone()
+            def record(output: torch.Tensor) -> torch.Tensor:
+                states[place] = output.view(len(ids), -1).clone()
                 if len(states) == len(places):
                     raise _Done
-                return found
+                return output
 
-            return see
+            return record
 
         with ExitStack() as stack, suppress(_Done):
             for place in places:

@@ -1,4 +1,4 @@
-"""Loading a model with its proof."""
+"""Loading models and proving them."""
 
 from __future__ import annotations
 
@@ -24,17 +24,18 @@ def load(model: Any, *, proof: bool = True, **options: Any) -> Model:
 
     Args:
         model: A Hugging Face id, a folder, `builtin:smollm2-135m-instruct`, an
-            `nnsight.TransformersModel`, a transformers model, or a `Model` (returned as it is).
-        proof: Whether the compiler is compared with plain PyTorch hooks on this model, the first time its
-            structure is met. False uses every optimisation unproven, and manifests say so.
-        **options: `revision`, `dtype`, `device_map`, `tokenizer`, `weights`, and what transformers'
-            `from_pretrained` takes, as in `models.load`.
+            `nnsight.TransformersModel`, a transformers model, or a `Model` (returned unchanged).
+        proof: True compares the compiler with plain PyTorch hooks on this model if its structure is new.
+            False uses every optimisation without proof, and manifests record that.
+        **options: `revision`, `dtype`, `device_map`, `tokenizer`, `weights`, and options of transformers'
+            `from_pretrained`, as in `models.load`.
 
     Returns:
-        The model, its tokenizer, and what is known of it.
+        The model with its tokenizer and its description.
 
     Raises:
-        ModelError: The model cannot be found, is no decoder, hides its parts, or cannot be traced rightly.
+        ModelError: The model cannot be found, is not a decoder, its parts cannot be found, or it cannot be
+            traced correctly.
     """
     if isinstance(model, Model):
         return model
@@ -43,12 +44,12 @@ def load(model: Any, *, proof: bool = True, **options: Any) -> Model:
 
 
 def proven(model: Model) -> Model:
-    """A model with its verdict: the one that is kept for its structure, or else one that is made now.
+    """Add a model's verdict: the stored verdict of its structure, or if there is none, the result of a proof.
 
-    A model whose weights are elsewhere is returned as it is; its first job carries the proof.
+    A remote model is returned unchanged; it is proven by `proven_on`.
 
     Raises:
-        ModelError: It cannot be traced rightly.
+        ModelError: It cannot be traced correctly.
     """
     if model.info.device == ELSEWHERE or model.info.verdict is not None:
         return model
@@ -58,18 +59,18 @@ def proven(model: Model) -> Model:
 def _prove_here(model: Model, key: str) -> Verdict:
     if is_offloaded(model.module):
         _LOG.warning(
-            "%s is proven now, and only this once: some 40 forwards of a few tokens, each of which moves all "
-            "of its weights. load(..., proof=False) skips it.",
+            "%s is proven once, now: about 40 forwards of a few tokens, each of which moves all of its "
+            "weights. load(..., proof=False) skips the proof.",
             model.info.name,
         )
     return prove(model, key=key)
 
 
 def proven_on(model: Model, backend: Ndif) -> Model:
-    """A model with its verdict, whose weights are on a server: a job carries the proof, unless it is known.
+    """Add a remote model's verdict: the stored one, or if there is none, the result of a proof in a job.
 
     Raises:
-        ModelError: It cannot be traced there.
+        ModelError: It cannot be traced on the server.
         ServerError: The server cannot be reached.
     """
     if model.info.device != ELSEWHERE or model.info.verdict is not None:
@@ -78,7 +79,7 @@ def proven_on(model: Model, backend: Ndif) -> Model:
     def run(program: Any) -> Any:
         try:
             return backend.run("session", program, source=model, target=model)
-        except ServerError:  # a result that can no longer be fetched, or a server that was restarted
+        except ServerError:  # the result can no longer be fetched, or the server was restarted
             return backend.run("session", program, source=model, target=model)
 
     return _kept_or_made(
@@ -87,7 +88,7 @@ def proven_on(model: Model, backend: Ndif) -> Model:
 
 
 def _kept_or_made(model: Model, key: str, make: Callable[[str], Verdict]) -> Model:
-    """A model with the verdict that is kept under a key, or that is made and kept now."""
+    """Add the stored verdict of a key to a model; if there is none, make and store it."""
     verdict = store.known(key)
     if verdict is None:
         verdict = make(key)
@@ -98,13 +99,13 @@ def _kept_or_made(model: Model, key: str, make: Callable[[str], Verdict]) -> Mod
 
 
 def with_verdict(model: Model, verdict: Verdict) -> Model:
-    """A model that the planner knows a verdict of."""
+    """Return a model with a verdict in its description."""
     architecture = replace(model.info.architecture, causal=verdict.causal)
     return replace(model, info=replace(model.info, architecture=architecture, verdict=verdict))
 
 
 def _line(name: str, verdict: Verdict) -> str:
-    """What is off and what that costs, in one line; empty where nothing is."""
+    """Describe in one line what is off and what that costs; empty if nothing is off."""
     off: dict[str, list[str]] = {}
     for entry in verdict.withheld:
         where = off.setdefault(f"{entry.name}{entry.longer}", [])

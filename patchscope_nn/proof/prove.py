@@ -1,14 +1,14 @@
-"""The proof of a model: does what the compiler makes of a Patchscope equal the model under plain hooks?
+"""The proof of a model: tests that compiled Patchscopes equal the model under plain hooks.
 
-1. The plain path, without any optimisation, is compared with plain hooks: reads and writes at the first, a
-   middle and the last block, and at one block of every kind.
-2. All optimisations together are compared with the same, for every readout and site. Where they differ, the
-   plain path is compared too, and they are added to it one after the other: those that change a number are
-   switched off.
-3. Both again beyond every length at which the config says that the model computes otherwise.
+1. The plain path, without optimisations, is compared with plain hooks: reads and writes at the first, a
+   middle and the last block, and at a block of every kind.
+2. All optimisations together are compared with plain hooks, for every readout and site. If they differ, the
+   plain path is compared too, and the optimisations are added to it one by one: those that change a number
+   are switched off.
+3. Both are repeated beyond every length at which, by its config, the model computes differently.
 
-Where all blocks are alike, this is done on a few of them, and the next tokens of the whole model are compared
-besides. Whatever differs is found on the whole model.
+If all blocks are alike, a few of them are tested, and in addition the next tokens of the whole model. If
+anything differs, all checks are repeated on the whole model.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from patchscope_nn.proof.checks import Checks, probed_layers
 from patchscope_nn.proof.prompts import thresholds
 from patchscope_nn.proof.short import shortened
 
-#: Thresholds up to so many tokens are passed by the ordinary prompts.
+#: The ordinary prompts are long enough for thresholds up to this many tokens.
 ORDINARY = 24
-#: How many operations the trials beyond a length may take, by the kind of the device, and about how many
-#: forwards they are.
+#: The maximum number of operations of the trials beyond a length, by device, and their approximate number of
+#: forwards.
 _AFFORDABLE = {"cpu": 1.5e12, "cuda": 2e15}
 _FORWARDS = 20
-#: A small model has the operations, but attention grows with the square of its tokens.
+#: The maximum length in tokens; attention grows with its square, also in a small model.
 _LONGEST = {"cpu": 2048, "cuda": 16384}
 
 
@@ -39,13 +39,13 @@ def prove(model: Model, *, key: str) -> Verdict:
 
     Args:
         model: The model, with its weights in this process.
-        key: What the verdict is kept under.
+        key: The key of the verdict in the store.
 
     Returns:
-        What holds on it.
+        The verdict.
 
     Raises:
-        ModelError: The plain path is not what plain hooks give, or its numbers are not finite.
+        ModelError: The plain path differs from plain hooks, or its numbers are not finite.
     """
     started = time.monotonic()
     proof = _short_proof(model) or _proof(model)
@@ -60,7 +60,7 @@ def prove(model: Model, *, key: str) -> Verdict:
 
 
 def _short_proof(model: Model) -> Checks | None:
-    """The checks of a few blocks of a model, and of the next tokens of all of it; None where any differs."""
+    """Check a few blocks of a model, and the next tokens of the whole model; None if anything differs."""
     short = shortened(model, probed_layers(model))
     if short is None:
         return None
@@ -78,7 +78,7 @@ def _short_proof(model: Model) -> Checks | None:
 
 
 def _proof(model: Model) -> Checks:
-    """All checks, on ordinary prompts and beyond every length that can be afforded."""
+    """Run all checks, on ordinary prompts and beyond every length that is affordable."""
     lengths = thresholds(model)
     ordinary = [length for length in lengths if length <= ORDINARY]
     larger = [length for length in lengths if length > ORDINARY]
@@ -90,14 +90,14 @@ def _proof(model: Model) -> Checks:
         raise
     except Exception as error:
         raise ModelError(
-            f"{model.info.name} ({type(model.module).__name__}) does not run under plain hooks, with which "
-            f"it is compared: {type(error).__name__}: {error}",
+            f"{model.info.name} ({type(model.module).__name__}) does not run under plain hooks, so it cannot "
+            f"be compared with them: {type(error).__name__}: {error}",
             hint="Please report the architecture; load(..., proof=False) skips the proof, at your own risk.",
         ) from error
-    for place, length in enumerate(larger):
+    for number, length in enumerate(larger):
         if not _affordable(model, length):
             break
-        proof.limit = larger[place + 1] if place + 1 < len(larger) else None
+        proof.limit = larger[number + 1] if number + 1 < len(larger) else None
         if not proof.go_beyond(length):
             proof.limit = length
             break

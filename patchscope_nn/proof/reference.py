@@ -1,4 +1,4 @@
-"""What the cells of trials should give: the model's own forward under plain hooks, each forward run once."""
+"""The expected results of the cells of trials, computed with plain hooks on the model's own forward."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from patchscope_nn.sweep import Cell
 
 
 class Reference:
-    """What the cells of trials should give, by plain hooks; each forward is run once.
+    """The expected results of the cells of trials, computed with plain hooks. Each forward runs only once.
 
     Attributes:
-        ahead: How much a write changed the logits of tokens before it, in standard deviations: nothing, where
-            no token sees those after it.
+        ahead: How much a write changed the logits of earlier tokens, in standard deviations: 0 if no token
+            attends to later ones.
     """
 
     def __init__(self, runner: Runner, hooks: Hooks) -> None:
@@ -26,7 +26,7 @@ class Reference:
         self.ahead = 0.0
 
     def prepare(self, *trials: Trial) -> None:
-        """Read every state of some trials; where one position is read, run a row's forwards at once."""
+        """Read the states of trials; for next-token trials also run the forwards of each row in one batch."""
         wanted: dict[Lengths, list[tuple[Place, Place]]] = {}
         for trial in trials:
             for row in trial.rows:
@@ -43,7 +43,7 @@ class Reference:
                 self.ahead = max(self.ahead, distance(before, before[:1].expand_as(before), rows))
 
     def _read(self, trial: Trial, row: Lengths) -> None:
-        """Read the states that a row of a trial writes, and those it writes over if they are asked for."""
+        """Read the states that a row of a trial writes, and for `hidden` also those that it replaces."""
         places = [Place(layer, trial.sites[0]) for layer in trial.layers]
         missing = [place for place in places if (row, place) not in self._states]
         read = self.hooks.read(self.runner.source_prompt(row), missing) if missing else {}
@@ -67,11 +67,11 @@ class Reference:
         ]
 
     def write(self, row: Lengths, read: Place, written: Place) -> Write:
-        """The write of a cell."""
+        """Return the write of a cell."""
         return Write(written, row.target - 2, self._states[row, read])
 
     def error(self, trial: Trial, cell: Cell, raw: dict[str, Any], *, eos: int | None = None) -> float:
-        """How far a cell's readout is from the reference, in standard deviations of what is compared."""
+        """Return the error of a cell's readout, in standard deviations of the compared values."""
         row = trial.rows[cell.row]
         read = Place(cell.source_layer or 0, trial.sites[0])
         written = Place(cell.target_layer or 0, trial.sites[1])
@@ -84,19 +84,19 @@ class Reference:
         if trial.readout.name == "hidden":
             clean = self._states["clean", row, written]
             pairs = ((raw["hidden"], write.state), (raw["clean"], clean))
-            return max(distance(torch.tensor(got[0]), want, want) for got, want in pairs)
+            return max(distance(torch.tensor(states[0]), wanted, wanted) for states, wanted in pairs)
         prompt = self.runner.target_prompt(row)
         if trial.readout.name == "choices":
             return self._choices_error(prompt, raw["choice_logprobs"], write)
         return self._text_error(prompt, raw, write, most=trial.decoded, eos=eos)
 
-    def _choices_error(self, prompt: list[int], given: list[float], write: Write) -> float:
-        """How far the summed log-probability of each continuation is off."""
+    def _choices_error(self, prompt: list[int], logprobs: list[float], write: Write) -> float:
+        """Return the largest error of the summed log-probabilities of the continuations."""
         errors = []
         ids = self.runner.ids["s"]
-        # Where each token is scored by those before it alone, the first one of any choice is scored alike.
+        # If scores depend only on earlier tokens, the longest choice's forward also scores a choice of one.
         longest = self.hooks.scored(prompt, ids[-max(CHOICES) :], write)
-        for count, logprob in zip(CHOICES, given, strict=True):
+        for count, logprob in zip(CHOICES, logprobs, strict=True):
             more, logits = ids[-count:], longest[:count]
             if count < max(CHOICES) and not (count == 1 and self.hooks.incremental):
                 logits = self.hooks.scored(prompt, more, write)
@@ -107,10 +107,10 @@ class Reference:
     def _text_error(
         self, prompt: list[int], raw: dict[str, Any], write: Write, *, most: int, eos: int | None
     ) -> float:
-        """How far below the top token each decoded one is, and how far off its probability."""
+        """Return the largest error of decoded tokens: of probabilities, or of their distance to the top."""
         tokens = raw["token_ids"]
-        asked = "unpatched_token_probs" in raw
-        logits = self.hooks.continued(prompt, tokens[: most - 1], write, unpatched=asked)
+        compares_unpatched = "unpatched_token_probs" in raw
+        logits = self.hooks.continued(prompt, tokens[: most - 1], write, unpatched=compares_unpatched)
         below = [row.amax() - row[token] for row, token in zip(logits, tokens, strict=False)]
         if raw["stopped"] == "eos":
             below.append(logits[len(tokens)].amax() - logits[len(tokens)][eos])
@@ -118,7 +118,7 @@ class Reference:
             return float("inf")
         wanted = [row.log_softmax(-1)[token] for row, token in zip(logits, tokens, strict=False)]
         error = float(torch.stack(below).amax().cpu() / spread(logits))
-        if not (tokens and asked):
+        if not (tokens and compares_unpatched):
             return error
         clean = self.hooks.unpatched(prompt, tokens[: most - 1])
         unpatched = [row.log_softmax(-1)[token] for row, token in zip(clean, tokens, strict=False)]
@@ -127,7 +127,7 @@ class Reference:
         return error
 
     def next_decoded(self, row: Lengths, layer: int, tokens: list[int]) -> int:
-        """The token that a row decodes behind others."""
+        """Return the token that a row decodes after `tokens`."""
         place = Place(layer)
         logits = None if tokens else self._logits.get((row, place, place))
         if logits is None:

@@ -1,7 +1,7 @@
-"""The proof of a model whose weights are elsewhere: one job carries it, and only readouts come back.
+"""The proof of a remote model: a single job runs it, and only readouts are returned.
 
-Plain hooks cannot be set there. The optimisations are compared with the plain path, one nnsight trace for
-each cell, in the same job.
+Plain hooks cannot be set on a remote model. So the optimisations are compared with the plain path, which runs
+an nnsight trace for each cell, in the same job.
 """
 
 from __future__ import annotations
@@ -24,34 +24,34 @@ from patchscope_nn.proof.prove import ORDINARY
 from patchscope_nn.proof.trials import Lengths, Runner, Trial, readout_of
 from patchscope_nn.readouts import Choices, Generate, Hidden, NextToken
 
-#: The dtype there is not known here, so half precision is assumed.
+#: The tolerance. The dtype of a remote model is not known, so half precision is assumed.
 _ROUNDING = 0.15
-#: Longer prompts than this are not sent, in tokens.
+#: The length of the longest prompt that is sent, in tokens.
 _LONGEST = 4096
-#: Runs a step there and returns its results; of a series a list of them.
+#: Runs a step remotely and returns its results; for a series, the list of its steps' results.
 Run = Callable[[StepProgram | Series], Any]
 
 
-class _Asked(NamedTuple):
-    """A trial, and the optimisations it is run with."""
+class _Request(NamedTuple):
+    """A trial, and the optimisations with which it runs."""
 
     trial: Trial
     used: Optimisations
 
 
 def prove_remotely(model: Model, run: Run, *, key: str) -> Verdict:
-    """Prove a model whose weights are elsewhere.
+    """Prove a remote model.
 
     Args:
-        model: The model; only its config and structure are here.
-        run: Runs a step or a series of steps there.
-        key: What the verdict is kept under.
+        model: The model; only its config and structure are local.
+        run: Runs a step or a series of steps remotely.
+        key: The key of the verdict in the store.
 
     Returns:
-        What holds on it.
+        The verdict.
 
     Raises:
-        ModelError: Even the plain path fails there.
+        ModelError: Even the plain path fails on the server.
         ServerError: The server cannot be reached.
     """
     started = time.monotonic()
@@ -62,37 +62,24 @@ def prove_remotely(model: Model, run: Run, *, key: str) -> Verdict:
     trials += [(trial, length) for length in beyond for trial in _trials(model, [], length)]
     runner = Runner(model)
     plain, full = Optimisations.none(), Optimisations()
-    asked = [_Asked(trial, used) for trial, _ in trials for used in (plain, full)]
-    results = _run(runner, asked, run)
+    results = _run(runner, [_Request(trial, used) for trial, _ in trials for used in (plain, full)], run)
     comparisons: list[Comparison] = []
     withheld: list[Withheld] = []
-    for place, (trial, length) in enumerate(trials):
-        expected, got = results[2 * place : 2 * place + 2]
+    for number, (trial, length) in enumerate(trials):
+        expected, optimised = results[2 * number : 2 * number + 2]
         if isinstance(expected, str):
             raise ModelError(
-                f"{model.info.name} cannot be traced there: even without any optimisation, {trial.name} "
-                f"fails: {expected}",
+                f"{model.info.name} cannot be traced on the server: even without any optimisation, "
+                f"{trial.name} fails: {expected}",
                 hint="Use another model; `patchscope doctor --remote` lists those that run.",
             )
-        error, problem = _difference(expected, got)
-        outcome = "equal"
-        if problem and withheld:  # perhaps for what is off already
+        error, problem = _difference(expected, optimised)
+        if problem and withheld:  # perhaps caused by an optimisation that is off already
             runner.verdict = Verdict(key="", withheld=tuple(withheld))
-            error, problem = _difference(expected, _run(runner, [_Asked(trial, full)], run)[0])
-        if problem:
-            off = _guilty(runner, trial, length, expected, run)
-            withheld += off
-            outcome = ", ".join(map(str, off))
-        comparisons.append(
-            Comparison(
-                f"all optimisations: {trial.name}",
-                model.info.n_layers,
-                trial.tokens,
-                error,
-                _ROUNDING,
-                outcome,
-            )
-        )
+            error, problem = _difference(expected, _run(runner, [_Request(trial, full)], run)[0])
+        off = _guilty(runner, trial, length, expected, run) if problem else []
+        withheld += off
+        comparisons.append(_comparison(model, trial, error, off if problem else None))
     return Verdict(
         key=key,
         causal=model.info.architecture.causal,
@@ -103,8 +90,15 @@ def prove_remotely(model: Model, run: Run, *, key: str) -> Verdict:
     )
 
 
+def _comparison(model: Model, trial: Trial, error: float, off: Sequence[Withheld] | None) -> Comparison:
+    """Record the comparison of a trial; `off` is None if it was equal."""
+    outcome = "equal" if off is None else ", ".join(map(str, off))
+    name = f"all optimisations: {trial.name}"
+    return Comparison(name, model.info.n_layers, trial.tokens, error, _ROUNDING, outcome)
+
+
 def _trials(model: Model, ordinary: Sequence[int], beyond: int) -> list[Trial]:
-    """The trials of ordinary prompts, or those beyond a length."""
+    """Return the trials with ordinary prompts, or if `beyond` is not 0, with prompts beyond this length."""
     layers = probed_layers(model)
     middle = layers[len(layers) // 2]
     longest = max([SHORT.source + 4, *(length + 4 for length in ordinary), beyond + 6 if beyond else 0])
@@ -122,12 +116,12 @@ def _trials(model: Model, ordinary: Sequence[int], beyond: int) -> list[Trial]:
 def _guilty(
     runner: Runner, trial: Trial, beyond: int, expected: Sequence[dict[str, Any]], run: Run
 ) -> list[Withheld]:
-    """Add one optimisation after the other to the plain path, a job each; those that change it are off."""
+    """Add the optimisations one by one to the plain path, with a job each; withhold those that change it."""
     used = Optimisations.none()
     withheld = []
     for name in Optimisations.names():
         tried = replace(used, **{name: True})
-        _, problem = _difference(expected, _run(runner, [_Asked(trial, tried)], run)[0])
+        _, problem = _difference(expected, _run(runner, [_Request(trial, tried)], run)[0])
         if not problem:
             used = tried
             continue
@@ -136,52 +130,58 @@ def _guilty(
     return withheld
 
 
-def _run(runner: Runner, asked: Sequence[_Asked], run: Run) -> list[list[dict[str, Any]] | str]:
-    """The readouts of some trials, cell by cell, in one job; of one that fails, in a job of its own, why."""
-    programs = [runner.programs(entry.trial, entry.used) for entry in asked]
+def _run(runner: Runner, requests: Sequence[_Request], run: Run) -> list[list[dict[str, Any]] | str]:
+    """Run trials in a single job.
+
+    If the job fails, each trial runs in a separate job.
+
+    Returns:
+        The readouts of each trial, cell by cell; for a trial whose job fails, the server's message.
+    """
+    programs = [runner.programs(request.trial, request.used) for request in requests]
     try:
-        series = [step for made in programs for step in made.steps]
-        parts = iter(run({"series": series}))
-        return [made.rows([next(parts) for _ in made.steps]) for made in programs]
+        series = [step for program in programs for step in program.steps]
+        results = iter(run({"series": series}))
+        return [program.rows([next(results) for _ in program.steps]) for program in programs]
     except JobError as error:
-        if len(asked) == 1:
+        if len(requests) == 1:
             return [error.message]
-        return [_run(runner, [entry], run)[0] for entry in asked]
+        return [_run(runner, [request], run)[0] for request in requests]
 
 
-def _difference(expected: Any, got: Any) -> tuple[float, str]:
-    """The largest difference of some cells, in standard deviations, and what is wrong; nothing if equal."""
-    if isinstance(got, str):
-        return float("inf"), f"fails ({got.strip().splitlines()[0][:120]})"
-    error = max(_distance(one, other) for one, other in zip(expected, got, strict=True))
+def _difference(expected: Any, observed: Any) -> tuple[float, str]:
+    """Return the largest difference of two lists of readouts, and what is wrong; empty if they are equal."""
+    if isinstance(observed, str):
+        return float("inf"), f"fails ({observed.strip().splitlines()[0][:120]})"
+    error = max(_distance(*readouts) for readouts in zip(expected, observed, strict=True))
     return error, "" if error <= _ROUNDING else f"differs by {error:.2g}"
 
 
-def _distance(expected: dict[str, Any], got: dict[str, Any]) -> float:
-    """How far two readouts of a cell are apart, in nats; states in standard deviations."""
+def _distance(expected: dict[str, Any], observed: dict[str, Any]) -> float:
+    """Return the distance of two readouts of a cell: in nats, for states in standard deviations."""
     if "top_ids" in expected:
-        # The last of the top tokens may be others, where they are nearly as likely.
-        half = len(got["top_ids"]) // 2
+        # The lower half of the top tokens is ignored: tokens that are nearly as likely may replace them.
+        half = len(observed["top_ids"]) // 2
         known = dict(zip(expected["top_ids"], expected["top_probs"], strict=True))
-        probs = [known.get(token, 0.0) for token in got["top_ids"][:half]]
-        return _apart(probs, got["top_probs"][:half], logs=True)
+        probs = [known.get(token, 0.0) for token in observed["top_ids"][:half]]
+        return _apart(probs, observed["top_probs"][:half], logs=True)
     if "token_ids" in expected:
-        pairs = zip(expected["token_ids"], got["token_ids"], strict=False)
-        same = next((n for n, (one, other) in enumerate(pairs) if one != other), len(expected["token_ids"]))
-        # Where two tokens are nearly as likely, either may be decoded, and the texts part there.
-        return _apart(expected["token_probs"][: same + 1], got["token_probs"][: same + 1], logs=True)
+        pairs = enumerate(zip(expected["token_ids"], observed["token_ids"], strict=False))
+        same = next((n for n, (first, second) in pairs if first != second), len(expected["token_ids"]))
+        # If two tokens are nearly as likely, either may be decoded, and the texts differ from there on.
+        return _apart(expected["token_probs"][: same + 1], observed["token_probs"][: same + 1], logs=True)
     if "choice_logprobs" in expected:
-        return _apart(expected["choice_logprobs"], got["choice_logprobs"], logs=False)
+        return _apart(expected["choice_logprobs"], observed["choice_logprobs"], logs=False)
     scale = float(torch.tensor(expected["hidden"]).std())
-    return _apart(expected["hidden"], got["hidden"], logs=False) / scale
+    return _apart(expected["hidden"], observed["hidden"], logs=False) / scale
 
 
-def _apart(one: Any, other: Any, *, logs: bool) -> float:
-    """The largest difference of two lists of numbers, or of their logarithms; infinite where it is none."""
-    first, second = (torch.tensor(values, dtype=torch.float64).flatten() for values in (one, other))
+def _apart(expected: Any, observed: Any, *, logs: bool) -> float:
+    """Return the largest difference of two lists of numbers, or their logarithms; infinite if undefined."""
+    first, second = (torch.tensor(values, dtype=torch.float64).flatten() for values in (expected, observed))
     if first.shape != second.shape:
         return float("inf")
     first, second = (first.log(), second.log()) if logs else (first, second)
-    difference = (first - second).masked_fill(first == second, 0).abs()  # a token may be ruled out in both
+    difference = (first - second).masked_fill(first == second, 0).abs()  # equal infinities differ by 0
     largest = float(difference.amax()) if len(difference) else 0.0
     return largest if math.isfinite(largest) else math.inf

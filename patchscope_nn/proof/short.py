@@ -20,15 +20,15 @@ _WORTH = 2
 
 
 def shortened(model: Model, layers: Sequence[int]) -> Model | None:
-    """A model of a few blocks of another; it shares their weights, and the other is left as it is.
+    """Build a model from a few blocks of another. Both share the weights, and the other is not changed.
 
     Args:
         model: The model, with its weights in this process.
         layers: The blocks to keep.
 
     Returns:
-        The short model; None where it would not be much shorter, where blocks differ in anything but their
-        weights and their place, or where the family cannot be put together so.
+        The short model; None if it would not be much shorter, if blocks differ in more than their weights and
+        their index, or if a model of this family cannot be built in this way.
     """
     path = model.info.architecture.blocks
     blocks = [*model.module.get_submodule(path)]
@@ -37,16 +37,16 @@ def shortened(model: Model, layers: Sequence[int]) -> Model | None:
         return None
     try:
         return models.load(_without_others(model.module, path, layers), tokenizer=model.tokenizer)
-    except Exception:  # noqa: BLE001 (whatever a family does with its blocks: then the whole model is proven)
+    except Exception:  # noqa: BLE001 (after any error, the whole model is proven instead)
         return None
 
 
 def _without_others(module: Any, path: str, layers: Sequence[int]) -> Any:
-    """A copy of a module that has the same weights, and a few of its blocks."""
+    """Copy a module with only a few of its blocks; the copy shares the weights."""
     blocks = [*module.get_submodule(path)]
     others = [block for layer, block in enumerate(blocks) if layer not in layers]
-    as_they_are = [*module.parameters(), *module.buffers(), *others]
-    short = copy.deepcopy(module, {id(one): one for one in as_they_are})
+    shared = [*module.parameters(), *module.buffers(), *others]
+    short = copy.deepcopy(module, {id(part): part for part in shared})
     kept = [short.get_submodule(path)[layer] for layer in layers]
     for part, name in _places([_settings(block) for block in blocks]):
         for place, block in enumerate(kept):
@@ -62,7 +62,7 @@ def _without_others(module: Any, path: str, layers: Sequence[int]) -> Any:
 
 
 def _alike(blocks: Sequence[Any]) -> bool:
-    """Whether blocks are of the same parts, sizes and settings; only their place may differ."""
+    """True if blocks have the same parts, sizes and settings; only their index may differ."""
     settings = [_settings(block) for block in blocks]
     places = _places(settings)
     plain = [{key: value for key, value in own.items() if key not in places} for own in settings]
@@ -71,7 +71,7 @@ def _alike(blocks: Sequence[Any]) -> bool:
 
 
 def _settings(block: Any) -> dict[tuple[str, str], Any]:
-    """The plain values that a block's parts hold, by the part's path and the value's name."""
+    """Return the plain values in a block's parts, by the part's path and the value's name."""
     return {
         (path, name): value
         for path, part in block.named_modules()
@@ -81,12 +81,12 @@ def _settings(block: Any) -> dict[tuple[str, str], Any]:
 
 
 def _places(settings: Sequence[dict[tuple[str, str], Any]]) -> list[tuple[str, str]]:
-    """Which of the blocks' settings is the place of the block."""
+    """List the settings that hold the index of the block."""
     return [key for key in settings[0] if [own.get(key) for own in settings] == [*range(len(settings))]]
 
 
 def _parts(block: Any) -> list[Any]:
-    """The parts of a block, and the sizes of its weights."""
+    """List the parts of a block, and the sizes of its weights."""
     weights = [*block.named_parameters(), *block.named_buffers()]
     return [
         *((path, type(part)) for path, part in block.named_modules()),

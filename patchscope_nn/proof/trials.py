@@ -1,7 +1,7 @@
-"""The trials of the proof: small sweeps through the compiler, each cell beside the model under plain hooks.
+"""The trials of the proof: small sweeps through the compiler, whose cells are compared with plain hooks.
 
-A trial is one readout, one site on each side, and data rows of random prompts. `Runner` runs it with any set
-of optimisations; `reference.py` says what every cell should give.
+A trial has a readout, a site to read, a site to write, and data rows of random prompts. `Runner` runs it with
+any set of optimisations; `reference.py` computes the expected result of every cell.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from patchscope_nn.readouts import Choices, Generate, Hidden, NextToken
 from patchscope_nn.spec import RESIDUAL, Cut, Patchscope, Readout, Site, Source, Target
 from patchscope_nn.sweep import Cell, Sweep, expand
 
-#: The tokens that all target prompts of a trial begin with, so that there is a prefix to share.
+#: The number of tokens with which all target prompts of a trial begin, so that there is a prefix to share.
 _PREFIX = 3
-#: How many top tokens a next-token trial compares, and how many a decoding one decodes.
+#: The number of top tokens that a next-token trial compares, and of tokens that a decoding trial decodes.
 _COMPARED, DECODED = 24, 3
-#: The choices, in tokens: one continuation needs a forward, the other none.
+#: The lengths of the choices in tokens: the first needs a forward after the prompt, the second none.
 CHOICES = (3, 1)
 
 Results = list[tuple[Cell, dict[str, Any]]]
@@ -34,12 +34,12 @@ _IDENTITY = ResolvedMapping(name="identity", kind="identity")
 
 
 class Lengths(NamedTuple):
-    """The prompts of one data row of a trial, by their lengths in tokens.
+    """The lengths in tokens of the prompts of a trial's data row.
 
     Attributes:
-        source: Tokens of the source prompt.
-        target: Tokens of the target prompt.
-        other: True for prompts that differ from the usual ones of these lengths.
+        source: The length of the source prompt.
+        target: The length of the target prompt.
+        other: True for other random prompts of these lengths.
     """
 
     source: int
@@ -48,18 +48,18 @@ class Lengths(NamedTuple):
 
 
 class Programs(NamedTuple):
-    """A trial as the programs of its steps.
+    """The programs of a trial's steps.
 
     Attributes:
         steps: The programs.
-        plans: The plan and the step that each was made of.
+        plans: The plan and the step of each program.
     """
 
     steps: list[StepProgram]
     plans: tuple[tuple[Plan, Step], ...]
 
     def rows(self, results: Sequence[Any]) -> list[dict[str, Any]]:
-        """The raw readout of every cell, in the sweep's order, of what the steps gave."""
+        """Convert the results of the steps to the raw readout of every cell, in the sweep's order."""
         cells = [
             cell
             for (planned, step), result in zip(self.plans, results, strict=True)
@@ -70,16 +70,16 @@ class Programs(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """One comparison.
+    """A small sweep whose results are compared.
 
     Attributes:
-        readout: What is read.
+        readout: The readout.
         rows: The prompts of each data row.
         layers: l.
         target_layers: l*; `same` pairs it with l.
         sites: The sites that are read and written.
-        cuts: Whether, instead of a write, attention is cut to a token that is not seen anyway. The run then
-            equals one without a patch.
+        cuts: True to cut attention to a later token instead of writing a state. The run then equals a run
+            without a patch.
     """
 
     readout: Readout
@@ -91,25 +91,25 @@ class Trial:
 
     @property
     def name(self) -> str:
-        """The readout, and the sites where they are not the residual stream."""
+        """The name of the readout, and of the sites unless both are the residual stream."""
         read, written = self.sites
         sites = "" if read == written == RESIDUAL else f", {read.name} to {written.name}"
         return f"{self.readout.name}{sites}{', attention mask' if self.cuts else ''}"
 
     @property
     def decoded(self) -> int:
-        """How many tokens it decodes; 0 for a readout that does not."""
+        """The number of decoded tokens; 0 for a readout that does not decode."""
         return self.readout.decoded
 
     @property
     def tokens(self) -> int:
-        """The longest prompt, appended tokens included."""
+        """The length of the longest prompt, appended tokens included."""
         more = max(CHOICES) if self.readout.appends else self.decoded
         return max(max(row.source, row.target + more) for row in self.rows)
 
 
 def readout_of(kind: type[Readout]) -> Readout:
-    """A readout as the trials use it; their texts are columns of the trials' rows."""
+    """Return a readout with the options of the trials; its texts are columns of the trials' rows."""
     if kind is NextToken:
         return NextToken(top_k=_COMPARED)
     if kind is Choices:
@@ -119,7 +119,7 @@ def readout_of(kind: type[Readout]) -> Readout:
 
 @contextmanager
 def _endless(module: Any) -> Iterator[None]:
-    """While active, a model has no end of its own, so that texts reach the length that they are to cross."""
+    """While active, a model has no end token, so that generated texts always reach their full length."""
     config: Any = getattr(module, "generation_config", None)
     ends = getattr(config, "eos_token_id", None)
     if ends is not None:
@@ -135,8 +135,8 @@ class Runner:
     """Runs trials of one model through the compiler.
 
     Attributes:
-        model: The model, whose prompts are numbers.
-        verdict: What is held of it so far: how long a packed pass may be.
+        model: The model.
+        verdict: The verdict so far, which limits the length of packed passes.
     """
 
     def __init__(self, model: Model) -> None:
@@ -145,16 +145,16 @@ class Runner:
         self.ids = {name: random_ids(model, 64, seed=seed) for seed, name in enumerate("st")}
 
     def source_prompt(self, row: Lengths) -> list[int]:
-        """A random prompt."""
+        """Return a random prompt."""
         return random_ids(self.model, row.source, seed=-row.source, other=row.other)
 
     def target_prompt(self, row: Lengths) -> list[int]:
-        """A random prompt; all begin alike, and differ behind that."""
+        """Return a random prompt, with the prefix that all target prompts share."""
         ids = random_ids(self.model, row.target, seed=row.target, other=row.other)
         return [*self.ids["t"][:_PREFIX], *ids[_PREFIX:]]
 
     def row(self, lengths: Lengths) -> dict[str, str]:
-        """A data row of a trial: its prompts and its choices, as texts of numbers."""
+        """Return a data row of a trial: its prompts and its choices, as texts of token ids."""
         columns = {f"c{number}": self.ids["s"][-count:] for number, count in enumerate(CHOICES)}
         columns |= {"s": self.source_prompt(lengths), "t": self.target_prompt(lengths)}
         return {name: "".join(f" {token}" for token in ids) for name, ids in columns.items()}
@@ -167,7 +167,7 @@ class Runner:
         context: Literal["auto", "session"] = "session",
         eos: int | None = None,
     ) -> Results:
-        """The raw readout of every cell of a trial, in the sweep's order."""
+        """Run a trial; return the raw readout of every cell, in the sweep's order."""
         model = self._model(eos)
         planned = plan(
             self._sweep(trial, model), context=context, memory=self.memory, optimisations=optimisations
@@ -178,16 +178,16 @@ class Runner:
         return sorted(cells, key=lambda result: result[0].number)
 
     def programs(self, trial: Trial, optimisations: Optimisations) -> Programs:
-        """The steps of a trial for a machine that is elsewhere."""
+        """Return the programs of a trial's steps, to run on another machine."""
         model = self._model(None)
         planned = plan(self._sweep(trial, model), context="session", remote=True, optimisations=optimisations)
         steps = [*planned.steps()]
         with _endless(model.module):
-            made = [
+            programs = [
                 lower(planned, step, source=model, target=model, mapping=_IDENTITY, states={})
                 for step in steps
             ]
-        return Programs(made, tuple((planned, step) for step in steps))
+        return Programs(programs, tuple((planned, step) for step in steps))
 
     def _model(self, eos: int | None) -> Model:
         return replace(

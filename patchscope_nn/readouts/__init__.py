@@ -1,11 +1,11 @@
-"""The kinds of readout that ship: each is one file, and nothing outside this room asks which one it is.
+"""The builtin kinds of readout, each in one file. Code outside this package never tests which kind it has.
 
     next_token.py   the distribution of the next token
-    generate.py     the text the model goes on with
-    choices.py      how likely given continuations are
-    hidden.py       the state that was written
+    generate.py     the generated text
+    choices.py      the probabilities of given continuations
+    hidden.py       the written state
 
-`spec.Readout` is the contract; docs/extending/readout.md shows how a kind is added.
+`spec.Readout` is the contract; docs/extending/readout.md shows how to add a kind.
 """
 
 from patchscope_nn.readouts.choices import Choices
@@ -14,7 +14,7 @@ from patchscope_nn.readouts.hidden import Hidden
 from patchscope_nn.readouts.next_token import NextToken
 from patchscope_nn.spec import register_readout
 
-# In the order in which messages list them.
+# Messages list the kinds in this order.
 for _kind in (NextToken, Generate, Choices, Hidden):
     register_readout(_kind)
 

@@ -1,4 +1,4 @@
-"""How likely given continuations are."""
+"""The readout `choices`: the probabilities of given continuations."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from patchscope_nn.spec import ColumnType, PassCells, Readout, Tokens
 
 
 def _listed(value: Any) -> Any:
-    """One text stands for a list of one, and a list for a tuple; the rest is left to the type check."""
+    """Convert a text or a list to a tuple; the type check refuses other values."""
     if isinstance(value, str):
         return (value,)
     return tuple(value) if isinstance(value, list) else value
 
 
 class Choices(Readout):
-    """Readout: how likely each given continuation of T is.
+    """Readout: the probability of each given continuation of T.
 
-    Gives `choices`, `choice_logprobs` (natural log, summed over a continuation's tokens), `choice_probs`
-    (these normalised over the choices) and `choice` (the most likely).
+    Its columns are `choices`, `choice_logprobs` (natural log, summed over a continuation's tokens),
+    `choice_probs` (normalised over the choices) and `choice` (the most likely).
 
     Attributes:
         continuations: Two or more texts; `{column}` placeholders are filled by the data.
@@ -62,10 +62,10 @@ class Choices(Readout):
         return "continuations"
 
     def lower(self, cells: PassCells) -> dict[str, Any]:
-        """What `read_choices` takes."""
+        """Return the arguments of `read_choices`."""
         return {"continuations": cells.continuations}
 
     def tabulate(self, raw: Mapping[str, Any], tokens: Tokens, texts: Sequence[str]) -> dict[str, Any]:  # noqa: ARG002 (it has the texts)
-        """One cell's columns, with the most likely choice."""
+        """Return a cell's columns, with the most likely choice."""
         best = max(range(len(texts)), key=lambda place: raw["choice_logprobs"][place])
         return {"choices": list(texts), **raw, "choice": texts[best]}

@@ -1,4 +1,4 @@
-"""The text the patched model goes on with."""
+"""The readout `generate`: the text that the patched model generates."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ from patchscope_nn.spec import ColumnType, PassCells, Readout, Target, Tokens
 
 
 class Generate(Readout):
-    """Readout: the text the patched model goes on with; T is patched only while it is read.
+    """Readout: the text that the patched model generates after T. Only T is patched, not the decoded tokens.
 
-    Gives `text` and `stopped` (`stop`, `eos` or `length`).
+    Its columns are `text` and `stopped` (`stop`, `eos` or `length`).
 
     Attributes:
-        max_new_tokens: The most tokens to decode.
-        stop: Text that ends the generation; it is left out of `text`.
+        max_new_tokens: The maximum number of tokens to decode.
+        stop: A text that ends the generation; it is not part of `text`.
         temperature: 0 decodes greedily; above 0 samples, with noise that depends only on the seed and
             the cell, never on the batch.
         seed: The seed of sampling.
-        relevancy: Give also `token_probs`, how likely each decoded token was, and `unpatched_token_probs`,
-            how likely it is for T without the patch (Chen et al. 2024, arXiv 2403.10949, section 3.2).
+        relevancy: Add the columns `token_probs`, the probability of each decoded token, and
+            `unpatched_token_probs`, its probability without the patch (Chen et al. 2024, arXiv 2403.10949,
+            section 3.2).
     """
 
     name: ClassVar[str] = "generate"
@@ -50,33 +51,33 @@ class Generate(Readout):
 
     @property
     def decoded(self) -> int:
-        """The most tokens to decode."""
+        """The maximum number of tokens to decode."""
         return self.max_new_tokens
 
     @property
     def runs_unpatched(self) -> bool:
-        """True if the tokens' probabilities without the patch are asked for."""
+        """True if the tokens' probabilities without the patch are needed."""
         return self.relevancy
 
     @property
     def given(self) -> tuple[str, ...]:
-        """The text, and where they are asked for the probabilities of its tokens."""
+        """The columns of the text and, with `relevancy`, of the probabilities of its tokens."""
         return tuple(self.columns) if self.relevancy else ("text", "stopped")
 
     def check_target(self, target: Target) -> None:
-        """Check that T as it is can be run, where the text is compared with it.
+        """Check that `relevancy` is not used with a target that changes T in other ways than by the patch.
 
         Raises:
-            ValueError: It cannot.
+            ValueError: It is.
         """
         if self.relevancy and (target.corrupt or target.soft_prompt or target.cut):
             raise ValueError(
-                "readout.generate.relevancy compares with T as it is, which target.corrupt, "
-                "target.soft_prompt and target.write: cut change; leave out one or the other"
+                "readout.generate.relevancy compares with T unpatched, but target.corrupt, "
+                "target.soft_prompt and target.write: cut change T; leave out one or the other"
             )
 
     def lower(self, cells: PassCells) -> dict[str, Any]:
-        """What `read_generate` takes."""
+        """Return the arguments of `read_generate`."""
         return {
             "max_new_tokens": self.max_new_tokens,
             "stops": cells.token_ids_with(self.stop) if self.stop else [],
@@ -86,13 +87,13 @@ class Generate(Readout):
         }
 
     def tabulate(self, raw: Mapping[str, Any], tokens: Tokens, texts: Sequence[str]) -> dict[str, Any]:  # noqa: ARG002 (no texts are appended)
-        """One cell's columns; the text ends before the stop string, wherever the tokens' borders fall."""
+        """Return a cell's columns. The text ends before the stop string, even inside a token."""
         whole = tokens.text(raw["token_ids"])
         text = cut(whole, self.stop)
-        said = {"text": text, "stopped": raw["stopped"] if text == whole else "stop"}
-        return {name: said.get(name, raw.get(name)) for name in self.given}
+        columns = {"text": text, "stopped": raw["stopped"] if text == whole else "stop"}
+        return {name: columns.get(name, raw.get(name)) for name in self.given}
 
 
 def cut(text: str, stop: str | None) -> str:
-    """A decoded text up to its stop string."""
+    """Return a decoded text up to its stop string."""
     return text.partition(stop)[0] if stop else text

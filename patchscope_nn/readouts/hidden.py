@@ -1,4 +1,4 @@
-"""The state that was written."""
+"""The readout `hidden`: the state that was written."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from patchscope_nn.spec import ColumnType, PassCells, Readout
 
 
 class Hidden(Readout):
-    """Readout: the state that was written, f(h), as it stands at (i*, l*) of T.
+    """Readout: the written state, f(h), at (i*, l*) of T.
 
-    Gives `hidden`, a list of (d_model,) vectors, one for each patched token.
+    Its column is `hidden`, a list of (d_model,) vectors, one for each patched token.
 
     Attributes:
-        clean: Give also `clean`, the states that were there.
+        clean: Add the column `clean`, the states that were replaced.
     """
 
     name: ClassVar[str] = "hidden"
@@ -28,14 +28,14 @@ class Hidden(Readout):
 
     @property
     def looks_at_replaced(self) -> bool:
-        """True if the replaced states are given too."""
+        """True if the replaced states are read too."""
         return self.clean
 
     @property
     def given(self) -> tuple[str, ...]:
-        """The states, and where they are asked for those that were there."""
+        """The columns of the written states and, with `clean`, of the replaced states."""
         return ("hidden", "clean") if self.clean else ("hidden",)
 
     def lower(self, cells: PassCells) -> dict[str, Any]:  # noqa: ARG002 (nothing is looked up)
-        """What `read_hidden` takes."""
+        """Return the arguments of `read_hidden`."""
         return {"clean": self.clean}

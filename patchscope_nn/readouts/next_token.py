@@ -1,4 +1,4 @@
-"""The distribution of the next token."""
+"""The readout `next_token`: the distribution of the next token."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from patchscope_nn.spec import ColumnType, PassCells, Readout, Tokens
 
 
 def _reference(value: Any) -> Any:
-    """A text stands for a list of one, but `source` for the source's own token."""
+    """Convert a text or a list to a tuple; `source` stays a text."""
     if isinstance(value, str) and value != "source":
         return (value,)
     return tuple(value) if isinstance(value, list) else value
 
 
-#: In a document a single text stands for a list of one, and `source` is one of them.
+#: In a recipe, a single text is allowed in place of a list. `source` is a text too.
 _REFERENCE_SCHEMA = {
     "anyOf": [{"items": {"type": "string"}, "type": "array"}, {"type": "string"}, {"type": "null"}]
 }
@@ -26,17 +26,17 @@ _REFERENCE_SCHEMA = {
 class NextToken(Readout):
     """Readout: the distribution of the next token after a position of T.
 
-    Gives `top_tokens`, `top_ids`, `top_probs` and `entropy_nats`; with a reference also
-    `reference_tokens`, `reference_logprobs`, `reference_ranks` (1 is the top) and the two numbers that
-    are both called surprisal: `surprisal_nats`, -log p_source(top token of the patched run), the paper's
-    (section 4.1), and `nll_nats`, -log p_patched(first reference token). Where source and target share a
-    vocabulary also `kl_nats`, KL(p_source || p_patched), and `source_top_ids`.
+    Its columns are `top_tokens`, `top_ids`, `top_probs` and `entropy_nats`. A reference adds
+    `reference_tokens`, `reference_logprobs`, `reference_ranks` (1 is the top) and two numbers that are both
+    called surprisal in the literature: `surprisal_nats`, -log p_source(top token of the patched run), as in
+    the paper (section 4.1), and `nll_nats`, -log p_patched(first reference token). If source and target share
+    a vocabulary, it also adds `kl_nats`, KL(p_source || p_patched), and `source_top_ids`.
 
     Attributes:
-        top_k: How many tokens to keep.
-        reference: `source` for the source model's own next token after position i of S, unpatched; or
-            texts, of which the first token counts; None for none.
-        position: Where T is read; an index, -1 is the last token.
+        top_k: The number of top tokens to keep.
+        reference: `source` takes the source model's own next token after position i of S, unpatched; texts
+            take their first tokens; None takes no reference.
+        position: The index of the token of T after which the distribution is read; -1 is the last.
     """
 
     name: ClassVar[str] = "next_token"
@@ -73,12 +73,12 @@ class NextToken(Readout):
 
     @property
     def reads_at(self) -> int:
-        """Where T is read."""
+        """The position of T that is read."""
         return self.position
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """The reference tokens that are named by texts."""
+        """The texts whose first tokens are the reference."""
         return self.reference if isinstance(self.reference, tuple) else ()
 
     @property
@@ -92,7 +92,7 @@ class NextToken(Readout):
         return self.reference == "source"
 
     def lower(self, cells: PassCells) -> dict[str, Any]:
-        """What `read_next_token` takes."""
+        """Return the arguments of `read_next_token`."""
         return {
             "top_k": self.top_k,
             "references": cells.reference_ids,
@@ -101,7 +101,7 @@ class NextToken(Readout):
         }
 
     def tabulate(self, raw: Mapping[str, Any], tokens: Tokens, texts: Sequence[str]) -> dict[str, Any]:  # noqa: ARG002 (no texts are appended)
-        """One cell's columns, with the tokens of its ids."""
+        """Return a cell's columns, with the texts of token ids."""
         named = {
             f"{side}_tokens": None if ids is None else [tokens.token(token_id) for token_id in ids]
             for side in ("top", "reference")

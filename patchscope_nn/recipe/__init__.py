@@ -1,12 +1,12 @@
-"""Recipes: a Patchscope with its data, metrics and controls, as a YAML file. No torch.
+"""Recipes: a Patchscope with its data, metrics and controls, as a YAML file. Does not import torch.
 
-Reading one goes in steps, and reports the problems of all of them together:
+A recipe is read in these steps, and the problems of all steps are reported together:
 
-1. find the file: a name that ships, or a path (`load.py`);
+1. find the file: the name of a builtin recipe, or a path (`load.py`);
 2. read the YAML, with the line of every field (`document.py`);
-3. make the changes from outside the file (`changes.py`);
-4. check every field (`model.py`), then each method's recipe (`methods.py`), and give each problem its line;
-5. look up the columns it asks for (`columns.py`), which `lint` does before there is a model.
+3. apply the changes from outside the file (`changes.py`);
+4. check every field (`model.py`), then each method's recipe (`methods.py`), and add the line of each problem;
+5. look up the columns that it uses (`columns.py`), which `lint` does without a model.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Changes to a recipe from outside its file: `--set key.path=value`, and the options that name a field.
 
-They are made on the raw mapping, before it is checked, so that a recipe with a change is checked like one
-written that way. A change copies what it touches; nothing given is modified.
+They are applied to the raw mapping before it is checked, so that a changed recipe is checked like a recipe
+that was written that way. A change copies the parts that it modifies; its arguments stay unchanged.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from patchscope_nn.recipe.document import read_yaml
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """One value to put at one path.
+    """A value to set at a path.
 
     Attributes:
         path: The parts of the dotted path.
-        value: The value.
-        origin: Where it comes from, for messages: `--set a.b=1`.
+        value: The new value.
+        origin: The source of the change, for messages: `--set a.b=1`.
     """
 
     path: tuple[str, ...]
@@ -29,21 +29,21 @@ class Change:
     origin: str
 
     def concerns(self, field: str) -> bool:
-        """Whether a problem with a field is about this change: the field lies on its path, or below it."""
+        """True if a problem of a field can be due to this change: the field is on its path, or below it."""
         parts = tuple(field.split(".")) if field else ()
         common = min(len(parts), len(self.path))
         return bool(common) and parts[:common] == self.path[:common]
 
 
 def parse_changes(*, sets: Sequence[str], overrides: Mapping[str, Any]) -> tuple[list[Change], list[Problem]]:
-    """Read changes; `sets` come after `overrides`, so that they win.
+    """Read changes. `sets` come after `overrides`, and therefore take precedence.
 
     Args:
         sets: Texts `key.path=value`; values are YAML.
         overrides: Dotted paths and values.
 
     Returns:
-        The changes, and what is wrong with the texts.
+        The changes, and the problems of the texts.
     """
     changes = [
         Change(path=tuple(path.split(".")), value=value, origin=f"{path}={value!r}")
@@ -54,7 +54,7 @@ def parse_changes(*, sets: Sequence[str], overrides: Mapping[str, Any]) -> tuple
         path, equals, value = text.partition("=")
         parts = tuple(part.strip() for part in path.split("."))
         if not equals or not all(parts):
-            message = "is no assignment; write --set key.path=value, for example --set source.layer=5"
+            message = "is not an assignment; write --set key.path=value, for example --set source.layer=5"
             problems.append(Problem(field=f"--set {text}", message=message))
             continue
         document = read_yaml(value) if value.strip() else None
@@ -67,26 +67,26 @@ def parse_changes(*, sets: Sequence[str], overrides: Mapping[str, Any]) -> tuple
 
 
 def apply_changes(value: Any, changes: Sequence[Change]) -> tuple[Any, list[Problem]]:
-    """A raw recipe with changes made, and a problem for each that could not be.
+    """Apply changes to a raw recipe.
 
     Args:
         value: The raw recipe.
         changes: The changes, in their order.
 
     Returns:
-        The changed recipe and the problems.
+        The changed recipe, and a problem for each change that could not be applied.
     """
     problems = []
     for change in changes:
         try:
-            value = _put(value, change.path, change.value, above=())
+            value = _set(value, change.path, change.value, above=())
         except ValueError as error:
             field = ".".join(change.path)
             problems.append(Problem(field=field, message=f"{error} (from {change.origin})"))
     return value, problems
 
 
-def _put(node: Any, path: tuple[str, ...], value: Any, *, above: tuple[str, ...]) -> Any:
+def _set(node: Any, path: tuple[str, ...], value: Any, *, above: tuple[str, ...]) -> Any:
     if not path:
         return value
     key, *rest = path
@@ -95,18 +95,18 @@ def _put(node: Any, path: tuple[str, ...], value: Any, *, above: tuple[str, ...]
             numbers = f"0..{len(node) - 1}" if node else "none; the list is empty"
             raise ValueError(f"{'.'.join(above)} is a list; name an item by its number: {numbers}")
         items = list(node)
-        items[int(key)] = _put(items[int(key)], tuple(rest), value, above=(*above, key))
+        items[int(key)] = _set(items[int(key)], tuple(rest), value, above=(*above, key))
         return items
     fields = _fields(node, key, above)
-    fields[key] = _put(fields.get(key), tuple(rest), value, above=(*above, key))
+    fields[key] = _set(fields.get(key), tuple(rest), value, above=(*above, key))
     return fields
 
 
 def _fields(node: Any, key: str, above: tuple[str, ...]) -> dict[str, Any]:
-    """The mapping a key is put into; a scalar gives way to one."""
+    """Return the mapping in which a key is set; a scalar is replaced by an empty mapping."""
     if above != ("readout",) and not (len(above) == len(("metrics", "0")) and above[0] == "metrics"):
         return dict(node) if isinstance(node, dict) else {}
-    # A readout or metric may be a bare name, and has one name only.
+    # A readout or metric has exactly one name, and may be only a name.
     fields = {node: None} if isinstance(node, str) else node if isinstance(node, dict) else {}
     name = next(iter(fields), key)
     if name != key:

@@ -1,4 +1,4 @@
-"""The data columns a recipe asks for, against those its data has."""
+"""Comparing the data columns that a recipe uses with those of its data."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from patchscope_nn.spec.prompts import PER_LAYER, PromptSpec, placeholders
 
 
 def missing_columns(recipe: Recipe, *, base: Path | None = None) -> list[Problem]:
-    """What a recipe asks for and its data lacks; data on the Hub, or a user's function gives, is not read.
+    """Find the columns that a recipe uses and its data lacks. Data from the Hub or a function is not read.
 
     Args:
         recipe: The recipe.
         base: The folder a relative data file starts from.
 
     Returns:
-        One problem for each column, with the field that asks for it; or why the data cannot be read, for
-        example that a column that is used is missing in a row.
+        A problem for each column, with the field that uses it; or one that says why the data cannot be read,
+        for example because a used column is missing in a row.
     """
     if recipe.data is not None and recipe.data.kind in ("hub", *READ_BY_FUNCTION):
         return []
     columns: list[str] = []
-    asked = list(asked_columns(recipe, metrics=recipe.metrics, probe=recipe.probe))
+    uses = list(asked_columns(recipe, metrics=recipe.metrics, probe=recipe.probe))
     if recipe.data is not None:
         try:
-            used = {column: field for field, column in reversed(asked)}
+            used = {column: field for field, column in reversed(uses)}
             columns = list(read_table(recipe.data, base=base, used=used).rows[0])
         except DataError as error:
             return [Problem(field=f"data.{recipe.data.kind}", message=str(error))]
@@ -42,7 +42,7 @@ def missing_columns(recipe: Recipe, *, base: Path | None = None) -> list[Problem
             message=f"asks for the column {column!r}, which the data does not have. "
             f"{did_you_mean(column, columns) if columns else near}",
         )
-        for field, column in asked
+        for field, column in uses
         if column not in columns
     ]
 
@@ -50,7 +50,7 @@ def missing_columns(recipe: Recipe, *, base: Path | None = None) -> list[Problem
 def asked_columns(
     scope: Patchscope | Recipe, *, metrics: Sequence[MetricUse], probe: Probe | None
 ) -> Iterator[tuple[str, str]]:
-    """Yield each column that a Patchscope, its metrics and its probe ask for, after the field that does."""
+    """Yield each field that uses a column, with the column, of a Patchscope, its metrics and its probe."""
     for field, template in _templates(scope):
         of_target = field.startswith("target.prompt")
         for column in placeholders(template):
@@ -66,7 +66,7 @@ def asked_columns(
 
 
 def _templates(scope: Patchscope | Recipe) -> Iterator[tuple[str, PromptSpec]]:
-    """The texts whose placeholders a data row fills."""
+    """Yield the texts whose placeholders a data row fills, each after its field."""
     source, target, readout = scope.source, scope.target, scope.readout
     prompts = {"source.prompt": source.prompt, "source.minus": source.minus, "target.prompt": target.prompt}
     prompts |= {f"target.prompts.{number}": prompt for number, prompt in enumerate(target.prompts)}

@@ -1,8 +1,8 @@
-"""YAML with line numbers: what a recipe file holds, where each field stands, and what is wrong with the file.
+"""YAML with line numbers: the content of a recipe file, the line of each field, and the file's problems.
 
-Scalars are read as YAML 1.2 and editors read them, not as YAML 1.1: `5:10` is a text and no number in base
-60, `yes` and `no` are words, dates are texts. What counts as a number here is a number in YAML 1.1 too, so
-files that other tools write read the same.
+Scalars are read by the rules of YAML 1.2 and of editors, not of YAML 1.1: `5:10` is a text, not a number in
+base 60; `yes` and `no` are texts; dates are texts. Every number by these rules is also a number in YAML 1.1,
+so files of other tools are read correctly.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ _SCALARS = {
 
 
 class _Loader(_SafeLoader):
-    """The safe loader, with the scalars above and only the types JSON has."""
+    """The safe loader, restricted to the scalars above and to the types of JSON."""
 
-    yaml_implicit_resolvers = {}  # noqa: RUF012 (PyYAML's own way to say it)
+    yaml_implicit_resolvers = {}  # noqa: RUF012 (PyYAML's interface)
     yaml_constructors = {  # noqa: RUF012
         tag: construct
         for tag, construct in _SafeLoader.yaml_constructors.items()
@@ -54,12 +54,12 @@ for _name, (_pattern, _first) in _SCALARS.items():
 
 @dataclass(frozen=True, kw_only=True)
 class Document:
-    """A YAML file, read as far as it can be.
+    """A YAML file, read as far as possible.
 
     Attributes:
-        root: Its node tree, which knows the lines; None where there is none.
-        value: What it holds, as mappings, lists and scalars.
-        problems: What is wrong with it as YAML.
+        root: Its node tree, with line numbers; None if the file is empty or cannot be read.
+        value: Its content, as mappings, lists and scalars.
+        problems: Its problems as a YAML file.
     """
 
     root: yaml.Node | None
@@ -67,7 +67,7 @@ class Document:
     problems: tuple[Problem, ...]
 
     def line(self, field: str) -> int:
-        """The line of a field, from 1; of the nearest field above it where it is not in the file."""
+        """Return the line of a field, from 1, or of the nearest field above it that is in the file."""
         node, line = self.root, 1
         if node is not None:
             line = node.start_mark.line + 1
@@ -81,13 +81,13 @@ class Document:
 
 
 def _step(node: yaml.Node, parts: list[str]) -> tuple[int, yaml.Node, list[str]] | None:
-    """One level down: the line, the node and what is left of the path; None where the path ends here."""
+    """Go down one level; return the line, the node and the rest of the path, or None if the path ends."""
     if isinstance(node, yaml.SequenceNode):
         if parts[0].isdecimal() and int(parts[0]) < len(node.value):
             item = node.value[int(parts[0])]
             return item.start_mark.line + 1, item, parts[1:]
     elif isinstance(node, yaml.MappingNode):
-        # A key may hold dots itself; the longest one that fits is meant. The last of a repeated key counts.
+        # A key may contain dots; the longest key that fits is taken. Of a repeated key the last is taken.
         for count in range(len(parts), 0, -1):
             name = ".".join(parts[:count])
             for key, item in reversed(node.value):
@@ -97,7 +97,7 @@ def _step(node: yaml.Node, parts: list[str]) -> tuple[int, yaml.Node, list[str]]
 
 
 def read_yaml(text: str) -> Document:
-    """Read a YAML text; never raises on what the text holds.
+    """Read a YAML text. Its problems are returned, never raised.
 
     Args:
         text: The text, without a byte order mark.
@@ -106,13 +106,13 @@ def read_yaml(text: str) -> Document:
         The document, with its problems.
     """
     if problem := wrong_text(text):
-        return _unreadable(f"is no text: {problem}")
+        return _unreadable(f"is not text: {problem}")
     try:
         return _build(_Loader(text))
     except yaml.YAMLError as error:
         return _syntax(error, text)
     except (ValueError, KeyError) as error:
-        return _unreadable(f"holds a scalar that does not fit its tag: {error}")
+        return _unreadable(f"contains a scalar that does not fit its tag: {error}")
     except RecursionError:
         return _unreadable("is nested too deeply")
 
@@ -125,7 +125,7 @@ def _build(loader: _Loader) -> Document:
         problems = tuple(_check(root, "", set()))
         if any(_is_fatal(problem) for problem in problems):
             return Document(root=root, value=None, problems=problems)
-        # Built whole, an alias that holds itself is refused.
+        # With `deep`, an alias that contains itself is refused.
         return Document(root=root, value=loader.construct_object(root, deep=True), problems=problems)
     finally:
         loader.dispose()
@@ -139,7 +139,7 @@ def _is_fatal(problem: Problem) -> bool:
 
 
 def _check(node: yaml.Node, path: str, seen: set[int]) -> Iterator[Problem]:
-    """Repeated keys, which YAML forbids and PyYAML takes, and keys that are no texts."""
+    """Find repeated keys, which YAML forbids and PyYAML accepts, and keys that are not texts."""
     if id(node) in seen:
         return
     seen.add(id(node))
@@ -168,15 +168,15 @@ def _syntax(error: yaml.YAMLError, text: str) -> Document:
     mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
     if mark is not None:
         line = mark.line + 1
-    else:  # a character that YAML does not allow, which is told by its place
+    else:  # a character that YAML does not allow; the error has its position, not its line
         before = text.encode()[: getattr(error, "position", 0)]
         line = before.count(b"\n") + 1
-    found = str(getattr(error, "problem", None) or getattr(error, "reason", None) or error)
-    if found.startswith("but "):  # the sentence begins in the context
-        found = f"{getattr(error, 'context', '')} {found}"
+    reason = str(getattr(error, "problem", None) or getattr(error, "reason", None) or error)
+    if reason.startswith("but "):  # the sentence begins in the context
+        reason = f"{getattr(error, 'context', '')} {reason}"
     hint = " Check the indentation, and quote texts that hold ': ' or begin with a mark."
     is_form = not isinstance(error, yaml.constructor.ConstructorError)
-    return _unreadable(f"is no YAML we can read: {found}.{hint * is_form}", line=line)
+    return _unreadable(f"cannot be read as YAML: {reason}.{hint * is_form}", line=line)
 
 
 def _unreadable(message: str, *, line: int = 1) -> Document:

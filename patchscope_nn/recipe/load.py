@@ -1,4 +1,4 @@
-"""Recipe files: find one, read it, and say everything that is wrong with it."""
+"""Recipe files: finding, reading and checking them."""
 
 from __future__ import annotations
 
@@ -28,48 +28,48 @@ _BEGIN = "a recipe is a mapping that begins with name, title and source"
 
 
 def shipped() -> list[str]:
-    """The names of the recipes that ship."""
+    """List the names of the builtin recipes."""
     return sorted(path.stem for path in _folder().glob("*.yaml"))
 
 
 def _folder() -> Path:
-    """The recipes: inside the package where it is installed, beside it in a checkout."""
+    """Return the recipes' folder: inside an installed package, beside the package in a checkout."""
     package = Path(__file__).parents[1]
     inside = package / "recipes"
     return inside if inside.is_dir() else package.parent / "recipes"
 
 
 def find(name_or_path: str | Path) -> Path:
-    """The file of a recipe.
+    """Find the file of a recipe.
 
     Args:
-        name_or_path: The name of a recipe that ships, or a file; `-` is standard input.
+        name_or_path: The name of a builtin recipe, or a file; `-` is standard input.
 
     Returns:
-        Its path.
+        The path of the file.
 
     Raises:
-        InputError: There is no such recipe.
+        InputError: The recipe does not exist.
     """
-    given, names = str(name_or_path), shipped()
-    if given == _INPUT:
+    name, names = str(name_or_path), shipped()
+    if name == _INPUT:
         return Path(_INPUT)
-    if given in names:
-        return _folder() / f"{given}.yaml"
+    if name in names:
+        return _folder() / f"{name}.yaml"
     try:
         path = Path(name_or_path).expanduser()
         if path.exists():
             return path
-    except (OSError, RuntimeError) as error:  # a name too long, or the home of no user
+    except (OSError, RuntimeError) as error:  # a name that is too long, or the home of an unknown user
         reason = getattr(error, "strerror", None) or str(error).rstrip(".")
-        shown = given if len(given) <= _SHOWN else f"{given[:_SHOWN]}..."
-        raise InputError(f"the recipe {shown!r} cannot be found: {reason}.", hint="Check the path.") from None
-    if path.suffix in _ENDINGS or path.name != given:
+        short = name if len(name) <= _SHOWN else f"{name[:_SHOWN]}..."
+        raise InputError(f"the recipe {short!r} cannot be found: {reason}.", hint="Check the path.") from None
+    if path.suffix in _ENDINGS or path.name != name:
         near = difflib.get_close_matches(path.stem, names, n=1)
         hint = f"Did you mean the recipe that ships as {near[0]!r}?" if near else "Check the path."
-        raise InputError(f"the recipe {given!r} does not exist.", hint=hint)
+        raise InputError(f"the recipe {name!r} does not exist.", hint=hint)
     raise InputError(
-        f"{given!r} is no recipe.", hint=f"{did_you_mean(given, names)} Or give a file: my-recipe.yaml."
+        f"{name!r} is not a recipe.", hint=f"{did_you_mean(name, names)} Or give a file: my-recipe.yaml."
     )
 
 
@@ -80,15 +80,15 @@ def load_recipe(
     """Read a recipe.
 
     Args:
-        name_or_path: The name of a recipe that ships, a YAML file, or `-` for standard input.
-        sets: Changes as `key.path=value` texts, the value in YAML.
-        overrides: Changes as dotted paths and values; `sets` win over them.
+        name_or_path: The name of a builtin recipe, a YAML file, or `-` for standard input.
+        sets: Changes as `key.path=value` texts, with the value in YAML.
+        overrides: Changes as dotted paths and values; `sets` take precedence.
 
     Returns:
         The recipe.
 
     Raises:
-        SpecError: The recipe has problems; all are listed, each with its line.
+        SpecError: The recipe has problems; the error lists all of them, each with its line.
         InputError: The file is missing or cannot be read.
     """
     loaded = _load(find(name_or_path), sets=sets, overrides=overrides)
@@ -99,42 +99,43 @@ def load_recipe(
 
 
 def lint(path: str | Path) -> list[Problem]:
-    """Everything that can be found wrong with a recipe without its model; never raises.
+    """Find all problems of a recipe that can be found without its model; never raises.
 
-    Besides what `load_recipe` checks, the columns that prompts, choices, references and metrics ask for are
-    looked up in the data, unless that is on the Hub or given by a function. No code of a recipe's is run.
+    In addition to the checks of `load_recipe`, the columns that prompts, choices, references and metrics use
+    are looked up in the data, unless the data comes from the Hub or a function. No code that a recipe names
+    is run.
 
     Args:
-        path: A YAML file, or the name of a recipe that ships.
+        path: A YAML file, or the name of a builtin recipe.
 
     Returns:
         The problems, in the order of the file.
     """
     try:
         file = find(path)
-        recipe, found, document = _load(file)
+        recipe, all_problems, document = _load(file)
         if recipe is not None:
-            found = _ordered(_lined(_missing(recipe, base=file.parent), document))
+            all_problems = _ordered(_lined(_missing(recipe, base=file.parent), document))
     except InputError as error:
         return [Problem(field="", message=str(error))]
-    return found
+    return all_problems
 
 
 def _missing(recipe: Recipe, *, base: Path) -> list[Problem]:
-    """The columns that a recipe asks for and its data lacks; of methods those that the recipe has not."""
-    found = missing_columns(recipe, base=base)
-    known = {(problem.field, problem.message) for problem in found}
+    """Find the columns that a recipe or its methods use and the data lacks; each problem is listed once."""
+    all_problems = missing_columns(recipe, base=base)
+    known = {(problem.field, problem.message) for problem in all_problems}
     for name, variant in recipe.of_methods().items():
-        found += [
+        all_problems += [
             replace(problem, field=f"methods.{name}.{problem.field}")
             for problem in missing_columns(variant, base=base)
             if (problem.field, problem.message) not in known
         ]
-    return found
+    return all_problems
 
 
 class _Loaded(NamedTuple):
-    """A file, read: the recipe where nothing is wrong with it, else the problems."""
+    """A file that was read: the recipe if it has no problems, otherwise the problems."""
 
     recipe: Recipe | None
     problems: list[Problem]
@@ -143,24 +144,24 @@ class _Loaded(NamedTuple):
 
 def _load(path: Path, *, sets: Sequence[str] = (), overrides: Mapping[str, Any] = {}) -> _Loaded:
     document = read_yaml(_read(path))
-    found = list(document.problems)
+    all_problems = list(document.problems)
     if not isinstance(document.value, dict):
-        if not found:
-            found.append(Problem(field="", message=f"holds {_kind(document.value)}; {_BEGIN}", line=1))
-        return _Loaded(None, found, document)
+        if not all_problems:
+            all_problems.append(Problem(field="", message=f"holds {_kind(document.value)}; {_BEGIN}", line=1))
+        return _Loaded(None, all_problems, document)
     changes, wrong = parse_changes(sets=sets, overrides=overrides)
     raw, unmade = apply_changes(document.value, changes)
     recipe = None
     try:
         recipe = Recipe.model_validate({name: value for name, value in raw.items() if name != "methods"})
     except ValidationError as error:
-        found += [_place(problem, document, changes, raw) for problem in problems(error, Recipe)]
+        all_problems += [_place(problem, document, changes, raw) for problem in problems(error, Recipe)]
     if recipe is not None and raw.get("methods", {}) != {}:
         of_methods = variants(Recipe, raw, raw["methods"])[1]
-        found += [_place(problem, document, changes, raw) for problem in of_methods]
+        all_problems += [_place(problem, document, changes, raw) for problem in of_methods]
         recipe = None if of_methods else Recipe.model_validate(raw)
-    found = _ordered([*found, *wrong, *unmade])
-    return _Loaded(None if found else recipe, found, document)
+    all_problems = _ordered([*all_problems, *wrong, *unmade])
+    return _Loaded(None if all_problems else recipe, all_problems, document)
 
 
 def _read(path: Path) -> str:
@@ -183,13 +184,13 @@ def _kind(value: Any) -> str:
     return {list: "a list", str: "a text", bool: "a boolean"}.get(type(value), "a number")
 
 
-def _ordered(found: Iterable[Problem]) -> list[Problem]:
-    """In the order of the file; those from outside it last."""
-    return sorted(found, key=lambda problem: (problem.line is None, problem.line or 0))
+def _ordered(unordered: Iterable[Problem]) -> list[Problem]:
+    """Sort problems by their lines; those from outside the file come last."""
+    return sorted(unordered, key=lambda problem: (problem.line is None, problem.line or 0))
 
 
 def _place(problem: Problem, document: Document, changes: Sequence[Change], raw: Any) -> Problem:
-    """A problem with its line, or with the change that caused it, and with advice on quotes."""
+    """Add to a problem its line, or the change that caused it, and advice on quotes if it helps."""
     message = problem.message
     if problem.field.endswith(".prompt") and _is_unquoted(_at(raw, problem.field)):
         message += '. Quote a text that begins with a brace: "{column}"'
@@ -200,7 +201,7 @@ def _place(problem: Problem, document: Document, changes: Sequence[Change], raw:
 
 
 def _is_unquoted(value: Any) -> bool:
-    """Whether a value is what YAML makes of `{column}` without quotes."""
+    """True if a value is what YAML reads from `{column}` without quotes."""
     return isinstance(value, dict) and bool(value) and all(item is None for item in value.values())
 
 
@@ -210,5 +211,5 @@ def _at(raw: Any, field: str) -> Any:
     return raw
 
 
-def _lined(found: Iterable[Problem], document: Document) -> list[Problem]:
-    return [replace(problem, line=document.line(problem.field)) for problem in found]
+def _lined(without_lines: Iterable[Problem], document: Document) -> list[Problem]:
+    return [replace(problem, line=document.line(problem.field)) for problem in without_lines]

@@ -1,7 +1,7 @@
-"""Recipes with several methods: each is the recipe with some changes, a run of its own, and is compared.
+"""Recipes with several methods: each method is the recipe with changes, in its own run. Runs are compared.
 
 A method's changes are a mapping, nested or dotted: `{target: {layer: -1}}` and `{target.layer: -1}` are the
-same. Of `source` and `target` only the fields named are changed; any other field is put whole.
+same. In `source` and `target` only the named fields are changed; any other field is replaced completely.
 """
 
 from __future__ import annotations
@@ -22,57 +22,59 @@ _FEWEST = 2
 
 
 def slug(name: str) -> str:
-    """A method's folder: its name in lower-case letters, digits and hyphens."""
+    """Return the name of a method's folder: its name in lower-case letters, digits and hyphens."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def variants(
     recipe: type[Spec], raw: Mapping[str, Any], methods: Any
 ) -> tuple[dict[str, Any], list[Problem]]:
-    """The recipe of each method, and everything that is wrong with them.
+    """Build the recipe of each method.
 
     Args:
         recipe: The recipe's class.
-        raw: The recipe as its YAML holds it; it is right without its methods.
+        raw: The recipe in its YAML form; it is valid without its methods.
         methods: Each method's name and changes.
 
     Returns:
-        The recipes by name, those that are right, and the problems, each at `methods.NAME.FIELD`.
+        The valid recipes by name, and the problems of the others, each at `methods.NAME.FIELD`.
     """
     if not isinstance(methods, Mapping) or len(methods) < _FEWEST:
         message = (
             "should be a mapping of two or more names, each to its changes: {logit lens: {target.layer: -1}}"
         )
         return {}, [Problem(field="methods", message=message)]
-    found: dict[str, Any] = {}
+    recipes: dict[str, Any] = {}
     wrong = list(_bad_names(methods))
     for name, changes in methods.items():
-        place = f"methods.{name}"
+        field = f"methods.{name}"
         if not isinstance(changes, Mapping | None):
             message = f"should be a mapping of changes, or empty; given {changes!r}"
-            wrong.append(Problem(field=place, message=message))
+            wrong.append(Problem(field=field, message=message))
             continue
-        asked = list(_changes(changes or {}, origin=place))
-        bad = [change for change in asked if change.path[0] in _FIXED]
-        for change in bad:
+        method_changes = list(_changes(changes or {}, origin=field))
+        refused = [change for change in method_changes if change.path[0] in _FIXED]
+        for change in refused:
             message = (
-                f"is no method's to change; leave it out. {did_you_mean(change.path[0], list(_free(recipe)))}"
+                "cannot be changed by a method; leave it out. "
+                f"{did_you_mean(change.path[0], list(_free(recipe)))}"
             )
-            wrong.append(Problem(field=f"{place}.{'.'.join(change.path)}", message=message))
+            wrong.append(Problem(field=f"{field}.{'.'.join(change.path)}", message=message))
         base = {name: value for name, value in raw.items() if name != "methods"}
-        made, unmade = apply_changes(base, [change for change in asked if change not in bad])
-        wrong += [Problem(field=f"{place}.{one.field}", message=one.message) for one in unmade]
+        changed, unmade = apply_changes(base, [change for change in method_changes if change not in refused])
+        wrong += [Problem(field=f"{field}.{problem.field}", message=problem.message) for problem in unmade]
         named = {
             "name": f"{raw['name']}-{slug(name)}".rstrip("-"),
             "title": f"{raw.get('title', raw['name'])} ({name})",
         }
         try:
-            found[name] = recipe.model_validate(made | named)
+            recipes[name] = recipe.model_validate(changed | named)
         except ValidationError as error:
             wrong += [
-                Problem(field=f"{place}.{one.field}", message=one.message) for one in problems(error, recipe)
+                Problem(field=f"{field}.{problem.field}", message=problem.message)
+                for problem in problems(error, recipe)
             ]
-    return found, wrong
+    return recipes, wrong
 
 
 def _free(recipe: type[Spec]) -> Iterator[str]:
@@ -80,7 +82,7 @@ def _free(recipe: type[Spec]) -> Iterator[str]:
 
 
 def _bad_names(methods: Mapping[str, Any]) -> Iterator[Problem]:
-    """Names that make no folder, or the same one as another's."""
+    """Find names without a letter or digit, and names with the same folder as another name."""
     seen: dict[str, str] = {}
     for name in methods:
         folder = slug(name)
@@ -88,13 +90,13 @@ def _bad_names(methods: Mapping[str, Any]) -> Iterator[Problem]:
             message = "has neither letter nor digit; name the method in words"
             yield Problem(field=f"methods.{name}", message=message)
         elif folder in seen:
-            message = f"has the folder {folder!r} that {seen[folder]!r} has; give it another name"
+            message = f"has the same folder, {folder!r}, as {seen[folder]!r}; give it another name"
             yield Problem(field=f"methods.{name}", message=message)
         seen.setdefault(folder, name)
 
 
-def _changes(given: Mapping[str, Any], *, origin: str) -> Iterator[Change]:
-    for key, value in given.items():
+def _changes(changes: Mapping[str, Any], *, origin: str) -> Iterator[Change]:
+    for key, value in changes.items():
         path = tuple(str(key).split("."))
         if path in [(name,) for name in _MERGED] and isinstance(value, Mapping):
             for field, inner in value.items():

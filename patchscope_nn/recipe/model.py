@@ -1,4 +1,4 @@
-"""The recipe as data: a Patchscope, what fills it, what is measured and what it is compared with."""
+"""The recipe as data: a Patchscope with its data, metrics and controls."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ _SLUG = re.compile(r"[a-z0-9]+(?:-[a-z0-9]+)*")
 def _slug(name: str) -> str:
     if not _SLUG.fullmatch(name):
         raise ValueError(
-            f"{name!r} is no recipe name; use lower-case letters and digits, with single hyphens between "
-            "words: my-recipe"
+            f"{name!r} is not a valid recipe name; use lower-case letters and digits, with single hyphens "
+            "between words: my-recipe"
         )
     return name
 
@@ -61,10 +61,10 @@ def _once(values: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def _metric(value: Any, info: ValidationInfo) -> MetricUse:
     use = parse_metric(value)
-    # The readout is checked before the metrics; it is missing here where it is wrong itself.
-    found = check_metrics([use], info.data["readout"]) if "readout" in info.data else []
-    if found:
-        raise ValueError(found[0])
+    # The readout is checked before the metrics; it is missing here if it is invalid.
+    messages = check_metrics([use], info.data["readout"]) if "readout" in info.data else []
+    if messages:
+        raise ValueError(messages[0])
     return use
 
 
@@ -72,7 +72,7 @@ AnyMetric = Annotated[
     MetricUse,
     PlainValidator(_metric),
     PlainSerializer(lambda use: use.dump()),
-    WithJsonSchema({}),  # `schema.py` lists the metrics that are known when it is asked
+    WithJsonSchema({}),  # `schema.py` adds the metrics that are known when the schema is generated
 ]
 AnyColumn = Annotated[
     ColumnUse, PlainValidator(parse_column), PlainSerializer(lambda use: use.dump()), WithJsonSchema({})
@@ -82,41 +82,40 @@ AnyColumn = Annotated[
 class Probe(Spec):
     """A linear probe on the states of a run whose readout is `hidden` (the baseline of section 4.2).
 
-    Adds to the table `probe_choice`, `probe_accuracy`, `probe_majority_accuracy` (of the commonest class) and
-    `probe_shuffled_accuracy` (of a probe that was trained on shuffled labels).
+    It adds the columns `probe_choice`, `probe_accuracy`, `probe_majority_accuracy` (of always predicting the
+    most common class) and `probe_shuffled_accuracy` (of a probe trained on shuffled labels).
 
     Attributes:
-        label: The data column that holds the class.
-        folds: How many folds; each cell is predicted by the one that did not see its source prompt.
+        label: The data column of the class.
+        folds: The number of folds; each cell is predicted by a probe that was trained without its source
+            prompt.
     """
 
     label: Annotated[str, Field(min_length=1)]
     folds: Annotated[int, Field(ge=2)] = 3
 
 
-#: The metric columns that a probe adds; before them stands `probe_choice`.
+#: The metric columns that a probe adds, after `probe_choice`.
 PROBE_METRICS = ("probe_accuracy", "probe_majority_accuracy", "probe_shuffled_accuracy")
 
 
 def _probe(probe: Probe | None, info: ValidationInfo) -> Probe | None:
-    """A probe is on h itself: T = S, i* = i, l* = l and f the identity."""
-    given = info.data
-    if probe is None or not {"readout", "source", "target", "mapping"} <= set(given):
+    """Check that a probe is trained on h itself: T = S, i* = i, l* = l and f the identity."""
+    fields = info.data
+    if probe is None or not {"readout", "source", "target", "mapping"} <= set(fields):
         return probe
-    if "hidden" not in given["readout"].columns:
+    if "hidden" not in fields["readout"].columns:
         raise ValueError(
-            f"reads hidden states, and the readout is {given['readout'].name}; write readout: hidden"
+            f"reads hidden states, and the readout is {fields['readout'].name}; write readout: hidden"
         )
-    target = given["target"]
-    moved = [name for name in ("prompt", "position", "model") if getattr(target, name) is not None]
-    moved += ["layer"] if target.layer != "same" else []
-    moved += ["site"] if target.site != given["source"].site else []
-    if moved or given["mapping"] != "identity":
-        raise ValueError(
-            f"is trained on the source's own states; leave out {', '.join(f'target.{one}' for one in moved)}"
-            if moved
-            else "is trained on the source's own states; leave out mapping"
-        )
+    target = fields["target"]
+    extra = [
+        f"target.{name}" for name in ("prompt", "position", "model") if getattr(target, name) is not None
+    ]
+    extra += ["target.layer"] if target.layer != "same" else []
+    extra += ["target.site"] if target.site != fields["source"].site else []
+    if extra or fields["mapping"] != "identity":
+        raise ValueError(f"is trained on the source's own states; leave out {', '.join(extra) or 'mapping'}")
     return probe
 
 
@@ -124,7 +123,7 @@ def _score(score: str | None, info: ValidationInfo) -> str | None:
     names = [use.name for use in info.data.get("metrics", ())]
     names += PROBE_METRICS if info.data.get("probe") else ()
     if score is not None and "metrics" in info.data and score not in names:
-        raise ValueError(f"{score!r} is no metric of this recipe. {did_you_mean(score, names)}")
+        raise ValueError(f"{score!r} is not a metric of this recipe. {did_you_mean(score, names)}")
     return score
 
 
@@ -144,42 +143,43 @@ def _data_of_fit(mapping: Any) -> Any:
         try:
             DataSpec(**mapping.data)
         except SpecError as error:
-            said = (
-                f"{word}.data{f'.{one.field}' * bool(one.field)}: {one.message}" for one in error.problems
+            messages = (
+                f"{word}.data{f'.{problem.field}' * bool(problem.field)}: {problem.message}"
+                for problem in error.problems
             )
-            raise ValueError("; ".join(said)) from None
+            raise ValueError("; ".join(messages)) from None
     return mapping
 
 
 class Recipe(Spec):
-    """A Patchscope, its data, metrics and controls: what `patchscope run` runs.
+    """A Patchscope with its data, metrics and controls: what `patchscope run` runs.
 
     Attributes:
-        name: Its short name, in lower-case letters, digits and hyphens.
-        title: What it asks, in a line; the name unless given.
+        name: A short name, in lower-case letters, digits and hyphens.
+        title: The question it answers, in one line; by default its name.
         paper: The paper and section it follows.
-        model: M and M*, where `source.model` and `target.model` name no other: a Hugging Face id, a folder,
-            or `builtin:...`.
-        data: Where the rows come from that fill `{column}` placeholders; without it there is one row.
-        source: Where the hidden state is taken.
-        target: Where it is written.
+        model: M and M*, unless `source.model` or `target.model` name another: a Hugging Face id, a folder, or
+            `builtin:...`.
+        data: The source of the rows that fill `{column}` placeholders; without it there is one row.
+        source: Where the hidden state is read.
+        target: Where the mapped state is written.
         mapping: f: `identity`, `target_norm`, `aligned` (identity within one model, a fit between two),
             `{affine: file.safetensors}`, `{fitted: file.safetensors}`, `{fit: {kind: affine, data: ...}}`,
             `{train: {kind: tuned_lens, ...}}`, a published lens (`{tuned_lens: folder}` or
             `{jacobian_lens: file.pt}`), or `{function: module:name}`.
         readout: What is read from the patched run: `next_token`, `generate`, `choices` or `hidden`.
-        columns: Columns that are derived from what was read, before the metrics: a name, or `{function:
+        columns: Columns that are derived from the readout, before the metrics: a name, or `{function:
             module:name}`.
-        metrics: One number each for every cell, from what was read and the data row.
-        controls: What else is run to compare with: `unpatched` (T as it is), `random` (a random state of the
-            same norm), `shuffled` (another row's state).
-        seed: What random states, the choice of other rows and sampling start from.
-        best_over: What the summary and the figures take the best over, for the controls too:
-            `source_layer`, `target_layer` or both.
+        metrics: Metrics, each of which computes a number for every cell from the readout and the data row.
+        controls: Runs to compare with: `unpatched` (T without a patch), `random` (a random state of the same
+            norm), `shuffled` (another row's state), `text-only` (the source's text in place of the state).
+        seed: The seed of random states, of the choice of other rows, and of sampling.
+        best_over: The dimensions over which the summary and the figures take the best value, for the controls
+            too: `source_layer`, `target_layer` or both.
         probe: A linear probe on the states; only with the readout `hidden` and without a target.
-        score: The metric that stands for this recipe beside others that have none of its metrics.
+        score: The metric by which this recipe is compared with recipes that have other metrics.
         methods: Methods to compare, by name, each with its changes to this recipe, nested or dotted:
-            `{token identity: {}, logit lens: {target: {prompt: null, layer: -1}}}`. Each is a run of its own.
+            `{token identity: {}, logit lens: {target: {prompt: null, layer: -1}}}`. Each has its own run.
     """
 
     name: Annotated[
@@ -210,9 +210,9 @@ class Recipe(Spec):
 
     @model_validator(mode="before")
     @classmethod
-    def _titled(cls, given: Any) -> Any:
-        named = isinstance(given, Mapping) and isinstance(given.get("name"), str)
-        return {"title": given["name"], **given} if named else given
+    def _titled(cls, raw: Any) -> Any:
+        named = isinstance(raw, Mapping) and isinstance(raw.get("name"), str)
+        return {"title": raw["name"], **raw} if named else raw
 
     @model_validator(mode="after")
     def _methods_fit(self) -> Self:
@@ -223,17 +223,17 @@ class Recipe(Spec):
         return self
 
     def of_methods(self) -> dict[str, Recipe]:
-        """The recipe of each method, by its name; empty where there are no methods."""
+        """Return the recipe of each method, by its name; empty without methods."""
         return variants(type(self), _raw(self), self.methods)[0] if self.methods else {}
 
     @property
     def scope(self) -> Patchscope:
-        """The Patchscope alone."""
+        """The Patchscope of the recipe."""
         return Patchscope(source=self.source, target=self.target, mapping=self.mapping, readout=self.readout)
 
 
 def dump(recipe: Recipe) -> dict[str, Any]:
-    """A recipe as its YAML holds it, defaults left out; `Recipe(**dump(recipe)) == recipe`."""
+    """Convert a recipe to its YAML form, without defaults; `Recipe(**dump(recipe)) == recipe`."""
     plain = recipe.model_dump(mode="json", exclude_defaults=True)
     if "readout" in plain:
         ((name, fields),) = dump_readout(recipe.readout, exclude_defaults=True).items()
@@ -242,7 +242,7 @@ def dump(recipe: Recipe) -> dict[str, Any]:
 
 
 def _raw(recipe: Recipe) -> dict[str, Any]:
-    """What methods make their changes to: the recipe without them, with functions of Python's as they are."""
+    """Return the raw recipe that methods change: without `methods`, and with Python functions as objects."""
     plain = dump(recipe)
     plain.pop("methods", None)
     plain |= {name: list(getattr(recipe, name)) for name in ("columns", "metrics") if name in plain}
@@ -250,5 +250,5 @@ def _raw(recipe: Recipe) -> dict[str, Any]:
 
 
 def resolved(recipe: Recipe) -> dict[str, Any]:
-    """A recipe with every default written out; `Recipe(**resolved(recipe)) == recipe`."""
+    """Convert a recipe to its YAML form, with every default; `Recipe(**resolved(recipe)) == recipe`."""
     return recipe.model_dump(mode="json")

@@ -19,14 +19,14 @@ _ENTRY = re.compile(r"^    (\w+): (.*(?:\n {8}.*)*)", re.MULTILINE)
 
 
 def json_schema() -> dict[str, Any]:
-    """The JSON Schema (draft 2020-12) that recipe files follow.
+    """Generate the JSON Schema (draft 2020-12) of recipe files.
 
-    It knows the form of every field. What depends on two fields at once (a metric that does not fit the
-    readout) or on data and model is left to `lint` and `plan`. It accepts the metrics and mappings that
-    are registered or that installed packages bring; regenerate it after installing one.
+    It describes the form of every field. Rules that involve two fields (a metric that does not fit the
+    readout), the data or the model are checked by `lint` and `plan`. It accepts the metrics and mappings that
+    are registered or that installed packages provide; generate it again after installing such a package.
 
     Returns:
-        The schema; recipes/recipe.schema.json holds it.
+        The schema, as stored in recipes/recipe.schema.json.
     """
     schema = Recipe.model_json_schema(mode="validation")
     _document(schema, Recipe)
@@ -52,16 +52,16 @@ def json_schema() -> dict[str, Any]:
         "default": Recipe.model_fields["readout"].default.name,
         "anyOf": _readouts(),
     }
-    # A default that is a whole object reads as noise; its own fields carry theirs. A title's is the name.
+    # The default of `target` is an object, whose fields have their own defaults; that of `title` is the name.
     for name in ("target", "title"):
         del schema["properties"][name]["default"]
     return {"$schema": _DIALECT, **schema, "title": "Patchscopes recipe"}
 
 
 def _document_fit(mapping: dict[str, Any]) -> None:
-    """The fields of `{fit: ...}` and `{train: ...}`; their data is what a recipe's data is."""
+    """Add the descriptions of `{fit: ...}` and `{train: ...}`; their data has the form of a recipe's data."""
     for word, model in (("fit", Fit), ("train", Train)):
-        form = next(one for one in mapping["anyOf"] if word in one.get("properties", {}))
+        form = next(form for form in mapping["anyOf"] if word in form.get("properties", {}))
         fields = form["properties"][word]["anyOf"][1]
         _document(fields, model)
         data = fields["properties"]["data"]
@@ -69,7 +69,7 @@ def _document_fit(mapping: dict[str, Any]) -> None:
 
 
 def _list_names(schema: dict[str, Any]) -> None:
-    """Put in the names of metrics and mappings that ship, are registered, or are brought by packages."""
+    """Add the names of all metrics and mappings: builtin, registered, and those of installed packages."""
     fields = schema["properties"]
     fields["metrics"]["items"] = _metrics()
     fields["columns"]["items"] = {"anyOf": [{"type": "string"}, _function()]}
@@ -77,12 +77,12 @@ def _list_names(schema: dict[str, Any]) -> None:
 
 
 def _metrics() -> dict[str, Any]:
-    """A metric's bare name where it needs no parameter, `{name: parameters}`, or a function."""
+    """The forms of a metric: its name if it has no parameters, `{name: parameters}`, or a function."""
     known = METRICS.entries
     bare = [name for name, metric in known.items() if not metric.parameters]
     elsewhere = [name for name in METRICS.names() if name not in known]
     forms = [_metric(name, metric.parameters, metric.title) for name, metric in known.items()]
-    # What a package's metric needs is not known before the package is imported.
+    # The parameters of a package's metric are unknown until the package is imported.
     forms += [{"type": "object", "required": [name], "maxProperties": 1} for name in elsewhere]
     return {"anyOf": [{"enum": [*bare, *elsewhere]}, *forms, _function(more={"type": ["string", "integer"]})]}
 
@@ -102,18 +102,18 @@ def _closed(properties: dict[str, Any]) -> dict[str, Any]:
 
 
 def _function(*, more: Any = False) -> dict[str, Any]:
-    """`{function: module:name}`, and what may stand beside it."""
+    """The form `{function: module:name}`, with `more` as the form of additional keys."""
     reference = {"type": "string", "pattern": r"^[^:\s]+:[^:\s]+$"}
     return {"title": "function", **_closed({"function": reference}), "additionalProperties": more}
 
 
 def _readouts() -> list[dict[str, Any]]:
-    """A readout's bare name where it needs no field, or `{name: fields}`."""
+    """The forms of a readout: its name if it has no required fields, or `{name: fields}`."""
     bare = [name for name, model in readout_kinds().items() if not _required(model)]
     forms: list[dict[str, Any]] = [{"enum": bare}]
     for name, model in readout_kinds().items():
         fields: dict[str, Any] = {"$ref": f"#/$defs/{model.__name__}"}
-        if name in bare:  # `generate:` with nothing after it
+        if name in bare:  # `generate:` without a value
             fields = {"anyOf": [fields, {"type": "null"}]}
         forms.append(
             {
@@ -132,17 +132,17 @@ def _required(model: type[BaseModel]) -> bool:
 
 
 def _given(name: str, form: dict[str, Any] | None = None) -> dict[str, Any]:
-    """A field that is there and is something."""
+    """The form of an object in which a field is present and not null."""
     return {"required": [name], "properties": {name: form or {"not": {"type": "null"}}}}
 
 
 def _or_its_file(vector: dict[str, Any]) -> dict[str, Any]:
-    """A vector's file stands for the vector."""
+    """Allow a vector's file in place of the vector."""
     return vector | {"anyOf": [{"type": "string", "minLength": 1}, *vector["anyOf"]]}
 
 
 def _document(schema: dict[str, Any], model: type[BaseModel]) -> None:
-    """Put a class's docstring where editors show it."""
+    """Copy a class's docstring to the descriptions, which editors show."""
     schema["description"] = _flat((inspect.getdoc(model) or "").partition("\n\nAttributes:")[0])
     for name, text in _attributes(model).items():
         schema["properties"][name]["description"] = text

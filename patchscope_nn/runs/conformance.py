@@ -21,7 +21,7 @@ from patchscope_nn.recipe import Recipe, dump, json_schema, resolved
 from patchscope_nn.runs.results import Run
 from patchscope_nn.runs.run import run
 from patchscope_nn.spec import Patchscope, Readout, Source, Target
-from patchscope_nn.spec.prompts import encode
+from patchscope_nn.spec.encoding import encode
 
 #: Source and target prompts of several lengths, so that rows are padded if they are not packed.
 _PROMPTS = (

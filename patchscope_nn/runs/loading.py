@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from patchscope_nn.backends import Backend, Ndif, Places
-from patchscope_nn.models import Model, builtin, common_base, wear, wear_named
+from patchscope_nn.models import Model, builtin, common_base, with_adapter, with_named_adapter
 from patchscope_nn.proof import load, proven, proven_on
 from patchscope_nn.recipe import Recipe
 
@@ -54,11 +54,11 @@ def load_models(
         source = target = loader(source_name, **source_options)
     elif _weights_here(places) and (base := common_base(source_name, target_name)):
         base_model = loader(base, dtype=places.dtype, device_map=places.device_map)
-        source, target = (proven(wear_named(base_model, name)) for name in (source_name, target_name))
+        source, target = (proven(with_named_adapter(base_model, name)) for name in (source_name, target_name))
     else:
         source, target = loader(source_name, **source_options), loader(target_name, **target_options)
     adapter = recipe and recipe.target.adapter
-    return source, proven(wear(target, adapter)) if adapter else target
+    return source, proven(with_adapter(target, adapter)) if adapter else target
 
 
 def _first(*candidates: Any) -> Any:

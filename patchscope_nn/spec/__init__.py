@@ -1,10 +1,10 @@
-"""The object: a Patchscope, as frozen data with the same field names in Python and in YAML.
+"""The Patchscope as frozen data, with the same field names in Python and in YAML.
 
 A Patchscope takes the hidden state at (source prompt S, position i, layer l, model M), maps it by f, and
-writes it at (target prompt T, position i*, layer l*, model M*); the readout is what M* then says
-(Ghandeharioun et al. 2024, arXiv 2401.06102, section 3.1).
+writes it at (target prompt T, position i*, layer l*, model M*). The readout is read from the patched run of
+M* (Ghandeharioun et al. 2024, arXiv 2401.06102, section 3.1).
 
-Nothing here imports torch, so a recipe can be checked in milliseconds.
+This package does not import torch, so a recipe can be checked in milliseconds.
 """
 
 from patchscope_nn._util.checking import Spec, problems

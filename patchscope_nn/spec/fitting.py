@@ -1,4 +1,4 @@
-"""A mapping that is fitted before the run: what decides it."""
+"""The options of a mapping that is fitted before the run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from patchscope_nn._util.checking import NAMED, Spec
 
 FitKind: TypeAlias = Literal["affine", "orthogonal", "low_rank", "scale"]
 FIT_KINDS: tuple[str, ...] = get_args(FitKind)
-#: lambda, in units of the mean variance of a dimension of the source's states times their number.
+#: Values of lambda, in units of the mean variance of a dimension of the source's states times their number.
 LAMBDAS = tuple(10.0**power for power in range(-6, 2))
 
 
@@ -24,26 +24,26 @@ def _number(value: Any) -> Any:
 
 def _rising(lambdas: tuple[float, ...]) -> tuple[float, ...]:
     if list(lambdas) != sorted(set(lambdas)):
-        raise ValueError("should rise, for example [0.001, 0.01, 0.1]")
+        raise ValueError("should increase, for example [0.001, 0.01, 0.1]")
     return lambdas
 
 
 class Fit(Spec):
-    """A mapping fitted before the run, on the pairs of layers the run needs, and kept for the next one.
+    """A mapping that is fitted before the run, on the pairs of layers the run needs, and cached.
 
     Attributes:
         kind: `affine` (ridge regression), `orthogonal` (a rotation), `low_rank` (ridge regression of rank
             `rank`) or `scale` (one number).
-        data: The texts, as a recipe's `data`; None is texts that ship with this package.
-        column: The column that holds them; None is the only one with texts, or `text`.
-        held_out: The share of the texts that is held out, for the numbers that are reported.
-        limit: The most texts to read; None is all.
-        positions: How many positions are taken of each text, at random; None is all.
-        max_tokens: How many tokens of a text are read.
+        data: The texts, as a recipe's `data`; None takes texts that ship with this package.
+        column: The column of the texts; None takes the only column with texts, or `text`.
+        held_out: The fraction of the texts that is held out to measure the reported numbers.
+        limit: The maximum number of texts; None reads all.
+        positions: The number of random positions taken from each text; None takes all.
+        max_tokens: The maximum number of tokens read of a text.
         rank: The rank of `low_rank`.
-        lambdas: The lambda that are tried, in units of the mean variance of a dimension times the number of
-            states; several are tried on texts that were not fitted on.
-        seed: What the choice of texts and positions starts from.
+        lambdas: The values of lambda to try, in units of the mean variance of a dimension times the number of
+            states. Several values are compared on texts that were not used for fitting.
+        seed: The seed of the choice of texts and positions.
     """
 
     kind: FitKind = "affine"
@@ -65,14 +65,12 @@ class Fit(Spec):
     @model_validator(mode="after")
     def _ranked(self) -> Self:
         if (self.kind == "low_rank") != (self.rank is not None):
-            raise ValueError(
-                "kind low_rank, and no other, has a rank: give both, as {kind: low_rank, rank: 16}"
-            )
+            raise ValueError("only kind low_rank has a rank: give both, as in {kind: low_rank, rank: 16}")
         return self
 
 
 def fit_schema() -> dict[str, Any]:
-    """The JSON Schema of a fit's fields."""
+    """Return the JSON Schema of a fit's fields."""
     return Fit.model_json_schema()
 
 

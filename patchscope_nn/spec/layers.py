@@ -1,7 +1,7 @@
-"""Layer selectors: how a recipe names decoder blocks, and what they resolve to.
+"""Layer selectors: how a recipe names decoder blocks, and how names become block numbers.
 
-A layer is the output of a block, 0 to n_layers - 1; `embed` is the input of block 0, which
-everything after resolution knows as `EMBED` (-1).
+A layer is the output of a block, 0 to n_layers - 1. `embed` is the input of block 0; it is resolved to
+`EMBED` (-1).
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ _ALLOWED = "an int (negative counts from the end), a list, 'start:stop[:step]', 
 
 
 def parse_layers(value: Any, *, same: bool = False) -> LayerSelector:
-    """Check the form of a layer selector, before any model is known.
+    """Check the form of a layer selector, without a model.
 
     Args:
-        value: An int, `all`, `embed`, `same` (targets only), a range (Python's, or the text
-            `start:stop:step` with the stop left out, as in Python), or a list of these.
-        same: Whether `same` is allowed, as it is for a target.
+        value: An int, `all`, `embed`, `same` (targets only), a range (a Python `range`, or the text
+            `start:stop:step`, which excludes the stop), or a list of these.
+        same: True if `same` is allowed, as it is for a target.
 
     Returns:
         The selector, hashable.
@@ -41,26 +41,26 @@ def parse_layers(value: Any, *, same: bool = False) -> LayerSelector:
     if isinstance(value, list | tuple):
         if not value:
             raise ValueError(f"is an empty list; give {_ALLOWED}")
-        return tuple(_parse_one(item) for item in value)
+        return tuple(_parse_item(item) for item in value)
     if value == "same" and same:
         return "same"
-    return _parse_one(value, same=same)
+    return _parse_item(value, same=same)
 
 
-def _parse_one(value: Any, *, same: bool = False) -> int | str:
+def _parse_item(value: Any, *, same: bool = False) -> int | str:
     if isinstance(value, int) and not isinstance(value, bool):
         return value
     if isinstance(value, str) and (value in ("all", "embed") or _RANGE.match(value)):
         return value
     extra = " or 'same'" if same else ""
-    raise ValueError(f"{value!r} is no layer; give {_ALLOWED}{extra}")
+    raise ValueError(f"{value!r} is not a valid layer; give {_ALLOWED}{extra}")
 
 
 def resolve_layers(selector: LayerSelector, *, n_layers: int, field: str) -> tuple[int, ...]:
-    """The block numbers a selector names, in its own order and without repeats.
+    """Return the block numbers that a selector names, in its order and without repeats.
 
     Args:
-        selector: What `parse_layers` returned, other than `same`.
+        selector: A result of `parse_layers` other than `same`.
         n_layers: The number of decoder blocks.
         field: The field's name, for messages.
 
@@ -68,16 +68,16 @@ def resolve_layers(selector: LayerSelector, *, n_layers: int, field: str) -> tup
         Block numbers in 0..n_layers - 1, and `EMBED` for the input of block 0.
 
     Raises:
-        LayerError: A layer lies outside the model, or a range holds none.
+        LayerError: A layer is outside the model, or a range holds no layer.
     """
     items = selector if isinstance(selector, tuple) else (selector,)
-    found: dict[int, None] = {}
+    blocks: dict[int, None] = {}
     for item in items:
-        found.update(dict.fromkeys(_resolve_one(item, n_layers=n_layers, field=field)))
-    return tuple(found)
+        blocks.update(dict.fromkeys(_resolve_item(item, n_layers=n_layers, field=field)))
+    return tuple(blocks)
 
 
-def _resolve_one(item: int | str, *, n_layers: int, field: str) -> range | tuple[int, ...]:
+def _resolve_item(item: int | str, *, n_layers: int, field: str) -> range | tuple[int, ...]:
     if item == "all":
         return range(n_layers)
     if item == "embed":
@@ -95,26 +95,26 @@ def _resolve_one(item: int | str, *, n_layers: int, field: str) -> range | tuple
     if not blocks:
         raise LayerError(
             f"{field}={item!r} holds no layer of this model, whose blocks are 0..{n_layers - 1}.",
-            hint="A range leaves its stop out, as in Python: '0:10' is layers 0 to 9.",
+            hint="A range excludes its stop, as in Python: '0:10' is layers 0 to 9.",
         )
     return blocks
 
 
 def _match_range(item: str) -> tuple[str | None, ...]:
     match = _RANGE.match(item)
-    if match is None:  # parse_layers lets nothing else through
-        raise ValueError(f"{item!r} is no range")
+    if match is None:  # parse_layers has refused all other texts
+        raise ValueError(f"{item!r} is not a valid range")
     return match.groups()
 
 
-_ONE: dict[str, Any] = {
+_ITEM: dict[str, Any] = {
     "anyOf": [{"type": "integer"}, {"enum": ["all", "embed"]}, {"type": "string", "pattern": _RANGE.pattern}]
 }
 
 
 def _schema(*extra: str) -> dict[str, Any]:
     names = [{"enum": list(extra)}] if extra else []
-    return {"anyOf": [*_ONE["anyOf"], *names, {"type": "array", "items": _ONE, "minItems": 1}]}
+    return {"anyOf": [*_ITEM["anyOf"], *names, {"type": "array", "items": _ITEM, "minItems": 1}]}
 
 
 SourceLayers = Annotated[LayerSelector, BeforeValidator(parse_layers), WithJsonSchema(_schema())]

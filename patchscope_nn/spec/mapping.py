@@ -1,4 +1,4 @@
-"""Mappings as a document names them."""
+"""Mappings as recipes and scripts name them."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from patchscope_nn.errors import SpecError, did_you_mean
 from patchscope_nn.spec.fitting import FIT_KINDS, Fit, fit_schema
 from patchscope_nn.spec.training import LENS_KINDS, Train, train_schema
 
-#: The mappings with a name; the others are `{affine: file}`, `{fitted: file}`, ... or Python objects.
+#: The mappings without parameters; the others are `{affine: file}`, `{fitted: file}`, ... or Python objects.
 NAMED_MAPPINGS = ("identity", "target_norm")
-#: Identity within one model, and a fit between two.
+#: The identity within one model, and a fitted mapping between two models.
 ALIGNED = "aligned"
-#: All mappings that can be named: those that ship by their names, and the functions of users.
+#: All mappings that can be named: builtin ones, each by its name, and users' functions.
 MAPPINGS: Registry[Any] = Registry(
     "patchscope_nn.mappings",
     noun="mapping",
     entries={name: name for name in (*NAMED_MAPPINGS, ALIGNED)},
 )
 _MAPPING_KEYS = ("affine", "function", "fitted", "tuned_lens", "jacobian_lens")
-#: What is made before the run, by the word a document has for it, and the shortest example.
+#: The mappings that are fitted or trained before the run: their key, their class and the shortest example.
 _MADE: dict[str, tuple[type[Fit | Train], str]] = {
     "fit": (Fit, "{kind: affine}"),
     "train": (Train, "{kind: tuned_lens}"),
@@ -41,11 +41,12 @@ def mapping(function: Callable[..., Any] | None = None, *, name: str | None = No
     """Register a function or torch module as a mapping that recipes and scripts can name.
 
     Args:
-        function: Maps states (..., d_model) to (..., d_model of the target), where the target model runs.
+        function: Maps states (..., d_model) to (..., d_model of the target). It runs where the target model
+            runs.
         name: Its name; None takes the function's.
 
     Returns:
-        The function, unchanged; without one a decorator.
+        The function, unchanged; a decorator if `function` is None.
 
     Raises:
         InputError: The name is taken.
@@ -91,12 +92,14 @@ def _parse_made(key: str, value: Any) -> Fit | Train:
     try:
         return kind(**value)
     except SpecError as error:
-        said = (f"{key}.{one}" if one.field else f"{key}: {one.message}" for one in error.problems)
-        raise ValueError("; ".join(said)) from None
+        messages = (
+            f"{key}.{problem}" if problem.field else f"{key}: {problem.message}" for problem in error.problems
+        )
+        raise ValueError("; ".join(messages)) from None
 
 
 def dump_mapping(value: Any) -> Any:
-    """A mapping as YAML holds it; a Python object by its qualified name."""
+    """Convert a mapping to its YAML form; a Python object is written as its qualified name."""
     if isinstance(value, tuple):
         return {value[0]: value[1]}
     for key, (kind, _) in _MADE.items():

@@ -1,10 +1,10 @@
-"""Position selectors: how a recipe names tokens of a prompt, and what they resolve to.
+"""Position selectors: how a recipe names tokens of a prompt, and how names become token indices.
 
-A position is an index into that prompt's own tokens, special tokens included; -1 is the last. A text names
-the last token of its last occurrence, `first:text` the last token of its first. A span or a list patches
-several tokens together, `{tokens: text}` all tokens of a text's last occurrence, and `{every: text}` the last
-token of all of them; `each` makes one cell of every position it holds. A data row fills `{column}`
-placeholders in texts.
+A position is an index into the prompt's own tokens, special tokens included; -1 is the last. A text names
+the last token of its last occurrence, and `first:text` the last token of its first occurrence. A span or a
+list patches several tokens together, `{tokens: text}` all tokens of a text's last occurrence, and
+`{every: text}` the last token of every occurrence. `each` makes a cell of each of its positions. A data row
+fills `{column}` placeholders in texts.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from pydantic import BeforeValidator, Field, WithJsonSchema
 
 from patchscope_nn._util.checking import Spec
 from patchscope_nn.errors import PositionError
-from patchscope_nn.spec.prompts import Encoded, render
+from patchscope_nn.spec.encoding import Encoded
+from patchscope_nn.spec.prompts import render
 
 _FIRST = "first:"
 _ALLOWED = (
@@ -62,12 +63,12 @@ def _each(value: Any) -> Any:
     if isinstance(value, str) and value == "all":
         return value
     if isinstance(value, list | tuple | range) and len(value):
-        return tuple(_parse_one(item) for item in value)
+        return tuple(_parse_item(item) for item in value)
     raise ValueError(f"each: {value!r} is neither 'all' nor a list of positions")
 
 
 class Each(Spec):
-    """Several positions, each a cell of its own.
+    """Several positions, each in a separate cell.
 
     Attributes:
         each: `all` for every token, or a list of positions.
@@ -86,7 +87,7 @@ PositionSelector: TypeAlias = int | str | Span | Every | Tokens | Each | tuple[i
 
 
 def parse_positions(value: Any) -> PositionSelector:
-    """Check the form of a position selector, before any prompt is known.
+    """Check the form of a position selector, without a prompt.
 
     Args:
         value: An index, a text, `first:text`, a `Span` or `{start, end}`, a list of indices and texts, or
@@ -105,14 +106,14 @@ def parse_positions(value: Any) -> PositionSelector:
     if isinstance(value, list | tuple | range):
         if not len(value):
             raise ValueError(f"is an empty list; give {_ALLOWED}")
-        items = tuple(_parse_one(item) for item in value)
+        items = tuple(_parse_item(item) for item in value)
         if any(isinstance(item, Span | Every | Tokens) for item in items):
             raise ValueError(f"a list holds indices and texts, not spans; give {_ALLOWED}")
         return items  # type: ignore[return-value]  # spans were refused above
-    return _parse_one(value)
+    return _parse_item(value)
 
 
-def _parse_one(value: Any) -> int | str | Span | Every | Tokens:
+def _parse_item(value: Any) -> int | str | Span | Every | Tokens:
     if isinstance(value, Span | Every | Tokens):
         return value
     if isinstance(value, Mapping) and len(value) == 1:
@@ -126,7 +127,7 @@ def _parse_one(value: Any) -> int | str | Span | Every | Tokens:
     whole = isinstance(value, Mapping) and {"start"} <= set(value) <= {"start", "end"}
     if whole and all(part is None or _is_index(part) for part in value.values()):
         return Span(**value)
-    raise ValueError(f"{value!r} is no position; give {_ALLOWED}")
+    raise ValueError(f"{value!r} is not a valid position; give {_ALLOWED}")
 
 
 def _is_index(value: Any) -> bool:
@@ -136,20 +137,20 @@ def _is_index(value: Any) -> bool:
 def resolve_positions(
     selector: PositionSelector, prompt: Encoded, *, field: str
 ) -> tuple[tuple[int, ...], ...]:
-    """The tokens a selector names in a prompt, counted from the left.
+    """Return the tokens that a selector names in a prompt, counted from the left.
 
     Args:
-        selector: What `parse_positions` returned.
+        selector: A result of `parse_positions`.
         prompt: The prompt.
         field: The field's name, for messages.
 
     Returns:
-        One tuple for each cell, without repeats; each holds the positions that are patched together, in
+        A tuple for each cell, without repeats. It holds the positions that are patched together, in
         0..n_tokens - 1.
 
     Raises:
-        PositionError: A position is outside the prompt, a text is absent or covers no whole token, or a
-            span is empty. The message lists the prompt's numbered tokens.
+        PositionError: A position is outside the prompt, a text is absent or does not end with a whole token,
+            or a span is empty. The message lists the prompt's numbered tokens.
     """
     if not isinstance(selector, Each):
         return (_together(selector, prompt, field=field),)
@@ -167,20 +168,20 @@ def _together(
         return _tokens(selector.tokens, prompt, field=field)
     if isinstance(selector, Span):
         end = len(prompt.ids) if selector.end is None else selector.end
-        found = tuple(range(len(prompt.ids))[selector.start : end])
+        span = tuple(range(len(prompt.ids))[selector.start : end])
         start = selector.start + len(prompt.ids) * (selector.start < 0)
         expected = (end + len(prompt.ids) * (end < 0)) - start
-        if not found or len(found) != expected:
-            raise _error(f"{field}=[{selector.start}, {selector.end}) is no span inside", prompt)
-        return found
+        if not span or len(span) != expected:
+            raise _error(f"{field}=[{selector.start}, {selector.end}) is not a span inside", prompt)
+        return span
     items = selector if isinstance(selector, tuple) else (selector,)
-    found = tuple(_one(item, prompt, field=field) for item in items)
-    if len(set(found)) != len(found):
+    positions = tuple(_position(item, prompt, field=field) for item in items)
+    if len(set(positions)) != len(positions):
         raise _error(f"{field}={list(items)!r} names the same token twice in", prompt)
-    return found
+    return positions
 
 
-def _one(item: int | str, prompt: Encoded, *, field: str) -> int:
+def _position(item: int | str, prompt: Encoded, *, field: str) -> int:
     count = len(prompt.ids)
     if isinstance(item, int):
         if -count <= item < count:
@@ -192,16 +193,16 @@ def _one(item: int | str, prompt: Encoded, *, field: str) -> int:
         raise _error(f"{field}={item!r} does not occur in", prompt)
     position = _ending(prompt, start, start + len(text))
     if position is None:
-        raise _error(f"{field}={item!r} ends with no whole token of", prompt)
+        raise _error(f"{field}={item!r} does not end with a whole token of", prompt)
     return position
 
 
 def _every(text: str, prompt: Encoded, *, field: str) -> tuple[int, ...]:
     starts = [match.start() for match in re.finditer(re.escape(text), prompt.text)]
-    found = dict.fromkeys(_ending(prompt, start, start + len(text)) for start in starts)
-    positions = tuple(position for position in found if position is not None)
+    endings = dict.fromkeys(_ending(prompt, start, start + len(text)) for start in starts)
+    positions = tuple(position for position in endings if position is not None)
     if not positions:
-        raise _error(f"{field}: every {text!r} is nowhere a whole token of", prompt)
+        raise _error(f"{field}: no {text!r} ends with a whole token of", prompt)
     return positions
 
 
@@ -217,11 +218,11 @@ def _tokens(text: str, prompt: Encoded, *, field: str) -> tuple[int, ...]:
 
 
 def texts_of(selector: PositionSelector | None) -> list[str]:
-    """The texts a selector holds."""
+    """List the texts in a selector."""
     if isinstance(selector, Each):
-        return [] if selector.each == "all" else [text for one in selector.each for text in texts_of(one)]
+        return [] if selector.each == "all" else [text for item in selector.each for text in texts_of(item)]
     if isinstance(selector, tuple):
-        return [text for one in selector for text in texts_of(one)]
+        return [text for item in selector for text in texts_of(item)]
     if isinstance(selector, Every | Tokens):
         return [selector.every if isinstance(selector, Every) else selector.tokens]
     return [selector] if isinstance(selector, str) else []
@@ -236,23 +237,23 @@ def fill(selector: PositionSelector, row: Mapping[str, Any], *, field: str) -> P
     if not any("{" in text or "}" in text for text in texts_of(selector)):
         return selector
 
-    def filled(one: Any) -> Any:
-        if isinstance(one, str):
-            return str(render(one, row, field=field))
-        if isinstance(one, Every):
-            return Every(every=filled(one.every))
-        return Tokens(tokens=filled(one.tokens)) if isinstance(one, Tokens) else one
+    def filled(item: Any) -> Any:
+        if isinstance(item, str):
+            return str(render(item, row, field=field))
+        if isinstance(item, Every):
+            return Every(every=filled(item.every))
+        return Tokens(tokens=filled(item.tokens)) if isinstance(item, Tokens) else item
 
     if isinstance(selector, Each):
-        return Each([filled(one) for one in selector.each])
+        return Each([filled(item) for item in selector.each])
     return tuple(map(filled, selector)) if isinstance(selector, tuple) else filled(selector)
 
 
 def _ending(prompt: Encoded, start: int, end: int) -> int | None:
-    """The token that ends where some characters end, and is whole among them."""
+    """Find the token that lies inside the characters start..end-1 and ends where they end."""
     for position in reversed(range(len(prompt.ids))):
         first, last = prompt.spans[position]
-        # A token that begins with a space still spells the word after it; a token of spaces is itself.
+        # Leading spaces of a token are ignored, unless it has nothing else.
         word = prompt.text[first:last].lstrip()
         first = last - len(word) if word else first
         if start <= first < last == end:
@@ -290,11 +291,7 @@ _EACH: dict[str, Any] = {
         "each": {
             "anyOf": [
                 {"const": "all"},
-                {
-                    "type": "array",
-                    "minItems": 1,
-                    "items": {"anyOf": [*_INDEX_OR_TEXT["anyOf"], _SPAN, *_TEXTS]},
-                },
+                {"type": "array", "minItems": 1, "items": {"anyOf": _WITHIN}},
             ]
         }
     },

@@ -1,7 +1,7 @@
-"""The registry of readout kinds, and readouts as a document names them: `generate`, or `{generate: fields}`.
+"""The registry of readout kinds, and their forms in recipes: `generate`, or `{generate: fields}`.
 
-The kinds that ship stand in `patchscope_nn.readouts`, which is to the right of this room. They are found by
-the name of that module, when a kind is first asked for; those of installed packages by their entry points.
+The builtin kinds are in `patchscope_nn.readouts`, which imports from this package. That module is imported by
+name when a kind is first looked up. Kinds of installed packages are found by their entry points.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ _Kind = TypeVar("_Kind", bound=type[Readout])
 
 
 def register_readout(kind: _Kind) -> _Kind:
-    """Make a kind of readout known by its name; a class decorator.
+    """Register a kind of readout under its name; a class decorator.
 
-    A class that is defined again, as in a notebook, takes the place of its earlier self.
+    A class that is defined again, as in a notebook, replaces the earlier class.
 
     Args:
         kind: The class.
@@ -39,7 +39,7 @@ def register_readout(kind: _Kind) -> _Kind:
         The same class.
 
     Raises:
-        InputError: Its name or one of its columns is taken, or an attribute it needs is missing.
+        InputError: Its name or one of its columns is taken, or a required attribute is missing.
     """
     _shipped()
     if not (isinstance(kind, type) and issubclass(kind, Readout)):
@@ -49,7 +49,7 @@ def register_readout(kind: _Kind) -> _Kind:
     missing = [attribute for attribute in ("name", "body", "columns") if not hasattr(kind, attribute)]
     if missing:
         raise InputError(
-            f"the readout {kind.__name__} has no {' and no '.join(missing)}.",
+            f"the readout {kind.__name__} does not define {' and '.join(missing)}.",
             hint="Set name, body and columns on the class; see patchscope_nn.spec.Readout.",
         )
     if not _NAME.fullmatch(kind.name):
@@ -84,7 +84,7 @@ def _check_columns(kind: type[Readout]) -> None:
         if first in shared or next(iter(other.columns)) in shared:
             raise InputError(
                 f"the readouts {kind.name} and {other.name} share the column {shared[0]!r}.",
-                hint="The first column of a kind tells its tables apart; give it another name.",
+                hint="The first column identifies the tables of a kind; give it another name.",
             )
         for name in shared:
             if kind.columns[name] != other.columns[name]:
@@ -100,7 +100,7 @@ def _path(kind: type) -> str:
 
 
 def _adopt(name: str, loaded: Any) -> type[Readout]:
-    """What an entry point names, registered."""
+    """Check and register the class that an entry point names."""
     if not (isinstance(loaded, type) and issubclass(loaded, Readout)):
         raise InputError("it is not a subclass of patchscope_nn.Readout.")
     if loaded.name != name:
@@ -108,20 +108,20 @@ def _adopt(name: str, loaded: Any) -> type[Readout]:
     return register_readout(loaded)
 
 
-#: All kinds. An installed package that nobody asked for is left out where it cannot be loaded.
+#: All kinds. When they are listed, a kind whose package cannot be loaded is left out.
 READOUTS: Registry[type[Readout]] = Registry(
     "patchscope_nn.readouts", noun="readout", entries=_KINDS, adopt=_adopt
 )
 
 
 def readout_kinds() -> Mapping[str, type[Readout]]:
-    """Every kind by its name: those that ship, those of installed packages, and registered ones."""
+    """Return every kind by its name: builtin kinds, those of installed packages, and registered ones."""
     _shipped()
     return dict(READOUTS.load_all())
 
 
 def default_readout() -> Readout:
-    """The readout of a Patchscope that names none."""
+    """Return the readout that a Patchscope has by default."""
     _shipped()
     return _KINDS[_DEFAULT]()
 
@@ -133,7 +133,7 @@ def _shipped() -> None:
 
 @functools.cache
 def _form(kind: type[Readout]) -> TypeAdapter[dict[str, Readout]]:
-    """The form `{name: fields}`, so that a problem is told with the kind's name in its place."""
+    """Return a validator of `{name: fields}`, whose errors include the kind's name in the path."""
     return TypeAdapter(dict[str, kind])  # type: ignore[valid-type]  # a class that is known at run time
 
 
@@ -153,22 +153,22 @@ def _parse(value: Any) -> Readout:
 
 
 def _registered(readout: Readout) -> Readout:
-    """A readout that is given as an object needs no registering beforehand."""
+    """Register the class of a readout that is given as an object, and return the readout."""
     register_readout(type(readout))
     return readout
 
 
 def dump_readout(readout: Readout, *, exclude_defaults: bool = False) -> dict[str, Any]:
-    """A readout as YAML holds it: `{name: fields}`."""
+    """Convert a readout to its YAML form, `{name: fields}`."""
     return {readout.name: readout.model_dump(mode="json", exclude_defaults=exclude_defaults)}
 
 
-#: A readout as a field of a document. `recipe.schema` writes the form of each kind into the JSON Schema.
+#: The type of `Patchscope.readout`. `recipe.schema` adds the form of each kind to the JSON Schema.
 AnyReadout = Annotated[
     Readout, PlainValidator(_parse), PlainSerializer(dump_readout), WithJsonSchema({"type": "object"})
 ]
 
 
 def kinds_in(columns: Any) -> list[type[Readout]]:
-    """The kinds whose columns a table has, in the order in which they are listed."""
+    """List the kinds whose columns a table has, in the order of `readout_kinds`."""
     return [kind for kind in readout_kinds().values() if (kind.says or next(iter(kind.columns))) in columns]

@@ -1,4 +1,4 @@
-"""The Patchscope itself."""
+"""The Patchscope: source, target, mapping and readout."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from patchscope_nn.spec.sides import Source, Target
 
 
 class Patchscope(Spec):
-    """A Patchscope: (S, i, l, M) --f--> (T, i*, l*, M*), and what is read from the patched run.
+    """A Patchscope: (S, i, l, M) --f--> (T, i*, l*, M*), and its readout.
 
     Attributes:
-        source: Where the hidden state is taken.
-        target: Where it is written.
+        source: Where the hidden state is read.
+        target: Where the mapped state is written.
         mapping: f: `identity`, `target_norm` (scaled to the norm of the state it replaces),
             `{affine: file.safetensors}`, `{fitted: file.safetensors}`, `{fit: {kind: affine, ...}}` (fitted
-            before the run), `aligned` (identity within one model, between two `{fit: affine}`), a published
-            lens as `{tuned_lens: folder}` or `{jacobian_lens: file.pt}`, `{function: module:name}`, or in
-            Python an `Affine`, a `Fitted`, a torch module or a function from (..., d_model) to (..., d_model
-            of the target).
+            before the run), `aligned` (identity within one model, `{fit: affine}` between two), a published
+            lens as `{tuned_lens: folder}` or `{jacobian_lens: file.pt}`, or `{function: module:name}`. In
+            Python also an `Affine`, a `Fitted`, a torch module, or a function from (..., d_model) to
+            (..., d_model of the target).
         readout: What is read from the patched run.
     """
 

@@ -1,4 +1,4 @@
-"""The two sides of a Patchscope: where a state is taken, and where it is written."""
+"""The two sides of a Patchscope: where a state is read, and where it is written."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from patchscope_nn.spec.prompts import Prompt
 from patchscope_nn.spec.sites import RESIDUAL, SiteName
 from patchscope_nn.spec.write import Corrupt, Cut, Scales, Write
 
-#: `unpatched`: T as it is. `random`: a random state of the same norm. `shuffled`: another row's state.
-#: `text-only`: T with the source's text (a chat after its template) in the place of the patched tokens, and
-#: no state.
+#: `unpatched`: T without a patch. `random`: a random state of the same norm. `shuffled`: another row's state.
+#: `text-only`: T with the source's text (a chat with its template applied) in place of the patched tokens,
+#: without a patch.
 Control: TypeAlias = Literal["unpatched", "random", "shuffled", "text-only"]
-#: Those that write no state, and so have no layer and no scale.
+#: The controls that do not write a state, and therefore have neither layer nor scale.
 STATELESS: tuple[Control, ...] = ("unpatched", "text-only")
 
 
@@ -26,7 +26,7 @@ def _listed(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-#: What is averaged: the positions, the data rows, or the rows of each value of a column.
+#: States are averaged over positions, over all data rows, or over the rows of each value of a column.
 Mean: TypeAlias = Literal["positions", "rows"] | tuple[Literal["rows"], str]
 
 
@@ -59,11 +59,11 @@ def _vector(value: Any) -> Any:
 
 
 class Vector(Spec):
-    """A vector that stands in a file, and comes from no prompt: a steering vector, an SAE's direction.
+    """A vector from a file instead of a prompt: a steering vector, or a direction of an SAE.
 
     Attributes:
         file: A safetensors file, or `builtin:directions`.
-        key: The tensor in it, (d_model,) or (n, d_model); None where the file holds one tensor.
+        key: The tensor in the file, (d_model,) or (n, d_model); None if the file holds only one tensor.
         index: The row of a matrix; `{column}` placeholders are filled by the data.
     """
 
@@ -73,7 +73,7 @@ class Vector(Spec):
 
 
 class Source(Spec):
-    """Where the hidden state is taken: S, i, l and M.
+    """Where the hidden state is read: S, i, l and M.
 
     Attributes:
         prompt: S: a text, chat messages, or token ids; `{column}` placeholders are filled by the data.
@@ -82,10 +82,10 @@ class Source(Spec):
         site: `residual` (the block's output), `before` (its input), `attention`, `mlp`, or a site of your own
             (docs/extending/site.md).
         model: M: a Hugging Face id, a folder, or `builtin:...`; None takes the run's model.
-        mean: `positions`: the mean of the states at i is taken, one vector; `rows`: the mean over all data
-            rows, which then make one; `{rows: column}`: the mean over the rows of each value of a column.
-        minus: A prompt whose state, at the same position and layer, is taken off.
-        vector: Instead of a prompt, a vector from a file; it is taken as a state of each l.
+        mean: `positions` takes the mean of the states at i; `rows` the mean over all data rows, which become
+            a single row; `{rows: column}` the mean over the rows of each value of a column.
+        minus: A prompt whose state, at the same position and layer, is subtracted.
+        vector: A vector from a file, instead of a prompt; it is used as the state of every l.
     """
 
     prompt: Prompt | None = None
@@ -100,9 +100,9 @@ class Source(Spec):
     @model_validator(mode="after")
     def _one_origin(self) -> Source:
         if (self.prompt is None) == (self.vector is None):
-            raise ValueError("should have a prompt, or else a vector from a file")
+            raise ValueError("should have either a prompt or a vector from a file")
         if self.vector is not None and (self.mean is not None or self.minus is not None):
-            raise ValueError("a vector has no mean and no minus, which are made of prompts' states")
+            raise ValueError("mean and minus need the states of a prompt; leave them out with a vector")
         return self
 
 
@@ -110,24 +110,25 @@ class Target(Spec):
     """Where the mapped state is written: T, i*, l* and M*.
 
     Attributes:
-        prompt: T, as in `Source`; None is the source's own prompt (T = S). `{source_layer}` is l.
-        prompts: Several T instead of one, for each of which there are cells: a prompt ensemble.
-        combine: How the top tokens of `prompts` are put together, in `ensemble.csv` and `Run.ensemble`:
+        prompt: T, as in `Source`; None is the source's own prompt (T = S). `{source_layer}` stands for l.
+        prompts: Several T instead of one, each with its own cells: a prompt ensemble.
+        combine: How the top tokens of `prompts` are combined in `ensemble.csv` and `Run.ensemble`:
             `intersect` or `average`.
-        position: i*, as in `Source`; None is the source's own position where T = S, else the last token.
-            Several tokens take several states one to one, or each the same one.
+        position: i*, as in `Source`; None is the source's own position if T = S, otherwise the last token.
+            Several tokens take either one state each, or all the same state.
         layer: l*, as in `Source`; `same` pairs l* with l, anything else is crossed with it.
         site: `residual`, `before`, `attention`, `mlp`, or a site of your own.
         model: M*; None is the source's model.
-        adapter: A LoRA adapter (peft) that M* wears: a folder or a Hugging Face id.
-        write: How: `replace`; `add`; `add_matched` (added with the norm of the state it is added to);
-            `{blend: alpha}` (alpha f(h), the rest what was there); `zero`; `{noise: sigma}` (noise of sigma
-            standard deviations of the state); `{cut: {position: ...}}` (attention from i* to other tokens).
-        scale: What f(h), matched where the write does that, is multiplied with; several are crossed with
-            the layers.
-        window: In how many blocks from l* on the write is made.
-        states: With a window, `one` writes the state of l in all its blocks, `own` that of l + k in l* + k.
-        every_step: Write at every token that is decoded, too, and not only while T is read.
+        adapter: A LoRA adapter (peft) that is merged into M*: a folder or a Hugging Face id.
+        write: How the state is written: `replace`; `add`; `add_matched` (scaled to the norm of the state it
+            is added to); `{blend: alpha}` (alpha f(h) + (1 - alpha) of the present state); `zero`;
+            `{noise: sigma}` (adds noise of sigma standard deviations of the state);
+            `{cut: {position: ...}}` (cuts attention from i* to other tokens).
+        scale: The factor of f(h), applied after `add_matched` has set its norm; several are crossed with the
+            layers.
+        window: The number of blocks, from l* on, in which the write is made.
+        states: With a window, `one` writes the state of l in all blocks, `own` the state of l + k in l* + k.
+        every_step: Write at every decoded token too, not only while T is read.
         corrupt: Noise on T's embeddings.
         soft_prompt: A safetensors file with `soft_prompt`, (k, d_model): learned embeddings of T's first k
             tokens.
@@ -154,7 +155,7 @@ class Target(Spec):
         if self.prompt is not None and self.prompts:
             raise ValueError("give either prompt or prompts")
         if self.states == "own" and self.window == 1:
-            raise ValueError("states: own says what a window writes; give window, 2 or more")
+            raise ValueError("states: own needs a window; give window, 2 or more")
         return self
 
     @property
@@ -164,20 +165,20 @@ class Target(Spec):
 
     @property
     def cut(self) -> Cut | None:
-        """What of the write is a cut."""
+        """The cut that the write makes; None for other writes."""
         return self.write[1] if isinstance(self.write, tuple) and isinstance(self.write[1], Cut) else None
 
     @property
     def amount(self) -> float:
-        """The number of a write that has one."""
+        """The number of a write with a number (alpha or sigma); 0 for other writes."""
         return self.write[1] if isinstance(self.write, tuple) and isinstance(self.write[1], float) else 0.0
 
     @property
     def alters(self) -> bool:
-        """Whether more is done to T than to write at i* and l* while it is read."""
+        """True if T is changed in other ways than by a write at i* and l* while it is read."""
         return bool(self.corrupt or self.soft_prompt or self.cut or self.every_step)
 
     @property
     def needs_state(self) -> bool:
-        """Whether the write takes a state at all."""
+        """True if the write uses a source state."""
         return self.mode not in ("zero", "noise", "cut")

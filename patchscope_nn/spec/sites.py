@@ -1,8 +1,8 @@
 """Sites: the places in a block whose states are read and written. Each site is one object of this module.
 
-The other rooms ask a site's object what it allows, and the model's description (`ModelInfo.part`,
-`ModelInfo.width`) where it is; no other module names a site. The names are needed where recipes are parsed,
-so this module imports no torch.
+A site's object tells the other packages what it allows, and the model's description (`ModelInfo.width`,
+`Architecture.part`) where it is; no other module names a site. Recipes are parsed with these names, so this
+module does not import torch.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from patchscope_nn.errors import InputError, did_you_mean
 @checked_class
 @dataclass(frozen=True, kw_only=True)
 class Site:
-    """A place that every block has, with one state for each token.
+    """A place in every block, with one state for each token.
 
     A site is the output or the input of a module inside the block, or of the block itself. The output and the
     input of blocks are the *residual stream*: the input of block l is the output of block l - 1.
@@ -34,10 +34,10 @@ class Site:
         name: The name in recipes, and in `Source.site` and `Target.site`.
         modules: Dotted paths inside a block, for example `mlp.gate_proj`. Families name their modules
             differently; the site is at the first path that a model's blocks have. Empty for the block itself.
-        end: Whether the states are the module's `output` or its first `input`.
-        label: How reports call the states, for example `Outputs of attention`.
-        readable: Whether a source may read there.
-        writable: Whether a target may write there.
+        end: `output` if the states are the module's output, `input` if they are its first input.
+        label: What reports call the states, for example `Outputs of attention`.
+        readable: True if a source may read there.
+        writable: True if a target may write there.
     """
 
     name: str
@@ -49,36 +49,36 @@ class Site:
 
     @property
     def in_stream(self) -> bool:
-        """Whether its states are those of the residual stream."""
+        """True if its states are those of the residual stream."""
         return not self.modules
 
     @property
     def offset(self) -> int:
-        """How many blocks below layer l the block is whose output is the state of layer l."""
+        """The number of blocks between layer l and the block whose output is this site's state of layer l."""
         return int(self.in_stream and self.end == "input")
 
     @property
     def space(self) -> str:
-        """The site by which fitted mappings know its states; all of the residual stream is one space."""
+        """The site that fitted mappings record for its states; the whole residual stream is one space."""
         return RESIDUAL.name if self.in_stream else self.name
 
     @property
     def packs(self) -> bool:
-        """Whether a write there can enter a pass late and share a prefix.
+        """True if a write there can enter a pass late and share a prefix.
 
-        Packed passes run whole blocks one after the other (see `plan/layout.py`), so they can change states
+        Packed passes run complete blocks one after another (see `plan/layout.py`), so they can change states
         only between blocks.
         """
         return self.in_stream
 
     @property
     def embeds(self) -> bool:
-        """Whether it has a state at `layer: embed`, the input of block 0."""
+        """True if it has a state at `layer: embed`, the input of block 0."""
         return self.in_stream and not self.offset
 
     @property
     def cuts(self) -> bool:
-        """Whether `write: cut` may name it; a cut is made in whole blocks, named by their outputs."""
+        """True if `write: cut` may name it. Cuts are made in complete blocks, named by their outputs."""
         return self.in_stream and not self.offset
 
 
@@ -117,25 +117,25 @@ def register_site(site: Site) -> Site:
     """
     if SITES.setdefault(site.name, site) != site:
         raise InputError(
-            f"a site named {site.name!r} exists already, and is another: {SITES[site.name]}.",
+            f"another site named {site.name!r} is already registered: {SITES[site.name]}.",
             hint="Give the new site another name.",
         )
     return site
 
 
 def _adopt(name: str, loaded: Any) -> Site:
-    """What an entry point names, registered."""
+    """Check and register the site that an entry point names."""
     if not isinstance(loaded, Site) or loaded.name != name:
         raise InputError(f"it is not a patchscope_nn.Site with the name {name!r}.")
     return register_site(loaded)
 
 
-#: The names of all sites; that of an installed package is added to `SITES` when it is asked for.
+#: The names of all sites. A site of an installed package is added to `SITES` when it is looked up.
 SITE_NAMES: Registry[Site] = Registry("patchscope_nn.sites", noun="site", entries=SITES, adopt=_adopt)
 
 
 def site_named(name: str) -> Site:
-    """The registered site of a name.
+    """Return the site of a name.
 
     Raises:
         InputError: No site has this name.
@@ -154,7 +154,7 @@ def _check_name(name: Any) -> Any:
 
 
 class _RegisteredNames:
-    """Lists the names in a JSON Schema, as they are when the schema is made."""
+    """Lists the names in a JSON Schema that are registered when the schema is generated."""
 
     def __get_pydantic_json_schema__(self, schema: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
         return handler(schema) | {"enum": SITE_NAMES.names()}

@@ -1,4 +1,4 @@
-"""A mapping that is trained through a model before the run: what decides it."""
+"""The options of a mapping that is trained through a model before the run."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pydantic import Field, model_validator
 
 from patchscope_nn._util.checking import NAMED, Spec
 
-#: To the last block of the model itself, fitted on texts.
+#: Kinds that map to the last block of the same model, and are fitted on texts.
 LensKind: TypeAlias = Literal["tuned_lens", "jacobian_lens"]
-#: Through the text that should follow T.
+#: Kinds that are trained to make a text likely after T.
 TextKind: TypeAlias = Literal["trained_scale", "trained_scalar_affine", "trained_low_rank", "trained_affine"]
 TrainKind: TypeAlias = Literal[LensKind, "lre", TextKind]
 LENS_KINDS: tuple[str, ...] = get_args(LensKind)
@@ -19,7 +19,7 @@ TRAIN_KINDS: tuple[str, ...] = get_args(TrainKind)
 _COMMON = ("kind", "data", "limit", "seed")
 _STEPS = ("steps", "batch", "learning_rate", "held_out")
 _TEXT = ("text", *_STEPS)
-#: Which fields a kind has beside the common ones.
+#: The fields of each kind, in addition to the common ones.
 _FIELDS: dict[str, tuple[str, ...]] = {
     "tuned_lens": ("column", "max_tokens", "skip_first", *_STEPS),
     "jacobian_lens": ("column", "max_tokens", "skip_first", "held_out"),
@@ -27,7 +27,7 @@ _FIELDS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(get_args(TextKind), _TEXT),
     "trained_low_rank": (*_TEXT, "rank"),
 }
-#: Which of them it cannot do without.
+#: The fields that a kind requires.
 _NEEDED = {"lre": ("data", "prompt", "subject"), **dict.fromkeys(get_args(TextKind), ("data", "text"))}
 
 _Count: TypeAlias = Annotated[int, Field(ge=1)]
@@ -35,30 +35,30 @@ _Words: TypeAlias = Annotated[str, Field(min_length=1)]
 
 
 class Train(Spec):
-    """A mapping trained through the model before the run, for the layers the run needs, and kept.
+    """A mapping that is trained through the model before the run, for the layers the run needs, and cached.
 
     A field that is None takes the kind's own default, which `patchscope fit KIND --help` shows.
 
     Attributes:
-        kind: `tuned_lens`, `jacobian_lens` or `lre` (maps to the last block, so l* is -1), or
-            `trained_scale`, `trained_scalar_affine`, `trained_low_rank` or `trained_affine` (maps such that
-            a text follows the recipe's T with f(h) in it; S, T, i and i* are the recipe's own).
-        data: What it is trained on, as a recipe's `data`; the lenses take texts that ship where it is None.
-        column: The column of the texts, for the lenses; None is the only one.
-        limit: The most rows to read; None is all.
-        text: What should follow T, for the `trained_` kinds: `" {description}"`.
-        prompt: What states the relation, for `lre`: `The capital of {country} is`.
+        kind: `tuned_lens`, `jacobian_lens` or `lre` map to the last block, so l* is -1. `trained_scale`,
+            `trained_scalar_affine`, `trained_low_rank` and `trained_affine` make `text` likely after the
+            recipe's T with f(h) in it; they use the recipe's S, T, i and i*.
+        data: The training data, as a recipe's `data`; if it is None, the lenses take texts that ship.
+        column: The column of the texts, for the lenses; None takes the only one.
+        limit: The maximum number of rows; None reads all.
+        text: The text that should follow T, for the `trained_` kinds: `" {description}"`.
+        prompt: The sentence that states the relation, for `lre`: `The capital of {country} is`.
         subject: The column of the relation's subjects, for `lre`.
-        subjects: How many subjects `lre` is fitted at; its numbers are of the others.
+        subjects: The number of subjects `lre` is fitted on; the reported numbers are measured on the others.
         beta: The factor of the slope of `lre`; None chooses one for each layer.
         rank: The rank of `trained_low_rank`, or of the slope of `lre`.
-        steps: Steps of the optimiser.
-        batch: What a step sees: tokens for `tuned_lens`, rows for the `trained_` kinds.
-        learning_rate: The rate at first.
-        held_out: The share of the data that the reported numbers are measured on, and nothing else.
-        max_tokens: How many tokens of a text the lenses read.
-        skip_first: How many tokens at a text's beginning the lenses leave out.
-        seed: Decides what is held out, the order of the data, and random starts.
+        steps: The number of optimiser steps.
+        batch: The size of a step: tokens for `tuned_lens`, rows for the `trained_` kinds.
+        learning_rate: The initial learning rate.
+        held_out: The fraction of the data that is used only to measure the reported numbers.
+        max_tokens: The maximum number of tokens the lenses read of a text.
+        skip_first: The number of tokens at the beginning of a text that the lenses skip.
+        seed: The seed of what is held out, of the order of the data, and of random initial values.
     """
 
     kind: TrainKind
@@ -82,13 +82,13 @@ class Train(Spec):
     @model_validator(mode="after")
     def _of_its_kind(self) -> Self:
         own = _FIELDS[self.kind]
-        given = [name for name in type(self).model_fields if getattr(self, name) is not None]
-        if other := [name for name in given if name not in (*_COMMON, *own)]:
+        set_fields = [name for name in type(self).model_fields if getattr(self, name) is not None]
+        if other := [name for name in set_fields if name not in (*_COMMON, *own)]:
             raise ValueError(
-                f"{self.kind} takes no {' and no '.join(other)}; leave it out. "
+                f"{self.kind} does not take {' or '.join(other)}; leave it out. "
                 f"Its own fields are {', '.join(own)}."
             )
-        if lacking := [name for name in _NEEDED.get(self.kind, ()) if name not in given]:
+        if lacking := [name for name in _NEEDED.get(self.kind, ()) if name not in set_fields]:
             raise ValueError(
                 f"{self.kind} needs {' and '.join(lacking)}, as in {_EXAMPLES[self.kind == 'lre']}"
             )
@@ -96,7 +96,7 @@ class Train(Spec):
 
     @property
     def options(self) -> dict[str, Any]:
-        """The fields of its kind that are given."""
+        """The fields of its kind that are not None."""
         return {name: value for name in _FIELDS[self.kind] if (value := getattr(self, name)) is not None}
 
 
@@ -107,7 +107,7 @@ _EXAMPLES = {
 
 
 def train_schema() -> dict[str, Any]:
-    """The JSON Schema of a training's fields."""
+    """Return the JSON Schema of a training's fields."""
     return Train.model_json_schema()
 
 

@@ -1,4 +1,4 @@
-"""How a mapped state is written, and what else is done to T: the modes of `Target`."""
+"""How a mapped state is written, and other changes to T: the modes of `Target`."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from patchscope_nn.spec.positions import POSITIONS_SCHEMA, Positions
 
 
 class Cut(Spec):
-    """Attention edges that are cut: the token at i* does not see these tokens in the blocks from l* on.
+    """Attention edges that are cut: from block l* on, the token at i* does not attend to these tokens.
 
     Attributes:
-        position: The tokens that are not seen, as in `Target.position`.
+        position: The tokens that i* does not attend to, as in `Target.position`.
     """
 
     position: Positions
@@ -26,9 +26,9 @@ class Corrupt(Spec):
     """Noise on the embeddings of T in every run, before anything is written (Meng et al. 2022, section 2.1).
 
     Attributes:
-        position: The tokens whose embeddings are disturbed.
-        noise: The standard deviation of the noise, in those of all numbers in T's own embeddings.
-        samples: How many draws of noise; each makes a cell.
+        position: The tokens whose embeddings get noise.
+        noise: The standard deviation of the noise, in standard deviations of all numbers in T's embeddings.
+        samples: The number of draws of noise; each makes a cell.
     """
 
     position: Positions
@@ -36,7 +36,7 @@ class Corrupt(Spec):
     samples: Annotated[int, Field(ge=1)] = 1
 
 
-#: The writes with a name; the others are `{blend: alpha}`, `{noise: sigma}` and `{cut: {position: ...}}`.
+#: The writes without parameters; the others are `{blend: alpha}`, `{noise: sigma}`, `{cut: {position: ...}}`.
 NAMED_WRITES = ("replace", "add", "add_matched", "zero")
 AnyWrite: TypeAlias = str | tuple[Literal["blend", "noise"], float] | tuple[Literal["cut"], Cut]
 Scale: TypeAlias = Annotated[float, Field(allow_inf_nan=False)]
@@ -53,13 +53,13 @@ def _write(value: Any) -> Any:
             return (name, float(item))
         if name in ("blend", "noise"):
             raise ValueError(
-                f"{name}: {item!r} should be a number {'in 0..1' if name == 'blend' else 'from 0 on'}"
+                f"{name}: {item!r} should be a number {'in 0..1' if name == 'blend' else 'of at least 0'}"
             )
         if name == "cut" and isinstance(item, Mapping) and set(item) == {"position"}:
             return ("cut", Cut(position=item["position"]))
     name = next(iter(value), "") if isinstance(value, Mapping) else str(value)
     raise ValueError(
-        f"{value!r} is no write. {did_you_mean(str(name), names)} Give {', '.join(NAMED_WRITES)}, "
+        f"{value!r} is not a valid write. {did_you_mean(str(name), names)} Give {', '.join(NAMED_WRITES)}, "
         "{blend: 0.5}, {noise: 3} or {cut: {position: ...}}."
     )
 
@@ -72,7 +72,7 @@ def _dump_write(value: Any) -> Any:
 
 
 _NUMBER = {"type": "number", "minimum": 0}
-#: A write as a document gives it.
+#: The type of `Target.write`.
 Write = Annotated[
     AnyWrite,
     BeforeValidator(_write),
@@ -110,17 +110,17 @@ NAMED["cut"] = Cut
 
 
 def numbers(value: Any) -> Any:
-    """One number stands for a list of one."""
+    """Convert a number or a list of numbers to a tuple of floats; other values are returned unchanged."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         return (float(value),)
     if isinstance(value, list | tuple):
         return tuple(
-            float(one) if isinstance(one, int) and not isinstance(one, bool) else one for one in value
+            float(item) if isinstance(item, int) and not isinstance(item, bool) else item for item in value
         )
     return value
 
 
-#: What f(h) is multiplied with: one number or several.
+#: The type of `Target.scale`: one number or several, by which f(h) is multiplied.
 Scales = Annotated[
     tuple[Scale, ...],
     Field(min_length=1),

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from patchscope_nn.errors import DataError, InputError, Problem, SpecError, did_you_mean
 from patchscope_nn.models import Model, ModelInfo
 from patchscope_nn.spec import Control, Patchscope
-from patchscope_nn.spec.prompts import Encoded, dropped_notice
+from patchscope_nn.spec.encoding import Encoded, dropped_notice
 from patchscope_nn.sweep.cell import Cell
 from patchscope_nn.sweep.cells import Cells
 from patchscope_nn.sweep.entry import Entry, Row, Source, Term, VectorAt, prompt_of

@@ -13,17 +13,10 @@ from typing import Any
 from patchscope_nn.errors import InputError
 from patchscope_nn.models import Model
 from patchscope_nn.spec import RESIDUAL, SITES, Patchscope, Readout, Vector
+from patchscope_nn.spec.encoding import Encoded, continuation_ids, encode
 from patchscope_nn.spec.layers import resolve_layers
 from patchscope_nn.spec.positions import fill, resolve_positions
-from patchscope_nn.spec.prompts import (
-    PER_LAYER,
-    Encoded,
-    PromptSpec,
-    continuation_ids,
-    encode,
-    placeholders,
-    render,
-)
+from patchscope_nn.spec.prompts import PER_LAYER, PromptSpec, placeholders, render
 from patchscope_nn.sweep.checks import check_site, check_text_only, check_write, compares, embeds
 from patchscope_nn.sweep.entry import Entry, PositionSet, Row, Source, Term, VectorAt, prompt_of
 

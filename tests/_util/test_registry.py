@@ -65,7 +65,7 @@ def test_a_name_of_two_packages_names_both(install):
     install("second", "value = 2\n", one="value")
     things = registry()
     with pytest.raises(
-        ValueError, match=r"two packages, second 1\.0 and first 1\.0; uninstall one, or name the one"
+        ValueError, match=r"two packages, second 1\.0 and first 1\.0; uninstall one, or name the function"
     ):
         things.find("one")
     assert things.find("other") == 1
@@ -76,12 +76,12 @@ def test_ours_and_a_scripts_names_are_not_taken_by_a_package(install):
     things = registry(ours=0)
     assert things.find("ours") == 0
     with pytest.raises(
-        ValueError, match=r"of script:mine has the name of that of the package first 1\.0; give it"
+        ValueError, match=r"of script:mine has the same name as that of the package first 1\.0; give it"
     ):
         things.register("mine", 5, home="script:mine")
     assert list(things.plugins()) == [
         Plugin("one", "first 1.0", ""),
-        Plugin("ours", "first 1.0", "its name is that of the thing of patchscope_nn, which is used instead"),
+        Plugin("ours", "first 1.0", "it has the same name as the thing of patchscope_nn, which is used"),
         Plugin("mine", "first 1.0", ""),
     ]
 

@@ -23,7 +23,9 @@ def test_what_is_text():
     assert wrong_text("Café 😀 \x00") == ""
     assert wrong_text(HALF) == rf"'The \ud83d city' {HOLDS}"
     assert wrong_text("\ud83d\ude00").endswith("write it whole")  # two halves are no whole in Python
-    assert wrong_text(UNDECODED).startswith(r"'Caf\udcc3\udca9' holds bytes that are no text in the locale '")
+    assert wrong_text(UNDECODED).startswith(
+        r"'Caf\udcc3\udca9' holds bytes that are not text in the locale '"
+    )
     assert wrong_text(UNDECODED).endswith("(set PYTHONUTF8=1) or in a locale such as LC_ALL=C.UTF-8")
 
 
@@ -72,7 +74,7 @@ def test_a_data_file_and_a_recipe_file(tiny_model, tmp_path):
     with pytest.raises(InputError) as caught:
         ps.run(recipe, model=tiny_model())
     assert str(caught.value) == (
-        rf"data.file='rows.jsonl', line 2: the column 'a': 'The \ud83d city' {HOLDS}. Mend the data."
+        rf"data.file='rows.jsonl', line 2: the column 'a': 'The \ud83d city' {HOLDS}. Correct the data."
     )
     (problem,) = lint(recipe)
     assert HOLDS in problem.message
@@ -89,7 +91,7 @@ def test_the_command_line_names_the_locale_and_the_way_out(folder):
     assert done.returncode == 2
     assert done.stdout == b""
     said = done.stderr.decode()
-    assert said.startswith(r"error: 'Caf\udcc3\udca9' holds bytes that are no text in the locale 'C' (")
+    assert said.startswith(r"error: 'Caf\udcc3\udca9' holds bytes that are not text in the locale 'C' (")
     assert "set PYTHONUTF8=1" in said
     # Decoded, the prompt is read; the description prompt is too long for so tiny a model.
     assert "reads at most" in explain(PYTHONUTF8="1").stderr.decode()
@@ -101,4 +103,4 @@ def test_what_a_terminal_cannot_print_is_escaped(tmp_path):
     command = [sys.executable, "-m", "patchscope_nn", "lint", str(tmp_path / "r.yaml")]
     done = subprocess.run(command, env=variables, capture_output=True, check=False)
     assert done.returncode == 2
-    assert rb"name: '\xe9' is no recipe name" in done.stdout
+    assert rb"name: '\xe9' is not a valid recipe name" in done.stdout

@@ -182,7 +182,7 @@ def test_a_finished_probe_is_read_back(folder, tmp_path, monkeypatch):
         ),
         ({"mapping": "target_norm"}, "probe: is trained on the source's own states; leave out mapping"),
         ({"probe": {"label": "word", "folds": 1}}, "probe.folds: input should be greater than or equal to 2"),
-        ({"score": "probe_acuracy"}, "score: 'probe_acuracy' is no metric of this recipe. Did you mean"),
+        ({"score": "probe_acuracy"}, "score: 'probe_acuracy' is not a metric of this recipe. Did you mean"),
     ],
 )
 def test_a_probe_that_fits_not(more, message):

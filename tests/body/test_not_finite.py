@@ -169,7 +169,7 @@ def overflowing():
 
 def test_a_half_precision_model_that_overflows():
     """It overflows for every text, so it is refused as it is loaded; without the proof its cells say so."""
-    with pytest.raises(ps.PatchscopeError, match="gives numbers that are not finite in float16"):
+    with pytest.raises(ps.PatchscopeError, match="computes numbers that are not finite in float16"):
         ps.load(overflowing(), tokenizer=tiny.TOKENIZER)
     model = ps.load(overflowing(), tokenizer=tiny.TOKENIZER, proof=False)
     source = ps.Source(prompt="The city of Paris", layer="all")

@@ -196,7 +196,7 @@ def test_lint_tells_every_problem_with_its_line(patchscope, folder):
     )
     done = patchscope("lint", "bad.yaml", "tiny.yaml", "next-token")
     assert done.returncode == 2
-    assert "bad.yaml:3: sorce: is no field here. Did you mean 'source'?" in done.stdout
+    assert "bad.yaml:3: sorce: is not a field here. Did you mean 'source'?" in done.stdout
     assert "bad.yaml:4: readout.generate.seed:" in done.stdout
     assert "tiny.yaml: ok" in done.stdout
     assert "next-token: ok" in done.stdout
@@ -205,7 +205,7 @@ def test_lint_tells_every_problem_with_its_line(patchscope, folder):
 
 
 BAD = {
-    "unknown recipe": (["run", "nxt-token"], "'nxt-token' is no recipe"),
+    "unknown recipe": (["run", "nxt-token"], "'nxt-token' is not a recipe"),
     "unknown field": (["run", "tiny.yaml", "--set", "source.layers=3"], "source.layers"),
     "layer": (
         ["run", "tiny.yaml", "--set", "source.layer=4"],
@@ -218,7 +218,7 @@ BAD = {
     "text": (["run", "tiny.yaml", "--set", "target.position=Rome"], "'Rome' does not occur in this"),
     "half a token": (
         ["run", "tiny.yaml", "--set", "target.position=cit"],
-        "ends with no whole token of this",
+        "does not end with a whole token of this",
     ),
     "column": (["run", "tiny.yaml", "--set", "source.prompt='{txt}'"], "the column 'txt'"),
     "data": (["run", "tiny.yaml", "--set", "data={file: none.jsonl}"], "none.jsonl"),
@@ -458,4 +458,4 @@ def test_what_is_wrong_with_standard_input_is_told_with_its_line(patchscope, typ
     typed("name: a\nsource: {prompt: x, layers: 3}\n")
     done = patchscope("run", "-")
     assert done.returncode == 2
-    assert done.stderr.startswith("error: standard input: line 2: source.layers: is no field here.")
+    assert done.stderr.startswith("error: standard input: line 2: source.layers: is not a field here.")

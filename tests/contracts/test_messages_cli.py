@@ -41,7 +41,7 @@ BAD = {
     "an unknown field": (
         ["--set", "source.layers=3"],
         (
-            "tiny.yaml: source.layers: is no field here. Did you mean 'layer'? "
+            "tiny.yaml: source.layers: is not a field here. Did you mean 'layer'? "
             "Allowed: prompt, position, layer, site, model, mean, minus, vector. (from --set source.layers=3)"
         ),
         "",
@@ -59,7 +59,7 @@ BAD = {
     "a range of no layers": (
         ["--set", "source.layer=7:9"],
         "source.layer='7:9' holds no layer of this model, whose blocks are 0..3.",
-        "A range leaves its stop out, as in Python: '0:10' is layers 0 to 9.",
+        "A range excludes its stop, as in Python: '0:10' is layers 0 to 9.",
     ),
     "a position outside": (
         ["--set", "source.position=9"],
@@ -68,7 +68,7 @@ BAD = {
     ),
     "a span outside": (
         ["--set", "source.position={start: 3, end: 9}"],
-        f"data row 0: source.position=[3, 9) is no span inside {SOURCE}.",
+        f"data row 0: source.position=[3, 9) is not a span inside {SOURCE}.",
         POSITION,
     ),
     "a text that is absent": (
@@ -78,7 +78,7 @@ BAD = {
     ),
     "a text that splits no token": (
         ["--set", "target.position=cit"],
-        f"data row 0: target.position='cit' ends with no whole token of {TARGET}.",
+        f"data row 0: target.position='cit' does not end with a whole token of {TARGET}.",
         POSITION,
     ),
     "a mapping of the wrong shape": (
@@ -126,17 +126,17 @@ BAD = {
         "data.file='latin.csv' is not UTF-8 text.",
         "Save the file as UTF-8.",
     ),
-    "a file that is no JSON": (
+    "a file that is not JSON": (
         ["--set", "data={file: bad.jsonl}"],
         (
-            "data.file='bad.jsonl', line 2, column 2: is no JSON "
+            "data.file='bad.jsonl', line 2, column 2: is not JSON "
             "(Expecting property name enclosed in double quotes)."
         ),
-        "Mend that line.",
+        "Correct that line.",
     ),
     "an unknown dtype": (
         ["--dtype", "float23"],
-        "dtype='float23' is no dtype of a model.",
+        "dtype='float23' is not a valid dtype.",
         "Did you mean 'float32'? Allowed: auto, float32, bfloat16, float16, float64.",
     ),
     "an encoder-decoder": (
@@ -146,7 +146,7 @@ BAD = {
     ),
     "an encoder": (
         ["--model", "bert"],
-        "'bert' (BertLMHeadModel) is an encoder: its tokens see those after them.",
+        "'bert' (BertLMHeadModel) is an encoder: its tokens attend to later tokens.",
         "Use a causal language model.",
     ),
 }

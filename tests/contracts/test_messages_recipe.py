@@ -33,8 +33,8 @@ BEGIN = "a recipe is a mapping that begins with name, title and source"
 
 #: YAML below GOOD's three lines -> its problems.
 FIELDS = {
-    "titel: b": [f"line 4: titel: is no field here. Did you mean 'title'? {TOP}"],
-    "source.layer: 3": [f"line 4: source.layer: is no field here. Did you mean 'source'? {TOP}"],
+    "titel: b": [f"line 4: titel: is not a field here. Did you mean 'title'? {TOP}"],
+    "source.layer: 3": [f"line 4: source.layer: is not a field here. Did you mean 'source'? {TOP}"],
     "seed: -1": ["line 4: seed: input should be greater than or equal to 0; given -1"],
     "seed: yes": ["line 4: seed: input should be a valid integer; given 'yes'"],
     "paper: 2401.06102": ["line 4: paper: input should be a valid string; given 2401.06102"],
@@ -49,24 +49,24 @@ FIELDS = {
     ],
     "target: {position: [], layer: lst}": [
         f"line 4: target.position: is an empty list; {POSITIONS}",
-        f"line 4: target.layer: 'lst' is no layer; {LAYERS} or 'same'",
+        f"line 4: target.layer: 'lst' is not a valid layer; {LAYERS} or 'same'",
     ],
     "target: {prompt: {entity}}": [
         (
-            f"line 4: target.prompt: {{'entity': None}} is no prompt; {PROMPTS}. "
+            f"line 4: target.prompt: {{'entity': None}} is not a valid prompt; {PROMPTS}. "
             'Quote a text that begins with a brace: "{column}"'
         )
     ],
     "mapping: {fit: {kind: afine, limt: 3}}": [
         (
             "line 4: mapping: fit.kind: 'afine' is not allowed here. Did you mean 'affine'? Allowed: affine, "
-            "orthogonal, low_rank, scale.; fit.limt: is no field here. Did you mean 'limit'? Allowed: kind, "
-            "data, column, held_out, limit, positions, max_tokens, rank, lambdas, seed."
+            "orthogonal, low_rank, scale.; fit.limt: is not a field here. Did you mean 'limit'? Allowed: "
+            "kind, data, column, held_out, limit, positions, max_tokens, rank, lambdas, seed."
         )
     ],
     "mapping: {fit: {data: {builtin: context}}}": [
         (
-            "line 4: mapping: fit.data.builtin: 'context' is no builtin data. Did you mean 'contexts'? "
+            "line 4: mapping: fit.data.builtin: 'context' is not builtin data. Did you mean 'contexts'? "
             f"Allowed: {', '.join(BUILTIN)}."
         )
     ],
@@ -74,7 +74,7 @@ FIELDS = {
         f"line 4: mapping: 'identty' is not a known mapping. Did you mean 'identity'? {MAPPINGS}"
     ],
     "mapping: {function: rotate}": [
-        "line 4: mapping: function: 'rotate' should read module:name, for example my_code:my_function"
+        "line 4: mapping: function: 'rotate' should be module:name, for example my_code:my_function"
     ],
     "readout: next_tken": [
         (
@@ -90,7 +90,7 @@ FIELDS = {
     ],
     "readout:\n  generate:\n    max-new-tokens: 3\n    stop: 5": [
         (
-            "line 6: readout.generate.max-new-tokens: is no field here. Did you mean 'max_new_tokens'? "
+            "line 6: readout.generate.max-new-tokens: is not a field here. Did you mean 'max_new_tokens'? "
             "Allowed: max_new_tokens, stop, temperature, seed, relevancy."
         ),
         "line 7: readout.generate.stop: input should be a valid string; given 5",
@@ -125,7 +125,7 @@ FIELDS = {
     "data: contexts": ["line 4: data: should be a mapping of fields; given 'contexts'"],
     "data:\n  builtin: contxts": [
         (
-            "line 5: data.builtin: 'contxts' is no builtin data. "
+            "line 5: data.builtin: 'contxts' is not builtin data. "
             "Did you mean 'contexts'? "
             "Allowed: attributes, contexts, directions, entities, facts, texts, topics, two-hop, words."
         )
@@ -153,16 +153,16 @@ FILES = {
     "null\n": [f"line 1: holds nothing; {BEGIN}"],
     "# a comment\nname: A b\n": [
         (
-            "line 2: name: 'A b' is no recipe name; use lower-case letters and digits, with single hyphens "
-            "between words: my-recipe"
+            "line 2: name: 'A b' is not a valid recipe name; use lower-case letters and digits, with single "
+            "hyphens between words: my-recipe"
         ),
         "line 2: source: is required and was not given",
     ],
     "name: a\ntitle: b\nsource:\n  layer: 1\n": [
-        "line 3: source: should have a prompt, or else a vector from a file",
+        "line 3: source: should have either a prompt or a vector from a file",
     ],
     "name: a\ntitle: b\nsource:\n  layer: 1:x\n": [
-        f"line 4: source.layer: '1:x' is no layer; {LAYERS}",
+        f"line 4: source.layer: '1:x' is not a valid layer; {LAYERS}",
     ],
     "name: a\nsource: {prompt: {{x}}}\n": [
         (
@@ -170,19 +170,19 @@ FILES = {
             'for example "{entity}" for a text with braces'
         )
     ],
-    "a: &x [*x]\n": ["line 1: is no YAML we can read: found unconstructable recursive node."],
+    "a: &x [*x]\n": ["line 1: cannot be read as YAML: found unconstructable recursive node."],
     "\na: !!int b\n": [
-        "line 1: holds a scalar that does not fit its tag: invalid literal for int() with base 10: 'b'"
+        "line 1: contains a scalar that does not fit its tag: invalid literal for int() with base 10: 'b'"
     ],
     "a: !!python/name:os.system\n": [
         (
-            "line 1: is no YAML we can read: could not determine a constructor for the tag "
+            "line 1: cannot be read as YAML: could not determine a constructor for the tag "
             "'tag:yaml.org,2002:python/name:os.system'."
         )
     ],
     "a: 1\n---\nb: 2\n": [
         (
-            "line 2: is no YAML we can read: expected a single document in the stream but found another "
+            "line 2: cannot be read as YAML: expected a single document in the stream but found another "
             "document. Check the indentation, and quote texts that hold ': ' or begin with a mark."
         )
     ],
@@ -226,7 +226,7 @@ def test_a_syntax_error_has_its_line(text, line, tmp_path):
     path.write_text(text)
     (problem,) = lint(path)
     assert problem.line == line
-    assert problem.message.startswith("is no YAML we can read: ")
+    assert problem.message.startswith("cannot be read as YAML: ")
     assert problem.message.endswith(
         ". Check the indentation, and quote texts that hold ': ' or begin with a mark."
     )
@@ -252,9 +252,9 @@ def test_all_problems_come_at_once_in_the_order_of_the_file(tmp_path):
         """)
     )
     expected = [
-        f"line 3: titel: is no field here. Did you mean 'title'? {TOP}",
+        f"line 3: titel: is not a field here. Did you mean 'title'? {TOP}",
         (
-            "line 6: source.posn: is no field here. "
+            "line 6: source.posn: is not a field here. "
             "Did you mean 'position'? Allowed: prompt, position, layer, site, model, mean, minus, vector."
         ),
         (
@@ -274,17 +274,17 @@ def test_all_problems_come_at_once_in_the_order_of_the_file(tmp_path):
 
 #: A `--set` on GOOD with `readout: generate` and one metric -> its problems.
 SETS = {
-    "sorce.layer=2": [f"sorce: is no field here. Did you mean 'source'? {TOP} (from --set sorce.layer=2)"],
+    "sorce.layer=2": [f"sorce: is not a field here. Did you mean 'source'? {TOP} (from --set sorce.layer=2)"],
     "source.layr=2": [
         (
-            "source.layr: is no field here. Did you mean 'layer'? "
+            "source.layr: is not a field here. Did you mean 'layer'? "
             "Allowed: prompt, position, layer, site, model, mean, minus, vector. (from --set source.layr=2)"
         )
     ],
-    "source.layer=zz": [f"source.layer: 'zz' is no layer; {LAYERS} (from --set source.layer=zz)"],
+    "source.layer=zz": [f"source.layer: 'zz' is not a valid layer; {LAYERS} (from --set source.layer=zz)"],
     "source.prompt={x}": [
         (
-            f"source.prompt: {{'x': None}} is no prompt; {PROMPTS}. "
+            f"source.prompt: {{'x': None}} is not a valid prompt; {PROMPTS}. "
             'Quote a text that begins with a brace: "{column}" (from --set source.prompt={x})'
         )
     ],
@@ -296,7 +296,7 @@ SETS = {
     ],
     "readout.generate.stp=2": [
         (
-            "readout.generate.stp: is no field here. Did you mean 'stop'? "
+            "readout.generate.stp: is not a field here. Did you mean 'stop'? "
             "Allowed: max_new_tokens, stop, temperature, seed, relevancy. (from --set readout.generate.stp=2)"
         )
     ],
@@ -311,11 +311,11 @@ SETS = {
     ],
     "readout=next_token": ["line 6: metrics.0: rouge_l reads generate, and the readout is next_token"],
     "layer 5": [
-        "--set layer 5: is no assignment; write --set key.path=value, for example --set source.layer=5"
+        "--set layer 5: is not an assignment; write --set key.path=value, for example --set source.layer=5"
     ],
     "source..layer=5": [
         (
-            "--set source..layer=5: is no assignment; write --set key.path=value, "
+            "--set source..layer=5: is not an assignment; write --set key.path=value, "
             "for example --set source.layer=5"
         )
     ],
@@ -345,9 +345,12 @@ SHIPPED = f"Allowed: {', '.join(shipped())}."
     [
         (
             "next-tokn",
-            f"'next-tokn' is no recipe. Did you mean 'next-token'? {SHIPPED} Or give a file: my-recipe.yaml.",
+            (
+                f"'next-tokn' is not a recipe. Did you mean 'next-token'? {SHIPPED} "
+                "Or give a file: my-recipe.yaml."
+            ),
         ),
-        ("zzz", f"'zzz' is no recipe. {SHIPPED} Or give a file: my-recipe.yaml."),
+        ("zzz", f"'zzz' is not a recipe. {SHIPPED} Or give a file: my-recipe.yaml."),
         ("zzz.yaml", "the recipe 'zzz.yaml' does not exist. Check the path."),
         ("a/b", "the recipe 'a/b' does not exist. Check the path."),
         (

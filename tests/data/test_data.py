@@ -173,7 +173,7 @@ def test_where_says_what_there_is():
     with pytest.raises(DataError, match=r"data\.where=\{'kind': 'film'\} leaves no row") as caught:
         load_rows(DataSpec(rows=rows, where={"kind": "film"}))
     assert caught.value.hint == "There are kind: person, place."
-    with pytest.raises(DataError, match=r"row 1: data\.where\.kid is no column") as caught:
+    with pytest.raises(DataError, match=r"row 1: data\.where\.kid is not a column") as caught:
         load_rows(DataSpec(rows=rows, where={"kid": "film"}))
     assert "Did you mean 'kind'?" in caught.value.hint
 
@@ -211,7 +211,7 @@ def test_inline_rows_are_copied():
         (
             {"builtin": "contxts"},
             (
-                "DataSpec: builtin: 'contxts' is no builtin data. Did you mean 'contexts'? "
+                "DataSpec: builtin: 'contxts' is not builtin data. Did you mean 'contexts'? "
                 "Allowed: attributes, contexts, directions, entities, facts, texts, topics, two-hop, words."
             ),
         ),
@@ -228,7 +228,7 @@ def test_inline_rows_are_copied():
         (
             {"fille": "x.csv"},
             (
-                "DataSpec: fille: is no field here. Did you mean 'file'? "
+                "DataSpec: fille: is not a field here. Did you mean 'file'? "
                 "Allowed: builtin, file, hub, split, config, revision, rows, reader, "
                 "function, arguments, where, drop_missing."
             ),
@@ -264,16 +264,16 @@ BAD_FILES = {
     "header.csv": ("a,b\r\n", "data.file='header.csv' holds no row. Give data with at least one row."),
     "empty.parquet": (
         b"",
-        "data.file='empty.parquet' is no Parquet file (Parquet file size is 0 bytes). Check the file.",
+        "data.file='empty.parquet' is not a Parquet file (Parquet file size is 0 bytes). Check the file.",
     ),
     "latin.csv": (b"a\n\xe9\n", "data.file='latin.csv' is not UTF-8 text. Save the file as UTF-8."),
     "bad.jsonl": (
         '{"a": 1}\n\n{"a": }\n',
-        "data.file='bad.jsonl', line 3, column 7: is no JSON (Expecting value). Mend that line.",
+        "data.file='bad.jsonl', line 3, column 7: is not JSON (Expecting value). Correct that line.",
     ),
     "bad.json": (
         '[\n {"a": 1},\n {"a" 2}\n]',
-        "data.file='bad.json', line 3, column 7: is no JSON (Expecting ':' delimiter). Mend that line.",
+        "data.file='bad.json', line 3, column 7: is not JSON (Expecting ':' delimiter). Correct that line.",
     ),
     "object.json": (
         '{"a": [1]}',
@@ -285,7 +285,7 @@ BAD_FILES = {
     "list.jsonl": (
         '{"a": 1}\n[1, 2]\n',
         (
-            "data.file='list.jsonl', line 2: [1, 2] is no row. "
+            "data.file='list.jsonl', line 2: [1, 2] is not a row. "
             'A row is a mapping of columns to values, for example {"entity": "Paris"}.'
         ),
     ),
@@ -315,8 +315,8 @@ BAD_FILES = {
     "quote.csv": (
         'a\n"open\n',
         (
-            "data.file='quote.csv', line 2: is no CSV (unexpected end of data). "
-            'Put a text that holds quotes or line ends in quotes, and write its own as "".'
+            "data.file='quote.csv', line 2: is not CSV (unexpected end of data). "
+            'Put a text that holds quotes or line ends in quotes, and write quotes in it as "".'
         ),
     ),
 }
@@ -335,7 +335,7 @@ def test_a_file_that_is_no_table(name, tmp_path):
 def test_a_parquet_file_that_is_none(tmp_path):
     write(tmp_path, "rows.parquet", "this is text, not a table")
     with pytest.raises(
-        DataError, match=r"^data\.file='rows\.parquet' is no Parquet file \(.*\)\. Check the file\.$"
+        DataError, match=r"^data\.file='rows\.parquet' is not a Parquet file \(.*\)\. Check the file\.$"
     ):
         load_rows(DataSpec(file="rows.parquet"), base=tmp_path)
 
@@ -355,7 +355,7 @@ def test_a_folder_and_a_locked_file_cannot_be_read(tmp_path):
 
 def test_deep_json_is_an_error(tmp_path):
     write(tmp_path, "rows.json", "[" * 100_000)
-    with pytest.raises(DataError, match="is no JSON"):
+    with pytest.raises(DataError, match="is not JSON"):
         load_rows(DataSpec(file="rows.json"), base=tmp_path)
 
 

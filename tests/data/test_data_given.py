@@ -92,7 +92,7 @@ FORMS = (
 BAD = {
     "texts": (
         ["Paris"],
-        f"data, row 1: 'Paris' is no row; a row is a mapping of columns to values. {FORMS}",
+        f"data, row 1: 'Paris' is not a row; a row is a mapping of columns to values. {FORMS}",
     ),
     "a number": (5, f"data is 5, which is not a list of rows. {FORMS}"),
     "bytes": (b"Paris", f"data is b'Paris', which is not a list of rows. {FORMS}"),
@@ -107,32 +107,32 @@ BAD = {
     "columns": (
         {"text": ["a", "b"]},
         (
-            "data is a mapping with the keys 'text'; of a recipe's data it has none. Columns make rows as "
-            "pandas.DataFrame(data); a single row is given as [data]; of a dataset with splits give one, "
-            f"such as data['train']. {FORMS}"
+            "data is a mapping with the keys 'text', which are not those of a recipe's data. Give columns "
+            "as pandas.DataFrame(data), a single row as [data], and a split of a dataset as data['train']. "
+            f"{FORMS}"
         ),
     ),
     "a dataset with splits": (
         datasets.DatasetDict(train=datasets.Dataset.from_list(ROWS)),
         (
-            "data is a mapping with the keys 'train'; of a recipe's data it has none. Columns make rows as "
-            "pandas.DataFrame(data); a single row is given as [data]; of a dataset with splits give one, "
-            f"such as data['train']. {FORMS}"
+            "data is a mapping with the keys 'train', which are not those of a recipe's data. Give columns "
+            "as pandas.DataFrame(data), a single row as [data], and a split of a dataset as data['train']. "
+            f"{FORMS}"
         ),
     ),
     "a column": (
         pd.Series(["Paris"]),
-        f"data, row 1: 'Paris' is no row; a row is a mapping of columns to values. {FORMS}",
+        f"data, row 1: 'Paris' is not a row; a row is a mapping of columns to values. {FORMS}",
     ),
     "an array": (
         np.zeros((1, 2)),
-        f"data, row 1: array([0., 0.]) is no row; a row is a mapping of columns to values. {FORMS}",
+        f"data, row 1: array([0., 0.]) is not a row; a row is a mapping of columns to values. {FORMS}",
     ),
     "columns without names": (
         pd.DataFrame([["Paris"]]),
         (
-            "data, row 1: the column 0 has a name that is no text. Name the columns in words, which {column} "
-            "placeholders can hold."
+            "data, row 1: the column 0 has a name that is not a text. Name the columns in words, so that "
+            "{column} placeholders can name them."
         ),
     ),
     "a column twice": (
@@ -151,7 +151,7 @@ def test_what_is_no_data_says_what_to_give(tiny_model, name):
 
 
 def test_a_wrong_key_beside_a_right_one_is_named():
-    with pytest.raises(SpecError, match=r"splits: is no field here\. Did you mean 'split'"):
+    with pytest.raises(SpecError, match=r"splits: is not a field here\. Did you mean 'split'"):
         as_data({"hub": "org/name", "splits": "test"})
 
 

@@ -21,7 +21,7 @@ NAN = float("nan")
 MISSING = [None, NAN, np.nan, np.float32("nan"), pd.NA, pd.NaT, np.datetime64("NaT"), decimal.Decimal("NaN")]
 WAY_ON = (
     "Give it a value; or take other rows, with data.where, or with data.drop_missing: true, which leaves out "
-    "those in which a column that is used is missing."
+    "rows in which a used column is missing."
 )
 
 
@@ -135,8 +135,7 @@ def test_no_row_is_left(tiny_model, tmp_path):
     with pytest.raises(DataError) as caught:
         ps.run(file, model=tiny_model())
     assert caught.value.message == (
-        "data.file='rows.jsonl': data.drop_missing leaves no row; in each of 2 a column that is used (a) is "
-        "missing."
+        "data.file='rows.jsonl': data.drop_missing leaves no row; all 2 lack a value of a used column (a)."
     )
 
 

@@ -416,7 +416,7 @@ def test_what_does_not_go_together(target, parts, message, tiny_model):
 )
 def test_relevancy_needs_a_prompt_as_it_is(target):
     with pytest.raises(
-        SpecError, match=r"relevancy compares with T as it is, .*; leave out one or the other"
+        SpecError, match=r"relevancy compares with T unpatched, .*; leave out one or the other"
     ):
         Patchscope(
             source=Source(prompt="x"),
@@ -444,12 +444,12 @@ def test_controls_that_stand_for_a_state_need_one(write, control, message, tiny_
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"write": "replaced"}, "target.write: 'replaced' is no write. Did you mean 'replace'?"),
+        ({"write": "replaced"}, "target.write: 'replaced' is not a valid write. Did you mean 'replace'?"),
         ({"write": {"blend": 1.5}}, "target.write: blend: 1.5 should be a number in 0..1"),
-        ({"write": {"noise": "much"}}, "target.write: noise: 'much' should be a number from 0 on"),
-        ({"write": {"cut": 3}}, "target.write: {'cut': 3} is no write."),
+        ({"write": {"noise": "much"}}, "target.write: noise: 'much' should be a number of at least 0"),
+        ({"write": {"cut": 3}}, "target.write: {'cut': 3} is not a valid write."),
         ({"window": 0}, "target.window: input should be greater than or equal to 1; given 0"),
-        ({"states": "own"}, "states: own says what a window writes; give window, 2 or more"),
+        ({"states": "own"}, "states: own needs a window; give window, 2 or more"),
         ({"prompts": ["x", "y"]}, "give either prompt or prompts"),
         ({"scale": []}, "target.scale: tuple should have at least 1 item after validation, not 0"),
     ],

@@ -20,7 +20,7 @@ from patchscope_nn.mappings import Fitted
 from patchscope_nn.runs.execute import fit_first
 from patchscope_nn.runs.prepare import prepare
 from patchscope_nn.spec import Fit, Patchscope, Source, Target
-from patchscope_nn.spec.prompts import Encoded, encode
+from patchscope_nn.spec.encoding import Encoded, encode
 
 WORDS = ("The", " Eiffel", " Tower", " is", " in", " the", " city", " of", " Paris", " Diana", "->")
 
@@ -174,7 +174,7 @@ def test_pairs_that_are_named(pairs, options, expected):
         ("4:0", {}, "pairs: l=4 is outside this model, whose 4 blocks are"),
         ("0:3", {}, r"pairs: l\*=3 is outside this model"),
         ([(1, 2, 3)], {}, "is not a valid pair of layers"),
-        ("cross", {"target_layers": "x"}, "target_layers: 'x' is no layer"),
+        ("cross", {"target_layers": "x"}, "target_layers: 'x' is not a valid layer"),
         ("same", {"one_model": True}, "leaves nothing to fit: a layer of one model needs no map to itself"),
     ],
 )
@@ -190,9 +190,9 @@ def test_pairs_that_are_none(pairs, options, message):
     ("options", "message"),
     [
         ({"kind": "afine"}, "Did you mean 'affine'"),
-        ({"rank": 3}, "kind low_rank, and no other, has a rank"),
-        ({"kind": "low_rank"}, "kind low_rank, and no other, has a rank"),
-        ({"lambdas": [0.1, 0.01]}, "lambdas: should rise"),
+        ({"rank": 3}, "only kind low_rank has a rank"),
+        ({"kind": "low_rank"}, "only kind low_rank has a rank"),
+        ({"lambdas": [0.1, 0.01]}, "lambdas: should increase"),
         ({"lambdas": []}, "lambdas"),
         ({"held_out": 1.0}, "held_out"),
         ({"limt": 3}, "Did you mean 'limit'"),

@@ -122,7 +122,7 @@ def test_fit_as_json(patchscope, folder):
         (["affine", "--column", "words"], "has no column 'words'; it has n, text"),
         (["affine", "--held-out", "texts.jsonl"], "held_out names the same data as is fitted on"),
         (["affine", "--held-out", "2"], "held_out"),
-        (["affine", "--rank", "2"], "kind low_rank, and no other, has a rank"),
+        (["affine", "--rank", "2"], "only kind low_rank has a rank"),
         (["orthogonal"], "orthogonal maps between spaces of one size; these have 32 and 48"),
     ],
 )

@@ -90,7 +90,11 @@ def test_it_is_scored_on_the_other_subjects(tiny_model):
         ({"subject": "wrod"}, DataError, "subject='wrod' is not a column of the data. Did you mean 'word'"),
         ({"prompt": "The city"}, DataError, "does not name the subject"),
         ({"prompt": "The {city} of {word}"}, DataError, "asks for the column 'city'"),
-        ({"prompt": "The {word}ff", "rows": [{"word": "i"}]}, PositionError, "ends with no whole token"),
+        (
+            {"prompt": "The {word}ff", "rows": [{"word": "i"}]},
+            PositionError,
+            "does not end with a whole token",
+        ),
         ({"rows": ROWS[:8]}, DataError, "8 different prompts are too few to fit on 8"),
         ({"layers": 9}, LayerError, "layer=9 is outside"),
         ({"rank": 33}, DataError, "rank=33"),

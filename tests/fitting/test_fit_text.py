@@ -226,7 +226,7 @@ def test_the_same_seed_gives_the_same_soft_prompt(tiny_model):
     ("given", "error", "message"),
     [
         ({"layer": "all"}, LayerError, "names 4 layers"),
-        ({"layer": 1.5}, LayerError, "1.5 is no layer"),
+        ({"layer": 1.5}, LayerError, "1.5 is not a valid layer"),
         ({"tokens": 0}, DataError, "leave nothing to learn"),
         ({"offsets": (-1,)}, DataError, "leave nothing to learn"),
         ({"offsets": (40,)}, DataError, "none of 40 texts has 42 tokens or more"),

@@ -234,7 +234,10 @@ def test_a_training_that_is_asked_for_wrongly():
         ({"train": {"kind": "tuned_lns"}}, r"train\.kind: 'tuned_lns' is not .* Did you mean 'tuned_lens'"),
         ({"train": {"kind": "affine"}}, r"Did you mean 'trained_affine'"),
         ({"train": 3}, r"train: 3 should be fields, for example \{kind: tuned_lens\}"),
-        ({"train": {"kind": "tuned_lens", "text": "a"}}, r"train: tuned_lens takes no text; leave it out"),
+        (
+            {"train": {"kind": "tuned_lens", "text": "a"}},
+            r"train: tuned_lens does not take text; leave it out",
+        ),
         ({"train": {"kind": "lre", "data": {}}}, r"lre needs prompt and subject, as in \{kind: lre"),
         ({"train": "trained_scale"}, r"trained_scale needs data and text, as in \{kind: trained"),
         ({"train": {"kind": "tuned_lens", "steps": 0}}, r"train\.steps: .* greater than or equal to 1"),

@@ -219,7 +219,7 @@ def test_a_name_that_is_no_function(info):
     [
         ("identiy", "'identiy' is not a known mapping. Did you mean 'identity'?"),
         ({"affin": "w"}, "Did you mean 'affine'?"),
-        ({"function": "maps"}, "function: 'maps' should read module:name, for example my_code:my_function"),
+        ({"function": "maps"}, "function: 'maps' should be module:name, for example my_code:my_function"),
         (3, "3 is not a known mapping"),
     ],
 )

@@ -189,12 +189,12 @@ def one_argument(columns):
 @pytest.mark.parametrize(
     ("metrics", "message"),
     [
-        ([contains], "the metric 'contains' of test_own:contains has the name of that of patchscope_nn"),
+        ([contains], "the metric 'contains' of test_own:contains has the same name as that of patchscope_nn"),
         ([text], "metric 'text' has the name of a column of the table"),
         ([one_argument], "the metric one_argument is not a function of (columns, row): too many positional"),
         ([lambda columns, row: 1], "'<lambda>' cannot be the name of a metric"),
         ([{"function": "no_such_module:f"}], "'no_such_module:f' cannot be imported: No module named"),
-        ([{"function": "f"}], "function: 'f' should read module:name"),
+        ([{"function": "f"}], "function: 'f' should be module:name"),
         ([as_metric(words, readout="hidden")], "words reads hidden, and the readout is generate"),
         ([as_metric(words, needs="relevancy")], "words needs readout.generate.relevancy: true"),
     ],
@@ -211,9 +211,9 @@ def test_registered_names_are_known_and_taken(registries, tiny_model):
     assert "words" in METRICS
     with pytest.raises(ValueError, match=r"'wordz' is not a known metric\. Did you mean 'words'\?"):
         parse_metric("wordz")
-    with pytest.raises(InputError, match="has the name of that of test_own:words; give it another name"):
+    with pytest.raises(InputError, match="has the same name as that of test_own:words; give it another name"):
         ps.metric(name="words")(contains)
-    with pytest.raises(InputError, match="has the name of that of patchscope_nn; give it another name"):
+    with pytest.raises(InputError, match="has the same name as that of patchscope_nn; give it another name"):
         ps.metric(contains)
     run = ps.run(SCOPE, model=tiny_model(), data=ROWS[:1], metrics=["words"])
     assert run.manifest["recipe"]["metrics"] == ["words"]

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 import patchscope_nn as ps
 from patchscope_nn.backends import Places
 from patchscope_nn.errors import ModelError
-from patchscope_nn.models import wear
+from patchscope_nn.models import with_adapter
 from patchscope_nn.runs.loading import load_models
 
 peft = pytest.importorskip("peft")
@@ -63,7 +63,7 @@ def asked(adapter=None):
     )
 
 
-def test_the_target_wears_it_and_the_source_does_not(adapter, tiny_model):
+def test_the_target_has_the_adapter_and_the_source_does_not(adapter, tiny_model):
     model = tiny_model()
     table = ps.run(asked(str(adapter)), model=model, controls=["unpatched"]).table()
     worn = peft.PeftModel.from_pretrained(tiny.make_module("llama"), adapter).merge_and_unload().eval()
@@ -87,7 +87,7 @@ def test_the_target_wears_it_and_the_source_does_not(adapter, tiny_model):
 
 
 def test_a_folder_without_an_adapter_is_a_message(tmp_path, tiny_model):
-    with pytest.raises(ps.InputError, match=r"the adapter .* cannot be put on .*adapter_config\.json"):
+    with pytest.raises(ps.InputError, match=r"the adapter .* cannot be added to .*adapter_config\.json"):
         ps.run(asked(str(tmp_path)), model=tiny_model())
 
 
@@ -139,14 +139,14 @@ def test_a_base_is_left_as_it_is(tmp_path):
                 weight.add_(1.0)
     wrapper.save_pretrained(tmp_path)
     before, frozen = logits_of(module), [weight.requires_grad for weight in module.parameters()]
-    worn = wear(ps.load(module, tokenizer=tiny.TOKENIZER), str(tmp_path))
+    worn = with_adapter(ps.load(module, tokenizer=tiny.TOKENIZER), str(tmp_path))
     torch.testing.assert_close(logits_of(worn.module), logits_of(wrapper.eval()), **CLOSE)
     assert torch.equal(logits_of(module), before)
     assert [weight.requires_grad for weight in module.parameters()] == frozen
 
 
 def test_a_model_that_peft_wraps(adapter, folder):
-    """The base is changed in place by peft; so its name says that it wears the adapter."""
+    """Peft changes the base in place, so the base's name includes the adapter."""
     base = AutoModelForCausalLM.from_pretrained(folder)
     model = ps.load(peft.PeftModel.from_pretrained(base, adapter))
     assert model.module is base

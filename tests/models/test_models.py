@@ -151,7 +151,7 @@ def test_a_module_in_training_is_left_in_training(run_cells):
         ),
         pytest.param(
             lambda: BertLMHeadModel(BertConfig(**BERT)),
-            "'BertLMHeadModel' (BertLMHeadModel) is an encoder: its tokens see those after them. "
+            "'BertLMHeadModel' (BertLMHeadModel) is an encoder: its tokens attend to later tokens. "
             "Use a causal language model.",
             id="encoder",
         ),
@@ -163,14 +163,14 @@ def test_a_module_in_training_is_left_in_training(run_cells):
         ),
         pytest.param(
             lambda: torch.nn.Linear(2, 2),
-            "a Linear is no model we can trace. Give a Hugging Face id, a folder, a transformers model or an "
-            "nnsight TransformersModel.",
+            "a Linear is not a model that can be traced. Give a Hugging Face id, a folder, a transformers "
+            "model or an nnsight TransformersModel.",
             id="no transformers model",
         ),
         pytest.param(
             lambda: None,
-            "a NoneType is no model we can trace. Give a Hugging Face id, a folder, a transformers model or "
-            "an nnsight TransformersModel.",
+            "a NoneType is not a model that can be traced. Give a Hugging Face id, a folder, a transformers "
+            "model or an nnsight TransformersModel.",
             id="nothing",
         ),
     ],
@@ -233,7 +233,7 @@ def test_an_unknown_builtin():
     with pytest.raises(ModelError) as raised:
         load("builtin:gpt-5")
     assert str(raised.value) == (
-        "'builtin:gpt-5' is no builtin model. The one there is: 'builtin:smollm2-135m-instruct'."
+        "'builtin:gpt-5' is not a builtin model. The only one is 'builtin:smollm2-135m-instruct'."
     )
 
 
@@ -282,6 +282,6 @@ def test_freed_memory_is_used_again():
 
 @pytest.mark.parametrize("model", ["anything", "builtin:smollm2-135m-instruct"])
 def test_a_dtype_that_is_none_is_named(model):
-    with pytest.raises(ModelError, match=r"dtype='float23' is no dtype of a model") as caught:
+    with pytest.raises(ModelError, match=r"dtype='float23' is not a valid dtype") as caught:
         load(model, dtype="float23")
     assert "float32" in caught.value.hint

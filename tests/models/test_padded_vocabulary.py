@@ -15,7 +15,7 @@ from patchscope_nn.explore.copies import Options
 from patchscope_nn.explore.lenses import lenses
 from patchscope_nn.explore.views import CellView, GridView
 from patchscope_nn.explore.worker import Query
-from patchscope_nn.spec.prompts import decode
+from patchscope_nn.spec.encoding import decode
 
 FIRST, SECOND = tiny.VOCAB_SIZE + 1, tiny.VOCAB_SIZE + 2
 SHOWN = {f"<id {FIRST}>", f"<id {SECOND}>"}

@@ -93,5 +93,5 @@ def test_a_model_in_which_tokens_share_a_scale_is_refused():
         "'LlamaForCausalLM' is quantised by torch.ao.quantization.quantize_dynamic "
         "(model.layers.0.self_attn.q_proj): activations are rounded with one scale for all tokens of a pass, "
         "so that a token's state depends on the tokens after it and on the other prompts of its batch. "
-        "Use the model as it was before, or quantise its weights alone (bitsandbytes, torchao)."
+        "Use the unquantised model, or quantise only its weights (bitsandbytes, torchao)."
     )

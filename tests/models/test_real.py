@@ -109,5 +109,5 @@ def test_other_weights_are_refused(monkeypatch, tmp_path):
     (tmp_path / "w.gguf").write_bytes(b"GGUF something else")
     monkeypatch.setenv("PATCHSCOPE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(builtin, "weights_file", lambda: tmp_path / "w.gguf")
-    with pytest.raises(ModelError, match="is not the file we know"):
+    with pytest.raises(ModelError, match="is not the expected file"):
         ps.load(builtin.NAME)

@@ -72,7 +72,7 @@ def test_a_name_has_one_site(registered):
     gate = registered("gate")
     assert ps.register_site(gate) is gate
     with pytest.raises(
-        InputError, match=r"a site named 'gate' exists already, and is another: Site\(name='gate'"
+        InputError, match=r"another site named 'gate' is already registered: Site\(name='gate'"
     ):
         ps.register_site(ps.Site(name="gate", modules=("mlp.up_proj",)))
     with pytest.raises(InputError, match=r"Allowed: residual, before, attention, mlp, gate\."):

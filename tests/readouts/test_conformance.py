@@ -163,7 +163,7 @@ def kind(**attributes):
 @pytest.mark.parametrize(
     ("attributes", "message"),
     [
-        ({}, "the readout Mine has no name"),
+        ({}, "the readout Mine does not define name"),
         ({"name": "Max Logit"}, "is named 'Max Logit'"),
         ({"name": "generate"}, r"the name 'generate' is taken by patchscope_nn.readouts.generate.Generate"),
         ({"name": "mine", "columns": {}}, "the readout mine has no columns"),
@@ -255,7 +255,7 @@ def test_a_kind_is_refused_where_its_body_cannot_travel(monkeypatch):
 
 
 def test_unknown_fields_and_kinds_are_told_with_those_there_are():
-    with pytest.raises(SpecError, match=r"readout.max_logit.scal: is no field here. Did you mean 'scale'"):
+    with pytest.raises(SpecError, match=r"readout.max_logit.scal: is not a field here. Did you mean 'scale'"):
         ps.Patchscope(source=ps.Source(prompt="x"), readout={"max_logit": {"scal": 1}})
     with pytest.raises(SpecError, match=r"'max_lgit' is not a known readout. Did you mean 'max_logit'"):
         ps.Patchscope(source=ps.Source(prompt="x"), readout="max_lgit")

@@ -115,16 +115,16 @@ WRONG = {
     ],
     "methods:\n  a: {}\n  b: {target: {layers: 3}}": [
         (
-            "line 10: methods.b.target.layers: is no field here. Did you mean 'layer'? "
+            "line 10: methods.b.target.layers: is not a field here. Did you mean 'layer'? "
             "Allowed: prompt, prompts, combine, position, layer,"
         )
     ],
     "methods:\n  a: 3\n  b: {name: x}": [
         "line 9: methods.a: should be a mapping of changes, or empty; given 3",
-        "line 10: methods.b.name: is no method's to change; leave it out. Allowed: model, data,",
+        "line 10: methods.b.name: cannot be changed by a method; leave it out. Allowed: model, data,",
     ],
     "methods:\n  a b: {}\n  A-B: {}": [
-        "line 10: methods.A-B: has the folder 'a-b' that 'a b' has; give it another name"
+        "line 10: methods.A-B: has the same folder, 'a-b', as 'a b'; give it another name"
     ],
     "methods:\n  a: {}\n  '??': {}": [
         "line 10: methods.??: has neither letter nor digit; name the method in words"
@@ -142,7 +142,7 @@ WRONG = {
             "Allowed: source_layer, target_layer."
         )
     ],
-    "score: nll": ["line 8: score: 'nll' is no metric of this recipe. Did you mean 'nll_nats'?"],
+    "score: nll": ["line 8: score: 'nll' is not a metric of this recipe. Did you mean 'nll_nats'?"],
 }
 
 
@@ -159,7 +159,7 @@ def test_what_is_wrong_with_methods_has_its_line(tmp_path, text):
 
 
 def test_a_wrong_method_in_python():
-    with pytest.raises(SpecError, match=r"methods\.b\.target\.layers: is no field here"):
+    with pytest.raises(SpecError, match=r"methods\.b\.target\.layers: is not a field here"):
         Recipe(name="a", title="b", source={"prompt": "x"}, methods={"a": {}, "b": {"target.layers": 1}})
 
 
@@ -382,7 +382,7 @@ def test_lint_says_what_is_wrong_with_a_method(patchscope, here):
     (here / "bad.yaml").write_text(RECIPE.replace("layer: -1", "layr: -1"))
     done = patchscope("lint", "bad.yaml")
     assert done.returncode == 2
-    assert "bad.yaml:11: methods.Logit lens.target.layr: is no field here" in done.stdout
+    assert "bad.yaml:11: methods.Logit lens.target.layr: is not a field here" in done.stdout
 
 
 def test_compare_runs_by_folder(patchscope, here):

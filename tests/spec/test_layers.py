@@ -62,23 +62,23 @@ def test_ranges_that_hold_no_layer(value):
         resolve(value)
     assert str(raised.value) == (
         f"source.layer={value!r} holds no layer of this model, whose blocks are 0..5. "
-        "A range leaves its stop out, as in Python: '0:10' is layers 0 to 9."
+        "A range excludes its stop, as in Python: '0:10' is layers 0 to 9."
     )
 
 
 @pytest.mark.parametrize(
     ("value", "problem"),
     [
-        ("last", "'last' is no layer; "),
-        ("same", "'same' is no layer; "),
-        ("1-3", "'1-3' is no layer; "),
-        ("1:4:-1", "'1:4:-1' is no layer; "),
-        ("1:4:0", "'1:4:0' is no layer; "),
-        (1.0, "1.0 is no layer; "),
-        (True, "True is no layer; "),
-        (None, "None is no layer; "),
+        ("last", "'last' is not a valid layer; "),
+        ("same", "'same' is not a valid layer; "),
+        ("1-3", "'1-3' is not a valid layer; "),
+        ("1:4:-1", "'1:4:-1' is not a valid layer; "),
+        ("1:4:0", "'1:4:0' is not a valid layer; "),
+        (1.0, "1.0 is not a valid layer; "),
+        (True, "True is not a valid layer; "),
+        (None, "None is not a valid layer; "),
         ([], "is an empty list; "),
-        ([0, "same"], "'same' is no layer; "),
+        ([0, "same"], "'same' is not a valid layer; "),
     ],
 )
 def test_what_is_no_selector(value, problem):
@@ -87,5 +87,5 @@ def test_what_is_no_selector(value, problem):
 
 
 def test_a_target_is_told_of_same():
-    with pytest.raises(ValueError, match=r"^'last' is no layer; .* or 'same'$"):
+    with pytest.raises(ValueError, match=r"^'last' is not a valid layer; .* or 'same'$"):
         parse_layers("last", same=True)

@@ -8,6 +8,7 @@ import pytest
 import tiny
 
 from patchscope_nn.errors import DataError, InputError, PositionError
+from patchscope_nn.spec.encoding import encode
 from patchscope_nn.spec.positions import (
     Each,
     Every,
@@ -18,7 +19,6 @@ from patchscope_nn.spec.positions import (
     resolve_positions,
     texts_of,
 )
-from patchscope_nn.spec.prompts import encode
 
 TEXT = "The Eiffel Tower is in the Eiffel city"
 TOKENS = ("The", " E", "iff", "el", " Tower", " is", " in", " the", " E", "iff", "el", " city")
@@ -145,21 +145,25 @@ def test_token_ids_are_checked():
         pytest.param("Rome", "source.position='Rome' does not occur in", id="absent"),
         pytest.param("first:Rome", "source.position='first:Rome' does not occur in", id="absent, first"),
         pytest.param("tower", "source.position='tower' does not occur in", id="case counts"),
-        pytest.param("Tow", "source.position='Tow' ends with no whole token of", id="ends inside a token"),
         pytest.param(
-            "ower", "source.position='ower' ends with no whole token of", id="begins inside a token"
+            "Tow", "source.position='Tow' does not end with a whole token of", id="ends inside a token"
         ),
-        pytest.param({"start": 3, "end": 3}, "source.position=[3, 3) is no span inside", id="empty span"),
         pytest.param(
-            {"start": 10, "end": 13}, "source.position=[10, 13) is no span inside", id="span too long"
+            "ower", "source.position='ower' does not end with a whole token of", id="begins inside a token"
         ),
-        pytest.param({"start": -13}, "source.position=[-13, None) is no span inside", id="span too early"),
-        pytest.param({"start": 5, "end": 2}, "source.position=[5, 2) is no span inside", id="span backwards"),
+        pytest.param({"start": 3, "end": 3}, "source.position=[3, 3) is not a span inside", id="empty span"),
+        pytest.param(
+            {"start": 10, "end": 13}, "source.position=[10, 13) is not a span inside", id="span too long"
+        ),
+        pytest.param({"start": -13}, "source.position=[-13, None) is not a span inside", id="span too early"),
+        pytest.param(
+            {"start": 5, "end": 2}, "source.position=[5, 2) is not a span inside", id="span backwards"
+        ),
         pytest.param([0, -12], "source.position=[0, -12] names the same token twice in", id="twice"),
         pytest.param({"each": [0, 40]}, "source.position=40 is outside", id="one of each"),
         pytest.param({"tokens": "Rome"}, "source.position: 'Rome' does not occur in", id="no tokens"),
         pytest.param(
-            {"every": "ow"}, "source.position: every 'ow' is nowhere a whole token of", id="every, inside"
+            {"every": "ow"}, "source.position: no 'ow' ends with a whole token of", id="every, inside"
         ),
     ],
 )
@@ -172,21 +176,21 @@ def test_messages_list_the_numbered_tokens(value, problem):
 @pytest.mark.parametrize(
     ("value", "problem"),
     [
-        (1.5, "1.5 is no position; give an index"),
-        (True, "True is no position"),
-        ("", "'' is no position"),
-        ("first:", "'first:' is no position"),
+        (1.5, "1.5 is not a valid position; give an index"),
+        (True, "True is not a valid position"),
+        ("", "'' is not a valid position"),
+        ("first:", "'first:' is not a valid position"),
         ([], "is an empty list"),
         ([{"start": 1}], "a list holds indices and texts, not spans"),
         ([{"every": "x"}], "a list holds indices and texts, not spans"),
-        ({"every": ""}, "{'every': ''} is no position"),
-        ({"tokens": 3}, "{'tokens': 3} is no position"),
-        ({"each": [{"each": [0]}]}, "{'each': [0]} is no position"),
+        ({"every": ""}, "{'every': ''} is not a valid position"),
+        ({"tokens": 3}, "{'tokens': 3} is not a valid position"),
+        ({"each": [{"each": [0]}]}, "{'each': [0]} is not a valid position"),
         ({"start": 1, "stop": 2}, "is no position"),
         ({"start": "The"}, "is no position"),
         ({"each": []}, "is neither 'all' nor a list of positions"),
         ({"each": "some"}, "each: 'some' is neither 'all'"),
-        (None, "None is no position"),
+        (None, "None is not a valid position"),
     ],
 )
 def test_what_is_no_selector(value, problem):

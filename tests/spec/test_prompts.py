@@ -13,7 +13,7 @@ import patchscope_nn as ps
 from patchscope_nn.models import load
 from patchscope_nn.plan import plan
 from patchscope_nn.spec import prompts
-from patchscope_nn.spec.prompts import continuation_ids, encode
+from patchscope_nn.spec.encoding import continuation_ids, encode
 
 TEXT = "The Eiffel Tower"
 OWN = tiny.TOKENIZER(TEXT)["input_ids"]
@@ -98,7 +98,7 @@ def test_a_run_reads_the_text_s_last_token_and_says_so_once(caplog, tmp_path):
     assert cell["top_ids"] == expected["top_ids"]
     assert cell["top_probs"] == pytest.approx(expected["top_probs"], abs=1e-5)
     (notice,) = run.manifest["notices"]
-    assert "puts '<eos>' after every text" in notice
+    assert "adds '<eos>' after every text" in notice
     assert [record.message for record in caplog.records] == [notice]
 
 
@@ -110,5 +110,5 @@ def test_the_plan_says_so(tiny_model):
         return " ".join(str(plan(expand(scope, rows=[{}], source=model, target=model))).split())
 
     ending = load(tiny.make_module("llama"), tokenizer=tiny.make_tokenizer(eos=True))
-    assert "note: the tokenizer puts '<eos>' after every text" in text_of(ending)
+    assert "note: the tokenizer adds '<eos>' after every text" in text_of(ending)
     assert "after every text" not in text_of(tiny_model())

@@ -343,7 +343,7 @@ def test_blocks_without_the_site(model):
     parts = replace(model.info.architecture, parts=(Part("self_attn", 32, 32), Part("experts.0", 32, 32)))
     other = replace(model, info=replace(model.info, architecture=parts))
     message = (
-        r"^target\.site='mlp': the blocks of LlamaForCausalLM \(llama\) have no such module: none of mlp, "
+        r"^target\.site='mlp': the blocks of LlamaForCausalLM \(llama\) have none of the modules mlp, "
         r"feed_forward, ffn, block_sparse_moe, fc2\. They have self_attn\. Use site: residual\."
     )
     with pytest.raises(InputError, match=message):

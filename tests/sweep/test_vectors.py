@@ -152,10 +152,10 @@ def test_a_column_that_holds_no_number(file, tiny_model):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({}, "should have a prompt, or else a vector from a file"),
-        ({"prompt": "x", "vector": "f"}, "should have a prompt, or else a vector from a file"),
-        ({"vector": "f", "mean": "positions"}, "a vector has no mean and no minus"),
-        ({"vector": "f", "minus": "x"}, "a vector has no mean and no minus"),
+        ({}, "should have either a prompt or a vector from a file"),
+        ({"prompt": "x", "vector": "f"}, "should have either a prompt or a vector from a file"),
+        ({"vector": "f", "mean": "positions"}, "mean and minus need the states of a prompt"),
+        ({"vector": "f", "minus": "x"}, "mean and minus need the states of a prompt"),
     ],
 )
 def test_a_source_has_one_origin(fields, message):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from patchscope_nn.errors import InputError
-from patchscope_nn.spec.prompts import Encoded
+from patchscope_nn.spec.encoding import Encoded
 
 
 def aligned(

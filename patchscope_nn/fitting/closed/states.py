@@ -15,7 +15,7 @@ from patchscope_nn.fitting.reading import Row, batches, read_pass
 from patchscope_nn.mappings import Pair
 from patchscope_nn.models import Model
 from patchscope_nn.spec import Fit, site_named
-from patchscope_nn.spec.prompts import encode
+from patchscope_nn.spec.encoding import encode
 
 #: How many texts are sorted by length together.
 _SORTED = 128

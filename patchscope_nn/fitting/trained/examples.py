@@ -12,8 +12,9 @@ from patchscope_nn.fitting.reading import Row, read_rows
 from patchscope_nn.fitting.trained.frozen import Frozen, Write
 from patchscope_nn.models import Model
 from patchscope_nn.spec import Source, Target
+from patchscope_nn.spec.encoding import continuation_ids, encode
 from patchscope_nn.spec.positions import resolve_positions
-from patchscope_nn.spec.prompts import continuation_ids, encode, parse_prompt, render
+from patchscope_nn.spec.prompts import parse_prompt, render
 
 
 class Example(NamedTuple):

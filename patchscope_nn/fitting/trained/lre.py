@@ -25,8 +25,9 @@ from patchscope_nn.fitting.trained.lens import Map, affine_map, kl_nats, log_pro
 from patchscope_nn.fitting.trained.outcome import Outcome, Progress
 from patchscope_nn.fitting.trained.splits import split_items
 from patchscope_nn.models import Model
+from patchscope_nn.spec.encoding import encode
 from patchscope_nn.spec.positions import resolve_positions
-from patchscope_nn.spec.prompts import encode, parse_prompt, render
+from patchscope_nn.spec.prompts import parse_prompt, render
 
 #: The betas that are tried if none is given.
 BETAS = (1.0, 1.25, 1.5, 1.75, 2.0, 2.25, 2.5, 2.75, 3.0, 4.0, 5.0)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Generic, NamedTuple, TypeVar
 
 from patchscope_nn.errors import DataError
-from patchscope_nn.spec.prompts import encode
+from patchscope_nn.spec.encoding import encode
 
 Item = TypeVar("Item")
 
