@@ -50,15 +50,15 @@ def as_data(given: Any, *, limit: int | None = None) -> DataSpec:
     return DataSpec(rows=tuple(_row(row, number) for number, row in enumerate(rows, start=1)))
 
 
-def _named(given: Mapping[Any, Any]) -> DataSpec:
-    if given and not set(given) & set(DataSpec.model_fields):
-        keys = ", ".join(map(repr, list(given)[:8]))
+def _named(mapping: Mapping[Any, Any]) -> DataSpec:
+    if mapping and not set(mapping) & set(DataSpec.model_fields):
+        keys = ", ".join(map(repr, list(mapping)[:8]))
         raise DataError(
             f"data is a mapping with the keys {keys}, which are not those of a recipe's data.",
             hint="Give columns as pandas.DataFrame(data), a single row as [data], and a split of a dataset "
             f"as data['train']. {FORMS}",
         )
-    return DataSpec(**{str(key): value for key, value in given.items()})
+    return DataSpec(**{str(key): value for key, value in mapping.items()})
 
 
 def _row(row: Any, number: int) -> dict[str, Any]:

@@ -86,23 +86,23 @@ def call_reader(function: Callable[..., Any], arguments: Mapping[str, Any], *, n
         ) from error
 
 
-def records_of(given: Any) -> Any:
+def records_of(data: Any) -> Any:
     """Return the rows of a data frame of pandas, polars or pyarrow; other objects are taken as rows.
 
     Raises:
         DataError: Two columns have the same name, or the object is not an iterable of rows.
     """
-    columns = getattr(given, "columns", ())
-    names = list(getattr(given, "column_names", None) or columns)
+    columns = getattr(data, "columns", ())
+    names = list(getattr(data, "column_names", None) or columns)
     twice = [name for name in names if names.count(name) > 1]
     if twice:
         raise DataError(f"data has two columns {twice[0]!r}.", hint="Give every column its own name.")
     for method in ("to_dicts", "to_pylist"):
-        if hasattr(given, method):
-            return list(getattr(given, method)())
-    records = given.to_dict("records") if len(columns) and hasattr(given, "to_dict") else given
+        if hasattr(data, method):
+            return list(getattr(data, method)())
+    records = data.to_dict("records") if len(columns) and hasattr(data, "to_dict") else data
     if isinstance(records, str | bytes | Mapping) or not hasattr(records, "__iter__"):
-        raise DataError(f"data is {shown(given)}, which is not a list of rows.", hint=FORMS)
+        raise DataError(f"data is {shown(data)}, which is not a list of rows.", hint=FORMS)
     return records
 
 
