@@ -64,7 +64,7 @@ PLACES = {
 def test_it_is_refused_wherever_it_comes_from(tiny_model, place, text):
     with pytest.raises(InputError) as caught:
         PLACES[place](tiny_model(), text)
-    assert ("half a character" if text is HALF else "no text in the locale") in str(caught.value)
+    assert ("half a character" if text is HALF else "not text in the locale") in str(caught.value)
 
 
 def test_a_data_file_and_a_recipe_file(tiny_model, tmp_path):
