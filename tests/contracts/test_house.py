@@ -94,6 +94,17 @@ def test_a_file_stays_small():
     assert {name: size for name, size in sizes.items() if size > 350} == {}
 
 
+def test_the_code_of_a_function_stays_short():
+    """Its docstring is not counted."""
+    sizes = {}
+    for file in FILES:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                code = node.body[1:] if ast.get_docstring(node) and node.body[1:] else node.body
+                sizes[f"{file.stem}.{node.name}"] = node.end_lineno - code[0].lineno + 1
+    assert {name: size for name, size in sizes.items() if size > 60} == {}
+
+
 def test_all_names_the_public_names():
     assert sorted(ps.__all__) == ps.__all__
     assert set(ps.__all__) == {name for name in dir(ps) if not name.startswith("_")}
