@@ -26,6 +26,8 @@ SHORT = Lengths(7, 6)
 #: The shortest prompt with a token before its last that can be patched and is not the first.
 _SHORTEST = 3
 _ALL = Optimisations()
+#: The prompts that are tried beside the first one until one of the two ends before the other.
+_VARIANTS = (1, 2, 3, 4)
 #: The optimisations that can fail only in decoding. The others concern reading a prompt.
 OF_DECODING = ("cached_decoding", "mixed_lengths", "early_leaving")
 
@@ -93,7 +95,7 @@ class Checks:
         self._measure_rounding()
         rows = (short, Lengths(source, target))
         # Two source prompts of equal length share a pass, even if prompts of different lengths may not.
-        three = (short, short._replace(other=True), Lengths(source, target))
+        three = (short, short._replace(variant=1), Lengths(source, target))
         first = Trial(readout=readout_of(NextToken), rows=three, layers=self.layers)
         self._orient(first)
         if lengths:
@@ -142,10 +144,13 @@ class Checks:
     def _decode(self, *rows: Lengths, leaving: bool = False) -> None:
         """Compare decoding after prompts; with `leaving`, one row ends early and leaves the batch."""
         first, middle = self.layers[0], self.middle
+        trial, eos = Trial(readout=readout_of(Generate), rows=rows, layers=(middle,)), None
         # Two prompts of equal length, of which one ends before the other.
-        two = (rows[0], rows[0]._replace(other=True), *rows[1:]) if leaving else rows
-        trial = Trial(readout=readout_of(Generate), rows=two, layers=(middle,))
-        self._check(trial, eos=self._end_of_some(trial) if leaving else None)
+        for variant in _VARIANTS if leaving else ():
+            if eos is None:
+                trial = replace(trial, rows=(rows[0], rows[0]._replace(variant=variant), *rows[1:]))
+                eos = self._end_of_some(trial)
+        self._check(trial, eos=eos)
         self._check(Trial(readout=readout_of(Choices), rows=rows, layers=(first,), target_layers=(middle,)))
 
     def _decode_padded(self, *rows: Lengths) -> None:

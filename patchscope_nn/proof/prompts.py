@@ -46,21 +46,21 @@ class Numbers:
         return {}
 
 
-def random_ids(model: Model, count: int, *, seed: int, other: bool = False) -> list[int]:
+def random_ids(model: Model, count: int, *, seed: int, variant: int = 0) -> list[int]:
     """Random ids of a model's tokenizer, without special tokens.
 
     Args:
         model: The model.
         count: How many.
         seed: Seed of the random choice.
-        other: True for another choice with the same seed.
+        variant: Which of several choices with the same seed.
 
     Returns:
         (count,) token ids.
     """
     special = {*_special(model.module.config), *getattr(model.tokenizer, "all_special_ids", ())}
     size = min(len(model.tokenizer), model.info.vocab_size)
-    chooser = random.Random(f"{seed} {count} {other}")  # noqa: S311 (a seeded choice, no secret)
+    chooser = random.Random(f"{seed} {count} {variant}")  # noqa: S311 (a seeded choice, no secret)
     ordinary = [token for token in chooser.sample(range(size), min(size, 64)) if token not in special]
     return chooser.choices(ordinary or range(size), k=count)
 

@@ -104,7 +104,7 @@ def _trials(model: Model, ordinary: Sequence[int], beyond: int) -> list[Trial]:
     longest = max([SHORT.source + 4, *(length + 4 for length in ordinary), beyond + 6 if beyond else 0])
     rows = (SHORT, Lengths(longest, longest - 1))
     across = (Lengths(SHORT.source, beyond), rows[1]) if beyond else rows
-    three = (*rows, SHORT._replace(other=True))
+    three = (*rows, SHORT._replace(variant=1))
     return [
         Trial(readout=readout_of(NextToken), rows=three, layers=(middle,) if beyond else layers),
         *([] if beyond else [Trial(readout=readout_of(Hidden), rows=rows, layers=layers[:2])]),

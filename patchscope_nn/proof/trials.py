@@ -39,12 +39,12 @@ class Lengths(NamedTuple):
     Attributes:
         source: The length of the source prompt.
         target: The length of the target prompt.
-        other: True for other random prompts of these lengths.
+        variant: Which of the random prompts of these lengths.
     """
 
     source: int
     target: int
-    other: bool = False
+    variant: int = 0
 
 
 class Programs(NamedTuple):
@@ -146,11 +146,11 @@ class Runner:
 
     def source_prompt(self, row: Lengths) -> list[int]:
         """Return a random prompt."""
-        return random_ids(self.model, row.source, seed=-row.source, other=row.other)
+        return random_ids(self.model, row.source, seed=-row.source, variant=row.variant)
 
     def target_prompt(self, row: Lengths) -> list[int]:
         """Return a random prompt, with the prefix that all target prompts share."""
-        ids = random_ids(self.model, row.target, seed=row.target, other=row.other)
+        ids = random_ids(self.model, row.target, seed=row.target, variant=row.variant)
         return [*self.ids["t"][:_PREFIX], *ids[_PREFIX:]]
 
     def row(self, lengths: Lengths) -> dict[str, str]:

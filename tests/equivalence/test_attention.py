@@ -18,24 +18,36 @@ from patchscope_nn.spec import Patchscope, Source, Target
 from patchscope_nn.sweep import expand
 
 N_TOKENS, D_HEAD = 6, 8
-#: What each of six tokens sees behind the prefix; the last two are one cell's, the first of them its patch.
-OWN = torch.tensor([[0, -1], [1, -1], [2, -1], [3, -1], [4, -1], [4, 5]])
+
+
+def own_tokens(*seen):
+    """What each token sees behind the prefix, as a program holds it."""
+    most = max(map(len, seen))
+    return {
+        "places": torch.tensor([[*places, *[0] * (most - len(places))] for places in seen]),
+        "real": torch.tensor([[place < len(places) for place in range(most)] for places in seen]),
+    }
+
+
+#: Of six tokens the last two are one cell's, the first of them its patch.
+OWN = own_tokens([0], [1], [2], [3], [4], [4, 5])
+ONE = own_tokens([0], [1], [2], [3], [4], [4])
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
 def masked(query, key, value, prefix, own, *, scale):
     """The same as one sequence with a mask."""
-    mask = torch.zeros(len(own), key.shape[2], dtype=torch.bool)
+    mask = torch.zeros(len(own["places"]), key.shape[2], dtype=torch.bool)
     mask[:, :prefix] = True
-    for token, places in enumerate(own.tolist()):
-        mask[token, [prefix + place for place in places if place >= 0]] = True
+    for token, (places, real) in enumerate(zip(own["places"], own["real"], strict=True)):
+        mask[token, prefix + places[real]] = True
     times = query.shape[1] // key.shape[1]
     key, value = (one.repeat_interleave(times, dim=1) for one in (key, value))
     return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
-@pytest.mark.parametrize("own", [OWN, OWN[:, :1]], ids=["two own", "one own"])
+@pytest.mark.parametrize("own", [OWN, ONE], ids=["two own", "one own"])
 @pytest.mark.parametrize("prefix", [0, 1, 70])
 @pytest.mark.parametrize("heads", [(4, 4), (6, 2), (4, 1)])
 @pytest.mark.parametrize("scale", [None, 0.7])
@@ -55,7 +67,7 @@ def test_it_equals_attention_with_a_mask(heads, prefix, own, dtype, scale):
 def test_large_scores_lose_nothing():
     query = 40 * torch.ones(1, 1, 1, D_HEAD)
     key, value = torch.randn(2, 1, 1, 4, D_HEAD) * 20
-    own = torch.tensor([[0]])
+    own = own_tokens([0])
     torch.testing.assert_close(
         in_attention(query, key, value, 3, own, scale=None), masked(query, key, value, 3, own, scale=None)
     )
