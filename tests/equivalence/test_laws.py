@@ -155,7 +155,7 @@ def test_one_row_a_pass_changes_nothing(readout, tiny_model, run_cells):
         {"s": "x", "t": "Diana is in x", "a": " of Paris"},
     ]
     scope = Patchscope(
-        source=Source(prompt="{s}", position=-1, layer="all"),
+        source=Source(prompt="{s}", position=-1, layer=[0, -1]),
         target=Target(prompt="{t}", position="x", layer=["embed", -1]),
         readout=READOUTS[readout],
     )
