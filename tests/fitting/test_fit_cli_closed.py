@@ -85,7 +85,7 @@ def test_fit_prints_a_table_and_writes_a_file(patchscope, folder):
         assert f"{found['cosine']:.3f}" in line
     said = fitted.about.data
     last = (
-        f"affine, one -> two; fitted on {said['fitted_on']['n_positions']} positions of 48 texts, measured "
+        f"affine, one -> two; fitted on {said['fitted_on']['n_positions']} positions of 48 texts, scored "
         f"on {said['held_out']['n_positions']} of 12 that were held out"
     )
     assert lines[4:] == [last, "a.safetensors"]
