@@ -243,7 +243,7 @@ def _parse_callable(function: Any) -> MetricUse:
         return MetricUse(parsed.name, _parse_parameters(parsed, {}), metric=parsed)
     if known is not None and not known.digest:
         raise ValueError(
-            f"the metric {parsed.name!r} of {reference_of(parsed.compute)} has the name of that of "
+            f"the metric {parsed.name!r} of {reference_of(parsed.compute)} has the same name as that of "
             "patchscope_nn; give it another name"
         )
     if parsed.parameters:

@@ -226,7 +226,7 @@ BAD = {
     "mapping": (["run", "tiny.yaml", "--set", "mapping={affine: none.safetensors}"], "none.safetensors"),
     "function": (["run", "tiny.yaml", "--set", "mapping={function: nowhere:f}"], "nowhere:f"),
     "model": (["run", "tiny.yaml", "--model", "empty"], "the model 'empty' could not be loaded"),
-    "remote": (["run", "tiny.yaml", "--remote", "somewhere"], "remote='somewhere' is no server"),
+    "remote": (["run", "tiny.yaml", "--remote", "somewhere"], "remote='somewhere' is not a server"),
     "one row": (["run", "tiny.yaml", "--limit", "1"], "controls: shuffled"),
     "fused": (["run", "tiny.yaml", "--set", "target.layer=0", "--context", "fused"], "context='fused' runs"),
     "no run": (["report", "model"], "model is not the folder of a run: it has no manifest.json"),
@@ -382,7 +382,7 @@ def test_a_full_disk_fails_the_run_and_the_run_can_go_on(patchscope, folder, mon
         done = patchscope(*words)
     assert done.returncode == 1
     assert "error: [Errno 28] No space left on device: 'filled/cells.jsonl'." in done.stderr
-    assert "the same command goes on with what is done" in done.stderr
+    assert "the same command continues the run" in done.stderr
     assert "Traceback" not in done.stderr
     assert patchscope(*words).returncode == 0
     assert len((folder / "filled/cells.jsonl").read_text().splitlines()) == N_CELLS

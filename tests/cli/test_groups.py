@@ -28,7 +28,7 @@ def test_a_group_is_spread_into_its_options():
 
 def test_each_optimisation_is_a_switch():
     assert tuple(field.name for field in fields(groups.Switches)) == Optimisations.names()
-    given = groups.Planning().given(groups.Switches(late_entry=False))
+    given = groups.Planning().execution_options(groups.Switches(late_entry=False))
     assert given["optimisations"] == Optimisations(late_entry=False)
 
 

@@ -355,7 +355,7 @@ def test_a_folder_and_a_locked_file_cannot_be_read(tmp_path):
 
 def test_deep_json_is_an_error(tmp_path):
     write(tmp_path, "rows.json", "[" * 100_000)
-    with pytest.raises(DataError, match="is not JSON"):
+    with pytest.raises(DataError, match="is JSON that cannot be read"):
         load_rows(DataSpec(file="rows.json"), base=tmp_path)
 
 
