@@ -68,8 +68,8 @@ def test_parts_are_found(family, tiny_model):
     assert found.final_norm == NORMS[family]
     assert module.get_submodule(found.embed) is module.get_input_embeddings()
     assert module.get_submodule(found.unembed) is module.get_output_embeddings()
-    assert found.caches
-    assert found.packs
+    assert info.supports("cache")
+    assert info.supports("packing")
     assert found.gives_tuples == (family == "gptj")
     assert found.windows == WINDOWS.get(family, (None,) * tiny.N_LAYERS)
     assert info.tied == (family in TIED)
