@@ -421,5 +421,5 @@ def test_runs_that_are_alike_are_named_by_folder(here, tmp_path):
     runs = load_runs([tmp_path / "a", tmp_path / "b"])
     assert list(runs) == ["a", "b"]
     assert compare_runs(runs).names == ("a", "b")
-    with pytest.raises(FolderError, match="no run folder"):
+    with pytest.raises(FolderError, match="is not the folder of a run"):
         load_runs([tmp_path])

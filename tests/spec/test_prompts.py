@@ -12,7 +12,7 @@ import tiny
 import patchscope_nn as ps
 from patchscope_nn.models import load
 from patchscope_nn.plan import plan
-from patchscope_nn.spec import prompts
+from patchscope_nn.spec import encoding
 from patchscope_nn.spec.encoding import continuation_ids, encode
 
 TEXT = "The Eiffel Tower"
@@ -78,7 +78,7 @@ def test_ids_and_chats_are_as_they_are():
 
 
 def test_a_run_reads_the_text_s_last_token_and_says_so_once(caplog, tmp_path):
-    prompts._log_once.cache_clear()
+    encoding._log_once.cache_clear()
     model = load(tiny.make_module("llama"), tokenizer=tiny.make_tokenizer(eos=True))
     scope = ps.Patchscope(
         source=ps.Source(prompt=TEXT, layer=1),
