@@ -193,8 +193,10 @@ def test_a_vector_needs_a_target_prompt_and_names_its_reference(file, tiny_model
         (
             {"soft_prompt": torch.zeros(1, 8)},
             "x",
-            "is 8 wide; the states of LlamaForCausalLM are 32 wide. "
-            "Use a vector that was made for this model.",
+            (
+                "is 8 wide; the states of LlamaForCausalLM are 32 wide. "
+                "Use a vector that was made for this model."
+            ),
         ),
         pytest.param(
             {"soft_prompt": torch.zeros(3, WIDTH)},
