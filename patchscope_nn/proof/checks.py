@@ -19,7 +19,7 @@ from patchscope_nn.spec import RESIDUAL, SITES, Site
 
 #: The change of a logit that rounding explains, by dtype, in standard deviations of the logits. In half
 #: precision, it is raised to `_TIMES_NOISE` times the measured rounding of the model.
-_ROUNDING = {"float64": 1e-6, "float32": 5e-4, "float16": 3e-2, "bfloat16": 0.15}
+_ROUNDING = {"float64": 1e-6, "float32": 1e-3, "float16": 3e-2, "bfloat16": 0.15}
 _TIMES_NOISE = 4
 #: The lengths of the shortest prompts.
 SHORT = Lengths(7, 6)
