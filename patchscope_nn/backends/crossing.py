@@ -198,48 +198,57 @@ def traffic(planned: Plan, mapping: ResolvedMapping) -> Traffic | None:
     if planned.context != "bridged":
         return None
     source = planned.sweep.source
-    asked, written = planned.sweep.scope.source, planned.sweep.scope.target
-    read_width, written_width = _widths(planned)
-    made = any((asked.vector, asked.minus, asked.mean, written.soft_prompt))
-    found = Traffic(mapping=mapping.name, weights=weights(mapping.maps or mapping.call))
+    total = Traffic(mapping=mapping.name, weights=weights(mapping.maps or mapping.call))
     for step in planned.steps():
-        if mapping.kind == "pairs":
-            found = _with_pairs(found, planned, step, mapping, made=made)
-            continue
-        fresh = [state for one in step.sources for state in one.states]
-        crossing = [*step.carried, *fresh]
-        hidden = sum(len(state.positions) for state in crossing if state.layer is not None)
-        finals = sum(state.layer is None for state in crossing)
-        number = source.bytes_per_number
-        mapped_here = maps_here(
-            mapping.kind,
-            mapping.call,
-            states=hidden * read_width * number,
-            mapped=hidden * written_width * number,
-            shared=bool(step.carried or step.kept) or made,
+        finals = sum(state.layer is None for state in step.numbers)
+        sent = (
+            _pairs_sent(planned, step, mapping) if mapping.kind == "pairs" else _sent(planned, step, mapping)
         )
-        width = written_width if mapped_here else read_width
-        found = replace(
-            found,
-            steps=found.steps + bool(crossing),
-            states=found.states + hidden,
-            distributions=found.distributions + finals,
-            bytes=found.bytes
-            + hidden * width * number
-            + finals * source.vocab_size * _LOGPROB
-            + (0 if mapped_here else found.weights),
-            mapped_here=found.mapped_here + mapped_here,
+        total = replace(
+            total,
+            steps=total.steps + bool(step.numbers),
+            states=total.states + sent.states,
+            distributions=total.distributions + finals,
+            bytes=total.bytes + sent.bytes + finals * source.vocab_size * _LOGPROB,
+            mapped_here=total.mapped_here + sent.mapped_here,
         )
-    return found
+    return total
 
 
-def _with_pairs(
-    found: Traffic, planned: Plan, step: Step, mapping: ResolvedMapping, *, made: bool
-) -> Traffic:
-    """Adds a step of a mapping that has weights for each pair of layers."""
-    source = planned.sweep.source
+class _Sent(NamedTuple):
+    """What a step sends besides distributions.
+
+    Attributes:
+        states: Hidden states, counted by position.
+        bytes: Their bytes, with the mapping's weights if these are sent.
+        mapped_here: True if the states are mapped before they travel.
+    """
+
+    states: int
+    bytes: int
+    mapped_here: bool
+
+
+def _sent(planned: Plan, step: Step, mapping: ResolvedMapping) -> _Sent:
+    """Predict `in_place_of`."""
     read_width, written_width = _widths(planned)
-    crossing = {*step.carried, *(state for one in step.sources for state in one.states)}
+    states, number = _positions(step.numbers), planned.sweep.source.bytes_per_number
+    here = maps_here(
+        mapping.kind,
+        mapping.call,
+        states=states * read_width * number,
+        mapped=states * written_width * number,
+        shared=bool(step.carried or step.kept) or _is_made(planned),
+    )
+    if here:
+        return _Sent(states, states * written_width * number, mapped_here=True)
+    return _Sent(states, states * read_width * number + weights(mapping.call), mapped_here=False)
+
+
+def _pairs_sent(planned: Plan, step: Step, mapping: ResolvedMapping) -> _Sent:
+    """Predict `in_place_of` for a mapping that has weights for each pair of layers."""
+    read_width, written_width = _widths(planned)
+    number = planned.sweep.source.bytes_per_number
     uses = {
         (State(cell.source, cell.source_positions, pair[0]), pair)
         for cell in step.cells
@@ -247,24 +256,20 @@ def _with_pairs(
         if isinstance(cell.source, int) and cell.source_positions is not None
     }
     left = {state for state, _ in uses} - set(step.kept)
-    number, finals = source.bytes_per_number, sum(state.layer is None for state in crossing)
+    states, stays = _positions(step.numbers), _positions(left)
+    results = sum(len(state.positions) for state, _ in uses)
     sent = weights(mapping.within(pair for _, pair in uses))
-    stays = _positions(left)
-    maps_here = sum(len(state.positions) for state, _ in uses)
-    mapped, raw = maps_here * written_width * number, stays * read_width * number
-    here = bool(uses) and not made and mapped <= raw + sent
-    hidden = _positions(crossing) - (stays if here else 0)
-    return replace(
-        found,
-        steps=found.steps + bool(crossing),
-        states=found.states + hidden + (maps_here if here else 0),
-        distributions=found.distributions + finals,
-        bytes=found.bytes
-        + hidden * read_width * number
-        + (mapped if here else sent)
-        + finals * source.vocab_size * _LOGPROB,
-        mapped_here=found.mapped_here + here,
-    )
+    mapped, raw = results * written_width * number, stays * read_width * number
+    if uses and not _is_made(planned) and mapped <= raw + sent:
+        others = states - stays
+        return _Sent(others + results, others * read_width * number + mapped, mapped_here=True)
+    return _Sent(states, states * read_width * number + sent, mapped_here=False)
+
+
+def _is_made(planned: Plan) -> bool:
+    """True if states are made of several, or come from files; these cannot be mapped before they travel."""
+    source, target = planned.sweep.scope.source, planned.sweep.scope.target
+    return any((source.vector, source.minus, source.mean, target.soft_prompt))
 
 
 def _widths(planned: Plan) -> tuple[int, int]:
@@ -279,7 +284,7 @@ def _positions(states: Iterable[State]) -> int:
     return sum(len(state.positions) for state in states if state.layer is not None)
 
 
-def size(states: Mapping[int, torch.Tensor]) -> int:
+def size(states: Mapping[Any, torch.Tensor]) -> int:
     """The size of tensors in bytes."""
     return sum(state.numel() * state.element_size() for state in states.values())
 
@@ -287,7 +292,7 @@ def size(states: Mapping[int, torch.Tensor]) -> int:
 def weights(call: Any) -> int:
     """The size of a mapping's weights in bytes; 0 for a function."""
     if isinstance(call, Mapping):
-        return sum(one.numel() * one.element_size() for parts in call.values() for one in parts.values())
+        return sum(size(parts) for parts in call.values())
     if not isinstance(call, torch.nn.Module):
         return 0
-    return sum(one.numel() * one.element_size() for one in (*call.parameters(), *call.buffers()))
+    return size(dict(enumerate([*call.parameters(), *call.buffers()])))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -42,12 +43,11 @@ class Backend(Protocol):
         """
 
 
-@dataclass(frozen=True)
-class Local:
-    """Runs steps in this process."""
+class _Place(ABC):
+    """A single place. A context that the target's engine does not open runs as two sessions there."""
 
-    name: str = "local"
-    remote: bool = False
+    name: str
+    remote: bool
 
     def run(
         self,
@@ -58,15 +58,34 @@ class Local:
         target: Model,
         hear: Sequence[Hear] = (),
     ) -> Results:
-        """Run a step in this process."""
-        if context == "bridged":
-            return Bridged(self, self).run(context, program, source=source, target=target, hear=hear)
+        """Run a step; see `Backend.run`."""
+        if engine_of(target).opens(context):
+            return self._run(context, program, source, target, hear)
+        return Bridged(self, self).run(context, program, source=source, target=target, hear=hear)
+
+    @abstractmethod
+    def _run(
+        self, context: Context, program: StepProgram, source: Model, target: Model, hear: Sequence[Hear]
+    ) -> Results:
+        """Run a step in a context that the target's engine opens."""
+
+
+@dataclass(frozen=True)
+class Local(_Place):
+    """Runs steps in this process."""
+
+    name: str = "local"
+    remote: bool = False
+
+    def _run(
+        self, context: Context, program: StepProgram, source: Model, target: Model, hear: Sequence[Hear]
+    ) -> Results:
         results: Results = engine_of(target).run(context, program, source=source, target=target, hear=hear)
         return results
 
 
 @dataclass(frozen=True)
-class Rehearsal:
+class Rehearsal(_Place):
     """Rehearses a remote run: nnsight serialises each request, reads it back, and runs it in this process.
 
     A step that fails here also fails on a server; a step that passes here can still fail there.
@@ -75,20 +94,11 @@ class Rehearsal:
     name: str = "rehearsal"
     remote: bool = True
 
-    def run(
-        self,
-        context: Context,
-        program: StepProgram,
-        *,
-        source: Model,
-        target: Model,
-        hear: Sequence[Hear] = (),  # noqa: ARG002 (servers do not call it)
+    def _run(
+        self, context: Context, program: StepProgram, source: Model, target: Model, _hear: Sequence[Hear]
     ) -> Results:
-        """Run a step in this process, through nnsight's serialisation."""
         from nnsight.intervention.backends.local import LocalSimulationBackend
 
-        if context == "bridged":
-            return Bridged(self, self).run(context, program, source=source, target=target)
         backend = LocalSimulationBackend(target.traced)
         results: Results = engine_of(target).run(
             context, program, source=source, target=target, backend=backend
@@ -97,7 +107,7 @@ class Rehearsal:
 
 
 @dataclass(frozen=True)
-class Ndif:
+class Ndif(_Place):
     """Runs steps on an NDIF server; each step is a job.
 
     Attributes:
@@ -108,18 +118,9 @@ class Ndif:
     name: str = "ndif"
     remote: bool = True
 
-    def run(
-        self,
-        context: Context,
-        program: StepProgram,
-        *,
-        source: Model,
-        target: Model,
-        hear: Sequence[Hear] = (),  # noqa: ARG002 (servers do not call it)
+    def _run(
+        self, context: Context, program: StepProgram, _source: Model, target: Model, _hear: Sequence[Hear]
     ) -> Results:
-        """Send a step as a job, and wait for its results."""
-        if context == "bridged":
-            return Bridged(self, self).run(context, program, source=source, target=target)
         return client.wait(self.host, client.submit(self.host, context, program, target), context)
 
 
