@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-from importlib import metadata
 from pathlib import Path
 
 # Before torch and transformers are imported, which read these then; so do the processes that tests start.
@@ -35,9 +34,6 @@ from patchscope_nn.spec.mapping import MAPPINGS
 from patchscope_nn.sweep import expand
 
 torch.set_num_threads(1)
-
-# Each call parses the whole description of an installed package, which takes a third of a tiny run.
-metadata.version = functools.cache(metadata.version)
 
 # The same examples in every run: two tokens of a random model may be equally likely, to a rounding error.
 hypothesis.settings.register_profile(

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ import tiny
 import torch
 
 import patchscope_nn as ps
+from patchscope_nn._util import versions
 from patchscope_nn.models import Comparison, Verdict, Withheld
 from patchscope_nn.proof import loading, store
 from patchscope_nn.spec import SITES, Site
@@ -93,8 +93,8 @@ def changed(monkeypatch, what):
     if what == "config":
         module.config.rope_parameters["rope_theta"] = 5000.0
     if what == "version":
-        true = metadata.version
-        monkeypatch.setattr(metadata, "version", lambda name: "9.9" if name == "torch" else true(name))
+        true = versions._version
+        monkeypatch.setattr(versions, "_version", lambda name: "9.9" if name == "torch" else true(name))
     if what == "code":
         monkeypatch.setattr(store, "_code_digest", lambda: "other")
     if what == "sites":
