@@ -48,6 +48,11 @@ def reference_of(function: Any) -> str:
     return f"{named.__module__}:{named.__qualname__}"
 
 
+def name_in(reference: str) -> str:
+    """Return the last part of the name in `module:name`."""
+    return reference.rpartition(":")[2].rpartition(".")[2]
+
+
 def name_of(function: Any) -> str:
     """Return the name of a function, or of the class of a callable object."""
     return str(getattr(function, "__name__", type(function).__name__))

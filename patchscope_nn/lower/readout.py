@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import functools
-import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from patchscope_nn._util.functions import import_function
 from patchscope_nn.body.program import ReadoutProgram
 from patchscope_nn.errors import InputError
 from patchscope_nn.models import Model
@@ -55,12 +55,12 @@ def body_of(readout: Readout) -> Callable[..., Any]:
     Raises:
         InputError: The function cannot be imported.
     """
-    module, _, name = readout.body.partition(":")
     try:
-        body: Callable[..., Any] = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
+        body: Callable[..., Any] = import_function(readout.body)
+    except ValueError as error:
         raise InputError(
-            f"the body {readout.body!r} of the readout {readout.name} cannot be imported: {error}.",
+            f"the body {readout.body!r} of the readout {readout.name} cannot be imported: "
+            f"{error.__cause__ or error}.",
             hint="Write module:function, and make sure that Python finds the module (PYTHONPATH).",
         ) from error
     return body

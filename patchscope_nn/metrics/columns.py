@@ -22,6 +22,7 @@ from patchscope_nn._util.functions import (
     check_reference,
     function_bytes,
     import_function,
+    name_in,
     name_of,
     reference_of,
 )
@@ -198,7 +199,7 @@ def parse_column(value: Any) -> ColumnUse:
         return ColumnUse(value, column=COLUMNS.find(value))
     if isinstance(value, Mapping) and set(value) == {"function"} and isinstance(value["function"], str):
         reference = check_reference(value["function"])
-        return ColumnUse(reference.rpartition(":")[2].rpartition(".")[2], reference)
+        return ColumnUse(name_in(reference), reference)
     raise ValueError(f"{value!r} is not a column; give a name, or {{function: module:name}}")
 
 

@@ -22,6 +22,7 @@ from patchscope_nn._util.functions import (
     check_reference,
     function_bytes,
     import_function,
+    name_in,
     name_of,
     reference_of,
 )
@@ -260,7 +261,7 @@ def _parse_function(value: Mapping[Any, Any]) -> MetricUse:
         raise ValueError(f"{dict(value)!r} should read {{function: module:name, parameter: column}}")
     reference = check_reference(value[_FUNCTION])
     pairs = tuple((key, str(column)) for key, column in parameters.items())
-    return MetricUse(reference.rpartition(":")[2].rpartition(".")[2], pairs, function=reference)
+    return MetricUse(name_in(reference), pairs, function=reference)
 
 
 def resolve_metric(use: MetricUse) -> MetricUse:

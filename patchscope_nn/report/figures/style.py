@@ -113,8 +113,8 @@ def metric_title(metric: str, known: Mapping[str, MetricInfo] | None = None) -> 
         known: Titles and directions of metrics, as `metrics.described` gives them; None: those that ship.
     """
     titles = {"probe_accuracy": "Accuracy of the probe"}
-    found = (described({}) if known is None else known).get(metric)
-    return wrap((found.title if found else "") or titles.get(metric, metric), width=38)
+    info = (described({}) if known is None else known).get(metric)
+    return wrap((info.title if info else "") or titles.get(metric, metric), width=38)
 
 
 def layer_ticks(layers: Sequence[float]) -> dict[str, Any]:
