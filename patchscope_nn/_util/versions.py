@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import platform
 from collections.abc import Sequence
 from importlib import metadata
@@ -11,6 +10,8 @@ from importlib import metadata
 DECIDING = ("nnsight", "torch", "transformers")
 #: The packages whose versions are recorded with a result.
 RECORDED = ("patchscope-nn", *DECIDING, "tokenizers", "safetensors")
+# A function of functools.cache cannot be serialised by value, as this module is when a mapping travels.
+_READ: dict[str, str] = {}
 
 
 def versions_of(packages: Sequence[str] = RECORDED) -> dict[str, str]:
@@ -18,10 +19,11 @@ def versions_of(packages: Sequence[str] = RECORDED) -> dict[str, str]:
     return {name: _version(name) for name in packages}
 
 
-@functools.cache
 def _version(package: str) -> str:
     """Reading it parses the package's whole description, which takes a third of a tiny run."""
-    return metadata.version(package)
+    if package not in _READ:
+        _READ[package] = metadata.version(package)
+    return _READ[package]
 
 
 def recorded_versions() -> dict[str, str]:
