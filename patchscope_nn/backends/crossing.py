@@ -6,162 +6,104 @@ that sends fewer bytes; then its weights stay here.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
-from patchscope_nn.body.program import PackedProgram, Read, RowsProgram, StepProgram, Write
-from patchscope_nn.mappings import Pair, ResolvedMapping, apply_mapping
-from patchscope_nn.plan import Plan, State, Step
+from patchscope_nn._util.ragged import Ints
+from patchscope_nn.body.program import PackedProgram, Results, RowsProgram, StepProgram, identity_writing
+from patchscope_nn.body.states import in_together
+from patchscope_nn.mappings import ResolvedMapping, apply_mapping
+from patchscope_nn.plan import Plan, Step
 from patchscope_nn.spec import SITES
 
 #: The bytes of a log-probability; they are float32 whatever the model is.
 _LOGPROB = 4
-#: A state, by number, and the (l, l*) it is written for.
-Use: TypeAlias = tuple[int, Pair]
-
-
-class Crossing(NamedTuple):
-    """What is sent to the target with a step.
-
-    Attributes:
-        states: Source states (mapped or not) and distributions: tensors by state number.
-        mapping: The kind of the mapping that is left to be applied there, and its weights.
-        renumbered: If states were mapped here, once for each pair of layers: the number of each result.
-        left: Numbers of the states that are then not sent.
-    """
-
-    states: dict[int, torch.Tensor]
-    mapping: tuple[str, Any]
-    renumbered: Mapping[Use, int] = {}
-    left: frozenset[int] = frozenset()
 
 
 def source_half(program: StepProgram) -> StepProgram:
-    """The half of a step that reads its states, and returns all of them."""
-    read = [entry["state"] for entries in _reads(program) for entry in entries]
+    """Return the half of a step that reads its states, and returns all of them."""
+    sources = program["sources"]
+    states = sum(len(places["rows"]) for source in sources for places in source["reads"].values())
+    finals = sum(len(source["finals"]["rows"]) for source in sources if source["finals"] is not None)
     return {
         **program,
         "targets": [],
-        "given": {},
+        "given": None,
+        "given_finals": None,
+        "soft": None,
         "prefix": None,
-        "keep": read,
-        "sums": [],
-        "writing": {**program["writing"], "mapping": "identity", "weights": None},
+        "keep": torch.arange(states),
+        "keep_finals": torch.arange(finals),
+        "sums": None,
+        "writing": identity_writing(),
     }
 
 
-def _reads(program: StepProgram) -> Iterator[list[Read]]:
-    for source in program["sources"]:
-        yield from source["reads"].values()
-        yield source["finals"]
+def target_half(program: StepProgram, read: Results) -> StepProgram:
+    """Return the half of a step that writes the states that its other half has read.
 
-
-def target_half(program: StepProgram, crossing: Crossing) -> StepProgram:
-    """The half of a step that writes the states that crossed."""
-    known = {number: state for number, state in program["given"].items() if number not in crossing.left}
-    kind, weights_left = crossing.mapping
-    return {
-        **program,
-        "sources": [],
-        "targets": [_renumbered(target, crossing.renumbered) for target in program["targets"]],
-        "given": {**known, **crossing.states},
-        "writing": {**program["writing"], "mapping": kind, "weights": weights_left},
-    }
-
-
-def _renumbered(
-    target: RowsProgram | PackedProgram, numbers: Mapping[Use, int]
-) -> RowsProgram | PackedProgram:
-    """A target pass that writes states which were mapped here, each for its own pair of layers."""
-    if not numbers:
-        return target
-    changed = target.copy()
-    changed["writes"] = {
-        layer: [_with_number(write, numbers) for write in writes]
-        for layer, writes in target["writes"].items()
-    }
-    return changed
-
-
-def _with_number(write: Write, numbers: Mapping[Use, int]) -> Write:
-    if write["state"] is None:
-        return write
-    return {**write, "state": numbers[write["state"], write["pair"]]}
-
-
-def in_place_of(program: StepProgram, states: Mapping[int, torch.Tensor]) -> Crossing:
-    """Map states here, if that sends fewer bytes than sending them with their mapping.
+    The states are mapped here if that sends fewer bytes than sending them with their mapping.
 
     Args:
         program: The step.
-        states: What its source half returned: hidden states and distributions, by number.
-
-    Returns:
-        What crosses.
+        read: What its source half returned.
     """
-    kind, call = program["writing"]["mapping"], program["writing"]["weights"]
-    if kind == "pairs":
-        return _in_place_of_pairs(program, states)
-    numbers = {
-        read["state"] for source in program["sources"] for reads in source["reads"].values() for read in reads
-    }
-    hidden = {number: states[number] for number in numbers if number in states}
-    mapped = {}
-    for number, state in hidden.items() if kind == "call" else ():
-        with torch.no_grad():
-            mapped[number] = apply_mapping(kind, call, state, state.new_zeros(()))
-    # States are summed before they are mapped, so sums cannot be mapped on this side.
-    shared = bool(program["given"] or program["keep"] or program["sums"])
-    if maps_here(kind, call, states=size(hidden), mapped=size(mapped), shared=shared):
-        return Crossing({**states, **mapped}, ("identity", None))
-    return Crossing(dict(states), (kind, call))
-
-
-def _in_place_of_pairs(program: StepProgram, states: Mapping[int, torch.Tensor]) -> Crossing:
-    """`in_place_of` for a mapping with weights for each pair of layers; a state may be mapped for several."""
-    maps, known = program["writing"]["weights"], {**program["given"], **states}
-    whole = Crossing(dict(states), ("pairs", maps))
-    if program["sums"]:  # as in `in_place_of`
-        return whole
-    uses: list[Use] = sorted(
-        {
-            (write["state"], write["pair"])
-            for target in program["targets"]
-            for writes in target["writes"].values()
-            for write in writes
-            if write["state"] is not None
-        }
+    states, finals = (
+        in_together([part for part in parts if part is not None and len(part)])
+        for parts in ((program["given"], read["kept"]), (program["given_finals"], read["kept_finals"]))
     )
-    renumbered = {use: number for number, use in enumerate(uses, start=max(known, default=-1) + 1)}
+    half: StepProgram = {**program, "sources": [], "given": states, "given_finals": finals}
+    mapping = program["writing"]
+    # States are summed before they are mapped, so sums cannot be mapped on this side.
+    shared = program["given"] is not None or len(program["keep"]) > 0 or program["sums"] is not None
+    if states is None or shared or mapping["mapping"] not in ("call", "pairs"):
+        return half
     with torch.no_grad():
-        mapped = {
-            renumbered[number, pair]: apply_mapping(
-                "pairs", maps, known[number], known[number].new_zeros(()), [pair] * len(known[number])
-            )
-            for number, pair in uses
+        mapped, targets = _mapped(program, states)
+    if not maps_here(mapping["weights"], states=size(states), mapped=size(mapped)):
+        return half
+    here = {**identity_writing(), "mode": mapping["mode"], "amount": mapping["amount"]}
+    return {**half, "given": mapped, "targets": targets, "writing": here}  # type: ignore[typeddict-item]
+
+
+def _mapped(
+    program: StepProgram, states: torch.Tensor
+) -> tuple[torch.Tensor, list[RowsProgram | PackedProgram]]:
+    """Return the mapped states, and the target passes that write these.
+
+    With a mapping of its own for each pair of layers, a state is mapped once for each pair it is written for.
+    """
+    kind, weights = program["writing"]["mapping"], program["writing"]["weights"]
+    if kind == "call":
+        return apply_mapping(kind, weights, states, states.new_zeros(())), program["targets"]
+    writes = [write for target in program["targets"] for write in target["writes"].values()]
+    wanted = [torch.cat([write["states"][:, None], write["pairs"]], dim=1) for write in writes]  # type: ignore[index]
+    uses, number = torch.cat(wanted).unique(dim=0, return_inverse=True)
+    mapped = apply_mapping(kind, weights, states[uses[:, 0]], states.new_zeros(()), uses[:, 1:])
+    numbers = iter(number.split([len(part) for part in wanted]))
+    targets: list[Any] = [
+        {
+            **target,
+            "writes": {layer: {**write, "states": next(numbers)} for layer, write in target["writes"].items()},
         }
-    left = frozenset(number for number, _ in uses) - frozenset(program["keep"])
-    stays = size({number: known[number] for number in left})
-    if not uses or size(mapped) > stays + weights(maps):
-        return whole
-    sent = {number: state for number, state in states.items() if number not in left}
-    return Crossing({**sent, **mapped}, ("identity", None), renumbered, left)
+        for target in program["targets"]
+    ]
+    return mapped, targets
 
 
-def maps_here(kind: str, call: Any, *, states: int, mapped: int, shared: bool) -> bool:
-    """True if a step's states are mapped before they travel, because that sends no more bytes.
+def maps_here(call: Any, *, states: int, mapped: int) -> bool:
+    """Return whether states are mapped before they travel, because that sends no more bytes.
 
     Args:
-        kind: The kind of the mapping.
-        call: Its function.
-        states: The bytes of the hidden states.
+        call: The mapping's function or weights.
+        states: The bytes of the states.
         mapped: Their bytes once they are mapped.
-        shared: True if another step uses some of them too; then they are mapped on the other side.
     """
-    return kind == "call" and states > 0 and not shared and mapped <= states + weights(call)
+    return 0 < states and mapped <= states + weights(call)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,19 +139,18 @@ def traffic(planned: Plan, mapping: ResolvedMapping) -> Traffic | None:
     """
     if planned.context != "bridged":
         return None
-    source = planned.sweep.source
+    sweep = planned.sweep
     total = Traffic(mapping=mapping.name, weights=weights(mapping.maps or mapping.call))
     for step in planned.steps():
-        finals = sum(state.layer is None for state in step.numbers)
-        sent = (
-            _pairs_sent(planned, step, mapping) if mapping.kind == "pairs" else _sent(planned, step, mapping)
-        )
+        final = sweep.states.is_final(step.states)
+        finals = int(final.sum())
+        sent = _sent(planned, step, mapping, step.states[~final])
         total = replace(
             total,
-            steps=total.steps + bool(step.numbers),
+            steps=total.steps + bool(len(final)),
             states=total.states + sent.states,
             distributions=total.distributions + finals,
-            bytes=total.bytes + sent.bytes + finals * source.vocab_size * _LOGPROB,
+            bytes=total.bytes + sent.bytes + finals * sweep.source.vocab_size * _LOGPROB,
             mapped_here=total.mapped_here + sent.mapped_here,
         )
     return total
@@ -229,41 +170,24 @@ class _Sent(NamedTuple):
     mapped_here: bool
 
 
-def _sent(planned: Plan, step: Step, mapping: ResolvedMapping) -> _Sent:
-    """Predict `in_place_of`."""
+def _sent(planned: Plan, step: Step, mapping: ResolvedMapping, hidden: Ints) -> _Sent:
+    """Predict `target_half`."""
     read_width, written_width = _widths(planned)
-    states, number = _positions(step.numbers), planned.sweep.source.bytes_per_number
-    here = maps_here(
-        mapping.kind,
-        mapping.call,
-        states=states * read_width * number,
-        mapped=states * written_width * number,
-        shared=bool(step.carried or step.kept) or _is_made(planned),
-    )
-    if here:
-        return _Sent(states, states * written_width * number, mapped_here=True)
-    return _Sent(states, states * read_width * number + weights(mapping.call), mapped_here=False)
-
-
-def _pairs_sent(planned: Plan, step: Step, mapping: ResolvedMapping) -> _Sent:
-    """Predict `in_place_of` for a mapping that has weights for each pair of layers."""
-    read_width, written_width = _widths(planned)
-    number = planned.sweep.source.bytes_per_number
-    uses = {
-        (State(cell.source, cell.source_positions, pair[0]), pair)
-        for cell in step.cells
-        for pair in planned.sweep.pairs(cell)
-        if isinstance(cell.source, int) and cell.source_positions is not None
-    }
-    left = {state for state, _ in uses} - set(step.kept)
-    states, stays = _positions(step.numbers), _positions(left)
-    results = sum(len(state.positions) for state, _ in uses)
-    sent = weights(mapping.within(pair for _, pair in uses))
-    mapped, raw = results * written_width * number, stays * read_width * number
-    if uses and not _is_made(planned) and mapped <= raw + sent:
-        others = states - stays
-        return _Sent(others + results, others * read_width * number + mapped, mapped_here=True)
-    return _Sent(states, states * read_width * number + sent, mapped_here=False)
+    sweep, number = planned.sweep, planned.sweep.source.bytes_per_number
+    n_states = n_mapped = _positions(planned, hidden)
+    sent = mapping.call
+    if mapping.kind == "pairs":
+        writes = sweep.writes(step.cells)
+        origins = sweep.cells.read_origins
+        states = sweep.states.hidden(origins.values[origins.starts[step.cells.read[writes.cell]]], writes.layer)
+        uses = np.unique(np.stack([states, writes.layer, writes.mapped], axis=1), axis=0)
+        n_mapped = _positions(planned, uses[:, 0])
+        sent = mapping.within((layer, written) for _, layer, written in uses.tolist())
+    raw, mapped = n_states * read_width * number, n_mapped * written_width * number
+    shared = len(step.carried) or len(step.kept) or _is_made(planned)
+    if mapping.kind in ("call", "pairs") and not shared and maps_here(sent, states=raw, mapped=mapped):
+        return _Sent(n_mapped, mapped, mapped_here=True)
+    return _Sent(n_states, raw + weights(sent), mapped_here=False)
 
 
 def _is_made(planned: Plan) -> bool:
@@ -279,20 +203,22 @@ def _widths(planned: Plan) -> tuple[int, int]:
     return sweep.source.width(read), sweep.target.width(written)
 
 
-def _positions(states: Iterable[State]) -> int:
-    """The number of hidden states, counted by position."""
-    return sum(len(state.positions) for state in states if state.layer is not None)
+def _positions(planned: Plan, states: Ints) -> int:
+    """Return the number of positions of hidden states."""
+    cells = planned.sweep.cells
+    return int(cells.origin_positions.counts[planned.sweep.states.origin(states)].sum())
 
 
-def size(states: Mapping[Any, torch.Tensor]) -> int:
-    """The size of tensors in bytes."""
-    return sum(state.numel() * state.element_size() for state in states.values())
+def size(tensor: torch.Tensor) -> int:
+    """Return the size of a tensor in bytes."""
+    return tensor.numel() * tensor.element_size()
 
 
 def weights(call: Any) -> int:
-    """The size of a mapping's weights in bytes; 0 for a function."""
+    """Return the size of a mapping's weights in bytes; 0 for a function."""
     if isinstance(call, Mapping):
-        return sum(size(parts) for parts in call.values())
+        return sum(size(tensor) for parts in call.values() for tensor in parts.values())
     if not isinstance(call, torch.nn.Module):
         return 0
-    return size(dict(enumerate([*call.parameters(), *call.buffers()])))
+    tensors: Iterable[torch.Tensor] = (*call.parameters(), *call.buffers())
+    return sum(map(size, tensors))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from patchscope_nn.backends.crossing import in_place_of, source_half, target_half
+from patchscope_nn.backends.crossing import source_half, target_half
 from patchscope_nn.backends.ndif import client
 from patchscope_nn.body.contexts import Hear
 from patchscope_nn.body.program import Results, StepProgram
@@ -158,7 +158,7 @@ class Bridged:
     def read(self, program: StepProgram, *, source: Model) -> StepProgram:
         """Run the half of a step that reads the source, and return the half that writes the target."""
         read = self.source.run("session", source_half(program), source=source, target=source)
-        return target_half(program, in_place_of(program, read["kept"]))
+        return target_half(program, read)
 
 
 @dataclass(frozen=True, kw_only=True)

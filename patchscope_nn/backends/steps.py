@@ -7,8 +7,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
+from patchscope_nn._util.ragged import Ints, ranges
 from patchscope_nn.backends.places import Backend
 from patchscope_nn.body.contexts import Hear
 from patchscope_nn.body.program import Results, StepProgram
@@ -16,8 +18,8 @@ from patchscope_nn.errors import RunError
 from patchscope_nn.lower import lower
 from patchscope_nn.mappings import ResolvedMapping
 from patchscope_nn.models import Model, memory_reused
-from patchscope_nn.plan import Plan, State, Step
-from patchscope_nn.sweep import Cell
+from patchscope_nn.plan import Plan, Step
+from patchscope_nn.sweep import Cell, Sweep
 
 
 class PassTooLargeError(RunError):
@@ -94,7 +96,7 @@ def _run_steps(
     *,
     listener: Listener | None,
 ) -> Iterator[Iterator[tuple[Cell, dict[str, Any]]]]:
-    states: dict[State, torch.Tensor] = {}
+    held = HeldStates(plan.sweep)
     prefix: tuple[tuple[int, ...], Any] = ((), None)
     for step in plan.steps():
         program = lower(
@@ -103,16 +105,15 @@ def _run_steps(
             source=source,
             target=target,
             mapping=mapping,
-            states=states,
+            carried=held.take(step.carried),
             prefix=prefix[1] if prefix[0] == step.prefix else None,
             keeps_prefix=not backend.remote,
         )
         hear = [] if listener is None else [*_hear(plan, step, program, listener)]
         with _memory_watched(step):
             results = backend.run(step.context, program, source=source, target=target, hear=hear)
-        states.update({state: results["kept"][step.numbers[state]] for state in step.kept})
-        for state in step.dropped:
-            del states[state]
+        held.add(step.kept, results["kept"], results["kept_finals"])
+        held.drop(step.dropped)
         if results["prefix"] is not None:
             prefix = step.prefix, results["prefix"]
         yield results_of(plan, step, results)
@@ -121,14 +122,16 @@ def _run_steps(
 def _hear(plan: Plan, step: Step, program: StepProgram, listener: Listener) -> Iterator[Hear]:
     """Yield, for each target pass, a function that tells the listener about its cells."""
     for target_pass, target in zip(step.targets, program["targets"], strict=True):
-        cells = [step.cells[index] for index in target_pass.cells]
-        yield _hear_pass(plan, cells, set(target["readout"].get("eos", ())), listener)
+        numbers = step.cells.number[target_pass.cells]
+        yield _hear_pass(plan, numbers, set(target["readout"].get("eos", ())), listener)
 
 
-def _hear_pass(plan: Plan, cells: Sequence[Cell], ends: set[int], listener: Listener) -> Hear:
+def _hear_pass(plan: Plan, cells: Ints, ends: set[int], listener: Listener) -> Hear:
     """Return the function for one target pass (see `body.contexts.Hear`)."""
-    numbers = [(cell.number, *plan.copies.get(cell.number, ())) for cell in cells]
-    texts: list[list[int]] = [[] for _ in cells]
+    numbers = [[number] for number in cells.tolist()]
+    for number, index in zip(*plan.copies(cells), strict=True):
+        numbers[index].append(int(number))
+    texts: list[list[int]] = [[] for _ in numbers]
 
     def hear(rows: list[int], ids: list[int]) -> None:
         if not rows:
@@ -144,14 +147,94 @@ def _hear_pass(plan: Plan, cells: Sequence[Cell], ends: set[int], listener: List
 
 def results_of(plan: Plan, step: Step, results: Results) -> Iterator[tuple[Cell, dict[str, Any]]]:
     """Yield the cells of a step and their copies, each with its readout."""
-    for target, rows in zip(step.targets, results["passes"], strict=True):
-        if len(rows) != len(target.cells):
-            raise RunError(f"a pass of {len(target.cells)} cells returned {len(rows)} results.")
-        for index, row in zip(target.cells, rows, strict=True):
-            cell = step.cells[index]
-            yield cell, row
-            for number in plan.copies.get(cell.number, ()):
-                yield plan.sweep.cells[number], row
+    for target, columns in zip(step.targets, results["passes"], strict=True):
+        numbers = step.cells.number[target.cells]
+        copies, index = plan.copies(numbers)
+        rows = rows_of(columns, len(numbers))
+        block = plan.sweep.cells.block(np.concatenate([numbers, copies]))
+        yield from zip(block, [*rows, *(rows[place] for place in index.tolist())], strict=True)
+
+
+def rows_of(columns: dict[str, Any], count: int) -> list[dict[str, Any]]:
+    """Return the columns of a pass as a dict for each of its cells.
+
+    Raises:
+        RunError: A column does not have a value for each cell.
+    """
+    listed = {name: _listed(part) for name, part in columns.items()}
+    for name, values in listed.items():
+        if len(values) != count:
+            raise RunError(f"a pass of {count} cells returned {len(values)} values of {name}.")
+    rows = [dict(zip(listed, values, strict=True)) for values in zip(*listed.values(), strict=True)]
+    for row in rows:
+        if row.get("not_finite", "") is None:
+            del row["not_finite"]
+    return rows
+
+
+def _listed(part: Any) -> list[Any]:
+    if isinstance(part, torch.Tensor):
+        return list(part.tolist())
+    return [value.tolist() if isinstance(value, torch.Tensor) else value for value in part]
+
+
+class HeldStates:
+    """States that steps hand on to later ones.
+
+    Args:
+        sweep: The sweep.
+    """
+
+    def __init__(self, sweep: Sweep) -> None:
+        self._sweep = sweep
+        self._hidden, self._finals = _Table(), _Table()
+
+    def add(self, states: Ints, hidden: torch.Tensor | None, finals: torch.Tensor | None) -> None:
+        """Hold states, given with the rows of all hidden states and of all distributions among them."""
+        final = self._sweep.states.is_final(states)
+        origins = self._sweep.states.origin(states[~final])
+        self._hidden.add(states[~final], self._sweep.cells.origin_positions.counts[origins], hidden)
+        self._finals.add(states[final], np.ones(int(final.sum()), np.int64), finals)
+
+    def take(self, states: Ints) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Return the rows of the hidden states, and of the distributions; None for none."""
+        final = self._sweep.states.is_final(states)
+        return self._hidden.take(states[~final]), self._finals.take(states[final])
+
+    def drop(self, states: Ints) -> None:
+        """Forget states."""
+        self._hidden.drop(states)
+        self._finals.drop(states)
+
+
+class _Table:
+    """Tensors of several rows each, in one tensor."""
+
+    def __init__(self) -> None:
+        self._states, self._counts = np.empty(0, np.int64), np.empty(0, np.int64)
+        self._rows: torch.Tensor | None = None
+
+    def add(self, states: Ints, counts: Ints, rows: torch.Tensor | None) -> None:
+        if not len(states) or rows is None:
+            return
+        self._states, self._counts = np.append(self._states, states), np.append(self._counts, counts)
+        self._rows = rows if self._rows is None else torch.cat([self._rows, rows.to(self._rows.device)])
+
+    def take(self, states: Ints) -> torch.Tensor | None:
+        if not len(states) or self._rows is None:
+            return None
+        order = np.argsort(self._states)
+        place = order[np.searchsorted(self._states, states, sorter=order)]
+        starts = np.cumsum(self._counts) - self._counts
+        rows = torch.from_numpy(ranges(starts[place], self._counts[place]))
+        return self._rows[rows.to(self._rows.device)]
+
+    def drop(self, states: Ints) -> None:
+        left = ~np.isin(self._states, states)
+        if self._rows is not None and not left.all():
+            kept = torch.from_numpy(np.repeat(left, self._counts))
+            self._rows = self._rows[kept.to(self._rows.device)]
+            self._states, self._counts = self._states[left], self._counts[left]
 
 
 @contextmanager

@@ -13,21 +13,22 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from patchscope_nn.body.program import OwnTokens
+from patchscope_nn.body.program import PackedProgram
 
 
-def in_attending(cache: Any, prefix: int, own: OwnTokens) -> Any:
+def in_attending(cache: Any, target: PackedProgram) -> Any:
     """Return a context in which block `layer` attends to the prefix and to each token's own ones separately.
 
     Args:
         cache: The keys and values of all blocks; attention is to these.
-        prefix: How many keys, the first ones, every token attends to.
-        own: The other tokens that each token attends to.
+        target: The pass, which says what each token attends to.
 
     Returns:
         The context. Set its `layer`, then enter it to call that block; its `calls` counts how often blocks
         have called the attention function.
     """
+
+    prefix, own = target["prefix"], in_own_tokens(target)
 
     def __torch_function__(  # noqa: N807 (torch calls it so)
         mode: Any, func: Any, _types: Any, args: Any = (), kwargs: Any = None
@@ -46,12 +47,21 @@ def in_attending(cache: Any, prefix: int, own: OwnTokens) -> Any:
     return attending
 
 
+def in_own_tokens(target: PackedProgram) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the tokens after the prefix that each token attends to, (n_tokens, n_own), and which are no padding."""
+    starts, trunks, seen = (target[name][:, None] for name in ("starts", "trunks", "seen"))
+    token, place = torch.arange(len(starts))[:, None], torch.arange(target["most_own"] or 0)
+    real = place < seen + token + 1 - starts
+    places = torch.where(place < seen, trunks + place, starts + place - seen)
+    return places.masked_fill(~real, 0), real
+
+
 def in_attention(
     queries: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
     prefix: int,
-    own: OwnTokens,
+    own: tuple[torch.Tensor, torch.Tensor],
     *,
     scale: float | None,
 ) -> torch.Tensor:
@@ -62,7 +72,7 @@ def in_attention(
         keys: (1, n_kv_heads, prefix + n_tokens, d_head).
         values: The same shape.
         prefix: How many keys, the first ones, every token attends to.
-        own: The tokens after the prefix that each token attends to, for n_tokens or more.
+        own: As from `in_own_tokens`, for n_tokens or more.
         scale: The factor of the products of queries and keys; None is d_head ** -0.5.
 
     Returns:
@@ -87,7 +97,7 @@ def _in_own(
     queries: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
-    own: OwnTokens,
+    own: tuple[torch.Tensor, torch.Tensor],
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute the attention of each token to its own tokens, and the logarithm of its normaliser.
@@ -95,9 +105,10 @@ def _in_own(
     Queries are (n_kv_heads, heads of each, n_tokens, d_head), keys and values (n_kv_heads, n_tokens, d_head).
     """
     count = queries.shape[2]
-    columns = own["places"][:count].unbind(1)
+    places, real = own
+    columns = places[:count].unbind(1)
     scores = torch.stack([(queries * keys[:, None, column]).sum(-1) for column in columns], dim=-1)
-    scores = (scores.float() * scale).masked_fill(~own["real"][:count], -torch.inf)
+    scores = (scores.float() * scale).masked_fill(~real[:count], -torch.inf)
     norm = scores.logsumexp(-1, keepdim=True)
     weights = (scores - norm).exp().to(values)
     seen = sum(weights[..., place, None] * values[:, None, column] for place, column in enumerate(columns))

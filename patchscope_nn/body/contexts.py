@@ -10,6 +10,7 @@ bridged  two models that are not both in this process: two sessions, run by `bac
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import nnsight
@@ -17,7 +18,7 @@ import nnsight
 from patchscope_nn.body.batch import fused, in_source, in_target
 from patchscope_nn.body.packed import in_packed, in_prefix
 from patchscope_nn.body.program import Results, StepProgram
-from patchscope_nn.body.states import in_sums
+from patchscope_nn.body.states import in_sums, in_together
 
 #: Called while a target pass runs in this process: first with two empty lists, when the prompts have been
 #: read; then after each decoding step, with the rows that continue and the token that each has just decoded.
@@ -57,10 +58,18 @@ def _nested(source: Any, target: Any, program: Any, hear: Sequence[Hear]) -> Res
 
 def _in_session(source: Any, target: Any, program: StepProgram, hear: Sequence[Hear]) -> Results:
     """Run a step's source passes, then its target passes. Runs inside a context, as all `in_...` do."""
-    states = dict(program["given"])
+    given, given_finals = program["given"], program["given_finals"]
+    hidden, finals = ([] if part is None else [part] for part in (given, given_finals))
     for source_pass in program["sources"]:
-        states.update(in_source(source, source_pass, program["source_site"]))
-    states.update(in_sums(states, program["sums"]))
+        read, read_finals = in_source(source, source_pass, program["source_site"])
+        hidden.extend(read)
+        finals.extend(read_finals)
+    table = in_together(hidden)
+    states = SimpleNamespace(
+        hidden=None if table is None else in_sums(table, program["sums"]),
+        finals=in_together(finals),
+        soft=program["soft"],
+    )
     site, writing, prefix = program["target_site"], program["writing"], None
     if program["prefix"] is not None:
         prefix = in_prefix(target, program["prefix"], site)
@@ -68,10 +77,13 @@ def _in_session(source: Any, target: Any, program: StepProgram, hear: Sequence[H
     for number, target_pass in enumerate(program["targets"]):
         hear_pass = hear[number] if hear else None
         if target_pass["layout"] == "rows":
-            rows = in_target(target, target_pass, states, site, writing, hear=hear_pass)
+            columns = in_target(target, target_pass, states, site, writing, hear=hear_pass)
         else:
-            rows = in_packed(target, target_pass, states, site, writing, prefix=prefix, hear=hear_pass)
-        passes.append(rows)
-    kept = {number: states[number].clone() for number in program["keep"]}
-    returned = prefix if program["prefix"] is not None and program["prefix"]["kept"] else None
-    return {"passes": passes, "kept": kept, "prefix": returned}
+            columns = in_packed(target, target_pass, states, site, writing, prefix=prefix, hear=hear_pass)
+        passes.append(columns)
+    return {
+        "passes": passes,
+        "kept": None if states.hidden is None else states.hidden[program["keep"].to(states.hidden.device)],
+        "kept_finals": None if states.finals is None else states.finals[program["keep_finals"].to(states.finals.device)],
+        "prefix": prefix if program["prefix"] is not None and program["prefix"]["kept"] else None,
+    }

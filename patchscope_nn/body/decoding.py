@@ -10,35 +10,51 @@ import torch
 
 def read_unpatched(
     plain: Callable[..., Any],
-    rows: list[dict[str, Any]],
+    texts: list[list[int]],
     prompts: list[list[int]],
     *,
     numbered: bool,
+    mixed: bool,
     stepwise: bool,
     device: Any,
-) -> None:
-    """Add to each row the probabilities of its tokens after the unpatched T.
+) -> list[list[float]]:
+    """Return the probabilities of decoded tokens after the unpatched T, for each row.
 
-    All rows run in one forward pass over T and all tokens but the last. With `stepwise`, each token is read
-    after T from keys and values instead, so that T does not attend to it.
+    All rows run in one forward pass over T and all tokens but the last, or without `mixed` those of each
+    length. With `stepwise`, each token is read after T from keys and values instead, so that T does not attend
+    to it.
+
+    Args:
+        plain: The model without any patch.
+        texts: The ids of each row's tokens.
+        prompts: The ids of each row's T.
+        numbered: True if `plain` takes position_ids.
+        mixed: True if rows of different lengths may share a forward pass.
+        stepwise: As above.
+        device: The model's device.
     """
-    if stepwise:
-        for row, prompt in zip(rows, prompts, strict=True):
-            ids = torch.tensor([row["token_ids"]], dtype=torch.long, device=device)
-            logits = read_after(plain, prompt, ids[:, :-1], numbered=numbered)[0]
-            probs = torch.softmax(logits.float(), dim=-1)
-            row["unpatched_token_probs"] = probs[: ids.shape[1]].gather(-1, ids[0, :, None])[:, 0].tolist()
-        return
-    whole = [prompt + row["token_ids"][:-1] for prompt, row in zip(prompts, rows, strict=True)]
-    width = max(map(len, whole))
-    ids = torch.tensor([[0] * (width - len(tokens)) + tokens for tokens in whole], device=device)
-    mask = torch.tensor([[0] * (width - len(tokens)) + [1] * len(tokens) for tokens in whole], device=device)
-    positions = {"position_ids": (mask.cumsum(-1) - 1).clamp_min(0)} if numbered and not mask.all() else {}
-    logits = plain(input_ids=ids, attention_mask=mask, **positions).logits
-    for number, row in enumerate(rows):
-        decoded = torch.tensor(row["token_ids"], dtype=torch.long, device=device)
-        probs = torch.softmax(logits[number, width - len(decoded) :].float(), dim=-1)
-        row["unpatched_token_probs"] = probs.gather(-1, decoded[:, None])[:, 0].tolist()
+    probs: list[list[float]] = [[] for _ in texts]
+    groups: dict[int, list[int]] = {}
+    for row, (prompt, ids) in enumerate(zip(prompts, texts, strict=True)):
+        groups.setdefault(row if stepwise else 0 if mixed else len(prompt) + len(ids), []).append(row)
+    for rows in groups.values():
+        if stepwise:
+            following = torch.tensor([texts[rows[0]]], dtype=torch.long, device=device)
+            logits = read_after(plain, prompts[rows[0]], following[:, :-1], numbered=numbered)
+        else:
+            whole = [prompts[row] + texts[row][:-1] for row in rows]
+            width = max(map(len, whole))
+            ids = torch.tensor([[0] * (width - len(row)) + row for row in whole], device=device)
+            mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in whole], device=device)
+            positions = (
+                {"position_ids": (mask.cumsum(-1) - 1).clamp_min(0)} if numbered and not mask.all() else {}
+            )
+            logits = plain(input_ids=ids, attention_mask=mask, **positions).logits
+        for row, row_logits in zip(rows, logits, strict=True):
+            decoded = torch.tensor(texts[row], dtype=torch.long, device=device)
+            of_ids = torch.softmax(row_logits[len(row_logits) - len(decoded) :].float(), dim=-1)
+            probs[row] = of_ids.gather(-1, decoded[:, None])[:, 0].tolist()
+    return probs
 
 
 def read_after(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 import torch
@@ -18,7 +18,7 @@ def apply_mapping(
     call: Any,
     states: torch.Tensor,
     clean: torch.Tensor,
-    pairs: Sequence[Sequence[int]] = (),
+    pairs: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Map states of the source to states of the target.
 
@@ -27,13 +27,13 @@ def apply_mapping(
         call: Its function; for `pairs`, the maps.
         states: (n, d_model) states of the source.
         clean: (n, d_model of the target) the states they will replace.
-        pairs: (n,) the (l, l*) of each state; used only for `pairs`.
+        pairs: (n, 2) the (l, l*) of each state; needed only for `pairs`.
 
     Returns:
         (n, d_model of the target), in the dtype and on the device of `clean`.
     """
     if kind == "pairs":
-        return map_pairs(call, states, pairs).to(clean)
+        return map_pairs(call, states, pairs).to(clean)  # type: ignore[arg-type]
     if kind == "call":
         if isinstance(call, torch.nn.Module):
             for tensor in [*call.parameters(), *call.buffers()][:1]:
@@ -45,26 +45,25 @@ def apply_mapping(
     return states
 
 
-def map_pairs(
-    maps: Mapping[Pair, Parts], states: torch.Tensor, pairs: Sequence[Sequence[int]]
-) -> torch.Tensor:
+def map_pairs(maps: Mapping[Pair, Parts], states: torch.Tensor, pairs: torch.Tensor) -> torch.Tensor:
     """Map each state by the map of its (l, l*), all states of a pair at once.
 
     Args:
         maps: The maps.
         states: (n, d_in).
-        pairs: (n,) the (l, l*) of each state.
+        pairs: (n, 2) the (l, l*) of each state.
 
     Returns:
         (n, d_out), in the dtype and on the device of the maps.
     """
-    groups: dict[Pair, list[int]] = {}
-    for number, (layer, target_layer) in enumerate(pairs):
-        groups.setdefault((layer, target_layer), []).append(number)
-    mapped = torch.cat([map_parts(maps[pair], states[numbers]) for pair, numbers in groups.items()])
-    ordered = torch.empty_like(mapped)
-    ordered[[number for numbers in groups.values() for number in numbers]] = mapped
-    return ordered
+    distinct, group = pairs.unique(dim=0, return_inverse=True)
+    numbers = [(group == number).nonzero()[:, 0].to(states.device) for number in range(len(distinct))]
+    mapped = [
+        map_parts(maps[layer, target], states[index])
+        for (layer, target), index in zip(distinct.tolist(), numbers, strict=True)
+    ]
+    together = torch.cat(mapped)
+    return together[torch.cat(numbers).argsort().to(together.device)]
 
 
 def map_parts(parts: Parts, states: torch.Tensor) -> torch.Tensor:

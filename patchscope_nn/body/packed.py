@@ -15,7 +15,7 @@ from transformers import DynamicCache
 
 from patchscope_nn.body.attention import in_attending
 from patchscope_nn.body.program import CellRows, PackedProgram, PrefixProgram, SitePath, Writing
-from patchscope_nn.body.states import in_blocks, in_explained, in_readout, in_write
+from patchscope_nn.body.states import in_blocks, in_explained, in_readout, in_write, in_written
 
 
 def in_prefix(model: Any, prefix: PrefixProgram, site: SitePath) -> Any:
@@ -33,21 +33,19 @@ def in_prefix(model: Any, prefix: PrefixProgram, site: SitePath) -> Any:
 def in_packed(
     model: Any,
     target: PackedProgram,
-    states: dict[int, torch.Tensor],
+    states: Any,
     site: SitePath,
     writing: Writing,
     *,
     prefix: Any,
     hear: Any,
-) -> list[dict[str, Any]]:
+) -> dict[str, Any]:
     """Run the segments of a pass with states written into them, and return the readouts of its cells."""
     writes, readout = target["writes"], target["readout"]
-    written: dict[int, Any] = {}
+    parts: list[dict[str, torch.Tensor]] = []
     masks: dict[Any, torch.Tensor] = {}
     cache = DynamicCache() if prefix is None else _in_fork(prefix)
-    attending = None
-    if target["own"] is not None:
-        attending = in_attending(cache, target["prefix"], target["own"])
+    attending = in_attending(cache, target) if target["most_own"] is not None else None
     with model.trace(**target["inputs"], **target["options"], past_key_values=cache) as tracer:
         blocks = in_blocks(model, site)
         for layer in range(target["depth"]):
@@ -55,7 +53,7 @@ def in_packed(
             if layer == 0:
                 hidden = args[0][:, : target["entering"]].clone()
                 if -1 in writes:
-                    written.update(in_write(hidden, writes[-1], states, writing))
+                    parts.append(in_write(hidden, writes[-1], states.hidden, writing))
             if hidden.shape[1]:
                 arguments = dict(zip(target["names"], args, strict=False)) | kwargs
                 arguments = _in_narrowed(arguments, hidden, target["n_tokens"])
@@ -67,21 +65,21 @@ def in_packed(
                 hidden = output[0] if target["tuples"] else output
             hidden = _in_joined(hidden, target["bases"].get(layer))
             if layer in writes:
-                parts = in_write(hidden, writes[layer], states, writing)
-                # If several layers are written, the first write is reported.
-                written.update({cell: part for cell, part in parts.items() if cell not in written})
+                parts.append(in_write(hidden, writes[layer], states.hidden, writing))
             after = hidden if layer + 1 == target["depth"] else args[0]
             blocks[layer].skip((after, None) if target["tuples"] else after)
+        written = in_written(parts)
         if not readout["unembeds"]:
-            rows = in_readout(model, readout, None, None, states=states, written=written)
+            columns = in_readout(model, readout, None, None, finals=states.finals, written=written)
             tracer.stop()
         else:
             logits = model.output.logits[0]
             if "logits_to_keep" not in target["options"]:
-                logits = logits[target["read"]]
+                logits = logits[target["read"].to(logits.device)]
             kept = _in_rows(cache, target["rows"]) if target["rows"] is not None else None
-            rows = in_readout(model, readout, logits, kept, states=states, written=written, hear=hear)
-    return in_explained(rows, target, states, written)
+            read = {"finals": states.finals, "written": written, "hear": hear}
+            columns = in_readout(model, readout, logits, kept, **read)
+    return in_explained(columns, target, states.hidden, written)
 
 
 def _in_fork(prefix: Any) -> Any:
@@ -128,47 +126,31 @@ def _in_mask(
 
     `masks` keeps the last mask, for the next blocks with as many tokens and the same window.
     """
-    count, keys = hidden.shape[1], target["key_positions"]
+    count, prefix = hidden.shape[1], target["prefix"]
     if (count, window) not in masks:
-        seen = target["prefix"] + count
-        all_allowed = masks["allowed"] if "allowed" in masks else _in_allowed(target)
-        allowed = all_allowed[:count, :seen]
+        device = hidden.device
+        starts, trunks, seen = (target[name][:count, None].to(device) for name in ("starts", "trunks", "seen"))
+        token = torch.arange(count, device=device)
+        allowed = (token >= starts) & (token <= token[:, None])
+        allowed = allowed | ((token >= trunks) & (token < trunks + seen))
+        allowed = torch.cat([allowed.new_ones(count, prefix), allowed], dim=1)
         if window is not None:
-            positions = keys[target["prefix"] :][:count]
-            allowed = allowed & (positions[:, None] - keys[None, :seen] < window)
-        mask = torch.zeros(allowed.shape, dtype=hidden.dtype, device=hidden.device)
-        mask.masked_fill_(~allowed.to(hidden.device), torch.finfo(hidden.dtype).min)
+            keys = target["key_positions"][: prefix + count].to(device)
+            allowed = allowed & (keys[prefix:, None] - keys < window)
+        mask = torch.zeros(allowed.shape, dtype=hidden.dtype, device=device)
         masks.clear()
-        masks["allowed"] = all_allowed
-        masks[count, window] = mask[None, None]
+        masks[count, window] = mask.masked_fill_(~allowed, torch.finfo(hidden.dtype).min)[None, None]
     return masks[count, window]
 
 
-def _in_allowed(target: PackedProgram) -> torch.Tensor:
-    """Return (n_tokens, n_prefix + n_tokens): True if a token attends to another."""
-    if target["allowed"] is not None:
-        return target["allowed"]
-    prefix = target["prefix"]
-    own: Any = target["own"]
-    places, real = own["places"], own["real"]
-    allowed = torch.zeros(len(places), prefix + len(places), dtype=torch.bool)
-    allowed[:, :prefix] = True
-    rows, columns = real.nonzero(as_tuple=True)
-    allowed[rows, prefix + places[rows, columns]] = True
-    return allowed
-
-
-def _in_joined(hidden: torch.Tensor, bases: list[int | None] | None) -> torch.Tensor:
-    """Append the tokens that join after this block; each starts with the state of its unpatched token.
-
-    A token without a base is about to be written, and starts with zeros.
-    """
-    if not bases:
+def _in_joined(hidden: torch.Tensor, bases: torch.Tensor | None) -> torch.Tensor:
+    """Append the tokens that join after this block; each starts with the state of its unpatched token."""
+    if bases is None:
         return hidden
+    # If no token has run, all that join are about to be written.
     fresh = hidden.new_zeros(1, len(bases), hidden.shape[2])
-    known = [index for index, base in enumerate(bases) if base is not None]
-    if known:
-        fresh[:, known] = hidden[:, [bases[index] for index in known]]
+    if hidden.shape[1]:
+        fresh = hidden[:, bases.to(hidden.device)]
     return torch.cat([hidden, fresh], dim=1)
 
 

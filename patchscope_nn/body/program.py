@@ -4,15 +4,15 @@ A body may run on a server that does not have this package. So a program holds o
 strings, numbers and tensors, and never a `Cell`, a `Plan`, a tokenizer or a callback. `lower` builds it; the
 functions of `body` read it and never change it.
 
-Hidden states are referred to by **state numbers**: `plan.Step.numbers` numbers every state that the step
-reads or takes over from an earlier step, and `lower` continues with the states that are computed from these.
-Layers are block numbers; -1 is the input of block 0. Positions are columns of the padded batch, or indices
-into the packed sequence.
+Hidden states are the rows of one table, (n_states, d_model): first those that are given, then those that
+source passes read, in the order of the passes and of layers, then sums of these. A state of several positions
+has several rows. Layers are block numbers; -1 is the input of block 0. Positions are columns of the padded
+batch, or indices into the packed sequence.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, Protocol, TypedDict
 
 import torch
@@ -29,15 +29,13 @@ class SitePath(TypedDict):
     end: str
 
 
-class Read(TypedDict):
-    """One state that a source pass reads."""
+class Places(TypedDict):
+    """Places in a batch; each tensor has a number for each place."""
 
-    #: Its state number.
-    state: int
-    #: Its row in the batch.
-    row: int
-    #: Its positions; the state is (n_positions, d_model). For a distribution the last one counts.
-    positions: list[int]
+    #: Rows of the batch.
+    rows: torch.Tensor
+    #: Positions in these rows.
+    positions: torch.Tensor
 
 
 class SourceProgram(TypedDict):
@@ -50,39 +48,53 @@ class SourceProgram(TypedDict):
     #: True if the pass runs through the whole model, even if no state needs that.
     whole: bool
     #: Hidden states to read, by layer, in ascending order of layers.
-    reads: dict[int, list[Read]]
-    #: Next-token distributions to read; their positions count from the end.
-    finals: list[Read]
+    reads: dict[int, Places]
+    #: Where next-token distributions are read; positions count from the end. None for none.
+    finals: Places | None
 
 
-class Sum(TypedDict):
-    """A state that is the weighted sum of others."""
+class Sums(TypedDict):
+    """States that are weighted sums of others; each tensor has a number for each term."""
 
-    #: Its state number.
-    state: int
-    #: The terms: state number and weight.
-    terms: list[tuple[int, float]]
-    #: True if each term is first averaged over its positions.
-    mean: bool
+    #: How many rows they have.
+    count: int
+    #: The row of the term.
+    states: torch.Tensor
+    #: Its weight.
+    weights: torch.Tensor
+    #: The sum that it is added to, counted from the first sum.
+    into: torch.Tensor
+
+
+class Random(TypedDict):
+    """Random states; each tensor has a number for each written position."""
+
+    #: True if the state is replaced by a random one.
+    which: torch.Tensor
+    #: Its seed.
+    seeds: torch.Tensor
+    #: Which draw of the seed it is.
+    draws: torch.Tensor
 
 
 class Write(TypedDict):
-    """One state that is written into a target prompt."""
+    """The states that are written in one layer; each tensor has a number for each written position."""
 
     #: The cell it belongs to, counted within its pass.
-    cell: int
-    #: Number of the state; None if the write needs none (`zero`, `noise`).
-    state: int | None
-    #: Row in the batch.
-    row: int
-    #: Where it is written. One state is written at all positions; several states are written one to one.
-    positions: list[int]
-    #: Seed of random numbers; None if there are none.
-    seed: int | None
-    #: (l, l*) that the mapping takes the state between.
-    pair: tuple[int, int]
-    #: The factor of the mapped state.
-    scale: float
+    cells: torch.Tensor
+    #: Where it is written.
+    rows: torch.Tensor
+    positions: torch.Tensor
+    #: The state, a row of the table; None if the write needs none (`zero`, `noise`).
+    states: torch.Tensor | None
+    #: (n, 2) the (l, l*) that the mapping takes the state between.
+    pairs: torch.Tensor
+    #: The factor of the mapped state; None if all are 1.
+    scales: torch.Tensor | None
+    #: Which states are replaced by random ones; None for none.
+    random: Random | None
+    #: True for the first layer that its cell writes; None if this holds for all.
+    first: torch.Tensor | None
 
 
 class Embedded(TypedDict):
@@ -93,8 +105,8 @@ class Embedded(TypedDict):
     #: First column of the prompt, and the one after its last.
     start: int
     end: int
-    #: Number of a soft prompt that replaces the first embeddings; None for none.
-    soft: int | None
+    #: True if the soft prompt replaces the first embeddings.
+    soft: bool
     #: Standard deviation of the noise, in units of that of the row's own embeddings; 0 for none.
     noise: float
     #: The columns that get the noise.
@@ -116,7 +128,7 @@ class ReadoutProgram(TypedDict):
     """What a target pass reads: the body of the kind, its arguments, and the fields of a `PatchedRun`."""
 
     #: The function that reads it: `read(run, **asked)` with a `PatchedRun`. It travels by its source.
-    read: Callable[..., list[dict[str, Any]]]
+    read: Callable[..., dict[str, Any]]
     #: Its keyword arguments, from the kind's `lower`.
     asked: dict[str, Any]
     #: As the attributes of the kind say (see `spec.Readout`); `clean` is `looks_at_replaced`.
@@ -146,7 +158,7 @@ class TargetProgram(TypedDict):
     inputs: dict[str, torch.Tensor]
     options: dict[str, Any]
     #: The states to write, by layer, in ascending order of layers.
-    writes: dict[int, list[Write]]
+    writes: dict[int, Write]
     #: What is read from it.
     readout: ReadoutProgram
     #: The attention window of each block; None for no window.
@@ -168,8 +180,8 @@ class RowsProgram(TargetProgram):
     rereads: bool
     #: True if the state is written again at each decoded token.
     every_step: bool
-    #: The position where each row is read, counted from the end.
-    positions: list[int]
+    #: (n_cells,) the position where each row is read, counted from the end.
+    positions: torch.Tensor
 
 
 class CellRows(TypedDict):
@@ -183,15 +195,6 @@ class CellRows(TypedDict):
     enters: torch.Tensor
 
 
-class OwnTokens(TypedDict):
-    """The tokens after the prefix that each token attends to: (n_tokens, n_own)."""
-
-    #: Their indices after the prefix.
-    places: torch.Tensor
-    #: True for a token; the others are padding.
-    real: torch.Tensor
-
-
 class PackedProgram(TargetProgram):
     """A target pass over one sequence that holds the segments of all its cells (see `plan/layout.py`)."""
 
@@ -201,23 +204,26 @@ class PackedProgram(TargetProgram):
     depth: int
     #: How many tokens run from block 0 on.
     entering: int
-    #: By layer, for each token that joins after it, the index of the unpatched token it starts from; None for
-    #: a token that is about to be written.
-    bases: dict[int, list[int | None]]
+    #: By layer, for each token that joins after it, the index of the token whose state it starts from: its
+    #: unpatched token, or any if it is about to be written.
+    bases: dict[int, torch.Tensor]
     #: How many tokens the step's prefix has.
     prefix: int
     #: How many tokens are after the prefix.
     n_tokens: int
-    #: The tokens that each token attends to besides the prefix, if it attends to both separately; else None.
-    own: OwnTokens | None
-    #: (n_tokens, prefix + n_tokens) True if a token attends to another; None if there is `own`.
-    allowed: torch.Tensor | None
+    #: (n_tokens,) the index of the first token of each token's own segment, to which it attends up to itself.
+    starts: torch.Tensor
+    #: (n_tokens,) the index of the first token of its trunk, and to how many tokens of that it attends.
+    trunks: torch.Tensor
+    seen: torch.Tensor
+    #: The most tokens that any token attends to besides the prefix, if it attends to both separately; else None.
+    most_own: int | None
     #: (prefix + n_tokens,) the position of each token in its own prompt.
     key_positions: torch.Tensor
     #: True if a block returns a tuple.
     tuples: bool
-    #: (n_cells) the index of the token that is read.
-    read: list[int]
+    #: (n_cells,) the index of the token that is read.
+    read: torch.Tensor
     #: For readouts that decode: the rows of the cache that decoding starts from; None for others.
     rows: CellRows | None
 
@@ -255,12 +261,17 @@ class StepProgram(TypedDict):
     targets: list[RowsProgram | PackedProgram]
     #: The tokens that the packed target passes begin with; None if they share none.
     prefix: PrefixProgram | None
-    #: States from earlier steps and from files, by number.
-    given: dict[int, torch.Tensor]
-    #: States that are sums of others.
-    sums: list[Sum]
-    #: Numbers of the states that the step returns.
-    keep: list[int]
+    #: The first rows of the table of states: states from earlier steps, or from files; None for none.
+    given: torch.Tensor | None
+    #: (n, vocab) next-token distributions from earlier steps; None for none.
+    given_finals: torch.Tensor | None
+    #: States that are sums of others; None for none.
+    sums: Sums | None
+    #: (n, d_model) learned embeddings that replace the first embeddings of target prompts; None for none.
+    soft: torch.Tensor | None
+    #: Rows of the table of states, and of that of distributions, that the step returns.
+    keep: torch.Tensor
+    keep_finals: torch.Tensor
     #: How states are mapped and written.
     writing: Writing
     #: The sites where states are read and written.
@@ -278,10 +289,11 @@ class Series(TypedDict):
 class Results(TypedDict):
     """What a step returns."""
 
-    #: For each target pass, the readouts of its cells.
-    passes: list[list[dict[str, Any]]]
-    #: The states named by `keep`, by number.
-    kept: dict[int, torch.Tensor]
+    #: For each target pass, the raw readouts of its cells as columns: tensors or lists with an item a cell.
+    passes: list[dict[str, Any]]
+    #: The states named by `keep`, and the distributions named by `keep_finals`; None if there are none.
+    kept: torch.Tensor | None
+    kept_finals: torch.Tensor | None
     #: The keys and values of the prefix; None if they are not kept.
     prefix: Any
 
@@ -292,15 +304,17 @@ class PatchedRun(Protocol):
     Nothing after the prompts is patched, unless `target.every_step` is set.
 
     Attributes:
-        n_cells: The number of cells. A body returns one dict of plain values for each cell, in order.
+        n_cells: The number of cells. A body returns columns: {name: a tensor or a list with an item for each
+            cell, in order}.
         logits: (n_cells, vocab) at the position where T is read; None for a readout that does not unembed.
         forward: M* as a function, with the keyword arguments of its own `forward`.
         plain: M* without any patch, as a function with the same arguments.
         cache: The prompts' keys and values, a row for each cell; only for a readout that decodes.
         mask: (n_cells, n_tokens) the prompts' attention mask, 0 for padding; only for a readout that decodes.
-        states: By number, what was read from M: (n_positions, d_model) states and (vocab,) log-probabilities.
-        written: By cell, the (n_positions, d_model) states that were written and those they replaced. An
-            unpatched cell has no entry.
+        finals: (n, vocab) the next-token log-probabilities that were read from M; None if there are none.
+        written: What was written, with an item for each written position: `cells` (n,), which cell it belongs
+            to, `states` (n, d_model), and `replaced` (n, d_model), the states that were there. An unpatched
+            cell has none.
         numbered: True if `forward` takes position_ids.
         extra: More keyword arguments for a `forward` of which only the last logits are read.
         eos: Ids that end a text.
@@ -320,8 +334,8 @@ class PatchedRun(Protocol):
     plain: Callable[..., Any]
     cache: Any
     mask: torch.Tensor
-    states: Mapping[int, torch.Tensor]
-    written: Mapping[int, Sequence[torch.Tensor]]
+    finals: torch.Tensor | None
+    written: Mapping[str, torch.Tensor]
     numbered: bool
     extra: dict[str, Any]
     eos: list[int]

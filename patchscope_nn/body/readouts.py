@@ -28,30 +28,28 @@ def read_next_token(
     run: PatchedRun,
     *,
     top_k: int,
-    references: list[list[int]],
-    compared: list[int],
+    references: torch.Tensor,
+    compared: torch.Tensor | None,
     from_source: bool,
-) -> list[dict[str, Any]]:
+) -> dict[str, torch.Tensor]:
     """Read the next token's distribution, and compare it with reference tokens and with the source.
 
     Args:
         run: The patched run.
         top_k: How many tokens to keep.
-        references: For each row the ids of its reference tokens, as many for each row; may be empty.
-        compared: For each row the state number of its source distribution; empty if nothing is compared.
+        references: (batch, n) the ids of each row's reference tokens; n may be 0.
+        compared: (batch,) the index of each row's source distribution in `run.finals`; None if nothing is
+            compared.
         from_source: True if the reference is the source's own top token.
 
     Returns:
-        One dict for each row; log-probabilities and entropies in nats, ranks from 1.
+        The columns; log-probabilities and entropies in nats, ranks from 1.
     """
     logits = run.logits
-    wanted = torch.tensor(references, dtype=torch.long, device=logits.device)
-    before = None
-    if compared:
-        numbers = list(dict.fromkeys(compared))
-        before = torch.stack([run.states[number].to(logits.device) for number in numbers])
-        index_of = {number: at for at, number in enumerate(numbers)}
-        own = torch.tensor([index_of[number] for number in compared], device=logits.device)
+    wanted = references.to(logits.device)
+    before = own = None
+    if compared is not None and run.finals is not None:
+        before, own = run.finals.to(logits.device), compared.to(logits.device)
         if from_source:
             wanted = before.argmax(-1)[own][:, None]
     # With few rows at a time, intermediate results stay in the cache of a CPU.
@@ -74,8 +72,7 @@ def read_next_token(
         result["nll_nats"] = -result["reference_logprobs"][:, 0]
     else:
         result = {name: value for name, value in result.items() if not name.startswith("reference")}
-    listed = {name: value.tolist() for name, value in result.items()}
-    return [{name: values[row] for name, values in listed.items()} for row in range(len(logits))]
+    return result
 
 
 def read_logits(
@@ -142,7 +139,7 @@ def read_generate(
     temperature: float,
     seeds: list[int],
     prompts: list[list[int]] | None,
-) -> list[dict[str, Any]]:
+) -> dict[str, Any]:
     """Decode each row until an end token, a stop token or the limit.
 
     Args:
@@ -154,36 +151,46 @@ def read_generate(
         prompts: For each row the ids of T, if the probabilities of its tokens are requested; else None.
 
     Returns:
-        One dict for each row: `token_ids`; `stopped`, which is `eos`, `stop` or `length`; `sound`, the sum of
-        the top logits, which is finite if they are. If requested, `token_probs`, and `unpatched_token_probs`
-        after the unpatched T.
+        The columns: `token_ids`, a list for each row; `stopped`, which is `eos`, `stop` or `length`; `sound`,
+        the sum of the top logits, which is finite if they are. If requested, `token_probs`, and
+        `unpatched_token_probs` after the unpatched T, a list for each row.
     """
-    ends = torch.tensor([*run.eos, *stops], dtype=torch.long, device=run.logits.device)
+    device = run.logits.device
+    ends, stopping = (torch.tensor(ids, dtype=torch.long, device=device) for ids in (run.eos, stops))
     ids, sound, probs = read_decoded(
         run,
         max_new_tokens=max_new_tokens,
-        ends=ends,
+        ends=torch.cat([ends, stopping]),
         temperature=temperature,
         seeds=seeds,
         probable=prompts is not None,
     )
-    rows = [
-        read_ended(row_ids, eos=run.eos, stops=stops) | {"sound": row_sound}
-        for row_ids, row_sound in zip(ids.tolist(), sound.tolist(), strict=True)
-    ]
+    by_eos, by_stop = torch.isin(ids, ends), torch.isin(ids, stopping)
+    width = ids.shape[1]
+    ended = by_eos | by_stop
+    end = torch.where(ended.any(-1), ended.int().argmax(-1), width)
+    last = end.clamp_max(width - 1)[:, None]
+    eos = (end < width) & by_eos.gather(1, last)[:, 0]
+    counts = torch.where(eos, end, (end + 1).clamp_max(width)).tolist()
+    reasons = torch.where(eos, 0, torch.where(end < width, 1, 2)).tolist()
+    columns: dict[str, Any] = {
+        "token_ids": [row[:count] for row, count in zip(ids.tolist(), counts, strict=True)],
+        "stopped": [("eos", "stop", "length")[reason] for reason in reasons],
+        "sound": sound,
+    }
     if prompts is not None:
-        for row, row_probs in zip(rows, torch.stack(probs, dim=1).tolist(), strict=True):
-            row["token_probs"] = row_probs[: len(row["token_ids"])]
-        for some_rows, some_prompts in read_alike(rows, prompts, mixed=run.mixed):
-            read_unpatched(
-                run.plain,
-                some_rows,
-                some_prompts,
-                numbered=run.numbered,
-                stepwise=run.stepwise,
-                device=run.logits.device,
-            )
-    return rows
+        of_tokens = torch.stack(probs, dim=1).tolist()
+        columns["token_probs"] = [row[:count] for row, count in zip(of_tokens, counts, strict=True)]
+        columns["unpatched_token_probs"] = read_unpatched(
+            run.plain,
+            columns["token_ids"],
+            prompts,
+            numbered=run.numbered,
+            mixed=run.mixed,
+            stepwise=run.stepwise,
+            device=device,
+        )
+    return columns
 
 
 def read_decoded(
@@ -269,28 +276,7 @@ def read_noised(scores: torch.Tensor, noises: list[torch.Generator]) -> torch.Te
     return scores - torch.log(-torch.log(noise.clamp_min(1e-20))).to(scores)
 
 
-def read_ended(ids: list[int], *, eos: list[int], stops: list[int]) -> dict[str, Any]:
-    """Return a row's tokens up to its end, and which kind of end that was."""
-    end = next((index for index, token in enumerate(ids) if token in eos or token in stops), None)
-    if end is None:
-        return {"token_ids": ids, "stopped": "length"}
-    if ids[end] in eos:
-        return {"token_ids": ids[:end], "stopped": "eos"}
-    return {"token_ids": ids[: end + 1], "stopped": "stop"}
-
-
-def read_alike(rows: list[dict[str, Any]], prompts: list[list[int]], *, mixed: bool) -> list[Any]:
-    """Return groups of (rows, prompts) that may share a forward pass: all, or those of each length."""
-    lengths = [len(prompt) + len(row["token_ids"]) for prompt, row in zip(prompts, rows, strict=True)]
-    groups: dict[int, Any] = {}
-    for length, row, prompt in zip(lengths, rows, prompts, strict=True):
-        group = groups.setdefault(0 if mixed else length, ([], []))
-        group[0].append(row)
-        group[1].append(prompt)
-    return list(groups.values())
-
-
-def read_choices(run: PatchedRun, *, continuations: list[list[list[int]]]) -> list[dict[str, Any]]:
+def read_choices(run: PatchedRun, *, continuations: list[list[list[int]]]) -> dict[str, torch.Tensor]:
     """Score each row's choices: their summed log-probabilities, and these normalised over the choices.
 
     Args:
@@ -298,7 +284,7 @@ def read_choices(run: PatchedRun, *, continuations: list[list[list[int]]]) -> li
         continuations: (batch, n_choices, n) token ids.
 
     Returns:
-        One dict for each row: `choice_logprobs` in nats, and `choice_probs`, which sum to 1.
+        The columns, (batch, n_choices): `choice_logprobs` in nats, and `choice_probs`, which sum to 1.
     """
     columns = []
     for choice in range(len(continuations[0])):
@@ -326,19 +312,18 @@ def read_choices(run: PatchedRun, *, continuations: list[list[list[int]]]) -> li
         of_ids = logprobs.gather(-1, ids[:, :, None])[:, :, 0]
         columns.append((of_ids * counted).sum(-1))
     summed = torch.stack(columns, dim=1)
-    return [
-        {"choice_logprobs": logprobs, "choice_probs": probs}
-        for logprobs, probs in zip(summed.tolist(), torch.softmax(summed, dim=-1).tolist(), strict=True)
-    ]
+    return {"choice_logprobs": summed, "choice_probs": torch.softmax(summed, dim=-1)}
 
 
-def read_hidden(run: PatchedRun, *, clean: bool) -> list[dict[str, Any]]:
+def read_hidden(run: PatchedRun, *, clean: bool) -> dict[str, Any]:
     """Return the states that each cell wrote, and with `clean` those they replaced; None if unpatched."""
-    names = ["hidden", "clean"][: 1 + clean]
-    return [
-        {
-            name: run.written[cell][index].float().tolist() if cell in run.written else None
-            for index, name in enumerate(names)
-        }
-        for cell in range(run.n_cells)
-    ]
+    names = {"hidden": "states", "clean": "replaced"} if clean else {"hidden": "states"}
+    columns: dict[str, list[Any]] = {name: [None] * run.n_cells for name in names}
+    if run.written:
+        cells, counts = run.written["cells"].cpu().sort(stable=True).values.unique_consecutive(return_counts=True)
+        order = run.written["cells"].argsort(stable=True)
+        for name, part in names.items():
+            states = run.written[part][order].float().cpu().split(counts.tolist())
+            for cell, state in zip(cells.tolist(), states, strict=True):
+                columns[name][cell] = state
+    return columns

@@ -15,10 +15,10 @@ from patchscope_nn.body.mappings import apply_mapping
 from patchscope_nn.body.program import (
     Cut,
     Embedded,
-    Read,
+    Places,
     ReadoutProgram,
     SitePath,
-    Sum,
+    Sums,
     TargetProgram,
     Write,
     Writing,
@@ -67,70 +67,72 @@ def in_site(model: Any, site: SitePath, layer: int, shape: Any, *, first: int = 
     return value if len(value) == batch else value[first : first + batch]
 
 
-def in_read(value: torch.Tensor, reads: list[Read]) -> dict[int, torch.Tensor]:
-    """Return states by number, each (n_positions, d_model)."""
-    counts = [len(read["positions"]) for read in reads]
-    rows = [read["row"] for read in reads for _ in read["positions"]]
-    gathered = value[rows, [position for read in reads for position in read["positions"]]]
-    return {read["state"]: part for read, part in zip(reads, gathered.split(counts), strict=True)}
+def in_read(value: torch.Tensor, places: Places) -> torch.Tensor:
+    """Return the states at some places, (n, d_model)."""
+    return value[places["rows"].to(value.device), places["positions"].to(value.device)]
 
 
-def in_finals(logits: torch.Tensor, finals: list[Read]) -> dict[int, torch.Tensor]:
-    """Return next-token log-probabilities by number, each (vocab,)."""
-    if not finals:
-        return {}
-    last = logits[[read["row"] for read in finals], [read["positions"][-1] for read in finals]]
-    logprobs = torch.log_softmax(last.float(), dim=-1)
-    return {read["state"]: row for read, row in zip(finals, logprobs, strict=True)}
+def in_finals(logits: torch.Tensor, places: Places | None) -> list[torch.Tensor]:
+    """Return next-token log-probabilities, a list of one (n, vocab) tensor, or empty for none."""
+    return [] if places is None else [torch.log_softmax(in_read(logits, places).float(), dim=-1)]
 
 
-def in_sums(states: dict[int, torch.Tensor], sums: list[Sum]) -> dict[int, torch.Tensor]:
-    """Return weighted sums of states, by number; each term may first be averaged over its positions."""
-    summed = {}
-    for entry in sums:
-        total: Any = None
-        for number, weight in entry["terms"]:
-            term = states[number].mean(0, keepdim=True) if entry["mean"] else states[number]
-            total = term * weight if total is None else total + term.to(total) * weight
-        summed[entry["state"]] = total
-    return summed
+def in_together(parts: list[torch.Tensor]) -> torch.Tensor | None:
+    """Return tensors as one, on the device of the first; None if there are none."""
+    if len(parts) < 2:  # noqa: PLR2004 (nothing to join)
+        return parts[0] if parts else None
+    return torch.cat([part.to(parts[0].device) for part in parts])
+
+
+def in_sums(states: torch.Tensor, sums: Sums | None) -> torch.Tensor:
+    """Return the table of states with the rows of weighted sums added to it."""
+    if sums is None:
+        return states
+    terms = states[sums["states"].to(states.device)] * sums["weights"].to(states)[:, None]
+    summed = states.new_zeros(sums["count"], states.shape[1])
+    return torch.cat([states, summed.index_add(0, sums["into"].to(states.device), terms)])
 
 
 def in_write(
-    value: torch.Tensor, writes: list[Write], states: dict[Any, torch.Tensor], writing: Writing
-) -> dict[int, list[torch.Tensor]]:
+    value: torch.Tensor, write: Write, states: torch.Tensor | None, writing: Writing
+) -> dict[str, torch.Tensor]:
     """Map the states of one layer and write them, all rows at once.
 
     Returns:
-        {cell: [new state, previous state]}, each (n_positions, d_model).
+        What was written, as in `PatchedRun.written`.
     """
-    mode = writing["mode"]
-    rows = [write["row"] for write in writes for _ in write["positions"]]
-    columns = [position for write in writes for position in write["positions"]]
-    counts = [len(write["positions"]) for write in writes]
+    mode, device = writing["mode"], value.device
+    rows, columns = write["rows"].to(device), write["positions"].to(device)
     clean = value[rows, columns]
     mapped = clean
-    if mode not in ("zero", "noise"):
-        # One state is written at all positions; several are written one to one.
-        incoming = [states[write["state"]].expand(len(write["positions"]), -1) for write in writes]
-        together = torch.cat([state.to(value.device) for state in incoming])
-        pairs = [write["pair"] for write in writes for _ in write["positions"]]
-        mapped = apply_mapping(writing["mapping"], writing["weights"], together, clean, pairs)
-    parts, previous = list(mapped.split(counts)), clean.split(counts)
-    for number, write in enumerate(writes):
-        if write["seed"] is not None:
-            noise = mode == "noise"
-            alike = not noise and len(states[write["state"]]) == 1
-            parts[number] = in_random(parts[number], write["seed"], matched=not noise, alike=alike)
-        if mode == "add_matched":
-            norms = [part.norm(dim=-1, keepdim=True) for part in (previous[number], parts[number])]
-            parts[number] = parts[number] * (norms[0] / norms[1])
-        if write["scale"] != 1:
-            parts[number] = parts[number] * write["scale"]
-    written = in_mode(mode, writing["amount"], clean, torch.cat(parts))
+    if states is not None and write["states"] is not None:
+        incoming = states[write["states"].to(states.device)].to(device)
+        mapped = apply_mapping(writing["mapping"], writing["weights"], incoming, clean, write["pairs"])
+    if write["random"] is not None:
+        which = write["random"]["which"].nonzero()[:, 0]
+        seeds, draws = (write["random"][name][which].to(device) for name in ("seeds", "draws"))
+        index, noise = which.to(device), in_normal(seeds, draws, clean)
+        if mode != "noise":  # random directions, with the norms of the states that they replace
+            norms = mapped[index].norm(dim=-1, keepdim=True)
+            noise = noise * (norms / noise.norm(dim=-1, keepdim=True))
+        mapped = mapped.index_copy(0, index, noise)
+    if mode == "add_matched":
+        mapped = mapped * (clean.norm(dim=-1, keepdim=True) / mapped.norm(dim=-1, keepdim=True))
+    if write["scales"] is not None:
+        mapped = mapped * write["scales"].to(mapped)[:, None]
+    written = in_mode(mode, writing["amount"], clean, mapped)
     value[rows, columns] = written
-    both = zip(written.split(counts), previous, strict=True)
-    return {write["cell"]: [*pair] for write, pair in zip(writes, both, strict=True)}
+    parts = {"cells": write["cells"].to(device), "states": written, "replaced": clean}
+    if write["first"] is None:
+        return parts
+    # If several layers are written, the first write is reported.
+    first = write["first"].to(device)
+    return {name: part[first] for name, part in parts.items()}
+
+
+def in_written(parts: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Return what several layers have written as one."""
+    return {name: in_together([part[name] for part in parts]) for name in parts[0]} if parts else {}
 
 
 def in_mode(mode: str, amount: float, clean: torch.Tensor, mapped: torch.Tensor) -> torch.Tensor:
@@ -153,72 +155,94 @@ def in_mode(mode: str, amount: float, clean: torch.Tensor, mapped: torch.Tensor)
     return mapped
 
 
-def in_random(states: torch.Tensor, seed: int, *, matched: bool = True, alike: bool = False) -> torch.Tensor:
-    """Return states of random direction with the norms of those they replace, or standard normal numbers.
+def in_normal(seeds: torch.Tensor, draws: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Return standard normal numbers, (n, d_model), each row of which depends only on its seed and draw.
+
+    Each pair of numbers is a hash of seed, draw and column (the finaliser of SplitMix64, Steele et al. 2014), turned
+    into normal numbers by Box and Muller's transform. So all rows are made at once, on the model's device.
 
     Args:
-        states: (n, d_model) the states that they replace.
-        seed: The seed.
-        matched: True if they have the norms of `states`; else they are standard normal numbers.
-        alike: True if all have the same direction, for one state that is written at several positions.
+        seeds: (n,) the seeds.
+        draws: (n,) which draw of its seed a row is.
+        like: (m, d_model) a tensor of the dtype that is returned.
     """
-    count = 1 if alike else len(states)
-    noise = torch.randn(count, states.shape[1], generator=torch.Generator().manual_seed(seed)).to(states)
-    noise = noise.expand_as(states)
-    if not matched:
-        return noise
-    return noise * (states.norm(dim=-1, keepdim=True) / noise.norm(dim=-1, keepdim=True))
+    width = like.shape[1]
+    columns = torch.arange((width + 1) // 2, device=seeds.device)
+    numbers = in_mixed(in_mixed(seeds[:, None]) + draws[:, None]) + columns
+    numbers = in_mixed(in_mixed(numbers))
+    high, low = (numbers >> 40) & (2**24 - 1), numbers & (2**24 - 1)
+    radius = (-2 * ((high.float() + 1) / 2**24).log()).sqrt()
+    angle = low.float() * (2 * torch.pi / 2**24)
+    return torch.cat([radius * angle.cos(), radius * angle.sin()], dim=1)[:, :width].to(like)
+
+
+def in_mixed(numbers: torch.Tensor) -> torch.Tensor:
+    """Scramble whole numbers of 64 bits, one to one; a shift to the right fills up with zeros."""
+    numbers = numbers - 0x61C8864680B583EB
+    numbers = (numbers ^ ((numbers >> 30) & (2**34 - 1))) * -0x40A7B892E31B1A47
+    numbers = (numbers ^ ((numbers >> 27) & (2**37 - 1))) * -0x6B2FB644ECCEEE15
+    return numbers ^ ((numbers >> 31) & (2**33 - 1))
 
 
 def in_explained(
-    rows: list[dict[str, Any]],
+    columns: dict[str, Any],
     target: TargetProgram,
-    states: dict[int, torch.Tensor],
-    written: dict[int, Any],
-) -> list[dict[str, Any]]:
-    """Add `not_finite` to each row that has a number that is not finite: where the first of them arose."""
-    for cell, row in enumerate(rows):
-        parts = written.get(cell, ())
-        if in_is_finite(row, parts, target["readout"]):
-            if in_has_nan(row, parts, target["readout"]):
-                row["not_finite"] = "compared"
-            continue
-        numbers = [
-            write["state"]
-            for writes in target["writes"].values()
-            for write in writes
-            if write["cell"] == cell and write["state"] is not None
-        ]
-        row["not_finite"] = "logits"
-        if parts and not parts[0].isfinite().all():
-            row["not_finite"] = "written" if parts[1].isfinite().all() else "replaced"
-        if any(not states[number].isfinite().all() for number in numbers):
-            row["not_finite"] = "read"
-    return rows
+    states: torch.Tensor | None,
+    written: dict[str, torch.Tensor],
+) -> dict[str, Any]:
+    """Add the column `not_finite` if a cell has a number that is not finite: where the first of them arose."""
+    readout, n_cells = target["readout"], target["cells"]
+    replaced = in_cells_with(written, "replaced", n_cells)
+    if readout["unembeds"]:
+        sound = [columns.pop("sound")] if "sound" in columns else []
+        bad = in_any(n_cells, [*sound, *(columns[name] for name in readout["finite"] if name in columns)])
+        # A token that is ruled out (its logit is -inf) has an infinite log-probability, so only NaN counts.
+        compared = in_any(n_cells, list(columns.values()), nan=True)
+    else:
+        bad = in_cells_with(written, "states", n_cells)
+        compared = replaced if readout["clean"] else torch.zeros_like(bad)
+    if not (bad | compared).any():
+        return columns
+    new = in_cells_with(written, "states", n_cells)
+    read = torch.zeros_like(bad)
+    for write in target["writes"].values():
+        if states is not None and write["states"] is not None:
+            wrong = ~states[write["states"].to(states.device)].float().isfinite().all(-1).cpu()
+            read[write["cells"][wrong]] = True
+    reasons: list[str | None] = []
+    for cell in range(n_cells):
+        reason = "compared" if compared[cell] else None
+        if bad[cell]:
+            reason = "logits"
+            if new[cell]:
+                reason = "replaced" if replaced[cell] else "written"
+            if read[cell]:
+                reason = "read"
+        reasons.append(reason)
+    return columns | {"not_finite": reasons}
 
 
-def in_is_finite(row: dict[str, Any], parts: Any, readout: ReadoutProgram) -> bool:
-    """Return True if the numbers that a row was read from are finite, and remove `sound` from the row.
-
-    `parts` are the states that its cell wrote and replaced. A readout that does not unembed reads only these,
-    and they are faster to check than the row's lists.
-    """
-    if not readout["unembeds"]:
-        return not parts or bool(parts[0].float().isfinite().all())
-    sound = [row.pop("sound")] if "sound" in row else []
-    numbers = in_numbers([sound, *(row[name] for name in readout["finite"] if name in row)])
-    return all(abs(number) < float("inf") for number in numbers)
+def in_cells_with(written: dict[str, torch.Tensor], name: str, n_cells: int) -> torch.Tensor:
+    """Return (n_cells,) which cells have written, or replaced, a state that is not finite."""
+    cells = torch.zeros(n_cells, dtype=torch.bool)
+    if written:
+        cells[written["cells"][~written[name].float().isfinite().all(-1)].cpu()] = True
+    return cells
 
 
-def in_has_nan(row: dict[str, Any], parts: Any, readout: ReadoutProgram) -> bool:
-    """Return True if a number of a row is NaN, or if a replaced state that the readout uses is not finite.
-
-    A token that is ruled out (its logit is -inf) has an infinite log-probability, so only NaN counts.
-    """
-    if not readout["unembeds"]:
-        return bool(readout["clean"] and parts) and not parts[1].float().isfinite().all()
-    numbers = in_numbers([*row.values()])
-    return any(number != number for number in numbers)  # noqa: PLR0124 (only a NaN does)
+def in_any(n_cells: int, columns: list[Any], *, nan: bool = False) -> torch.Tensor:
+    """Return (n_cells,) which cells have a number that is not finite, or with `nan` one that is NaN."""
+    cells = torch.zeros(n_cells, dtype=torch.bool)
+    for column in columns:
+        if isinstance(column, torch.Tensor):
+            if column.is_floating_point():
+                wrong = column.isnan() if nan else ~column.isfinite()
+                cells |= wrong.reshape(n_cells, -1).any(-1).cpu()
+        else:
+            for cell, value in enumerate(column):
+                numbers = torch.tensor(in_numbers(value), dtype=torch.double)
+                cells[cell] |= bool((numbers.isnan() if nan else ~numbers.isfinite()).any())
+    return cells
 
 
 def in_numbers(value: Any) -> list[float]:
@@ -230,16 +254,16 @@ def in_numbers(value: Any) -> list[float]:
     return [value] if isinstance(value, float) else []
 
 
-def in_embedded(value: torch.Tensor, embedded: list[Embedded], states: dict[int, torch.Tensor]) -> None:
+def in_embedded(value: torch.Tensor, embedded: list[Embedded], soft: torch.Tensor | None) -> None:
     """Replace the first embeddings of rows by soft prompts, and add noise to embeddings."""
     for change in embedded:
         row, start = change["row"], change["start"]
-        if change["soft"] is not None:
-            soft = states[change["soft"]].to(value)
-            value[row, start : start + len(soft)] = soft
+        if change["soft"] and soft is not None:
+            value[row, start : start + len(soft)] = soft.to(value)
         if change["noise"]:
             columns = change["positions"]
-            noise = in_random(value[row, columns], change["seed"], matched=False)
+            seeds = torch.full((len(columns),), change["seed"], device=value.device)
+            noise = in_normal(seeds, torch.arange(len(columns), device=value.device), value[row])
             # If T is read again, decoded tokens follow it; the spread is that of T alone.
             spread = value[row, start : change["end"]].std()
             value[row, columns] = value[row, columns] + change["noise"] * spread * noise
@@ -282,11 +306,11 @@ def in_readout(
     logits: Any,
     cache: Any,
     *,
-    states: dict[int, torch.Tensor],
-    written: dict[int, Any],
+    finals: torch.Tensor | None,
+    written: dict[str, torch.Tensor],
     plain: Any = None,
     hear: Any = None,
-) -> list[dict[str, Any]]:
+) -> dict[str, Any]:
     """Call the body of the readout. The prompts have been read, and nothing is patched from here on.
 
     Args:
@@ -294,13 +318,13 @@ def in_readout(
         readout: The program of the readout.
         logits: (n_cells, vocab) at the positions that are read; None for a readout that does not unembed.
         cache: Keys and values, a row for each cell; only for readouts that decode.
-        states: The states and distributions that source passes have read, by number.
-        written: By cell, the states that were written and those they replaced.
+        finals: The distributions that source passes have read.
+        written: As in `PatchedRun`.
         plain: M* without any patch, as a function; None if `model` is that.
         hear: Called while the pass runs (see `contexts.Hear`); may be None.
 
     Returns:
-        One dict for each cell.
+        The columns.
     """
     if hear is not None:
         hear([], [])
@@ -311,13 +335,12 @@ def in_readout(
         logits=logits,
         cache=cache,
         mask=None if readout["mask"] is None else readout["mask"].to(logits.device),
-        states=states,
+        finals=finals,
         written=written,
         heard=hear,
         **{name: readout[name] for name in known},  # type: ignore[literal-required]
     )
-    rows = readout["read"](run, **readout["asked"])
-    if readout["unembeds"] and not readout["finite"]:
-        for row, top in zip(rows, logits.float().amax(-1).tolist(), strict=True):
-            row["sound"] = top
-    return rows
+    columns = readout["read"](run, **readout["asked"])
+    if readout["unembeds"] and not readout["finite"] and "sound" not in columns:
+        columns["sound"] = logits.float().amax(-1)
+    return {name: part.cpu() if isinstance(part, torch.Tensor) else part for name, part in columns.items()}

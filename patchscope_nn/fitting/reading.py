@@ -53,7 +53,7 @@ def read_pass(
     wanted = sorted(set(layers))
     step = reading(rows, wanted, model.info, site=site)
     kept = (backend or Local()).run("session", step, source=model, target=model)["kept"]
-    return gathered(kept, wanted, n_rows=len(rows))
+    return gathered(kept, wanted)
 
 
 def read_rows(rows: Sequence[Row], layers: Collection[int], model: Model) -> dict[int, list[torch.Tensor]]:

@@ -6,7 +6,7 @@ The code inside the context may run on machines that do not have this package, s
     step.py      a whole step
     rows.py      prompts as rows of padded batches
     segments.py  target prompts as segments of one sequence
-    written.py   the numbers of the states that are written
+    states.py    where the states of a step are in its table
     readout.py   the program of a readout
     reading.py   steps that only read, or do nothing
 """

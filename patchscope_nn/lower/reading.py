@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
-from patchscope_nn.body.program import Read, SitePath, SourceProgram, StepProgram, identity_writing
+from patchscope_nn._util.ragged import Ragged
+from patchscope_nn.body.program import Places, SitePath, SourceProgram, StepProgram, identity_writing
 from patchscope_nn.lower.rows import batch_of, options_of
 from patchscope_nn.lower.step import paths_of
 from patchscope_nn.models import ModelInfo
@@ -31,30 +33,23 @@ def reading(
     Returns:
         The program; `gathered` sorts the states that it returns.
     """
-    inputs = batch_of([ids for ids, _ in rows], info, 0)
-    width = inputs["input_ids"].shape[1]
-    reads: dict[int, list[Read]] = {
-        layer: [
-            {
-                "state": index * len(rows) + row,
-                "row": row,
-                "positions": [width - len(ids) + position for position in positions],
-            }
-            for row, (ids, positions) in enumerate(rows)
-        ]
-        for index, layer in enumerate(sorted(set(layers)))
+    tokens, positions = Ragged(ids for ids, _ in rows), Ragged(at for _, at in rows)
+    everything = np.arange(len(rows))
+    inputs = batch_of(tokens, everything, info, 0)
+    at, row = positions.take(everything)
+    places: Places = {
+        "rows": torch.from_numpy(row),
+        "positions": torch.from_numpy(at + inputs["input_ids"].shape[1] - tokens.counts[row]),
     }
+    wanted = sorted(set(layers))
     source: SourceProgram = {
         "inputs": inputs,
         "options": options_of(info, keep=None, cache=False),
         "whole": False,
-        "reads": reads,
-        "finals": [],
+        "reads": dict.fromkeys(wanted, places),
+        "finals": None,
     }
-    return nothing(paths_of(info, site)) | {
-        "sources": [source],
-        "keep": [read["state"] for entries in reads.values() for read in entries],
-    }
+    return nothing(paths_of(info, site)) | {"sources": [source], "keep": torch.arange(len(wanted) * len(at))}
 
 
 def nothing(site: SitePath | None = None) -> StepProgram:
@@ -64,27 +59,27 @@ def nothing(site: SitePath | None = None) -> StepProgram:
         "sources": [],
         "targets": [],
         "prefix": None,
-        "given": {},
-        "sums": [],
-        "keep": [],
+        "given": None,
+        "given_finals": None,
+        "sums": None,
+        "soft": None,
+        "keep": torch.arange(0),
+        "keep_finals": torch.arange(0),
         "writing": identity_writing(),
         "source_site": path,
         "target_site": path,
     }
 
 
-def gathered(kept: dict[int, torch.Tensor], layers: Sequence[int], *, n_rows: int) -> dict[int, torch.Tensor]:
+def gathered(kept: torch.Tensor, layers: Sequence[int]) -> dict[int, torch.Tensor]:
     """Return the states that a `reading` step has read, by layer.
 
     Args:
         kept: The states that the step returned.
         layers: As in `reading`.
-        n_rows: The number of rows it read.
 
     Returns:
         For each layer, (n_positions, d_model) in the order of the rows.
     """
-    return {
-        layer: torch.cat([kept[index * n_rows + row] for row in range(n_rows)])
-        for index, layer in enumerate(sorted(set(layers)))
-    }
+    wanted = sorted(set(layers))
+    return dict(zip(wanted, kept.chunk(len(wanted)), strict=True))

@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 from patchscope_nn._util.functions import import_function
 from patchscope_nn.body.program import ReadoutProgram
 from patchscope_nn.errors import InputError
+from patchscope_nn.lower.states import StateTable
 from patchscope_nn.models import Model
-from patchscope_nn.plan import Plan, State, from_cache
+from patchscope_nn.plan import Plan, from_cache
 from patchscope_nn.spec import Readout
-from patchscope_nn.sweep import Cell
+from patchscope_nn.sweep import CellBlock, Sweep
 
 
 def readout_of(
-    plan: Plan, cells: Sequence[Cell], numbers: Mapping[State, int], target: Model, mask: Any
+    plan: Plan, block: CellBlock, table: StateTable, target: Model, mask: torch.Tensor
 ) -> ReadoutProgram:
     """Return the program of what a target pass reads.
 
     Args:
         plan: The plan.
-        cells: The cells of the pass.
-        numbers: The state numbers of its step.
+        block: The cells of the pass.
+        table: The states of its step.
         target: M*.
         mask: (n_cells, n_tokens) the attention mask of the prompts.
     """
@@ -32,12 +35,12 @@ def readout_of(
     cached = from_cache(plan.sweep, used)
     return {
         "read": body_of(readout),
-        "asked": readout.lower(_PassCells(plan, cells, numbers, target)),
+        "asked": readout.lower(_PassCells(plan.sweep, block, table, target)),
         "unembeds": readout.unembeds,
         "decodes": readout.decodes,
         "finite": list(readout.finite),
         "clean": readout.looks_at_replaced,
-        "n_cells": len(cells),
+        "n_cells": len(block),
         "numbered": target.info.supports("positions"),
         "extra": {"logits_to_keep": 1} if target.info.supports("few_logits") else {},
         "eos": list(eos_ids(target)),
@@ -70,32 +73,34 @@ def body_of(readout: Readout) -> Callable[..., Any]:
 class _PassCells:
     """The cells of a pass. Implements `spec.PassCells`."""
 
-    plan: Plan
-    cells: Sequence[Cell]
-    numbers: Mapping[State, int]
+    sweep: Sweep
+    block: CellBlock
+    table: StateTable
     target: Model
 
     @property
     def seeds(self) -> list[int]:
-        return [cell.seed for cell in self.cells]
+        seeds: list[int] = self.block.seed.tolist()
+        return seeds
 
     @property
     def prompts(self) -> list[list[int]]:
-        return [list(self.plan.sweep.target_prompts[cell.target_prompt].ids) for cell in self.cells]
+        return [list(self.sweep.target_prompts[prompt].ids) for prompt in self.block.target_prompt.tolist()]
 
     @property
-    def reference_ids(self) -> list[list[int]]:
-        return [list(self.plan.sweep.entries[cell.entry].reference_ids) for cell in self.cells]
+    def reference_ids(self) -> torch.Tensor:
+        return torch.from_numpy(self.sweep.reference_ids[self.block.entry])
 
     @property
     def continuations(self) -> list[list[list[int]]]:
-        entries = self.plan.sweep.entries
-        return [[list(ids) for ids in entries[cell.entry].continuations] for cell in self.cells]
+        entries = (self.sweep.entries[entry] for entry in self.block.entry.tolist())
+        return [[list(ids) for ids in entry.continuations] for entry in entries]
 
     @property
-    def compared(self) -> list[int]:
-        references = (cell.reference for cell in self.cells if cell.reference is not None)
-        return [self.numbers[State(prompt, (position,), None)] for prompt, position in references]
+    def compared(self) -> torch.Tensor | None:
+        if not self.block.cells.compares:
+            return None
+        return torch.from_numpy(self.table.finals(self.sweep.states.final(self.block.reference)))
 
     def token_ids_with(self, text: str) -> list[int]:
         return list(stop_ids(self.target.tokenizer, text))

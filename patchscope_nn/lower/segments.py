@@ -2,125 +2,84 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
-from patchscope_nn.body.program import CellRows, OwnTokens, PackedProgram, Write
+from patchscope_nn._util.ragged import ranges
+from patchscope_nn.body.program import CellRows, PackedProgram
 from patchscope_nn.lower.readout import readout_of
-from patchscope_nn.lower.rows import by_layer, writes_of
-from patchscope_nn.lower.written import WrittenStates
+from patchscope_nn.lower.rows import writes_of
+from patchscope_nn.lower.states import StateTable
 from patchscope_nn.models import Model
-from patchscope_nn.plan import Layout, Plan, Segment, shares_attention
-from patchscope_nn.spec import read_position
+from patchscope_nn.plan import Layout, Plan, shares_attention
 from patchscope_nn.spec.layers import EMBED
-from patchscope_nn.sweep import Cell
+from patchscope_nn.sweep import CellBlock
 
 
 def target_segments(
-    plan: Plan, cells: Sequence[Cell], layout: Layout, written: WrittenStates, target: Model
+    plan: Plan, block: CellBlock, layout: Layout, table: StateTable, target: Model
 ) -> PackedProgram:
     """Return the program of a packed target pass."""
-    segments, info = layout.segments, target.info
-    ids = [
-        token
-        for segment in segments
-        for token in plan.sweep.target_prompts[segment.prompt].ids[segment.first : segment.last]
-    ]
-    positions = [at for segment in segments for at in range(segment.first, segment.last)]
-    inputs = {"input_ids": torch.tensor([ids])}
+    sweep, info, decodes = plan.sweep, target.info, plan.sweep.scope.readout.decodes
+    first, count = layout.first, layout.count
+    positions = ranges(first, count)
+    ids = sweep.target_tokens.values[ranges(sweep.target_tokens.starts[layout.prompt] + first, count)]
+    inputs = {"input_ids": torch.from_numpy(ids)[None]}
     if info.supports("positions"):
-        inputs["position_ids"] = torch.tensor([positions])
-    writes: list[tuple[int, Write]] = []
-    for number, cell in enumerate(cells):
-        if cell.target_layer is not None:
-            branch = segments[layout.of_cell[number]]
-            tokens = [branch.at(at) for at in cell.target_positions]
-            writes += writes_of(cell, 0, tokens, written, number)
-    read = [_read_token(plan, cell, segments[at]) for cell, at in zip(cells, layout.of_cell, strict=True)]
-    decodes = plan.sweep.scope.readout.decodes
-    width = len(plan.sweep.target_prompts[cells[0].target_prompt].ids)
-    mask = torch.ones(len(cells), width, dtype=torch.long)
+        inputs["position_ids"] = torch.from_numpy(positions)[None]
+    read = torch.from_numpy(layout.at(layout.of_cell, sweep.read_at[block.target_prompt]))
+    width = int(sweep.target_tokens.counts[block.target_prompt[0]])
     options: dict[str, Any] = {"use_cache": True}
     if plan.optimisations.lean_readout and info.supports("few_logits"):
-        options["logits_to_keep"] = torch.tensor(read)
-    separately = shares_attention(plan.sweep, plan.optimisations, cells, prefix=layout.prefix)
+        options["logits_to_keep"] = read
+    separately = shares_attention(sweep, plan.optimisations, block, prefix=layout.prefix)
+    seen = np.where(layout.is_branch, np.minimum(first - layout.prefix, layout.trunk_count), 0)
+    of_tokens = {
+        name: torch.from_numpy(np.repeat(part, count))
+        for name, part in (("starts", layout.offset), ("trunks", layout.trunk_offset), ("seen", seen))
+    }
     return {
         "layout": "packed",
-        "cells": len(cells),
+        "cells": len(block),
         "inputs": inputs,
         "options": options,
-        "writes": by_layer(writes),
-        "readout": readout_of(plan, cells, written.numbers, target, mask),
+        "writes": writes_of(
+            block,
+            table,
+            rows=np.zeros(len(block), np.int64),
+            shifts=layout.at(layout.of_cell, np.zeros(len(block), np.int64)),
+        ),
+        "readout": readout_of(plan, block, table, target, torch.ones(len(block), width, dtype=torch.long)),
         "windows": list(info.architecture.windows),
         "names": [name for name in info.architecture.block_arguments if name != "self"],
         "depth": layout.depth,
         "entering": layout.running(EMBED),
-        "bases": _bases(segments),
+        "bases": _bases(layout),
         "prefix": layout.prefix,
         "n_tokens": layout.n_tokens,
-        "own": _own(layout) if separately else None,
-        "allowed": None if separately else _allowed(layout),
-        "key_positions": torch.tensor([*range(layout.prefix), *positions]),
+        "starts": of_tokens["starts"],
+        "trunks": of_tokens["trunks"],
+        "seen": of_tokens["seen"],
+        "most_own": int((seen + count).max()) if separately else None,
+        "key_positions": torch.from_numpy(np.concatenate([np.arange(layout.prefix), positions])),
         "tuples": info.architecture.gives_tuples,
         "read": read,
         "rows": _rows(layout, width) if decodes else None,
     }
 
 
-def _read_token(plan: Plan, cell: Cell, segment: Segment) -> int:
-    whole = len(plan.sweep.target_prompts[cell.target_prompt].ids)
-    return segment.at(read_position(plan.sweep.scope.readout, whole))
-
-
-def _bases(segments: Sequence[Segment]) -> dict[int, list[int | None]]:
-    """Return {layer: for each token that joins after it, the index of the unpatched token it starts from}."""
-    bases: dict[int, list[int | None]] = {}
-    for segment in segments:
-        if segment.enters > EMBED:
-            trunk = None if segment.trunk is None else segments[segment.trunk]
-            bases.setdefault(segment.enters, []).extend(
-                None if trunk is None or at >= trunk.last else trunk.at(at)
-                for at in range(segment.first, segment.last)
-            )
+def _bases(layout: Layout) -> dict[int, torch.Tensor]:
+    """Return {layer: for each token that joins after it, the index of the token whose state it starts from}."""
+    bases: dict[int, torch.Tensor] = {}
+    for layer in np.unique(layout.enters[layout.enters > EMBED]).tolist():
+        joins = layout.enters == layer
+        first, count = layout.first[joins] - layout.prefix, layout.count[joins]
+        in_trunk = ranges(first, count) < np.repeat(layout.trunk_count[joins], count)
+        base = ranges(first + layout.trunk_offset[joins], count)
+        bases[layer] = torch.from_numpy(np.where(in_trunk, base, 0))
     return bases
-
-
-def _allowed(layout: Layout) -> torch.Tensor:
-    """Return (n_tokens, n_prefix + n_tokens): True if a token attends to another."""
-    prefix, total = layout.prefix, layout.n_tokens
-    allowed = torch.zeros(total, prefix + total, dtype=torch.bool)
-    allowed[:, :prefix] = True
-    for segment in layout.segments:
-        size = segment.last - segment.first
-        rows = slice(segment.offset, segment.offset + size)
-        own = prefix + segment.offset
-        allowed[rows, own : own + size] = torch.ones(size, size, dtype=torch.bool).tril()
-        if segment.trunk is not None:
-            trunk = layout.segments[segment.trunk]
-            start = prefix + trunk.offset
-            allowed[rows, start : start + min(segment.first, trunk.last) - trunk.first] = True
-    return allowed
-
-
-def _own(layout: Layout) -> OwnTokens:
-    """Return the tokens after the prefix that each token attends to."""
-    seen = []
-    for segment in layout.segments:
-        before: list[int] = []
-        if segment.trunk is not None:
-            trunk = layout.segments[segment.trunk]
-            before = list(range(trunk.offset, trunk.offset + min(segment.first, trunk.last) - trunk.first))
-        seen += [
-            [*before, *range(segment.offset, segment.offset + at + 1)]
-            for at in range(segment.last - segment.first)
-        ]
-    most = max(map(len, seen))
-    return {
-        "places": torch.tensor([tokens + [0] * (most - len(tokens)) for tokens in seen]),
-        "real": torch.tensor([[True] * len(tokens) + [False] * (most - len(tokens)) for tokens in seen]),
-    }
 
 
 def _rows(layout: Layout, width: int) -> CellRows:
@@ -128,17 +87,10 @@ def _rows(layout: Layout, width: int) -> CellRows:
 
     `own` follows the cell's branch, and `clean` its trunk. `enters` is the layer after which `own` holds.
     """
-    own, clean, enters = [], [], []
-    for at in layout.of_cell:
-        segment = layout.segments[at]
-        trunk = segment if segment.trunk is None else layout.segments[segment.trunk]
-        shared = list(range(layout.prefix))
-        of_trunk = [
-            *shared,
-            *(layout.prefix + trunk.at(position) for position in range(layout.prefix, width)),
-        ]
-        of_branch = [layout.prefix + segment.at(position) for position in range(segment.first, width)]
-        clean.append(of_trunk)
-        own.append([*of_trunk[: segment.first], *of_branch])
-        enters.append(segment.enters)
-    return {"own": torch.tensor(own), "clean": torch.tensor(clean), "enters": torch.tensor(enters)}
+    at, prefix, segment = np.arange(width), layout.prefix, layout.of_cell[:, None]
+    of_trunk = np.where(at < prefix, at, layout.trunk_offset[segment] + at)
+    own = np.where(at < layout.first[segment], of_trunk, prefix + layout.at(segment, at))
+    # A branch that enters before block 0 needs no more of its trunk than it attends to.
+    clean = np.where(at < prefix + layout.trunk_count[segment], of_trunk, own)
+    enters = torch.from_numpy(layout.enters[layout.of_cell])
+    return {"own": torch.from_numpy(own), "clean": torch.from_numpy(clean), "enters": enters}

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
-from patchscope_nn.body.program import PrefixProgram, Read, SitePath, SourceProgram, StepProgram
-from patchscope_nn.lower.rows import batch_of, by_layer, options_of, target_rows
+import numpy as np
+import torch
+
+from patchscope_nn._util.ragged import Ragged
+from patchscope_nn.body.program import (
+    PackedProgram,
+    Places,
+    PrefixProgram,
+    RowsProgram,
+    SitePath,
+    SourceProgram,
+    StepProgram,
+)
+from patchscope_nn.lower.rows import batch_of, options_of, target_rows
 from patchscope_nn.lower.segments import target_segments
-from patchscope_nn.lower.written import WrittenStates
+from patchscope_nn.lower.states import StateTable
 from patchscope_nn.mappings import ResolvedMapping
 from patchscope_nn.models import Model, ModelInfo
-from patchscope_nn.plan import Plan, SourcePass, State, Step
+from patchscope_nn.plan import Plan, SourcePass, Step
 from patchscope_nn.spec import SITES
+from patchscope_nn.sweep.vectors import load_soft_prompt
 
 
 def lower(
@@ -22,7 +34,7 @@ def lower(
     source: Model,
     target: Model,
     mapping: ResolvedMapping,
-    states: Mapping[State, Any],
+    carried: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
     prefix: Any = None,
     keeps_prefix: bool = False,
 ) -> StepProgram:
@@ -34,32 +46,39 @@ def lower(
         source: M.
         target: M*.
         mapping: f.
-        states: The states that earlier steps kept; `step.carried` names those that this step uses.
+        carried: The hidden states, (n, d_model), and the distributions, (n, vocab), of `step.carried`.
         prefix: The keys and values of the step's prefix, if an earlier step has computed them.
         keeps_prefix: True if the step returns those of its prefix, for later steps.
     """
-    scope, numbers = plan.sweep.scope, step.numbers
-    written = WrittenStates(plan, numbers)
+    sweep, scope = plan.sweep, plan.sweep.scope
+    table = StateTable(plan, step)
     # In a fused step, both sides are rows of one batch and are padded to the same width.
     width = _fused_width(plan, step) if step.context == "fused" else 0
-    targets = [
-        target_rows(plan, [step.cells[cell] for cell in target_pass.cells], written, target, width)
-        if target_pass.layout is None
-        else target_segments(
-            plan, [step.cells[cell] for cell in target_pass.cells], target_pass.layout, written, target
+    targets: list[RowsProgram | PackedProgram] = []
+    for cells, layout in step.targets:
+        block = step.cells.take(cells)
+        targets.append(
+            target_rows(plan, block, table, target, width)
+            if layout is None
+            else target_segments(plan, block, layout, table, target)
         )
-        for target_pass in step.targets
-    ]
+    writes = sweep.writes(step.cells)
+    pairs = np.unique(np.stack([writes.layer, writes.mapped], axis=1), axis=0).tolist()
+    final = sweep.states.is_final(step.kept)
+    soft = scope.target.soft_prompt
     return {
-        "sources": [_source(plan, source_pass, numbers, source.info, width) for source_pass in step.sources],
+        "sources": [_source(plan, source_pass, source.info, width) for source_pass in step.sources],
         "targets": targets,
-        "prefix": _prefix(step, target.info, prefix, keeps=keeps_prefix),
-        "given": {numbers[state]: states[state].clone() for state in step.carried} | written.given,
-        "sums": written.sums,
-        "keep": [numbers[state] for state in step.kept],
+        "prefix": _prefix(plan, step, prefix, keeps=keeps_prefix),
+        "given": carried[0] if table.vectors is None else table.vectors,
+        "given_finals": carried[1],
+        "sums": table.sums,
+        "soft": load_soft_prompt(soft) if soft else None,
+        "keep": torch.from_numpy(table.rows(step.kept[~final])),
+        "keep_finals": torch.from_numpy(table.finals(step.kept[final])),
         "writing": {
             "mapping": mapping.kind,
-            "weights": mapping.within(pair for cell in step.cells for pair in plan.sweep.pairs(cell)),
+            "weights": mapping.within((layer, written) for layer, written in pairs),
             "mode": scope.target.mode,
             "amount": scope.target.amount,
         },
@@ -70,10 +89,9 @@ def lower(
 
 def _fused_width(plan: Plan, step: Step) -> int:
     """Return the number of tokens of a step's longest row on either side."""
-    sweep = plan.sweep
-    sources = (sweep.source_prompts[prompt] for source_pass in step.sources for prompt in source_pass.prompts)
-    targets = (sweep.target_prompts[cell.target_prompt] for cell in step.cells)
-    return max(len(prompt.ids) for prompt in (*sources, *targets))
+    sources = np.concatenate([source_pass.prompts for source_pass in step.sources])
+    longest_source = plan.sweep.source_tokens.counts[sources].max(initial=0)
+    return max(int(longest_source), int(plan.sweep.target_tokens.counts[step.cells.target_prompt].max()))
 
 
 def paths_of(info: ModelInfo, site: str) -> SitePath:
@@ -91,38 +109,43 @@ def paths_of(info: ModelInfo, site: str) -> SitePath:
     }
 
 
-def _source(
-    plan: Plan, source_pass: SourcePass, numbers: Mapping[State, int], info: ModelInfo, width: int
-) -> SourceProgram:
-    prompts = [plan.sweep.source_prompts[prompt].ids for prompt in source_pass.prompts]
-    inputs = batch_of(prompts, info, width)
+def _source(plan: Plan, source_pass: SourcePass, info: ModelInfo, width: int) -> SourceProgram:
+    sweep, numbers, cells = plan.sweep, plan.sweep.states, plan.sweep.cells
+    inputs = batch_of(sweep.source_tokens, source_pass.prompts, info, width)
     width = inputs["input_ids"].shape[1]
-    rows = {prompt: row for row, prompt in enumerate(source_pass.prompts)}
-    reads: list[tuple[int, Read]] = []
-    finals: list[Read] = []
-    for state in source_pass.states:
-        start = width - len(plan.sweep.source_prompts[state.prompt].ids)
-        columns = [start + position for position in state.positions]
-        read: Read = {"state": numbers[state], "row": rows[state.prompt], "positions": columns}
-        if state.layer is None:
-            finals.append({**read, "positions": [column - width for column in columns]})
-        else:
-            reads.append((state.layer, read))
+    origins, layers = numbers.origin(source_pass.states), numbers.layer(source_pass.states)
+    row_of = np.zeros(len(sweep.source_tokens), np.int64)
+    row_of[source_pass.prompts] = np.arange(len(source_pass.prompts))
+    positions, index = cells.origin_positions.take(origins)
+    prompts = cells.origin_source[origins[index]]
+    rows, columns = row_of[prompts], positions + width - sweep.source_tokens.counts[prompts]
+
+    def places(layer: int, shift: int = 0) -> Places:
+        chosen = layers[index] == layer
+        return {
+            "rows": torch.from_numpy(rows[chosen]),
+            "positions": torch.from_numpy(columns[chosen] + shift),
+        }
+
+    distinct = np.unique(layers).tolist()
+    finals = places(info.n_layers, -width) if info.n_layers in distinct else None
     # Not for whole passes: some models drop the other tokens before their last blocks.
-    lean = plan.optimisations.lean_readout and finals and not source_pass.whole
-    keep = max((-read["positions"][-1] for read in finals), default=1)
+    lean = plan.optimisations.lean_readout and finals is not None and not source_pass.whole
+    keep = -int(finals["positions"].min()) if finals is not None else 1
     return {
         "inputs": inputs,
         "options": options_of(info, keep=keep if lean else None, cache=False),
         "whole": source_pass.whole,
-        "reads": by_layer(reads),
+        "reads": {layer: places(layer) for layer in distinct if layer < info.n_layers},
         "finals": finals,
     }
 
 
-def _prefix(step: Step, info: ModelInfo, known: Any, *, keeps: bool) -> PrefixProgram | None:
+def _prefix(plan: Plan, step: Step, known: Any, *, keeps: bool) -> PrefixProgram | None:
     """Return the program of the tokens that a step's target prompts begin with; None if there are none."""
     if not step.prefix:
         return None
+    info = plan.sweep.target
+    inputs = batch_of(Ragged([step.prefix]), np.zeros(1, np.int64), info, 0)
     options = options_of(info, keep=None, cache=True)
-    return {"inputs": batch_of([step.prefix], info, 0), "options": options, "known": known, "kept": keeps}
+    return {"inputs": inputs, "options": options, "known": known, "kept": keeps}

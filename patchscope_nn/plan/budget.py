@@ -6,7 +6,9 @@ The bytes are a generous estimate from the model's sizes, at the point where a p
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
+from patchscope_nn._util.ragged import Ints
 from patchscope_nn.models import ModelInfo
 
 MAX_ROWS = 1024
@@ -16,6 +18,9 @@ MEMORY = 2**31
 #: prefix separately. On a CPU, matrix products gain little beyond 256 tokens; on a GPU they gain more.
 _SEQUENCE_CPU, _SEQUENCE_SHARED, _SEQUENCE_GPU = 256, 1024, 2048
 _FLOAT = 4
+
+#: A number, or an array of them.
+_N = TypeVar("_N", int, Ints)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +42,7 @@ class Budget:
 
 @dataclass(frozen=True, kw_only=True)
 class Costs:
-    """The memory that parts of a forward pass of one model take, in bytes."""
+    """The memory that parts of a forward pass of one model take, in bytes; of one pass, or of several at once."""
 
     info: ModelInfo
 
@@ -47,26 +52,26 @@ class Costs:
             return _SEQUENCE_GPU
         return _SEQUENCE_SHARED if shared_attention else _SEQUENCE_CPU
 
-    def running(self, tokens: int) -> int:
+    def running(self, tokens: _N) -> _N:
         """Return the bytes of the activations of tokens that go through a block."""
         sizes = self.info.sizes
         widths = 6 * self.info.d_model + 3 * sizes.attention + sizes.cache + 3 * sizes.widest
         return tokens * widths * self.info.bytes_per_number
 
-    def cached(self, tokens: int) -> int:
+    def cached(self, tokens: _N) -> _N:
         """Return the bytes of the keys and values of tokens, in all blocks."""
         return tokens * self.info.n_layers * self.info.sizes.cache * self.info.bytes_per_number
 
-    def read(self, rows: int) -> int:
+    def read(self, rows: _N) -> _N:
         """Return the bytes of the logits of rows, and of the float32 tensors a readout computes from them."""
         return rows * self.info.vocab_size * (self.info.bytes_per_number + 3 * _FLOAT)
 
-    def packed(self, tokens: int, prefix: int, rows: int) -> int:
+    def packed(self, tokens: _N, prefix: int, rows: _N) -> _N:
         """Return the bytes of a packed sequence of tokens after a prefix, of which `rows` are read."""
         mask = tokens * (prefix + tokens) * (self.info.bytes_per_number + 1)
         return self.running(tokens) + self.cached(tokens + prefix) + self.read(rows) + mask
 
-    def batch(self, rows: int, width: int, *, read: int, decodes: bool) -> int:
+    def batch(self, rows: _N, width: _N, *, read: _N, decodes: bool) -> _N:
         """Return the bytes of a padded batch that reads `read` positions of each row.
 
         If decoding continues from it, keys and values are kept, and copied when rows leave the batch.

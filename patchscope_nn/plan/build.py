@@ -15,11 +15,14 @@ Steps are made on demand, so that a plan of a hundred thousand cells holds one s
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from functools import cached_property
+from typing import Literal, NamedTuple
 
+import numpy as np
+
+from patchscope_nn._util.ragged import Ints, ranges
 from patchscope_nn.errors import InputError
 from patchscope_nn.models import FUSED, Withheld
 from patchscope_nn.plan.budget import MAX_ROWS, MEMORY, Budget
@@ -29,7 +32,7 @@ from patchscope_nn.plan.passes import Context, Optimisations, Step
 from patchscope_nn.plan.proven import allowed
 from patchscope_nn.plan.sources import Reader
 from patchscope_nn.spec import SITES
-from patchscope_nn.sweep import Cell, Sweep
+from patchscope_nn.sweep import CellBlock, Flags, Sweep
 
 #: How many passes of the largest size a step holds. More cells sort into better passes; but a step that fails
 #: is lost as a whole, and passes that decode are long.
@@ -50,9 +53,10 @@ class Plan:
         digest: Hex digest of the cells that will run, and of everything that decides their passes.
         n_cells: How many cells it serves.
         kinds: How many of them are of each kind: None for the real cells, else the control.
-        copies: {number of a cell that runs: numbers of the cells that have the same result}.
+        served_by: For each cell, the number of the cell whose result it has: its own, unless it is a copy.
         groups: The entries, in the order in which they run.
         done: The numbers of cells that were finished before.
+        runs: True for each cell that runs: it is not done, and no copy of another.
         independent: True if no step uses states of another, so that steps can run in any order, and again.
         withheld: Optimisations that were requested, and are off because of what the models' proofs found.
     """
@@ -64,12 +68,12 @@ class Plan:
     digest: str
     n_cells: int
     kinds: Mapping[str | None, int]
-    copies: Mapping[int, tuple[int, ...]] = field(repr=False)
+    served_by: Ints = field(repr=False)
     groups: tuple[Group, ...] = field(repr=False)
-    done: Collection[int] = field(repr=False)
+    done: Ints = field(repr=False)
+    runs: Flags = field(repr=False)
     independent: bool = False
     withheld: tuple[Withheld, ...] = ()
-    _skipped: Collection[int] = field(default=(), repr=False)
     _fused: Step | None = field(default=None, repr=False)
 
     def steps(self) -> Iterator[Step]:
@@ -82,17 +86,18 @@ class Plan:
             self.sweep,
             self.budget,
             self.optimisations,
-            entries=[entry for group in self.groups for entry in group.entries],
+            entries=np.array([entry for group in self.groups for entry in group.entries], np.int64),
             carries=not self.independent,
         )
-        for group, cells, next_entry in self._windows():
-            reads = reader.read(cells, next_entry=next_entry)
-            targets = packer.passes(cells, group.prefix)
+        for group, numbers, next_entry in self._windows():
+            block = self.sweep.cells.block(numbers)
+            reads = reader.read(block, next_entry=next_entry)
+            targets = packer.passes(block, group.prefix)
             shares = any(target.layout and target.layout.prefix for target in targets)
             prefix = group.prefix if shares else ()
             yield Step(
                 context=self.context,
-                cells=cells,
+                cells=block,
                 sources=reads.passes,
                 targets=targets,
                 carried=reads.carried,
@@ -101,24 +106,37 @@ class Plan:
                 prefix=prefix,
             )
 
-    def _windows(self) -> Iterator[tuple[Group, tuple[Cell, ...], int]]:
+    def _windows(self) -> Iterator[tuple[Group, Ints, int]]:
         """Transformation 3: yield (group, cells, index of the first entry with cells left) for each step."""
-        decodes = self.sweep.scope.readout.decodes
+        decodes, starts = self.sweep.scope.readout.decodes, self.sweep.cells.starts
         most = self.budget.max_rows * (_DECODING_PASSES_PER_STEP if decodes else _PASSES_PER_STEP)
-        next_entry = 0
+        n_before = 0
         for group in self.groups:
-            window: list[Cell] = []
-            for entry in group.entries:
-                for cell in self.sweep.cells.of_entry(entry):
-                    if cell.number in self._skipped:
-                        continue
-                    if len(window) == most:
-                        yield group, tuple(window), next_entry
-                        window = []
-                    window.append(cell)
-                next_entry += 1
-            if window:
-                yield group, tuple(window), next_entry
+            entries = np.array(group.entries)
+            counts = starts[entries + 1] - starts[entries]
+            numbers, place = ranges(starts[entries], counts), np.repeat(np.arange(len(entries)), counts)
+            left = self.runs[numbers]
+            numbers, place = numbers[left], place[left]
+            for start in range(0, len(numbers), most):
+                ended = start + most >= len(numbers)
+                next_place = len(entries) if ended else int(place[start + most])
+                yield group, numbers[start : start + most], n_before + next_place
+            n_before += len(entries)
+
+    def copies(self, numbers: Ints) -> tuple[Ints, Ints]:
+        """Return the copies of some cells that run, and for each copy the index in `numbers` of its cell."""
+        first = np.searchsorted(self._copies[0], numbers)
+        counts = np.searchsorted(self._copies[0], numbers, side="right") - first
+        return self._copies[1][ranges(first, counts)], np.repeat(np.arange(len(numbers)), counts)
+
+    @cached_property
+    def _copies(self) -> tuple[Ints, Ints]:
+        """The cells that copies are served by, sorted, and the copies."""
+        copied = self.served_by != np.arange(len(self.served_by))
+        copied[self.done] = False
+        copies = copied.nonzero()[0]
+        order = np.argsort(self.served_by[copies], kind="stable")
+        return self.served_by[copies][order], copies[order]
 
     def __str__(self) -> str:
         from patchscope_nn.plan.text import render_plan
@@ -162,26 +180,26 @@ def plan(
     usual = _usual_context(sweep, context, remote=remote)
     optimisations, withheld = allowed(sweep, optimisations or Optimisations())
     survey = _survey(sweep, done, optimisations)
-    content = (survey.digest, usual, budget, optimisations, sorted(survey.skipped))
+    content = (survey.digest, usual, budget, optimisations)
     planned = Plan(
         sweep=sweep,
         context=usual,
         budget=budget,
         optimisations=optimisations,
         digest=hashlib.sha256(repr(content).encode()).hexdigest()[:16],
-        n_cells=survey.n_cells,
+        n_cells=sum(survey.kinds.values()),
         kinds=survey.kinds,
-        copies=survey.copies,
+        served_by=survey.served_by,
         groups=_groups(sweep, survey, budget, optimisations),
-        done=done,
+        done=np.array(sorted(done), np.int64),
+        runs=survey.runs,
         independent=remote,
         withheld=withheld,
-        _skipped=survey.skipped,
     )
     not_fused = _why_not_fused(planned)
     if context == "fused" and not_fused:
         raise InputError(f"context='fused' {not_fused}.", hint="Use context='session' (or 'auto').")
-    few = sum(survey.running.values()) <= _FEW
+    few = survey.runs.sum() <= _FEW
     if usual == "session" and (context == "fused" or (context == "auto" and few and not not_fused)):
         return replace(planned, _fused=_fuse(planned, forced=context == "fused"))
     return planned
@@ -224,63 +242,51 @@ def _usual_context(sweep: Sweep, context: Context | Literal["auto"], *, remote: 
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Survey:
-    """The result of one pass over all cells. It holds only counts and numbers, so memory stays flat.
+class _Survey(NamedTuple):
+    """The result of one pass over all cells.
 
     Attributes:
-        digest: Hex digest of the cells' seeds and the models' names.
-        n_cells: How many cells are not done.
-        kinds: How many of them are of each kind.
-        running: {entry: how many of its cells run}.
-        skipped: The numbers of cells that do not run: done before, or copies.
-        copies: {number of a cell that runs: numbers of its copies}.
+        digest: Hex digest of the cells that will run and of the models' names.
+        kinds: How many of the cells that are not done are of each kind.
+        served_by: For each cell, the number of the cell whose result it has.
+        runs: True for each cell that runs.
     """
 
     digest: str
-    n_cells: int
-    kinds: Counter[str | None]
-    running: Counter[int]
-    skipped: frozenset[int]
-    copies: dict[int, tuple[int, ...]]
+    kinds: dict[str | None, int]
+    served_by: Ints
+    runs: Flags
 
 
 def _survey(sweep: Sweep, done: Collection[int], optimisations: Optimisations) -> _Survey:
     """Transformation 1: find copies, and count the cells that run."""
-    done = frozenset(done)
-    skipped = set(done)
+    cells = sweep.cells
+    left = np.ones(len(cells), bool)
+    left[list(done)] = False
+    seeds = np.empty(len(cells), np.int64)
+    counts = np.zeros(len(cells.controls), np.int64)
+    for block in cells.blocks():
+        seeds[block.number] = block.seed
+        counts += np.bincount(block.control[left[block.number]], minlength=len(counts))
+    served_by = np.arange(len(cells))
+    if optimisations.deduplication:
+        _, first, inverse = np.unique(seeds[left], return_index=True, return_inverse=True)
+        served_by[left] = served_by[left][first][inverse]
     digest = hashlib.sha256(repr((sweep.source.name, sweep.target.name)).encode())
-    kinds: Counter[str | None] = Counter()
-    running: Counter[int] = Counter()
-    first: dict[int, int] = {}
-    copies: dict[int, tuple[int, ...]] = {}
-    for cell in sweep.cells:
-        if cell.number in done:
-            continue
-        digest.update(cell.seed.to_bytes(7))
-        kinds[cell.control] += 1
-        original = first.setdefault(cell.seed, cell.number) if optimisations.deduplication else cell.number
-        if original == cell.number:
-            running[cell.entry] += 1
-        else:
-            copies[original] = (*copies.get(original, ()), cell.number)
-            skipped.add(cell.number)
-    return _Survey(
-        digest=digest.hexdigest(),
-        n_cells=kinds.total(),
-        kinds=kinds,
-        running=running,
-        skipped=frozenset(skipped),
-        copies=copies,
-    )
+    digest.update(seeds[left].tobytes())
+    runs = left & (served_by == np.arange(len(cells)))
+    digest.update(runs.tobytes())
+    kinds = zip(cells.controls, counts.tolist(), strict=True)
+    return _Survey(digest.hexdigest(), {kind: count for kind, count in kinds if count}, served_by, runs)
 
 
 def _groups(sweep: Sweep, survey: _Survey, budget: Budget, optimisations: Optimisations) -> tuple[Group, ...]:
     """Transformation 2: order the entries that have cells to run."""
-    running = survey.running
+    running = np.add.reduceat(survey.runs, sweep.cells.starts[:-1], dtype=np.int64)
+    entries = running.nonzero()[0].tolist()
     if not optimisations.prefix_sharing:
-        return (Group(tuple(running), ()),) if running else ()
-    return tuple(group_entries(sweep, tuple(running), cells_of=running, enough=budget.max_rows))
+        return (Group(tuple(entries), ()),) if entries else ()
+    return tuple(group_entries(sweep, entries, cells_of=running, enough=budget.max_rows))
 
 
 def _fuse(planned: Plan, *, forced: bool) -> Step | None:
@@ -294,8 +300,6 @@ def _fuse(planned: Plan, *, forced: bool) -> Step | None:
     """
     sweep = planned.sweep
     steps = [*planned.steps()]
-    cells = [cell for step in steps for cell in step.cells]
-    read = {cell.source_layer for cell in cells}
     if not _fuses(sweep):
         if forced:
             raise InputError(
@@ -303,7 +307,9 @@ def _fuse(planned: Plan, *, forced: bool) -> Step | None:
                 hint="Use context='session' (or 'auto').",
             )
         return None
-    unfit = next((cell for cell in cells if not _in_order(sweep, cell, read)), None)
+    blocks = [step.cells for step in steps]
+    read = np.unique(np.concatenate([block.layer[block.patched] for block in blocks])) if blocks else ()
+    unfit = next((cell for block in blocks for cell in block.take(_too_late(sweep, block, read))), None)
     if unfit is None and len(steps) == 1 and planned.optimisations.source_sharing:
         packer = Packer(sweep, planned.budget, planned.optimisations)
         fused = replace(steps[0], context="fused", targets=packer.padded(steps[0].cells), prefix=())
@@ -325,8 +331,8 @@ def _fuse(planned: Plan, *, forced: bool) -> Step | None:
 
 def _one_width(sweep: Sweep, step: Step, optimisations: Optimisations) -> bool:
     """Return whether the rows of a fused step may be padded to one width, or need no padding."""
-    widths = {len(sweep.source_prompts[prompt].ids) for source in step.sources for prompt in source.prompts}
-    widths |= {len(sweep.target_prompts[cell.target_prompt].ids) for cell in step.cells}
+    widths = {*sweep.source_tokens.counts[step.sources[0].prompts].tolist()}
+    widths |= {*sweep.target_tokens.counts[step.cells.target_prompt].tolist()}
     return optimisations.mixed_lengths or len(widths) == 1
 
 
@@ -337,11 +343,10 @@ def _fuses(sweep: Sweep) -> bool:
     return not (computed or sweep.scope.readout.runs_unpatched or target.alters or target.window > 1)
 
 
-def _in_order(sweep: Sweep, cell: Cell, read: Collection[int | None]) -> bool:
-    """Return whether a forward pass that reads the layers `read` can still write this cell's state at l*."""
-    if cell.source_layer is None or cell.target_layer is None:
-        return True
+def _too_late(sweep: Sweep, block: CellBlock, read: Ints) -> Flags:
+    """Return which cells a forward pass that reads the layers `read` cannot write any more at their l*."""
     read_site, written_site = (SITES[side.site] for side in (sweep.scope.source, sweep.scope.target))
-    if read_site.space != written_site.space and cell.target_layer in read:
-        return False
-    return cell.source_layer <= cell.target_layer
+    late = block.layer > block.target_layer
+    if read_site.space != written_site.space:
+        late |= np.isin(block.target_layer, read)
+    return block.patched & late

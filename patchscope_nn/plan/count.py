@@ -110,25 +110,22 @@ def _flops(info: ModelInfo, *, blocks: int, attended: int, read: int) -> int:
 
 def source_width(planned: Plan, source: SourcePass) -> int:
     """Return how many tokens each row of a source pass has, padding included."""
-    return max(len(planned.sweep.source_prompts[prompt].ids) for prompt in source.prompts)
+    return int(planned.sweep.source_tokens.counts[source.prompts].max())
 
 
 def target_width(planned: Plan, step: Step, target: TargetPass) -> int:
     """Return how many tokens each row of a target pass has before its readout, padding included."""
-    prompts = {step.cells[place].target_prompt for place in target.cells}
-    return max(len(planned.sweep.target_prompts[prompt].ids) for prompt in prompts)
+    return int(planned.sweep.target_tokens.counts[step.cells.target_prompt[target.cells]].max())
 
 
 def _source(planned: Plan, source: SourcePass) -> Counts:
-    info, width = planned.sweep.source, source_width(planned, source)
+    sweep, info, width = planned.sweep, planned.sweep.source, source_width(planned, source)
     tokens = width * len(source.prompts)
-    blocks = tokens * source.depth(info.n_layers)
-    finals = [
-        len(planned.sweep.source_prompts[state.prompt].ids) - state.positions[-1]
-        for state in source.states
-        if state.layer is None
-    ]
-    read = tokens if source.whole else max(finals, default=0) * len(source.prompts)
+    blocks = tokens * source.depth
+    origins = sweep.states.origin(source.states[sweep.states.is_final(source.states)])
+    lengths = sweep.source_tokens.counts[sweep.cells.origin_source[origins]]
+    positions, _ = sweep.cells.origin_positions.take(origins)
+    read = tokens if source.whole else int((lengths - positions).max(initial=0)) * len(source.prompts)
     return Counts(
         source_passes=1,
         source_rows=len(source.prompts),
@@ -151,9 +148,9 @@ def _target(planned: Plan, step: Step, target: TargetPass) -> Counts:
         blocks = sum(layout.running(layer - 1) for layer in range(layout.depth))
     read = rows if lean else tokens
     if not sweep.scope.readout.unembeds:  # the pass stops after the last write
-        layers = [layer for place in target.cells for _, layer in sweep.writes(step.cells[place])]
-        read, tokens = 0, tokens if layers else 0
-        blocks = tokens * (1 + max(layers, default=-1)) if layout is None else blocks
+        layers = sweep.writes(step.cells.take(target.cells)).target_layer
+        read, tokens = 0, tokens if len(layers) else 0
+        blocks = tokens * (1 + int(layers.max(initial=-1))) if layout is None else blocks
     more = _appended(planned, step, target)
     return Counts(
         target_passes=1,
@@ -176,17 +173,16 @@ def _appended(planned: Plan, step: Step, target: TargetPass) -> int:
 
     Without cached keys and values, the prompts run again with each of them, and are counted too.
     """
-    sweep, cells = planned.sweep, [step.cells[place] for place in target.cells]
+    sweep, n_cells = planned.sweep, len(target.cells)
     readout = sweep.scope.readout
     again = 0 if from_cache(sweep, planned.optimisations) else target_width(planned, step, target)
     if readout.decoded:  # the last decoded token does not run
         most = readout.decoded - 1
         # The probabilities of the tokens without the patch take one more forward pass.
         plain = target_width(planned, step, target) + most if readout.runs_unpatched else 0
-        return len(cells) * (plain + (sum(again + count for count in range(1, most + 1)) if again else most))
+        return n_cells * (plain + (sum(again + count for count in range(1, most + 1)) if again else most))
     if readout.appends:
-        columns = zip(*(sweep.entries[cell.entry].continuations for cell in cells), strict=True)
-        longest = [max(map(len, column)) for column in columns]
+        longest = sweep.continuation_tokens[step.cells.entry[target.cells]].max(axis=0).tolist()
         # The pass of the prompt scores the first token of a choice, unless the prompt is read again.
-        return len(cells) * sum(again + tokens if again else tokens - 1 for tokens in longest)
+        return n_cells * sum(again + tokens if again else tokens - 1 for tokens in longest)
     return 0

@@ -15,161 +15,156 @@ the first ones of the sequence.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
-from patchscope_nn.spec import read_position
+import numpy as np
+
+from patchscope_nn._util.ragged import Ints, first_seen
 from patchscope_nn.spec.layers import EMBED
-from patchscope_nn.sweep import Cell, Sweep
+from patchscope_nn.sweep import CellBlock, Flags, Sweep
 
 #: Trunks enter before block 0, as embeddings.
 START = EMBED - 1
 
 
-class Segment(NamedTuple):
-    """Tokens first..last-1 of a target prompt, at `offset` of the sequence.
-
-    Attributes:
-        prompt: T, the number of a prompt.
-        first: The position of its first token.
-        last: The position after its last token.
-        enters: The layer after which it joins the sequence; `START` for the embeddings.
-        offset: The index of its first token in the sequence.
-        trunk: For a branch, the index of its trunk in `Layout.segments`; None if it needs no trunk.
-        cell: For a branch, the index of its cell in the pass; None for a trunk.
-    """
-
-    prompt: int
-    first: int
-    last: int
-    enters: int
-    offset: int
-    trunk: int | None
-    cell: int | None
-
-    def at(self, position: int) -> int:
-        """Return the index in the sequence of a position of its prompt."""
-        return self.offset + position - self.first
-
-
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Layout:
-    """A pass as a sequence of segments.
+    """A pass as a sequence of segments, in their order. A segment is a part of a target prompt.
 
     Attributes:
         prefix: How many tokens of the shared prefix come before the sequence.
         depth: How many blocks the pass runs through.
-        segments: The segments, in the order of the sequence.
-        of_cell: For each cell of the pass, the index of the segment that is read: its branch, or for an
-            unpatched cell its trunk.
+        prompt: T of each segment.
+        first: The position of its first token.
+        count: The number of its tokens.
+        enters: The layer after which it joins the sequence; `START` for the embeddings.
+        offset: The index of its first token in the sequence.
+        is_branch: True for a branch, False for a trunk.
+        trunk_offset: The offset of its trunk; that of a trunk itself.
+        trunk_count: The number of tokens of its trunk, which begin after the prefix; 0 for none.
+        of_cell: For each cell of the pass, the segment that is read: its branch, or for an unpatched cell its
+            trunk.
     """
 
     prefix: int
     depth: int
-    segments: tuple[Segment, ...]
-    of_cell: tuple[int, ...]
+    prompt: Ints
+    first: Ints
+    count: Ints
+    enters: Ints
+    offset: Ints
+    is_branch: Flags
+    trunk_offset: Ints
+    trunk_count: Ints
+    of_cell: Ints
 
     @property
     def n_tokens(self) -> int:
         """The number of tokens of the sequence."""
-        return sum(segment.last - segment.first for segment in self.segments)
+        return int(self.count.sum())
 
     def running(self, layer: int) -> int:
         """Return how many tokens have joined after block `layer` has run (`EMBED`: before block 0)."""
-        return sum(segment.last - segment.first for segment in self.segments if segment.enters <= layer)
+        return int(self.count[self.enters <= layer].sum())
+
+    def at(self, segment: Ints, position: Ints) -> Ints:
+        """Return the indices in the sequence of positions of prompts, each in a segment."""
+        return self.offset[segment] + position - self.first[segment]
 
 
-def branches_at(cell: Cell) -> int:
-    """Return the first position at which a cell differs from its unpatched prompt."""
-    return min(cell.target_positions)
+def branches_at(block: CellBlock) -> Ints:
+    """Return the first position at which each cell differs from its unpatched prompt."""
+    return block.cells.first_position[block.positions]
 
 
-def needed_end(sweep: Sweep, cell: Cell) -> int:
-    """Return how many tokens of its target prompt a cell needs: up to its last written or read position."""
-    whole = len(sweep.target_prompts[cell.target_prompt].ids)
-    written = max(cell.target_positions) + 1
-    if not sweep.scope.readout.unembeds:
+def needed_end(sweep: Sweep, block: CellBlock) -> Ints:
+    """Return how many tokens of its target prompt each cell needs: up to its last written or read position."""
+    written = block.cells.last_position[block.positions] + 1
+    readout = sweep.scope.readout
+    if not readout.unembeds:
         return written
-    return max(
-        written, whole if sweep.scope.readout.decodes else read_position(sweep.scope.readout, whole) + 1
-    )
+    prompt = block.target_prompt
+    read = sweep.target_tokens.counts[prompt] if readout.decodes else sweep.read_at[prompt] + 1
+    return np.maximum(written, read)
 
 
-def needs_clean(sweep: Sweep, cell: Cell) -> bool:
-    """Return whether a branch needs the unpatched states of its own tokens, which its trunk then computes.
+def needs_clean(sweep: Sweep, block: CellBlock) -> Flags:
+    """Return whether branches need the unpatched states of their own tokens, which their trunk then computes.
 
     If the readout decodes, it needs their keys and values in the blocks below l*. It needs the states at l*
     if not every token of the branch is written, or if the mapping, the write or the readout uses the states
     that are replaced.
     """
     scope = sweep.scope
-    written = len(cell.target_positions) == needed_end(sweep, cell) - branches_at(cell)
     uses_replaced = scope.mapping == "target_norm" or scope.target.mode != "replace"
-    uses_replaced = uses_replaced or scope.readout.looks_at_replaced
-    return scope.readout.decodes or not written or uses_replaced
+    if scope.readout.decodes or uses_replaced or scope.readout.looks_at_replaced:
+        return np.ones(len(block), bool)
+    written = block.cells.positions.counts[block.positions]
+    return written != needed_end(sweep, block) - branches_at(block)
 
 
-def lay_out(sweep: Sweep, cells: Sequence[Cell], *, prefix: int, late_entry: bool) -> Layout:
+def lay_out(sweep: Sweep, block: CellBlock, *, prefix: int, late_entry: bool) -> Layout:
     """Lay the cells of a pass out as one sequence.
 
     Args:
         sweep: The sweep.
-        cells: The cells of the pass.
+        block: The cells of the pass.
         prefix: How many tokens of every target prompt are in the shared prefix.
         late_entry: True if branches enter at l*; else they enter before block 0.
-
-    Returns:
-        The layout.
     """
-    last = sweep.target.n_layers - 1
-    trunks: dict[int, int] = {}
-    for cell in cells:
-        trunks[cell.target_prompt] = max(
-            trunks.get(cell.target_prompt, 0), _trunk_end(sweep, cell, last, late_entry=late_entry)
-        )
-    segments = [
-        Segment(prompt, prefix, end, START, 0, None, None) for prompt, end in trunks.items() if end > prefix
-    ]
-    for number, cell in enumerate(cells):
-        if cell.target_layer is not None:
-            first, end = branches_at(cell), needed_end(sweep, cell)
-            enters = cell.target_layer if late_entry else START
-            segments.append(Segment(cell.target_prompt, first, end, enters, 0, None, number))
-    segments.sort(key=lambda segment: segment.enters)
-    return _place(sweep, cells, segments, prefix)
+    prompts, trunk_of = first_seen(block.target_prompt)
+    ends = np.zeros(len(prompts), np.int64)
+    np.maximum.at(ends, trunk_of, _trunk_end(sweep, block, late_entry=late_entry))
+    exists = ends > prefix
+    patched = block.take(block.patched)
+    first = branches_at(patched)
+    n_trunks, n_branches = int(exists.sum()), len(patched)
 
+    prompt = np.concatenate([prompts[exists], patched.target_prompt])
+    starts = np.concatenate([np.full(n_trunks, prefix), first])
+    counts = np.concatenate([ends[exists], needed_end(sweep, patched)]) - starts
+    enters = np.full(n_trunks + n_branches, START)
+    if late_entry:
+        enters[n_trunks:] = patched.target_layer
+    # Each trunk comes before its branches: it enters first, and the order of equals stays.
+    order = np.argsort(enters, kind="stable")
+    place = np.empty_like(order)
+    place[order] = np.arange(len(order))
+    offset = np.cumsum(counts[order]) - counts[order]
 
-def _trunk_end(sweep: Sweep, cell: Cell, last: int, *, late_entry: bool) -> int:
-    """Return how many tokens of its unpatched prompt a cell needs; `last` is the last layer."""
-    if cell.target_layer is None:
-        whole = len(sweep.target_prompts[cell.target_prompt].ids)
-        return read_position(sweep.scope.readout, whole) + 1
-    if late_entry and needs_clean(sweep, cell):
-        return needed_end(sweep, cell)
-    # A branch that joins after the last block does not attend to anything.
-    return 0 if late_entry and cell.target_layer == last else branches_at(cell)
-
-
-def _place(sweep: Sweep, cells: Sequence[Cell], ordered: Sequence[Segment], prefix: int) -> Layout:
-    """Set the offsets and the trunks of ordered segments; each trunk comes before its branches."""
-    segments: list[Segment] = []
-    trunk_of: dict[int, int] = {}
-    of_cell: dict[int, int] = {}
-    offset = 0
-    for index, segment in enumerate(ordered):
-        segments.append(segment._replace(offset=offset, trunk=trunk_of.get(segment.prompt)))
-        if segment.cell is None:
-            trunk_of[segment.prompt] = index
-        else:
-            of_cell[segment.cell] = index
-        offset += segment.last - segment.first
-    read = (
-        of_cell[number] if number in of_cell else trunk_of[cell.target_prompt]
-        for number, cell in enumerate(cells)
-    )
+    # Trunks without tokens have no segment; the cells that would attend to them attend to the prefix alone.
+    trunk_place = np.zeros(len(prompts), np.int64)
+    trunk_place[exists] = place[:n_trunks]
+    of_segment = np.concatenate([exists.nonzero()[0], trunk_of[block.patched]])
+    has_trunk = exists[of_segment]
+    of_cell = trunk_place[trunk_of]
+    of_cell[block.patched] = place[n_trunks:]
+    trunk_offset = np.where(has_trunk, offset[trunk_place[of_segment]] if len(offset) else 0, 0)
+    trunk_count = np.where(has_trunk, ends[of_segment] - prefix, 0)
     depth = sweep.target.n_layers
     if not sweep.scope.readout.unembeds:  # the readout takes the states that were written
-        written = [max(cell.target_layer, 0) for cell in cells if cell.target_layer is not None]
-        depth = 1 + max(written, default=-1)  # the input of block 0 is written when block 0 is called
-    return Layout(prefix=prefix, depth=depth, segments=tuple(segments), of_cell=tuple(read))
+        # The input of block 0 is written when block 0 is called.
+        depth = 1 + max(int(patched.target_layer.max(initial=-1)), 0 if n_branches else -1)
+    return Layout(
+        prefix=prefix,
+        depth=depth,
+        prompt=prompt[order],
+        first=starts[order],
+        count=counts[order],
+        enters=enters[order],
+        offset=offset,
+        is_branch=order >= n_trunks,
+        trunk_offset=trunk_offset[order],
+        trunk_count=trunk_count[order],
+        of_cell=of_cell,
+    )
+
+
+def _trunk_end(sweep: Sweep, block: CellBlock, *, late_entry: bool) -> Ints:
+    """Return how many tokens of its unpatched prompt each cell needs."""
+    ends = branches_at(block)
+    if late_entry:
+        # A branch that joins after the last block does not attend to anything.
+        ends = np.where(block.target_layer == sweep.target.n_layers - 1, 0, ends)
+        ends = np.where(needs_clean(sweep, block), needed_end(sweep, block), ends)
+    return np.where(block.patched, ends, sweep.read_at[block.target_prompt] + 1)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from patchscope_nn.spec import read_position
+from patchscope_nn._util.ragged import Ints
 from patchscope_nn.sweep import Sweep
 
 #: A prefix of fewer tokens is not worth its own pass.
@@ -30,14 +30,14 @@ class Group(NamedTuple):
 
 
 def group_entries(
-    sweep: Sweep, entries: Collection[int], *, cells_of: Mapping[int, int], enough: int
+    sweep: Sweep, entries: Collection[int], *, cells_of: Ints, enough: int
 ) -> list[Group]:
     """Group entries by the tokens that their target prompts begin with.
 
     Args:
         sweep: The sweep.
         entries: The entries that will run, in order.
-        cells_of: {entry: how many of its cells run}.
+        cells_of: How many cells of each entry run.
         enough: The fewest cells of a group, except for the last.
 
     Returns:
@@ -85,9 +85,8 @@ def _beginnings(sweep: Sweep, entries: Collection[int]) -> dict[int, tuple[int, 
     ends: dict[int, int] = {}
     for number in entries:
         entry = sweep.entries[number]
-        whole = len(sweep.target_prompts[entry.target_prompt].ids)
         written = entry.target_positions or entry.source_positions
-        end = min(read_position(sweep.scope.readout, whole), *(min(positions) for positions in written))
+        end = min(int(sweep.read_at[entry.target_prompt]), *(min(positions) for positions in written))
         ends[entry.target_prompt] = min(end, ends.get(entry.target_prompt, end))
     return {prompt: sweep.target_prompts[prompt].ids[:end] for prompt, end in ends.items()}
 

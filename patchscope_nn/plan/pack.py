@@ -6,15 +6,19 @@ sorted by l*, so that the cells of a pass enter at nearly the same block and run
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
+import numpy as np
+
+from patchscope_nn._util.ragged import Ints
 from patchscope_nn.models import ELSEWHERE
 from patchscope_nn.plan.budget import Budget, Costs
+from patchscope_nn.plan.cut import cut
 from patchscope_nn.plan.layout import branches_at, lay_out, needed_end
 from patchscope_nn.plan.passes import Optimisations, TargetPass
-from patchscope_nn.spec import SITES, read_position
-from patchscope_nn.sweep import Cell, Sweep
+from patchscope_nn.spec import SITES
+from patchscope_nn.spec.layers import EMBED
+from patchscope_nn.sweep import CellBlock, Flags, Sweep
 
 #: A sequence may be this much longer if it also holds unpatched prompts, or if its readout decodes.
 _LONGER = 4
@@ -42,7 +46,7 @@ def from_cache(sweep: Sweep, optimisations: Optimisations) -> bool:
 
 
 def shares_attention(
-    sweep: Sweep, optimisations: Optimisations, cells: Sequence[Cell], *, prefix: int
+    sweep: Sweep, optimisations: Optimisations, block: CellBlock, *, prefix: int
 ) -> bool:
     """Return whether the tokens of a packed pass attend to the prefix and to their own tokens separately.
 
@@ -53,7 +57,7 @@ def shares_attention(
     possible = info.supports("shared_attention") and info.device in {"cpu", ELSEWHERE}
     if not (optimisations.shared_attention and possible):
         return False
-    longest = max(needed_end(sweep, cell) for cell in cells)
+    longest = int(needed_end(sweep, block).max())
     windows = (window for window in info.architecture.windows if window is not None)
     return longest - prefix <= FEW_OWN and longest <= min(windows, default=longest)
 
@@ -73,141 +77,103 @@ class Packer:
         self.max_rows = budget.max_rows if optimisations.row_packing else 1
         self.decodes = sweep.scope.readout.decodes
         self.caches = self.decodes and from_cache(sweep, optimisations)
+        self.appended = sweep.appended
 
-    def passes(self, cells: Sequence[Cell], prefix: Sequence[int]) -> tuple[TargetPass, ...]:
+    def passes(self, block: CellBlock, prefix: Sequence[int]) -> tuple[TargetPass, ...]:
         """Plan the passes of a step.
 
         Args:
-            cells: The cells of the step.
+            block: The cells of the step.
             prefix: The tokens that all their target prompts begin with, which run once.
 
         Returns:
-            The passes; their cells are indices into `cells`.
+            The passes; their cells are indices into `block`.
         """
         if not packs(self.sweep, self.optimisations):
-            return self.padded(cells)
+            return self.padded(block)
         shared = len(prefix)
-
-        def sort_key(place: int) -> tuple[Any, ...]:
-            cell = cells[place]
-            # Cells that need the same trunk are neighbours.
-            trunk = (cell.target_prompt,) if branches_at(cell) > shared else ()
-            return self._lengths(cell), trunk, _layer_key(cell)
-
+        # Cells that need the same trunk are neighbours.
+        trunk = np.where(branches_at(block) > shared, block.target_prompt + 1, 0)
+        order = np.lexsort((_by_layer(block), trunk, *self._lengths(block)))
         late = self.optimisations.late_entry
         return tuple(
             TargetPass(
-                batch,
-                lay_out(self.sweep, [cells[place] for place in batch], prefix=shared, late_entry=late),
+                order[batch],
+                lay_out(self.sweep, block.take(order[batch]), prefix=shared, late_entry=late),
             )
-            for batch in self._sequences(cells, sorted(range(len(cells)), key=sort_key), shared)
+            for batch in self._sequences(block.take(order), shared)
         )
 
-    def padded(self, cells: Sequence[Cell]) -> tuple[TargetPass, ...]:
+    def padded(self, block: CellBlock) -> tuple[TargetPass, ...]:
         """Plan the passes of a step as rows of padded batches, sorted by length."""
-        mixed = self.optimisations.mixed_lengths
+        tokens, mixed = self.row_tokens(block), self.optimisations.mixed_lengths
+        lengths = () if mixed else self._lengths(block)
+        order = np.lexsort((_by_layer(block), *lengths, tokens))
+        tokens, read = tokens[order], self._read_back(block)[order]
+        alike = [length[order] for length in lengths]
 
-        def sort_key(place: int) -> tuple[Any, ...]:
-            lengths = () if mixed else self._lengths(cells[place])
-            return self.row_tokens(cells[place]), lengths, _layer_key(cells[place])
+        def fits(batch: slice) -> Flags:
+            # The last row is the longest, and reads the most positions, since rows are sorted.
+            rows = np.arange(1, batch.stop - batch.start + 1)
+            sizes = self.costs.batch(rows, tokens[batch], read=read[batch], decodes=self.caches)
+            same = [length[batch] == length[batch.start] for length in alike]
+            return np.logical_and.reduce([sizes <= self.memory, *same])
 
-        def fits(batch: Sequence[int]) -> bool:
-            longest = cells[batch[-1]]  # it also reads the most positions, since rows are sorted
-            if not mixed and self._lengths(longest) != self._lengths(cells[batch[0]]):
-                return False
-            width, read = self.row_tokens(longest), self.read_back(longest)
-            size = self.costs.batch(len(batch), width, read=read, decodes=self.caches)
-            return size <= self.memory and len(batch) <= self.max_rows
+        return tuple(TargetPass(order[batch]) for batch in cut(len(order), fits, most=self.max_rows))
 
-        return tuple(TargetPass(batch) for batch in cut(sorted(range(len(cells)), key=sort_key), fits))
-
-    def _sequences(
-        self, cells: Sequence[Cell], places: Sequence[int], prefix: int
-    ) -> Iterator[tuple[int, ...]]:
-        """Cut a step's cells into packed passes; each unpatched prompt counts once in a pass."""
-        shared = shares_attention(self.sweep, self.optimisations, cells, prefix=prefix)
+    def _sequences(self, block: CellBlock, prefix: int) -> Iterator[slice]:
+        """Cut a step's ordered cells into packed passes; each unpatched prompt counts once in a pass."""
+        shared = shares_attention(self.sweep, self.optimisations, block, prefix=prefix)
         longest = self.costs.longest_sequence(shared_attention=shared)
         most_own = longest * (_LONGER if self.decodes and not shared else 1)
         verdict = self.sweep.target.verdict
         limit = None if verdict is None else verdict.longest_packed
-        batch: list[int] = []
-        trunks: set[int] = set()
-        own_tokens = tokens = width = 0
-        for place in places:
-            cell = cells[place]
-            own = needed_end(self.sweep, cell) - branches_at(cell)
-            trunk = needed_end(self.sweep, cell) - prefix
-            more = own + trunk * (cell.target_prompt not in trunks)
-            if batch:
-                rows, wide = len(batch) + 1, max(width, self.row_tokens(cell))
-                full = rows > self.max_rows or self._bytes(tokens + more, prefix, rows, wide) > self.memory
-                full = full or (limit is not None and prefix + tokens + more > limit)
-                long = own_tokens + own > most_own or tokens + more > _LONGER * longest
-                last = cells[batch[-1]]
-                other = self._lengths(cell) != self._lengths(last)
-                if full or other or (long and own_tokens):
-                    yield tuple(batch)
-                    batch, trunks, own_tokens, tokens, width = [], set(), 0, 0, 0
-                    more = own + trunk
-            batch.append(place)
-            trunks.add(cell.target_prompt)
-            own_tokens += own
-            tokens += more
-            width = max(width, self.row_tokens(cell))
-        if batch:
-            yield tuple(batch)
+        end, prompts, lengths = needed_end(self.sweep, block), block.target_prompt, self._lengths(block)
+        own, trunk, wide = end - branches_at(block), end - prefix, self.row_tokens(block)
 
-    def _bytes(self, tokens: int, prefix: int, rows: int, width: int) -> int:
+        def fits(batch: slice) -> Flags:
+            rows = np.arange(1, batch.stop - batch.start + 1)
+            own_tokens = np.cumsum(own[batch])
+            first_of_prompt = np.zeros(len(rows), bool)
+            first_of_prompt[np.unique(prompts[batch], return_index=True)[1]] = True
+            tokens = own_tokens + np.cumsum(trunk[batch] * first_of_prompt)
+            size = self._bytes(tokens, prefix, rows, np.maximum.accumulate(wide[batch]))
+            full = size > self.memory
+            if limit is not None:
+                full |= prefix + tokens > limit
+            long = (own_tokens > most_own) | (tokens > _LONGER * longest)
+            long &= own_tokens > own[batch]  # the cells before have tokens of their own
+            other = [length[batch] != length[batch.start] for length in lengths]
+            return ~np.logical_or.reduce([full, long, *other])
+
+        return cut(len(block), fits, most=self.max_rows)
+
+    def _bytes(self, tokens: Ints, prefix: int, rows: Ints, width: Ints) -> Ints:
         read = rows if self.optimisations.lean_readout else tokens
         packed = self.costs.packed(tokens, prefix, read)
         return packed + 2 * self.costs.cached(rows * width) if self.decodes else packed
 
-    def read_back(self, cell: Cell) -> int:
-        """Return how many positions of a cell's row, counted from the end, are unembedded."""
-        whole = self.prompt_tokens(cell)
-        return (
-            whole - read_position(self.sweep.scope.readout, whole)
-            if self.optimisations.lean_readout
-            else whole
-        )
+    def _read_back(self, block: CellBlock) -> Ints:
+        """Return how many positions of each cell's row, counted from the end, are unembedded."""
+        whole = self.sweep.target_tokens.counts[block.target_prompt]
+        return whole - self.sweep.read_at[block.target_prompt] if self.optimisations.lean_readout else whole
 
-    def _lengths(self, cell: Cell) -> tuple[int, ...]:
-        """Return the lengths that all cells of a packed pass must share with this one; empty for none.
+    def _lengths(self, block: CellBlock) -> tuple[Ints, ...]:
+        """Return the lengths that all cells of a packed pass must share; empty for none.
 
         Prompts that decode from one packed pass must have the same length, since they have no padding.
         Without mixed lengths, appended tokens must have the same length too.
         """
+        tokens = self.sweep.target_tokens.counts[block.target_prompt]
         if not self.optimisations.mixed_lengths:
-            return (self.prompt_tokens(cell), *map(len, self.sweep.entries[cell.entry].continuations))
-        return (self.prompt_tokens(cell),) if self.decodes else ()
+            return (*self.sweep.continuation_tokens[block.entry].T[::-1], tokens)
+        return (tokens,) if self.decodes else ()
 
-    def prompt_tokens(self, cell: Cell) -> int:
-        """Return the number of tokens of a cell's target prompt."""
-        return len(self.sweep.target_prompts[cell.target_prompt].ids)
-
-    def row_tokens(self, cell: Cell) -> int:
-        """Return the number of tokens of a cell's row, including those that its readout appends."""
-        return self.prompt_tokens(cell) + appended(self.sweep, cell)
+    def row_tokens(self, block: CellBlock) -> Ints:
+        """Return the number of tokens of each cell's row, including those that its readout appends."""
+        return self.sweep.target_tokens.counts[block.target_prompt] + self.appended[block.entry]
 
 
-def appended(sweep: Sweep, cell: Cell) -> int:
-    """Return how many tokens a readout appends to a cell's prompt at most."""
-    continuations = sweep.entries[cell.entry].continuations
-    return max([sweep.scope.readout.decoded, *map(len, continuations)])
-
-
-def cut(items: Sequence[int], fits: Callable[[Sequence[int]], bool]) -> Iterator[tuple[int, ...]]:
-    """Yield items, in order, in the longest batches that fit. A single item always fits."""
-    batch: list[int] = []
-    for item in items:
-        if batch and not fits([*batch, item]):
-            yield tuple(batch)
-            batch = []
-        batch.append(item)
-    if batch:
-        yield tuple(batch)
-
-
-def _layer_key(cell: Cell) -> tuple[int, ...]:
+def _by_layer(block: CellBlock) -> Ints:
     """A sort key: by l*, unpatched cells first."""
-    return () if cell.target_layer is None else (cell.target_layer,)
+    return np.where(block.patched, block.target_layer, EMBED - 1)

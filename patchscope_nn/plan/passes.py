@@ -1,30 +1,18 @@
-"""The data of a plan: states, passes, steps, optimisations. Frozen."""
+"""The data of a plan: passes, steps, optimisations. Frozen."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from functools import cached_property
 from typing import Literal, NamedTuple, TypeAlias
 
+import numpy as np
+
 from patchscope_nn._util.arguments import checked_class
+from patchscope_nn._util.ragged import Ints
 from patchscope_nn.plan.layout import Layout
-from patchscope_nn.sweep import Cell
+from patchscope_nn.sweep import CellBlock
 
 Context: TypeAlias = Literal["fused", "session", "nested", "bridged"]
-
-
-class State(NamedTuple):
-    """Something that a source pass reads: hidden states, or a next-token distribution.
-
-    Attributes:
-        prompt: S, the number of a prompt.
-        positions: i, in the order of the prompt.
-        layer: l; None for the distribution after the last of the positions.
-    """
-
-    prompt: int
-    positions: tuple[int, ...]
-    layer: int | None
 
 
 class SourcePass(NamedTuple):
@@ -32,20 +20,15 @@ class SourcePass(NamedTuple):
 
     Attributes:
         prompts: The prompt of each row.
-        states: The states that are read.
-        whole: True if it runs through the whole model; else it stops after the last state.
+        states: The states that are read, in ascending order of layers (see `StateNumbers`).
+        depth: How many blocks it runs through.
+        whole: True if it runs through the whole model although no state needs that.
     """
 
-    prompts: tuple[int, ...]
-    states: tuple[State, ...]
+    prompts: Ints
+    states: Ints
+    depth: int
     whole: bool = False
-
-    def depth(self, n_layers: int) -> int:
-        """Return how many blocks it runs through."""
-        layers = [state.layer for state in self.states]
-        if self.whole or None in layers:
-            return n_layers
-        return 1 + max(0, *(layer for layer in layers if layer is not None))
 
 
 class TargetPass(NamedTuple):
@@ -56,7 +39,7 @@ class TargetPass(NamedTuple):
         layout: The layout of its packed sequence; None for a batch of whole, padded prompts.
     """
 
-    cells: tuple[int, ...]
+    cells: Ints
     layout: Layout | None = None
 
 
@@ -76,19 +59,18 @@ class Step:
     """
 
     context: Context
-    cells: tuple[Cell, ...]
+    cells: CellBlock
     sources: tuple[SourcePass, ...]
     targets: tuple[TargetPass, ...]
-    carried: tuple[State, ...] = ()
-    kept: tuple[State, ...] = ()
-    dropped: tuple[State, ...] = ()
+    carried: Ints
+    kept: Ints
+    dropped: Ints
     prefix: tuple[int, ...] = ()
 
-    @cached_property
-    def numbers(self) -> dict[State, int]:
-        """{state: its number in the step's program}: first the states it takes over, then those it reads."""
-        fresh = (state for source_pass in self.sources for state in source_pass.states)
-        return {state: number for number, state in enumerate([*self.carried, *fresh])}
+    @property
+    def states(self) -> Ints:
+        """The states it works with: first those it takes over, then those it reads."""
+        return np.concatenate([self.carried, *(source_pass.states for source_pass in self.sources)])
 
 
 @checked_class

@@ -6,46 +6,30 @@ from it. States that later steps need are kept until the last entry that reads t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
+import numpy as np
+
+from patchscope_nn._util.ragged import Ints
 from patchscope_nn.plan.budget import Budget, Costs
-from patchscope_nn.plan.passes import Optimisations, SourcePass, State
-from patchscope_nn.sweep import Cell, Sweep, VectorAt, Weighted
+from patchscope_nn.plan.cut import cut
+from patchscope_nn.plan.passes import Optimisations, SourcePass
+from patchscope_nn.sweep import CellBlock, Flags, Sweep
 
-
-def states_of(sweep: Sweep, cell: Cell) -> Iterator[State]:
-    """Yield the states that a cell needs from source passes."""
-    for layer, _ in sweep.writes(cell):
-        for prompt, positions, _ in terms_of(cell):
-            if not isinstance(prompt, VectorAt):
-                yield State(prompt, positions, layer)
-    if cell.reference is not None:
-        prompt, position = cell.reference
-        yield State(prompt, (position,), None)
-
-
-def terms_of(cell: Cell) -> tuple[Weighted, ...]:
-    """Return the terms of the state that a cell writes: none, one, or those of a weighted sum."""
-    if cell.source is None or cell.source_positions is None:
-        return ()
-    return cell.terms or ((cell.source, cell.source_positions, 1.0),)
+#: A padded batch has no mask that grows with its square, so it may be longer than a packed sequence by this.
+_LONGER = 4
+#: This many tokens keep a processor busy. Beyond them, padding may make a batch larger by this factor.
+_ENOUGH, _PADDED = 96, 1.1
 
 
 class Reads(NamedTuple):
-    """The source passes of a step, and the states that it takes over and hands on.
-
-    Attributes:
-        passes: The source passes.
-        carried: States that it takes over from earlier steps.
-        kept: States of these passes that later steps need.
-        dropped: States that no later step needs.
-    """
+    """The source passes of a step, and the states that it takes over and hands on; see `Step`."""
 
     passes: tuple[SourcePass, ...]
-    carried: tuple[State, ...] = ()
-    kept: tuple[State, ...] = ()
-    dropped: tuple[State, ...] = ()
+    carried: Ints
+    kept: Ints
+    dropped: Ints
 
 
 class Reader:
@@ -65,99 +49,95 @@ class Reader:
         budget: Budget,
         optimisations: Optimisations,
         *,
-        entries: Sequence[int],
+        entries: Ints,
         carries: bool = True,
     ) -> None:
         self.sweep, self.budget = sweep, budget
         self.sharing, self.mixed = optimisations.source_sharing, optimisations.mixed_lengths
-        self.costs = Costs(info=sweep.source)
-        self._held: dict[State, None] = {}
-        self._last: dict[int, int] = {}
-        self._readers: dict[int, list[int]] = {}
-        for place, entry in enumerate(entries):
-            for prompt, _ in sweep.cells.sources(entry):
-                self._last[prompt] = place if carries else -1
-                self._readers.setdefault(prompt, []).append(entry)
+        self.costs, self.lengths = Costs(info=sweep.source), sweep.source_tokens.counts
+        self._entries, self._carries = entries, carries
+        self._held = np.empty(0, np.int64)
+        #: For each prompt, the index in `entries` of the last that reads it; -1 for none.
+        self._last = np.full(len(self.lengths), -1)
+        if carries and sweep.scope.source.vector is None:
+            origins, index = sweep.cells.origins_of(entries)
+            np.maximum.at(self._last, sweep.cells.origin_source[origins], index)
 
-    def read(self, cells: Sequence[Cell], *, next_entry: int) -> Reads:
+    def read(self, block: CellBlock, *, next_entry: int) -> Reads:
         """Plan the source passes of a step.
 
         Args:
-            cells: The step's cells.
+            block: The step's cells.
             next_entry: Index, in the order of entries, of the first that has cells in later steps.
 
         Returns:
             The passes, and the states that are taken over and handed on.
         """
-        needed = dict.fromkeys(state for cell in cells for state in states_of(self.sweep, cell))
+        needed = self.sweep.reads_of(block)
         if not self.sharing:
-            return Reads(tuple(SourcePass((state.prompt,), (state,), whole=True) for state in needed))
-        carried = tuple(state for state in needed if state in self._held)
-        missing = [state for state in needed if state not in self._held]
-        fresh: dict[int, dict[State, None]] = {}
-        for state in missing:
-            fresh.setdefault(state.prompt, {})[state] = None
-        for prompt, states in fresh.items():
-            if self._last[prompt] >= next_entry:
-                states.update(dict.fromkeys(self._all(prompt)))
-        passes = tuple(self._batches(fresh))
-        read = (state for source in passes for state in source.states)
-        kept = tuple(state for state in read if self._last[state.prompt] >= next_entry)
-        self._held |= dict.fromkeys(kept)
-        dropped = tuple(state for state in self._held if self._last[state.prompt] < next_entry)
-        for state in dropped:
-            del self._held[state]
+            none = needed[:0]
+            alone = (self._pass(self._prompts(state), state, whole=True) for state in np.split(needed, len(needed)))
+            return Reads(tuple(alone) if len(needed) else (), none, none, none)
+        held = np.isin(needed, self._held)
+        carried, fresh = needed[held], needed[~held]
+        prompts = np.unique(self._prompts(fresh))
+        later = prompts[self._last[prompts] >= next_entry]
+        if len(later):
+            fresh = np.union1d(fresh, self._all(later))
+        passes = tuple(self._passes(fresh))
+        kept = np.concatenate([fresh[:0], *(source_pass.states for source_pass in passes)])
+        kept = kept[self._last[self._prompts(kept)] >= next_entry]
+        self._held = np.concatenate([self._held, kept])
+        ended = self._last[self._prompts(self._held)] < next_entry
+        dropped, self._held = self._held[ended], self._held[~ended]
         return Reads(passes, carried, kept, dropped)
 
-    def _all(self, prompt: int) -> Iterator[State]:
-        """Yield every state that any cell reads from a prompt."""
-        cells = self.sweep.cells
-        for entry in dict.fromkeys(self._readers[prompt]):
-            for source, position_sets in cells.sources(entry):
-                if source == prompt:
-                    for positions in position_sets:
-                        yield from (State(prompt, positions, layer) for layer in cells.layers)
-                        if cells.compares and prompt == self.sweep.entries[entry].source:
-                            yield State(prompt, positions[-1:], None)
+    def _prompts(self, states: Ints) -> Ints:
+        """Return the prompt of each state."""
+        return self.sweep.cells.origin_source[self.sweep.states.origin(states)]
 
-    def _batches(self, fresh: dict[int, dict[State, None]]) -> Iterator[SourcePass]:
+    def _all(self, prompts: Ints) -> Ints:
+        """Return every state that any cell of the plan reads from some prompts."""
+        sweep, cells = self.sweep, self.sweep.cells
+        states = [np.empty(0, np.int64)]
+        if sweep.scope.target.needs_state:
+            origins = np.unique(cells.origins_of(self._entries)[0])
+            states.append(sweep.states.hidden(origins[:, None], np.array(cells.layers)).ravel())
+        if cells.compares:
+            states.append(sweep.states.final(cells.references_of(self._entries)))
+        together = np.concatenate(states)
+        return together[np.isin(self._prompts(together), prompts)]
+
+    def _passes(self, states: Ints) -> Iterator[SourcePass]:
         """Cut prompts, sorted by length, into batches within the budget."""
-        batch: list[int] = []
-        for prompt in sorted(fresh, key=self._length):
-            if batch and not self._fits([*batch, prompt], fresh):
-                yield _batch(batch, fresh)
-                batch = []
-            batch.append(prompt)
-        if batch:
-            yield _batch(batch, fresh)
+        numbers = self.sweep.states
+        of_state = self._prompts(states)
+        prompts = np.unique(of_state)
+        prompts = prompts[np.argsort(self.lengths[prompts], kind="stable")]
+        positions = self.sweep.cells.origin_positions
+        final = numbers.is_final(states)
+        ends = positions.values[positions.starts[numbers.origin(states)]]
+        read_back = np.zeros(len(self.lengths), np.int64)
+        np.maximum.at(read_back, of_state[final], (self.lengths[of_state] - ends)[final])
 
-    def _fits(self, batch: Sequence[int], fresh: dict[int, dict[State, None]]) -> bool:
-        width = self._length(batch[-1])
-        read = max(self._read_back(prompt, fresh[prompt]) for prompt in batch)
-        size = self.costs.batch(len(batch), width, read=read, decodes=False)
-        tokens = sum(map(self._length, batch))
-        if not self.mixed and len(batch) * width > tokens:
-            return False
-        wide = len(batch) * width > _LONGER * self.costs.longest_sequence(shared_attention=False)
+        def fits(batch: slice) -> Flags:
+            return self._fits(self.lengths[prompts[batch]], read_back[prompts[batch]])
+
+        for batch in cut(len(prompts), fits, most=self.budget.max_rows):
+            yield self._pass(prompts[batch], states[np.isin(of_state, prompts[batch])])
+
+    def _fits(self, lengths: Ints, read_back: Ints) -> Flags:
+        """Return whether the first n prompts of these lengths are a batch within the budget, for each n."""
+        rows = np.arange(1, len(lengths) + 1)
+        padded, tokens = rows * lengths, np.cumsum(lengths)
+        read = np.maximum.accumulate(read_back)
+        fits = self.costs.batch(rows, lengths, read=read, decodes=False) <= self.budget.memory
+        fits &= padded <= _LONGER * self.costs.longest_sequence(shared_attention=False)
         # Padding is wasted work: once a batch keeps the processor busy, only little padding is allowed.
-        padded = tokens > _ENOUGH and len(batch) * width > _PADDED * tokens
-        fits = len(batch) <= self.budget.max_rows and size <= self.budget.memory
-        return fits and not wide and not padded
+        wasteful = (tokens > _ENOUGH) & (padded > _PADDED * tokens) if self.mixed else padded > tokens
+        return fits & ~wasteful
 
-    def _read_back(self, prompt: int, states: dict[State, None]) -> int:
-        """Return how many positions, counted from the end, must be unembedded."""
-        finals = [state.positions[-1] for state in states if state.layer is None]
-        return self._length(prompt) - min(finals) if finals else 0
-
-    def _length(self, prompt: int) -> int:
-        return len(self.sweep.source_prompts[prompt].ids)
-
-
-#: A padded batch has no mask that grows with its square, so it may be longer than a packed sequence by this.
-_LONGER = 4
-#: This many tokens keep a processor busy. Beyond them, padding may make a batch larger by this factor.
-_ENOUGH, _PADDED = 96, 1.1
-
-
-def _batch(prompts: Sequence[int], fresh: dict[int, dict[State, None]]) -> SourcePass:
-    return SourcePass(tuple(prompts), tuple(state for prompt in prompts for state in fresh[prompt]))
+    def _pass(self, prompts: Ints, states: Ints, *, whole: bool = False) -> SourcePass:
+        layers, n_layers = self.sweep.states.layer(states), self.sweep.source.n_layers
+        depth = n_layers if whole else min(n_layers, 1 + max(0, int(layers.max(initial=0))))
+        return SourcePass(prompts, states[np.argsort(layers, kind="stable")], depth, whole)

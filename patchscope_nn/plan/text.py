@@ -9,6 +9,8 @@ from dataclasses import replace
 from itertools import islice
 from typing import Any
 
+import numpy as np
+
 from patchscope_nn.models import ELSEWHERE, ModelInfo, cost_of
 from patchscope_nn.plan.build import Plan
 from patchscope_nn.plan.count import Counts, count, count_step, source_width, stages, target_width
@@ -109,9 +111,14 @@ def _facts(planned: Plan, totals: Counts) -> Iterator[str]:
 
 def _sinks(planned: Plan) -> str:
     reads = writes = 0
+    cells = planned.sweep.cells
     for step in planned.steps():
-        reads += sum(0 in (cell.source_positions or ()) for cell in step.cells)
-        writes += sum(0 in cell.target_positions for cell in step.cells if cell.target_layer is not None)
+        block = step.cells.take(step.cells.patched)
+        if cells.writes_state and planned.sweep.scope.source.vector is None:
+            origins = cells.read_origins.values[cells.read_origins.starts[block.read]]
+            positions, index = cells.origin_positions.take(origins)
+            reads += len(np.unique(index[positions == 0]))
+        writes += int((cells.first_position[block.positions] == 0).sum())
     return f"{reads} cells read and {writes} write position 0" if reads + writes else ""
 
 
@@ -177,8 +184,7 @@ def _add_step(branch: Any, planned: Plan, number: int, step: Step) -> None:
     node = branch.add(Text(f"{number + 1} {step.context}{carried}"))
     for source in step.sources:
         size = f"{len(source.prompts)} prompts x {source_width(planned, source)} tokens"
-        depth = source.depth(planned.sweep.source.n_layers)
-        node.add(Text(f"source: {size} through {depth} blocks -> {len(source.states)} states"))
+        node.add(Text(f"source: {size} through {source.depth} blocks -> {len(source.states)} states"))
     if step.prefix:
         node.add(Text(f"prefix: {len(step.prefix)} tokens, run once for all steps that begin so"))
     for target in step.targets:
@@ -186,7 +192,7 @@ def _add_step(branch: Any, planned: Plan, number: int, step: Step) -> None:
             width = target_width(planned, step, target)
             node.add(Text(f"target: {len(target.cells)} rows x {width} tokens"))
             continue
-        n_trunks = sum(segment.cell is None for segment in target.layout.segments)
+        n_trunks = int((~target.layout.is_branch).sum())
         only = replace(step, sources=(), targets=(target,), prefix=())
         blocks = count_step(planned, only).target_blocks
         size = f"{target.layout.n_tokens} tokens, {blocks} tokens x blocks"

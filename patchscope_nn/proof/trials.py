@@ -184,7 +184,7 @@ class Runner:
         steps = [*planned.steps()]
         with _endless(model.module):
             programs = [
-                lower(planned, step, source=model, target=model, mapping=_IDENTITY, states={})
+                lower(planned, step, source=model, target=model, mapping=_IDENTITY)
                 for step in steps
             ]
         return Programs(programs, tuple((planned, step) for step in steps))

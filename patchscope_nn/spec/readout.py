@@ -29,16 +29,16 @@ class PassCells(Protocol):
         """The token ids of each cell's T."""
 
     @property
-    def reference_ids(self) -> list[list[int]]:
-        """For each cell the first token id of each of the readout's `texts`, if these are not appended."""
+    def reference_ids(self) -> Any:
+        """(n_cells, n_texts) tensor: the first token id of each of the `texts`, if these are not appended."""
 
     @property
     def continuations(self) -> list[list[list[int]]]:
         """For each cell the token ids of each of the readout's `texts`, if these are appended."""
 
     @property
-    def compared(self) -> list[int]:
-        """For each cell the index of its source distribution in `PatchedRun.states`; empty if not needed."""
+    def compared(self) -> Any:
+        """(n_cells,) tensor: the index of each source distribution in `PatchedRun.finals`; None if not needed."""
 
     def token_ids_with(self, text: str) -> list[int]:
         """Return the ids of the tokens whose text contains `text`."""

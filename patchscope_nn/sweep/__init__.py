@@ -1,31 +1,38 @@
 """Turns a Patchscope and its data rows into cells: every combination, fully resolved. Pure.
 
 entry.py     a resolved data row
-cell.py      a cell
+cell.py      cells as arrays, and a cell as an object
 resolve.py   resolves data rows: fills and tokenizes prompts, resolves positions and layers
 checks.py    checks that a Patchscope's fields fit its models and each other
 cells.py     makes the cells of the resolved rows
+states.py    numbers for what source passes read
 expand.py    the whole sweep: resolves the rows, then makes the cells
 vectors.py   states from files
 """
 
-from patchscope_nn.sweep.cell import Cell, Weighted
-from patchscope_nn.sweep.cells import Cells
+from patchscope_nn.sweep.cell import Cell, CellBlock, Flags, Weighted
+from patchscope_nn.sweep.cells import Cells, Origin
 from patchscope_nn.sweep.entry import Entry, PositionSet, Row, Source, Term, VectorAt
-from patchscope_nn.sweep.expand import Sweep, expand
+from patchscope_nn.sweep.expand import Sweep, Writes, expand
 from patchscope_nn.sweep.resolve import Resolver
+from patchscope_nn.sweep.states import StateNumbers
 
 __all__ = [
     "Cell",
+    "CellBlock",
     "Cells",
     "Entry",
+    "Flags",
+    "Origin",
     "PositionSet",
     "Resolver",
     "Row",
     "Source",
+    "StateNumbers",
     "Sweep",
     "Term",
     "VectorAt",
     "Weighted",
+    "Writes",
     "expand",
 ]

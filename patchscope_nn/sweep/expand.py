@@ -9,17 +9,41 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import NamedTuple
 
+import numpy as np
+
+from patchscope_nn._util.ragged import Ints, Ragged
 from patchscope_nn.errors import DataError, InputError, Problem, SpecError, did_you_mean
 from patchscope_nn.models import Model, ModelInfo
-from patchscope_nn.spec import Control, Patchscope
+from patchscope_nn.spec import Control, Patchscope, read_position
 from patchscope_nn.spec.encoding import Encoded, dropped_notice
-from patchscope_nn.sweep.cell import Cell
+from patchscope_nn.sweep.cell import CellBlock, Flags
 from patchscope_nn.sweep.cells import Cells
 from patchscope_nn.sweep.entry import Entry, Row, Source, Term, VectorAt, prompt_of
 from patchscope_nn.sweep.resolve import Resolver
+from patchscope_nn.sweep.states import StateNumbers
+
+
+class Writes(NamedTuple):
+    """What cells write, with one number for each write.
+
+    Attributes:
+        cell: The index of its cell.
+        layer: l.
+        target_layer: The block that is written.
+        mapped: The l* that the mapping takes the state to: one state for a whole window has one.
+        first: True for the first write of its cell.
+    """
+
+    cell: Ints
+    layer: Ints
+    target_layer: Ints
+    mapped: Ints
+    first: Flags
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,24 +87,73 @@ class Sweep:
         """Return a source as text: its prompt, or the path of its vector."""
         return str(source) if isinstance(source, VectorAt) else self.source_prompts[source].text
 
-    def pairs(self, cell: Cell) -> Iterator[tuple[int, int]]:
-        """Yield the (l, l*) that maps the state of each write; one state for a window has one (l, l*)."""
-        own = self.scope.target.states == "own"
-        for layer, target_layer in self.writes(cell):
-            if layer is not None and cell.target_layer is not None:
-                yield layer, target_layer if own else cell.target_layer
+    @cached_property
+    def source_tokens(self) -> Ragged:
+        """The token ids of every S."""
+        return Ragged(prompt.ids for prompt in self.source_prompts)
 
-    def writes(self, cell: Cell) -> Iterator[tuple[int | None, int]]:
-        """Yield every (l, l*) that a cell writes: one, or for a window each that exists in both models."""
+    @cached_property
+    def target_tokens(self) -> Ragged:
+        """The token ids of every T."""
+        return Ragged(prompt.ids for prompt in self.target_prompts)
+
+    @cached_property
+    def read_at(self) -> Ints:
+        """The position at which each T is read."""
+        counts = self.target_tokens.counts.tolist()
+        return np.array([read_position(self.scope.readout, count) for count in counts])
+
+    @cached_property
+    def reference_ids(self) -> Ints:
+        """(n_entries, n) the ids of the named reference tokens."""
+        ids = [entry.reference_ids for entry in self.entries]
+        return np.array(ids, np.int64).reshape(len(self.entries), -1)
+
+    @cached_property
+    def continuation_tokens(self) -> Ints:
+        """(n_entries, n_choices) the number of tokens of each text that the readout appends."""
+        counts = [[len(ids) for ids in entry.continuations] for entry in self.entries]
+        return np.array(counts, np.int64).reshape(len(self.entries), -1)
+
+    @cached_property
+    def appended(self) -> Ints:
+        """The most tokens that the readout appends to a prompt, for each entry."""
+        return self.continuation_tokens.max(axis=1, initial=self.scope.readout.decoded)
+
+    @property
+    def states(self) -> StateNumbers:
+        """Numbers the states that are read."""
+        return StateNumbers(self.source.n_layers)
+
+    def reads_of(self, block: CellBlock, writes: Writes | None = None) -> Ints:
+        """Return the distinct states that some cells need from source passes, sorted.
+
+        Args:
+            block: The cells.
+            writes: What they write, if that is known.
+        """
+        needed = [np.empty(0, np.int64)]
+        if self.scope.target.needs_state and self.scope.source.vector is None:
+            writes = writes or self.writes(block)
+            origins, index = self.cells.read_origins.take(block.read[writes.cell])
+            needed.append(self.states.hidden(origins, writes.layer[index]))
+        if self.cells.compares:
+            needed.append(self.states.final(block.reference))
+        return np.unique(np.concatenate(needed))
+
+    def writes(self, block: CellBlock) -> Writes:
+        """Return what some cells write: each once, or for a window once in each block that both models have."""
         target = self.scope.target
-        if cell.target_layer is None:
-            return
-        for step in range(target.window):
-            layer, written = cell.source_layer, cell.target_layer + step
-            if layer is not None and target.states == "own":
-                layer += step
-            if written < self.target.n_layers and (layer is None or layer < self.source.n_layers):
-                yield layer, written
+        steps = np.arange(target.window)[:, None]
+        layer = block.layer + steps * (target.states == "own")
+        written = block.target_layer + steps
+        index = np.broadcast_to(np.arange(len(block)), written.shape)
+        kept = block.patched & (written < self.target.n_layers)
+        if target.needs_state:
+            kept &= layer < self.source.n_layers
+        mapped = written if target.states == "own" else np.broadcast_to(block.target_layer, written.shape)
+        first = np.broadcast_to(steps == 0, written.shape)
+        return Writes(index[kept], layer[kept], written[kept], mapped[kept], first[kept])
 
 
 def expand(

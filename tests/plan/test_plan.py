@@ -6,6 +6,7 @@ from collections import Counter
 from contextlib import contextmanager
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import tiny
 from hypothesis import given, settings
@@ -15,7 +16,7 @@ from patchscope_nn.backends import Places, run_steps
 from patchscope_nn.errors import InputError
 from patchscope_nn.mappings import resolve_mapping
 from patchscope_nn.models import Model
-from patchscope_nn.plan import Budget, Optimisations, State, count, plan, stages
+from patchscope_nn.plan import Budget, Optimisations, count, plan, stages
 from patchscope_nn.plan.budget import Costs
 from patchscope_nn.plan.count import source_width, target_width
 from patchscope_nn.readouts import Choices, Generate, Hidden, NextToken
@@ -76,9 +77,20 @@ def sweeps(draw, model):
 
 def needs(cell):
     if cell.source is not None:
-        yield State(cell.source, cell.source_positions, cell.source_layer)
+        yield cell.source, cell.source_positions, cell.source_layer
     if cell.reference is not None:
-        yield State(cell.reference[0], (cell.reference[1],), None)
+        yield cell.reference[0], (cell.reference[1],), None
+
+
+def named(sweep, states):
+    """States as (prompt, positions, layer), with None for the layer of a distribution."""
+    numbers = sweep.states
+    return [
+        (*sweep.cells.origins[origin], None if final else layer)
+        for origin, layer, final in zip(
+            numbers.origin(states), numbers.layer(states).tolist(), numbers.is_final(states), strict=True
+        )
+    ]
 
 
 optimisations = st.builds(Optimisations, **dict.fromkeys(Optimisations.names(), st.booleans()))
@@ -98,18 +110,18 @@ def test_a_plan_serves_every_cell_once(data, tiny_model):
     served = [cell.number for step in steps for cell in step.cells]
     for step in steps:
         assert sorted(cell for one in step.targets for cell in one.cells) == list(range(len(step.cells)))
-    copies = [copy for cell in served for copy in planned.copies.get(cell, ())]
+    copies = planned.copies(np.array(served, int))[0].tolist()
     assert sorted(served + copies) == sorted(set(range(len(sweep.cells))) - done)
     assert planned.n_cells == len(served) + len(copies) == sum(planned.kinds.values())
-    for cell, others in planned.copies.items():
+    for other in copies:
+        cell = planned.served_by[other]
         assert asked.deduplication
-        for other in others:
-            same = {"number": 0, "row": 0, "entry": 0, "reference": None, "control": None}
-            assert replace(sweep.cells[cell], **same) == replace(sweep.cells[other], **same)
+        same = {"number": 0, "row": 0, "entry": 0, "reference": None, "control": None}
+        assert replace(sweep.cells[int(cell)], **same) == replace(sweep.cells[other], **same)
 
     prompts = [prompt for step in steps for one in step.sources for prompt in one.prompts]
     needed = {state for step in steps for cell in step.cells for state in needs(cell)}
-    assert set(prompts) == {state.prompt for state in needed}
+    assert set(prompts) == {prompt for prompt, _, _ in needed}
     if asked.source_sharing:
         assert len(prompts) == len(set(prompts))
 
@@ -157,28 +169,29 @@ def test_a_layout_holds_every_token_of_a_cell_once(data, tiny_model):
     planned = plan(sweep, context="session", max_rows=data.draw(st.integers(1, 9)))
     for step in planned.steps():
         for one in step.targets:
-            segments = one.layout.segments
-            assert [segment.offset for segment in segments] == [
-                sum(before.last - before.first for before in segments[:place])
-                for place in range(len(segments))
-            ]
-            assert list(segments) == sorted(segments, key=lambda segment: segment.enters)
-            assert one.layout.prefix in (0, len(step.prefix))
-            for place, cell in enumerate(step.cells[cell] for cell in one.cells):
-                segment = segments[one.layout.of_cell[place]]
+            layout = one.layout
+            assert layout.offset.tolist() == [sum(layout.count[:place]) for place in range(len(layout.count))]
+            assert layout.enters.tolist() == sorted(layout.enters)
+            assert layout.prefix in (0, len(step.prefix))
+            for place, cell in enumerate(step.cells.take(one.cells)):
+                segment = layout.of_cell[place]
+                first, last = layout.first[segment], layout.first[segment] + layout.count[segment]
                 ids = sweep.target_prompts[cell.target_prompt].ids
-                assert ids[: one.layout.prefix] == step.prefix[: one.layout.prefix]
-                assert segment.prompt == cell.target_prompt
+                assert ids[: layout.prefix] == step.prefix[: layout.prefix]
+                assert layout.prompt[segment] == cell.target_prompt
                 if cell.target_layer is None:
-                    assert (segment.first, segment.trunk) == (one.layout.prefix, None)
+                    assert (first, layout.is_branch[segment]) == (layout.prefix, False)
                     continue
-                assert (segment.first, segment.last) == (min(cell.target_positions), len(ids))
-                assert segment.enters == cell.target_layer
-                assert segment.first >= one.layout.prefix
-                if segment.first > one.layout.prefix and cell.target_layer < tiny.N_LAYERS - 1:
-                    trunk = segments[segment.trunk]
-                    assert (trunk.prompt, trunk.first) == (segment.prompt, one.layout.prefix)
-                    assert trunk.last >= segment.first
+                assert layout.is_branch[segment]
+                assert (first, last) == (min(cell.target_positions), len(ids))
+                assert layout.enters[segment] == cell.target_layer
+                assert first >= layout.prefix
+                if first > layout.prefix and cell.target_layer < tiny.N_LAYERS - 1:
+                    (trunk,) = (
+                        (layout.offset == layout.trunk_offset[segment]) & ~layout.is_branch & (layout.count > 0)
+                    ).nonzero()[0]
+                    assert (layout.prompt[trunk], layout.first[trunk]) == (cell.target_prompt, layout.prefix)
+                    assert layout.count[trunk] == layout.trunk_count[segment] >= first - layout.prefix
 
 
 @settings(max_examples=60)
@@ -188,18 +201,19 @@ def test_states_are_read_or_carried_before_they_are_needed(data, tiny_model):
     planned = plan(sweep, context="session", max_rows=data.draw(st.integers(1, 4)))
     held = set()
     for step in planned.steps():
-        fresh = [state for one in step.sources for state in one.states]
+        fresh = named(sweep, step.states)[len(step.carried) :]
+        carried, kept, dropped = (named(sweep, part) for part in (step.carried, step.kept, step.dropped))
         assert len(set(fresh)) == len(fresh)
         assert not set(fresh) & held
         for one in step.sources:
-            assert {state.prompt for state in one.states} == set(one.prompts)
-        assert set(step.carried) <= held
-        assert set(step.kept) <= set(fresh)
+            assert {prompt for prompt, _, _ in named(sweep, one.states)} == set(one.prompts)
+        assert set(carried) <= held
+        assert set(kept) <= set(fresh)
         wanted = {state for cell in step.cells for state in needs(cell)}
-        assert wanted <= set(step.carried) | set(fresh)
-        held |= set(step.kept)
-        assert set(step.dropped) <= held
-        held -= set(step.dropped)
+        assert wanted <= set(carried) | set(fresh)
+        held |= set(kept)
+        assert set(dropped) <= held
+        held -= set(dropped)
     assert held == set()
 
 
@@ -285,8 +299,12 @@ def test_equal_cells_of_different_rows_run_once(model):
     rows = [ROW, {"s": "y", "t": "x"}, ROW]
     planned = plan(sweep_of(model, rows=rows))
     assert count(planned).target_rows == 2 * tiny.N_LAYERS
-    assert planned.copies == {place: (8 + place,) for place in range(tiny.N_LAYERS)}
-    assert plan(sweep_of(model, rows=rows), optimisations=Optimisations(deduplication=False)).copies == {}
+    copies, index = planned.copies(np.arange(2 * tiny.N_LAYERS))
+    assert dict(zip(index.tolist(), copies.tolist(), strict=True)) == {
+        place: 8 + place for place in range(tiny.N_LAYERS)
+    }
+    off = plan(sweep_of(model, rows=rows), optimisations=Optimisations(deduplication=False))
+    assert off.copies(np.arange(3 * tiny.N_LAYERS))[0].tolist() == []
 
 
 @contextmanager

@@ -19,13 +19,16 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy as np
+
 from patchscope_nn._util.clocks import utc_now
 from patchscope_nn.backends import Bridged, Ndif
-from patchscope_nn.backends.crossing import in_place_of, source_half, target_half
+from patchscope_nn.backends.crossing import source_half, target_half
 from patchscope_nn.backends.ndif import client
 from patchscope_nn.backends.ndif.client import JobStatus, Patience
 from patchscope_nn.backends.ndif.job_log import End, Job, JobLog, Passes
 from patchscope_nn.backends.ndif.job_size import JobSize
+from patchscope_nn.backends.steps import rows_of
 from patchscope_nn.body.program import Results, StepProgram
 from patchscope_nn.errors import JobError, ServerError
 from patchscope_nn.lower import lower, nothing
@@ -175,13 +178,13 @@ class Scheduler:
             most = self.size.most
             if most is not None and len(step.cells) > most:
                 # The rest stays in one piece: by then the right size of a job may be known.
-                self._cut([(cell.number,) for cell in step.cells], most)
+                self._cut([(number,) for number in step.cells.number.tolist()], most)
                 continue
             self._send(step)
 
     def _send(self, step: Step) -> None:
         program = lower(
-            self.planned, step, source=self.source, target=self.target, mapping=self.mapping, states={}
+            self.planned, step, source=self.source, target=self.target, mapping=self.mapping
         )
         if step.context != "bridged":
             context: Literal["fused", "session"] = "fused" if step.context == "fused" else "session"
@@ -197,8 +200,7 @@ class Scheduler:
 
     def _write(self, step: Step, program: StepProgram, read: Results) -> None:
         """Send the target half of a bridged step whose source states are here."""
-        crossing = in_place_of(program, read["kept"])
-        self._submit(step, target_half(program, crossing), context="session")
+        self._submit(step, target_half(program, read), context="session")
 
     def _submit(self, step: Step, program: StepProgram, *, context: Literal["fused", "session"]) -> None:
         sent = client.submit_again(self.host, context, program, self.target, self.patience)
@@ -212,9 +214,14 @@ class Scheduler:
         self._flights.append(flight)
 
     def _numbers(self, step: Step) -> Passes:
-        copies = self.planned.copies
-        passes = [[step.cells[index].number for index in target.cells] for target in step.targets]
-        return tuple(tuple((number, *copies.get(number, ())) for number in cells) for cells in passes)
+        passes = []
+        for target in step.targets:
+            numbers = step.cells.number[target.cells]
+            rows = [[number] for number in numbers.tolist()]
+            for copy, index in zip(*self.planned.copies(numbers), strict=True):
+                rows[index].append(int(copy))
+            passes.append(tuple(map(tuple, rows)))
+        return tuple(passes)
 
     def _check(self, flight: _Flight) -> tuple[Rows, End, str] | None:
         """Check a job. If it ended with rows: the rows, how it ended, and the server's reason."""
@@ -254,14 +261,14 @@ class Scheduler:
 
     def _rows(self, job: Job, results: Results) -> Rows:
         """The cells of a job with their readouts, without cells that are already written."""
-        shapes = [len(rows) for rows in results["passes"]], [len(rows) for rows in job.passes]
-        if shapes[0] != shapes[1]:
+        shapes = [len(next(iter(columns.values()), ())) for columns in results["passes"]]
+        if shapes != (wanted := [len(rows) for rows in job.passes]):
             raise JobError(
-                f"{job.host} gave {shapes[0]} results for {shapes[1]} cells, in job {job.id}.",
+                f"{job.host} gave {shapes} results for {wanted} cells, in job {job.id}.",
                 hint="Compare the versions of nnsight here and there: patchscope doctor --remote.",
             )
-        for rows, numbers in zip(results["passes"], job.passes, strict=True):
-            for row, cells in zip(rows, numbers, strict=True):
+        for columns, numbers in zip(results["passes"], job.passes, strict=True):
+            for row, cells in zip(rows_of(columns, len(numbers)), numbers, strict=True):
                 yield from (
                     (self.planned.sweep.cells[number], row) for number in cells if number not in self.done
                 )
@@ -296,8 +303,8 @@ class Scheduler:
             self._again.extendleft(reversed([*self._plan(piece).steps()]))
 
     def _plan(self, rows: Iterable[tuple[int, ...]]) -> Plan:
-        wanted = {number for row in rows for number in (*row, *self.planned.copies.get(row[0], ()))}
-        wanted -= set(self.done)
+        numbers = np.array([number for row in rows for number in row])
+        wanted = {*numbers.tolist(), *self.planned.copies(numbers)[0].tolist()} - set(self.done)
         planned = self.planned
         return plan(
             planned.sweep,
