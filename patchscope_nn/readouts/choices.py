@@ -22,9 +22,6 @@ class Choices(Readout):
 
     Its columns are `choices`, `choice_logprobs` (natural log, summed over a continuation's tokens),
     `choice_probs` (normalised over the choices) and `choice` (the most likely).
-
-    Attributes:
-        continuations: Two or more texts; `{column}` placeholders are filled by the data.
     """
 
     name: ClassVar[str] = "choices"
@@ -45,6 +42,7 @@ class Choices(Readout):
     odds: ClassVar[tuple[str, str] | None] = ("choices", "choice_probs")
 
     continuations: Annotated[tuple[str, ...], Field(min_length=2), BeforeValidator(_listed)]
+    """Two or more texts; `{column}` placeholders are filled by the data."""
 
     def __init__(self, continuations: Any = None, **fields: Any) -> None:
         super().__init__(**{"continuations": continuations, **fields})

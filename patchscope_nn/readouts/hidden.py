@@ -12,9 +12,6 @@ class Hidden(Readout):
     """Readout: the written state, f(h), at (i*, l*) of T.
 
     Its column is `hidden`, a list of (d_model,) vectors, one for each patched token.
-
-    Attributes:
-        clean: Add the column `clean`, the states that were replaced.
     """
 
     name: ClassVar[str] = "hidden"
@@ -25,6 +22,7 @@ class Hidden(Readout):
     action: ClassVar[str] = "the written states were kept"
 
     clean: bool = False
+    """Add the column `clean`, the states that were replaced."""
 
     @property
     def looks_at_replaced(self) -> bool:

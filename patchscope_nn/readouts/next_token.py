@@ -31,12 +31,6 @@ class NextToken(Readout):
     called surprisal in the literature: `surprisal_nats`, -log p_source(top token of the patched run), as in
     the paper (section 4.1), and `nll_nats`, -log p_patched(first reference token). If source and target share
     a vocabulary, it also adds `kl_nats`, KL(p_source || p_patched), and `source_top_ids`.
-
-    Attributes:
-        top_k: The number of top tokens to keep.
-        reference: `source` takes the source model's own next token after position i of S, unpatched; texts
-            take their first tokens; None takes no reference.
-        position: The index of the token of T after which the distribution is read; -1 is the last.
     """
 
     name: ClassVar[str] = "next_token"
@@ -64,12 +58,16 @@ class NextToken(Readout):
     details: ClassVar[tuple[str, ...]] = ("entropy_nats", "surprisal_nats", "nll_nats", "reference_tokens")
 
     top_k: Annotated[int, Field(ge=1, le=1000)] = 5
+    """The number of top tokens to keep."""
     reference: Annotated[
         tuple[str, ...] | Literal["source"] | None,
         BeforeValidator(_reference),
         WithJsonSchema(_REFERENCE_SCHEMA),
     ] = None
+    """`source` takes the source model's own next token after position i of S, unpatched; texts take their
+    first tokens; None takes no reference."""
     position: int = -1
+    """The index of the token of T after which the distribution is read; -1 is the last."""
 
     @property
     def reads_at(self) -> int:

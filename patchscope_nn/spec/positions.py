@@ -28,35 +28,26 @@ _ALLOWED = (
 
 
 class Span(Spec):
-    """The tokens start..end-1, patched together; negative numbers count from the end.
-
-    Attributes:
-        start: The first token.
-        end: One past the last token; None goes to the end of the prompt.
-    """
+    """The tokens start..end-1, patched together; negative numbers count from the end."""
 
     start: int
+    """The first token."""
     end: int | None = None
+    """One past the last token; None goes to the end of the prompt."""
 
 
 class Every(Spec):
-    """The last tokens of all occurrences of a text, patched together.
-
-    Attributes:
-        every: The text.
-    """
+    """The last tokens of all occurrences of a text, patched together."""
 
     every: Annotated[str, Field(min_length=1)]
+    """The text."""
 
 
 class Tokens(Spec):
-    """All tokens of the last occurrence of a text, patched together.
-
-    Attributes:
-        tokens: The text.
-    """
+    """All tokens of the last occurrence of a text, patched together."""
 
     tokens: Annotated[str, Field(min_length=1)]
+    """The text."""
 
 
 def _each(value: Any) -> Any:
@@ -68,13 +59,10 @@ def _each(value: Any) -> Any:
 
 
 class Each(Spec):
-    """Several positions, each in a separate cell.
-
-    Attributes:
-        each: `all` for every token, or a list of positions.
-    """
+    """Several positions, each in a separate cell."""
 
     each: Annotated[Literal["all"] | tuple[int | str | Span | Every | Tokens, ...], BeforeValidator(_each)]
+    """`all` for every token, or a list of positions."""
 
     def __init__(self, each: Any) -> None:
         super().__init__(each=each)

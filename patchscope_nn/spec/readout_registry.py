@@ -164,9 +164,7 @@ def dump_readout(readout: Readout, *, exclude_defaults: bool = False) -> dict[st
 
 
 #: The type of `Patchscope.readout`. `recipe.schema` adds the form of each kind to the JSON Schema.
-AnyReadout = Annotated[
-    Readout, PlainValidator(_parse), PlainSerializer(dump_readout), WithJsonSchema({"type": "object"})
-]
+AnyReadout = Annotated[Readout, PlainValidator(_parse), PlainSerializer(dump_readout), WithJsonSchema({})]
 
 
 def kinds_in(columns: Any) -> list[type[Readout]]:

@@ -13,27 +13,21 @@ from patchscope_nn.spec.positions import POSITIONS_SCHEMA, Positions
 
 
 class Cut(Spec):
-    """Attention edges that are cut: from block l* on, the token at i* does not attend to these tokens.
-
-    Attributes:
-        position: The tokens that i* does not attend to, as in `Target.position`.
-    """
+    """Attention edges that are cut: from block l* on, the token at i* does not attend to these tokens."""
 
     position: Positions
+    """The tokens that i* does not attend to, as in `Target.position`."""
 
 
 class Corrupt(Spec):
-    """Noise on the embeddings of T in every run, before anything is written (Meng et al. 2022, section 2.1).
-
-    Attributes:
-        position: The tokens whose embeddings get noise.
-        noise: The standard deviation of the noise, in standard deviations of all numbers in T's embeddings.
-        samples: The number of draws of noise; each makes a cell.
-    """
+    """Noise on T's embeddings in every run, before anything is written (Meng et al. 2022, section 2.1)."""
 
     position: Positions
+    """The tokens whose embeddings get noise."""
     noise: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 3.0
+    """The standard deviation of the noise, in standard deviations of all numbers in T's embeddings."""
     samples: Annotated[int, Field(ge=1)] = 1
+    """The number of draws of noise; each makes a cell."""
 
 
 #: The writes without parameters; the others are `{blend: alpha}`, `{noise: sigma}`, `{cut: {position: ...}}`.

@@ -21,23 +21,20 @@ Key = TypeVar("Key")
 
 
 class Training(Spec):
-    """How something is trained.
-
-    Attributes:
-        steps: Steps of the optimiser (Adam); its learning rate falls linearly to zero.
-        batch: How many items a step sees: tokens for a lens, rows for maps trained through a text.
-        learning_rate: The initial learning rate.
-        held_out: The share of the data that scores are computed on, and nothing else.
-        stopping: The share that chooses the best step for each map; 0 keeps the last step.
-        seed: Decides what is held out, the order of the data, and random starts.
-    """
+    """How something is trained."""
 
     steps: Annotated[int, Field(ge=1)] = 300
+    """Steps of the optimiser (Adam); its learning rate falls linearly to zero."""
     batch: Annotated[int, Field(ge=1)] = 64
+    """How many items a step sees: tokens for a lens, rows for maps trained through a text."""
     learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-3
+    """The initial learning rate."""
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """The share of the data that scores are computed on, and nothing else."""
     stopping: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """The share that chooses the best step for each map; 0 keeps the last step."""
     seed: Annotated[int, Field(ge=0)] = 0
+    """Decides what is held out, the order of the data, and random starts."""
 
 
 def descend(
