@@ -11,7 +11,7 @@ from typing import Annotated, Any, TypeAlias
 
 from patchscope_nn.cli import fit_printing, groups, options, printing
 from patchscope_nn.cli.fitting import parse_data
-from patchscope_nn.cli.options import LogLevel, option
+from patchscope_nn.cli.options import option
 from patchscope_nn.fitting import fit_trained
 from patchscope_nn.fitting.trained.kind import HELD_OUT, SEED, TrainedKind
 from patchscope_nn.fitting.trained.training import Training
@@ -90,7 +90,7 @@ def _signature(kind: TrainedKind) -> list[inspect.Parameter]:
         "dtype": (options.Dtype, "auto"),
         "device_map": (options.DeviceMap, None),
         "json": (options.Json, False),
-        "log_level": (options.Level, LogLevel.warning),
+        "log_level": (options.Level, "warning"),
     }
     return [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
