@@ -59,37 +59,23 @@ def read_texts(
         seed: Decides which texts are held out.
         base: The folder that relative files start from.
 
-    Returns:
-        The texts.
-
     Raises:
         DataError: The data cannot be read, lacks the column, or is too little; or the data to hold out is the
             data to fit on.
     """
-    if isinstance(held_out, DataSpec) and held_out == data:
+    if held_out == data:
         raise DataError(
             f"held_out names the same data as is fitted on, {_named(data)}.",
             hint="A score on the data of the fit says nothing. Name other data, or a share, for example 0.2.",
         )
-    known = _distinct(data, column=column, limit=limit, base=base)
+    known, dropped = _distinct(data, column=column, limit=limit, base=base), 0
+    mixed = _order(known, seed)
     if isinstance(held_out, DataSpec):
         separate = _distinct(held_out, column=column, limit=limit, base=base)
-        rest = _order(known, seed)
-        held = [text for key, text in separate.items() if key not in known]
-        if not held:
-            raise DataError(
-                f"every text of held_out, {_named(held_out)}, is among those that are fitted on.",
-                hint="A score on the data of the fit says nothing. Hold other texts out.",
-            )
+        rest, held = mixed, _not_known(separate, known, held_out)
         dropped = len(separate) - len(held)
     else:
-        if not 0 < held_out < 1:
-            raise DataError(
-                f"held_out={held_out} is not a share of the texts.",
-                hint="Give a number above 0 and below 1, or data.",
-            )
-        mixed, dropped = _order(known, seed), 0
-        count = max(1, round(held_out * len(mixed)))
+        count = _count(held_out, len(mixed))
         held, rest = mixed[:count], mixed[count:]
     chosen = max(1, round(_CHOOSING * len(rest)))
     if len(rest) <= chosen:
@@ -98,20 +84,37 @@ def read_texts(
             "settings by, and to hold out.",
             hint="Give some hundreds or more.",
         )
+    about = {
+        "fitted_on": _about(data, rest),
+        "held_out": _about(held_out if isinstance(held_out, DataSpec) else data, held) | {"dropped": dropped},
+    }
     return Texts(
-        fitted=tuple(rest[chosen:]),
-        choosing=tuple(rest[:chosen]),
-        held_out=tuple(held),
-        about={
-            "fitted_on": {"data": _dumped(data), "n_texts": len(rest), "digest": digest_of(rest)},
-            "held_out": {
-                "data": _dumped(held_out if isinstance(held_out, DataSpec) else data),
-                "n_texts": len(held),
-                "digest": digest_of(held),
-                "dropped": dropped,
-            },
-        },
+        fitted=tuple(rest[chosen:]), choosing=tuple(rest[:chosen]), held_out=tuple(held), about=about
     )
+
+
+def _not_known(separate: Mapping[str, str], known: Mapping[str, str], data: DataSpec) -> list[str]:
+    """The texts of separate data that are not fitted on; both by their keys."""
+    held = [text for key, text in separate.items() if key not in known]
+    if not held:
+        raise DataError(
+            f"every text of held_out, {_named(data)}, is among those that are fitted on.",
+            hint="A score on the data of the fit says nothing. Hold other texts out.",
+        )
+    return held
+
+
+def _count(share: float, n_texts: int) -> int:
+    if not 0 < share < 1:
+        raise DataError(
+            f"held_out={share} is not a share of the texts.",
+            hint="Give a number above 0 and below 1, or data.",
+        )
+    return max(1, round(share * n_texts))
+
+
+def _about(data: DataSpec, texts: Sequence[str]) -> dict[str, Any]:
+    return {"data": _dumped(data), "n_texts": len(texts), "digest": digest_of(texts)}
 
 
 def digest_of(texts: Iterable[str]) -> str:

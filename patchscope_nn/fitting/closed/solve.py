@@ -76,7 +76,7 @@ def identity() -> Solution:
     return Solution(parts={"scale": torch.ones(1)}, mean=torch.zeros(()), settings={}, n=0)
 
 
-def shapes(options: Fit, *, d_in: int, d_out: int) -> dict[str, tuple[int, ...]]:
+def shapes(options: Fit, d_in: int, d_out: int) -> dict[str, tuple[int, ...]]:
     """The shapes of a fitted pair's tensors, by name."""
     if options.kind == "scale":
         return {"scale": (1,)}

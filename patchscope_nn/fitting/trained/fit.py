@@ -10,9 +10,10 @@ from typing import Any
 from patchscope_nn._util.arguments import checked
 from patchscope_nn.data.given import as_data
 from patchscope_nn.data.rows import fingerprint, load_rows
+from patchscope_nn.fitting.reporting import Progress
 from patchscope_nn.fitting.texts import column_texts
 from patchscope_nn.fitting.trained.kinds import trained_kind
-from patchscope_nn.fitting.trained.outcome import FittedPrompt, Outcome, Progress
+from patchscope_nn.fitting.trained.outcome import FittedPrompt, Outcome
 from patchscope_nn.mappings import Fitted, Provenance, Space
 from patchscope_nn.models import Model
 from patchscope_nn.proof import load

@@ -34,11 +34,11 @@ class LastBlockKind(MappingKind):
         bias: dict[str, tuple[int, ...]] = {"bias": (d_model,)} if self.bias else {}
         return {"weight": (d_model, d_model), **bias}
 
-    def check(self, request: Request, *, away: bool) -> None:
+    def check(self, request: Request) -> None:
         """As in `MappingKind`: there is one model, whose residual stream is written at the last block."""
         source, target = request.source, request.target
         # The weights of a model on a server cannot be compared; its name and revision can.
-        same = same_model(source, target) or (away and identity(source)[:2] == identity(target)[:2])
+        same = same_model(source, target) or (request.away and identity(source)[:2] == identity(target)[:2])
         if not same or {*request.sites} != {RESIDUAL.name}:
             actual = (
                 f"sites {' and '.join(request.sites)}"
@@ -88,13 +88,12 @@ class LensKind(LastBlockKind):
 
     def check_data(self, request: Request, data: Rows) -> None:
         """As in `MappingKind`."""
-        options, training = request.options, self.training_of(request.options)
+        options = request.options
+        shares = self.training_of(options).shares
         split_texts(
             column_texts(data.rows, data.column),
             request.source.tokenizer,
-            held_out=training.held_out if self.training else self.option(options, "held_out"),
-            seed=options.seed,
-            stopping=training.stopping if self.training else 0.0,
             max_tokens=self.option(options, "max_tokens"),
             least=self.option(options, "skip_first") + self.least,
+            **(shares if self.training else shares | {"stopping": 0.0}),
         )

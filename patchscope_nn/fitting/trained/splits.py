@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from patchscope_nn.errors import DataError
 from patchscope_nn.spec.encoding import encode
@@ -67,25 +67,16 @@ def split_items(
 
 
 def split_texts(
-    texts: Sequence[str],
-    tokenizer: object,
-    *,
-    held_out: float,
-    seed: int,
-    stopping: float = 0.0,
-    max_tokens: int,
-    least: int,
+    texts: Sequence[str], tokenizer: object, *, max_tokens: int, least: int, **shares: Any
 ) -> Parts[tuple[int, ...]]:
     """Tokenize texts and split them.
 
     Args:
         texts: The texts.
         tokenizer: A transformers tokenizer.
-        held_out: As in `split_items`.
-        seed: As in `split_items`.
-        stopping: As in `split_items`.
         max_tokens: How many tokens of a text are read; the rest is cut off.
         least: How many tokens a text needs; shorter ones are left out.
+        **shares: `held_out`, `seed` and `stopping`, as in `split_items`.
 
     Returns:
         Token ids; texts with the same first `max_tokens` tokens count once.
@@ -101,6 +92,4 @@ def split_texts(
             f"{max(map(len, encoded), default=0)}).",
             hint="Give longer texts, or skip fewer tokens at their beginning.",
         )
-    return split_items(
-        long, held_out=held_out, seed=seed, stopping=stopping, what=f"texts of {least} tokens or more"
-    )
+    return split_items(long, what=f"texts of {least} tokens or more", **shares)

@@ -18,17 +18,19 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 
 from patchscope_nn._util.arguments import checked
 from patchscope_nn.errors import LayerError, MappingError, did_you_mean
-from patchscope_nn.fitting.trained.examples import Example, make_examples, read_examples, text_nll_nats
+from patchscope_nn.fitting.reading import Row, read_rows
+from patchscope_nn.fitting.reporting import Progress
+from patchscope_nn.fitting.trained.examples import Example, make_examples, text_nll_nats
 from patchscope_nn.fitting.trained.forms import Affine, Form, LowRank, ScalarAffine, Scale
 from patchscope_nn.fitting.trained.frozen import Frozen, check_weights, frozen
 from patchscope_nn.fitting.trained.kind import MappingKind, Option, Request, Rows
-from patchscope_nn.fitting.trained.outcome import Outcome, Progress
+from patchscope_nn.fitting.trained.outcome import Outcome
 from patchscope_nn.fitting.trained.splits import Parts, split_items
 from patchscope_nn.fitting.trained.training import Training, descend
 from patchscope_nn.models import Model
@@ -74,25 +76,16 @@ def fit_through_text(
     kind: str,
     source: Source,
     target: Target,
-    text: str,
+    text: Annotated[str, Option("What should follow T: ' {description}'.")],
     target_model: Model | None = None,
-    rank: int | None = None,
+    rank: Annotated[int | None, Option("The rank of U V, for trained_low_rank; 8 unless given.", 1)] = None,
     training: Training | None = None,
     progress: Progress | None = None,
 ) -> Outcome:
-    """Train one map for each (l, l*).
+    """Train one map of a kind of `KINDS` for each (l, l*); `training.batch` counts rows.
 
-    Args:
-        model: M, whose states are read.
-        rows: The data.
-        kind: One of `KINDS`.
-        source: S, i and l.
-        target: T, i* and l*; `same` pairs l* with l, other layers are crossed with all l.
-        text: What should follow T, for example ` {description}`; `{column}` is filled in from the data.
-        target_model: M*, which reads T; None is M.
-        rank: The rank of U V, only for `trained_low_rank`; None is 8.
-        training: How to train; a batch is of rows. None trains by the kind's default.
-        progress: Called with (steps done, steps in total).
+    `same` as the layer of `target` pairs l* with l; other layers are crossed with all l. `target_model` is
+    M*, by default M.
 
     Returns:
         For each (l, l*) its tensors; `held_out` is a `TextScore` for each.
@@ -102,20 +95,7 @@ def fit_through_text(
             rows, or the two models' states differ in size.
     """
     to = target_model or model
-    if kind not in KINDS:
-        raise MappingError(
-            f"{kind!r} is not a kind that is trained through a text.", hint=did_you_mean(kind, list(KINDS))
-        )
-    size = model.info.d_model
-    if rank is not None and kind != "trained_low_rank":
-        raise MappingError(f"rank={rank} belongs to trained_low_rank, and this is {kind}; leave it out.")
-    rank = min(_RANK, size) if rank is None else rank
-    if to.info.d_model != size or not 1 <= rank <= size:
-        raise MappingError(
-            f"{kind} of rank {rank} starts as the identity, between states of {size} numbers and of "
-            f"{to.info.d_model}.",
-            hint="Train between models of one d_model, with a rank of 1 to d_model; else fit: affine.",
-        )
+    chosen_rank = _check_form(kind, rank, size=model.info.d_model, other=to.info.d_model)
     training = training or KINDS[kind].training or Training()
     pairs = find_pairs(model, to, source=source, target=target)
     examples = make_examples(rows, model=model, to=to, source=source, target=target, text=text)
@@ -125,7 +105,7 @@ def fit_through_text(
         read = _read(model, parts, sorted({layer for layer, _ in pairs}), net.device)
         for index, (layer, layer_star) in enumerate(pairs):
             torch.manual_seed(training.seed)  # for V, the only random start
-            form = KINDS[kind].form(size, rank).to(net.device)
+            form = KINDS[kind].form(model.info.d_model, chosen_rank).to(net.device)
             course = _Course(net, parts, read[layer], layer=layer_star, training=training)
             steps[f"{layer},{layer_star}"] = course.train(form, _within(progress, index, len(pairs)))
             maps[layer, layer_star] = form.tensors()
@@ -138,12 +118,29 @@ def fit_through_text(
             "source": source.model_dump(mode="json"),
             "target": target.model_dump(mode="json"),
             "text": text,
-            "rank": rank if kind == "trained_low_rank" else None,
+            "rank": chosen_rank if kind == "trained_low_rank" else None,
             "training": training.model_dump(),
             "n_rows": parts.counts(),
             "left_at_step": steps,
         },
     )
+
+
+def _check_form(kind: str, rank: int | None, *, size: int, other: int) -> int:
+    """Check the kind, its rank and the sizes of both models' states, and return the rank."""
+    if kind not in KINDS:
+        raise MappingError(
+            f"{kind!r} is not a kind that is trained through a text.", hint=did_you_mean(kind, list(KINDS))
+        )
+    if rank is not None and kind != "trained_low_rank":
+        raise MappingError(f"rank={rank} belongs to trained_low_rank, and this is {kind}; leave it out.")
+    rank = min(_RANK, size) if rank is None else rank
+    if other != size or not 1 <= rank <= size:
+        raise MappingError(
+            f"{kind} of rank {rank} starts as the identity, between states of {size} numbers and of {other}.",
+            hint="Train between models of one d_model, with a rank of 1 to d_model; else fit: affine.",
+        )
+    return rank
 
 
 def find_pairs(model: Model, to: Model, *, source: Source, target: Target) -> list[tuple[int, int]]:
@@ -176,13 +173,7 @@ def find_pairs(model: Model, to: Model, *, source: Source, target: Target) -> li
 
 def _split(examples: Sequence[Example], training: Training) -> Parts[Example]:
     """Split examples by their source prompts, so that no prompt is both fitted on and held out."""
-    prompts = split_items(
-        [example.source for example in examples],
-        held_out=training.held_out,
-        stopping=training.stopping,
-        seed=training.seed,
-        what="source prompts",
-    )
+    prompts = split_items([each.source for each in examples], what="source prompts", **training.shares)
     return Parts(*([example for example in examples if example.source in set(part)] for part in prompts))
 
 
@@ -197,8 +188,13 @@ class _States(NamedTuple):
 def _read(model: Model, parts: Parts[Example], layers: Sequence[int], device: Any) -> dict[int, _States]:
     """Read the source states of all examples at each layer."""
     check_weights(model)
-    read = [read_examples(model, part, layers) for part in parts]
-    return {layer: _States(*(part[layer].float().to(device) for part in read)) for layer in layers}
+    rows = [[Row(example.source, example.source_positions) for example in part] for part in parts]
+    read = [read_rows(part, layers, model) for part in rows]
+
+    def stacked(states: list[torch.Tensor]) -> torch.Tensor:
+        return torch.stack(states).float().to(device) if states else torch.empty(0)
+
+    return {layer: _States(*(stacked(part[layer]) for part in read)) for layer in layers}
 
 
 class _Course:
@@ -218,7 +214,7 @@ class _Course:
             order = torch.randperm(len(self.parts.fitted), generator=self._generator)
             batch = order[: self.training.batch].tolist()
             examples = [self.parts.fitted[index] for index in batch]
-            loss, tokens = self._nll(examples, f(self.states.fitted[batch]))
+            loss, tokens = text_nll_nats(self.net, examples, f(self.states.fitted[batch]), layer=self.layer)
             yield loss / tokens
 
         return descend(
@@ -231,7 +227,7 @@ class _Course:
 
     def score(self, f: torch.nn.Module, *, source_layer: int) -> TextScore:
         """Score a map on the held-out examples."""
-        held = self.parts.held_out
+        held, states = self.parts.held_out, self.states.held_out
         other = torch.arange(len(held)) % len(self.parts.fitted)
         with torch.no_grad():
             return TextScore(
@@ -239,23 +235,21 @@ class _Course:
                 target_layer=self.layer,
                 n_rows=len(held),
                 n_tokens=sum(len(example.text) for example in held),
-                nll_nats=self._mean(held, self.states.held_out, f),
-                untrained_nll_nats=self._mean(held, self.states.held_out, lambda states: states),
+                nll_nats=self._mean(held, states, f),
+                untrained_nll_nats=self._mean(held, states, lambda states: states),
                 shuffled_nll_nats=self._mean(held, self.states.fitted[other], f),
             )
 
     def _mean(
         self, examples: Sequence[Example], states: torch.Tensor, f: Callable[[torch.Tensor], torch.Tensor]
     ) -> float:
+        """The mean -log p of a token of the examples' texts, in nats."""
         total, tokens = 0.0, 0
         for start in range(0, len(examples), _BATCH):
             batch = slice(start, start + _BATCH)
-            loss, count = self._nll(examples[batch], f(states[batch]))
+            loss, count = text_nll_nats(self.net, examples[batch], f(states[batch]), layer=self.layer)
             total, tokens = total + float(loss), tokens + count
         return total / tokens
-
-    def _nll(self, examples: Sequence[Example], mapped: torch.Tensor) -> tuple[torch.Tensor, int]:
-        return text_nll_nats(self.net, examples, mapped, layer=self.layer)
 
 
 def _within(progress: Progress | None, index: int, count: int) -> Progress | None:
@@ -267,11 +261,7 @@ def _within(progress: Progress | None, index: int, count: int) -> Progress | Non
 
 @dataclass(frozen=True, kw_only=True)
 class ThroughText(MappingKind):
-    """A form of map that is trained through a text.
-
-    Attributes:
-        form: The map as a module.
-    """
+    """A kind whose map is trained through a text; `form` is the map as a module."""
 
     form: type[Form]
 
@@ -281,9 +271,9 @@ class ThroughText(MappingKind):
             tensors = self.form(d_model, 1).tensors()
         return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
-    def check(self, request: Request, *, away: bool) -> None:  # noqa: ARG002 (only prompts and sizes matter)
+    def check(self, request: Request) -> None:
         """As in `MappingKind`."""
-        source, target = request.prompts()
+        source, target = request.prompts
         find_pairs(request.source, request.target, source=source, target=target)
         size, other = request.source.info.d_model, request.target.info.d_model
         rank = request.options.rank
@@ -296,7 +286,7 @@ class ThroughText(MappingKind):
 
     def check_data(self, request: Request, data: Rows) -> None:
         """As in `MappingKind`."""
-        source, target = request.prompts()
+        source, target = request.prompts
         examples = make_examples(
             data.rows,
             model=request.source,
@@ -309,7 +299,7 @@ class ThroughText(MappingKind):
 
     def arguments(self, request: Request, layers: Sequence[int]) -> dict[str, Any]:  # noqa: ARG002 (S names them)
         """As in `MappingKind`."""
-        source, target = request.prompts()
+        source, target = request.prompts
         training = self.training_of(request.options)
         return {"source": source, "target": target, "training": training, **self.own_options(request.options)}
 
@@ -320,10 +310,6 @@ def _kind(name: str, formula: str, form: type[Form], *, learning_rate: float) ->
         summary=f"f(h) = {formula}, trained so that a text follows T with f(h) in it (arXiv 2602.10352).",
         fit=functools.partial(fit_through_text, kind=name),
         reads="rows",
-        options={
-            "text": Option("What should follow T: ' {description}'."),
-            "rank": Option("The rank of U V, for trained_low_rank; 8 unless given.", 1),
-        },
         training=Training(learning_rate=learning_rate, batch=16),
         two_models=True,
         uses_prompts=True,
