@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from filelock import FileLock
@@ -17,13 +17,6 @@ from patchscope_nn.models import ELSEWHERE, Model, builtin
 
 #: How many numbers of each tensor are compared to tell two models' weights apart.
 _SAMPLED = 64
-
-
-class Make(Protocol):
-    """Fits or trains a mapping."""
-
-    def __call__(self, *, command: str | None, progress: Progress | None, notice: Notice | None) -> Fitted:
-        """Arguments as in `Planned.ready`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +32,7 @@ class Planned:
         target: M*; the same object if there is one model.
         sites: The name of the site that is read on each side.
         shapes: For each pair of the run, the shapes of its tensors by name.
-        make: Makes it.
+        make: Makes it; arguments as in `ready`.
         key: A hex digest of everything that decides the maps.
         file: The file it is kept in.
     """
@@ -52,7 +45,7 @@ class Planned:
     target: Model
     sites: tuple[str, str]
     shapes: Mapping[Pair, Mapping[str, tuple[int, ...]]]
-    make: Make
+    make: Callable[..., Fitted]
     key: str
     file: Path
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 
@@ -18,7 +18,6 @@ from patchscope_nn._util.digests import digest
 from patchscope_nn.data.rows import DataSpec, fingerprint, load_rows
 from patchscope_nn.errors import ModelError
 from patchscope_nn.fitting.planned import Planned, folder, identity
-from patchscope_nn.fitting.reporting import Notice, Progress
 from patchscope_nn.fitting.texts import DEFAULT_DATA
 from patchscope_nn.fitting.trained.fit import fit_trained
 from patchscope_nn.fitting.trained.kind import MappingKind, Request, Rows
@@ -82,16 +81,13 @@ def plan_training(
 
 
 def _train(
-    kind: MappingKind,
-    request: Request,
-    data: Rows,
-    base: Path | None,
-    *,
-    command: str | None,
-    progress: Progress | None,
-    notice: Notice | None,  # noqa: ARG001 (its scores speak for themselves)
+    kind: MappingKind, request: Request, data: Rows, base: Path | None, *, notice: object, **reporting: Any
 ) -> Fitted:
-    """Train it; pairs for which there is nothing to learn get the identity, without a score."""
+    """Train it, without a notice, because its scores speak for themselves.
+
+    Pairs for which there is nothing to learn get the identity, without a score.
+    """
+    del notice
     learned = [pair for pair in request.pairs if kind.learns(pair)]
     fitted = fit_trained(
         kind.name,
@@ -101,8 +97,7 @@ def _train(
         column=data.column,
         limit=request.options.limit,
         base=base,
-        command=command,
-        progress=progress,
+        **reporting,
         **kind.arguments(request, [layer for layer, _ in learned]),
     )
     fitted = cast("Fitted", fitted)  # a MappingKind gives no prompt
@@ -131,11 +126,7 @@ def _file(kind: MappingKind, request: Request, data: Rows) -> Path:
 
 
 def _trained_before(kind: str, asked: str, model: Model) -> Path:
-    """The file of a training through a model whose weights are on a server.
-
-    Raises:
-        ModelError: There is none, or there are several, for models of one name.
-    """
+    """The one file of a training through a model whose weights are on a server."""
     files = sorted(folder().glob(f"{kind}-{asked}-*.safetensors"))
     if len(files) == 1:
         return files[0]

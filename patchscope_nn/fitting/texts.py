@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from patchscope_nn._util.digests import digest
 from patchscope_nn.data.rows import DataSpec, load_rows
 from patchscope_nn.errors import DataError, did_you_mean
 from patchscope_nn.spec.prompts import text_of
@@ -130,13 +130,12 @@ def column_texts(rows: Sequence[Mapping[str, Any]], column: str | None) -> list[
         DataError: The column is missing, or there are several and none is named.
     """
     columns = list(rows[0])
-    if column is None and len(columns) == 1:
-        column = columns[0]
-    if column is None:
+    if column is None and len(columns) != 1:
         raise DataError(
             f"the data has the columns {', '.join(columns)}, and none was named.",
             hint="Name the column of the texts (--column).",
         )
+    column = columns[0] if column is None else column
     if column not in columns:
         raise DataError(f"column={column!r} is not a column of the data.", hint=did_you_mean(column, columns))
     return [text_of(row, column, field=f"data row {number}") for number, row in enumerate(rows)]
@@ -185,10 +184,7 @@ def _key(text: str) -> str:
 
 def _dumped(data: DataSpec) -> dict[str, Any]:
     plain = data.model_dump(mode="json")
-    if "rows" in plain:
-        rows = json.dumps(plain["rows"], sort_keys=True, default=repr)
-        return {"rows": hashlib.sha256(rows.encode()).hexdigest()[:16]}
-    return plain
+    return {"rows": digest(plain["rows"])} if "rows" in plain else plain
 
 
 def _named(data: DataSpec) -> str:

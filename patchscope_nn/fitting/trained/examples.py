@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import torch
-
 from patchscope_nn.errors import InputError
-from patchscope_nn.fitting.trained.frozen import Frozen, Write
 from patchscope_nn.models import Model
 from patchscope_nn.spec import Source, Target
 from patchscope_nn.spec.encoding import continuation_ids, encode
@@ -67,24 +64,3 @@ def make_examples(
             hint="Name one token of S, or as many as of T, and the same number in every row.",
         )
     return examples
-
-
-def text_nll_nats(
-    net: Frozen, examples: Sequence[Example], states: torch.Tensor, *, layer: int
-) -> tuple[torch.Tensor, int]:
-    """The negative log-likelihood of the texts after T, with mapped states written into T at l*, `layer`.
-
-    The states are (n_examples, n_written or 1, d_model).
-
-    Returns:
-        The sum of -log p over the tokens of the texts, in nats; and the number of tokens.
-    """
-    tokens = net.batch([example.target + example.text for example in examples])
-    positions = [example.target_positions for example in examples]
-    write = Write(layer=layer, positions=positions, states=states)
-    last = net.run(tokens, read={net.last}, writes=[write])[net.last]
-    rows = [row for row, example in enumerate(examples) for _ in example.text]
-    columns = [len(example.target) - 1 + index for example in examples for index in range(len(example.text))]
-    expected = torch.tensor([token for example in examples for token in example.text], device=last.device)
-    logits = net.unembed(last[rows, columns]).float()
-    return torch.nn.functional.cross_entropy(logits, expected, reduction="sum"), len(expected)

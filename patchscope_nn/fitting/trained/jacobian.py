@@ -27,10 +27,10 @@ from patchscope_nn.models import Model
 
 
 class JacobianRows(NamedTuple):
-    """Some rows of the Jacobians of the last block's state.
+    """Some rows of the Jacobians of the last block's state, that is, some of its dimensions.
 
     Attributes:
-        rows: Which dimensions of the last block's state are differentiated.
+        rows: Which rows.
         states: For each layer (n_tokens, d_model), the states at which the derivative is taken.
         outputs: (n_tokens, d_model), the last block's states.
         gradients: For each layer (n_rows, n_tokens, d_model): the derivative of each dimension, summed over
@@ -46,20 +46,10 @@ class JacobianRows(NamedTuple):
 def jacobian_rows(
     net: Frozen, ids: Sequence[int], *, layers: Sequence[int], outputs: Sequence[int], at_a_time: int
 ) -> Iterator[JacobianRows]:
-    """Differentiate the last block's states by those of earlier layers, some rows at a time.
+    """Differentiate the last block's states, summed over the positions `outputs`, by those of earlier layers.
 
     There is one forward pass, of `at_a_time` copies of the text. Each backward pass then gives `at_a_time`
     rows of the Jacobians, for all layers at once.
-
-    Args:
-        net: The model.
-        ids: (n_tokens,) token ids.
-        layers: The layers.
-        outputs: The positions whose last-block states are summed and differentiated.
-        at_a_time: How many rows a backward pass gives.
-
-    Yields:
-        The rows, from the first to the last.
     """
     size = net.model.info.d_model
     copies = min(at_a_time, size)
@@ -71,10 +61,8 @@ def jacobian_rows(
         direction = torch.zeros_like(last)
         for row in range(count):
             direction[row, list(outputs), start + row] = 1.0
-        more = start + count < size
-        gradients = torch.autograd.grad(
-            last, [states[layer] for layer in layers], grad_outputs=direction, retain_graph=more
-        )
+        inputs, more = [states[layer] for layer in layers], start + count < size
+        gradients = torch.autograd.grad(last, inputs, grad_outputs=direction, retain_graph=more)
         yield JacobianRows(
             rows=slice(start, start + count),
             states={layer: states[layer][0].detach() for layer in layers},

@@ -78,10 +78,8 @@ class Request:
     @property
     def prompts(self) -> tuple[Source, Target]:
         """The recipe's source and target without models, which are passed to a fit separately."""
-        return (
-            self.scope.source.model_copy(update={"model": None}),
-            self.scope.target.model_copy(update={"model": None}),
-        )
+        here = {"model": None}
+        return self.scope.source.model_copy(update=here), self.scope.target.model_copy(update=here)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,8 +122,7 @@ class TrainedKind:
 class MappingKind(TrainedKind, ABC):
     """A trained kind that gives a mapping, so that recipes can ask for it.
 
-    Attributes:
-        uses_prompts: True if the recipe's source and target decide the maps.
+    `uses_prompts` is true if the recipe's source and target decide the maps.
     """
 
     uses_prompts: bool = False

@@ -21,11 +21,7 @@ _LISTED = 5
 
 @dataclass(frozen=True, kw_only=True)
 class LastBlockKind(MappingKind):
-    """A kind whose maps go from layers of a model to its own last block.
-
-    Attributes:
-        bias: True if its maps have a bias.
-    """
+    """A kind whose maps, with or without `bias`, go from layers of a model to its own last block."""
 
     bias: bool = True
 
@@ -40,11 +36,8 @@ class LastBlockKind(MappingKind):
         # The weights of a model on a server cannot be compared; its name and revision can.
         same = same_model(source, target) or (request.away and identity(source)[:2] == identity(target)[:2])
         if not same or {*request.sites} != {RESIDUAL.name}:
-            actual = (
-                f"sites {' and '.join(request.sites)}"
-                if same
-                else f"{source.info.name} and {target.info.name}"
-            )
+            models = f"{source.info.name} and {target.info.name}"
+            actual = f"sites {' and '.join(request.sites)}" if same else models
             raise MappingError(
                 f"train.kind={self.name} maps outputs of a model's blocks to its own last block; this run "
                 f"has {actual}.",
@@ -71,8 +64,7 @@ class LastBlockKind(MappingKind):
 class LensKind(LastBlockKind):
     """A kind that is fitted on texts, for which the map of the last block to itself is the identity.
 
-    Attributes:
-        least: How many tokens a text needs besides those that are skipped at its beginning.
+    A text needs `least` tokens besides those that are skipped at its beginning.
     """
 
     least: int

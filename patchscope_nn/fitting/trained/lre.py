@@ -136,7 +136,7 @@ def fit_lre(
             hint=f"The rank is at most d_model, {model.info.d_model}.",
         )
     chosen = choose_layers(model, layers)
-    names = {find_subject(model, row, prompt=prompt, subject=subject): str(row[subject]) for row in rows}
+    names = {_find_subject(model, row, prompt=prompt, subject=subject): str(row[subject]) for row in rows}
     parts = _split(list(names), subjects=subjects, seed=seed)
     with frozen(model) as net:
         slopes = _Slopes(net, parts.fitted, chosen)
@@ -174,13 +174,8 @@ def _split(prompts: Sequence[Subject], *, subjects: int, seed: int) -> Parts[Sub
     return split_items(prompts, held_out=1 - subjects / len(prompts), seed=seed, what="prompts")
 
 
-def find_subject(model: Model, row: Mapping[str, Any], *, prompt: str, subject: str) -> Subject:
-    """Fill in a relation's prompt, and find the subject's last token in it.
-
-    Raises:
-        DataError: The subject's column is missing, or the prompt does not name it.
-        PositionError: The subject does not end with a whole token.
-    """
+def _find_subject(model: Model, row: Mapping[str, Any], *, prompt: str, subject: str) -> Subject:
+    """Fill in a relation's prompt, and find the subject's last token in it."""
     if subject not in row:
         raise DataError(
             f"subject={subject!r} is not a column of the data.", hint=did_you_mean(subject, list(row))
@@ -254,7 +249,7 @@ class RelationKind(LastBlockKind):
         """As in `MappingKind`."""
         options = request.options
         names = {name: options.options[name] for name in ("prompt", "subject")}
-        prompts = {find_subject(request.source, row, **names) for row in data.rows}
+        prompts = {_find_subject(request.source, row, **names) for row in data.rows}
         _split(list(prompts), subjects=self.option(options, "subjects"), seed=options.seed)
 
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, TypeAlias
 
 import torch
 
@@ -26,9 +26,9 @@ from patchscope_nn._util.arguments import checked
 from patchscope_nn.errors import LayerError, MappingError, did_you_mean
 from patchscope_nn.fitting.reading import Row, read_rows
 from patchscope_nn.fitting.reporting import Progress
-from patchscope_nn.fitting.trained.examples import Example, make_examples, text_nll_nats
+from patchscope_nn.fitting.trained.examples import Example, make_examples
 from patchscope_nn.fitting.trained.forms import Affine, Form, LowRank, ScalarAffine, Scale
-from patchscope_nn.fitting.trained.frozen import Frozen, check_weights, frozen
+from patchscope_nn.fitting.trained.frozen import Frozen, Write, check_weights, frozen
 from patchscope_nn.fitting.trained.kind import MappingKind, Option, Request, Rows
 from patchscope_nn.fitting.trained.outcome import Outcome
 from patchscope_nn.fitting.trained.splits import Parts, split_items
@@ -97,7 +97,7 @@ def fit_through_text(
     to = target_model or model
     chosen_rank = _check_form(kind, rank, size=model.info.d_model, other=to.info.d_model)
     training = training or KINDS[kind].training or Training()
-    pairs = find_pairs(model, to, source=source, target=target)
+    pairs = _find_pairs(model, to, source=source, target=target)
     examples = make_examples(rows, model=model, to=to, source=source, target=target, text=text)
     parts = _split(examples, training)
     maps, scores, steps = {}, [], {}
@@ -106,8 +106,9 @@ def fit_through_text(
         for index, (layer, layer_star) in enumerate(pairs):
             torch.manual_seed(training.seed)  # for V, the only random start
             form = KINDS[kind].form(model.info.d_model, chosen_rank).to(net.device)
-            course = _Course(net, parts, read[layer], layer=layer_star, training=training)
-            steps[f"{layer},{layer_star}"] = course.train(form, _within(progress, index, len(pairs)))
+            course = _Course(net, read[layer], layer=layer_star)
+            within = _within(progress, index, len(pairs))
+            steps[f"{layer},{layer_star}"] = course.train(form, training, within)
             maps[layer, layer_star] = form.tensors()
             scores.append(course.score(form, source_layer=layer))
     return Outcome(
@@ -143,13 +144,8 @@ def _check_form(kind: str, rank: int | None, *, size: int, other: int) -> int:
     return rank
 
 
-def find_pairs(model: Model, to: Model, *, source: Source, target: Target) -> list[tuple[int, int]]:
-    """Resolve the layers of a source and a target to pairs (l, l*).
-
-    Raises:
-        LayerError: A layer lies outside its model.
-        MappingError: A field other than the prompt, the position and the layer is set.
-    """
+def _find_pairs(model: Model, to: Model, *, source: Source, target: Target) -> list[tuple[int, int]]:
+    """Resolve the layers to pairs (l, l*), and refuse a source or target that sets fields beside `_USED`."""
     for name, side in (("source", source), ("target", target)):
         for field, description in type(side).model_fields.items():
             value = getattr(side, field)
@@ -177,79 +173,80 @@ def _split(examples: Sequence[Example], training: Training) -> Parts[Example]:
     return Parts(*([example for example in examples if example.source in set(part)] for part in prompts))
 
 
-class _States(NamedTuple):
-    """The states of the examples of each part, (n_examples, n_read, d_model), in float32."""
-
-    fitted: torch.Tensor
-    stopping: torch.Tensor
-    held_out: torch.Tensor
+#: A training example with its source states, (n_read, d_model) in float32.
+_Given: TypeAlias = tuple[Example, torch.Tensor]
+_Map: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 
 
-def _read(model: Model, parts: Parts[Example], layers: Sequence[int], device: Any) -> dict[int, _States]:
+def _read(
+    model: Model, parts: Parts[Example], layers: Sequence[int], device: Any
+) -> dict[int, Parts[_Given]]:
     """Read the source states of all examples at each layer."""
     check_weights(model)
-    rows = [[Row(example.source, example.source_positions) for example in part] for part in parts]
-    read = [read_rows(part, layers, model) for part in rows]
+    read = [
+        read_rows([Row(each.source, each.source_positions) for each in part], layers, model) for part in parts
+    ]
 
-    def stacked(states: list[torch.Tensor]) -> torch.Tensor:
-        return torch.stack(states).float().to(device) if states else torch.empty(0)
+    def of_layer(layer: int) -> Iterator[list[_Given]]:
+        for part, states in zip(parts, read, strict=True):
+            yield [(each, state.float().to(device)) for each, state in zip(part, states[layer], strict=True)]
 
-    return {layer: _States(*(stacked(part[layer]) for part in read)) for layer in layers}
+    return {layer: Parts(*of_layer(layer)) for layer in layers}
 
 
 class _Course:
-    """The training of one map."""
+    """The training and scoring of one map, written at `layer`."""
 
-    def __init__(
-        self, net: Frozen, parts: Parts[Example], states: _States, *, layer: int, training: Training
-    ) -> None:
-        self.net, self.parts, self.states = net, parts, states
-        self.layer, self.training = layer, training
-        self._generator = torch.Generator().manual_seed(training.seed)
+    def __init__(self, net: Frozen, parts: Parts[_Given], *, layer: int) -> None:
+        self.net, self.parts, self.layer = net, parts, layer
 
-    def train(self, f: torch.nn.Module, progress: Progress | None) -> int:
+    def train(self, f: torch.nn.Module, training: Training, progress: Progress | None) -> int:
         """Train a map, and return the step whose weights it has."""
+        fitted, generator = self.parts.fitted, torch.Generator().manual_seed(training.seed)
 
         def losses() -> Iterator[torch.Tensor]:
-            order = torch.randperm(len(self.parts.fitted), generator=self._generator)
-            batch = order[: self.training.batch].tolist()
-            examples = [self.parts.fitted[index] for index in batch]
-            loss, tokens = text_nll_nats(self.net, examples, f(self.states.fitted[batch]), layer=self.layer)
+            batch = torch.randperm(len(fitted), generator=generator)[: training.batch].tolist()
+            loss, tokens = self._nll([fitted[index] for index in batch], f)
             yield loss / tokens
 
-        return descend(
-            {"f": f},
-            losses=losses,
-            score=lambda: {"f": self._mean(self.parts.stopping, self.states.stopping, f)},
-            training=self.training,
-            progress=progress,
-        )["f"]
+        def score() -> dict[str, float]:
+            return {"f": self._mean(self.parts.stopping, f)}
+
+        return descend({"f": f}, losses=losses, score=score, training=training, progress=progress)["f"]
 
     def score(self, f: torch.nn.Module, *, source_layer: int) -> TextScore:
         """Score a map on the held-out examples."""
-        held, states = self.parts.held_out, self.states.held_out
-        other = torch.arange(len(held)) % len(self.parts.fitted)
+        fitted, held = self.parts.fitted, self.parts.held_out
+        shuffled = [(each, fitted[index % len(fitted)][1]) for index, (each, _) in enumerate(held)]
         with torch.no_grad():
             return TextScore(
                 source_layer=source_layer,
                 target_layer=self.layer,
                 n_rows=len(held),
-                n_tokens=sum(len(example.text) for example in held),
-                nll_nats=self._mean(held, states, f),
-                untrained_nll_nats=self._mean(held, states, lambda states: states),
-                shuffled_nll_nats=self._mean(held, self.states.fitted[other], f),
+                n_tokens=sum(len(each.text) for each, _ in held),
+                nll_nats=self._mean(held, f),
+                untrained_nll_nats=self._mean(held, lambda states: states),
+                shuffled_nll_nats=self._mean(shuffled, f),
             )
 
-    def _mean(
-        self, examples: Sequence[Example], states: torch.Tensor, f: Callable[[torch.Tensor], torch.Tensor]
-    ) -> float:
+    def _mean(self, examples: Sequence[_Given], f: _Map) -> float:
         """The mean -log p of a token of the examples' texts, in nats."""
-        total, tokens = 0.0, 0
-        for start in range(0, len(examples), _BATCH):
-            batch = slice(start, start + _BATCH)
-            loss, count = text_nll_nats(self.net, examples[batch], f(states[batch]), layer=self.layer)
-            total, tokens = total + float(loss), tokens + count
-        return total / tokens
+        batches = [examples[start : start + _BATCH] for start in range(0, len(examples), _BATCH)]
+        sums = [self._nll(batch, f) for batch in batches]
+        return sum(float(loss) for loss, _ in sums) / sum(tokens for _, tokens in sums)
+
+    def _nll(self, examples: Sequence[_Given], f: _Map) -> tuple[torch.Tensor, int]:
+        """The sum of -log p over the tokens of the texts after T, in nats, and the number of these tokens."""
+        given = [example for example, _ in examples]
+        mapped = f(torch.stack([states for _, states in examples]))
+        write = Write(layer=self.layer, positions=[each.target_positions for each in given], states=mapped)
+        batch = self.net.batch([each.target + each.text for each in given])
+        last = self.net.run(batch, read={self.net.last}, writes=[write])[self.net.last]
+        rows = [row for row, each in enumerate(given) for _ in each.text]
+        columns = [len(each.target) - 1 + index for each in given for index in range(len(each.text))]
+        expected = torch.tensor([token for each in given for token in each.text], device=last.device)
+        logits = self.net.unembed(last[rows, columns]).float()
+        return torch.nn.functional.cross_entropy(logits, expected, reduction="sum"), len(expected)
 
 
 def _within(progress: Progress | None, index: int, count: int) -> Progress | None:
@@ -274,7 +271,7 @@ class ThroughText(MappingKind):
     def check(self, request: Request) -> None:
         """As in `MappingKind`."""
         source, target = request.prompts
-        find_pairs(request.source, request.target, source=source, target=target)
+        _find_pairs(request.source, request.target, source=source, target=target)
         size, other = request.source.info.d_model, request.target.info.d_model
         rank = request.options.rank
         if size != other or (rank or 1) > size:
@@ -287,14 +284,9 @@ class ThroughText(MappingKind):
     def check_data(self, request: Request, data: Rows) -> None:
         """As in `MappingKind`."""
         source, target = request.prompts
-        examples = make_examples(
-            data.rows,
-            model=request.source,
-            to=request.target,
-            source=source,
-            target=target,
-            text=request.options.options["text"],
-        )
+        models = {"model": request.source, "to": request.target}
+        text = request.options.options["text"]
+        examples = make_examples(data.rows, **models, source=source, target=target, text=text)
         _split(examples, self.training_of(request.options))
 
     def arguments(self, request: Request, layers: Sequence[int]) -> dict[str, Any]:  # noqa: ARG002 (S names them)
@@ -304,8 +296,9 @@ class ThroughText(MappingKind):
         return {"source": source, "target": target, "training": training, **self.own_options(request.options)}
 
 
-def _kind(name: str, formula: str, form: type[Form], *, learning_rate: float) -> ThroughText:
-    return ThroughText(
+#: The kinds of this file, by name. Maps with fewer parameters take larger steps.
+KINDS: dict[str, ThroughText] = {
+    name: ThroughText(
         name=name,
         summary=f"f(h) = {formula}, trained so that a text follows T with f(h) in it (arXiv 2602.10352).",
         fit=functools.partial(fit_through_text, kind=name),
@@ -315,15 +308,10 @@ def _kind(name: str, formula: str, form: type[Form], *, learning_rate: float) ->
         uses_prompts=True,
         form=form,
     )
-
-
-#: The kinds of this file, by name. Maps with fewer parameters take larger steps.
-KINDS: dict[str, ThroughText] = {
-    kind.name: kind
-    for kind in (
-        _kind("trained_scale", "a h", Scale, learning_rate=0.05),
-        _kind("trained_scalar_affine", "a h + b", ScalarAffine, learning_rate=0.02),
-        _kind("trained_low_rank", "h + U V h + b", LowRank, learning_rate=0.002),
-        _kind("trained_affine", "W h + b", Affine, learning_rate=0.001),
+    for name, formula, form, learning_rate in (
+        ("trained_scale", "a h", Scale, 0.05),
+        ("trained_scalar_affine", "a h + b", ScalarAffine, 0.02),
+        ("trained_low_rank", "h + U V h + b", LowRank, 0.002),
+        ("trained_affine", "W h + b", Affine, 0.001),
     )
 }
