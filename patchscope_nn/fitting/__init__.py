@@ -3,6 +3,7 @@
 closed/              closed forms, from the states of two models or two layers at the same places of texts
 trained/             kinds that are trained or differentiated through a frozen model, one file a kind
 reading.py           hidden states read by the compiler, for both
+reporting.py         the progress and the notices of both
 cached.py            a closed form that a recipe asks for
 planned_training.py  a training that a recipe asks for
 """

@@ -11,11 +11,13 @@ from typing import Any
 from patchscope_nn._util.digests import digest
 from patchscope_nn.data.rows import DataSpec, load_rows
 from patchscope_nn.errors import DataError, did_you_mean
+from patchscope_nn.spec import Fit
 from patchscope_nn.spec.prompts import text_of
 
 #: The data to fit on if none is named, and its column.
 DEFAULT_DATA: Mapping[str, Any] = {"builtin": "texts"}
 DEFAULT_COLUMN = "text"
+_DEFAULT = Fit()
 #: The share of the texts to choose lambda or alpha by, among those that are not held out.
 _CHOOSING = 0.1
 
@@ -41,9 +43,9 @@ def read_texts(
     data: DataSpec,
     *,
     column: str | None = None,
-    held_out: float | DataSpec = 0.2,
+    held_out: float | DataSpec = _DEFAULT.held_out,
     limit: int | None = None,
-    seed: int = 0,
+    seed: int = _DEFAULT.seed,
     base: Path | None = None,
 ) -> Texts:
     """Read texts and split them.
@@ -118,7 +120,7 @@ def _about(data: DataSpec, texts: Sequence[str]) -> dict[str, Any]:
 
 
 def digest_of(texts: Iterable[str]) -> str:
-    """16 hex digits that identify a set of texts, whatever their order."""
+    """16 hex digits that identify a set of texts, independent of their order."""
     keys = sorted(_key(text) for text in texts)
     return hashlib.sha256("".join(keys).encode()).hexdigest()[:16]
 

@@ -23,7 +23,10 @@ from patchscope_nn.fitting.trained.last_block import LensKind
 from patchscope_nn.fitting.trained.lens import lens_outcome
 from patchscope_nn.fitting.trained.outcome import Outcome
 from patchscope_nn.fitting.trained.splits import split_texts
+from patchscope_nn.fitting.trained.training import Training
 from patchscope_nn.models import Model
+
+_DEFAULT = Training()
 
 
 class JacobianRows(NamedTuple):
@@ -80,8 +83,8 @@ def fit_jacobian_lens(
     max_tokens: MaxTokens = 128,
     skip_first: SkipFirst = 16,
     rows_at_a_time: RowsAtATime = 16,
-    held_out: HeldOut = 0.2,
-    seed: Seed = 0,
+    held_out: HeldOut = _DEFAULT.held_out,
+    seed: Seed = _DEFAULT.seed,
     progress: Progress | None = None,
 ) -> Outcome:
     """Average the Jacobians of the last block's states over texts.

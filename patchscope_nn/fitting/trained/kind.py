@@ -1,4 +1,4 @@
-"""The contract of a kind that is trained: its options, and for recipes its shapes, its checks and its data.
+"""The contract of a trained kind: its options, and for recipes its shapes, its checks and its data.
 
 A kind is one file of this folder: the function that fits it, and an object that describes it. `kinds.py`
 lists the objects. `ps.fit`, `patchscope fit` and recipes (`mapping: {train: ...}`) use nothing else.
@@ -90,8 +90,8 @@ class TrainedKind:
         name: What `ps.fit`, `patchscope fit` and recipes call it.
         summary: One sentence for `patchscope fit --help`.
         fit: Takes a model, the data, keyword arguments, and `progress`. Its keyword arguments are the kind's
-            options, with their defaults, and with an `Option` in their annotation. Only `training`, `source`
-            and `target` have none: the command line offers the same options for them, whatever the kind.
+            options; an `Option` in the annotation describes each. `training`, `source` and `target` have
+            none, because the command line offers the same options for them in every kind.
         reads: `texts` if the data are texts of one column, `rows` if they are whole data rows.
         training: How it is trained by default; None if it takes no steps.
         data: What `patchscope fit` trains on by default; None if data must be named.

@@ -72,7 +72,7 @@ def minibatches(
 def lens_outcome(
     net: Frozen, maps: Mapping[int, Tensors], parts: Parts[Ids], *, kind: str, skip_first: int, **more: Any
 ) -> Outcome:
-    """Score a lens on the held-out texts, beside the logit lens; `more` is added to its provenance."""
+    """Score a lens and the logit lens on the held-out texts; `more` is added to the lens's provenance."""
     with_plain = {
         layer: (affine_map(tensors, net.device), lambda states: states) for layer, tensors in maps.items()
     }

@@ -214,7 +214,7 @@ class _Answers:
         return min(BETAS, key=loss)
 
     def score(self, tensors: Mapping[str, torch.Tensor], *, mean: torch.Tensor, beta: float) -> RelationScore:
-        """Score f beside the identity, and beside one state `mean` for all subjects."""
+        """Score f, the identity, and a map that gives the state `mean` for all subjects."""
         faithfulness, kl = self.compare(affine_map(tensors, self.net.device))
         mean_faithfulness, mean_kl = self.compare(lambda states: mean.to(states).expand(len(states), -1))
         return RelationScore(

@@ -86,7 +86,7 @@ def fit_soft_prompt(
 ) -> FittedPrompt:
     """Learn a target prompt that makes the model predict from a state what it predicts in the text.
 
-    The authors use 10 tokens. `training.batch` counts states.
+    `training.batch` counts states. The prompt is trained for all `offsets` together.
 
     Returns:
         The prompt, scored for each offset.
@@ -139,7 +139,7 @@ def _one_layer(model: Model, layer: Any) -> int:
 
 
 def _numbers(scores: Sequence[FutureScore]) -> dict[str, float]:
-    """All scores by name, such as `kl_nats_0` for offset 0."""
+    """All scores by name, for example `kl_nats_0` for offset 0."""
     return {
         f"{name}_{score.offset}": value
         for score in scores
@@ -224,7 +224,7 @@ class _Course:
     def score(
         self, prompt: torch.Tensor, start: torch.Tensor, held: _States, *, other: _States
     ) -> tuple[FutureScore, ...]:
-        """Score a prompt beside its start, and beside itself with the states of other texts."""
+        """Score a prompt, its start, and the prompt with the states of other texts."""
         indices = torch.arange(len(held.states)) % len(other.states)
         shuffled = held._replace(states=other.states[indices])
         trials = {"": (prompt, held), "untrained_": (start, held), "shuffled_": (prompt, shuffled)}

@@ -9,8 +9,8 @@ text after T. The kinds have from one to d^2 parameters, and all start as the id
     trained_low_rank       f(h) = h + U V h + b
     trained_affine         f(h) = W h + b
 
-Much of what such a map gains may come from its bias, which does not depend on the state. So each fit is also
-scored with the identity, and with the states of other rows: the difference is what the state itself adds.
+Much of a map's gain may come from its bias, which does not depend on the state. Therefore each fit is also
+scored with the identity and with the states of other rows; the difference is what the state itself adds.
 """
 
 from __future__ import annotations
@@ -84,8 +84,8 @@ def fit_through_text(
 ) -> Outcome:
     """Train one map of a kind of `KINDS` for each (l, l*); `training.batch` counts rows.
 
-    `same` as the layer of `target` pairs l* with l; other layers are crossed with all l. `target_model` is
-    M*, by default M.
+    If the layer of `target` is `same`, l* is l; other target layers are crossed with all l. `target_model` is
+    M*, by default M. Prompts and `text` are filled in from each row.
 
     Returns:
         For each (l, l*) its tensors; `held_out` is a `TextScore` for each.
@@ -107,8 +107,8 @@ def fit_through_text(
             torch.manual_seed(training.seed)  # for V, the only random start
             form = KINDS[kind].form(model.info.d_model, chosen_rank).to(net.device)
             course = _Course(net, read[layer], layer=layer_star)
-            within = _within(progress, index, len(pairs))
-            steps[f"{layer},{layer_star}"] = course.train(form, training, within)
+            own_progress = _progress_within(progress, index, len(pairs))
+            steps[f"{layer},{layer_star}"] = course.train(form, training, own_progress)
             maps[layer, layer_star] = form.tensors()
             scores.append(course.score(form, source_layer=layer))
     return Outcome(
@@ -145,7 +145,7 @@ def _check_form(kind: str, rank: int | None, *, size: int, other: int) -> int:
 
 
 def _find_pairs(model: Model, to: Model, *, source: Source, target: Target) -> list[tuple[int, int]]:
-    """Resolve the layers to pairs (l, l*), and refuse a source or target that sets fields beside `_USED`."""
+    """Resolve the layers to pairs (l, l*). A source or target may set only the fields of `_USED`."""
     for name, side in (("source", source), ("target", target)):
         for field, description in type(side).model_fields.items():
             value = getattr(side, field)
@@ -249,8 +249,8 @@ class _Course:
         return torch.nn.functional.cross_entropy(logits, expected, reduction="sum"), len(expected)
 
 
-def _within(progress: Progress | None, index: int, count: int) -> Progress | None:
-    """The progress of one of several courses, as progress of the whole."""
+def _progress_within(progress: Progress | None, index: int, count: int) -> Progress | None:
+    """Reports the progress of one map as progress of all maps."""
     if progress is None:
         return None
     return lambda done, total: progress(index * total + done, count * total)
