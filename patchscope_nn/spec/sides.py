@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import BeforeValidator, Field, PlainSerializer, WithJsonSchema, model_validator
 
 from patchscope_nn._util.checking import Spec
+from patchscope_nn.spec.forms import closed, listed
 from patchscope_nn.spec.layers import SourceLayers, TargetLayers
 from patchscope_nn.spec.positions import Positions
 from patchscope_nn.spec.prompts import Prompt
@@ -22,10 +23,6 @@ Control: TypeAlias = Literal["unpatched", "random", "shuffled", "text-only"]
 STATELESS: tuple[Control, ...] = ("unpatched", "text-only")
 
 
-def _listed(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
-
-
 #: States are averaged over positions, over all data rows, or over the rows of each value of a column.
 Mean: TypeAlias = Literal["positions", "rows"] | tuple[Literal["rows"], str]
 
@@ -38,23 +35,11 @@ AnyMean = Annotated[
     Mean | None,
     BeforeValidator(_mean),
     PlainSerializer(lambda mean: {mean[0]: mean[1]} if isinstance(mean, tuple) else mean),
-    WithJsonSchema(
-        {
-            "anyOf": [
-                {"enum": ["positions", "rows", None]},
-                {
-                    "type": "object",
-                    "properties": {"rows": {"type": "string"}},
-                    "required": ["rows"],
-                    "additionalProperties": False,
-                },
-            ]
-        }
-    ),
+    WithJsonSchema({"anyOf": [{"enum": ["positions", "rows", None]}, closed(rows={"type": "string"})]}),
 ]
 
 
-def _vector(value: Any) -> Any:
+def _as_vector(value: Any) -> Any:
     return {"file": value} if isinstance(value, str) else value
 
 
@@ -95,7 +80,7 @@ class Source(Spec):
     model: str | None = None
     mean: AnyMean = None
     minus: Prompt | None = None
-    vector: Annotated[Vector | None, BeforeValidator(_vector)] = None
+    vector: Annotated[Vector | None, BeforeValidator(_as_vector)] = None
 
     @model_validator(mode="after")
     def _one_origin(self) -> Source:
@@ -135,7 +120,7 @@ class Target(Spec):
     """
 
     prompt: Prompt | None = None
-    prompts: Annotated[tuple[Prompt, ...], BeforeValidator(_listed)] = ()
+    prompts: Annotated[tuple[Prompt, ...], BeforeValidator(listed)] = ()
     combine: Literal["intersect", "average"] = "intersect"
     position: Positions | None = None
     layer: TargetLayers = "same"
