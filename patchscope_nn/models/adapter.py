@@ -72,22 +72,15 @@ def with_adapter(
 def common_base(first: Any, second: Any) -> Any:
     """Return the base model that two models share, so that it is loaded only once.
 
-    Args:
-        first: A model as `load` takes it.
-        second: Another.
-
-    Returns:
-        The base model as `load` takes it; None if neither is an adapter, or if their bases differ.
+    All three are given as `load` takes them. None if neither is an adapter, or if their bases differ.
     """
     models = (first, second)
     bases = [_base_of(model) for model in models]
-    roots = [
-        base or (model.info.name if isinstance(model, Model) else str(model))
-        for base, model in zip(bases, models, strict=True)
-    ]
-    if roots[0] != roots[1] or not any(bases):
+    names = [model.info.name if isinstance(model, Model) else str(model) for model in models]
+    roots = {base or name for base, name in zip(bases, names, strict=True)}
+    if len(roots) > 1 or not any(bases):
         return None
-    return next((model for base, model in zip(bases, models, strict=True) if base is None), roots[0])
+    return next((model for base, model in zip(bases, models, strict=True) if base is None), roots.pop())
 
 
 def with_named_adapter(model: Model, name: Any) -> Model:

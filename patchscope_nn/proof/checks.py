@@ -13,9 +13,9 @@ from patchscope_nn.models.architecture import setting
 from patchscope_nn.plan import Optimisations
 from patchscope_nn.proof.hooks import Hooks, distance
 from patchscope_nn.proof.reference import Reference
-from patchscope_nn.proof.trials import DECODED, Lengths, Runner, Trial, readout_of
-from patchscope_nn.readouts import Choices, Generate, Hidden, NextToken
-from patchscope_nn.spec import RESIDUAL, SITES, Site
+from patchscope_nn.proof.trials import CHOICES, DECODED, GENERATE, HIDDEN, NEXT_TOKEN, Lengths, Runner, Trial
+from patchscope_nn.readouts import Generate
+from patchscope_nn.spec import RESIDUAL, SITES, Readout, Site
 
 #: The change of a logit that rounding explains, by dtype, in standard deviations of the logits. In half
 #: precision, it is raised to `_TIMES_NOISE` times the measured rounding of the model.
@@ -96,13 +96,13 @@ class Checks:
         rows = (short, Lengths(source, target))
         # Two source prompts of equal length share a pass, even if prompts of different lengths may not.
         three = (short, short._replace(variant=1), Lengths(source, target))
-        first = Trial(readout=readout_of(NextToken), rows=three, layers=self.layers)
+        first = Trial(readout=NEXT_TOKEN, rows=three, layers=self.layers)
         self._orient(first)
         if lengths:
             self._compare_lengths(short.target, source)
         self._check_plain(replace(first, rows=rows[-1:]))
         self._check(first)
-        self._check(Trial(readout=readout_of(Hidden), rows=rows[:1], layers=self.layers[:1]))
+        self._check(Trial(readout=HIDDEN, rows=rows[:1], layers=self.layers[:1]))
         self._check_sites()
         self._check_mask(rows)
         packs, longer = self.model.info.architecture.packs, Lengths(short.source, target)
@@ -116,7 +116,7 @@ class Checks:
     def compare_next_tokens(self) -> None:
         """Compare only the next tokens of short prompts, with all optimisations."""
         self._measure_rounding()
-        trial = Trial(readout=readout_of(NextToken), rows=(SHORT,), layers=self.layers)
+        trial = Trial(readout=NEXT_TOKEN, rows=(SHORT,), layers=self.layers)
         self._orient(trial)
         self._check(trial)
 
@@ -128,7 +128,7 @@ class Checks:
         across, behind = Lengths(short.source, length), Lengths(length + 6, length + 4)
         try:
             self._compare_lengths(length, length + 4)
-            trial = Trial(readout=readout_of(NextToken), rows=(short, behind), layers=(self.middle,))
+            trial = Trial(readout=NEXT_TOKEN, rows=(short, behind), layers=(self.middle,))
             self.reference.prepare(trial)
             self._check_plain(replace(trial, rows=(behind,)))
             self._check(trial)
@@ -143,29 +143,29 @@ class Checks:
 
     def _decode(self, *rows: Lengths, leaving: bool = False) -> None:
         """Compare decoding after prompts; with `leaving`, one row ends early and leaves the batch."""
-        first, middle = self.layers[0], self.middle
-        trial, eos = Trial(readout=readout_of(Generate), rows=rows, layers=(middle,)), None
+        trial, eos = Trial(readout=GENERATE, rows=rows, layers=(self.middle,)), None
         # Two prompts of equal length, of which one ends before the other.
         for variant in _VARIANTS if leaving else ():
             if eos is None:
                 trial = replace(trial, rows=(rows[0], rows[0]._replace(variant=variant), *rows[1:]))
                 eos = self._end_of_some(trial)
         self._check(trial, eos=eos)
-        self._check(Trial(readout=readout_of(Choices), rows=rows, layers=(first,), target_layers=(middle,)))
+        self._check(self._upwards(CHOICES, rows))
 
     def _decode_padded(self, *rows: Lengths) -> None:
         """Compare decoding from rows of different lengths, on a model whose cells are usually packed.
 
         Its cells are rows if a site inside a block is written, or if packing is off.
         """
-        first, middle = self.layers[:1], (self.middle,)
-        trial = Trial(readout=readout_of(Choices), rows=rows, layers=first, target_layers=middle)
-        self._check(trial, Optimisations(prefix_sharing=False, late_entry=False))
+        self._check(self._upwards(CHOICES, rows), Optimisations(prefix_sharing=False, late_entry=False))
+
+    def _upwards(self, readout: Readout, rows: tuple[Lengths, ...]) -> Trial:
+        """Return a trial that reads the first block and writes a middle one."""
+        return Trial(readout=readout, rows=rows, layers=self.layers[:1], target_layers=(self.middle,))
 
     def _check_sites(self) -> None:
         """Compare reads and writes at sites inside a block; switch off the sites that differ."""
-        first, middle = self.layers[:1], (self.middle,)
-        residual = Trial(readout=readout_of(NextToken), rows=(SHORT,), layers=first, target_layers=middle)
+        residual = self._upwards(NEXT_TOKEN, (SHORT,))
         trials = [replace(residual, sites=sites) for sites in paired_sites(self.model.info)]
         self.reference.prepare(*trials)
         for trial in trials:
@@ -193,7 +193,7 @@ class Checks:
         """Compare a run with an explicit mask that cuts attention to a later token, so nothing changes."""
         if not (self.model.info.supports("cut") and self.hooks.causal) or self._off(CUT):
             return
-        trial = Trial(readout=readout_of(NextToken), rows=rows[-1:], layers=self.layers, cuts=True)
+        trial = Trial(readout=NEXT_TOKEN, rows=rows[-1:], layers=self.layers, cuts=True)
         self._settle(CUT, "plain path", trial, *self._error(trial, _ALL))
 
     def _measure_rounding(self) -> None:
@@ -238,16 +238,14 @@ class Checks:
 
     def _check_fused(self) -> None:
         """Compare a source and a target that share a forward, with decoding after it if that is cached."""
-        cached = [
-            kind for kind in (Choices, Generate) if not self._off("cached_decoding", readout_of(kind).name)
-        ]
-        readout = readout_of(NextToken)
-        if cached:
-            readout = readout_of(Choices) if Choices in cached else Generate(max_new_tokens=2)
+        decoding = (
+            readout
+            for readout in (CHOICES, Generate(max_new_tokens=2))
+            if not self._off("cached_decoding", readout.name)
+        )
         # Prompts of equal length share a forward, even if prompts of different lengths may not.
         row = Lengths(SHORT.target, SHORT.target) if self._off("mixed_lengths") else SHORT
-        first, middle = self.layers[:1], (self.middle,)
-        trial = Trial(readout=readout, rows=(row,), layers=first, target_layers=middle)
+        trial = self._upwards(next(decoding, NEXT_TOKEN), (row,))
         self.reference.prepare(trial)
         self._settle(FUSED, "fused context", trial, *self._error(trial, _ALL, context="auto"))
 

@@ -47,16 +47,9 @@ class Numbers:
 
 
 def random_ids(model: Model, count: int, *, seed: int, variant: int = 0) -> list[int]:
-    """Random ids of a model's tokenizer, without special tokens.
+    """Random ids of a model's tokenizer, (count,), without special tokens.
 
-    Args:
-        model: The model.
-        count: How many.
-        seed: Seed of the random choice.
-        variant: Which of several choices with the same seed.
-
-    Returns:
-        (count,) token ids.
+    `variant` says which of several choices with the same seed.
     """
     special = {*_special(model.module.config), *getattr(model.tokenizer, "all_special_ids", ())}
     size = min(len(model.tokenizer), model.info.vocab_size)

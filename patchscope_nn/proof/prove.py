@@ -35,14 +35,7 @@ _LONGEST = {"cpu": 2048, "cuda": 16384}
 
 
 def prove(model: Model, *, key: str) -> Verdict:
-    """Prove a model.
-
-    Args:
-        model: The model, with its weights in this process.
-        key: The key of the verdict in the store.
-
-    Returns:
-        The verdict.
+    """Prove a model with its weights in this process; `key` is the key of its verdict in the store.
 
     Raises:
         ModelError: The plain path differs from plain hooks, or its numbers are not finite.

@@ -6,7 +6,7 @@ any set of optimisations; `reference.py` computes the expected result of every c
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
@@ -27,7 +27,10 @@ _PREFIX = 3
 #: The number of top tokens that a next-token trial compares, and of tokens that a decoding trial decodes.
 _COMPARED, DECODED = 24, 3
 #: The lengths of the choices in tokens: the first needs a forward after the prompt, the second none.
-CHOICES = (3, 1)
+CHOICE_LENGTHS = (3, 1)
+#: The readouts of the trials; the texts of `CHOICES` are columns of the trials' rows.
+NEXT_TOKEN, HIDDEN = NextToken(top_k=_COMPARED), Hidden(clean=True)
+GENERATE, CHOICES = Generate(max_new_tokens=DECODED, relevancy=True), Choices(["{c0}", "{c1}"])
 
 Results = list[tuple[Cell, dict[str, Any]]]
 _IDENTITY = ResolvedMapping(name="identity", kind="identity")
@@ -48,24 +51,20 @@ class Lengths(NamedTuple):
 
 
 class Programs(NamedTuple):
-    """The programs of a trial's steps.
+    """A trial's plan, its steps, and the program of each."""
 
-    Attributes:
-        steps: The programs.
-        plans: The plan and the step of each program.
-    """
+    planned: Plan
+    steps: list[Step]
+    programs: list[StepProgram]
 
-    steps: list[StepProgram]
-    plans: tuple[tuple[Plan, Step], ...]
+    def rows(self, results: Iterator[Any]) -> list[dict[str, Any]]:
+        """Convert the next results of steps to the raw readout of every cell, in the sweep's order."""
+        cells = [cell for step in self.steps for cell in results_of(self.planned, step, next(results))]
+        return [raw for _, raw in _in_order(cells)]
 
-    def rows(self, results: Sequence[Any]) -> list[dict[str, Any]]:
-        """Convert the results of the steps to the raw readout of every cell, in the sweep's order."""
-        cells = [
-            cell
-            for (planned, step), result in zip(self.plans, results, strict=True)
-            for cell in results_of(planned, step, result)
-        ]
-        return [raw for _, raw in sorted(cells, key=lambda result: result[0].number)]
+
+def _in_order(cells: Results) -> Results:
+    return sorted(cells, key=lambda result: result[0].number)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,24 +96,10 @@ class Trial:
         return f"{self.readout.name}{sites}{', attention mask' if self.cuts else ''}"
 
     @property
-    def decoded(self) -> int:
-        """The number of decoded tokens; 0 for a readout that does not decode."""
-        return self.readout.decoded
-
-    @property
     def tokens(self) -> int:
         """The length of the longest prompt, appended tokens included."""
-        more = max(CHOICES) if self.readout.appends else self.decoded
+        more = max(CHOICE_LENGTHS) if self.readout.appends else self.readout.decoded
         return max(max(row.source, row.target + more) for row in self.rows)
-
-
-def readout_of(kind: type[Readout]) -> Readout:
-    """Return a readout with the options of the trials; its texts are columns of the trials' rows."""
-    if kind is NextToken:
-        return NextToken(top_k=_COMPARED)
-    if kind is Choices:
-        return Choices(["{c0}", "{c1}"])
-    return Generate(max_new_tokens=DECODED, relevancy=True) if kind is Generate else Hidden(clean=True)
 
 
 @contextmanager
@@ -122,13 +107,14 @@ def _endless(module: Any) -> Iterator[None]:
     """While active, a model has no end token, so that generated texts always reach their full length."""
     config: Any = getattr(module, "generation_config", None)
     ends = getattr(config, "eos_token_id", None)
-    if ends is not None:
-        config.eos_token_id = None
+    if ends is None:
+        yield
+        return
+    config.eos_token_id = None
     try:
         yield
     finally:
-        if ends is not None:
-            config.eos_token_id = ends
+        config.eos_token_id = ends
 
 
 class Runner:
@@ -155,7 +141,7 @@ class Runner:
 
     def row(self, lengths: Lengths) -> dict[str, str]:
         """Return a data row of a trial: its prompts and its choices, as texts of token ids."""
-        columns = {f"c{number}": self.ids["s"][-count:] for number, count in enumerate(CHOICES)}
+        columns = {f"c{number}": self.ids["s"][-count:] for number, count in enumerate(CHOICE_LENGTHS)}
         columns |= {"s": self.source_prompt(lengths), "t": self.target_prompt(lengths)}
         return {name: "".join(f" {token}" for token in ids) for name, ids in columns.items()}
 
@@ -174,8 +160,7 @@ class Runner:
         )
         with _endless(model.module):
             steps = run_steps(planned, source=model, target=model, mapping=_IDENTITY, backend=Local())
-            cells = [result for step in steps for result in step]
-        return sorted(cells, key=lambda result: result[0].number)
+            return _in_order([result for step in steps for result in step])
 
     def programs(self, trial: Trial, optimisations: Optimisations) -> Programs:
         """Return the programs of a trial's steps, to run on another machine."""
@@ -187,7 +172,7 @@ class Runner:
                 lower(planned, step, source=model, target=model, mapping=_IDENTITY, states={})
                 for step in steps
             ]
-        return Programs(programs, tuple((planned, step) for step in steps))
+        return Programs(planned, steps, programs)
 
     def _model(self, eos: int | None) -> Model:
         return replace(

@@ -8,13 +8,11 @@ from typing import Annotated, Any, ClassVar
 from pydantic import BeforeValidator, Field
 
 from patchscope_nn.spec import ColumnType, PassCells, Readout, Tokens
+from patchscope_nn.spec.forms import listed
 
 
-def _listed(value: Any) -> Any:
-    """Convert a text or a list to a tuple; the type check refuses other values."""
-    if isinstance(value, str):
-        return (value,)
-    return tuple(value) if isinstance(value, list) else value
+def _continuations(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else listed(value)
 
 
 class Choices(Readout):
@@ -44,7 +42,7 @@ class Choices(Readout):
     action: ClassVar[str] = "{} then chose one of the given answers"
     odds: ClassVar[tuple[str, str] | None] = ("choices", "choice_probs")
 
-    continuations: Annotated[tuple[str, ...], Field(min_length=2), BeforeValidator(_listed)]
+    continuations: Annotated[tuple[str, ...], Field(min_length=2), BeforeValidator(_continuations)]
 
     def __init__(self, continuations: Any = None, **fields: Any) -> None:
         super().__init__(**{"continuations": continuations, **fields})

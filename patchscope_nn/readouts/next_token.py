@@ -8,13 +8,11 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field, WithJsonSchema
 
 from patchscope_nn.spec import ColumnType, PassCells, Readout, Tokens
+from patchscope_nn.spec.forms import listed
 
 
 def _reference(value: Any) -> Any:
-    """Convert a text or a list to a tuple; `source` stays a text."""
-    if isinstance(value, str) and value != "source":
-        return (value,)
-    return tuple(value) if isinstance(value, list) else value
+    return (value,) if isinstance(value, str) and value != "source" else listed(value)
 
 
 #: In a recipe, a single text is allowed in place of a list. `source` is a text too.
