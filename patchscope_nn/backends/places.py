@@ -138,8 +138,8 @@ class Places:
     Attributes:
         source: Where M runs.
         target: Where M* runs.
-        dtype: The dtype of models that are loaded, as in `models.load`.
-        device_map: The devices of models that are loaded, as in `models.load`.
+        dtype: The dtype of models that are loaded, as in `proof.load`.
+        device_map: The devices of models that are loaded, as in `proof.load`.
     """
 
     source: Backend = Local()

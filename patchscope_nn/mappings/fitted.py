@@ -69,15 +69,9 @@ class Fitted(torch.nn.Module):
         return {name: self.get_buffer(_buffer(name, pair)) for name in self._names[pair]}
 
     def forward(self, states: torch.Tensor, layer: int, target_layer: int) -> torch.Tensor:
-        """Map states from one layer to another.
+        """Map states of layer l, (..., d_in), to layer l*, (..., d_out).
 
-        Args:
-            states: (..., d_in), states of layer l.
-            layer: l.
-            target_layer: l*.
-
-        Returns:
-            (..., d_out), in the dtype and on the device of the maps.
+        The result has the dtype and the device of the maps.
 
         Raises:
             MappingError: It has no map for the pair.

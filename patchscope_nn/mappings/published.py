@@ -73,10 +73,7 @@ def load_published(kind: str, place: str | Path, *, info: ModelInfo) -> Fitted:
 
 
 def read_tuned_lens(folder: str | Path) -> dict[int, dict[str, torch.Tensor]]:
-    """Read a published tuned lens.
-
-    Args:
-        folder: Holds `config.json` and `params.pt`.
+    """Read a published tuned lens from a folder with `config.json` and `params.pt`.
 
     Returns:
         For each layer (-1 is the embedding), the map to the last block: `weight` = I + A (d_model, d_model)
@@ -115,10 +112,7 @@ def read_tuned_lens(folder: str | Path) -> dict[int, dict[str, torch.Tensor]]:
 
 
 def read_jacobian_lens(file: str | Path) -> dict[int, dict[str, torch.Tensor]]:
-    """Read a published Jacobian lens.
-
-    Args:
-        file: The .pt file.
+    """Read a published Jacobian lens from a .pt file.
 
     Returns:
         For each layer it was fitted for, the map to the last block: `weight` = J (d_model, d_model).

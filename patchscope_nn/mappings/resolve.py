@@ -58,7 +58,7 @@ def resolve_mapping(
     pairs: Sequence[Pair] = (),
     sites: tuple[str, str] = (RESIDUAL.name, RESIDUAL.name),
 ) -> ResolvedMapping:
-    """Load a mapping, and check on two states that it maps between two models.
+    """Load a Patchscope's mapping, and check on two states that it maps between two models.
 
     Args:
         mapping: The `mapping` of a Patchscope.
@@ -66,9 +66,6 @@ def resolve_mapping(
         target: The model whose hidden space it maps to.
         pairs: Every (l, l*) of the run; a fitted mapping needs a map for each.
         sites: The names of the sites that are read and written.
-
-    Returns:
-        The mapping, resolved.
 
     Raises:
         MappingError: It cannot be loaded, does not take (n, d_model) to (n, d_model of the target), or has

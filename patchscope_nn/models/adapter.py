@@ -28,11 +28,7 @@ def with_adapter(
         adapter: A folder or a Hugging Face id of a peft adapter.
         name: The new model's name; None is `MODEL+ADAPTER`.
         revision: The adapter's revision.
-        tokenizer: The new model's tokenizer; None takes the tokenizer saved with the adapter, or if there is
-            none, the tokenizer of `model`.
-
-    Returns:
-        The new model.
+        tokenizer: The new model's; None takes the adapter's, or if it has none, that of `model`.
 
     Raises:
         ModelError: The model's weights are on a server, peft is not installed, or the adapter does not fit.

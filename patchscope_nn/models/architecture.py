@@ -151,13 +151,8 @@ def is_weightless(module: Any) -> bool:
 def unembed(module: Any, architecture: Architecture, states: Any) -> Any:
     """Compute logits from states of the last block, with the model's final norm and unembedding.
 
-    Args:
-        module: The transformers model.
-        architecture: The paths of its parts.
-        states: (..., d_model) hidden states.
-
-    Returns:
-        (..., vocab_size) logits, scaled and capped as in the model's own forward.
+    The states are (..., d_model), and the logits (..., vocab_size), scaled and capped as in the model's own
+    forward.
     """
     if architecture.final_norm is not None:
         states = module.get_submodule(architecture.final_norm)(states)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 from patchscope_nn.errors import ModelError
@@ -96,18 +97,15 @@ def _recording_attention(calls: list[tuple[int, int]]) -> Any:
 def _measuring(block: Any, widths: dict[str, tuple[int, int]]) -> Iterator[None]:
     """While active, add the widths of one token's states at the modules inside a block to `widths`."""
 
-    def measure(path: str) -> Any:
-        def hook(_module: Any, args: Any, kwargs: Any, output: Any) -> None:
-            width = _width(first_input(args, kwargs)), _width(states_of(output))
-            if all(width):
-                widths[path] = width
-
-        return hook
+    def measure(path: str, _module: Any, args: Any, kwargs: Any, output: Any) -> None:
+        width = _width(first_input(args, kwargs)), _width(states_of(output))
+        if all(width):
+            widths[path] = width
 
     with ExitStack() as stack:
         for path, part in block.named_modules():
             if path:
-                stack.enter_context(part.register_forward_hook(measure(path), with_kwargs=True))
+                stack.enter_context(part.register_forward_hook(partial(measure, path), with_kwargs=True))
         yield
 
 

@@ -40,22 +40,7 @@ def load(
     weights: bool = True,
     **options: Any,
 ) -> Model:
-    """Load a decoder, or wrap one that is already loaded.
-
-    Args:
-        model: A Hugging Face id or a folder, of a model or of a LoRA adapter;
-            `builtin:smollm2-135m-instruct`; an `nnsight.TransformersModel`; a transformers model, also
-            compiled or with adapters of peft; or a `Model` (returned unchanged).
-        revision: The Hub revision.
-        dtype: A torch dtype or its name; `auto` keeps the checkpoint's dtype.
-        device_map: Passed to transformers.
-        tokenizer: The tokenizer; needed only for a transformers model whose tokenizer cannot be found.
-        weights: False loads only the config and the tokenizer, which is enough for a remote model.
-        **options: Passed to transformers' `from_pretrained` (`quantization_config`,
-            `attn_implementation`, ...).
-
-    Returns:
-        The model with its tokenizer and its description.
+    """Load a decoder, or wrap one that is already loaded. `proof.load` documents the arguments.
 
     Raises:
         ModelError: The model cannot be found, is not a decoder, or its parts cannot be found; or `dtype` is

@@ -88,8 +88,7 @@ class Checks:
 
     def begin(self, lengths: Sequence[int]) -> None:
         """Compare on ordinary prompts: short ones, and ones beyond `lengths`, which decoding also crosses."""
-        short = SHORT
-        source = max([short.source + 4, *(length + 4 for length in lengths)])
+        short, source = SHORT, max([SHORT.source, *lengths]) + 4
         target = source - 1
         across = [Lengths(short.source, length) for length in lengths if length >= _SHORTEST]
         self._measure_rounding()

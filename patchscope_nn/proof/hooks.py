@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -63,18 +64,15 @@ class Hooks:
         """The states at some places, each (n_tokens, d_model). The pass stops after the last of them."""
         states: dict[Place, torch.Tensor] = {}
 
-        def keep(place: Place) -> Any:
-            def record(output: torch.Tensor) -> torch.Tensor:
-                states[place] = output.view(len(ids), -1).clone()
-                if len(states) == len(places):
-                    raise _Done
-                return output
-
-            return record
+        def record(place: Place, output: torch.Tensor) -> torch.Tensor:
+            states[place] = output.view(len(ids), -1).clone()
+            if len(states) == len(places):
+                raise _Done
+            return output
 
         with ExitStack() as stack, suppress(_Done):
             for place in places:
-                stack.enter_context(self._hook(place, keep(place)))
+                stack.enter_context(self._hook(place, partial(record, place)))
             self._forward(torch.tensor([list(ids)]), use_cache=False)
         if silent := [place.layer for place in places if place not in states]:
             raise ModelError(
@@ -165,18 +163,15 @@ class Hooks:
 
     @contextmanager
     def _written(self, writes: Sequence[Write | None], width: int) -> Iterator[None]:
-        def put(row: int, write: Write) -> Any:
-            def change(states: torch.Tensor) -> torch.Tensor:
-                changed = states.clone()
-                changed.view(len(writes), width, -1)[row, write.position] = write.state.to(changed)
-                return changed
-
-            return change
+        def change(row: int, write: Write, states: torch.Tensor) -> torch.Tensor:
+            changed = states.clone()
+            changed.view(len(writes), width, -1)[row, write.position] = write.state.to(changed)
+            return changed
 
         with ExitStack() as stack:
             for row, write in enumerate(writes):
                 if write is not None:
-                    stack.enter_context(self._hook(write.place, put(row, write)))
+                    stack.enter_context(self._hook(write.place, partial(change, row, write)))
             yield
 
     def _hook(self, place: Place, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:

@@ -82,7 +82,7 @@ def _trials(model: Model, ordinary: Sequence[int], beyond: int) -> list[Trial]:
     """Return the trials with ordinary prompts, or if `beyond` is not 0, with prompts beyond this length."""
     layers = probed_layers(model)
     middle = layers[len(layers) // 2]
-    longest = max([SHORT.source + 4, *(length + 4 for length in ordinary), beyond + 6 if beyond else 0])
+    longest = max(max([SHORT.source, *ordinary]) + 4, beyond + 6 if beyond else 0)
     rows = (SHORT, Lengths(longest, longest - 1))
     across = (Lengths(SHORT.source, beyond), rows[1]) if beyond else rows
     three = (*rows, SHORT._replace(variant=1))

@@ -35,6 +35,7 @@ class Choices(Readout):
     }
     decodes: ClassVar[bool] = True
     appends: ClassVar[bool] = True
+    texts_field: ClassVar[str] = "continuations"
     proven: ClassVar[bool] = True
     finite: ClassVar[tuple[str, ...]] = ("choice_probs",)
     says: ClassVar[str] = "choice"
@@ -53,11 +54,6 @@ class Choices(Readout):
     def texts(self) -> tuple[str, ...]:
         """The continuations."""
         return self.continuations
-
-    @property
-    def texts_field(self) -> str:
-        """The field of the texts."""
-        return "continuations"
 
     def lower(self, cells: PassCells) -> dict[str, Any]:
         """Return the arguments of `read_choices`."""

@@ -53,6 +53,7 @@ class NextToken(Readout):
         "kl_nats": "number",
         "source_top_ids": "integers",
     }
+    texts_field: ClassVar[str] = "reference"
     proven: ClassVar[bool] = True
     finite: ClassVar[tuple[str, ...]] = ("entropy_nats",)
     says: ClassVar[str] = "top_tokens"
@@ -78,11 +79,6 @@ class NextToken(Readout):
     def texts(self) -> tuple[str, ...]:
         """The texts whose first tokens are the reference."""
         return self.reference if isinstance(self.reference, tuple) else ()
-
-    @property
-    def texts_field(self) -> str:
-        """The field of the texts."""
-        return "reference"
 
     @property
     def from_source(self) -> bool:

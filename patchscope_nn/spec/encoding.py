@@ -44,12 +44,7 @@ def encode(prompt: PromptSpec, tokenizer: Any, *, field: str) -> Encoded:
 
     A text gets the special tokens that its tokenizer adds before a text. Those that it adds after a text are
     dropped, so that the prompt ends with its text. A chat is formatted by the tokenizer's chat template with
-    the generation prompt. Token ids are used unchanged.
-
-    Args:
-        prompt: A prompt without placeholders.
-        tokenizer: A transformers tokenizer.
-        field: The field's name, for messages.
+    the generation prompt. Token ids are used unchanged. `field` is the prompt's name in messages.
 
     Raises:
         InputError: The tokenizer has no chat template, an id is outside its vocabulary, or the prompt

@@ -52,11 +52,6 @@ def _parse_item(value: Any, *, same: bool = False) -> Any:
 def resolve_layers(selector: LayerSelector, *, n_layers: int, field: str) -> tuple[int, ...]:
     """Return the block numbers that a selector names, in its order and without repeats.
 
-    Args:
-        selector: A result of `parse_layers` other than `same`.
-        n_layers: The number of decoder blocks.
-        field: The field's name, for messages.
-
     Returns:
         Block numbers in 0..n_layers - 1, and `EMBED` for the input of block 0.
 

@@ -129,11 +129,6 @@ def resolve_positions(
 ) -> tuple[tuple[int, ...], ...]:
     """Return the tokens that a selector names in a prompt, counted from the left.
 
-    Args:
-        selector: A result of `parse_positions`.
-        prompt: The prompt.
-        field: The field's name, for messages.
-
     Returns:
         A tuple for each cell, without repeats. It holds the positions that are patched together, in
         0..n_tokens - 1.

@@ -64,13 +64,7 @@ def _message(item: Any) -> Message:
 def render(prompt: PromptSpec, row: Mapping[str, Any], *, field: str) -> PromptSpec:
     """Fill the `{column}` placeholders of a prompt from a data row.
 
-    Args:
-        prompt: A result of `parse_prompt`.
-        row: Column names and values.
-        field: The field's name, for messages.
-
-    Returns:
-        The prompt without placeholders. Braces in the row's values stay as they are.
+    Braces in the row's values stay as they are.
 
     Raises:
         DataError: A placeholder names a column that the row lacks.
@@ -116,22 +110,11 @@ def text_of(row: Mapping[str, Any], column: str, *, field: str) -> str:
     return text
 
 
-class _Recorder(dict[str, str]):
-    """A data row that contains every column and records the columns that are read."""
-
-    def __contains__(self, key: object) -> bool:
-        return True
-
-    def __missing__(self, key: str) -> str:
-        self[key] = ""
-        return ""
-
-
 def placeholders(prompt: PromptSpec) -> list[str]:
     """List the columns that a prompt's placeholders name."""
-    columns = _Recorder()
-    render(prompt, columns, field="prompt")
-    return list(columns)
+    texts = [prompt] if isinstance(prompt, str) else [item[1] for item in prompt if not isinstance(item, int)]
+    columns = (match[1] for text in texts for match in _PLACEHOLDER.finditer(text))
+    return [*dict.fromkeys(filter(None, columns))]
 
 
 def literal(prompt: PromptSpec) -> PromptSpec:

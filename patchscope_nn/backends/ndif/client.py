@@ -66,16 +66,9 @@ def host_of(remote: bool | str) -> str:  # noqa: FBT001 (the value of an option,
 
 
 def submit(host: str, context: Context, program: StepProgram | Series, model: Model) -> str:
-    """Send a step as one job, without waiting for it.
+    """Send a step as one job, without waiting for it, and return the job's id.
 
-    Args:
-        host: The server.
-        context: `session` or `fused`.
-        program: The step.
-        model: The one model that the request names.
-
-    Returns:
-        The job's id.
+    The context is `session` or `fused`, which run the one model that the request names.
 
     Raises:
         InputError: The step cannot run on a server, and was not sent; or the key is refused.
@@ -230,20 +223,8 @@ class Patience:
     give_up_s: float = 1800
 
 
-def look_again(host: str, job: str, patience: Patience) -> JobStatus:
-    """Ask for the status of a job, again and again while the server does not answer."""
-    return _persisting(patience)(look, host, job)
-
-
-def submit_again(
-    host: str, context: Context, program: StepProgram | Series, model: Model, patience: Patience
-) -> str:
-    """Send a job, again and again while the server does not answer."""
-    return _persisting(patience)(submit, host, context, program, model)
-
-
-def _persisting(patience: Patience) -> Any:
-    """Return a function that calls another one again after a `ServerError`, until patience ends."""
+def persisting(patience: Patience) -> Any:
+    """Return a function that calls another, again and again while the server does not answer."""
     from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_exponential
 
     return Retrying(
@@ -254,17 +235,18 @@ def _persisting(patience: Patience) -> Any:
     )
 
 
-def wait(host: str, job: str, context: Context, *, patience: Patience | None = None) -> Results:
+def wait(host: str, job: str, context: Context) -> Results:
     """Wait for a job, and fetch its result.
 
     Raises:
         JobError: It failed.
         ServerError: The server cannot be reached, or nothing moved for too long.
     """
-    patience = patience or Patience()
+    patience = Patience()
+    persist = persisting(patience)
     pause, latest, moved = patience.poll_s, ("", ""), time.monotonic()
     while True:
-        seen = look_again(host, job, patience)
+        seen: JobStatus = persist(look, host, job)
         if seen.status == "COMPLETED":
             return fetch(host, seen, context)
         if seen.status == "ERROR":

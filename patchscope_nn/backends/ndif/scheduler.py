@@ -75,9 +75,6 @@ class Scheduler:
 
     Attributes:
         planned: The plan, without the cells of live jobs.
-        source: M.
-        target: M*.
-        mapping: f.
         backend: Where they run: M* on a server.
         job_log: The run's job log.
         done: Numbers of the finished cells. The caller adds to it as rows are yielded.
@@ -104,6 +101,7 @@ class Scheduler:
         if not isinstance(ends, Ndif):
             raise TypeError("the target of jobs is not on a server")
         self.host = ends.host
+        self._persist = client.persisting(self.patience)
         self._flights = [_Flight(job) for job in self.job_log.live() if job.context != "read"]
         for job in self.job_log.live():
             if job.context == "read":  # the process that waited for its states is gone
@@ -184,7 +182,7 @@ class Scheduler:
         reader = self.backend.source if isinstance(self.backend, Bridged) else self.backend
         half = source_half(program)
         if isinstance(reader, Ndif):
-            sent = client.submit_again(reader.host, "session", half, self.source, self.patience)
+            sent = self._persist(client.submit, reader.host, "session", half, self.source)
             self._record(sent, reader.host, "read", step, rest=(step, program))
         else:
             self._write(step, program, reader.run("session", half, source=self.source, target=self.source))
@@ -195,7 +193,7 @@ class Scheduler:
         self._submit(step, target_half(program, crossing), context="session")
 
     def _submit(self, step: Step, program: StepProgram, *, context: Literal["fused", "session"]) -> None:
-        sent = client.submit_again(self.host, context, program, self.target, self.patience)
+        sent = self._persist(client.submit, self.host, context, program, self.target)
         self._record(sent, self.host, context, step)
 
     def _record(
@@ -216,7 +214,7 @@ class Scheduler:
 
     def _check(self, flight: _Flight) -> tuple[Rows, End, str] | None:
         """Check a job. If it ended with rows: the rows, how it ended, and the server's reason."""
-        seen = client.look_again(flight.job.host, flight.job.id, self.patience)
+        seen: JobStatus = self._persist(client.look, flight.job.host, flight.job.id)
         if seen.words != flight.latest:
             flight.latest, flight.moved, flight.liveness = seen.words, time.monotonic(), None
         if seen.status == "COMPLETED":
@@ -318,9 +316,9 @@ class Scheduler:
         """Send a job that does nothing. If it runs while the older one waits, that one is lost."""
         host, model = flight.job.host, self.target if flight.rest is None else self.source
         if flight.liveness is None:
-            flight.liveness = client.submit_again(host, "session", nothing(), model, self.patience)
+            flight.liveness = self._persist(client.submit, host, "session", nothing(), model)
             return
-        if client.look_again(host, flight.liveness, self.patience).status == "COMPLETED":
-            again = client.look_again(host, flight.job.id, self.patience)
+        if self._persist(client.look, host, flight.liveness).status == "COMPLETED":
+            again = self._persist(client.look, host, flight.job.id)
             if again.words == flight.latest:
                 self._lost(flight, "the server has forgotten it: a later job has run, and it has not")
