@@ -6,13 +6,13 @@ that sends fewer bytes; then its weights stay here.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
-from patchscope_nn.body.program import PackedProgram, Read, RowsProgram, StepProgram, Write
+from patchscope_nn.body.program import PackedProgram, RowsProgram, StepProgram, Write
 from patchscope_nn.mappings import Pair, ResolvedMapping, apply_mapping
 from patchscope_nn.plan import Plan, State, Step
 from patchscope_nn.spec import SITES
@@ -41,7 +41,12 @@ class Crossing(NamedTuple):
 
 def source_half(program: StepProgram) -> StepProgram:
     """The half of a step that reads its states, and returns all of them."""
-    read = [entry["state"] for entries in _reads(program) for entry in entries]
+    read = [
+        entry["state"]
+        for source in program["sources"]
+        for entries in (*source["reads"].values(), source["finals"])
+        for entry in entries
+    ]
     return {
         **program,
         "targets": [],
@@ -51,12 +56,6 @@ def source_half(program: StepProgram) -> StepProgram:
         "sums": [],
         "writing": {**program["writing"], "mapping": "identity", "weights": None},
     }
-
-
-def _reads(program: StepProgram) -> Iterator[list[Read]]:
-    for source in program["sources"]:
-        yield from source["reads"].values()
-        yield source["finals"]
 
 
 def target_half(program: StepProgram, crossing: Crossing) -> StepProgram:

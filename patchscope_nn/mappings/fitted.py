@@ -34,8 +34,6 @@ class Fitted(torch.nn.Module):
         about: Where it comes from.
 
     Attributes:
-        kind: The kind of fit.
-        about: Where it comes from.
         pairs: The pairs it has a map for, sorted.
 
     Raises:
@@ -59,11 +57,7 @@ class Fitted(torch.nn.Module):
                 self.register_buffer(_buffer(name, pair), tensor)
 
     def parts(self, pair: Pair) -> dict[str, torch.Tensor]:
-        """The tensors of a pair's map, by name.
-
-        Raises:
-            MappingError: It has no map for the pair.
-        """
+        """The tensors of a pair's map, by name; a pair without a map is a `MappingError`."""
         if pair not in self._names:
             raise MappingError(f"no map was fitted for {pair_text(pair)}.", hint=self.listed)
         return {name: self.get_buffer(_buffer(name, pair)) for name in self._names[pair]}

@@ -52,7 +52,6 @@ def find_architecture(module: Any, *, name: str) -> Architecture:
         blocks=blocks,
         parts=_parts(block, block_run.widths, config.hidden_size),
         final_norm=f"{inside}{norm}" if norm else None,
-        embed=paths[id(module.get_input_embeddings())],
         unembed=paths[id(unembed)],
         arguments=tuple(inspect.signature(module.forward).parameters),
         block_arguments=block_arguments,

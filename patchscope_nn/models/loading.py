@@ -100,11 +100,7 @@ def _auto_class(config: Any, name: str) -> Any:
 
 
 def _traced(module: Any, tokenizer: Any) -> Any:
-    """Wrap a transformers model for nnsight.
-
-    nnsight puts it into a text-generation pipeline, whose long warnings about models that also read images
-    are silenced.
-    """
+    """Wrap a transformers model for nnsight, without its pipeline's long warnings about images."""
     from nnsight import TransformersModel
     from transformers.utils import logging
 

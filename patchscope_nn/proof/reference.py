@@ -67,7 +67,7 @@ class Reference:
         """Return the write of a cell."""
         return Write(written, row.target - 2, self._states[row, read])
 
-    def error(self, trial: Trial, cell: Cell, raw: dict[str, Any], *, eos: int | None = None) -> float:
+    def error(self, trial: Trial, cell: Cell, raw: dict[str, Any]) -> float:
         """Return the error of a cell's readout, in standard deviations of the compared values."""
         row = trial.rows[cell.row]
         read = Place(cell.source_layer or 0, trial.sites[0])
@@ -85,7 +85,7 @@ class Reference:
         prompt = self.runner.target_prompt(row)
         if trial.readout.name == "choices":
             return self._choices_error(prompt, raw["choice_logprobs"], write)
-        return self._text_error(prompt, raw, write, most=trial.readout.decoded, eos=eos)
+        return self._text_error(trial, prompt, raw, write)
 
     def _choices_error(self, prompt: list[int], logprobs: list[float], write: Write) -> float:
         """Return the largest error of the summed log-probabilities of the continuations."""
@@ -101,25 +101,22 @@ class Reference:
             errors.append(distance(torch.tensor(logprob), wanted, logits))
         return max(errors)
 
-    def _text_error(
-        self, prompt: list[int], raw: dict[str, Any], write: Write, *, most: int, eos: int | None
-    ) -> float:
+    def _text_error(self, trial: Trial, prompt: list[int], raw: dict[str, Any], write: Write) -> float:
         """Return the largest error of decoded tokens: of probabilities, or of their distance to the top."""
-        tokens = raw["token_ids"]
+        tokens, most = raw["token_ids"], trial.readout.decoded
         compares_unpatched = "unpatched_token_probs" in raw
         logits = self.hooks.continued(prompt, tokens[: most - 1], write, unpatched=compares_unpatched)
         below = [row.amax() - row[token] for row, token in zip(logits, tokens, strict=False)]
         if raw["stopped"] == "eos":
-            below.append(logits[len(tokens)].amax() - logits[len(tokens)][eos])
+            below.append(logits[len(tokens)].amax() - logits[len(tokens)][trial.eos])
         elif len(tokens) != most:
             return float("inf")
-        wanted = [row.log_softmax(-1)[token] for row, token in zip(logits, tokens, strict=False)]
         error = float(torch.stack(below).amax().cpu() / spread(logits))
         if not (tokens and compares_unpatched):
             return error
         clean = self.hooks.continued(prompt, tokens[: most - 1], None)
-        unpatched = [row.log_softmax(-1)[token] for row, token in zip(clean, tokens, strict=False)]
-        for name, logprobs in (("token_probs", wanted), ("unpatched_token_probs", unpatched)):
+        for name, rows in (("token_probs", logits), ("unpatched_token_probs", clean)):
+            logprobs = [row.log_softmax(-1)[token] for row, token in zip(rows, tokens, strict=False)]
             error = max(error, distance(torch.tensor(raw[name]).log(), torch.stack(logprobs), logits))
         return error
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 from patchscope_nn.backends import Local, results_of, run_steps
 from patchscope_nn.body.program import StepProgram
@@ -32,18 +32,13 @@ CHOICE_LENGTHS = (3, 1)
 NEXT_TOKEN, HIDDEN = NextToken(top_k=_COMPARED), Hidden(clean=True)
 GENERATE, CHOICES = Generate(max_new_tokens=DECODED, relevancy=True), Choices(["{c0}", "{c1}"])
 
-Results = list[tuple[Cell, dict[str, Any]]]
+Context: TypeAlias = Literal["auto", "session"]
+Results: TypeAlias = list[tuple[Cell, dict[str, Any]]]
 _IDENTITY = ResolvedMapping(name="identity", kind="identity")
 
 
 class Lengths(NamedTuple):
-    """The lengths in tokens of the prompts of a trial's data row.
-
-    Attributes:
-        source: The length of the source prompt.
-        target: The length of the target prompt.
-        variant: Which of the random prompts of these lengths.
-    """
+    """The lengths in tokens of a data row's prompts, and which of the random prompts of these lengths."""
 
     source: int
     target: int
@@ -79,6 +74,7 @@ class Trial:
         sites: The sites that are read and written.
         cuts: True to cut attention to a later token instead of writing a state. The run then equals a run
             without a patch.
+        eos: The token that ends decoded texts; None if there is none.
     """
 
     readout: Readout
@@ -87,6 +83,7 @@ class Trial:
     target_layers: tuple[int, ...] | Literal["same"] = "same"
     sites: tuple[Site, Site] = (RESIDUAL, RESIDUAL)
     cuts: bool = False
+    eos: int | None = None
 
     @property
     def name(self) -> str:
@@ -145,27 +142,18 @@ class Runner:
         columns |= {"s": self.source_prompt(lengths), "t": self.target_prompt(lengths)}
         return {name: "".join(f" {token}" for token in ids) for name, ids in columns.items()}
 
-    def run(
-        self,
-        trial: Trial,
-        optimisations: Optimisations,
-        *,
-        context: Literal["auto", "session"] = "session",
-        eos: int | None = None,
-    ) -> Results:
+    def run(self, trial: Trial, used: Optimisations, *, context: Context = "session") -> Results:
         """Run a trial; return the raw readout of every cell, in the sweep's order."""
-        model = self._model(eos)
-        planned = plan(
-            self._sweep(trial, model), context=context, memory=self.memory, optimisations=optimisations
-        )
+        model = self._model(trial)
+        planned = plan(self._sweep(trial, model), context=context, memory=self.memory, optimisations=used)
         with _endless(model.module):
             steps = run_steps(planned, source=model, target=model, mapping=_IDENTITY, backend=Local())
             return _in_order([result for step in steps for result in step])
 
-    def programs(self, trial: Trial, optimisations: Optimisations) -> Programs:
+    def programs(self, trial: Trial, used: Optimisations) -> Programs:
         """Return the programs of a trial's steps, to run on another machine."""
-        model = self._model(None)
-        planned = plan(self._sweep(trial, model), context="session", remote=True, optimisations=optimisations)
+        model = self._model(trial)
+        planned = plan(self._sweep(trial, model), context="session", remote=True, optimisations=used)
         steps = [*planned.steps()]
         with _endless(model.module):
             programs = [
@@ -174,24 +162,15 @@ class Runner:
             ]
         return Programs(planned, steps, programs)
 
-    def _model(self, eos: int | None) -> Model:
-        return replace(
-            self.model,
-            info=replace(self.model.info, verdict=self.verdict),
-            tokenizer=Numbers(len(self.model.tokenizer), eos=eos),
-        )
+    def _model(self, trial: Trial) -> Model:
+        info = replace(self.model.info, verdict=self.verdict)
+        tokenizer = Numbers(len(self.model.tokenizer), eos=trial.eos)
+        return replace(self.model, info=info, tokenizer=tokenizer)
 
     def _sweep(self, trial: Trial, model: Model) -> Sweep:
-        scope = Patchscope(
-            source=Source(prompt="{s}", layer=trial.layers, site=trial.sites[0].name),
-            target=Target(
-                prompt="{t}",
-                position=-2,
-                layer=trial.target_layers,
-                site=trial.sites[1].name,
-                write=("cut", Cut(position=-1)) if trial.cuts else "replace",
-            ),
-            readout=trial.readout,
-        )
-        data = [self.row(lengths) for lengths in trial.rows]
-        return expand(scope, rows=data, source=model, target=model)
+        read, written = (site.name for site in trial.sites)
+        source = Source(prompt="{s}", layer=trial.layers, site=read)
+        write: Any = ("cut", Cut(position=-1)) if trial.cuts else "replace"
+        target = Target(prompt="{t}", position=-2, layer=trial.target_layers, site=written, write=write)
+        scope = Patchscope(source=source, target=target, readout=trial.readout)
+        return expand(scope, rows=[self.row(row) for row in trial.rows], source=model, target=model)

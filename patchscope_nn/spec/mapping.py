@@ -114,8 +114,5 @@ _FORMS: list[dict[str, Any]] = [
     *(closed(**{key: {"type": "string"}}) for key in _MAPPING_KEYS),
 ]
 AnyMapping = Annotated[
-    Any,
-    BeforeValidator(_parse_mapping),
-    PlainSerializer(dump_mapping),
-    WithJsonSchema({"anyOf": _FORMS}),
+    Any, BeforeValidator(_parse_mapping), PlainSerializer(dump_mapping), WithJsonSchema({"anyOf": _FORMS})
 ]

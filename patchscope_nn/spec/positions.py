@@ -41,21 +41,13 @@ class Span(Spec):
 
 
 class Every(Spec):
-    """The last tokens of all occurrences of a text, patched together.
-
-    Attributes:
-        every: The text.
-    """
+    """The last tokens of all occurrences of a text, patched together."""
 
     every: Annotated[str, Field(min_length=1)]
 
 
 class Tokens(Spec):
-    """All tokens of the last occurrence of a text, patched together.
-
-    Attributes:
-        tokens: The text.
-    """
+    """All tokens of the last occurrence of a text, patched together."""
 
     tokens: Annotated[str, Field(min_length=1)]
 

@@ -64,11 +64,7 @@ class Site:
 
     @property
     def packs(self) -> bool:
-        """True if a write there can enter a pass late and share a prefix.
-
-        Packed passes run complete blocks one after another (see `plan/layout.py`), so they can change states
-        only between blocks.
-        """
+        """True if a packed pass, which runs complete blocks (see `plan/layout.py`), can write there."""
         return self.in_stream
 
     @property

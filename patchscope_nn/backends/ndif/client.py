@@ -92,11 +92,7 @@ def submit(host: str, context: Context, program: StepProgram | Series, model: Mo
 
 
 def look(host: str, job: str) -> JobStatus:
-    """Ask for the status of a job.
-
-    Raises:
-        ServerError: The server cannot be reached.
-    """
+    """Ask for the status of a job."""
     import httpx
     from nnsight.schema.response import ResponseModel
 

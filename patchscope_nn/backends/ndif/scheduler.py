@@ -145,7 +145,7 @@ class Scheduler:
 
     def _tell(self) -> None:
         """Call `notice` with one line about the jobs."""
-        if not (self.notice and self._flights):
+        if self.notice is None:
             return
         latest = [flight.latest for flight in self._flights]
         states = Counter(status.lower() or "sent" for status, _ in latest)
@@ -166,51 +166,47 @@ class Scheduler:
             if step is None:
                 return
             most = self.size.most
-            if most is not None and len(step.cells) > most:
+            if most is None or len(step.cells) <= most:
+                self._send(step)
+            else:
                 # The rest stays in one piece: by then the right size of a job may be known.
                 self._cut([(cell.number,) for cell in step.cells], most)
-                continue
-            self._send(step)
 
     def _send(self, step: Step) -> None:
         program = lower(
             self.planned, step, source=self.source, target=self.target, mapping=self.mapping, states={}
         )
         if step.context != "bridged":
-            self._submit(step, program, context="fused" if step.context == "fused" else "session")
+            self._submit(step, program, "fused" if step.context == "fused" else "session")
             return
         reader = self.backend.source if isinstance(self.backend, Bridged) else self.backend
-        half = source_half(program)
         if isinstance(reader, Ndif):
-            sent = self._persist(client.submit, reader.host, "session", half, self.source)
-            self._record(sent, reader.host, "read", step, rest=(step, program))
+            self._submit(step, program, "session", reader=reader)
         else:
+            half = source_half(program)
             self._write(step, program, reader.run("session", half, source=self.source, target=self.source))
 
     def _write(self, step: Step, program: StepProgram, read: Results) -> None:
         """Send the target half of a bridged step whose source states are here."""
-        crossing = in_place_of(program, read["kept"])
-        self._submit(step, target_half(program, crossing), context="session")
+        self._submit(step, target_half(program, in_place_of(program, read["kept"])), "session")
 
-    def _submit(self, step: Step, program: StepProgram, *, context: Literal["fused", "session"]) -> None:
-        sent = self._persist(client.submit, self.host, context, program, self.target)
-        self._record(sent, self.host, context, step)
-
-    def _record(
+    def _submit(
         self,
-        sent: str,
-        host: str,
-        context: Literal["fused", "session", "read"],
         step: Step,
-        rest: tuple[Step, StepProgram] | None = None,
+        program: StepProgram,
+        context: Literal["fused", "session"],
+        *,
+        reader: Ndif | None = None,
     ) -> None:
-        """Write down a job that was sent."""
+        """Send a step as a job and write it down; to a `reader`, only the half that reads the source."""
+        host, model = (reader.host, self.source) if reader else (self.host, self.target)
+        sent = self._persist(client.submit, host, context, source_half(program) if reader else program, model)
         copies = self.planned.copies
         passes = [[step.cells[index].number for index in target.cells] for target in step.targets]
         rows = tuple(tuple((number, *copies.get(number, ())) for number in cells) for cells in passes)
-        job = Job(id=sent, host=host, context=context, passes=rows, sent=utc_now())
+        job = Job(id=sent, host=host, context="read" if reader else context, passes=rows, sent=utc_now())
         self.job_log.sent(job)
-        self._flights.append(_Flight(job, rest))
+        self._flights.append(_Flight(job, (step, program) if reader else None))
 
     def _check(self, flight: _Flight) -> tuple[Rows, End, str] | None:
         """Check a job. If it ended with rows: the rows, how it ended, and the server's reason."""
