@@ -25,23 +25,23 @@ class Choices(Readout):
         continuations: Two or more texts; `{column}` placeholders are filled by the data.
     """
 
-    name: ClassVar[str] = "choices"
-    body: ClassVar[str] = "patchscope_nn.body.readouts:read_choices"
+    name = "choices"
+    body = "patchscope_nn.body.readouts:read_choices"
     columns: ClassVar[Mapping[str, ColumnType]] = {
         "choices": "texts",
         "choice_logprobs": "numbers",
         "choice_probs": "numbers",
         "choice": "text",
     }
-    decodes: ClassVar[bool] = True
-    appends: ClassVar[bool] = True
-    texts_field: ClassVar[str] = "continuations"
-    proven: ClassVar[bool] = True
-    finite: ClassVar[tuple[str, ...]] = ("choice_probs",)
-    says: ClassVar[str] = "choice"
-    title: ClassVar[str] = "chosen option"
-    action: ClassVar[str] = "{} then chose one of the given answers"
-    odds: ClassVar[tuple[str, str] | None] = ("choices", "choice_probs")
+    decodes = True
+    appends = True
+    texts_field = "continuations"
+    proven = True
+    finite = ("choice_probs",)
+    says = "choice"
+    title = "chosen option"
+    action = "{} then chose one of the given answers"
+    odds = ("choices", "choice_probs")
 
     continuations: Annotated[tuple[str, ...], Field(min_length=2), BeforeValidator(_continuations)]
 

@@ -37,8 +37,8 @@ class NextToken(Readout):
         position: The index of the token of T after which the distribution is read; -1 is the last.
     """
 
-    name: ClassVar[str] = "next_token"
-    body: ClassVar[str] = "patchscope_nn.body.readouts:read_next_token"
+    name = "next_token"
+    body = "patchscope_nn.body.readouts:read_next_token"
     columns: ClassVar[Mapping[str, ColumnType]] = {
         "top_tokens": "texts",
         "top_ids": "integers",
@@ -53,14 +53,14 @@ class NextToken(Readout):
         "kl_nats": "number",
         "source_top_ids": "integers",
     }
-    texts_field: ClassVar[str] = "reference"
-    proven: ClassVar[bool] = True
-    finite: ClassVar[tuple[str, ...]] = ("entropy_nats",)
-    says: ClassVar[str] = "top_tokens"
-    title: ClassVar[str] = "top next token"
-    action: ClassVar[str] = "{} then predicted the next token"
-    odds: ClassVar[tuple[str, str] | None] = ("top_tokens", "top_probs")
-    details: ClassVar[tuple[str, ...]] = ("entropy_nats", "surprisal_nats", "nll_nats", "reference_tokens")
+    texts_field = "reference"
+    proven = True
+    finite = ("entropy_nats",)
+    says = "top_tokens"
+    title = "top next token"
+    action = "{} then predicted the next token"
+    odds = ("top_tokens", "top_probs")
+    details = ("entropy_nats", "surprisal_nats", "nll_nats", "reference_tokens")
 
     top_k: Annotated[int, Field(ge=1, le=1000)] = 5
     reference: Annotated[
