@@ -6,13 +6,13 @@ that sends fewer bytes; then its weights stay here.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
-from patchscope_nn.body.program import PackedProgram, Read, RowsProgram, StepProgram, Write
+from patchscope_nn.body.program import PackedProgram, RowsProgram, StepProgram, Write
 from patchscope_nn.mappings import Pair, ResolvedMapping, apply_mapping
 from patchscope_nn.plan import Plan, State, Step
 from patchscope_nn.spec import SITES
@@ -41,7 +41,12 @@ class Crossing(NamedTuple):
 
 def source_half(program: StepProgram) -> StepProgram:
     """The half of a step that reads its states, and returns all of them."""
-    read = [entry["state"] for entries in _reads(program) for entry in entries]
+    read = [
+        entry["state"]
+        for source in program["sources"]
+        for entries in (*source["reads"].values(), source["finals"])
+        for entry in entries
+    ]
     return {
         **program,
         "targets": [],
@@ -51,12 +56,6 @@ def source_half(program: StepProgram) -> StepProgram:
         "sums": [],
         "writing": {**program["writing"], "mapping": "identity", "weights": None},
     }
-
-
-def _reads(program: StepProgram) -> Iterator[list[Read]]:
-    for source in program["sources"]:
-        yield from source["reads"].values()
-        yield source["finals"]
 
 
 def target_half(program: StepProgram, crossing: Crossing) -> StepProgram:
@@ -78,18 +77,15 @@ def _renumbered(
     """A target pass that writes states which were mapped here, each for its own pair of layers."""
     if not numbers:
         return target
+
+    def mapped(write: Write) -> Write:
+        if write["state"] is None:
+            return write
+        return {**write, "state": numbers[write["state"], write["pair"]]}
+
     changed = target.copy()
-    changed["writes"] = {
-        layer: [_with_number(write, numbers) for write in writes]
-        for layer, writes in target["writes"].items()
-    }
+    changed["writes"] = {layer: [*map(mapped, writes)] for layer, writes in target["writes"].items()}
     return changed
-
-
-def _with_number(write: Write, numbers: Mapping[Use, int]) -> Write:
-    if write["state"] is None:
-        return write
-    return {**write, "state": numbers[write["state"], write["pair"]]}
 
 
 def in_place_of(program: StepProgram, states: Mapping[int, torch.Tensor]) -> Crossing:
@@ -98,34 +94,33 @@ def in_place_of(program: StepProgram, states: Mapping[int, torch.Tensor]) -> Cro
     Args:
         program: The step.
         states: What its source half returned: hidden states and distributions, by number.
-
-    Returns:
-        What crosses.
     """
     kind, call = program["writing"]["mapping"], program["writing"]["weights"]
+    whole = Crossing(dict(states), (kind, call))
+    # States are summed before they are mapped, so sums cannot be mapped on this side.
+    if program["sums"]:
+        return whole
     if kind == "pairs":
-        return _in_place_of_pairs(program, states)
+        return _in_place_of_pairs(program, states, whole)
+    # A state that another step uses too is mapped on the other side.
+    if kind != "call" or program["given"] or program["keep"]:
+        return whole
     numbers = {
         read["state"] for source in program["sources"] for reads in source["reads"].values() for read in reads
     }
     hidden = {number: states[number] for number in numbers if number in states}
-    mapped = {}
-    for number, state in hidden.items() if kind == "call" else ():
-        with torch.no_grad():
-            mapped[number] = apply_mapping(kind, call, state, state.new_zeros(()))
-    # States are summed before they are mapped, so sums cannot be mapped on this side.
-    shared = bool(program["given"] or program["keep"] or program["sums"])
-    if maps_here(kind, call, states=size(hidden), mapped=size(mapped), shared=shared):
-        return Crossing({**states, **mapped}, ("identity", None))
-    return Crossing(dict(states), (kind, call))
+    with torch.no_grad():
+        mapped = {
+            number: apply_mapping(kind, call, state, state.new_zeros(())) for number, state in hidden.items()
+        }
+    if not hidden or size(mapped) > size(hidden) + weights(call):
+        return whole
+    return Crossing({**states, **mapped}, ("identity", None))
 
 
-def _in_place_of_pairs(program: StepProgram, states: Mapping[int, torch.Tensor]) -> Crossing:
+def _in_place_of_pairs(program: StepProgram, states: Mapping[int, torch.Tensor], whole: Crossing) -> Crossing:
     """`in_place_of` for a mapping with weights for each pair of layers; a state may be mapped for several."""
     maps, known = program["writing"]["weights"], {**program["given"], **states}
-    whole = Crossing(dict(states), ("pairs", maps))
-    if program["sums"]:  # as in `in_place_of`
-        return whole
     uses: list[Use] = sorted(
         {
             (write["state"], write["pair"])
@@ -149,19 +144,6 @@ def _in_place_of_pairs(program: StepProgram, states: Mapping[int, torch.Tensor])
         return whole
     sent = {number: state for number, state in states.items() if number not in left}
     return Crossing({**sent, **mapped}, ("identity", None), renumbered, left)
-
-
-def maps_here(kind: str, call: Any, *, states: int, mapped: int, shared: bool) -> bool:
-    """True if a step's states are mapped before they travel, because that sends no more bytes.
-
-    Args:
-        kind: The kind of the mapping.
-        call: Its function.
-        states: The bytes of the hidden states.
-        mapped: Their bytes once they are mapped.
-        shared: True if another step uses some of them too; then they are mapped on the other side.
-    """
-    return kind == "call" and states > 0 and not shared and mapped <= states + weights(call)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,94 +171,58 @@ class Traffic:
 
 
 def traffic(planned: Plan, mapping: ResolvedMapping) -> Traffic | None:
-    """Predicts what will be sent between two models; None if they share a context.
-
-    Args:
-        planned: The plan.
-        mapping: f.
-    """
+    """Predicts what will be sent between two models; None if they share a context."""
     if planned.context != "bridged":
         return None
-    source = planned.sweep.source
-    total = Traffic(mapping=mapping.name, weights=weights(mapping.maps or mapping.call))
-    for step in planned.steps():
-        finals = sum(state.layer is None for state in step.numbers)
-        sent = (
-            _pairs_sent(planned, step, mapping) if mapping.kind == "pairs" else _sent(planned, step, mapping)
-        )
-        total = replace(
-            total,
-            steps=total.steps + bool(step.numbers),
-            states=total.states + sent.states,
-            distributions=total.distributions + finals,
-            bytes=total.bytes + sent.bytes + finals * source.vocab_size * _LOGPROB,
-            mapped_here=total.mapped_here + sent.mapped_here,
-        )
-    return total
-
-
-class _Sent(NamedTuple):
-    """What a step sends besides distributions.
-
-    Attributes:
-        states: Hidden states, counted by position.
-        bytes: Their bytes, with the mapping's weights if these are sent.
-        mapped_here: True if the states are mapped before they travel.
-    """
-
-    states: int
-    bytes: int
-    mapped_here: bool
-
-
-def _sent(planned: Plan, step: Step, mapping: ResolvedMapping) -> _Sent:
-    """Predict `in_place_of`."""
-    read_width, written_width = _widths(planned)
-    states, number = _positions(step.numbers), planned.sweep.source.bytes_per_number
-    here = maps_here(
-        mapping.kind,
-        mapping.call,
-        states=states * read_width * number,
-        mapped=states * written_width * number,
-        shared=bool(step.carried or step.kept) or _is_made(planned),
+    steps = [_sent(planned, step, mapping) for step in planned.steps()]
+    return Traffic(
+        steps=sum(step.steps for step in steps),
+        states=sum(step.states for step in steps),
+        distributions=sum(step.distributions for step in steps),
+        bytes=sum(step.bytes for step in steps),
+        mapped_here=sum(step.mapped_here for step in steps),
+        mapping=mapping.name,
+        weights=weights(mapping.maps or mapping.call),
     )
-    if here:
-        return _Sent(states, states * written_width * number, mapped_here=True)
-    return _Sent(states, states * read_width * number + weights(mapping.call), mapped_here=False)
 
 
-def _pairs_sent(planned: Plan, step: Step, mapping: ResolvedMapping) -> _Sent:
-    """Predict `in_place_of` for a mapping that has weights for each pair of layers."""
-    read_width, written_width = _widths(planned)
-    number = planned.sweep.source.bytes_per_number
-    uses = {
-        (State(cell.source, cell.source_positions, pair[0]), pair)
-        for cell in step.cells
-        for pair in planned.sweep.pairs(cell)
-        if isinstance(cell.source, int) and cell.source_positions is not None
-    }
-    left = {state for state, _ in uses} - set(step.kept)
-    states, stays = _positions(step.numbers), _positions(left)
-    results = sum(len(state.positions) for state, _ in uses)
-    sent = weights(mapping.within(pair for _, pair in uses))
-    mapped, raw = results * written_width * number, stays * read_width * number
-    if uses and not _is_made(planned) and mapped <= raw + sent:
-        others = states - stays
-        return _Sent(others + results, others * read_width * number + mapped, mapped_here=True)
-    return _Sent(states, states * read_width * number + sent, mapped_here=False)
+def _sent(planned: Plan, step: Step, mapping: ResolvedMapping) -> Traffic:
+    """Predict `in_place_of`: what a step sends."""
+    sweep = planned.sweep
+    number = sweep.source.bytes_per_number
+    read = number * sweep.source.width(SITES[sweep.scope.source.site])
+    written = number * sweep.target.width(SITES[sweep.scope.target.site])
+    states = _positions(step.numbers)
+    # States that are mapped here: how many they are, how many results they have, and their mapping's weights.
+    mapped, results, weighs = states, states, weights(mapping.call)
+    possible = mapping.kind == "call" and states > 0 and not (step.carried or step.kept)
+    if mapping.kind == "pairs":
+        uses = {
+            (State(cell.source, cell.source_positions, pair[0]), pair)
+            for cell in step.cells
+            for pair in sweep.pairs(cell)
+            if isinstance(cell.source, int) and cell.source_positions is not None
+        }
+        mapped = _positions({state for state, _ in uses} - set(step.kept))
+        results = sum(len(state.positions) for state, _ in uses)
+        weighs, possible = weights(mapping.within(pair for _, pair in uses)), bool(uses)
+    here = possible and not _is_made(planned) and results * written <= mapped * read + weighs
+    others = states - mapped
+    finals = sum(state.layer is None for state in step.numbers)
+    sent = others * read + results * written if here else states * read + weighs
+    return Traffic(
+        steps=bool(step.numbers),
+        states=others + results if here else states,
+        distributions=finals,
+        bytes=sent + finals * sweep.source.vocab_size * _LOGPROB,
+        mapped_here=here,
+    )
 
 
 def _is_made(planned: Plan) -> bool:
     """True if states are made of several, or come from files; these cannot be mapped before they travel."""
     source, target = planned.sweep.scope.source, planned.sweep.scope.target
     return any((source.vector, source.minus, source.mean, target.soft_prompt))
-
-
-def _widths(planned: Plan) -> tuple[int, int]:
-    """The sizes of the states that are read, and of those that are written."""
-    sweep = planned.sweep
-    read, written = SITES[sweep.scope.source.site], SITES[sweep.scope.target.site]
-    return sweep.source.width(read), sweep.target.width(written)
 
 
 def _positions(states: Iterable[State]) -> int:

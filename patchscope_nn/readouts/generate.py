@@ -16,22 +16,22 @@ class Generate(Readout):
     Its columns are `text` and `stopped` (`stop`, `eos` or `length`).
     """
 
-    name: ClassVar[str] = "generate"
-    body: ClassVar[str] = "patchscope_nn.body.readouts:read_generate"
+    name = "generate"
+    body = "patchscope_nn.body.readouts:read_generate"
     columns: ClassVar[Mapping[str, ColumnType]] = {
         "text": "text",
         "stopped": "text",
         "token_probs": "numbers",
         "unpatched_token_probs": "numbers",
     }
-    decodes: ClassVar[bool] = True
-    proven: ClassVar[bool] = True
-    finite: ClassVar[tuple[str, ...]] = ("sound",)
-    says: ClassVar[str] = "text"
-    title: ClassVar[str] = "generated text"
-    action: ClassVar[str] = "{} then continued the text"
-    sentences: ClassVar[bool] = True
-    details: ClassVar[tuple[str, ...]] = ("stopped",)
+    decodes = True
+    proven = True
+    finite = ("sound",)
+    says = "text"
+    title = "generated text"
+    action = "{} then continued the text"
+    sentences = True
+    details = ("stopped",)
 
     max_new_tokens: Annotated[int, Field(ge=1)] = 20
     """The maximum number of tokens to decode."""

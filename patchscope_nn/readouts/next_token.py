@@ -8,13 +8,11 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field, WithJsonSchema
 
 from patchscope_nn.spec import ColumnType, PassCells, Readout, Tokens
+from patchscope_nn.spec.forms import listed
 
 
 def _reference(value: Any) -> Any:
-    """Convert a text or a list to a tuple; `source` stays a text."""
-    if isinstance(value, str) and value != "source":
-        return (value,)
-    return tuple(value) if isinstance(value, list) else value
+    return (value,) if isinstance(value, str) and value != "source" else listed(value)
 
 
 #: In a recipe, a single text is allowed in place of a list. `source` is a text too.
@@ -33,8 +31,8 @@ class NextToken(Readout):
     a vocabulary, it also adds `kl_nats`, KL(p_source || p_patched), and `source_top_ids`.
     """
 
-    name: ClassVar[str] = "next_token"
-    body: ClassVar[str] = "patchscope_nn.body.readouts:read_next_token"
+    name = "next_token"
+    body = "patchscope_nn.body.readouts:read_next_token"
     columns: ClassVar[Mapping[str, ColumnType]] = {
         "top_tokens": "texts",
         "top_ids": "integers",
@@ -49,13 +47,14 @@ class NextToken(Readout):
         "kl_nats": "number",
         "source_top_ids": "integers",
     }
-    proven: ClassVar[bool] = True
-    finite: ClassVar[tuple[str, ...]] = ("entropy_nats",)
-    says: ClassVar[str] = "top_tokens"
-    title: ClassVar[str] = "top next token"
-    action: ClassVar[str] = "{} then predicted the next token"
-    odds: ClassVar[tuple[str, str] | None] = ("top_tokens", "top_probs")
-    details: ClassVar[tuple[str, ...]] = ("entropy_nats", "surprisal_nats", "nll_nats", "reference_tokens")
+    texts_field = "reference"
+    proven = True
+    finite = ("entropy_nats",)
+    says = "top_tokens"
+    title = "top next token"
+    action = "{} then predicted the next token"
+    odds = ("top_tokens", "top_probs")
+    details = ("entropy_nats", "surprisal_nats", "nll_nats", "reference_tokens")
 
     top_k: Annotated[int, Field(ge=1, le=1000)] = 5
     """The number of top tokens to keep."""
@@ -78,11 +77,6 @@ class NextToken(Readout):
     def texts(self) -> tuple[str, ...]:
         """The texts whose first tokens are the reference."""
         return self.reference if isinstance(self.reference, tuple) else ()
-
-    @property
-    def texts_field(self) -> str:
-        """The field of the texts."""
-        return "reference"
 
     @property
     def from_source(self) -> bool:

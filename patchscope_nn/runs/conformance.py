@@ -192,7 +192,7 @@ def _hooked(hooks: Hooks, model: Model, row: Mapping[str, Any], data: Mapping[st
         row=data,
         ids=ids,
         logits=lambda more: hooks.continued(ids, more, write),
-        unpatched=lambda more: hooks.unpatched(ids, more),
+        unpatched=lambda more: hooks.continued(ids, more, None),
         written=write.state,
         replaced=hooks.read(ids, [written])[written][position],
         source_logits=hooks.logits(source, [None])[0, at],

@@ -7,19 +7,12 @@ from typing import Annotated, Any, Literal, Self, TypeAlias, get_args
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from patchscope_nn._util.checking import NAMED, Spec
+from patchscope_nn.spec.forms import floats
 
 FitKind: TypeAlias = Literal["affine", "orthogonal", "low_rank", "scale"]
 FIT_KINDS: tuple[str, ...] = get_args(FitKind)
 #: Values of lambda, in units of the mean variance of a dimension of the source's states times their number.
 LAMBDAS = tuple(10.0**power for power in range(-6, 2))
-
-
-def _listed(value: Any) -> Any:
-    return tuple(map(_number, value)) if isinstance(value, list | tuple) else value
-
-
-def _number(value: Any) -> Any:
-    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 def _rising(lambdas: tuple[float, ...]) -> tuple[float, ...]:
@@ -51,7 +44,7 @@ class Fit(Spec):
     lambdas: Annotated[
         tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...],
         Field(min_length=1),
-        BeforeValidator(_listed),
+        BeforeValidator(floats),
         AfterValidator(_rising),
     ] = LAMBDAS
     """The values of lambda to try, in units of the mean variance of a dimension times the number of states.
@@ -64,11 +57,6 @@ class Fit(Spec):
         if (self.kind == "low_rank") != (self.rank is not None):
             raise ValueError("only kind low_rank has a rank: give both, as in {kind: low_rank, rank: 16}")
         return self
-
-
-def fit_schema() -> dict[str, Any]:
-    """Return the JSON Schema of a fit's fields."""
-    return Fit.model_json_schema()
 
 
 NAMED["fit"] = Fit

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import BeforeValidator, Field, PlainSerializer, WithJsonSchema, model_validator
 
 from patchscope_nn._util.checking import Spec
+from patchscope_nn.spec.forms import closed, listed
 from patchscope_nn.spec.layers import SourceLayers, TargetLayers
 from patchscope_nn.spec.positions import Positions
 from patchscope_nn.spec.prompts import Prompt
@@ -22,10 +23,6 @@ Control: TypeAlias = Literal["unpatched", "random", "shuffled", "text-only"]
 STATELESS: tuple[Control, ...] = ("unpatched", "text-only")
 
 
-def _listed(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
-
-
 #: States are averaged over positions, over all data rows, or over the rows of each value of a column.
 Mean: TypeAlias = Literal["positions", "rows"] | tuple[Literal["rows"], str]
 
@@ -38,23 +35,11 @@ AnyMean = Annotated[
     Mean | None,
     BeforeValidator(_mean),
     PlainSerializer(lambda mean: {mean[0]: mean[1]} if isinstance(mean, tuple) else mean),
-    WithJsonSchema(
-        {
-            "anyOf": [
-                {"enum": ["positions", "rows", None]},
-                {
-                    "type": "object",
-                    "properties": {"rows": {"type": "string"}},
-                    "required": ["rows"],
-                    "additionalProperties": False,
-                },
-            ]
-        }
-    ),
+    WithJsonSchema({"anyOf": [{"enum": ["positions", "rows", None]}, closed(rows={"type": "string"})]}),
 ]
 
 
-def _vector(value: Any) -> Any:
+def _as_vector(value: Any) -> Any:
     return {"file": value} if isinstance(value, str) else value
 
 
@@ -88,7 +73,7 @@ class Source(Spec):
     single row; `{rows: column}` the mean over the rows of each value of a column."""
     minus: Prompt | None = None
     """A prompt whose state, at the same position and layer, is subtracted."""
-    vector: Annotated[Vector | None, BeforeValidator(_vector)] = None
+    vector: Annotated[Vector | None, BeforeValidator(_as_vector)] = None
     """A vector from a file, instead of a prompt; it is used as the state of every l."""
 
     @model_validator(mode="after")
@@ -105,7 +90,7 @@ class Target(Spec):
 
     prompt: Prompt | None = None
     """T, as in `Source`; None is the source's own prompt (T = S). `{source_layer}` stands for l."""
-    prompts: Annotated[tuple[Prompt, ...], BeforeValidator(_listed)] = ()
+    prompts: Annotated[tuple[Prompt, ...], BeforeValidator(listed)] = ()
     """Several T instead of one, each with its own cells: a prompt ensemble."""
     combine: Literal["intersect", "average"] = "intersect"
     """How the top tokens of `prompts` are combined in `ensemble.csv` and `Run.ensemble`: `intersect` or

@@ -30,6 +30,9 @@ _FIELDS: dict[str, tuple[str, ...]] = {
 #: The fields that a kind requires.
 _NEEDED = {"lre": ("data", "prompt", "subject"), **dict.fromkeys(get_args(TextKind), ("data", "text"))}
 
+_LRE_EXAMPLE = "{kind: lre, data: {file: a.jsonl}, prompt: 'The capital of {country} is', subject: country}"
+_TEXT_EXAMPLE = "{kind: trained_affine, data: {file: a.jsonl}, text: ' {description}'}"
+
 _Count: TypeAlias = Annotated[int, Field(ge=1)]
 _Words: TypeAlias = Annotated[str, Field(min_length=1)]
 
@@ -87,26 +90,14 @@ class Train(Spec):
                 f"Its own fields are {', '.join(own)}."
             )
         if lacking := [name for name in _NEEDED.get(self.kind, ()) if name not in set_fields]:
-            raise ValueError(
-                f"{self.kind} needs {' and '.join(lacking)}, as in {_EXAMPLES[self.kind == 'lre']}"
-            )
+            example = _LRE_EXAMPLE if self.kind == "lre" else _TEXT_EXAMPLE
+            raise ValueError(f"{self.kind} needs {' and '.join(lacking)}, as in {example}")
         return self
 
     @property
     def options(self) -> dict[str, Any]:
         """The fields of its kind that are not None."""
         return {name: value for name in _FIELDS[self.kind] if (value := getattr(self, name)) is not None}
-
-
-_EXAMPLES = {
-    True: "{kind: lre, data: {file: a.jsonl}, prompt: 'The capital of {country} is', subject: country}",
-    False: "{kind: trained_affine, data: {file: a.jsonl}, text: ' {description}'}",
-}
-
-
-def train_schema() -> dict[str, Any]:
-    """Return the JSON Schema of a training's fields."""
-    return Train.model_json_schema()
 
 
 NAMED["train"] = Train
