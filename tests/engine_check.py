@@ -65,7 +65,7 @@ def programs(model, readout, **options):
     )
     mapping = resolve_mapping("identity", source=model.info, target=model.info)
     for step in planned.steps():
-        yield step, lower(planned, step, source=model, target=model, mapping=mapping, states={})
+        yield step, lower(planned, step, source=model, target=model, mapping=mapping)
 
 
 def same(one, other):

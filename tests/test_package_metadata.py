@@ -111,6 +111,7 @@ def test_a_wheel_with_a_test_or_without_a_template_is_refused(check, capsys):
         "patchscope_nn/templates/b.html.jinja",
         "patchscope_nn/explore/page/index.html",
         *(f"patchscope_nn/explore/page/p{number}.js" for number in range(8)),
+        "patchscope_nn/__init__.pyi",
         "patchscope_nn/py.typed",
         "patchscope_nn-0.2.0.dist-info/licenses/LICENSE",
     ]

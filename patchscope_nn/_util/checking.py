@@ -21,11 +21,19 @@ NAMED: dict[str, type[BaseModel]] = {}
 class Spec(BaseModel):
     """The base class of all specification objects: frozen, keyword-only, without unknown fields.
 
+    The text under a field describes it in the JSON Schema.
+
     Raises:
         SpecError: A field is wrong; the error lists all problems.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, arbitrary_types_allowed=True)
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        arbitrary_types_allowed=True,
+        use_attribute_docstrings=True,
+    )
 
     def __init__(self, **fields: Any) -> None:
         try:

@@ -8,8 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-_BLOCK = 1 << 16
-
 
 @contextmanager
 def replacing(file: Path) -> Iterator[Path]:
@@ -57,17 +55,6 @@ def whole_lines(file: Path) -> Iterator[bytes]:
 
 def cut_half_line(file: Path) -> None:
     """Remove a half-written last line of a killed process; call it only in the process that writes next."""
-    if not file.exists():
-        return
-    with file.open("rb+") as stream:
-        size = end = stream.seek(0, os.SEEK_END)
-        while end:  # search backwards for the end of the last complete line
-            start = max(0, end - _BLOCK)
-            stream.seek(start)
-            newline = stream.read(end - start).rfind(b"\n")
-            if newline >= 0:
-                end = start + newline + 1
-                break
-            end = start
-        if end < size:
-            stream.truncate(end)
+    whole = sum(map(len, whole_lines(file)))
+    if file.exists() and file.stat().st_size > whole:
+        os.truncate(file, whole)

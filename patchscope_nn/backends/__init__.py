@@ -6,21 +6,8 @@ crossing.py   divides a step whose models run in two places
 ndif/         jobs on an NDIF server
 """
 
-from patchscope_nn.backends.places import (
-    Backend,
-    Bridged,
-    Local,
-    Ndif,
-    Places,
-    Rehearsal,
-)
-from patchscope_nn.backends.steps import (
-    Listener,
-    PassTooLargeError,
-    is_out_of_memory,
-    results_of,
-    run_steps,
-)
+from patchscope_nn.backends.places import Backend, Bridged, Local, Ndif, Places, Rehearsal
+from patchscope_nn.backends.steps import Listener, PassTooLargeError, is_out_of_memory, results_of, run_steps
 
 __all__ = [
     "Backend",

@@ -7,8 +7,8 @@ that sends fewer bytes; then its weights stay here.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -131,76 +131,54 @@ class Traffic:
 
 
 def traffic(planned: Plan, mapping: ResolvedMapping) -> Traffic | None:
-    """Predicts what will be sent between two models; None if they share a context.
-
-    Args:
-        planned: The plan.
-        mapping: f.
-    """
+    """Predicts what will be sent between two models; None if they share a context."""
     if planned.context != "bridged":
         return None
-    sweep = planned.sweep
-    total = Traffic(mapping=mapping.name, weights=weights(mapping.maps or mapping.call))
-    for step in planned.steps():
-        final = sweep.states.is_final(step.states)
-        finals = int(final.sum())
-        sent = _sent(planned, step, mapping, step.states[~final])
-        total = replace(
-            total,
-            steps=total.steps + bool(len(final)),
-            states=total.states + sent.states,
-            distributions=total.distributions + finals,
-            bytes=total.bytes + sent.bytes + finals * sweep.source.vocab_size * _LOGPROB,
-            mapped_here=total.mapped_here + sent.mapped_here,
-        )
-    return total
+    steps = [_sent(planned, step, mapping) for step in planned.steps()]
+    return Traffic(
+        steps=sum(step.steps for step in steps),
+        states=sum(step.states for step in steps),
+        distributions=sum(step.distributions for step in steps),
+        bytes=sum(step.bytes for step in steps),
+        mapped_here=sum(step.mapped_here for step in steps),
+        mapping=mapping.name,
+        weights=weights(mapping.maps or mapping.call),
+    )
 
 
-class _Sent(NamedTuple):
-    """What a step sends besides distributions.
-
-    Attributes:
-        states: Hidden states, counted by position.
-        bytes: Their bytes, with the mapping's weights if these are sent.
-        mapped_here: True if the states are mapped before they travel.
-    """
-
-    states: int
-    bytes: int
-    mapped_here: bool
-
-
-def _sent(planned: Plan, step: Step, mapping: ResolvedMapping, hidden: Ints) -> _Sent:
-    """Predict `target_half`."""
-    read_width, written_width = _widths(planned)
+def _sent(planned: Plan, step: Step, mapping: ResolvedMapping) -> Traffic:
+    """Predict `target_half`: what a step sends."""
     sweep, number = planned.sweep, planned.sweep.source.bytes_per_number
-    n_states = n_mapped = _positions(planned, hidden)
+    read = number * sweep.source.width(SITES[sweep.scope.source.site])
+    written = number * sweep.target.width(SITES[sweep.scope.target.site])
+    final = sweep.states.is_final(step.states)
+    states = results = _positions(planned, step.states[~final])
     sent = mapping.call
     if mapping.kind == "pairs":
-        writes = sweep.writes(step.cells)
-        origins = sweep.cells.read_origins
-        states = sweep.states.hidden(origins.values[origins.starts[step.cells.read[writes.cell]]], writes.layer)
-        uses = np.unique(np.stack([states, writes.layer, writes.mapped], axis=1), axis=0)
-        n_mapped = _positions(planned, uses[:, 0])
-        sent = mapping.within((layer, written) for _, layer, written in uses.tolist())
-    raw, mapped = n_states * read_width * number, n_mapped * written_width * number
-    shared = len(step.carried) or len(step.kept) or _is_made(planned)
-    if mapping.kind in ("call", "pairs") and not shared and maps_here(sent, states=raw, mapped=mapped):
-        return _Sent(n_mapped, mapped, mapped_here=True)
-    return _Sent(n_states, raw + weights(sent), mapped_here=False)
+        writes, origins = sweep.writes(step.cells), sweep.cells.read_origins
+        origin = origins.values[origins.starts[step.cells.read[writes.cell]]]
+        needed = sweep.states.hidden(origin, writes.layer)
+        uses = np.unique(np.stack([needed, writes.layer, writes.mapped], axis=1), axis=0)
+        results = _positions(planned, uses[:, 0])
+        sent = mapping.within((layer, target) for _, layer, target in uses.tolist())
+    shared = bool(len(step.carried) or len(step.kept)) or _is_made(planned)
+    here = mapping.kind in ("call", "pairs") and not shared
+    here = here and maps_here(sent, states=states * read, mapped=results * written)
+    finals = int(final.sum())
+    size_of_states = results * written if here else states * read + weights(sent)
+    return Traffic(
+        steps=bool(len(final)),
+        states=results if here else states,
+        distributions=finals,
+        bytes=size_of_states + finals * sweep.source.vocab_size * _LOGPROB,
+        mapped_here=here,
+    )
 
 
 def _is_made(planned: Plan) -> bool:
     """True if states are made of several, or come from files; these cannot be mapped before they travel."""
     source, target = planned.sweep.scope.source, planned.sweep.scope.target
     return any((source.vector, source.minus, source.mean, target.soft_prompt))
-
-
-def _widths(planned: Plan) -> tuple[int, int]:
-    """The sizes of the states that are read, and of those that are written."""
-    sweep = planned.sweep
-    read, written = SITES[sweep.scope.source.site], SITES[sweep.scope.target.site]
-    return sweep.source.width(read), sweep.target.width(written)
 
 
 def _positions(planned: Plan, states: Ints) -> int:

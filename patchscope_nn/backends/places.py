@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from patchscope_nn.backends.crossing import source_half, target_half
 from patchscope_nn.backends.ndif import client
@@ -16,16 +16,19 @@ from patchscope_nn.models import Model
 from patchscope_nn.plan import Context
 
 
-class Backend(Protocol):
-    """Runs steps in one place."""
+class Backend(ABC):
+    """Runs steps in one place, or in one for each model.
+
+    Attributes:
+        remote: True if each request can run only one model.
+    """
+
+    remote: bool
 
     @property
+    @abstractmethod
     def name(self) -> str:
         """Its name in manifests."""
-
-    @property
-    def remote(self) -> bool:
-        """True if each request can run only one model."""
 
     def run(
         self,
@@ -39,39 +42,21 @@ class Backend(Protocol):
         """Open the context, run the step, and return its results.
 
         `hear` has a function for each target pass, to be called while the pass runs. Only a backend that runs
-        in this process calls them.
+        in this process calls them. A context that the target's engine does not open runs as two sessions.
         """
-
-
-class _Place(ABC):
-    """A single place. A context that the target's engine does not open runs as two sessions there."""
-
-    name: str
-    remote: bool
-
-    def run(
-        self,
-        context: Context,
-        program: StepProgram,
-        *,
-        source: Model,
-        target: Model,
-        hear: Sequence[Hear] = (),
-    ) -> Results:
-        """Run a step; see `Backend.run`."""
         if engine_of(target).opens(context):
             return self._run(context, program, source, target, hear)
         return Bridged(self, self).run(context, program, source=source, target=target, hear=hear)
 
-    @abstractmethod
     def _run(
         self, context: Context, program: StepProgram, source: Model, target: Model, hear: Sequence[Hear]
     ) -> Results:
         """Run a step in a context that the target's engine opens."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
-class Local(_Place):
+class Local(Backend):
     """Runs steps in this process."""
 
     name: str = "local"
@@ -80,12 +65,11 @@ class Local(_Place):
     def _run(
         self, context: Context, program: StepProgram, source: Model, target: Model, hear: Sequence[Hear]
     ) -> Results:
-        results: Results = engine_of(target).run(context, program, source=source, target=target, hear=hear)
-        return results
+        return engine_of(target).run(context, program, source=source, target=target, hear=hear)
 
 
 @dataclass(frozen=True)
-class Rehearsal(_Place):
+class Rehearsal(Backend):
     """Rehearses a remote run: nnsight serialises each request, reads it back, and runs it in this process.
 
     A step that fails here also fails on a server; a step that passes here can still fail there.
@@ -100,19 +84,12 @@ class Rehearsal(_Place):
         from nnsight.intervention.backends.local import LocalSimulationBackend
 
         backend = LocalSimulationBackend(target.traced)
-        results: Results = engine_of(target).run(
-            context, program, source=source, target=target, backend=backend
-        )
-        return results
+        return engine_of(target).run(context, program, source=source, target=target, backend=backend)
 
 
 @dataclass(frozen=True)
-class Ndif(_Place):
-    """Runs steps on an NDIF server; each step is a job.
-
-    Attributes:
-        host: The server's URL.
-    """
+class Ndif(Backend):
+    """Runs steps on an NDIF server, given by its URL; each step is a job."""
 
     host: str
     name: str = "ndif"
@@ -125,13 +102,8 @@ class Ndif(_Place):
 
 
 @dataclass(frozen=True)
-class Bridged:
-    """Runs M and M* in two places; the states of M travel to M* as values.
-
-    Attributes:
-        source: Where M runs.
-        target: Where M* runs.
-    """
+class Bridged(Backend):
+    """Runs M at `source` and M* at `target`; the states of M travel to M* as values."""
 
     source: Backend
     target: Backend
@@ -144,7 +116,7 @@ class Bridged:
 
     def run(
         self,
-        context: Context,  # noqa: ARG002 (each half is a session)
+        _context: Context,
         program: StepProgram,
         *,
         source: Model,
@@ -152,13 +124,9 @@ class Bridged:
         hear: Sequence[Hear] = (),
     ) -> Results:
         """Run the half of a step that reads the source, then the half that writes the target."""
-        half = self.read(program, source=source)
-        return self.target.run("session", half, source=target, target=target, hear=hear)
-
-    def read(self, program: StepProgram, *, source: Model) -> StepProgram:
-        """Run the half of a step that reads the source, and return the half that writes the target."""
         read = self.source.run("session", source_half(program), source=source, target=source)
-        return target_half(program, read)
+        half = target_half(program, read)
+        return self.target.run("session", half, source=target, target=target, hear=hear)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,8 +138,8 @@ class Places:
     Attributes:
         source: Where M runs.
         target: Where M* runs.
-        dtype: The dtype of models that are loaded, as in `models.load`.
-        device_map: The devices of models that are loaded, as in `models.load`.
+        dtype: The dtype of models that are loaded, as in `proof.load`.
+        device_map: The devices of models that are loaded, as in `proof.load`.
     """
 
     source: Backend = Local()

@@ -61,15 +61,7 @@ def run_steps(
     backend: Backend,
     listener: Listener | None = None,
 ) -> Iterator[Iterator[tuple[Cell, dict[str, Any]]]]:
-    """Run a plan step by step.
-
-    Args:
-        plan: The plan.
-        source: M.
-        target: M*.
-        mapping: f.
-        backend: Where the contexts are opened.
-        listener: Called as prompts are read and tokens are decoded; only if the models run in this process.
+    """Run a plan step by step. The listener hears only models that run in this process.
 
     Yields:
         For each step, an iterator over its cells and their copies, with raw readouts. Exhaust it before you
@@ -80,43 +72,29 @@ def run_steps(
             the others again.
         RunError: A step returned a different number of rows than it has cells.
     """
-    reused = plan.optimisations.memory_reuse and not backend.remote and target.info.device == "cpu"
-    with memory_reused() if reused else nullcontext():
-        yield from _run_steps(
-            plan, source, target, mapping, backend, listener=None if backend.remote else listener
-        )
-
-
-def _run_steps(
-    plan: Plan,
-    source: Model,
-    target: Model,
-    mapping: ResolvedMapping,
-    backend: Backend,
-    *,
-    listener: Listener | None,
-) -> Iterator[Iterator[tuple[Cell, dict[str, Any]]]]:
     held = HeldStates(plan.sweep)
     prefix: tuple[tuple[int, ...], Any] = ((), None)
-    for step in plan.steps():
-        program = lower(
-            plan,
-            step,
-            source=source,
-            target=target,
-            mapping=mapping,
-            carried=held.take(step.carried),
-            prefix=prefix[1] if prefix[0] == step.prefix else None,
-            keeps_prefix=not backend.remote,
-        )
-        hear = [] if listener is None else [*_hear(plan, step, program, listener)]
-        with _memory_watched(step):
-            results = backend.run(step.context, program, source=source, target=target, hear=hear)
-        held.add(step.kept, results["kept"], results["kept_finals"])
-        held.drop(step.dropped)
-        if results["prefix"] is not None:
-            prefix = step.prefix, results["prefix"]
-        yield results_of(plan, step, results)
+    reused = plan.optimisations.memory_reuse and not backend.remote and target.info.device == "cpu"
+    with memory_reused() if reused else nullcontext():
+        for step in plan.steps():
+            program = lower(
+                plan,
+                step,
+                source=source,
+                target=target,
+                mapping=mapping,
+                carried=held.take(step.carried),
+                prefix=prefix[1] if prefix[0] == step.prefix else None,
+                keeps_prefix=not backend.remote,
+            )
+            hear = [] if listener is None or backend.remote else [*_hear(plan, step, program, listener)]
+            with _memory_watched(step):
+                results = backend.run(step.context, program, source=source, target=target, hear=hear)
+            held.add(step.kept, results["kept"], results["kept_finals"])
+            held.drop(step.dropped)
+            if results["prefix"] is not None:
+                prefix = step.prefix, results["prefix"]
+            yield results_of(plan, step, results)
 
 
 def _hear(plan: Plan, step: Step, program: StepProgram, listener: Listener) -> Iterator[Hear]:

@@ -136,8 +136,9 @@ def in_last(write: Write, count: int) -> Any:
     last[:-1] = cells[1:] != cells[:-1]
     index = last.nonzero()[:, 0].repeat_interleave(count)
     stepped: Any = {name: part[index] for name, part in write.items() if isinstance(part, torch.Tensor)}
-    if write["random"] is not None:
-        stepped["random"] = {name: part[index] for name, part in write["random"].items()}
+    random: Any = write["random"]
+    if random is not None:
+        stepped["random"] = {name: part[index] for name, part in random.items()}
     return {**write, **stepped, "positions": torch.arange(count).repeat(len(index) // count)}
 
 

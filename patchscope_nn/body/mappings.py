@@ -18,7 +18,7 @@ def apply_mapping(
     call: Any,
     states: torch.Tensor,
     clean: torch.Tensor,
-    pairs: torch.Tensor | None = None,
+    pairs: Any = None,
 ) -> torch.Tensor:
     """Map states of the source to states of the target.
 
@@ -33,7 +33,7 @@ def apply_mapping(
         (n, d_model of the target), in the dtype and on the device of `clean`.
     """
     if kind == "pairs":
-        return map_pairs(call, states, pairs).to(clean)  # type: ignore[arg-type]
+        return map_pairs(call, states, pairs).to(clean)
     if kind == "call":
         if isinstance(call, torch.nn.Module):
             for tensor in [*call.parameters(), *call.buffers()][:1]:

@@ -47,7 +47,8 @@ def read_next_token(
     """
     logits = run.logits
     wanted = references.to(logits.device)
-    before = own = None
+    before: Any = None
+    own: Any = None
     if compared is not None and run.finals is not None:
         before, own = run.finals.to(logits.device), compared.to(logits.device)
         if from_source:

@@ -9,7 +9,6 @@ import typer
 
 from patchscope_nn import __version__
 from patchscope_nn.cli import groups, options, printing
-from patchscope_nn.cli.options import LogLevel
 from patchscope_nn.cli.running import plan, run
 
 app = typer.Typer(
@@ -48,7 +47,7 @@ def explain(
     max_new_tokens: options.MaxNewTokens = 16,
     models: groups.Models,
     json: options.Json = False,
-    log_level: options.Level = LogLevel.warning,  # noqa: ARG001 (acted on by its callback)
+    log_level: options.Level = "warning",  # noqa: ARG001 (acted on by its callback)
 ) -> None:
     """Show what the model says about a hidden state, layer by layer."""
     with printing.waiting("loading the model", quiet=json):

@@ -7,7 +7,6 @@ import importlib.util
 import sys
 
 from patchscope_nn.cli import groups, options, printing
-from patchscope_nn.cli.options import LogLevel
 from patchscope_nn.errors import InputError
 
 _NEEDED = ("starlette", "uvicorn")
@@ -22,7 +21,7 @@ def explore(
     port: options.Port = 0,
     no_browser: options.NoBrowser = False,
     json: options.Json = False,
-    log_level: options.Level = LogLevel.warning,  # noqa: ARG001 (acted on by its callback)
+    log_level: options.Level = "warning",  # noqa: ARG001 (acted on by its callback)
 ) -> None:
     """Open a local page for exploring a prompt.
 

@@ -10,7 +10,6 @@ import typer
 
 from patchscope_nn.cli import fit_printing, groups, options, printing
 from patchscope_nn.cli.fitting import fit, parse_data
-from patchscope_nn.cli.options import LogLevel
 
 
 @groups.grouped
@@ -31,7 +30,7 @@ def _closed(
     seed: options.Seed = 0,
     models: groups.Models,
     json: options.Json = False,
-    log_level: options.Level = LogLevel.warning,  # noqa: ARG001 (acted on by its callback)
+    log_level: options.Level = "warning",  # noqa: ARG001 (acted on by its callback)
 ) -> None:
     kind = str(context.info_name)
     with printing.waiting("loading the model", quiet=json):

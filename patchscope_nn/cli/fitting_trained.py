@@ -6,14 +6,13 @@ import inspect
 import shlex
 import sys
 from collections.abc import Callable
-from pathlib import Path
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, Any, TypeAlias, get_args
 
 from patchscope_nn.cli import fit_printing, groups, options, printing
 from patchscope_nn.cli.fitting import parse_data
-from patchscope_nn.cli.options import LogLevel, option
+from patchscope_nn.cli.options import option
 from patchscope_nn.fitting import fit_trained
-from patchscope_nn.fitting.trained.kind import HELD_OUT, SEED, TrainedKind
+from patchscope_nn.fitting.trained.kind import TrainedKind
 from patchscope_nn.fitting.trained.training import Training
 from patchscope_nn.spec import Source, Target
 
@@ -23,20 +22,8 @@ Data: TypeAlias = Annotated[
 Column: TypeAlias = Annotated[
     str | None, option("--column", help="The texts' column; needed where the data has several.")
 ]
-File: TypeAlias = Annotated[Path, option("--out", help="The safetensors file that is written.")]
 _REQUIRED = inspect.Parameter.empty
 
-#: The options of a `Training`; their defaults are the kind's.
-_TRAINING: dict[str, Any] = {
-    "steps": Annotated[int, option("--steps", help="Steps of the optimiser.")],
-    "batch": Annotated[int, option("--batch", help="What a step sees: tokens, or rows.")],
-    "learning_rate": Annotated[float, option("--learning-rate", help="Adam's rate at first.")],
-    "held_out": Annotated[float, option("--held-out", help=HELD_OUT.help)],
-    "stopping": Annotated[
-        float, option("--stopping", help="The share that chooses the best step; 0 keeps the last.")
-    ],
-    "seed": Annotated[int, option("--seed", help=SEED.help, min=SEED.least)],
-}
 #: The options of a `Source` and a `Target`, with their defaults.
 _SOURCE: dict[str, tuple[Any, Any]] = {
     "source_prompt": (Annotated[str, option("--source-prompt", help="S; {column} is filled.")], _REQUIRED),
@@ -58,61 +45,73 @@ _TARGET: dict[str, tuple[Any, Any]] = {
 
 def command_of(kind: TrainedKind) -> Callable[..., None]:
     """The command of a kind: its signature is what Typer makes the options from."""
-    signature = _signature(kind)
 
     def command(**values: Any) -> None:
         _fit(kind, **values)
 
-    command.__signature__ = inspect.Signature(signature)  # type: ignore[attr-defined]
-    command.__annotations__ = {parameter.name: parameter.annotation for parameter in signature}
+    parameters = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+        for name, (annotation, default) in _offered(kind).items()
+    ]
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     command.__doc__ = kind.summary
     return command
 
 
-def _signature(kind: TrainedKind) -> list[inspect.Parameter]:
-    """The options of a kind's command, as parameters that Typer reads."""
+def _offered(kind: TrainedKind) -> dict[str, tuple[Any, Any]]:
+    """The annotation and the default of each option of a kind's command."""
     offered: dict[str, tuple[Any, Any]] = {"data": (Data, kind.data or _REQUIRED)}
     if kind.reads == "texts":
         offered["column"] = (Column, None)
-    offered |= {"limit": (options.Limit, None), "out": (File, _REQUIRED)}
-    for name, parameter in kind.parameters().items():
+    offered |= {"limit": (options.Limit, None), "out": (options.FitFile, _REQUIRED)}
+    for name, parameter in kind.parameters.items():
         if name == "training":
-            defaults = (kind.training or Training()).model_dump()
-            offered |= {field: (_TRAINING[field], defaults[field]) for field in _TRAINING}
+            offered |= _training(kind.training or Training())
         elif name in ("source", "target"):
             offered |= _SOURCE if name == "source" else _TARGET
         else:
-            offered[_cli_name(name)] = _option(kind, name, parameter)
+            offered[_cli_name(name)] = _own(name, parameter)
     offered["model"] = (options.Model, None)
     if kind.two_models:
         offered |= {"source_model": (options.SourceModel, None), "target_model": (options.TargetModel, None)}
-    offered |= {
+    return offered | {
         "dtype": (options.Dtype, "auto"),
         "device_map": (options.DeviceMap, None),
         "json": (options.Json, False),
-        "log_level": (options.Level, LogLevel.warning),
+        "log_level": (options.Level, "warning"),
     }
-    return [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
-        for name, (annotation, default) in offered.items()
-    ]
+
+
+def _training(defaults: Training) -> dict[str, tuple[Any, Any]]:
+    """The options of a `Training`; its other limits are checked when it is made."""
+    return {
+        name: (_annotated(field.annotation, name, field.description, 0 if name == "seed" else None), default)
+        for (name, field), default in zip(
+            Training.model_fields.items(), defaults.model_dump().values(), strict=True
+        )
+    }
+
+
+def _own(name: str, parameter: inspect.Parameter) -> tuple[Any, Any]:
+    """One of a kind's own options."""
+    kind, described = get_args(parameter.annotation)
+    default = parameter.default
+    if described.selector:
+        kind = str
+        default = default if default is _REQUIRED or isinstance(default, str) else str(list(default))
+    return _annotated(kind, _cli_name(name), described.help, described.least), default
+
+
+def _annotated(kind: Any, name: str, text: str | None, least: int | None) -> Any:
+    """The annotation of an option for Typer."""
+    limits = {} if least is None else {"min": least}
+    return Annotated[kind, option("--" + name.replace("_", "-"), help=text or "", **limits)]
 
 
 def _cli_name(name: str) -> str:
     """The name of an option; `--layer` names one layer or several."""
     return "layer" if name == "layers" else name
-
-
-def _option(kind: TrainedKind, name: str, parameter: inspect.Parameter) -> tuple[Any, Any]:
-    """The annotation and the default of one of a kind's own options."""
-    own = kind.options[name]
-    flag = "--" + _cli_name(name).replace("_", "-")
-    limits = {} if own.least is None else {"min": own.least}
-    annotation, default = parameter.annotation, parameter.default
-    if own.selector:
-        annotation = str
-        default = default if default is _REQUIRED or isinstance(default, str) else str(list(default))
-    return Annotated[annotation, option(flag, help=own.help, **limits)], default
 
 
 def _fit(kind: TrainedKind, **values: Any) -> None:
@@ -140,9 +139,9 @@ def _arguments(kind: TrainedKind, values: dict[str, Any]) -> dict[str, Any]:
         return options.parse_selector(values[name], option="--" + name.replace("_", "-"))
 
     arguments: dict[str, Any] = {}
-    for name, parameter in kind.parameters().items():
+    for name, parameter in kind.parameters.items():
         if name == "training":
-            arguments[name] = Training(**{field: values[field] for field in _TRAINING})
+            arguments[name] = Training(**{field: values[field] for field in Training.model_fields})
         elif name == "source":
             arguments[name] = Source(
                 prompt=values["source_prompt"], position=selector("position"), layer=selector("layer")
@@ -153,7 +152,7 @@ def _arguments(kind: TrainedKind, values: dict[str, Any]) -> dict[str, Any]:
                 position=selector("target_position"),
                 layer=selector("target_layer"),
             )
-        elif kind.options[name].selector:
+        elif get_args(parameter.annotation)[1].selector:
             value = selector(_cli_name(name))
             several = isinstance(parameter.default, tuple)
             arguments[name] = [value] if several and not isinstance(value, list) else value

@@ -100,7 +100,7 @@ Switches: Any = make_dataclass(
 class Planning:
     """The options for planning passes."""
 
-    context: options.ContextName = options.Context.auto
+    context: options.ContextName = "auto"
     max_rows: options.MaxRows = None
     memory: options.Memory = None
 
@@ -113,7 +113,7 @@ class Planning:
         from patchscope_nn.plan import Optimisations
 
         return {
-            "context": self.context.value,
+            "context": self.context,
             "max_rows": self.max_rows,
             "memory": options.memory_value(self.memory),
             "optimisations": Optimisations(**asdict(switches)),

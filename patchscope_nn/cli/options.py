@@ -6,7 +6,7 @@ import logging
 import re
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
 import typer
 
@@ -19,16 +19,7 @@ def option(*names: str, help: str, **more: Any) -> Any:  # noqa: A002 (typer's o
     return typer.Option(*names, help=help, envvar=variable, show_envvar=False, **more)
 
 
-class LogLevel(StrEnum):
-    """The lowest level of messages that are logged to stderr."""
-
-    debug = "debug"
-    info = "info"
-    warning = "warning"
-    error = "error"
-
-
-def _set_log_level(level: LogLevel) -> LogLevel:
+def _set_log_level(level: str) -> str:
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("patchscope_nn").setLevel(level.upper())
     return level
@@ -91,7 +82,8 @@ Sets: TypeAlias = Annotated[
 Limit: TypeAlias = Annotated[int | None, option("--limit", help="The maximum number of data rows.", min=1)]
 Json: TypeAlias = Annotated[bool, option("--json", help="Print JSON instead of tables.")]
 Level: TypeAlias = Annotated[
-    LogLevel, option("--log-level", help="The lowest level of messages to log.", callback=_set_log_level)
+    Literal["debug", "info", "warning", "error"],
+    option("--log-level", help="The lowest level of messages to log.", callback=_set_log_level),
 ]
 Lenses: TypeAlias = Annotated[
     list[str] | None,
@@ -139,18 +131,9 @@ BestOver: TypeAlias = Annotated[
 ]
 
 
-class Context(StrEnum):
-    """How source and target share an nnsight context."""
-
-    auto = "auto"
-    fused = "fused"
-    session = "session"
-    nested = "nested"
-    bridged = "bridged"
-
-
 ContextName: TypeAlias = Annotated[
-    Context, option("--context", help="How source and target share an nnsight context.")
+    Literal["auto", "fused", "session", "nested", "bridged"],
+    option("--context", help="How source and target share an nnsight context."),
 ]
 
 

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 import typer
 
 from patchscope_nn.cli import groups, options, printing
-from patchscope_nn.cli.options import LogLevel
 
 if TYPE_CHECKING:
     from patchscope_nn.runs.prepared import Prepared, PreparedRun
@@ -31,7 +30,7 @@ def run(
     planning: groups.Planning,
     switches: groups.Switches,
     json: options.Json = False,
-    log_level: options.Level = LogLevel.warning,  # noqa: ARG001 (acted on by its callback)
+    log_level: options.Level = "warning",  # noqa: ARG001 (acted on by its callback)
 ) -> None:
     """Run a recipe. The same command resumes an interrupted run; finished cells are not run again."""
     prepared = _prepare(recipe, models, sets=sets, limit=limit, quiet=json)
@@ -78,7 +77,7 @@ def plan(
     planning: groups.Planning,
     switches: groups.Switches,
     json: options.Json = False,
-    log_level: options.Level = LogLevel.warning,  # noqa: ARG001 (acted on by its callback)
+    log_level: options.Level = "warning",  # noqa: ARG001 (acted on by its callback)
 ) -> None:
     """Show what a recipe would run. Prints contexts, passes, rows and tokens; no cell is computed."""
     prepared = _prepare(recipe, models, sets=sets, limit=limit, quiet=json)

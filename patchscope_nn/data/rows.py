@@ -81,23 +81,7 @@ _Text = Annotated[str, Field(min_length=1), BeforeValidator(_text)]
 
 
 class DataSpec(Spec):
-    """Where the data rows come from: exactly one of `builtin`, `file`, `hub`, `rows`, `reader`, `function`.
-
-    Attributes:
-        builtin: The name of data that ships with this package, for example `contexts`.
-        file: A .jsonl, .json, .csv, .tsv or .parquet file; a relative path starts from the recipe's folder.
-        hub: A dataset of the Hugging Face Hub, `org/name`.
-        split: The split of the Hub dataset, for example `test`.
-        config: The configuration of the Hub dataset, if it has several.
-        revision: The commit, tag or branch of the Hub dataset.
-        rows: The rows themselves, each a mapping of column names to values.
-        reader: The name of a reader that is registered in Python, or that an installed package provides.
-        function: A reader as `module:name`: a function that returns rows.
-        arguments: The keyword arguments of the reader or function.
-        where: Which rows to take: for each column its value, or a list of allowed values, compared as texts.
-        drop_missing: Leave out rows in which a used column is missing (null or NaN); for the data of a fit,
-            rows in which any column is missing. Otherwise a missing value of a used column is an error.
-    """
+    """Where data rows come from: exactly one of `builtin`, `file`, `hub`, `rows`, `reader`, `function`."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -107,11 +91,17 @@ class DataSpec(Spec):
     )
 
     builtin: Annotated[str, AfterValidator(_known), WithJsonSchema({"enum": list(BUILTIN)})] | None = None
+    """The name of data that ships with this package, for example `contexts`."""
     file: _Text | None = None
+    """A .jsonl, .json, .csv, .tsv or .parquet file; a relative path starts from the recipe's folder."""
     hub: _Text | None = None
+    """A dataset of the Hugging Face Hub, `org/name`."""
     split: _Text | None = None
+    """The split of the Hub dataset, for example `test`."""
     config: _Text | None = None
+    """The configuration of the Hub dataset, if it has several."""
     revision: _Text | None = None
+    """The commit, tag or branch of the Hub dataset."""
     rows: (
         Annotated[
             tuple[dict[str, Any], ...],
@@ -121,11 +111,18 @@ class DataSpec(Spec):
         ]
         | None
     ) = None
+    """The rows themselves, each a mapping of column names to values."""
     reader: Annotated[str, AfterValidator(_known_reader), WithJsonSchema({"type": "string"})] | None = None
+    """The name of a reader that is registered in Python, or that an installed package provides."""
     function: Annotated[str, AfterValidator(check_reference)] | None = None
+    """A reader as `module:name`: a function that returns rows."""
     arguments: dict[str, Any] | None = None
+    """The keyword arguments of the reader or function."""
     where: dict[str, Any] | None = None
+    """Which rows to take: for each column its value, or a list of allowed values, compared as texts."""
     drop_missing: bool = False
+    """Leave out rows in which a used column is missing (null or NaN); for the data of a fit, rows in which
+    any column is missing. Otherwise a missing value of a used column is an error."""
 
     @property
     def kind(self) -> str:

@@ -37,17 +37,14 @@ _Text = Annotated[str, Field(min_length=1)]
 
 
 class TargetView(Spec):
-    """The target that the page gives: T, i* and l*.
-
-    Attributes:
-        prompt: T; braces are ordinary characters.
-        position: i*: an index, or a piece of the prompt's text.
-        layer: l*: a block, `embed`, or `same`.
-    """
+    """The target that the page gives: T, i* and l*."""
 
     prompt: _Text = prompts.DESCRIBE
+    """T; braces are ordinary characters."""
     position: Annotated[int | _Text, BeforeValidator(_position)] = -1
+    """i*: an index, or a piece of the prompt's text."""
     layer: Annotated[LayerSelector, BeforeValidator(_layer)] = "same"
+    """l*: a block, `embed`, or `same`."""
 
     def target(self, model: str | None) -> Target:
         """Convert to the target of a Patchscope."""
@@ -55,17 +52,14 @@ class TargetView(Spec):
 
 
 class View(Spec):
-    """The common part of requests for a grid and for a cell.
-
-    Attributes:
-        prompt: S; braces are ordinary characters.
-        source_model: M.
-        target_model: M*.
-    """
+    """The common part of requests for a grid and for a cell."""
 
     prompt: _Text
+    """S; braces are ordinary characters."""
     source_model: _Text
+    """M."""
     target_model: _Text
+    """M*."""
 
     @property
     def other_model(self) -> str | None:
@@ -74,20 +68,17 @@ class View(Spec):
 
 
 class GridView(View):
-    """A request for a grid of tokens and layers.
-
-    Attributes:
-        lens: The name of a lens; `own` uses `target`.
-        target: The target of the lens `own`.
-        positions: The tokens to show; None shows all, or the first `WINDOW` of a longer prompt.
-    """
+    """A request for a grid of tokens and layers."""
 
     lens: str = "token-identity"
+    """The name of a lens; `own` uses `target`."""
     target: TargetView | None = None
+    """The target of the lens `own`."""
     positions: Annotated[
         Annotated[tuple[int, ...], Field(min_length=1, max_length=WINDOW)] | None,
         BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value),
     ] = None
+    """The tokens to show; None shows all, or the first `WINDOW` of a longer prompt."""
 
     def recipe(self, lenses: Mapping[str, Lens]) -> Recipe:
         """Make the recipe whose results this grid shows.
@@ -122,19 +113,16 @@ class GridView(View):
 
 
 class CellView(View):
-    """A request to describe one state.
-
-    Attributes:
-        position: i, counted from the left.
-        layer: l.
-        target: Where the state is written.
-        max_new_tokens: The number of tokens to decode at most.
-    """
+    """A request to describe one state."""
 
     position: Annotated[int, Field(ge=0)]
+    """i, counted from the left."""
     layer: Annotated[int, Field(ge=0)]
+    """l."""
     target: TargetView = TargetView()
+    """Where the state is written."""
     max_new_tokens: Annotated[int, Field(ge=1, le=200)] = 20
+    """The number of tokens to decode at most."""
 
     def recipe(self) -> Recipe:
         """Make the recipe that describes this state, with its controls."""

@@ -3,6 +3,7 @@
 closed/              closed forms, from the states of two models or two layers at the same places of texts
 trained/             kinds that are trained or differentiated through a frozen model, one file a kind
 reading.py           hidden states read by the compiler, for both
+reporting.py         the progress and the notices of both
 cached.py            a closed form that a recipe asks for
 planned_training.py  a training that a recipe asks for
 """
@@ -13,11 +14,11 @@ from typing import Any
 
 from patchscope_nn._util.arguments import checked
 from patchscope_nn.errors import MappingError, did_you_mean
-from patchscope_nn.fitting.cached import PlannedFit, plan_fit
+from patchscope_nn.fitting.cached import plan_fit
 from patchscope_nn.fitting.closed.fit import fit_mapping
 from patchscope_nn.fitting.closed.pairs import parse_pairs
 from patchscope_nn.fitting.planned import Planned, same_model
-from patchscope_nn.fitting.planned_training import PlannedTraining, plan_training
+from patchscope_nn.fitting.planned_training import plan_training
 from patchscope_nn.fitting.trained.fit import fit_trained
 from patchscope_nn.fitting.trained.kinds import TRAINED
 from patchscope_nn.fitting.trained.outcome import FittedPrompt
@@ -51,8 +52,6 @@ __all__ = [
     "TRAINED",
     "FittedPrompt",
     "Planned",
-    "PlannedFit",
-    "PlannedTraining",
     "fit",
     "fit_mapping",
     "fit_trained",

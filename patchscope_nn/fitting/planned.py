@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +11,8 @@ from typing import Any
 import torch
 from filelock import FileLock
 
-from patchscope_nn.mappings import Fitted, Pair, Parts, ResolvedMapping, resolve_mapping
+from patchscope_nn.fitting.reporting import Notice, Progress
+from patchscope_nn.mappings import Fitted, Pair, ResolvedMapping, resolve_mapping
 from patchscope_nn.models import ELSEWHERE, Model, builtin
 
 #: How many numbers of each tensor are compared to tell two models' weights apart.
@@ -20,64 +20,34 @@ _SAMPLED = 64
 
 
 @dataclass(frozen=True, kw_only=True)
-class Planned(ABC):
+class Planned:
     """A mapping that a run needs, and that may not be made yet.
 
     Attributes:
+        name: Its name in tables and manifests, for example `fit:affine`.
+        doing: What the progress display calls the work.
+        unit: What the progress counts.
+        about: Its description before it is made.
         source: M.
         target: M*; the same object if there is one model.
         sites: The name of the site that is read on each side.
-        pairs: The pairs of the run.
+        shapes: For each pair of the run, the shapes of its tensors by name.
+        make: Makes it; arguments as in `ready`.
         key: A hex digest of everything that decides the maps.
         file: The file it is kept in.
     """
 
+    name: str
+    doing: str
+    unit: str
+    about: dict[str, Any]
     source: Model
     target: Model
     sites: tuple[str, str]
-    pairs: tuple[Pair, ...]
+    shapes: Mapping[Pair, Mapping[str, tuple[int, ...]]]
+    make: Callable[..., Fitted]
     key: str
     file: Path
-
-    @property
-    @abstractmethod
-    def name(self) -> str:
-        """Its name in tables and manifests."""
-
-    @property
-    @abstractmethod
-    def doing(self) -> str:
-        """What the progress display calls the work."""
-
-    @property
-    @abstractmethod
-    def unit(self) -> str:
-        """What the progress counts."""
-
-    @property
-    @abstractmethod
-    def about(self) -> dict[str, Any]:
-        """Its description before it is made."""
-
-    @abstractmethod
-    def shapes(self, pair: Pair) -> dict[str, tuple[int, ...]]:
-        """The shapes of a pair's tensors, by name."""
-
-    @abstractmethod
-    def make(
-        self,
-        *,
-        command: str | None,
-        progress: Callable[[int, int], None] | None,
-        notice: Callable[[str], None] | None,
-    ) -> Fitted:
-        """Fit or train it.
-
-        Args:
-            command: The command line, for the provenance.
-            progress: Called with (done, total), in units of `unit`.
-            notice: Called with a sentence if the fit may be unreliable.
-        """
 
     @property
     def done(self) -> bool:
@@ -90,41 +60,36 @@ class Planned(ABC):
         Its digest is `key`, so that a run has the same hash before and after the mapping is made.
         """
         if not self.done:
-            return ResolvedMapping(
-                name=self.name,
-                kind="pairs",
-                maps=self._empty(),
-                digest=self.key,
-                about=self.about | {"file": str(self.file)},
-            )
+            empty = {
+                pair: {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+                for pair, shapes in self.shapes.items()
+            }
+            about = self.about | {"file": str(self.file)}
+            return ResolvedMapping(name=self.name, kind="pairs", maps=empty, digest=self.key, about=about)
         resolved = resolve_mapping(
             ("fitted", str(self.file)),
             source=self.source.info,
             target=self.target.info,
-            pairs=self.pairs,
+            pairs=tuple(self.shapes),
             sites=self.sites,
         )
         return replace(resolved, name=self.name, digest=self.key)
 
     def ready(
-        self,
-        *,
-        command: str | None = None,
-        progress: Callable[[int, int], None] | None = None,
-        notice: Callable[[str], None] | None = None,
+        self, *, command: str | None = None, progress: Progress | None = None, notice: Notice | None = None
     ) -> ResolvedMapping:
-        """The mapping, made now unless it was made before; arguments as in `make`."""
+        """The mapping, made now unless it was made before.
+
+        Args:
+            command: The command line, for the provenance.
+            progress: Called with (done, total), in units of `unit`.
+            notice: Called with a sentence if the fit may be unreliable.
+        """
         self.file.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(self.file.with_suffix(".lock")):
             if not self.done:
                 self.make(command=command, progress=progress, notice=notice).save(self.file)
         return self.mapping()
-
-    def _empty(self) -> Mapping[Pair, Parts]:
-        return {
-            pair: {name: torch.empty(shape, device="meta") for name, shape in self.shapes(pair).items()}
-            for pair in self.pairs
-        }
 
 
 def folder() -> Path:

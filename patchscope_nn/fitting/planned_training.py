@@ -7,8 +7,8 @@ known and the file is found by REQUEST: a training made in this process serves a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,73 +30,6 @@ from patchscope_nn.spec import Patchscope, Train
 _VERSION = 1
 
 
-@dataclass(frozen=True, kw_only=True)
-class PlannedTraining(Planned):
-    """A training that a run needs.
-
-    Attributes:
-        kind: The kind that is trained.
-        request: What the recipe asks for.
-        data: What it is trained on.
-        base: The folder that relative data files start from.
-    """
-
-    kind: MappingKind
-    request: Request
-    data: Rows
-    base: Path | None
-
-    @property
-    def name(self) -> str:
-        """As in `Planned`."""
-        return f"train:{self.kind.name}"
-
-    @property
-    def doing(self) -> str:
-        """As in `Planned`."""
-        return f"training {self.name}"
-
-    @property
-    def unit(self) -> str:
-        """As in `Planned`."""
-        return self.kind.unit
-
-    @property
-    def about(self) -> dict[str, Any]:
-        """As in `Planned`: the kind, and the number of rows it reads."""
-        return {"kind": self.kind.name, "data": {"n_rows": len(self.data.rows)}}
-
-    def shapes(self, pair: Pair) -> dict[str, tuple[int, ...]]:
-        """As in `Planned`."""
-        return self.kind.shapes(self.source.info.d_model) if self.kind.learns(pair) else {"scale": (1,)}
-
-    def make(
-        self,
-        *,
-        command: str | None,
-        progress: Callable[[int, int], None] | None,
-        notice: Callable[[str], None] | None,  # noqa: ARG002 (its scores speak for themselves)
-    ) -> Fitted:
-        """As in `Planned`; pairs for which there is nothing to learn get the identity, without a score."""
-        learned = [pair for pair in self.pairs if self.kind.learns(pair)]
-        fitted = fit_trained(
-            self.kind.name,
-            model=self.source,
-            target_model=self.target,
-            data=self.data.spec,
-            column=self.data.column,
-            limit=self.request.options.limit,
-            base=self.base,
-            command=command,
-            progress=progress,
-            **self.kind.arguments(self.request, [layer for layer, _ in learned]),
-        )
-        fitted = cast("Fitted", fitted)  # a MappingKind gives no prompt
-        maps = {pair: {"scale": torch.ones(1)} for pair in self.pairs}
-        maps |= {pair: fitted.parts(pair) for pair in learned}
-        return Fitted(kind=fitted.kind, maps=maps, about=fitted.about)
-
-
 def plan_training(
     options: Train,
     *,
@@ -106,17 +39,10 @@ def plan_training(
     pairs: Sequence[Pair],
     sites: tuple[str, str],
     base: Path | None = None,
-) -> PlannedTraining | None:
-    """Plan and check a run's training, without training it.
+) -> Planned | None:
+    """Plan and check a run's training of a Patchscope's mapping, without training it.
 
-    Args:
-        options: The recipe's `train`.
-        scope: The Patchscope.
-        source: M.
-        target: M*.
-        pairs: The (l, l*) of the run.
-        sites: The names of the sites that are read and written.
-        base: The folder that relative data files start from.
+    The other arguments are those of `plan_fit`.
 
     Returns:
         The training; None if no pair has anything to learn, so that the mapping is the identity.
@@ -127,50 +53,80 @@ def plan_training(
         ModelError: The weights are on a server, and it was not trained in this process before.
         InputError: The data cannot be read, is too little, or does not fill a prompt.
     """
-    away = any(model.info.device == ELSEWHERE for model in (source, target))
     chosen = tuple(sorted(set(pairs)))
     kind = mapping_kind(options.kind)
     request = Request(options=options, scope=scope, source=source, target=target, pairs=chosen, sites=sites)
-    kind.check(request, away=away)
+    kind.check(request)
     if not any(map(kind.learns, chosen)):
         return None
     spec = DataSpec(**(options.data or DEFAULT_DATA))
     data = Rows(spec, kind.column(options), load_rows(spec, base=base, limit=options.limit))
     kind.check_data(request, data)
-    asked = digest(
-        [
-            _VERSION,
-            options.model_dump(mode="json", exclude={"data", "column", "limit"}),
-            [fingerprint(data.rows), data.column],
-            [identity(model)[:2] for model in (source, target)],
-            [list(pair) for pair in chosen],
-            [side.model_dump(mode="json") for side in request.prompts()] if kind.uses_prompts else None,
-        ]
-    )
-    weights = digest([identity(model)[2:] for model in (source, target)])
-    file = folder() / f"{kind.name}-{asked}-{weights}.safetensors"
-    if away:
-        file = _trained_before(kind.name, asked, source if source.info.device == ELSEWHERE else target)
-    return PlannedTraining(
-        kind=kind,
-        request=request,
-        data=data,
-        base=base,
+    file = _file(kind, request, data)
+    name = f"train:{kind.name}"
+    learned = kind.shapes(source.info.d_model)
+    return Planned(
+        name=name,
+        doing=f"training {name}",
+        unit=kind.unit,
+        about={"kind": kind.name, "data": {"n_rows": len(data.rows)}},
         source=source,
         target=target,
         sites=sites,
-        pairs=chosen,
+        shapes={pair: learned if kind.learns(pair) else {"scale": (1,)} for pair in chosen},
+        make=functools.partial(_train, kind, request, data, base),
         key=file.stem.removeprefix(f"{kind.name}-"),
         file=file,
     )
 
 
-def _trained_before(kind: str, asked: str, model: Model) -> Path:
-    """The file of a training through a model whose weights are on a server.
+def _train(
+    kind: MappingKind, request: Request, data: Rows, base: Path | None, *, notice: object, **reporting: Any
+) -> Fitted:
+    """Train it, without a notice, because its scores speak for themselves.
 
-    Raises:
-        ModelError: There is none, or there are several, for models of one name.
+    Pairs for which there is nothing to learn get the identity, without a score.
     """
+    del notice
+    learned = [pair for pair in request.pairs if kind.learns(pair)]
+    fitted = fit_trained(
+        kind.name,
+        model=request.source,
+        target_model=request.target,
+        data=data.spec,
+        column=data.column,
+        limit=request.options.limit,
+        base=base,
+        **reporting,
+        **kind.arguments(request, [layer for layer, _ in learned]),
+    )
+    fitted = cast("Fitted", fitted)  # a MappingKind gives no prompt
+    maps = {pair: {"scale": torch.ones(1)} for pair in request.pairs}
+    maps |= {pair: fitted.parts(pair) for pair in learned}
+    return Fitted(kind=fitted.kind, maps=maps, about=fitted.about)
+
+
+def _file(kind: MappingKind, request: Request, data: Rows) -> Path:
+    """The file a training is kept in."""
+    models = (request.source, request.target)
+    asked = digest(
+        [
+            _VERSION,
+            request.options.model_dump(mode="json", exclude={"data", "column", "limit"}),
+            [fingerprint(data.rows), data.column],
+            [identity(model)[:2] for model in models],
+            [list(pair) for pair in request.pairs],
+            [side.model_dump(mode="json") for side in request.prompts] if kind.uses_prompts else None,
+        ]
+    )
+    if away := [model for model in models if model.info.device == ELSEWHERE]:
+        return _trained_before(kind.name, asked, away[0])
+    weights = digest([identity(model)[2:] for model in models])
+    return folder() / f"{kind.name}-{asked}-{weights}.safetensors"
+
+
+def _trained_before(kind: str, asked: str, model: Model) -> Path:
+    """The one file of a training through a model whose weights are on a server."""
     files = sorted(folder().glob(f"{kind}-{asked}-*.safetensors"))
     if len(files) == 1:
         return files[0]

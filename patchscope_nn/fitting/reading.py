@@ -19,12 +19,7 @@ Item = TypeVar("Item")
 
 
 class Row(NamedTuple):
-    """A sequence, and where its states are read.
-
-    Attributes:
-        ids: Its token ids.
-        positions: The positions to read, from the left.
-    """
+    """The token ids of a sequence, and the positions where its states are read, from the left."""
 
     ids: tuple[int, ...]
     positions: Sequence[int]
@@ -40,12 +35,7 @@ def read_pass(
 ) -> dict[int, torch.Tensor]:
     """Read states of some rows in one forward pass, which stops after the last layer that is read.
 
-    Args:
-        rows: The sequences and positions.
-        layers: The layers to read; -1 is the input of block 0.
-        model: The model.
-        backend: Where the model runs; None is this process.
-        site: The name of the site.
+    Layer -1 is the input of block 0. The model runs in this process unless a backend is given.
 
     Returns:
         For each layer (n_positions, d_model), in the order of the rows and of their positions.
@@ -79,14 +69,13 @@ def batches(
 ) -> Iterator[Sequence[Item]]:
     """Split rows into forward passes of limited size that the models are proven to read correctly.
 
+    Where the proof of a model withholds mixed lengths, a pass has rows of one length; where it withholds
+    batches, every row has a pass of its own.
+
     Args:
         rows: The rows, sorted by length.
         lengths: Gives the number of tokens of a row, for each model.
-        models: The models that read the rows. Where the proof of one withholds mixed lengths, a pass has rows
-            of one length; where it withholds batches, every row has a pass of its own.
-
-    Yields:
-        The rows of each pass.
+        models: The models that read the rows.
     """
     longest = max((max(lengths(row)) for row in rows), default=0)
     verdicts = [info.verdict for info in models if info.verdict is not None]

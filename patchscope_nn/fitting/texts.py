@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from patchscope_nn._util.digests import digest
 from patchscope_nn.data.rows import DataSpec, load_rows
 from patchscope_nn.errors import DataError, did_you_mean
+from patchscope_nn.spec import Fit
 from patchscope_nn.spec.prompts import text_of
 
 #: The data to fit on if none is named, and its column.
 DEFAULT_DATA: Mapping[str, Any] = {"builtin": "texts"}
 DEFAULT_COLUMN = "text"
+_DEFAULT = Fit()
 #: The share of the texts to choose lambda or alpha by, among those that are not held out.
 _CHOOSING = 0.1
 
@@ -41,9 +43,9 @@ def read_texts(
     data: DataSpec,
     *,
     column: str | None = None,
-    held_out: float | DataSpec = 0.2,
+    held_out: float | DataSpec = _DEFAULT.held_out,
     limit: int | None = None,
-    seed: int = 0,
+    seed: int = _DEFAULT.seed,
     base: Path | None = None,
 ) -> Texts:
     """Read texts and split them.
@@ -59,37 +61,23 @@ def read_texts(
         seed: Decides which texts are held out.
         base: The folder that relative files start from.
 
-    Returns:
-        The texts.
-
     Raises:
         DataError: The data cannot be read, lacks the column, or is too little; or the data to hold out is the
             data to fit on.
     """
-    if isinstance(held_out, DataSpec) and held_out == data:
+    if held_out == data:
         raise DataError(
             f"held_out names the same data as is fitted on, {_named(data)}.",
             hint="A score on the data of the fit says nothing. Name other data, or a share, for example 0.2.",
         )
-    known = _distinct(data, column=column, limit=limit, base=base)
+    known, dropped = _distinct(data, column=column, limit=limit, base=base), 0
+    mixed = _order(known, seed)
     if isinstance(held_out, DataSpec):
         separate = _distinct(held_out, column=column, limit=limit, base=base)
-        rest = _order(known, seed)
-        held = [text for key, text in separate.items() if key not in known]
-        if not held:
-            raise DataError(
-                f"every text of held_out, {_named(held_out)}, is among those that are fitted on.",
-                hint="A score on the data of the fit says nothing. Hold other texts out.",
-            )
+        rest, held = mixed, _not_known(separate, known, held_out)
         dropped = len(separate) - len(held)
     else:
-        if not 0 < held_out < 1:
-            raise DataError(
-                f"held_out={held_out} is not a share of the texts.",
-                hint="Give a number above 0 and below 1, or data.",
-            )
-        mixed, dropped = _order(known, seed), 0
-        count = max(1, round(held_out * len(mixed)))
+        count = _count(held_out, len(mixed))
         held, rest = mixed[:count], mixed[count:]
     chosen = max(1, round(_CHOOSING * len(rest)))
     if len(rest) <= chosen:
@@ -98,24 +86,41 @@ def read_texts(
             "settings by, and to hold out.",
             hint="Give some hundreds or more.",
         )
+    about = {
+        "fitted_on": _about(data, rest),
+        "held_out": _about(held_out if isinstance(held_out, DataSpec) else data, held) | {"dropped": dropped},
+    }
     return Texts(
-        fitted=tuple(rest[chosen:]),
-        choosing=tuple(rest[:chosen]),
-        held_out=tuple(held),
-        about={
-            "fitted_on": {"data": _dumped(data), "n_texts": len(rest), "digest": digest_of(rest)},
-            "held_out": {
-                "data": _dumped(held_out if isinstance(held_out, DataSpec) else data),
-                "n_texts": len(held),
-                "digest": digest_of(held),
-                "dropped": dropped,
-            },
-        },
+        fitted=tuple(rest[chosen:]), choosing=tuple(rest[:chosen]), held_out=tuple(held), about=about
     )
 
 
+def _not_known(separate: Mapping[str, str], known: Mapping[str, str], data: DataSpec) -> list[str]:
+    """The texts of separate data that are not fitted on; both by their keys."""
+    held = [text for key, text in separate.items() if key not in known]
+    if not held:
+        raise DataError(
+            f"every text of held_out, {_named(data)}, is among those that are fitted on.",
+            hint="A score on the data of the fit says nothing. Hold other texts out.",
+        )
+    return held
+
+
+def _count(share: float, n_texts: int) -> int:
+    if not 0 < share < 1:
+        raise DataError(
+            f"held_out={share} is not a share of the texts.",
+            hint="Give a number above 0 and below 1, or data.",
+        )
+    return max(1, round(share * n_texts))
+
+
+def _about(data: DataSpec, texts: Sequence[str]) -> dict[str, Any]:
+    return {"data": _dumped(data), "n_texts": len(texts), "digest": digest_of(texts)}
+
+
 def digest_of(texts: Iterable[str]) -> str:
-    """16 hex digits that identify a set of texts, whatever their order."""
+    """16 hex digits that identify a set of texts, independent of their order."""
     keys = sorted(_key(text) for text in texts)
     return hashlib.sha256("".join(keys).encode()).hexdigest()[:16]
 
@@ -127,13 +132,12 @@ def column_texts(rows: Sequence[Mapping[str, Any]], column: str | None) -> list[
         DataError: The column is missing, or there are several and none is named.
     """
     columns = list(rows[0])
-    if column is None and len(columns) == 1:
-        column = columns[0]
-    if column is None:
+    if column is None and len(columns) != 1:
         raise DataError(
             f"the data has the columns {', '.join(columns)}, and none was named.",
             hint="Name the column of the texts (--column).",
         )
+    column = columns[0] if column is None else column
     if column not in columns:
         raise DataError(f"column={column!r} is not a column of the data.", hint=did_you_mean(column, columns))
     return [text_of(row, column, field=f"data row {number}") for number, row in enumerate(rows)]
@@ -182,10 +186,7 @@ def _key(text: str) -> str:
 
 def _dumped(data: DataSpec) -> dict[str, Any]:
     plain = data.model_dump(mode="json")
-    if "rows" in plain:
-        rows = json.dumps(plain["rows"], sort_keys=True, default=repr)
-        return {"rows": hashlib.sha256(rows.encode()).hexdigest()[:16]}
-    return plain
+    return {"rows": digest(plain["rows"])} if "rows" in plain else plain
 
 
 def _named(data: DataSpec) -> str:

@@ -30,11 +30,12 @@ class StateTable:
         self._hidden, self._starts, self._counts = self._sorted(states[~final])
         self._finals = states[final]
         self._by_number = np.argsort(self._finals)
-        self.vectors, self.sums = None, None
+        self.vectors: torch.Tensor | None = None
+        self.sums: Sums | None = None
         self._sums: Ints = np.empty(0, np.int64)
         writes = sweep.writes(step.cells)
         if sweep.scope.source.vector is not None:
-            self._sources, _ = np.unique(self._source(step.cells.read[step.cells.stateful]), return_index=True)
+            self._sources = np.unique(self._source(step.cells.read[step.cells.stateful]))
             loaded = [load_vector(sweep.vectors[number]) for number in self._sources.tolist()]
             self.vectors = torch.cat(loaded) if loaded else None
         elif sweep.scope.target.needs_state:

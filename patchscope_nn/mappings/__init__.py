@@ -6,7 +6,7 @@ function. Only these enter a context, where `apply_mapping` applies them.
 
 from patchscope_nn.body.mappings import Pair, Parts, apply_mapping, map_parts
 from patchscope_nn.mappings.affine import Affine
-from patchscope_nn.mappings.fitted import Fitted, listed, pair_text
+from patchscope_nn.mappings.fitted import Fitted
 from patchscope_nn.mappings.provenance import Provenance, Space
 from patchscope_nn.mappings.resolve import ResolvedMapping, resolve_mapping
 
@@ -19,8 +19,6 @@ __all__ = [
     "ResolvedMapping",
     "Space",
     "apply_mapping",
-    "listed",
     "map_parts",
-    "pair_text",
     "resolve_mapping",
 ]

@@ -33,14 +33,7 @@ class Affine(torch.nn.Module):
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
-        """Map states.
-
-        Args:
-            states: (..., d_in).
-
-        Returns:
-            (..., d_out).
-        """
+        """Map states, (..., d_in), to (..., d_out)."""
         return torch.nn.functional.linear(states, self.weight, self.bias)
 
     @classmethod

@@ -34,8 +34,6 @@ class Fitted(torch.nn.Module):
         about: Where it comes from.
 
     Attributes:
-        kind: The kind of fit.
-        about: Where it comes from.
         pairs: The pairs it has a map for, sorted.
 
     Raises:
@@ -59,25 +57,15 @@ class Fitted(torch.nn.Module):
                 self.register_buffer(_buffer(name, pair), tensor)
 
     def parts(self, pair: Pair) -> dict[str, torch.Tensor]:
-        """The tensors of a pair's map, by name.
-
-        Raises:
-            MappingError: It has no map for the pair.
-        """
+        """The tensors of a pair's map, by name; a pair without a map is a `MappingError`."""
         if pair not in self._names:
             raise MappingError(f"no map was fitted for {pair_text(pair)}.", hint=self.listed)
         return {name: self.get_buffer(_buffer(name, pair)) for name in self._names[pair]}
 
     def forward(self, states: torch.Tensor, layer: int, target_layer: int) -> torch.Tensor:
-        """Map states from one layer to another.
+        """Map states of layer l, (..., d_in), to layer l*, (..., d_out).
 
-        Args:
-            states: (..., d_in), states of layer l.
-            layer: l.
-            target_layer: l*.
-
-        Returns:
-            (..., d_out), in the dtype and on the device of the maps.
+        The result has the dtype and the device of the maps.
 
         Raises:
             MappingError: It has no map for the pair.
@@ -85,11 +73,7 @@ class Fitted(torch.nn.Module):
         return map_parts(self.parts((layer, target_layer)), states)
 
     def chosen(self, pairs: Iterable[Pair]) -> dict[Pair, Parts]:
-        """The maps of some pairs as plain tensors, which can enter a context.
-
-        Raises:
-            MappingError: It has no map for one of them.
-        """
+        """The maps of some pairs as plain tensors, which can enter a context."""
         return {pair: self.parts(pair) for pair in pairs}
 
     @property
@@ -103,9 +87,6 @@ class Fitted(torch.nn.Module):
         Tensors are named `weight.L.T`, `up.L.T`, `down.L.T`, `scale.L.T` and `bias.L.T` for a pair (L, T).
         The metadata holds kind, models, pairs and provenance as JSON, under `patchscope_nn`.
 
-        Returns:
-            The file.
-
         Raises:
             MappingError: It cannot be written.
         """
@@ -113,9 +94,7 @@ class Fitted(torch.nn.Module):
 
         file = Path(file)
         tensors = {
-            f"{name}.{pair[0]}.{pair[1]}": tensor
-            for pair in self.pairs
-            for name, tensor in self.parts(pair).items()
+            _key(name, pair): tensor for pair in self.pairs for name, tensor in self.parts(pair).items()
         }
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -146,8 +125,7 @@ class Fitted(torch.nn.Module):
 
         try:
             with safe_open(file, framework="pt") as opened:
-                metadata = _read_metadata(opened.metadata(), file)
-                fitted = [(int(layer), int(target)) for layer, target in metadata.pop("pairs")]
+                kind, fitted, about = _read_metadata(opened.metadata(), file)
                 chosen = fitted if pairs is None else [*dict.fromkeys(pairs)]
                 if missing := sorted(set(chosen) - set(fitted)):
                     raise MappingError(
@@ -155,13 +133,20 @@ class Fitted(torch.nn.Module):
                         hint=f"It has maps for {listed(fitted)}.",
                     )
                 keys = set(opened.keys())
-                maps = {pair: _read_parts(opened, keys, pair) for pair in chosen}
+                maps = {
+                    pair: {
+                        name: opened.get_tensor(_key(name, pair))
+                        for name in _PARTS
+                        if _key(name, pair) in keys
+                    }
+                    for pair in chosen
+                }
         except (OSError, SafetensorError) as error:
             raise MappingError(
                 f"mapping.fitted={str(file)!r} cannot be read: {error}.",
                 hint="Give a file that `patchscope fit` wrote.",
             ) from error
-        return cls(kind=metadata.pop("kind"), maps=maps, about=_provenance(metadata, file))
+        return cls(kind=kind, maps=maps, about=about)
 
 
 def pair_text(pair: Pair) -> str:
@@ -181,47 +166,34 @@ def _buffer(name: str, pair: Pair) -> str:
     return f"{name}_{pair[0]}_{pair[1]}"
 
 
-def _read_metadata(texts: Mapping[str, str] | None, file: str | Path) -> dict[str, Any]:
+def _key(name: str, pair: Pair) -> str:
+    return f"{name}.{pair[0]}.{pair[1]}"
+
+
+def _read_metadata(texts: Mapping[str, str] | None, file: str | Path) -> tuple[str, list[Pair], Provenance]:
+    """Return the kind, the pairs and the provenance in a file's metadata."""
     if METADATA not in (texts or {}):
         raise MappingError(
             f"mapping.fitted={str(file)!r} does not say what it was fitted on.",
             hint="Give a file that `patchscope fit` wrote; a bare weight goes into {affine: file}.",
         )
     try:
-        metadata = json.loads((texts or {})[METADATA])
-        pairs, kind = metadata["pairs"], metadata["kind"]
+        metadata = dict(json.loads((texts or {})[METADATA]))
+        kind = metadata.pop("kind")
+        pairs = [(int(layer), int(target)) for layer, target in metadata.pop("pairs")]
+        return kind, pairs, Provenance.parse(metadata)
     except (ValueError, KeyError, TypeError) as error:
-        raise _misread(file, error) from error
-    if not isinstance(pairs, list) or not isinstance(kind, str):
-        raise _misread(file, "pairs should be a list and kind a text")
-    return dict(metadata)
-
-
-def _provenance(metadata: Mapping[str, Any], file: str | Path) -> Provenance:
-    try:
-        return Provenance.parse(metadata)
-    except (KeyError, TypeError, ValueError) as error:
-        raise _misread(file, error) from error
-
-
-def _misread(file: str | Path, error: object) -> MappingError:
-    return MappingError(
-        f"mapping.fitted={str(file)!r} has metadata that cannot be read: {error}.",
-        hint="Give a file that `patchscope fit` wrote.",
-    )
-
-
-def _read_parts(opened: Any, keys: set[str], pair: Pair) -> dict[str, torch.Tensor]:
-    key_of = {name: f"{name}.{pair[0]}.{pair[1]}" for name in _PARTS}
-    return {name: opened.get_tensor(key) for name, key in key_of.items() if key in keys}
+        raise MappingError(
+            f"mapping.fitted={str(file)!r} has metadata that cannot be read: {error}.",
+            hint="Give a file that `patchscope fit` wrote.",
+        ) from error
 
 
 def _check_parts(pair: Pair, parts: Mapping[str, torch.Tensor], about: Provenance) -> None:
     d_in, d_out = about.source_model.d_model, about.target_model.d_model
-    names = set(parts)
-    if names - {"bias"} not in _FORMS:
+    if set(parts) - {"bias"} not in _FORMS:
         raise MappingError(
-            f"the map of {pair_text(pair)} has {sorted(names)}; it should have 'weight', or 'up' and 'down', "
+            f"the map of {pair_text(pair)} has {sorted(parts)}; it should have 'weight', or 'up' and 'down', "
             "or 'scale', and may have 'bias'."
         )
     rank = parts["down"].shape[0] if "down" in parts and parts["down"].ndim else 0

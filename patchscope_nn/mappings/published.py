@@ -41,7 +41,7 @@ def load_published(kind: str, place: str | Path, *, info: ModelInfo) -> Fitted:
     Args:
         kind: One of `PUBLISHED`.
         place: The folder or file.
-        info: The model whose states it maps.
+        info: The model whose states it maps. A Jacobian lens does not name its own.
 
     Returns:
         A map from each of its layers to the model's last block.
@@ -49,7 +49,12 @@ def load_published(kind: str, place: str | Path, *, info: ModelInfo) -> Fitted:
     Raises:
         MappingError: It cannot be read, is not such a lens, or is a lens of another model.
     """
-    name, revision, maps = _read(kind, place, info)
+    if kind == "jacobian_lens":
+        name, revision, maps = info.name, info.revision, read_jacobian_lens(place)
+    else:
+        maps = read_tuned_lens(place)
+        config = json.loads((Path(place).expanduser() / "config.json").read_text("utf-8"))
+        name, revision = str(config.get("base_model_name_or_path")), config.get("base_model_revision")
     last = info.n_layers - 1
     size = next(iter(maps.values()))["weight"].shape[0]
     if size != info.d_model or max(maps) > last:
@@ -67,22 +72,8 @@ def load_published(kind: str, place: str | Path, *, info: ModelInfo) -> Fitted:
     )
 
 
-def _read(
-    kind: str, place: str | Path, info: ModelInfo
-) -> tuple[str, str | None, dict[int, dict[str, torch.Tensor]]]:
-    """The name and revision of the lens's model (a Jacobian lens names none), and its maps."""
-    if kind == "jacobian_lens":
-        return info.name, info.revision, read_jacobian_lens(place)
-    maps = read_tuned_lens(place)
-    config = json.loads((Path(place).expanduser() / "config.json").read_text("utf-8"))
-    return str(config.get("base_model_name_or_path")), config.get("base_model_revision"), maps
-
-
 def read_tuned_lens(folder: str | Path) -> dict[int, dict[str, torch.Tensor]]:
-    """Read a published tuned lens.
-
-    Args:
-        folder: Holds `config.json` and `params.pt`.
+    """Read a published tuned lens from a folder with `config.json` and `params.pt`.
 
     Returns:
         For each layer (-1 is the embedding), the map to the last block: `weight` = I + A (d_model, d_model)
@@ -121,10 +112,7 @@ def read_tuned_lens(folder: str | Path) -> dict[int, dict[str, torch.Tensor]]:
 
 
 def read_jacobian_lens(file: str | Path) -> dict[int, dict[str, torch.Tensor]]:
-    """Read a published Jacobian lens.
-
-    Args:
-        file: The .pt file.
+    """Read a published Jacobian lens from a .pt file.
 
     Returns:
         For each layer it was fitted for, the map to the last block: `weight` = J (d_model, d_model).
@@ -135,10 +123,11 @@ def read_jacobian_lens(file: str | Path) -> dict[int, dict[str, torch.Tensor]]:
     field = f"mapping.jacobian_lens={str(file)!r}"
     state = _load(Path(file).expanduser(), field=field)
     jacobians, size = state.get("J"), state.get("d_model")
-    if not isinstance(jacobians, Mapping):
-        jacobians = {}
-    valid = (isinstance(layer, int) and _shape(j) == (size, size) for layer, j in jacobians.items())
-    if not jacobians or not all(valid):
+    if (
+        not isinstance(jacobians, Mapping)
+        or not jacobians
+        or not all(isinstance(layer, int) and _shape(j) == (size, size) for layer, j in jacobians.items())
+    ):
         raise MappingError(
             f"{field} holds {sorted(map(str, state))}; it should hold 'J', a dict of block numbers and "
             "(d_model, d_model) tensors, and 'd_model'.",

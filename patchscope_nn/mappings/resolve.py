@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,7 @@ def resolve_mapping(
     pairs: Sequence[Pair] = (),
     sites: tuple[str, str] = (RESIDUAL.name, RESIDUAL.name),
 ) -> ResolvedMapping:
-    """Load a mapping, and check on two states that it maps between two models.
+    """Load a Patchscope's mapping, and check on two states that it maps between two models.
 
     Args:
         mapping: The `mapping` of a Patchscope.
@@ -65,9 +66,6 @@ def resolve_mapping(
         target: The model whose hidden space it maps to.
         pairs: Every (l, l*) of the run; a fitted mapping needs a map for each.
         sites: The names of the sites that are read and written.
-
-    Returns:
-        The mapping, resolved.
 
     Raises:
         MappingError: It cannot be loaded, does not take (n, d_model) to (n, d_model of the target), or has
@@ -85,29 +83,22 @@ def resolve_mapping(
         return ResolvedMapping(name=mapping, kind=mapping)
     if isinstance(mapping, Fitted):
         return _resolve_fitted(mapping, "fitted", spaces=spaces, pairs=pairs)
-    if isinstance(mapping, tuple) and mapping[0] == "fitted":
-        fitted = Fitted.load(mapping[1], pairs=pairs or None)
-        name = f"fitted:{Path(mapping[1]).name}"
-        resolved = _resolve_fitted(fitted, name, spaces=spaces, pairs=pairs)
-        with Path(mapping[1]).open("rb") as opened:
+    if isinstance(mapping, tuple) and mapping[0] in ("fitted", *PUBLISHED):
+        kind, file = mapping
+        name = f"{kind}:{Path(file).name}"
+        if kind in PUBLISHED:
+            return _resolve_fitted(load_published(kind, file, info=source), name, spaces=spaces, pairs=pairs)
+        resolved = _resolve_fitted(Fitted.load(file, pairs=pairs or None), name, spaces=spaces, pairs=pairs)
+        with Path(file).open("rb") as opened:
             digest = hashlib.file_digest(opened, "sha256").hexdigest()
-        return replace(resolved, about={"file": str(mapping[1]), "sha256": digest, **resolved.about})
-    if isinstance(mapping, tuple) and mapping[0] in PUBLISHED:
-        kind, place = mapping
-        lens = load_published(kind, place, info=source)
-        name = f"{kind}:{Path(place).name}"
-        return _resolve_fitted(lens, name, spaces=spaces, pairs=pairs)
+        return replace(resolved, about={"file": str(file), "sha256": digest, **resolved.about})
     call, name = _load(mapping)
     _check_shape(call, name, *spaces)
-    return ResolvedMapping(name=name, kind="call", call=call, digest=_digest(call))
+    return ResolvedMapping(name=name, kind="call", call=call, digest=_digest(_bytes_of(call)))
 
 
 def _resolve_fitted(
-    fitted: Fitted,
-    name: str,
-    *,
-    spaces: tuple[Space, Space],
-    pairs: Sequence[Pair],
+    fitted: Fitted, name: str, *, spaces: tuple[Space, Space], pairs: Sequence[Pair]
 ) -> ResolvedMapping:
     """Check a fitted mapping against the models and layers of a sweep, and keep the maps it needs."""
     notices = []
@@ -133,17 +124,13 @@ def _resolve_fitted(
         "pairs": [list(pair) for pair in chosen],
         "held_out": [scores for scores in fitted.about.dump()["held_out"] if tuple(scores[:2]) in maps],
     }
-    digest = hashlib.sha256()
-    for pair in sorted(maps):
-        for part, tensor in maps[pair].items():
-            digest.update(f"{part}{pair}".encode() + value_bytes(tensor))
+    weights = (
+        f"{part}{pair}".encode() + value_bytes(tensor)
+        for pair in sorted(maps)
+        for part, tensor in maps[pair].items()
+    )
     return ResolvedMapping(
-        name=name,
-        kind="pairs",
-        maps=maps,
-        digest=digest.hexdigest()[:16],
-        about=about,
-        notices=tuple(notices),
+        name=name, kind="pairs", maps=maps, digest=_digest(weights), about=about, notices=tuple(notices)
     )
 
 
@@ -170,7 +157,8 @@ def _load(mapping: Any) -> tuple[Callable[[torch.Tensor], torch.Tensor], str]:
 
 def _check_shape(call: Any, name: str, source: Space, target: Space) -> None:
     states = torch.stack([torch.zeros(source.d_model), torch.ones(source.d_model)])
-    if isinstance(call, torch.nn.Module) and (first := next(_tensors(call), None)) is not None:
+    if isinstance(call, torch.nn.Module):
+        first = next(itertools.chain(call.parameters(), call.buffers()), states)
         states = states.to(first)
     expected = (2, target.d_model)
     try:
@@ -189,17 +177,16 @@ def _check_shape(call: Any, name: str, source: Space, target: Space) -> None:
         )
 
 
-def _tensors(module: torch.nn.Module) -> Any:
-    yield from module.parameters()
-    yield from module.buffers()
-
-
-def _digest(call: Any) -> str:
-    """A digest of a module's weights, or of a function's code, closure and defaults."""
-    found = hashlib.sha256()
+def _bytes_of(call: Any) -> Iterator[bytes]:
+    """Yield the bytes of a module's weights, or of a function's code, closure and defaults."""
     if isinstance(call, torch.nn.Module):
-        for key, tensor in sorted(call.state_dict().items()):
-            found.update(key.encode() + value_bytes(tensor))
+        yield from (key.encode() + value_bytes(tensor) for key, tensor in sorted(call.state_dict().items()))
     elif hasattr(call, "__code__"):
-        found.update(function_bytes(call))
-    return found.hexdigest()[:16]
+        yield function_bytes(call)
+
+
+def _digest(parts: Iterable[bytes]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()[:16]

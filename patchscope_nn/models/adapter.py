@@ -28,11 +28,7 @@ def with_adapter(
         adapter: A folder or a Hugging Face id of a peft adapter.
         name: The new model's name; None is `MODEL+ADAPTER`.
         revision: The adapter's revision.
-        tokenizer: The new model's tokenizer; None takes the tokenizer saved with the adapter, or if there is
-            none, the tokenizer of `model`.
-
-    Returns:
-        The new model.
+        tokenizer: The new model's; None takes the adapter's, or if it has none, that of `model`.
 
     Raises:
         ModelError: The model's weights are on a server, peft is not installed, or the adapter does not fit.
@@ -72,22 +68,15 @@ def with_adapter(
 def common_base(first: Any, second: Any) -> Any:
     """Return the base model that two models share, so that it is loaded only once.
 
-    Args:
-        first: A model as `load` takes it.
-        second: Another.
-
-    Returns:
-        The base model as `load` takes it; None if neither is an adapter, or if their bases differ.
+    All three are given as `load` takes them. None if neither is an adapter, or if their bases differ.
     """
     models = (first, second)
     bases = [_base_of(model) for model in models]
-    roots = [
-        base or (model.info.name if isinstance(model, Model) else str(model))
-        for base, model in zip(bases, models, strict=True)
-    ]
-    if roots[0] != roots[1] or not any(bases):
+    names = [model.info.name if isinstance(model, Model) else str(model) for model in models]
+    roots = {base or name for base, name in zip(bases, names, strict=True)}
+    if len(roots) > 1 or not any(bases):
         return None
-    return next((model for base, model in zip(bases, models, strict=True) if base is None), roots[0])
+    return next((model for base, model in zip(bases, models, strict=True) if base is None), roots.pop())
 
 
 def with_named_adapter(model: Model, name: Any) -> Model:

@@ -20,16 +20,10 @@ _FINAL_NORM = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "norm_f")
 def find_architecture(module: Any, *, name: str) -> Architecture:
     """Find a model's parts, and run a token through its first block to learn how blocks behave.
 
-    Args:
-        module: The transformers model.
-        name: Its name, for messages.
-
-    Returns:
-        The paths of its parts, and the properties of its blocks.
-
     Raises:
         ModelError: The blocks or the unembedding cannot be found, or the model cannot be used.
     """
+    config = module.config.get_text_config()
     paths = {id(part): path for path, part in module.named_modules()}
     decoder = module.get_decoder()
     inside = f"{paths[id(decoder)]}." if paths.get(id(decoder)) else ""
@@ -40,7 +34,7 @@ def find_architecture(module: Any, *, name: str) -> Architecture:
             f"{name!r} ({type(module).__name__}) has no {missing} that we can find.",
             hint="Please report the architecture; patchscope_nn/models/architecture.py is where it belongs.",
         )
-    if "reference_sliding_attention" in (setting(module.config.get_text_config(), "layer_types") or ()):
+    if "reference_sliding_attention" in (setting(config, "layer_types") or ()):
         raise ModelError(
             f"{name!r} ({type(module).__name__}): a decoded token attends to the whole prompt, but only to "
             "the latest decoded tokens. A token is computed differently in a prompt than in decoding.",
@@ -48,7 +42,7 @@ def find_architecture(module: Any, *, name: str) -> Architecture:
         )
     block = module.get_submodule(blocks)[0]
     block_arguments = tuple(inspect.signature(block.forward).parameters)
-    windows = _windows(module.config.get_text_config(), len(module.get_submodule(blocks)))
+    windows = _windows(config, len(module.get_submodule(blocks)))
     outer = {part for part, _ in decoder.named_children()}
     norm = next((name for name in _FINAL_NORM if name in outer), None)
     block_run = run_block(
@@ -56,9 +50,8 @@ def find_architecture(module: Any, *, name: str) -> Architecture:
     )
     return Architecture(
         blocks=blocks,
-        parts=_parts(block, block_run.widths, module.config.get_text_config().hidden_size),
+        parts=_parts(block, block_run.widths, config.hidden_size),
         final_norm=f"{inside}{norm}" if norm else None,
-        embed=paths[id(module.get_input_embeddings())],
         unembed=paths[id(unembed)],
         arguments=tuple(inspect.signature(module.forward).parameters),
         block_arguments=block_arguments,
@@ -68,9 +61,8 @@ def find_architecture(module: Any, *, name: str) -> Architecture:
         attends=block_run.attends,
         kept=block_run.kept,
         # Gemma 4's "vision" concerns only images.
-        causal=setting(module.config.get_text_config(), "use_bidirectional_attention")
-        in (None, False, "vision"),
-        stretches=_stretches(module.config.get_text_config()),
+        causal=setting(config, "use_bidirectional_attention") in (None, False, "vision"),
+        stretches=_stretches(config),
     )
 
 
@@ -91,9 +83,7 @@ def _parts(block: Any, widths: Mapping[str, tuple[int, int]], d_model: int) -> t
 def _find_blocks(module: Any, inside: str) -> str | None:
     """Find the path of the decoder blocks: the list with the config's depth, otherwise with most weights.
 
-    Args:
-        module: The transformers model.
-        inside: The path of the result of `get_decoder`, which in some families is not the decoder.
+    In some families the result of `get_decoder`, at the path `inside`, is not the decoder.
     """
     from torch.nn import ModuleList
 
@@ -160,13 +150,8 @@ def is_weightless(module: Any) -> bool:
 def unembed(module: Any, architecture: Architecture, states: Any) -> Any:
     """Compute logits from states of the last block, with the model's final norm and unembedding.
 
-    Args:
-        module: The transformers model.
-        architecture: The paths of its parts.
-        states: (..., d_model) hidden states.
-
-    Returns:
-        (..., vocab_size) logits, scaled and capped as in the model's own forward.
+    The states are (..., d_model), and the logits (..., vocab_size), scaled and capped as in the model's own
+    forward.
     """
     if architecture.final_norm is not None:
         states = module.get_submodule(architecture.final_norm)(states)
@@ -182,11 +167,6 @@ def unembed(module: Any, architecture: Architecture, states: Any) -> Any:
 def check_unembed(module: Any, architecture: Architecture, *, name: str) -> None:
     """Check on three tokens that `unembed` of the last block's output equals the model's own logits.
 
-    Args:
-        module: The transformers model, with its weights.
-        architecture: The paths of its parts.
-        name: Its name, for messages.
-
     Raises:
         ModelError: The model computes its logits differently.
     """
@@ -194,18 +174,14 @@ def check_unembed(module: Any, architecture: Architecture, *, name: str) -> None
 
     outputs: list[Any] = []
     last = module.get_submodule(architecture.blocks)[-1]
-    handle = last.register_forward_hook(lambda _module, _inputs, output: outputs.append(output))
-    try:
-        with torch.no_grad():
-            ids = torch.tensor([[1, 2, 3]], device=input_device(module))
-            logits = module(input_ids=ids, use_cache=False).logits
-            states = states_of(outputs[0])
-            with suppress(RuntimeError):  # the shapes do not fit
-                ours = unembed(module, architecture, states)
-                if ours.shape == logits.shape and torch.allclose(ours, logits, rtol=1e-2, atol=1e-2):
-                    return
-    finally:
-        handle.remove()
+    keeping = last.register_forward_hook(lambda _module, _inputs, output: outputs.append(output))
+    with torch.no_grad(), keeping:
+        ids = torch.tensor([[1, 2, 3]], device=input_device(module))
+        logits = module(input_ids=ids, use_cache=False).logits
+        with suppress(RuntimeError):  # the shapes do not fit
+            ours = unembed(module, architecture, states_of(outputs[0]))
+            if ours.shape == logits.shape and torch.allclose(ours, logits, rtol=1e-2, atol=1e-2):
+                return
     raise ModelError(
         f"{name!r} ({type(module).__name__}) computes its logits from its last block's output in an unknown "
         f"way: {architecture.final_norm or 'no norm'}, then {architecture.unembed}, results in other logits.",
@@ -214,12 +190,7 @@ def check_unembed(module: Any, architecture: Architecture, *, name: str) -> None
 
 
 def measure(module: Any, architecture: Architecture) -> Sizes:
-    """Measure a model's parts.
-
-    Args:
-        module: The transformers model.
-        architecture: The paths of its parts.
-    """
+    """Measure a model's parts."""
     block = module.get_submodule(architecture.blocks)[0]
     config = module.config.get_text_config()
     heads = setting(config, "num_attention_heads") or 1
@@ -251,9 +222,9 @@ def longest_prompt(config: Any) -> int | None:
 
 def _stretches(config: Any) -> bool:
     rotary = setting(config, "rope_parameters")
-    parameters = rotary if isinstance(rotary, dict) else {}
-    kinds = [parameters, *(kind for kind in parameters.values() if isinstance(kind, dict))]
-    return any(kind.get("rope_type") == "dynamic" for kind in kinds)
+    # A model with several kinds of attention has the parameters of each.
+    kinds = [rotary, *rotary.values()] if isinstance(rotary, dict) else []
+    return any(isinstance(kind, dict) and kind.get("rope_type") == "dynamic" for kind in kinds)
 
 
 def _shapes(module: Any) -> list[tuple[int, ...]]:
@@ -286,15 +257,7 @@ def dtype_of(module: Any) -> str:
 
 
 def refuse_shared_scales(module: Any, *, name: str) -> None:
-    """Refuse a model in which the tokens of a pass change each other's states.
-
-    Args:
-        module: The transformers model.
-        name: Its name, for messages.
-
-    Raises:
-        ModelError: Its activations are quantised with one scale for all tokens of a pass.
-    """
+    """Refuse a model whose activations are quantised with one scale for all tokens of a pass."""
     for path, part in module.named_modules():
         if ".quantized.dynamic" in type(part).__module__:
             raise ModelError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 from patchscope_nn.errors import ModelError
@@ -33,17 +34,7 @@ class _Done(Exception):  # noqa: N818 (not an error: it ends a forward once the 
 
 
 def run_block(module: Any, block: Any, *, device: Any, weightless: bool, name: str) -> BlockRun:
-    """Run one token through the first block.
-
-    Args:
-        module: The transformers model.
-        block: Its first block.
-        device: The device of its input tokens.
-        weightless: True if it has no weights; then only shapes are computed.
-        name: Its name, for messages.
-
-    Returns:
-        What was observed.
+    """Run one token through a model's first block. If it is `weightless`, only shapes are computed.
 
     Raises:
         ModelError: The model does not run on token ids alone, or its blocks do not return a state per token.
@@ -59,19 +50,16 @@ def run_block(module: Any, block: Any, *, device: Any, weightless: bool, name: s
         raise _Done
 
     problem: Exception | None = None
-    handle = block.register_forward_hook(stop)
-    try:
+    with torch.no_grad(), block.register_forward_hook(stop):
         for options in _attempts(device, weightless=weightless):
             attended.clear()
             try:
-                with torch.no_grad(), _recording_attention(attended), _measuring(block, widths):
+                with _recording_attention(attended), _measuring(block, widths):
                     module(**options)
             except _Done:
                 break
             except Exception as error:  # noqa: BLE001 (families raise any error; the next attempt needs less)
                 problem = error
-    finally:
-        handle.remove()
     if not outputs:
         if weightless or problem is None:
             return BlockRun(None, attends=False, kept=0, widths={})
@@ -91,8 +79,7 @@ def run_block(module: Any, block: Any, *, device: Any, weightless: bool, name: s
     )
 
 
-@contextmanager
-def _recording_attention(calls: list[tuple[int, int]]) -> Iterator[None]:
+def _recording_attention(calls: list[tuple[int, int]]) -> Any:
     """While active, add the widths of keys and values of each `scaled_dot_product_attention` to `calls`."""
     import torch
     from torch.overrides import TorchFunctionMode
@@ -103,26 +90,22 @@ def _recording_attention(calls: list[tuple[int, int]]) -> Iterator[None]:
                 calls.append((args[1].shape[-1], args[2].shape[-1]))
             return func(*args, **(kwargs or {}))
 
-    with Recording():
-        yield
+    return Recording()
 
 
 @contextmanager
 def _measuring(block: Any, widths: dict[str, tuple[int, int]]) -> Iterator[None]:
     """While active, add the widths of one token's states at the modules inside a block to `widths`."""
 
-    def measure(path: str) -> Any:
-        def hook(_module: Any, args: Any, kwargs: Any, output: Any) -> None:
-            width = _width(first_input(args, kwargs)), _width(states_of(output))
-            if all(width):
-                widths[path] = width
-
-        return hook
+    def measure(path: str, _module: Any, args: Any, kwargs: Any, output: Any) -> None:
+        width = _width(first_input(args, kwargs)), _width(states_of(output))
+        if all(width):
+            widths[path] = width
 
     with ExitStack() as stack:
         for path, part in block.named_modules():
             if path:
-                stack.callback(part.register_forward_hook(measure(path), with_kwargs=True).remove)
+                stack.enter_context(part.register_forward_hook(partial(measure, path), with_kwargs=True))
         yield
 
 

@@ -46,10 +46,7 @@ def cache_folder() -> Path:
 
 
 def folder() -> Path | None:
-    """Return the converted model's Hugging Face folder; the first call converts it.
-
-    Returns:
-        The folder; None if the package with the weights is not installed.
+    """Return the converted model's folder; None without the package. The first call converts the model.
 
     Raises:
         ModelError: The installed file has another checksum.

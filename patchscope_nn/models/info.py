@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, TypeAlias, cast
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 from patchscope_nn._util.arguments import checked_class
 from patchscope_nn.errors import ModelError
@@ -31,13 +31,7 @@ Feature: TypeAlias = Literal[
 
 
 class Part(NamedTuple):
-    """A module inside a block.
-
-    Attributes:
-        path: Its dotted path inside the block.
-        takes: The width of its first input.
-        gives: The width of its output.
-    """
+    """A module inside a block: its dotted path there, and the widths of its first input and its output."""
 
     path: str
     takes: int
@@ -52,7 +46,6 @@ class Architecture:
         blocks: The list of decoder blocks.
         parts: The modules inside the first block; the other blocks are assumed to be alike.
         final_norm: The norm between the last block and the unembedding; None if there is none.
-        embed: The token embedding.
         unembed: The linear map to the vocabulary.
         arguments: The arguments of the model's forward.
         block_arguments: The arguments of a block's forward, in order.
@@ -71,7 +64,6 @@ class Architecture:
     blocks: str
     parts: tuple[Part, ...]
     final_norm: str | None
-    embed: str
     unembed: str
     arguments: tuple[str, ...]
     block_arguments: tuple[str, ...] = ()
@@ -92,7 +84,7 @@ class Architecture:
     def features(self) -> frozenset[Feature]:
         """The features that the model supports."""
         masks = self.part(ATTENTION) is not None and "attention_mask" in self.block_arguments
-        known = {
+        known: dict[Feature, bool] = {
             "cache": "past_key_values" in self.arguments,
             "causal": self.causal,
             "cut": masks and bool(self.windows) and self.causal,
@@ -101,7 +93,7 @@ class Architecture:
             "positions": "position_ids" in self.arguments,
             "shared_attention": self.attends,
         }
-        return frozenset(cast("Feature", name) for name, there in known.items() if there)
+        return frozenset(name for name, there in known.items() if there)
 
 
 @dataclass(frozen=True, kw_only=True)

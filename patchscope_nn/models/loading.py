@@ -40,22 +40,7 @@ def load(
     weights: bool = True,
     **options: Any,
 ) -> Model:
-    """Load a decoder, or wrap one that is already loaded.
-
-    Args:
-        model: A Hugging Face id or a folder, of a model or of a LoRA adapter;
-            `builtin:smollm2-135m-instruct`; an `nnsight.TransformersModel`; a transformers model, also
-            compiled or with adapters of peft; or a `Model` (returned unchanged).
-        revision: The Hub revision.
-        dtype: A torch dtype or its name; `auto` keeps the checkpoint's dtype.
-        device_map: Passed to transformers.
-        tokenizer: The tokenizer; needed only for a transformers model whose tokenizer cannot be found.
-        weights: False loads only the config and the tokenizer, which is enough for a remote model.
-        **options: Passed to transformers' `from_pretrained` (`quantization_config`,
-            `attn_implementation`, ...).
-
-    Returns:
-        The model with its tokenizer and its description.
+    """Load a decoder, or wrap one that is already loaded. `proof.load` documents the arguments.
 
     Raises:
         ModelError: The model cannot be found, is not a decoder, or its parts cannot be found; or `dtype` is
@@ -103,24 +88,19 @@ def _auto_class(config: Any, name: str) -> Any:
     from transformers.models.auto import modeling_auto
 
     if config.is_encoder_decoder:
-        raise _no_decoder(name, config.model_type, "an encoder-decoder")
+        raise _no_decoder(name, config, "an encoder-decoder")
     custom = getattr(config, "auto_map", None) or {}
-    kinds = {
-        "AutoModelForCausalLM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-        "AutoModelForImageTextToText": modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
-    }
-    for kind, known in kinds.items():
+    for kind, known in (
+        ("AutoModelForCausalLM", modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+        ("AutoModelForImageTextToText", modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES),
+    ):
         if config.model_type in known or kind in custom:
             return getattr(transformers, kind)
-    raise _no_decoder(name, config.model_type, "not a language model that transformers knows")
+    raise _no_decoder(name, config, "not a language model that transformers knows")
 
 
 def _traced(module: Any, tokenizer: Any) -> Any:
-    """Wrap a transformers model for nnsight.
-
-    nnsight puts it into a text-generation pipeline, whose long warnings about models that also read images
-    are silenced.
-    """
+    """Wrap a transformers model for nnsight, without its pipeline's long warnings about images."""
     from nnsight import TransformersModel
     from transformers.utils import logging
 
@@ -191,7 +171,7 @@ def _wrap(model: Any, tokenizer: Any, *, weights: bool) -> Model:
 def _refuse_no_decoder(module: Any, name: str) -> None:
     """Refuse models that cannot continue a text: encoder-decoders, and models without an unembedding."""
     if module.config.is_encoder_decoder:
-        raise _no_decoder(name, module.config.model_type, "an encoder-decoder")
+        raise _no_decoder(name, module.config, "an encoder-decoder")
     if output_embeddings(module) is None:
         raise ModelError(
             f"{name!r} ({type(module).__name__}) has no unembedding, so that nothing can be read from it.",
@@ -210,17 +190,21 @@ def _refuse_random_weights(module: Any, missing: Collection[str], name: str) -> 
         )
 
 
-def _no_decoder(name: str, model_type: str, kind: str) -> ModelError:
+def _no_decoder(name: str, config: Any, kind: str) -> ModelError:
     return ModelError(
-        f"{name!r} ({model_type}) is {kind}; a Patchscope needs a decoder.",
-        hint=_DECODERS,
+        f"{name!r} ({config.model_type}) is {kind}; a Patchscope needs a decoder.", hint=_DECODERS
     )
 
 
 def _describe(name: str, traced: Any, tokenizer: Any) -> Model:
     module = traced._module  # noqa: SLF001 (as in Model.module)
     config = module.config.get_text_config()
-    _check_config(config, module, name)
+    for field in ("hidden_size", "vocab_size"):
+        if not isinstance(getattr(config, field, None), int):
+            raise ModelError(
+                f"{name!r} ({type(module).__name__}) is not a decoder of tokens: its config has no {field}.",
+                hint=_DECODERS,
+            )
     unembed, embed = output_embeddings(module), module.get_input_embeddings()
     refuse_shared_scales(module, name=name)
     architecture = find_architecture(module, name=name)
@@ -244,16 +228,6 @@ def _describe(name: str, traced: Any, tokenizer: Any) -> Model:
     return Model(info=info, tokenizer=tokenizer, traced=traced)
 
 
-def _check_config(config: Any, module: Any, name: str) -> None:
-    """Refuse a config without the fields that every decoder's config has."""
-    for field in ("hidden_size", "vocab_size"):
-        if not isinstance(getattr(config, field, None), int):
-            raise ModelError(
-                f"{name!r} ({type(module).__name__}) is not a decoder of tokens: its config has no {field}.",
-                hint=_DECODERS,
-            )
-
-
 def _refuse_looking_ahead(module: Any, name: str) -> None:
     """Refuse encoders that load as language models: a decoder's logits have no gradient from later tokens."""
     import torch
@@ -264,13 +238,9 @@ def _refuse_looking_ahead(module: Any, name: str) -> None:
         embedded.append(output.detach().requires_grad_())
         return embedded[-1]
 
-    hook = module.get_input_embeddings().register_forward_hook(keep)
-    try:
-        with torch.enable_grad():
-            logits = module(input_ids=torch.tensor([[1, 2, 3]], device=input_device(module))).logits
-            (gradient,) = torch.autograd.grad(logits[0, 0].float().sum(), embedded)
-    finally:
-        hook.remove()
+    with torch.enable_grad(), module.get_input_embeddings().register_forward_hook(keep):
+        logits = module(input_ids=torch.tensor([[1, 2, 3]], device=input_device(module))).logits
+        (gradient,) = torch.autograd.grad(logits[0, 0].float().sum(), embedded)
     if gradient[0, 1:].any():
         raise ModelError(
             f"{name!r} ({type(module).__name__}) is an encoder: its tokens attend to later tokens.",

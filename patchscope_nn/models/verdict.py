@@ -113,8 +113,7 @@ class Verdict:
 
     def summary(self) -> dict[str, Any]:
         """Convert the verdict to plain values for a manifest, without the comparisons."""
-        plain = self.dump()
-        return {name: plain[name] for name in ("key", "causal", "limit", "withheld", "elapsed_s")}
+        return {name: value for name, value in self.dump().items() if name != "comparisons"}
 
     @classmethod
     def parse(cls, plain: dict[str, Any]) -> Verdict:
@@ -123,13 +122,9 @@ class Verdict:
         Raises:
             KeyError, TypeError: The values are not a result of `dump`.
         """
-        return cls(
-            **plain
-            | {
-                "withheld": tuple(Withheld(**entry) for entry in plain["withheld"]),
-                "comparisons": tuple(Comparison(**entry) for entry in plain["comparisons"]),
-            }
-        )
+        withheld = tuple(Withheld(**entry) for entry in plain["withheld"])
+        comparisons = tuple(Comparison(**entry) for entry in plain["comparisons"])
+        return cls(**plain | {"withheld": withheld, "comparisons": comparisons})
 
     def off(self, *, readout: str, tokens: int) -> tuple[Withheld, ...]:
         """List what is off for a readout of prompts with `tokens` tokens, appended ones included."""

@@ -14,11 +14,7 @@ from patchscope_nn.errors import ModelError
 def unwrapped(model: Any) -> Any:
     """Return the model inside wrappers of `torch.compile` and peft, with the adapters that peft put into it.
 
-    Args:
-        model: Any object.
-
-    Returns:
-        The innermost model; an object that is not wrapped is returned unchanged.
+    An object that is not wrapped is returned unchanged.
 
     Raises:
         ModelError: The wrapper does more than change weights, as learned prompts do; or parts of the model
@@ -56,7 +52,7 @@ def _check_same(wrapper: Any, inner: Any, *, kind: str) -> None:
     try:
         ids = torch.tensor([[1, 2, 3]], device=inner.device)
         with torch.no_grad():
-            expected, logits = (module(input_ids=ids).logits for module in (wrapper, inner))
+            expected, logits = wrapper(input_ids=ids).logits, inner(input_ids=ids).logits
         same = expected.shape == logits.shape and torch.allclose(expected, logits, equal_nan=True)
     except (TypeError, ValueError, RuntimeError):  # the wrapper needs other inputs than tokens
         same = False
@@ -72,11 +68,10 @@ def _check_same(wrapper: Any, inner: Any, *, kind: str) -> None:
 
 def adapters_of(module: Any) -> tuple[str, ...]:
     """List the names of a model's active peft adapters."""
-    layers = (
-        part for part in module.modules() if hasattr(part, "base_layer") and hasattr(part, "active_adapters")
-    )
-    layer = next(layers, None)
-    return () if layer is None or layer.disable_adapters else tuple(layer.active_adapters)
+    for part in module.modules():
+        if hasattr(part, "base_layer") and hasattr(part, "active_adapters"):
+            return () if part.disable_adapters else tuple(part.active_adapters)
+    return ()
 
 
 def adapter_base(place: str, *, revision: str | None = None) -> tuple[str, str | None] | None:

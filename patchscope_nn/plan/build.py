@@ -308,7 +308,7 @@ def _fuse(planned: Plan, *, forced: bool) -> Step | None:
             )
         return None
     blocks = [step.cells for step in steps]
-    read = np.unique(np.concatenate([block.layer[block.patched] for block in blocks])) if blocks else ()
+    read = np.concatenate([np.empty(0, np.int64), *(block.layer[block.patched] for block in blocks)])
     unfit = next((cell for block in blocks for cell in block.take(_too_late(sweep, block, read))), None)
     if unfit is None and len(steps) == 1 and planned.optimisations.source_sharing:
         packer = Packer(sweep, planned.budget, planned.optimisations)

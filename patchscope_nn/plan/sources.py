@@ -75,9 +75,9 @@ class Reader:
         """
         needed = self.sweep.reads_of(block)
         if not self.sharing:
-            none = needed[:0]
-            alone = (self._pass(self._prompts(state), state, whole=True) for state in np.split(needed, len(needed)))
-            return Reads(tuple(alone) if len(needed) else (), none, none, none)
+            none, each = needed[:0], needed[:, None]
+            alone = (self._pass(self._prompts(state), state, whole=True) for state in each)
+            return Reads(tuple(alone), none, none, none)
         held = np.isin(needed, self._held)
         carried, fresh = needed[held], needed[~held]
         prompts = np.unique(self._prompts(fresh))

@@ -180,7 +180,7 @@ def size_text(size: int) -> str:
 def _add_step(branch: Any, planned: Plan, number: int, step: Step) -> None:
     from rich.text import Text
 
-    carried = f", {len(step.carried)} states carried in" if step.carried else ""
+    carried = f", {len(step.carried)} states carried in" if len(step.carried) else ""
     node = branch.add(Text(f"{number + 1} {step.context}{carried}"))
     for source in step.sources:
         size = f"{len(source.prompts)} prompts x {source_width(planned, source)} tokens"

@@ -8,6 +8,5 @@ user's cache.
 
 from patchscope_nn.proof.loading import load, proven, proven_on
 from patchscope_nn.proof.prove import prove
-from patchscope_nn.proof.store import structure_key
 
-__all__ = ["load", "prove", "proven", "proven_on", "structure_key"]
+__all__ = ["load", "prove", "proven", "proven_on"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 from patchscope_nn.backends import is_out_of_memory
 from patchscope_nn.errors import ModelError
@@ -13,9 +12,19 @@ from patchscope_nn.models.architecture import setting
 from patchscope_nn.plan import Optimisations
 from patchscope_nn.proof.hooks import Hooks, distance
 from patchscope_nn.proof.reference import Reference
-from patchscope_nn.proof.trials import DECODED, Lengths, Runner, Trial, readout_of
-from patchscope_nn.readouts import Choices, Generate, Hidden, NextToken
-from patchscope_nn.spec import RESIDUAL, SITES, Site
+from patchscope_nn.proof.trials import (
+    CHOICES,
+    DECODED,
+    GENERATE,
+    HIDDEN,
+    NEXT_TOKEN,
+    Context,
+    Lengths,
+    Runner,
+    Trial,
+)
+from patchscope_nn.readouts import Generate
+from patchscope_nn.spec import RESIDUAL, SITES, Readout, Site
 
 #: The change of a logit that rounding explains, by dtype, in standard deviations of the logits. In half
 #: precision, it is raised to `_TIMES_NOISE` times the measured rounding of the model.
@@ -88,51 +97,49 @@ class Checks:
 
     def begin(self, lengths: Sequence[int]) -> None:
         """Compare on ordinary prompts: short ones, and ones beyond `lengths`, which decoding also crosses."""
-        short = SHORT
-        source = max([short.source + 4, *(length + 4 for length in lengths)])
-        target = source - 1
-        across = [Lengths(short.source, length) for length in lengths if length >= _SHORTEST]
+        source = max([SHORT.source, *lengths]) + 4
+        across = [Lengths(SHORT.source, length) for length in lengths if length >= _SHORTEST]
         self._measure_rounding()
-        rows = (short, Lengths(source, target))
         # Two source prompts of equal length share a pass, even if prompts of different lengths may not.
-        three = (short, short._replace(variant=1), Lengths(source, target))
-        first = Trial(readout=readout_of(NextToken), rows=three, layers=self.layers)
+        rows = (SHORT, SHORT._replace(variant=1), Lengths(source, source - 1))
+        first = Trial(readout=NEXT_TOKEN, rows=rows, layers=self.layers)
         self._orient(first)
         if lengths:
-            self._compare_lengths(short.target, source)
+            self._compare_lengths(SHORT.target, source)
         self._check_plain(replace(first, rows=rows[-1:]))
         self._check(first)
-        self._check(Trial(readout=readout_of(Hidden), rows=rows[:1], layers=self.layers[:1]))
+        self._check(Trial(readout=HIDDEN, rows=(SHORT,), layers=self.layers[:1]))
         self._check_sites()
-        self._check_mask(rows)
-        packs, longer = self.model.info.architecture.packs, Lengths(short.source, target)
-        self._decode(short, *([] if packs else [longer]), leaving=True)
+        self._check_mask(rows[-1])
+        packs, longer = self.model.info.architecture.packs, Lengths(SHORT.source, source - 1)
+        self._decode(SHORT, *([] if packs else [longer]), leaving=True)
         if across:
-            self._decode(short, *across)
+            self._decode(SHORT, *across)
         if packs:
-            self._decode_padded(short, longer)
+            # The cells of such a model are rows if a site inside a block is written, or if packing is off.
+            unpacked = Optimisations(prefix_sharing=False, late_entry=False)
+            self._check(self._upwards(CHOICES, (SHORT, longer)), unpacked)
         self._check_fused()
 
     def compare_next_tokens(self) -> None:
         """Compare only the next tokens of short prompts, with all optimisations."""
         self._measure_rounding()
-        trial = Trial(readout=readout_of(NextToken), rows=(SHORT,), layers=self.layers)
+        trial = Trial(readout=NEXT_TOKEN, rows=(SHORT,), layers=self.layers)
         self._orient(trial)
         self._check(trial)
 
     def go_beyond(self, length: int) -> bool:
         """Compare on both sides of a length; return False if the model does not run beyond it."""
         self.beyond = length
-        short = SHORT
         # Decoding crosses the length in the first row, and begins beyond it in the second.
-        across, behind = Lengths(short.source, length), Lengths(length + 6, length + 4)
+        across, behind = Lengths(SHORT.source, length), Lengths(length + 6, length + 4)
         try:
             self._compare_lengths(length, length + 4)
-            trial = Trial(readout=readout_of(NextToken), rows=(short, behind), layers=(self.middle,))
+            trial = Trial(readout=NEXT_TOKEN, rows=(SHORT, behind), layers=(self.middle,))
             self.reference.prepare(trial)
             self._check_plain(replace(trial, rows=(behind,)))
             self._check(trial)
-            self._check_mask(trial.rows)
+            self._check_mask(behind)
             self._decode(across, behind)
         except ModelError as error:
             self.withheld.append(Withheld(PLAIN, None, length, error.message))
@@ -143,29 +150,22 @@ class Checks:
 
     def _decode(self, *rows: Lengths, leaving: bool = False) -> None:
         """Compare decoding after prompts; with `leaving`, one row ends early and leaves the batch."""
-        first, middle = self.layers[0], self.middle
-        trial, eos = Trial(readout=readout_of(Generate), rows=rows, layers=(middle,)), None
+        trial = Trial(readout=GENERATE, rows=rows, layers=(self.middle,))
         # Two prompts of equal length, of which one ends before the other.
         for variant in _VARIANTS if leaving else ():
-            if eos is None:
+            if trial.eos is None:
                 trial = replace(trial, rows=(rows[0], rows[0]._replace(variant=variant), *rows[1:]))
-                eos = self._end_of_some(trial)
-        self._check(trial, eos=eos)
-        self._check(Trial(readout=readout_of(Choices), rows=rows, layers=(first,), target_layers=(middle,)))
+                trial = replace(trial, eos=self._end_of_some(trial))
+        self._check(trial)
+        self._check(self._upwards(CHOICES, rows))
 
-    def _decode_padded(self, *rows: Lengths) -> None:
-        """Compare decoding from rows of different lengths, on a model whose cells are usually packed.
-
-        Its cells are rows if a site inside a block is written, or if packing is off.
-        """
-        first, middle = self.layers[:1], (self.middle,)
-        trial = Trial(readout=readout_of(Choices), rows=rows, layers=first, target_layers=middle)
-        self._check(trial, Optimisations(prefix_sharing=False, late_entry=False))
+    def _upwards(self, readout: Readout, rows: tuple[Lengths, ...]) -> Trial:
+        """Return a trial that reads the first block and writes a middle one."""
+        return Trial(readout=readout, rows=rows, layers=self.layers[:1], target_layers=(self.middle,))
 
     def _check_sites(self) -> None:
         """Compare reads and writes at sites inside a block; switch off the sites that differ."""
-        first, middle = self.layers[:1], (self.middle,)
-        residual = Trial(readout=readout_of(NextToken), rows=(SHORT,), layers=first, target_layers=middle)
+        residual = self._upwards(NEXT_TOKEN, (SHORT,))
         trials = [replace(residual, sites=sites) for sites in paired_sites(self.model.info)]
         self.reference.prepare(*trials)
         for trial in trials:
@@ -189,12 +189,12 @@ class Checks:
                 if problem:
                     self._withhold(site.name, alone, error, problem)
 
-    def _check_mask(self, rows: tuple[Lengths, ...]) -> None:
+    def _check_mask(self, row: Lengths) -> None:
         """Compare a run with an explicit mask that cuts attention to a later token, so nothing changes."""
         if not (self.model.info.supports("cut") and self.hooks.causal) or self._off(CUT):
             return
-        trial = Trial(readout=readout_of(NextToken), rows=rows[-1:], layers=self.layers, cuts=True)
-        self._settle(CUT, "plain path", trial, *self._error(trial, _ALL))
+        trial = Trial(readout=NEXT_TOKEN, rows=(row,), layers=self.layers, cuts=True)
+        self._settle(CUT, "plain path", trial)
 
     def _measure_rounding(self) -> None:
         """In half precision, raise the tolerance if rounding alone changes more."""
@@ -225,31 +225,29 @@ class Checks:
         if distance(followed, alone, alone) > self.tolerance:
             self.hooks.incremental = False
 
-    def _check(self, trial: Trial, most: Optimisations = _ALL, *, eos: int | None = None) -> None:
+    def _check(self, trial: Trial, most: Optimisations = _ALL) -> None:
         """Compare a trial with the optimisations `most`; if it differs, find those that change it."""
         self.reference.prepare(trial)
         self.runner.verdict = Verdict(key="", limit=self.limit, withheld=tuple(self.withheld))
-        error, problem = self._error(trial, most, eos=eos)
+        error, problem = self._error(trial, most)
         if problem:
-            self._find_guilty(trial, problem, most, eos=eos)
+            self._find_guilty(trial, problem, most)
         else:
             used = "all optimisations" if most == _ALL else "rows of several lengths"
             self._note(f"{used}: {trial.name}", trial, error, "equal")
 
     def _check_fused(self) -> None:
         """Compare a source and a target that share a forward, with decoding after it if that is cached."""
-        cached = [
-            kind for kind in (Choices, Generate) if not self._off("cached_decoding", readout_of(kind).name)
-        ]
-        readout = readout_of(NextToken)
-        if cached:
-            readout = readout_of(Choices) if Choices in cached else Generate(max_new_tokens=2)
+        decoding = (
+            readout
+            for readout in (CHOICES, Generate(max_new_tokens=2))
+            if not self._off("cached_decoding", readout.name)
+        )
         # Prompts of equal length share a forward, even if prompts of different lengths may not.
         row = Lengths(SHORT.target, SHORT.target) if self._off("mixed_lengths") else SHORT
-        first, middle = self.layers[:1], (self.middle,)
-        trial = Trial(readout=readout, rows=(row,), layers=first, target_layers=middle)
+        trial = self._upwards(next(decoding, NEXT_TOKEN), (row,))
         self.reference.prepare(trial)
-        self._settle(FUSED, "fused context", trial, *self._error(trial, _ALL, context="auto"))
+        self._settle(FUSED, "fused context", trial, context="auto")
 
     def _check_plain(self, trial: Trial) -> None:
         error, problem = self._error(trial, Optimisations.none())
@@ -261,14 +259,14 @@ class Checks:
                 hint="Please report the architecture.",
             )
 
-    def _find_guilty(self, trial: Trial, problem: str, most: Optimisations, *, eos: int | None) -> None:
+    def _find_guilty(self, trial: Trial, problem: str, most: Optimisations) -> None:
         """Add the optimisations one by one to the plain path, and switch off those that change it."""
         self._check_plain(trial)
         used = Optimisations.none()
         before = len(self.withheld)
         for name in Optimisations.names():
             tried = replace(used, **{name: getattr(most, name)})
-            wrong, reason = self._error(trial, tried, eos=eos) if tried != used else (0.0, "")
+            wrong, reason = self._error(trial, tried) if tried != used else (0.0, "")
             if reason:
                 # Decoding from rows of different lengths is tested with one readout for both.
                 self._withhold(name, trial, wrong, reason, both=most != _ALL or name == "mixed_lengths")
@@ -282,18 +280,11 @@ class Checks:
                 hint="Look for dropout or other randomness in it; load(..., proof=False) skips the proof.",
             )
 
-    def _error(
-        self,
-        trial: Trial,
-        optimisations: Optimisations,
-        *,
-        context: Literal["auto", "session"] = "session",
-        eos: int | None = None,
-    ) -> tuple[float, str]:
+    def _error(self, trial: Trial, used: Optimisations, *, context: Context = "session") -> tuple[float, str]:
         """Run a trial; return its largest error, and what is wrong with it, which is empty if it is equal."""
         try:
-            cells = self.runner.run(trial, optimisations, context=context, eos=eos)
-            error = max(self.reference.error(trial, cell, raw, eos=eos) for cell, raw in cells)
+            cells = self.runner.run(trial, used, context=context)
+            error = max(self.reference.error(trial, cell, raw) for cell, raw in cells)
         except Exception as failure:  # an optimisation that raises any error is off for this model
             if is_out_of_memory(failure):
                 raise
@@ -314,8 +305,8 @@ class Checks:
 
     def _off(self, name: str, readout: str | None = None) -> bool:
         """True if something is off for a readout; without a readout, if it is off for any."""
-        entries = [entry for entry in self.withheld if entry.optimisation == name]
-        return any(readout is None or entry.readout in (None, readout) for entry in entries)
+        readouts = [entry.readout for entry in self.withheld if entry.optimisation == name]
+        return any(readout is None or off in (None, readout) for off in readouts)
 
     def _withhold(self, name: str, trial: Trial, error: float, problem: str, *, both: bool = False) -> None:
         """Switch something off: for the trial's readout, for `both` that decode, or for every readout."""
@@ -328,8 +319,9 @@ class Checks:
             self._note(f"{entry.name}: {trial.name}", trial, error, str(entry))
         self.runner.verdict = replace(self.runner.verdict, withheld=tuple(self.withheld))
 
-    def _settle(self, name: str, what: str, trial: Trial, error: float, problem: str) -> None:
-        """Record that a trial is equal, or switch off what it tests."""
+    def _settle(self, name: str, what: str, trial: Trial, *, context: Context = "session") -> None:
+        """Run a trial; record that it is equal, or switch off what it tests."""
+        error, problem = self._error(trial, _ALL, context=context)
         if problem:
             self._withhold(name, trial, error, problem)
         else:

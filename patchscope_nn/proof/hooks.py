@@ -6,8 +6,9 @@ different writes, but only if rows of a batch do not influence each other.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -63,18 +64,15 @@ class Hooks:
         """The states at some places, each (n_tokens, d_model). The pass stops after the last of them."""
         states: dict[Place, torch.Tensor] = {}
 
-        def keep(place: Place) -> Any:
-            def record(output: torch.Tensor) -> torch.Tensor:
-                states[place] = output.view(len(ids), -1).clone()
-                if len(states) == len(places):
-                    raise _Done
-                return output
-
-            return record
+        def record(place: Place, output: torch.Tensor) -> torch.Tensor:
+            states[place] = output.view(len(ids), -1).clone()
+            if len(states) == len(places):
+                raise _Done
+            return output
 
         with ExitStack() as stack, suppress(_Done):
             for place in places:
-                stack.callback(self._hook(place, keep(place)).remove)
+                stack.enter_context(self._hook(place, partial(record, place)))
             self._forward(torch.tensor([list(ids)]), use_cache=False)
         if silent := [place.layer for place in places if place not in states]:
             raise ModelError(
@@ -97,62 +95,39 @@ class Hooks:
         return rows if self.batches else self.logits(ids, writes)
 
     def continued(
-        self, ids: Sequence[int], more: Sequence[int], write: Write, *, unpatched: bool = False
+        self, ids: Sequence[int], more: Sequence[int], write: Write | None, *, unpatched: bool = False
     ) -> torch.Tensor:
         """The logits that decide each token after a prompt, and one more token.
 
         Args:
             ids: The prompt.
             more: The tokens after it.
-            write: The state that is written into the prompt.
-            unpatched: True if `unpatched` will be called with the same; then one forward pass serves both.
+            write: The state that is written into the prompt, if any.
+            unpatched: True if the same will be asked without the write; then one forward pass serves both.
 
         Returns:
             (len(more) + 1, vocab).
         """
-        known = self._known.setdefault((*ids, write.place, write.position, id(write.state)), {})
-        if (logits := self._begun(known, more)) is not None:
-            return logits
+        key = (*ids, write.place, write.position, id(write.state)) if write else tuple(ids)
+        known = self._known.setdefault(key, {})
+        longer = (after for after in known if self.incremental and after[: len(more)] == tuple(more))
+        if (begun := next(longer, None)) is not None:
+            return known[begun][: len(more) + 1]
         if not self.causal:
-            known[tuple(more)] = self._decoded(ids, more, write)
-        elif self.incremental:
+            logits = self._decoded(ids, more, write)
+        elif self.incremental or write is None:
             rows = self.logits([*ids, *more], [write, None] if unpatched else [write])[:, len(ids) - 1 :]
-            known[tuple(more)] = rows[0]
+            logits = rows[0]
             if unpatched:
                 self._known.setdefault(tuple(ids), {})[tuple(more)] = rows[1]
         else:
             steps = [[*ids, *more[:count]] for count in range(len(more) + 1)]
-            rows = [self.logits(step, [write])[0, -1] for step in steps]
-            known[tuple(more)] = torch.stack(rows)
-        return known[tuple(more)]
-
-    def unpatched(self, ids: Sequence[int], more: Sequence[int]) -> torch.Tensor:
-        """As `continued`, for the prompt without a write, in one forward pass.
-
-        Returns:
-            (len(more) + 1, vocab).
-        """
-        if not self.causal:
-            return self._decoded(ids, more, None)
-        known = self._known.setdefault(tuple(ids), {})
-        if (logits := self._begun(known, more)) is not None:
-            return logits
-        known[tuple(more)] = self.logits([*ids, *more], [None])[0, len(ids) - 1 :]
-        return known[tuple(more)]
-
-    def _begun(
-        self, known: Mapping[tuple[int, ...], torch.Tensor], more: Sequence[int]
-    ) -> torch.Tensor | None:
-        """The logits of `more` from an earlier pass that begins with it; None if there is none."""
-        longer = (after for after in known if self.incremental and after[: len(more)] == tuple(more))
-        return next((known[after][: len(more) + 1] for after in longer), None)
+            logits = torch.stack([self.logits(step, [write])[0, -1] for step in steps])
+        known[tuple(more)] = logits
+        return logits
 
     def scored(self, ids: Sequence[int], more: Sequence[int], write: Write) -> torch.Tensor:
-        """The logits that score each token of a continuation, from one forward pass over all of it.
-
-        Returns:
-            (len(more), vocab).
-        """
+        """The logits that score each token of a continuation, (len(more), vocab), from one forward pass."""
         if not self.causal or self.incremental:
             return self.continued(ids, more[:-1], write)
         return self.logits([*ids, *more], [write])[0, len(ids) - 1 : -1]
@@ -177,12 +152,8 @@ class Hooks:
             return output + output * shaken * torch.finfo(output.dtype).eps / 2
 
         plain = self.logits(ids, [None])[0, -1]
-        handle = embeddings.register_forward_hook(shake)
-        try:
-            shaken = self.logits(ids, [None])[0, -1]
-        finally:
-            handle.remove()
-        return distance(shaken, plain, plain)
+        with embeddings.register_forward_hook(shake):
+            return distance(self.logits(ids, [None])[0, -1], plain, plain)
 
     def _forward(self, ids: torch.Tensor, **options: Any) -> Any:
         if "cache" not in self.architecture.features:
@@ -192,18 +163,15 @@ class Hooks:
 
     @contextmanager
     def _written(self, writes: Sequence[Write | None], width: int) -> Iterator[None]:
-        def put(row: int, write: Write) -> Any:
-            def change(states: torch.Tensor) -> torch.Tensor:
-                changed = states.clone()
-                changed.view(len(writes), width, -1)[row, write.position] = write.state.to(changed)
-                return changed
-
-            return change
+        def change(row: int, write: Write, states: torch.Tensor) -> torch.Tensor:
+            changed = states.clone()
+            changed.view(len(writes), width, -1)[row, write.position] = write.state.to(changed)
+            return changed
 
         with ExitStack() as stack:
             for row, write in enumerate(writes):
                 if write is not None:
-                    stack.callback(self._hook(write.place, put(row, write)).remove)
+                    stack.enter_context(self._hook(write.place, partial(change, row, write)))
             yield
 
     def _hook(self, place: Place, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:

@@ -23,12 +23,15 @@ def load(model: Any, *, proof: bool = True, **options: Any) -> Model:
     """Load a decoder, or wrap one that is already loaded, and prove it.
 
     Args:
-        model: A Hugging Face id, a folder, `builtin:smollm2-135m-instruct`, an
-            `nnsight.TransformersModel`, a transformers model, or a `Model` (returned unchanged).
+        model: A Hugging Face id or a folder, of a model or of a LoRA adapter;
+            `builtin:smollm2-135m-instruct`; an `nnsight.TransformersModel`; a transformers model, also
+            compiled or with adapters of peft; or a `Model` (returned unchanged).
         proof: True compares the compiler with plain PyTorch hooks on this model if its structure is new.
             False uses every optimisation without proof, and manifests record that.
-        **options: `revision`, `dtype`, `device_map`, `tokenizer`, `weights`, and options of transformers'
-            `from_pretrained`, as in `models.load`.
+        **options: `revision` (of the Hub); `dtype` (a torch dtype or its name; `auto`, the default, keeps the
+            checkpoint's); `device_map`; `tokenizer` (needed only for a transformers model whose tokenizer
+            cannot be found); `weights` (False loads only the config and the tokenizer, enough for a remote
+            model); and options of transformers' `from_pretrained`, such as `quantization_config`.
 
     Returns:
         The model with its tokenizer and its description.
@@ -95,11 +98,6 @@ def _kept_or_made(model: Model, key: str, make: Callable[[str], Verdict]) -> Mod
         store.keep(verdict)
     if line := _line(model.info.name, verdict):
         _LOG.warning("%s", line)
-    return with_verdict(model, verdict)
-
-
-def with_verdict(model: Model, verdict: Verdict) -> Model:
-    """Return a model with a verdict in its description."""
     architecture = replace(model.info.architecture, causal=verdict.causal)
     return replace(model, info=replace(model.info, architecture=architecture, verdict=verdict))
 

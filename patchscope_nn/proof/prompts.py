@@ -13,6 +13,8 @@ from patchscope_nn.models import Model
 _LENGTH = re.compile(r"window|chunk|local|floor|extent|span|original_max_position|block_size|max_seq")
 #: Names that match, but do not hold a length in tokens.
 _NO_LENGTH = re.compile(r"layers|pattern|ratio|theta|base_freq|vision|patch|image|audio|head|expert")
+#: Names of config fields that hold the ids of special tokens.
+_SPECIAL = re.compile(r"token_(id|index)$|_token$")
 #: Kinds of rotary embedding whose factors do not depend on the length of the prompt.
 _STATIC_ROPE = ("default", "linear", "yarn", "llama3", "proportional", "mrope")
 
@@ -47,29 +49,23 @@ class Numbers:
 
 
 def random_ids(model: Model, count: int, *, seed: int, variant: int = 0) -> list[int]:
-    """Random ids of a model's tokenizer, without special tokens.
+    """Random ids of a model's tokenizer, (count,), without special tokens.
 
-    Args:
-        model: The model.
-        count: How many.
-        seed: Seed of the random choice.
-        variant: Which of several choices with the same seed.
-
-    Returns:
-        (count,) token ids.
+    `variant` says which of several choices with the same seed.
     """
-    special = {*_special(model.module.config), *getattr(model.tokenizer, "all_special_ids", ())}
+    # The config's are the ends of texts, padding and images.
+    special = {
+        *getattr(model.tokenizer, "all_special_ids", ()),
+        *(
+            value
+            for name, value in _fields(model.module.config.to_dict())
+            if isinstance(value, int) and _SPECIAL.search(name)
+        ),
+    }
     size = min(len(model.tokenizer), model.info.vocab_size)
     chooser = random.Random(f"{seed} {count} {variant}")  # noqa: S311 (a seeded choice, no secret)
     ordinary = [token for token in chooser.sample(range(size), min(size, 64)) if token not in special]
     return chooser.choices(ordinary or range(size), k=count)
-
-
-def _special(config: Any) -> Iterator[int]:
-    """The ids that a config uses for special purposes: end of text, padding, images."""
-    for name, value in _fields(config.to_dict()):
-        if re.search(r"token_(id|index)$|_token$", name) and isinstance(value, int):
-            yield value
 
 
 def thresholds(model: Model) -> list[int]:

@@ -35,14 +35,7 @@ _LONGEST = {"cpu": 2048, "cuda": 16384}
 
 
 def prove(model: Model, *, key: str) -> Verdict:
-    """Prove a model.
-
-    Args:
-        model: The model, with its weights in this process.
-        key: The key of the verdict in the store.
-
-    Returns:
-        The verdict.
+    """Prove a model with its weights in this process; `key` is the key of its verdict in the store.
 
     Raises:
         ModelError: The plain path differs from plain hooks, or its numbers are not finite.
@@ -94,10 +87,10 @@ def _proof(model: Model) -> Checks:
             f"be compared with them: {type(error).__name__}: {error}",
             hint="Please report the architecture; load(..., proof=False) skips the proof, at your own risk.",
         ) from error
-    for number, length in enumerate(larger):
+    for length, following in zip(larger, [*larger[1:], None], strict=False):
         if not _affordable(model, length):
             break
-        proof.limit = larger[number + 1] if number + 1 < len(larger) else None
+        proof.limit = following
         if not proof.go_beyond(length):
             proof.limit = length
             break

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from itertools import product
 from typing import Any
 
 import torch
 
 from patchscope_nn.proof.hooks import Hooks, Place, Write, distance, spread
-from patchscope_nn.proof.trials import CHOICES, Lengths, Runner, Trial
+from patchscope_nn.proof.trials import CHOICE_LENGTHS, Lengths, Runner, Trial
 from patchscope_nn.sweep import Cell
 
 
@@ -49,28 +51,23 @@ class Reference:
         read = self.hooks.read(self.runner.source_prompt(row), missing) if missing else {}
         self._states |= {(row, place): states[-1] for place, states in read.items()}
         if trial.readout.name == "hidden":
-            written = [Place(layer, trial.sites[1]) for layer in self._written(trial)]
+            written = [*dict.fromkeys(written for _, written in self._keys(trial))]
             clean = self.hooks.read(self.runner.target_prompt(row), written)
             self._states |= {("clean", row, place): states[-2] for place, states in clean.items()}
 
-    def _written(self, trial: Trial) -> tuple[int, ...]:
-        return trial.layers if trial.target_layers == "same" else trial.target_layers
-
     def _keys(self, trial: Trial) -> list[tuple[Place, Place]]:
+        """List where the cells of a row of a trial read and write."""
+        layers: Iterable[tuple[int, int]] = zip(trial.layers, trial.layers, strict=True)
+        if trial.target_layers != "same":
+            layers = product(trial.layers, trial.target_layers)
         read, written = trial.sites
-        if trial.target_layers == "same":
-            return [(Place(layer, read), Place(layer, written)) for layer in trial.layers]
-        return [
-            (Place(layer, read), Place(other, written))
-            for layer in trial.layers
-            for other in trial.target_layers
-        ]
+        return [(Place(layer, read), Place(other, written)) for layer, other in layers]
 
     def write(self, row: Lengths, read: Place, written: Place) -> Write:
         """Return the write of a cell."""
         return Write(written, row.target - 2, self._states[row, read])
 
-    def error(self, trial: Trial, cell: Cell, raw: dict[str, Any], *, eos: int | None = None) -> float:
+    def error(self, trial: Trial, cell: Cell, raw: dict[str, Any]) -> float:
         """Return the error of a cell's readout, in standard deviations of the compared values."""
         row = trial.rows[cell.row]
         read = Place(cell.source_layer or 0, trial.sites[0])
@@ -88,41 +85,38 @@ class Reference:
         prompt = self.runner.target_prompt(row)
         if trial.readout.name == "choices":
             return self._choices_error(prompt, raw["choice_logprobs"], write)
-        return self._text_error(prompt, raw, write, most=trial.decoded, eos=eos)
+        return self._text_error(trial, prompt, raw, write)
 
     def _choices_error(self, prompt: list[int], logprobs: list[float], write: Write) -> float:
         """Return the largest error of the summed log-probabilities of the continuations."""
         errors = []
         ids = self.runner.ids["s"]
         # If scores depend only on earlier tokens, the longest choice's forward also scores a choice of one.
-        longest = self.hooks.scored(prompt, ids[-max(CHOICES) :], write)
-        for count, logprob in zip(CHOICES, logprobs, strict=True):
+        longest = self.hooks.scored(prompt, ids[-max(CHOICE_LENGTHS) :], write)
+        for count, logprob in zip(CHOICE_LENGTHS, logprobs, strict=True):
             more, logits = ids[-count:], longest[:count]
-            if count < max(CHOICES) and not (count == 1 and self.hooks.incremental):
+            if count < max(CHOICE_LENGTHS) and not (count == 1 and self.hooks.incremental):
                 logits = self.hooks.scored(prompt, more, write)
             wanted = logits.log_softmax(-1)[range(count), more].sum()
             errors.append(distance(torch.tensor(logprob), wanted, logits))
         return max(errors)
 
-    def _text_error(
-        self, prompt: list[int], raw: dict[str, Any], write: Write, *, most: int, eos: int | None
-    ) -> float:
+    def _text_error(self, trial: Trial, prompt: list[int], raw: dict[str, Any], write: Write) -> float:
         """Return the largest error of decoded tokens: of probabilities, or of their distance to the top."""
-        tokens = raw["token_ids"]
+        tokens, most = raw["token_ids"], trial.readout.decoded
         compares_unpatched = "unpatched_token_probs" in raw
         logits = self.hooks.continued(prompt, tokens[: most - 1], write, unpatched=compares_unpatched)
         below = [row.amax() - row[token] for row, token in zip(logits, tokens, strict=False)]
         if raw["stopped"] == "eos":
-            below.append(logits[len(tokens)].amax() - logits[len(tokens)][eos])
+            below.append(logits[len(tokens)].amax() - logits[len(tokens)][trial.eos])
         elif len(tokens) != most:
             return float("inf")
-        wanted = [row.log_softmax(-1)[token] for row, token in zip(logits, tokens, strict=False)]
         error = float(torch.stack(below).amax().cpu() / spread(logits))
         if not (tokens and compares_unpatched):
             return error
-        clean = self.hooks.unpatched(prompt, tokens[: most - 1])
-        unpatched = [row.log_softmax(-1)[token] for row, token in zip(clean, tokens, strict=False)]
-        for name, logprobs in (("token_probs", wanted), ("unpatched_token_probs", unpatched)):
+        clean = self.hooks.continued(prompt, tokens[: most - 1], None)
+        for name, rows in (("token_probs", logits), ("unpatched_token_probs", clean)):
+            logprobs = [row.log_softmax(-1)[token] for row, token in zip(rows, tokens, strict=False)]
             error = max(error, distance(torch.tensor(raw[name]).log(), torch.stack(logprobs), logits))
         return error
 

@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, TypeAlias
 
 import torch
 
@@ -21,8 +21,7 @@ from patchscope_nn.plan import Optimisations
 from patchscope_nn.proof.checks import OF_DECODING, SHORT, probed_layers
 from patchscope_nn.proof.prompts import thresholds
 from patchscope_nn.proof.prove import ORDINARY
-from patchscope_nn.proof.trials import Lengths, Runner, Trial, readout_of
-from patchscope_nn.readouts import Choices, Generate, Hidden, NextToken
+from patchscope_nn.proof.trials import CHOICES, GENERATE, HIDDEN, NEXT_TOKEN, Lengths, Runner, Trial
 
 #: The tolerance. The dtype of a remote model is not known, so half precision is assumed.
 _ROUNDING = 0.15
@@ -30,25 +29,12 @@ _ROUNDING = 0.15
 _LONGEST = 4096
 #: Runs a step remotely and returns its results; for a series, the list of its steps' results.
 Run = Callable[[StepProgram | Series], Any]
-
-
-class _Request(NamedTuple):
-    """A trial, and the optimisations with which it runs."""
-
-    trial: Trial
-    used: Optimisations
+#: A trial, and the optimisations with which it runs.
+_Request: TypeAlias = tuple[Trial, Optimisations]
 
 
 def prove_remotely(model: Model, run: Run, *, key: str) -> Verdict:
-    """Prove a remote model.
-
-    Args:
-        model: The model; only its config and structure are local.
-        run: Runs a step or a series of steps remotely.
-        key: The key of the verdict in the store.
-
-    Returns:
-        The verdict.
+    """Prove a remote model, of which only the config and the structure are local.
 
     Raises:
         ModelError: Even the plain path fails on the server.
@@ -62,7 +48,7 @@ def prove_remotely(model: Model, run: Run, *, key: str) -> Verdict:
     trials += [(trial, length) for length in beyond for trial in _trials(model, [], length)]
     runner = Runner(model)
     plain, full = Optimisations.none(), Optimisations()
-    results = _run(runner, [_Request(trial, used) for trial, _ in trials for used in (plain, full)], run)
+    results = _run(runner, [(trial, used) for trial, _ in trials for used in (plain, full)], run)
     comparisons: list[Comparison] = []
     withheld: list[Withheld] = []
     for number, (trial, length) in enumerate(trials):
@@ -76,10 +62,12 @@ def prove_remotely(model: Model, run: Run, *, key: str) -> Verdict:
         error, problem = _difference(expected, optimised)
         if problem and withheld:  # perhaps caused by an optimisation that is off already
             runner.verdict = Verdict(key="", withheld=tuple(withheld))
-            error, problem = _difference(expected, _run(runner, [_Request(trial, full)], run)[0])
+            error, problem = _difference(expected, _run(runner, [(trial, full)], run)[0])
         off = _guilty(runner, trial, length, expected, run) if problem else []
         withheld += off
-        comparisons.append(_comparison(model, trial, error, off if problem else None))
+        outcome = ", ".join(map(str, off)) if problem else "equal"
+        what, blocks = f"all optimisations: {trial.name}", model.info.n_layers
+        comparisons.append(Comparison(what, blocks, trial.tokens, error, _ROUNDING, outcome))
     return Verdict(
         key=key,
         causal=model.info.architecture.causal,
@@ -90,26 +78,19 @@ def prove_remotely(model: Model, run: Run, *, key: str) -> Verdict:
     )
 
 
-def _comparison(model: Model, trial: Trial, error: float, off: Sequence[Withheld] | None) -> Comparison:
-    """Record the comparison of a trial; `off` is None if it was equal."""
-    outcome = "equal" if off is None else ", ".join(map(str, off))
-    name = f"all optimisations: {trial.name}"
-    return Comparison(name, model.info.n_layers, trial.tokens, error, _ROUNDING, outcome)
-
-
 def _trials(model: Model, ordinary: Sequence[int], beyond: int) -> list[Trial]:
     """Return the trials with ordinary prompts, or if `beyond` is not 0, with prompts beyond this length."""
     layers = probed_layers(model)
     middle = layers[len(layers) // 2]
-    longest = max([SHORT.source + 4, *(length + 4 for length in ordinary), beyond + 6 if beyond else 0])
+    longest = max(max([SHORT.source, *ordinary]) + 4, beyond + 6 if beyond else 0)
     rows = (SHORT, Lengths(longest, longest - 1))
     across = (Lengths(SHORT.source, beyond), rows[1]) if beyond else rows
     three = (*rows, SHORT._replace(variant=1))
     return [
-        Trial(readout=readout_of(NextToken), rows=three, layers=(middle,) if beyond else layers),
-        *([] if beyond else [Trial(readout=readout_of(Hidden), rows=rows, layers=layers[:2])]),
-        Trial(readout=readout_of(Generate), rows=across, layers=(middle,)),
-        Trial(readout=readout_of(Choices), rows=across, layers=(middle,)),
+        Trial(readout=NEXT_TOKEN, rows=three, layers=(middle,) if beyond else layers),
+        *([] if beyond else [Trial(readout=HIDDEN, rows=rows, layers=layers[:2])]),
+        Trial(readout=GENERATE, rows=across, layers=(middle,)),
+        Trial(readout=CHOICES, rows=across, layers=(middle,)),
     ]
 
 
@@ -121,7 +102,7 @@ def _guilty(
     withheld = []
     for name in Optimisations.names():
         tried = replace(used, **{name: True})
-        _, problem = _difference(expected, _run(runner, [_Request(trial, tried)], run)[0])
+        _, problem = _difference(expected, _run(runner, [(trial, tried)], run)[0])
         if not problem:
             used = tried
             continue
@@ -131,18 +112,15 @@ def _guilty(
 
 
 def _run(runner: Runner, requests: Sequence[_Request], run: Run) -> list[list[dict[str, Any]] | str]:
-    """Run trials in a single job.
-
-    If the job fails, each trial runs in a separate job.
+    """Run trials in a single job; if it fails, each trial in a separate job.
 
     Returns:
         The readouts of each trial, cell by cell; for a trial whose job fails, the server's message.
     """
-    programs = [runner.programs(request.trial, request.used) for request in requests]
+    trials = [runner.programs(trial, used) for trial, used in requests]
     try:
-        series = [step for program in programs for step in program.steps]
-        results = iter(run({"series": series}))
-        return [program.rows([next(results) for _ in program.steps]) for program in programs]
+        results = iter(run({"series": [program for trial in trials for program in trial.programs]}))
+        return [trial.rows(results) for trial in trials]
     except JobError as error:
         if len(requests) == 1:
             return [error.message]

@@ -22,13 +22,8 @@ _WORTH = 2
 def shortened(model: Model, layers: Sequence[int]) -> Model | None:
     """Build a model from a few blocks of another. Both share the weights, and the other is not changed.
 
-    Args:
-        model: The model, with its weights in this process.
-        layers: The blocks to keep.
-
-    Returns:
-        The short model; None if it would not be much shorter, if blocks differ in more than their weights and
-        their index, or if a model of this family cannot be built in this way.
+    None if it would not be much shorter, if blocks differ in more than their weights and their index, or if a
+    model of this family cannot be built in this way.
     """
     path = model.info.architecture.blocks
     blocks = [*model.module.get_submodule(path)]
@@ -65,9 +60,11 @@ def _alike(blocks: Sequence[Any]) -> bool:
     """True if blocks have the same parts, sizes and settings; only their index may differ."""
     settings = [_settings(block) for block in blocks]
     places = _places(settings)
-    plain = [{key: value for key, value in own.items() if key not in places} for own in settings]
-    parts = [_parts(block) for block in blocks]
-    return all(own == plain[0] for own in plain) and all(own == parts[0] for own in parts)
+    forms = [
+        (_parts(block), {key: value for key, value in own.items() if key not in places})
+        for block, own in zip(blocks, settings, strict=True)
+    ]
+    return all(form == forms[0] for form in forms)
 
 
 def _settings(block: Any) -> dict[tuple[str, str], Any]:

@@ -26,13 +26,7 @@ def folder() -> Path:
 def structure_key(model: Model, *, host: str = "") -> str:
     """A hex digest of everything that decides a model's verdict, except its weights.
 
-    Args:
-        model: The model.
-        host: The server that has its weights; empty if they are in this process.
-
-    Returns:
-        A digest of its class, config, attention implementation, dtype and device, of the versions of torch,
-        transformers and nnsight, of this package's code, and of the registered sites.
+    `host` is the server that has its weights; empty if they are in this process.
     """
     module = model.module
     config = {name: value for name, value in module.config.to_dict().items() if name not in _NAMES}

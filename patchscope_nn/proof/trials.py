@@ -6,10 +6,10 @@ any set of optimisations; `reference.py` computes the expected result of every c
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 from patchscope_nn.backends import Local, results_of, run_steps
 from patchscope_nn.body.program import StepProgram
@@ -27,20 +27,18 @@ _PREFIX = 3
 #: The number of top tokens that a next-token trial compares, and of tokens that a decoding trial decodes.
 _COMPARED, DECODED = 24, 3
 #: The lengths of the choices in tokens: the first needs a forward after the prompt, the second none.
-CHOICES = (3, 1)
+CHOICE_LENGTHS = (3, 1)
+#: The readouts of the trials; the texts of `CHOICES` are columns of the trials' rows.
+NEXT_TOKEN, HIDDEN = NextToken(top_k=_COMPARED), Hidden(clean=True)
+GENERATE, CHOICES = Generate(max_new_tokens=DECODED, relevancy=True), Choices(["{c0}", "{c1}"])
 
-Results = list[tuple[Cell, dict[str, Any]]]
+Context: TypeAlias = Literal["auto", "session"]
+Results: TypeAlias = list[tuple[Cell, dict[str, Any]]]
 _IDENTITY = ResolvedMapping(name="identity", kind="identity")
 
 
 class Lengths(NamedTuple):
-    """The lengths in tokens of the prompts of a trial's data row.
-
-    Attributes:
-        source: The length of the source prompt.
-        target: The length of the target prompt.
-        variant: Which of the random prompts of these lengths.
-    """
+    """The lengths in tokens of a data row's prompts, and which of the random prompts of these lengths."""
 
     source: int
     target: int
@@ -48,24 +46,20 @@ class Lengths(NamedTuple):
 
 
 class Programs(NamedTuple):
-    """The programs of a trial's steps.
+    """A trial's plan, its steps, and the program of each."""
 
-    Attributes:
-        steps: The programs.
-        plans: The plan and the step of each program.
-    """
+    planned: Plan
+    steps: list[Step]
+    programs: list[StepProgram]
 
-    steps: list[StepProgram]
-    plans: tuple[tuple[Plan, Step], ...]
+    def rows(self, results: Iterator[Any]) -> list[dict[str, Any]]:
+        """Convert the next results of steps to the raw readout of every cell, in the sweep's order."""
+        cells = [cell for step in self.steps for cell in results_of(self.planned, step, next(results))]
+        return [raw for _, raw in _in_order(cells)]
 
-    def rows(self, results: Sequence[Any]) -> list[dict[str, Any]]:
-        """Convert the results of the steps to the raw readout of every cell, in the sweep's order."""
-        cells = [
-            cell
-            for (planned, step), result in zip(self.plans, results, strict=True)
-            for cell in results_of(planned, step, result)
-        ]
-        return [raw for _, raw in sorted(cells, key=lambda result: result[0].number)]
+
+def _in_order(cells: Results) -> Results:
+    return sorted(cells, key=lambda result: result[0].number)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +74,7 @@ class Trial:
         sites: The sites that are read and written.
         cuts: True to cut attention to a later token instead of writing a state. The run then equals a run
             without a patch.
+        eos: The token that ends decoded texts; None if there is none.
     """
 
     readout: Readout
@@ -88,6 +83,7 @@ class Trial:
     target_layers: tuple[int, ...] | Literal["same"] = "same"
     sites: tuple[Site, Site] = (RESIDUAL, RESIDUAL)
     cuts: bool = False
+    eos: int | None = None
 
     @property
     def name(self) -> str:
@@ -97,24 +93,10 @@ class Trial:
         return f"{self.readout.name}{sites}{', attention mask' if self.cuts else ''}"
 
     @property
-    def decoded(self) -> int:
-        """The number of decoded tokens; 0 for a readout that does not decode."""
-        return self.readout.decoded
-
-    @property
     def tokens(self) -> int:
         """The length of the longest prompt, appended tokens included."""
-        more = max(CHOICES) if self.readout.appends else self.decoded
+        more = max(CHOICE_LENGTHS) if self.readout.appends else self.readout.decoded
         return max(max(row.source, row.target + more) for row in self.rows)
-
-
-def readout_of(kind: type[Readout]) -> Readout:
-    """Return a readout with the options of the trials; its texts are columns of the trials' rows."""
-    if kind is NextToken:
-        return NextToken(top_k=_COMPARED)
-    if kind is Choices:
-        return Choices(["{c0}", "{c1}"])
-    return Generate(max_new_tokens=DECODED, relevancy=True) if kind is Generate else Hidden(clean=True)
 
 
 @contextmanager
@@ -122,13 +104,14 @@ def _endless(module: Any) -> Iterator[None]:
     """While active, a model has no end token, so that generated texts always reach their full length."""
     config: Any = getattr(module, "generation_config", None)
     ends = getattr(config, "eos_token_id", None)
-    if ends is not None:
-        config.eos_token_id = None
+    if ends is None:
+        yield
+        return
+    config.eos_token_id = None
     try:
         yield
     finally:
-        if ends is not None:
-            config.eos_token_id = ends
+        config.eos_token_id = ends
 
 
 class Runner:
@@ -155,58 +138,39 @@ class Runner:
 
     def row(self, lengths: Lengths) -> dict[str, str]:
         """Return a data row of a trial: its prompts and its choices, as texts of token ids."""
-        columns = {f"c{number}": self.ids["s"][-count:] for number, count in enumerate(CHOICES)}
+        columns = {f"c{number}": self.ids["s"][-count:] for number, count in enumerate(CHOICE_LENGTHS)}
         columns |= {"s": self.source_prompt(lengths), "t": self.target_prompt(lengths)}
         return {name: "".join(f" {token}" for token in ids) for name, ids in columns.items()}
 
-    def run(
-        self,
-        trial: Trial,
-        optimisations: Optimisations,
-        *,
-        context: Literal["auto", "session"] = "session",
-        eos: int | None = None,
-    ) -> Results:
+    def run(self, trial: Trial, used: Optimisations, *, context: Context = "session") -> Results:
         """Run a trial; return the raw readout of every cell, in the sweep's order."""
-        model = self._model(eos)
-        planned = plan(
-            self._sweep(trial, model), context=context, memory=self.memory, optimisations=optimisations
-        )
+        model = self._model(trial)
+        planned = plan(self._sweep(trial, model), context=context, memory=self.memory, optimisations=used)
         with _endless(model.module):
             steps = run_steps(planned, source=model, target=model, mapping=_IDENTITY, backend=Local())
-            cells = [result for step in steps for result in step]
-        return sorted(cells, key=lambda result: result[0].number)
+            return _in_order([result for step in steps for result in step])
 
-    def programs(self, trial: Trial, optimisations: Optimisations) -> Programs:
+    def programs(self, trial: Trial, used: Optimisations) -> Programs:
         """Return the programs of a trial's steps, to run on another machine."""
-        model = self._model(None)
-        planned = plan(self._sweep(trial, model), context="session", remote=True, optimisations=optimisations)
+        model = self._model(trial)
+        planned = plan(self._sweep(trial, model), context="session", remote=True, optimisations=used)
         steps = [*planned.steps()]
         with _endless(model.module):
             programs = [
                 lower(planned, step, source=model, target=model, mapping=_IDENTITY)
                 for step in steps
             ]
-        return Programs(programs, tuple((planned, step) for step in steps))
+        return Programs(planned, steps, programs)
 
-    def _model(self, eos: int | None) -> Model:
-        return replace(
-            self.model,
-            info=replace(self.model.info, verdict=self.verdict),
-            tokenizer=Numbers(len(self.model.tokenizer), eos=eos),
-        )
+    def _model(self, trial: Trial) -> Model:
+        info = replace(self.model.info, verdict=self.verdict)
+        tokenizer = Numbers(len(self.model.tokenizer), eos=trial.eos)
+        return replace(self.model, info=info, tokenizer=tokenizer)
 
     def _sweep(self, trial: Trial, model: Model) -> Sweep:
-        scope = Patchscope(
-            source=Source(prompt="{s}", layer=trial.layers, site=trial.sites[0].name),
-            target=Target(
-                prompt="{t}",
-                position=-2,
-                layer=trial.target_layers,
-                site=trial.sites[1].name,
-                write=("cut", Cut(position=-1)) if trial.cuts else "replace",
-            ),
-            readout=trial.readout,
-        )
-        data = [self.row(lengths) for lengths in trial.rows]
-        return expand(scope, rows=data, source=model, target=model)
+        read, written = (site.name for site in trial.sites)
+        source = Source(prompt="{s}", layer=trial.layers, site=read)
+        write: Any = ("cut", Cut(position=-1)) if trial.cuts else "replace"
+        target = Target(prompt="{t}", position=-2, layer=trial.target_layers, site=written, write=write)
+        scope = Patchscope(source=source, target=target, readout=trial.readout)
+        return expand(scope, rows=[self.row(row) for row in trial.rows], source=model, target=model)

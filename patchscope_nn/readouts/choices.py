@@ -8,13 +8,11 @@ from typing import Annotated, Any, ClassVar
 from pydantic import BeforeValidator, Field
 
 from patchscope_nn.spec import ColumnType, PassCells, Readout, Tokens
+from patchscope_nn.spec.forms import listed
 
 
-def _listed(value: Any) -> Any:
-    """Convert a text or a list to a tuple; the type check refuses other values."""
-    if isinstance(value, str):
-        return (value,)
-    return tuple(value) if isinstance(value, list) else value
+def _continuations(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else listed(value)
 
 
 class Choices(Readout):
@@ -22,29 +20,28 @@ class Choices(Readout):
 
     Its columns are `choices`, `choice_logprobs` (natural log, summed over a continuation's tokens),
     `choice_probs` (normalised over the choices) and `choice` (the most likely).
-
-    Attributes:
-        continuations: Two or more texts; `{column}` placeholders are filled by the data.
     """
 
-    name: ClassVar[str] = "choices"
-    body: ClassVar[str] = "patchscope_nn.body.readouts:read_choices"
+    name = "choices"
+    body = "patchscope_nn.body.readouts:read_choices"
     columns: ClassVar[Mapping[str, ColumnType]] = {
         "choices": "texts",
         "choice_logprobs": "numbers",
         "choice_probs": "numbers",
         "choice": "text",
     }
-    decodes: ClassVar[bool] = True
-    appends: ClassVar[bool] = True
-    proven: ClassVar[bool] = True
-    finite: ClassVar[tuple[str, ...]] = ("choice_probs",)
-    says: ClassVar[str] = "choice"
-    title: ClassVar[str] = "chosen option"
-    action: ClassVar[str] = "{} then chose one of the given answers"
-    odds: ClassVar[tuple[str, str] | None] = ("choices", "choice_probs")
+    decodes = True
+    appends = True
+    texts_field = "continuations"
+    proven = True
+    finite = ("choice_probs",)
+    says = "choice"
+    title = "chosen option"
+    action = "{} then chose one of the given answers"
+    odds = ("choices", "choice_probs")
 
-    continuations: Annotated[tuple[str, ...], Field(min_length=2), BeforeValidator(_listed)]
+    continuations: Annotated[tuple[str, ...], Field(min_length=2), BeforeValidator(_continuations)]
+    """Two or more texts; `{column}` placeholders are filled by the data."""
 
     def __init__(self, continuations: Any = None, **fields: Any) -> None:
         super().__init__(**{"continuations": continuations, **fields})
@@ -55,11 +52,6 @@ class Choices(Readout):
     def texts(self) -> tuple[str, ...]:
         """The continuations."""
         return self.continuations
-
-    @property
-    def texts_field(self) -> str:
-        """The field of the texts."""
-        return "continuations"
 
     def lower(self, cells: PassCells) -> dict[str, Any]:
         """Return the arguments of `read_choices`."""

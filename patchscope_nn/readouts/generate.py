@@ -14,40 +14,37 @@ class Generate(Readout):
     """Readout: the text that the patched model generates after T. Only T is patched, not the decoded tokens.
 
     Its columns are `text` and `stopped` (`stop`, `eos` or `length`).
-
-    Attributes:
-        max_new_tokens: The maximum number of tokens to decode.
-        stop: A text that ends the generation; it is not part of `text`.
-        temperature: 0 decodes greedily; above 0 samples, with noise that depends only on the seed and
-            the cell, never on the batch.
-        seed: The seed of sampling.
-        relevancy: Add the columns `token_probs`, the probability of each decoded token, and
-            `unpatched_token_probs`, its probability without the patch (Chen et al. 2024, arXiv 2403.10949,
-            section 3.2).
     """
 
-    name: ClassVar[str] = "generate"
-    body: ClassVar[str] = "patchscope_nn.body.readouts:read_generate"
+    name = "generate"
+    body = "patchscope_nn.body.readouts:read_generate"
     columns: ClassVar[Mapping[str, ColumnType]] = {
         "text": "text",
         "stopped": "text",
         "token_probs": "numbers",
         "unpatched_token_probs": "numbers",
     }
-    decodes: ClassVar[bool] = True
-    proven: ClassVar[bool] = True
-    finite: ClassVar[tuple[str, ...]] = ("sound",)
-    says: ClassVar[str] = "text"
-    title: ClassVar[str] = "generated text"
-    action: ClassVar[str] = "{} then continued the text"
-    sentences: ClassVar[bool] = True
-    details: ClassVar[tuple[str, ...]] = ("stopped",)
+    decodes = True
+    proven = True
+    finite = ("sound",)
+    says = "text"
+    title = "generated text"
+    action = "{} then continued the text"
+    sentences = True
+    details = ("stopped",)
 
     max_new_tokens: Annotated[int, Field(ge=1)] = 20
+    """The maximum number of tokens to decode."""
     stop: Annotated[str, Field(min_length=1)] | None = None
+    """A text that ends the generation; it is not part of `text`."""
     temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """0 decodes greedily; above 0 samples, with noise that depends only on the seed and the cell, never on
+    the batch."""
     seed: Annotated[int, Field(ge=0)] = 0
+    """The seed of sampling."""
     relevancy: bool = False
+    """Add the columns `token_probs`, the probability of each decoded token, and `unpatched_token_probs`, its
+    probability without the patch (Chen et al. 2024, arXiv 2403.10949, section 3.2)."""
 
     @property
     def decoded(self) -> int:

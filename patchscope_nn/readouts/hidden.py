@@ -12,19 +12,17 @@ class Hidden(Readout):
     """Readout: the written state, f(h), at (i*, l*) of T.
 
     Its column is `hidden`, a list of (d_model,) vectors, one for each patched token.
-
-    Attributes:
-        clean: Add the column `clean`, the states that were replaced.
     """
 
-    name: ClassVar[str] = "hidden"
-    body: ClassVar[str] = "patchscope_nn.body.readouts:read_hidden"
+    name = "hidden"
+    body = "patchscope_nn.body.readouts:read_hidden"
     columns: ClassVar[Mapping[str, ColumnType]] = {"hidden": "states", "clean": "states"}
-    unembeds: ClassVar[bool] = False
-    proven: ClassVar[bool] = True
-    action: ClassVar[str] = "the written states were kept"
+    unembeds = False
+    proven = True
+    action = "the written states were kept"
 
     clean: bool = False
+    """Add the column `clean`, the states that were replaced."""
 
     @property
     def looks_at_replaced(self) -> bool:

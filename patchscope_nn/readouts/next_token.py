@@ -8,13 +8,11 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field, WithJsonSchema
 
 from patchscope_nn.spec import ColumnType, PassCells, Readout, Tokens
+from patchscope_nn.spec.forms import listed
 
 
 def _reference(value: Any) -> Any:
-    """Convert a text or a list to a tuple; `source` stays a text."""
-    if isinstance(value, str) and value != "source":
-        return (value,)
-    return tuple(value) if isinstance(value, list) else value
+    return (value,) if isinstance(value, str) and value != "source" else listed(value)
 
 
 #: In a recipe, a single text is allowed in place of a list. `source` is a text too.
@@ -31,16 +29,10 @@ class NextToken(Readout):
     called surprisal in the literature: `surprisal_nats`, -log p_source(top token of the patched run), as in
     the paper (section 4.1), and `nll_nats`, -log p_patched(first reference token). If source and target share
     a vocabulary, it also adds `kl_nats`, KL(p_source || p_patched), and `source_top_ids`.
-
-    Attributes:
-        top_k: The number of top tokens to keep.
-        reference: `source` takes the source model's own next token after position i of S, unpatched; texts
-            take their first tokens; None takes no reference.
-        position: The index of the token of T after which the distribution is read; -1 is the last.
     """
 
-    name: ClassVar[str] = "next_token"
-    body: ClassVar[str] = "patchscope_nn.body.readouts:read_next_token"
+    name = "next_token"
+    body = "patchscope_nn.body.readouts:read_next_token"
     columns: ClassVar[Mapping[str, ColumnType]] = {
         "top_tokens": "texts",
         "top_ids": "integers",
@@ -55,21 +47,26 @@ class NextToken(Readout):
         "kl_nats": "number",
         "source_top_ids": "integers",
     }
-    proven: ClassVar[bool] = True
-    finite: ClassVar[tuple[str, ...]] = ("entropy_nats",)
-    says: ClassVar[str] = "top_tokens"
-    title: ClassVar[str] = "top next token"
-    action: ClassVar[str] = "{} then predicted the next token"
-    odds: ClassVar[tuple[str, str] | None] = ("top_tokens", "top_probs")
-    details: ClassVar[tuple[str, ...]] = ("entropy_nats", "surprisal_nats", "nll_nats", "reference_tokens")
+    texts_field = "reference"
+    proven = True
+    finite = ("entropy_nats",)
+    says = "top_tokens"
+    title = "top next token"
+    action = "{} then predicted the next token"
+    odds = ("top_tokens", "top_probs")
+    details = ("entropy_nats", "surprisal_nats", "nll_nats", "reference_tokens")
 
     top_k: Annotated[int, Field(ge=1, le=1000)] = 5
+    """The number of top tokens to keep."""
     reference: Annotated[
         tuple[str, ...] | Literal["source"] | None,
         BeforeValidator(_reference),
         WithJsonSchema(_REFERENCE_SCHEMA),
     ] = None
+    """`source` takes the source model's own next token after position i of S, unpatched; texts take their
+    first tokens; None takes no reference."""
     position: int = -1
+    """The index of the token of T after which the distribution is read; -1 is the last."""
 
     @property
     def reads_at(self) -> int:
@@ -80,11 +77,6 @@ class NextToken(Readout):
     def texts(self) -> tuple[str, ...]:
         """The texts whose first tokens are the reference."""
         return self.reference if isinstance(self.reference, tuple) else ()
-
-    @property
-    def texts_field(self) -> str:
-        """The field of the texts."""
-        return "reference"
 
     @property
     def from_source(self) -> bool:

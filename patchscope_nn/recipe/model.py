@@ -84,15 +84,12 @@ class Probe(Spec):
 
     It adds the columns `probe_choice`, `probe_accuracy`, `probe_majority_accuracy` (of always predicting the
     most common class) and `probe_shuffled_accuracy` (of a probe trained on shuffled labels).
-
-    Attributes:
-        label: The data column of the class.
-        folds: The number of folds; each cell is predicted by a probe that was trained without its source
-            prompt.
     """
 
     label: Annotated[str, Field(min_length=1)]
+    """The data column of the class."""
     folds: Annotated[int, Field(ge=2)] = 3
+    """The number of folds; each cell is predicted by a probe that was trained without its source prompt."""
 
 
 #: The metric columns that a probe adds, after `probe_choice`.
@@ -152,61 +149,57 @@ def _data_of_fit(mapping: Any) -> Any:
 
 
 class Recipe(Spec):
-    """A Patchscope with its data, metrics and controls: what `patchscope run` runs.
-
-    Attributes:
-        name: A short name, in lower-case letters, digits and hyphens.
-        title: The question it answers, in one line; by default its name.
-        paper: The paper and section it follows.
-        model: M and M*, unless `source.model` or `target.model` name another: a Hugging Face id, a folder, or
-            `builtin:...`.
-        data: The source of the rows that fill `{column}` placeholders; without it there is one row.
-        source: Where the hidden state is read.
-        target: Where the mapped state is written.
-        mapping: f: `identity`, `target_norm`, `aligned` (identity within one model, a fit between two),
-            `{affine: file.safetensors}`, `{fitted: file.safetensors}`, `{fit: {kind: affine, data: ...}}`,
-            `{train: {kind: tuned_lens, ...}}`, a published lens (`{tuned_lens: folder}` or
-            `{jacobian_lens: file.pt}`), or `{function: module:name}`.
-        readout: What is read from the patched run: `next_token`, `generate`, `choices` or `hidden`.
-        columns: Columns that are derived from the readout, before the metrics: a name, or `{function:
-            module:name}`.
-        metrics: Metrics, each of which computes a number for every cell from the readout and the data row.
-        controls: Runs to compare with: `unpatched` (T without a patch), `random` (a random state of the same
-            norm), `shuffled` (another row's state), `text-only` (the source's text in place of the state).
-        seed: The seed of random states, of the choice of other rows, and of sampling.
-        best_over: The dimensions over which the summary and the figures take the best value, for the controls
-            too: `source_layer`, `target_layer` or both.
-        probe: A linear probe on the states; only with the readout `hidden` and without a target.
-        score: The metric by which this recipe is compared with recipes that have other metrics.
-        methods: Methods to compare, by name, each with its changes to this recipe, nested or dotted:
-            `{token identity: {}, logit lens: {target: {prompt: null, layer: -1}}}`. Each has its own run.
-    """
+    """A Patchscope with its data, metrics and controls: what `patchscope run` runs."""
 
     name: Annotated[
         str, AfterValidator(_slug), WithJsonSchema({"type": "string", "pattern": f"^{_SLUG.pattern}$"})
     ]
+    """A short name, in lower-case letters, digits and hyphens."""
     title: Annotated[str, Field(min_length=1)] = ""
+    """The question it answers, in one line; by default its name."""
     paper: str | None = None
+    """The paper and section it follows."""
     model: Annotated[str, Field(min_length=1)] = "builtin:smollm2-135m-instruct"
+    """M and M*, unless `source.model` or `target.model` name another: a Hugging Face id, a folder, or
+    `builtin:...`."""
     data: DataSpec | None = None
+    """The source of the rows that fill `{column}` placeholders; without it there is one row."""
     source: Source
+    """Where the hidden state is read."""
     target: Target = Target()
+    """Where the mapped state is written."""
     mapping: Annotated[AnyMapping, AfterValidator(_data_of_fit)] = "identity"
+    """f: `identity`, `target_norm`, `aligned` (identity within one model, a fit between two), `{affine:
+    file.safetensors}`, `{fitted: file.safetensors}`, `{fit: {kind: affine, data: ...}}`, `{train: {kind:
+    tuned_lens, ...}}`, a published lens (`{tuned_lens: folder}` or `{jacobian_lens: file.pt}`), or
+    `{function: module:name}`."""
     readout: AnyReadout = NextToken()
+    """What is read from the patched run: `next_token`, `generate`, `choices` or `hidden`."""
     columns: Annotated[tuple[AnyColumn, ...], BeforeValidator(_listed), AfterValidator(_once)] = ()
+    """Columns that are derived from the readout, before the metrics: a name, or `{function: module:name}`."""
     # After the readout, which they are checked against.
     metrics: Annotated[tuple[AnyMetric, ...], BeforeValidator(_listed), AfterValidator(_once)] = ()
+    """Metrics, each of which computes a number for every cell from the readout and the data row."""
     controls: Annotated[tuple[Control, ...], BeforeValidator(_listed), AfterValidator(_once)] = ()
+    """Runs to compare with: `unpatched` (T without a patch), `random` (a random state of the same norm),
+    `shuffled` (another row's state), `text-only` (the source's text in place of the state)."""
     seed: Annotated[int, Field(ge=0)] = 0
+    """The seed of random states, of the choice of other rows, and of sampling."""
     best_over: Annotated[
         tuple[Literal["source_layer", "target_layer"], ...], BeforeValidator(_listed), AfterValidator(_once)
     ] = ()
+    """The dimensions over which the summary and the figures take the best value, for the controls too:
+    `source_layer`, `target_layer` or both."""
     probe: Annotated[Probe | None, AfterValidator(_probe)] = None
+    """A linear probe on the states; only with the readout `hidden` and without a target."""
     # After the metrics and the probe.
     score: Annotated[str | None, AfterValidator(_score)] = None
+    """The metric by which this recipe is compared with recipes that have other metrics."""
     methods: Annotated[
         dict[str, dict[str, Any]], BeforeValidator(_plain_methods), WithJsonSchema(_methods_schema())
     ] = Field(default_factory=dict)
+    """Methods to compare, by name, each with its changes to this recipe, nested or dotted: `{token identity:
+    {}, logit lens: {target: {prompt: null, layer: -1}}}`. Each has its own run."""
 
     @model_validator(mode="before")
     @classmethod

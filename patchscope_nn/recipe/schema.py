@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import inspect
-import re
+import json
 from typing import Any
 
 from pydantic import BaseModel
 
-from patchscope_nn.data.rows import DataSpec
 from patchscope_nn.metrics import METRICS
-from patchscope_nn.recipe.model import Probe, Recipe
-from patchscope_nn.spec import Corrupt, Fit, Source, Target, Train, Vector, readout_kinds
+from patchscope_nn.recipe.model import Recipe
+from patchscope_nn.spec import readout_kinds
 from patchscope_nn.spec.mapping import MAPPINGS
 
 _DIALECT = "https://json-schema.org/draft/2020-12/schema"
-_ENTRY = re.compile(r"^    (\w+): (.*(?:\n {8}.*)*)", re.MULTILINE)
 
 
 def json_schema() -> dict[str, Any]:
@@ -29,43 +26,41 @@ def json_schema() -> dict[str, Any]:
         The schema, as stored in recipes/recipe.schema.json.
     """
     schema = Recipe.model_json_schema(mode="validation")
-    _document(schema, Recipe)
-    kinds = readout_kinds()
-    for kind in kinds.values():
+    for kind in readout_kinds().values():
         form = kind.model_json_schema(mode="validation")
         schema["$defs"] |= {**form.pop("$defs", {}), kind.__name__: form}
     schema["$defs"] = dict(sorted(schema["$defs"].items()))
-    models: list[type[BaseModel]] = [DataSpec, Source, Target, Vector, Corrupt, Probe, *kinds.values()]
-    for model in models:
-        _document(schema["$defs"][model.__name__], model)
     source, target = schema["$defs"]["Source"], schema["$defs"]["Target"]
     source["properties"]["vector"] = _or_its_file(source["properties"]["vector"])
     source["oneOf"] = [_given(name) for name in ("prompt", "vector")]
     target["not"] = {"allOf": [_given("prompt"), _given("prompts", {"minItems": 1})]}
-    _document_fit(schema["properties"]["mapping"])
+    _describe_data(schema["properties"]["mapping"])
     _list_names(schema)
     for name in ("columns", "metrics", "controls", "best_over"):
         schema["properties"][name]["uniqueItems"] = True
-    schema["properties"]["readout"] = {
-        "title": "Readout",
-        "description": _attributes(Recipe)["readout"],
+    schema["properties"]["readout"] |= {
         "default": Recipe.model_fields["readout"].default.name,
         "anyOf": _readouts(),
     }
     # The default of `target` is an object, whose fields have their own defaults; that of `title` is the name.
     for name in ("target", "title"):
         del schema["properties"][name]["default"]
-    return {"$schema": _DIALECT, **schema, "title": "Patchscopes recipe"}
+    whole = {"$schema": _DIALECT, **schema, "title": "Patchscopes recipe"}
+    return dict(json.loads(json.dumps(whole), object_hook=_one_line))
 
 
-def _document_fit(mapping: dict[str, Any]) -> None:
-    """Add the descriptions of `{fit: ...}` and `{train: ...}`; their data has the form of a recipe's data."""
-    for word, model in (("fit", Fit), ("train", Train)):
+def _one_line(form: dict[str, Any]) -> dict[str, Any]:
+    """Join the lines of a description, which editors would show as paragraphs."""
+    text = form.get("description")
+    return form | {"description": " ".join(text.split())} if isinstance(text, str) else form
+
+
+def _describe_data(mapping: dict[str, Any]) -> None:
+    """The data of `{fit: ...}` and `{train: ...}` has the form of a recipe's data."""
+    for word in ("fit", "train"):
         form = next(form for form in mapping["anyOf"] if word in form.get("properties", {}))
-        fields = form["properties"][word]["anyOf"][1]
-        _document(fields, model)
-        data = fields["properties"]["data"]
-        fields["properties"]["data"] = data | {"anyOf": [{"$ref": "#/$defs/DataSpec"}, {"type": "null"}]}
+        data = form["properties"][word]["anyOf"][1]["properties"]["data"]
+        data["anyOf"] = [{"$ref": "#/$defs/DataSpec"}, {"type": "null"}]
 
 
 def _list_names(schema: dict[str, Any]) -> None:
@@ -139,19 +134,3 @@ def _given(name: str, form: dict[str, Any] | None = None) -> dict[str, Any]:
 def _or_its_file(vector: dict[str, Any]) -> dict[str, Any]:
     """Allow a vector's file in place of the vector."""
     return vector | {"anyOf": [{"type": "string", "minLength": 1}, *vector["anyOf"]]}
-
-
-def _document(schema: dict[str, Any], model: type[BaseModel]) -> None:
-    """Copy a class's docstring to the descriptions, which editors show."""
-    schema["description"] = _flat((inspect.getdoc(model) or "").partition("\n\nAttributes:")[0])
-    for name, text in _attributes(model).items():
-        schema["properties"][name]["description"] = text
-
-
-def _attributes(model: type[BaseModel]) -> dict[str, str]:
-    section = (inspect.getdoc(model) or "").partition("Attributes:\n")[2]
-    return {name: _flat(text) for name, text in _ENTRY.findall(section)}
-
-
-def _flat(text: str) -> str:
-    return re.sub(r"\s+", " ", text).strip()

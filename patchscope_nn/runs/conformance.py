@@ -112,7 +112,7 @@ def _check_documents(example: Readout) -> None:
     schema = json_schema()["$defs"].get(kind.__name__, {})
     _require(bool(schema.get("description")), "the JSON Schema does not describe it; give it a docstring")
     for field, form in schema["properties"].items():
-        _require("description" in form, f"the docstring has no entry for {field} under 'Attributes:'")
+        _require("description" in form, f"the field {field} has no docstring under it")
     fields = {**example.model_dump(mode="json"), "no_such_field": 1}
     _require(
         f"readout.{example.name}.no_such_field" in _refusal({example.name: fields}), "unknown fields pass"
@@ -192,7 +192,7 @@ def _hooked(hooks: Hooks, model: Model, row: Mapping[str, Any], data: Mapping[st
         row=data,
         ids=ids,
         logits=lambda more: hooks.continued(ids, more, write),
-        unpatched=lambda more: hooks.unpatched(ids, more),
+        unpatched=lambda more: hooks.continued(ids, more, None),
         written=write.state,
         replaced=hooks.read(ids, [written])[written][position],
         source_logits=hooks.logits(source, [None])[0, at],

@@ -142,14 +142,13 @@ def open_folder(path: Path, manifest: Manifest) -> Iterator[RunFolder]:
         raise FolderError(
             f"{path} cannot be created: {error.strerror}.", hint="Give another --out."
         ) from error
-    lock = filelock.FileLock(path / _LOCK)
     try:
-        lock.acquire(timeout=0)
+        lock = filelock.FileLock(path / _LOCK).acquire(timeout=0)
     except filelock.Timeout:
         raise FolderError(
             f"{path} is being written by another process.", hint="Wait for it, or give another --out."
         ) from None
-    try:
+    with lock:
         cut_half_line(path / LINES)
         lines = Lines(path / LINES)
         if (path / MANIFEST).exists():
@@ -157,8 +156,6 @@ def open_folder(path: Path, manifest: Manifest) -> Iterator[RunFolder]:
         else:
             write_manifest(path, manifest)
         yield RunFolder(path, manifest, lines)
-    finally:
-        lock.release()
 
 
 def _check_owner(path: Path, digest: str) -> None:

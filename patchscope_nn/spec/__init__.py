@@ -8,7 +8,7 @@ This package does not import torch, so a recipe can be checked in milliseconds.
 """
 
 from patchscope_nn._util.checking import Spec, problems
-from patchscope_nn.spec.fitting import FIT_KINDS, Fit, FitKind, fit_schema
+from patchscope_nn.spec.fitting import Fit, FitKind
 from patchscope_nn.spec.mapping import ALIGNED, NAMED_MAPPINGS, AnyMapping, dump_mapping
 from patchscope_nn.spec.readout import ColumnType, PassCells, Readout, Tokens, read_position
 from patchscope_nn.spec.readout_registry import (
@@ -21,14 +21,12 @@ from patchscope_nn.spec.readout_registry import (
 from patchscope_nn.spec.scope import Patchscope
 from patchscope_nn.spec.sides import STATELESS, Control, Source, Target, Vector
 from patchscope_nn.spec.sites import ATTENTION, MLP, RESIDUAL, SITES, Site, register_site, site_named
-from patchscope_nn.spec.training import LENS_KINDS, TRAIN_KINDS, Train, train_schema
+from patchscope_nn.spec.training import TRAIN_KINDS, Train
 from patchscope_nn.spec.write import Corrupt, Cut
 
 __all__ = [
     "ALIGNED",
     "ATTENTION",
-    "FIT_KINDS",
-    "LENS_KINDS",
     "MLP",
     "NAMED_MAPPINGS",
     "RESIDUAL",
@@ -55,7 +53,6 @@ __all__ = [
     "Vector",
     "dump_mapping",
     "dump_readout",
-    "fit_schema",
     "kinds_in",
     "problems",
     "read_position",
@@ -63,5 +60,4 @@ __all__ = [
     "register_readout",
     "register_site",
     "site_named",
-    "train_schema",
 ]

@@ -44,15 +44,7 @@ def encode(prompt: PromptSpec, tokenizer: Any, *, field: str) -> Encoded:
 
     A text gets the special tokens that its tokenizer adds before a text. Those that it adds after a text are
     dropped, so that the prompt ends with its text. A chat is formatted by the tokenizer's chat template with
-    the generation prompt. Token ids are used unchanged.
-
-    Args:
-        prompt: A prompt without placeholders.
-        tokenizer: A transformers tokenizer.
-        field: The field's name, for messages.
-
-    Returns:
-        The encoded prompt.
+    the generation prompt. Token ids are used unchanged. `field` is the prompt's name in messages.
 
     Raises:
         InputError: The tokenizer has no chat template, an id is outside its vocabulary, or the prompt
@@ -138,9 +130,8 @@ def _encode_ids(ids: tuple[int, ...], tokenizer: Any, *, field: str) -> Encoded:
 
 def _from_pieces(ids: Sequence[int], tokenizer: Any) -> Encoded:
     pieces = _names(ids, tokenizer)
-    ends = tuple(itertools.accumulate(len(piece) for piece in pieces))
-    spans = tuple((end - len(piece), end) for piece, end in zip(pieces, ends, strict=True))
-    return Encoded("".join(pieces), tuple(int(token) for token in ids), spans, pieces)
+    spans = itertools.pairwise(itertools.accumulate(map(len, pieces), initial=0))
+    return Encoded("".join(pieces), tuple(map(int, ids)), tuple(spans), pieces)
 
 
 def decode(ids: Sequence[int], tokenizer: Any) -> str:
@@ -148,17 +139,16 @@ def decode(ids: Sequence[int], tokenizer: Any) -> str:
 
     A model may have more ids than its tokenizer, because embeddings are often padded to a round number.
     """
-    parts = itertools.groupby(ids, key=lambda token: _knows(tokenizer, token))
+
+    def is_known(token: int) -> bool:
+        if not getattr(tokenizer, "is_fast", False):
+            return token < len(tokenizer)
+        return tokenizer.convert_ids_to_tokens(token) is not None
+
     return "".join(
         tokenizer.decode(list(run)) if known else "".join(f"<id {token}>" for token in run)
-        for known, run in parts
+        for known, run in itertools.groupby(ids, key=is_known)
     )
-
-
-def _knows(tokenizer: Any, token: int) -> bool:
-    if not getattr(tokenizer, "is_fast", False):
-        return token < len(tokenizer)
-    return tokenizer.convert_ids_to_tokens(token) is not None
 
 
 def continuation_ids(prompt: Encoded, continuation: str, tokenizer: Any, *, field: str) -> tuple[int, ...]:
@@ -167,12 +157,6 @@ def continuation_ids(prompt: Encoded, continuation: str, tokenizer: Any, *, fiel
     In some vocabularies a text that is tokenized alone begins with a word-start mark. So prompt and text are
     tokenized together, and the ids after the prompt's own are returned. If tokenizing them together changes
     the prompt's own ids, the text is tokenized alone.
-
-    Args:
-        prompt: The prompt it follows.
-        continuation: The text.
-        tokenizer: A transformers tokenizer.
-        field: The field's name, for messages.
 
     Returns:
         (n,) token ids, n >= 1.

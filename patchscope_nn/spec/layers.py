@@ -13,6 +13,7 @@ from pydantic import BeforeValidator, WithJsonSchema
 
 from patchscope_nn._util.plain import plain
 from patchscope_nn.errors import LayerError
+from patchscope_nn.spec.forms import array, is_int
 
 EMBED = -1
 LayerSelector: TypeAlias = int | str | tuple[int | str, ...]
@@ -25,32 +26,24 @@ def parse_layers(value: Any, *, same: bool = False) -> LayerSelector:
     """Check the form of a layer selector, without a model.
 
     Args:
-        value: An int, `all`, `embed`, `same` (targets only), a range (a Python `range`, or the text
-            `start:stop:step`, which excludes the stop), or a list of these.
+        value: An int, `all`, `embed`, `same`, a range (a Python `range`, or the text `start:stop:step`, which
+            excludes the stop), or a list of these.
         same: True if `same` is allowed, as it is for a target.
-
-    Returns:
-        The selector, hashable.
 
     Raises:
         ValueError: The value is none of these.
     """
     value = plain(value)
-    if isinstance(value, range):
-        value = tuple(value)
-    if isinstance(value, list | tuple):
-        if not value:
+    if isinstance(value, list | tuple | range):
+        if not len(value):
             raise ValueError(f"is an empty list; give {_ALLOWED}")
         return tuple(_parse_item(item) for item in value)
-    if value == "same" and same:
-        return "same"
     return _parse_item(value, same=same)
 
 
-def _parse_item(value: Any, *, same: bool = False) -> int | str:
-    if isinstance(value, int) and not isinstance(value, bool):
-        return value
-    if isinstance(value, str) and (value in ("all", "embed") or _RANGE.match(value)):
+def _parse_item(value: Any, *, same: bool = False) -> Any:
+    words = ("all", "embed", "same") if same else ("all", "embed")
+    if is_int(value) or (isinstance(value, str) and (value in words or _RANGE.match(value))):
         return value
     extra = " or 'same'" if same else ""
     raise ValueError(f"{value!r} is not a valid layer; give {_ALLOWED}{extra}")
@@ -59,11 +52,6 @@ def _parse_item(value: Any, *, same: bool = False) -> int | str:
 def resolve_layers(selector: LayerSelector, *, n_layers: int, field: str) -> tuple[int, ...]:
     """Return the block numbers that a selector names, in its order and without repeats.
 
-    Args:
-        selector: A result of `parse_layers` other than `same`.
-        n_layers: The number of decoder blocks.
-        field: The field's name, for messages.
-
     Returns:
         Block numbers in 0..n_layers - 1, and `EMBED` for the input of block 0.
 
@@ -71,10 +59,8 @@ def resolve_layers(selector: LayerSelector, *, n_layers: int, field: str) -> tup
         LayerError: A layer is outside the model, or a range holds no layer.
     """
     items = selector if isinstance(selector, tuple) else (selector,)
-    blocks: dict[int, None] = {}
-    for item in items:
-        blocks.update(dict.fromkeys(_resolve_item(item, n_layers=n_layers, field=field)))
-    return tuple(blocks)
+    blocks = (block for item in items for block in _resolve_item(item, n_layers=n_layers, field=field))
+    return tuple(dict.fromkeys(blocks))
 
 
 def _resolve_item(item: int | str, *, n_layers: int, field: str) -> range | tuple[int, ...]:
@@ -90,8 +76,7 @@ def _resolve_item(item: int | str, *, n_layers: int, field: str) -> range | tupl
                 hint="Use 'embed' for the input of block 0.",
             )
         return (item % n_layers,)
-    start, stop, step = (int(part) if part else None for part in _match_range(item))
-    blocks = range(n_layers)[start:stop:step]
+    blocks = range(n_layers)[slice(*(int(part) if part else None for part in item.split(":")))]
     if not blocks:
         raise LayerError(
             f"{field}={item!r} holds no layer of this model, whose blocks are 0..{n_layers - 1}.",
@@ -100,26 +85,13 @@ def _resolve_item(item: int | str, *, n_layers: int, field: str) -> range | tupl
     return blocks
 
 
-def _match_range(item: str) -> tuple[str | None, ...]:
-    match = _RANGE.match(item)
-    if match is None:  # parse_layers has refused all other texts
-        raise ValueError(f"{item!r} is not a valid range")
-    return match.groups()
-
-
-_ITEM: dict[str, Any] = {
-    "anyOf": [{"type": "integer"}, {"enum": ["all", "embed"]}, {"type": "string", "pattern": _RANGE.pattern}]
-}
-
-
-def _schema(*extra: str) -> dict[str, Any]:
-    names = [{"enum": list(extra)}] if extra else []
-    return {"anyOf": [*_ITEM["anyOf"], *names, {"type": "array", "items": _ITEM, "minItems": 1}]}
-
-
-SourceLayers = Annotated[LayerSelector, BeforeValidator(parse_layers), WithJsonSchema(_schema())]
+_ITEMS = [{"type": "integer"}, {"enum": ["all", "embed"]}, {"type": "string", "pattern": _RANGE.pattern}]
+_LIST = array({"anyOf": _ITEMS})
+SourceLayers = Annotated[
+    LayerSelector, BeforeValidator(parse_layers), WithJsonSchema({"anyOf": [*_ITEMS, _LIST]})
+]
 TargetLayers = Annotated[
     LayerSelector,
     BeforeValidator(lambda value: parse_layers(value, same=True)),
-    WithJsonSchema(_schema("same")),
+    WithJsonSchema({"anyOf": [*_ITEMS, {"enum": ["same"]}, _LIST]}),
 ]

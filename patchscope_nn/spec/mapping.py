@@ -11,8 +11,9 @@ from patchscope_nn._util.arguments import checked
 from patchscope_nn._util.functions import check_reference, name_of, reference_of
 from patchscope_nn._util.registry import Registry, decorate
 from patchscope_nn.errors import SpecError, did_you_mean
-from patchscope_nn.spec.fitting import FIT_KINDS, Fit, fit_schema
-from patchscope_nn.spec.training import LENS_KINDS, Train, train_schema
+from patchscope_nn.spec.fitting import FIT_KINDS, Fit
+from patchscope_nn.spec.forms import closed
+from patchscope_nn.spec.training import LENS_KINDS, Train
 
 #: The mappings without parameters; the others are `{affine: file}`, `{fitted: file}`, ... or Python objects.
 NAMED_MAPPINGS = ("identity", "target_norm")
@@ -20,9 +21,7 @@ NAMED_MAPPINGS = ("identity", "target_norm")
 ALIGNED = "aligned"
 #: All mappings that can be named: builtin ones, each by its name, and users' functions.
 MAPPINGS: Registry[Any] = Registry(
-    "patchscope_nn.mappings",
-    noun="mapping",
-    entries={name: name for name in (*NAMED_MAPPINGS, ALIGNED)},
+    "patchscope_nn.mappings", noun="mapping", entries={name: name for name in (*NAMED_MAPPINGS, ALIGNED)}
 )
 _MAPPING_KEYS = ("affine", "function", "fitted", "tuned_lens", "jacobian_lens")
 #: The mappings that are fitted or trained before the run: their key, their class and the shortest example.
@@ -60,9 +59,7 @@ def mapping(function: Callable[..., Any] | None = None, *, name: str | None = No
 
 
 def _parse_mapping(value: Any) -> Any:
-    if callable(value) or isinstance(value, Fit | Train):
-        return value
-    if isinstance(value, str) and value in MAPPINGS:
+    if callable(value) or isinstance(value, Fit | Train) or (isinstance(value, str) and value in MAPPINGS):
         return value
     if isinstance(value, Mapping) and len(value) == 1:
         key, item = next(iter(value.items()))
@@ -110,28 +107,12 @@ def dump_mapping(value: Any) -> Any:
     return {"python": reference_of(value)}
 
 
+_FORMS: list[dict[str, Any]] = [
+    {"enum": [*NAMED_MAPPINGS, ALIGNED]},
+    closed(fit={"anyOf": [{"enum": list(FIT_KINDS)}, Fit.model_json_schema()]}),
+    closed(train={"anyOf": [{"enum": list(LENS_KINDS)}, Train.model_json_schema()]}),
+    *(closed(**{key: {"type": "string"}}) for key in _MAPPING_KEYS),
+]
 AnyMapping = Annotated[
-    Any,
-    BeforeValidator(_parse_mapping),
-    PlainSerializer(dump_mapping),
-    WithJsonSchema(
-        {
-            "anyOf": [
-                {"enum": [*NAMED_MAPPINGS, ALIGNED]},
-                *(
-                    {
-                        "type": "object",
-                        "properties": {key: form},
-                        "required": [key],
-                        "additionalProperties": False,
-                    }
-                    for key, form in {
-                        "fit": {"anyOf": [{"enum": list(FIT_KINDS)}, fit_schema()]},
-                        "train": {"anyOf": [{"enum": list(LENS_KINDS)}, train_schema()]},
-                        **{key: {"type": "string"} for key in _MAPPING_KEYS},
-                    }.items()
-                ),
-            ]
-        }
-    ),
+    Any, BeforeValidator(_parse_mapping), PlainSerializer(dump_mapping), WithJsonSchema({"anyOf": _FORMS})
 ]

@@ -18,6 +18,7 @@ from pydantic import BeforeValidator, Field, WithJsonSchema
 from patchscope_nn._util.checking import Spec
 from patchscope_nn.errors import PositionError
 from patchscope_nn.spec.encoding import Encoded
+from patchscope_nn.spec.forms import array, closed, is_int
 from patchscope_nn.spec.prompts import render
 
 _FIRST = "first:"
@@ -28,53 +29,41 @@ _ALLOWED = (
 
 
 class Span(Spec):
-    """The tokens start..end-1, patched together; negative numbers count from the end.
-
-    Attributes:
-        start: The first token.
-        end: One past the last token; None goes to the end of the prompt.
-    """
+    """The tokens start..end-1, patched together; negative numbers count from the end."""
 
     start: int
+    """The first token."""
     end: int | None = None
+    """One past the last token; None goes to the end of the prompt."""
 
 
 class Every(Spec):
-    """The last tokens of all occurrences of a text, patched together.
-
-    Attributes:
-        every: The text.
-    """
+    """The last tokens of all occurrences of a text, patched together."""
 
     every: Annotated[str, Field(min_length=1)]
+    """The text."""
 
 
 class Tokens(Spec):
-    """All tokens of the last occurrence of a text, patched together.
-
-    Attributes:
-        tokens: The text.
-    """
+    """All tokens of the last occurrence of a text, patched together."""
 
     tokens: Annotated[str, Field(min_length=1)]
+    """The text."""
 
 
 def _each(value: Any) -> Any:
     if isinstance(value, str) and value == "all":
         return value
     if isinstance(value, list | tuple | range) and len(value):
-        return tuple(_parse_item(item) for item in value)
+        return tuple(map(_parse_item, value))
     raise ValueError(f"each: {value!r} is neither 'all' nor a list of positions")
 
 
 class Each(Spec):
-    """Several positions, each in a separate cell.
-
-    Attributes:
-        each: `all` for every token, or a list of positions.
-    """
+    """Several positions, each in a separate cell."""
 
     each: Annotated[Literal["all"] | tuple[int | str | Span | Every | Tokens, ...], BeforeValidator(_each)]
+    """`all` for every token, or a list of positions."""
 
     def __init__(self, each: Any) -> None:
         super().__init__(each=each)
@@ -89,15 +78,8 @@ PositionSelector: TypeAlias = int | str | Span | Every | Tokens | Each | tuple[i
 def parse_positions(value: Any) -> PositionSelector:
     """Check the form of a position selector, without a prompt.
 
-    Args:
-        value: An index, a text, `first:text`, a `Span` or `{start, end}`, a list of indices and texts, or
-            an `Each` or `{each: ...}`.
-
-    Returns:
-        The selector, hashable.
-
     Raises:
-        ValueError: The value is none of these.
+        ValueError: It is not a selector, as the message lists them.
     """
     if isinstance(value, Each):
         return value
@@ -106,7 +88,7 @@ def parse_positions(value: Any) -> PositionSelector:
     if isinstance(value, list | tuple | range):
         if not len(value):
             raise ValueError(f"is an empty list; give {_ALLOWED}")
-        items = tuple(_parse_item(item) for item in value)
+        items = tuple(map(_parse_item, value))
         if any(isinstance(item, Span | Every | Tokens) for item in items):
             raise ValueError(f"a list holds indices and texts, not spans; give {_ALLOWED}")
         return items  # type: ignore[return-value]  # spans were refused above
@@ -120,29 +102,20 @@ def _parse_item(value: Any) -> int | str | Span | Every | Tokens:
         name, text = next(iter(value.items()))
         if name in _OF_TEXT and isinstance(text, str) and text:
             return _OF_TEXT[name](**{name: text})
-    if _is_index(value):
+    if is_int(value):
         return int(value)
     if isinstance(value, str) and value.removeprefix(_FIRST):
         return value
     whole = isinstance(value, Mapping) and {"start"} <= set(value) <= {"start", "end"}
-    if whole and all(part is None or _is_index(part) for part in value.values()):
+    if whole and all(part is None or is_int(part) for part in value.values()):
         return Span(**value)
     raise ValueError(f"{value!r} is not a valid position; give {_ALLOWED}")
-
-
-def _is_index(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def resolve_positions(
     selector: PositionSelector, prompt: Encoded, *, field: str
 ) -> tuple[tuple[int, ...], ...]:
     """Return the tokens that a selector names in a prompt, counted from the left.
-
-    Args:
-        selector: A result of `parse_positions`.
-        prompt: The prompt.
-        field: The field's name, for messages.
 
     Returns:
         A tuple for each cell, without repeats. It holds the positions that are patched together, in
@@ -167,11 +140,11 @@ def _together(
     if isinstance(selector, Tokens):
         return _tokens(selector.tokens, prompt, field=field)
     if isinstance(selector, Span):
-        end = len(prompt.ids) if selector.end is None else selector.end
-        span = tuple(range(len(prompt.ids))[selector.start : end])
-        start = selector.start + len(prompt.ids) * (selector.start < 0)
-        expected = (end + len(prompt.ids) * (end < 0)) - start
-        if not span or len(span) != expected:
+        count = len(prompt.ids)
+        end = count if selector.end is None else selector.end
+        span = tuple(range(count)[selector.start : end])
+        start, end = (index + count if index < 0 else index for index in (selector.start, end))
+        if not span or len(span) != end - start:
             raise _error(f"{field}=[{selector.start}, {selector.end}) is not a span inside", prompt)
         return span
     items = selector if isinstance(selector, tuple) else (selector,)
@@ -209,23 +182,21 @@ def _every(text: str, prompt: Encoded, *, field: str) -> tuple[int, ...]:
 def _tokens(text: str, prompt: Encoded, *, field: str) -> tuple[int, ...]:
     start = prompt.text.rfind(text)
     end = start + len(text)
-    positions = [
-        position for position, (first, last) in enumerate(prompt.spans) if first < end and start < last
-    ]
+    positions = tuple(n for n, (first, last) in enumerate(prompt.spans) if first < end and start < last)
     if start < 0 or not positions:
         raise _error(f"{field}: {text!r} does not occur in", prompt)
-    return tuple(positions)
+    return positions
 
 
 def texts_of(selector: PositionSelector | None) -> list[str]:
     """List the texts in a selector."""
-    if isinstance(selector, Each):
-        return [] if selector.each == "all" else [text for item in selector.each for text in texts_of(item)]
-    if isinstance(selector, tuple):
-        return [text for item in selector for text in texts_of(item)]
-    if isinstance(selector, Every | Tokens):
-        return [selector.every if isinstance(selector, Every) else selector.tokens]
-    return [selector] if isinstance(selector, str) else []
+    match selector:
+        case Each(each=tuple(items)) | tuple(items):
+            return [text for item in items for text in texts_of(item)]
+        case Every(every=text) | Tokens(tokens=text) | str(text):
+            return [text]
+        case _:
+            return []
 
 
 def fill(selector: PositionSelector, row: Mapping[str, Any], *, field: str) -> PositionSelector:
@@ -238,15 +209,21 @@ def fill(selector: PositionSelector, row: Mapping[str, Any], *, field: str) -> P
         return selector
 
     def filled(item: Any) -> Any:
-        if isinstance(item, str):
-            return str(render(item, row, field=field))
-        if isinstance(item, Every):
-            return Every(every=filled(item.every))
-        return Tokens(tokens=filled(item.tokens)) if isinstance(item, Tokens) else item
+        match item:
+            case str():
+                return str(render(item, row, field=field))
+            case Every(every=text):
+                return Every(every=filled(text))
+            case Tokens(tokens=text):
+                return Tokens(tokens=filled(text))
+            case Each(each=items):
+                return Each([filled(item) for item in items])
+            case tuple():
+                return tuple(map(filled, item))
+            case _:
+                return item
 
-    if isinstance(selector, Each):
-        return Each([filled(item) for item in selector.each])
-    return tuple(map(filled, selector)) if isinstance(selector, tuple) else filled(selector)
+    return filled(selector)
 
 
 def _ending(prompt: Encoded, start: int, end: int) -> int | None:
@@ -268,43 +245,10 @@ def _error(problem: str, prompt: Encoded) -> PositionError:
     )
 
 
-_INDEX_OR_TEXT: dict[str, Any] = {"anyOf": [{"type": "integer"}, {"type": "string", "minLength": 1}]}
-_SPAN: dict[str, Any] = {
-    "type": "object",
-    "properties": {"start": {"type": "integer"}, "end": {"type": ["integer", "null"]}},
-    "required": ["start"],
-    "additionalProperties": False,
-}
-_TEXTS: list[dict[str, Any]] = [
-    {
-        "type": "object",
-        "properties": {name: {"type": "string", "minLength": 1}},
-        "required": [name],
-        "additionalProperties": False,
-    }
-    for name in _OF_TEXT
-]
-_WITHIN: list[dict[str, Any]] = [*_INDEX_OR_TEXT["anyOf"], _SPAN, *_TEXTS]
-_EACH: dict[str, Any] = {
-    "type": "object",
-    "properties": {
-        "each": {
-            "anyOf": [
-                {"const": "all"},
-                {"type": "array", "minItems": 1, "items": {"anyOf": _WITHIN}},
-            ]
-        }
-    },
-    "required": ["each"],
-    "additionalProperties": False,
-}
-POSITIONS_SCHEMA: dict[str, Any] = {
-    "anyOf": [
-        *_INDEX_OR_TEXT["anyOf"],
-        _SPAN,
-        *_TEXTS,
-        _EACH,
-        {"type": "array", "items": _INDEX_OR_TEXT, "minItems": 1},
-    ]
-}
+_TEXT = {"type": "string", "minLength": 1}
+_INDEX_OR_TEXT: list[dict[str, Any]] = [{"type": "integer"}, _TEXT]
+_SPAN = closed(start={"type": "integer"}, end={"type": ["integer", "null"]}) | {"required": ["start"]}
+_ITEMS = [*_INDEX_OR_TEXT, _SPAN, closed(every=_TEXT), closed(tokens=_TEXT)]
+_EACH = closed(each={"anyOf": [{"const": "all"}, array({"anyOf": _ITEMS})]})
+POSITIONS_SCHEMA: dict[str, Any] = {"anyOf": [*_ITEMS, _EACH, array({"anyOf": _INDEX_OR_TEXT})]}
 Positions = Annotated[PositionSelector, BeforeValidator(parse_positions), WithJsonSchema(POSITIONS_SCHEMA)]

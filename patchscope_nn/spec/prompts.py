@@ -7,13 +7,14 @@ A prompt may hold `{column}` placeholders, which a data row fills; `{{` and `}}`
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, TypeAlias
 
 from pydantic import BeforeValidator, PlainSerializer, WithJsonSchema
 
 from patchscope_nn._util.plain import is_missing, wrong_text
 from patchscope_nn.errors import DataError, did_you_mean
+from patchscope_nn.spec.forms import array, closed, is_int
 
 #: The few-shot description prompt of section 4.3; patch its last token, `x`.
 DESCRIBE = (
@@ -36,11 +37,7 @@ _ALLOWED = "a text, a list of chat messages ({role: user, content: ...}), or a l
 def parse_prompt(value: Any) -> PromptSpec:
     """Check the form of a prompt, without a tokenizer.
 
-    Args:
-        value: A text; a list of `{role, content}` messages; or a list of token ids.
-
-    Returns:
-        The prompt, hashable: messages become (role, content) pairs.
+    The value is a text, a list of `{role, content}` messages, which become pairs, or a list of token ids.
 
     Raises:
         ValueError: The value is none of these, or empty.
@@ -51,9 +48,9 @@ def parse_prompt(value: Any) -> PromptSpec:
         return value
     if not isinstance(value, Sequence) or not value:
         raise ValueError(f"{value!r} is not a valid prompt; give {_ALLOWED}")
-    if all(isinstance(item, int) and not isinstance(item, bool) for item in value):
+    if all(map(is_int, value)):
         return tuple(value)
-    return tuple(_message(item) for item in value)
+    return tuple(map(_message, value))
 
 
 def _message(item: Any) -> Message:
@@ -67,13 +64,7 @@ def _message(item: Any) -> Message:
 def render(prompt: PromptSpec, row: Mapping[str, Any], *, field: str) -> PromptSpec:
     """Fill the `{column}` placeholders of a prompt from a data row.
 
-    Args:
-        prompt: A result of `parse_prompt`.
-        row: Column names and values.
-        field: The field's name, for messages.
-
-    Returns:
-        The prompt without placeholders. Braces in the row's values stay as they are.
+    Braces in the row's values stay as they are.
 
     Raises:
         DataError: A placeholder names a column that the row lacks.
@@ -91,20 +82,18 @@ def render(prompt: PromptSpec, row: Mapping[str, Any], *, field: str) -> PromptS
             )
         return text_of(row, name, field=field)
 
+    return _map_texts(prompt, lambda text: _PLACEHOLDER.sub(value, text))
+
+
+def _map_texts(prompt: PromptSpec, change: Callable[[str], str]) -> PromptSpec:
+    """Change a prompt's text, or the content of each of its messages; token ids stay as they are."""
     if isinstance(prompt, str):
-        return _PLACEHOLDER.sub(value, prompt)
-    return tuple(  # type: ignore[return-value]  # ids stay ids, messages stay messages
-        item if isinstance(item, int) else (item[0], _PLACEHOLDER.sub(value, item[1])) for item in prompt
-    )
+        return change(prompt)
+    return tuple(item if isinstance(item, int) else (item[0], change(item[1])) for item in prompt)  # type: ignore[return-value]  # ids or messages
 
 
 def text_of(row: Mapping[str, Any], column: str, *, field: str) -> str:
     """Return a data row's value as text.
-
-    Args:
-        row: Column names and values.
-        column: The column of the value.
-        field: The name of the field that uses it, for messages.
 
     Raises:
         DataError: The value is missing, or holds half a character (a lone surrogate).
@@ -121,31 +110,16 @@ def text_of(row: Mapping[str, Any], column: str, *, field: str) -> str:
     return text
 
 
-class _Recorder(dict[str, str]):
-    """A data row that contains every column and records the columns that are read."""
-
-    def __contains__(self, key: object) -> bool:
-        return True
-
-    def __missing__(self, key: str) -> str:
-        self[key] = ""
-        return ""
-
-
 def placeholders(prompt: PromptSpec) -> list[str]:
     """List the columns that a prompt's placeholders name."""
-    columns = _Recorder()
-    render(prompt, columns, field="prompt")
-    return list(columns)
+    texts = [prompt] if isinstance(prompt, str) else [item[1] for item in prompt if not isinstance(item, int)]
+    columns = (match[1] for text in texts for match in _PLACEHOLDER.finditer(text))
+    return [*dict.fromkeys(filter(None, columns))]
 
 
 def literal(prompt: PromptSpec) -> PromptSpec:
     """Escape the braces of a prompt, so that `render` returns the prompt unchanged."""
-    if isinstance(prompt, str):
-        return prompt.replace("{", "{{").replace("}", "}}")
-    return tuple(  # type: ignore[return-value]  # as in render
-        item if isinstance(item, int) else (item[0], str(literal(item[1]))) for item in prompt
-    )
+    return _map_texts(prompt, lambda text: text.replace("{", "{{").replace("}", "}}"))
 
 
 def dump_prompt(prompt: PromptSpec) -> Any:
@@ -163,17 +137,8 @@ Prompt = Annotated[
         {
             "anyOf": [
                 {"type": "string", "minLength": 1},
-                {"type": "array", "items": {"type": "integer"}, "minItems": 1},
-                {
-                    "type": "array",
-                    "minItems": 1,
-                    "items": {
-                        "type": "object",
-                        "properties": {"role": {"type": "string"}, "content": {"type": "string"}},
-                        "required": ["role", "content"],
-                        "additionalProperties": False,
-                    },
-                },
+                array({"type": "integer"}),
+                array(closed(role={"type": "string"}, content={"type": "string"})),
             ]
         }
     ),

@@ -73,6 +73,7 @@ class Readout(Spec):
             body finds the written states in `PatchedRun.written`.
         decodes: True if the body continues the forward pass from the keys and values of the prompt.
         appends: True if `texts` are appended to T and scored. Otherwise only their first tokens are used.
+        texts_field: The name of the field of `texts`, for messages.
         proven: True if the proof of a model tests this kind by name. For a kind that is not tested, the
             optimisations are off that failed for any kind that decodes.
         finite: The raw values that are finite exactly if the model's logits are. If it is empty, the logits
@@ -94,6 +95,7 @@ class Readout(Spec):
     unembeds: ClassVar[bool] = True
     decodes: ClassVar[bool] = False
     appends: ClassVar[bool] = False
+    texts_field: ClassVar[str] = "texts"
     proven: ClassVar[bool] = False
     finite: ClassVar[tuple[str, ...]] = ()
 
@@ -118,11 +120,6 @@ class Readout(Spec):
     def texts(self) -> tuple[str, ...]:
         """Texts that the body receives as token ids. A data row fills their `{column}` placeholders."""
         return ()
-
-    @property
-    def texts_field(self) -> str:
-        """The name of the field of `texts`, for messages."""
-        return "texts"
 
     @property
     def from_source(self) -> bool:

@@ -32,17 +32,11 @@ def register_readout(kind: _Kind) -> _Kind:
 
     A class that is defined again, as in a notebook, replaces the earlier class.
 
-    Args:
-        kind: The class.
-
-    Returns:
-        The same class.
-
     Raises:
         InputError: Its name or one of its columns is taken, or a required attribute is missing.
     """
     _shipped()
-    if not (isinstance(kind, type) and issubclass(kind, Readout)):
+    if not _is_kind(kind):
         raise InputError(
             f"{shown(kind)} is not a kind of readout.", hint="Give a subclass of patchscope_nn.Readout."
         )
@@ -95,17 +89,22 @@ def _check_columns(kind: type[Readout]) -> None:
                 )
 
 
+def _is_kind(value: Any) -> bool:
+    return isinstance(value, type) and issubclass(value, Readout)
+
+
 def _path(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _adopt(name: str, loaded: Any) -> type[Readout]:
     """Check and register the class that an entry point names."""
-    if not (isinstance(loaded, type) and issubclass(loaded, Readout)):
+    if not _is_kind(loaded):
         raise InputError("it is not a subclass of patchscope_nn.Readout.")
     if loaded.name != name:
         raise InputError(f"the entry point is named {name!r}, and the readout {loaded.name!r}.")
-    return register_readout(loaded)
+    kind: type[Readout] = register_readout(loaded)
+    return kind
 
 
 #: All kinds. When they are listed, a kind whose package cannot be loaded is left out.
@@ -139,7 +138,9 @@ def _form(kind: type[Readout]) -> TypeAdapter[dict[str, Readout]]:
 
 def _parse(value: Any) -> Readout:
     if isinstance(value, Readout):
-        return value if type(value) is _KINDS.get(value.name) else _registered(value)
+        if type(value) is not _KINDS.get(value.name):
+            register_readout(type(value))
+        return value
     if isinstance(value, str):
         value = {value: {}}
     if isinstance(value, Mapping) and len(value) == 1:
@@ -152,21 +153,13 @@ def _parse(value: Any) -> Readout:
     )
 
 
-def _registered(readout: Readout) -> Readout:
-    """Register the class of a readout that is given as an object, and return the readout."""
-    register_readout(type(readout))
-    return readout
-
-
 def dump_readout(readout: Readout, *, exclude_defaults: bool = False) -> dict[str, Any]:
     """Convert a readout to its YAML form, `{name: fields}`."""
     return {readout.name: readout.model_dump(mode="json", exclude_defaults=exclude_defaults)}
 
 
 #: The type of `Patchscope.readout`. `recipe.schema` adds the form of each kind to the JSON Schema.
-AnyReadout = Annotated[
-    Readout, PlainValidator(_parse), PlainSerializer(dump_readout), WithJsonSchema({"type": "object"})
-]
+AnyReadout = Annotated[Readout, PlainValidator(_parse), PlainSerializer(dump_readout), WithJsonSchema({})]
 
 
 def kinds_in(columns: Any) -> list[type[Readout]]:

@@ -64,11 +64,7 @@ class Site:
 
     @property
     def packs(self) -> bool:
-        """True if a write there can enter a pass late and share a prefix.
-
-        Packed passes run complete blocks one after another (see `plan/layout.py`), so they can change states
-        only between blocks.
-        """
+        """True if a packed pass, which runs complete blocks (see `plan/layout.py`), can write there."""
         return self.in_stream
 
     @property
@@ -82,19 +78,13 @@ class Site:
         return self.in_stream and not self.offset
 
 
+_ATTENTION_MODULES = ("self_attn", "attn", "attention", "self_attention")
+#: OPT's MLP is two linear layers in the block itself, of which `fc2` gives the MLP's output.
+_MLP_MODULES = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "fc2")
 RESIDUAL = Site(name="residual", label="Hidden states")
 BEFORE = Site(name="before", end="input", label="Hidden states")
-ATTENTION = Site(
-    name="attention",
-    modules=("self_attn", "attn", "attention", "self_attention"),
-    label="Outputs of attention",
-)
-#: OPT's MLP is two linear layers in the block itself, of which `fc2` gives the MLP's output.
-MLP = Site(
-    name="mlp",
-    modules=("mlp", "feed_forward", "ffn", "block_sparse_moe", "fc2"),
-    label="Outputs of MLPs",
-)
+ATTENTION = Site(name="attention", modules=_ATTENTION_MODULES, label="Outputs of attention")
+MLP = Site(name="mlp", modules=_MLP_MODULES, label="Outputs of MLPs")
 
 #: The sites by name, in the order in which messages and the JSON Schema list them.
 SITES: dict[str, Site] = {site.name: site for site in (RESIDUAL, BEFORE, ATTENTION, MLP)}
@@ -104,13 +94,7 @@ SITES: dict[str, Site] = {site.name: site for site in (RESIDUAL, BEFORE, ATTENTI
 def register_site(site: Site) -> Site:
     """Let recipes, `Source` and `Target` use a site by its name.
 
-    Register it before models are loaded, so that their proofs compare it.
-
-    Args:
-        site: The site.
-
-    Returns:
-        The same site.
+    Register it before models are loaded, so that their proofs compare it. The site itself is returned.
 
     Raises:
         InputError: Another site has this name.

@@ -9,31 +9,26 @@ from pydantic import BeforeValidator, Field, PlainSerializer, WithJsonSchema
 
 from patchscope_nn._util.checking import NAMED, Spec
 from patchscope_nn.errors import did_you_mean
+from patchscope_nn.spec.forms import array, closed, floats, is_number
 from patchscope_nn.spec.positions import POSITIONS_SCHEMA, Positions
 
 
 class Cut(Spec):
-    """Attention edges that are cut: from block l* on, the token at i* does not attend to these tokens.
-
-    Attributes:
-        position: The tokens that i* does not attend to, as in `Target.position`.
-    """
+    """Attention edges that are cut: from block l* on, the token at i* does not attend to these tokens."""
 
     position: Positions
+    """The tokens that i* does not attend to, as in `Target.position`."""
 
 
 class Corrupt(Spec):
-    """Noise on the embeddings of T in every run, before anything is written (Meng et al. 2022, section 2.1).
-
-    Attributes:
-        position: The tokens whose embeddings get noise.
-        noise: The standard deviation of the noise, in standard deviations of all numbers in T's embeddings.
-        samples: The number of draws of noise; each makes a cell.
-    """
+    """Noise on T's embeddings in every run, before anything is written (Meng et al. 2022, section 2.1)."""
 
     position: Positions
+    """The tokens whose embeddings get noise."""
     noise: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 3.0
+    """The standard deviation of the noise, in standard deviations of all numbers in T's embeddings."""
     samples: Annotated[int, Field(ge=1)] = 1
+    """The number of draws of noise; each makes a cell."""
 
 
 #: The writes without parameters; the others are `{blend: alpha}`, `{noise: sigma}`, `{cut: {position: ...}}`.
@@ -48,13 +43,11 @@ def _write(value: Any) -> Any:
     names = [*NAMED_WRITES, "blend", "noise", "cut"]
     if isinstance(value, Mapping) and len(value) == 1:
         name, item = next(iter(value.items()))
-        number = isinstance(item, int | float) and not isinstance(item, bool)
-        if name in ("blend", "noise") and number and item >= 0 and (name == "noise" or item <= 1):
-            return (name, float(item))
         if name in ("blend", "noise"):
-            raise ValueError(
-                f"{name}: {item!r} should be a number {'in 0..1' if name == 'blend' else 'of at least 0'}"
-            )
+            if is_number(item) and item >= 0 and (name == "noise" or item <= 1):
+                return (name, float(item))
+            allowed = "in 0..1" if name == "blend" else "of at least 0"
+            raise ValueError(f"{name}: {item!r} should be a number {allowed}")
         if name == "cut" and isinstance(item, Mapping) and set(item) == {"position"}:
             return ("cut", Cut(position=item["position"]))
     name = next(iter(value), "") if isinstance(value, Mapping) else str(value)
@@ -71,61 +64,22 @@ def _dump_write(value: Any) -> Any:
     return {name: item.model_dump(mode="json") if isinstance(item, Cut) else item}
 
 
-_NUMBER = {"type": "number", "minimum": 0}
+_FORMS: list[dict[str, Any]] = [
+    {"enum": list(NAMED_WRITES)},
+    closed(blend={"type": "number", "minimum": 0, "maximum": 1}),
+    closed(noise={"type": "number", "minimum": 0}),
+    closed(cut=closed(position=POSITIONS_SCHEMA)),
+]
 #: The type of `Target.write`.
 Write = Annotated[
-    AnyWrite,
-    BeforeValidator(_write),
-    PlainSerializer(_dump_write),
-    WithJsonSchema(
-        {
-            "anyOf": [
-                {"enum": list(NAMED_WRITES)},
-                *(
-                    {
-                        "type": "object",
-                        "properties": {name: form},
-                        "required": [name],
-                        "additionalProperties": False,
-                    }
-                    for name, form in (
-                        ("blend", _NUMBER | {"maximum": 1}),
-                        ("noise", _NUMBER),
-                        (
-                            "cut",
-                            {
-                                "type": "object",
-                                "properties": {"position": POSITIONS_SCHEMA},
-                                "required": ["position"],
-                                "additionalProperties": False,
-                            },
-                        ),
-                    )
-                ),
-            ]
-        }
-    ),
+    AnyWrite, BeforeValidator(_write), PlainSerializer(_dump_write), WithJsonSchema({"anyOf": _FORMS})
 ]
 NAMED["cut"] = Cut
-
-
-def numbers(value: Any) -> Any:
-    """Convert a number or a list of numbers to a tuple of floats; other values are returned unchanged."""
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return (float(value),)
-    if isinstance(value, list | tuple):
-        return tuple(
-            float(item) if isinstance(item, int) and not isinstance(item, bool) else item for item in value
-        )
-    return value
-
 
 #: The type of `Target.scale`: one number or several, by which f(h) is multiplied.
 Scales = Annotated[
     tuple[Scale, ...],
     Field(min_length=1),
-    BeforeValidator(numbers),
-    WithJsonSchema(
-        {"anyOf": [{"type": "number"}, {"type": "array", "items": {"type": "number"}, "minItems": 1}]}
-    ),
+    BeforeValidator(lambda value: floats([value] if is_number(value) else value)),
+    WithJsonSchema({"anyOf": [{"type": "number"}, array({"type": "number"})]}),
 ]

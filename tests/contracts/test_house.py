@@ -113,7 +113,7 @@ def test_all_names_the_public_names():
 
 
 def test_an_unknown_name_is_an_attribute_error():
-    with pytest.raises(AttributeError, match="has no attribute 'Patchscopes'"):
+    with pytest.raises(AttributeError, match="No patchscope_nn attribute Patchscopes"):
         ps.Patchscopes  # noqa: B018 (the access is the test)
 
 

@@ -7,11 +7,14 @@ import json
 import pytest
 import tiny
 import torch
+import typer
 from commands import caller
 
+from patchscope_nn import cli
 from patchscope_nn.cli.fitting import parse_data
 from patchscope_nn.errors import InputError
 from patchscope_nn.mappings import Fitted
+from patchscope_nn.spec import FIT_KINDS, Fit
 
 WORDS = ("The", " Eiffel", " Tower", " is", " in", " the", " city", " of", " Paris", " Diana", "->")
 RECIPE = """\
@@ -95,6 +98,16 @@ def test_fit_prints_a_table_and_writes_a_file(patchscope, folder):
     assert "no map for (l:l*) 0:1, 0:3, 2:1. It has maps for (l:l*) embed:0, 2:3." in run.stderr.replace(
         "\n  hint:", ""
     )
+
+
+@pytest.mark.parametrize("kind", FIT_KINDS)
+def test_the_defaults_are_those_of_a_fit(kind):
+    """They are written down again, because the command line starts without pydantic."""
+    command = typer.main.get_command(cli.app).commands["fit"].get_command(None, kind)
+    defaults = {parameter.name: parameter.default for parameter in command.params}
+    for name in ("column", "limit", "positions", "max_tokens", "rank", "seed"):
+        assert defaults[name] == getattr(Fit(), name)
+    assert float(defaults["held_out"]) == Fit().held_out
 
 
 def test_fit_as_json(patchscope, folder):

@@ -9,7 +9,6 @@ import torch
 import patchscope_nn as ps
 from patchscope_nn.backends import Places
 from patchscope_nn.cli.plan_printing import _fit_line
-from patchscope_nn.data.rows import DataSpec
 from patchscope_nn.errors import (
     DataError,
     InputError,
@@ -145,11 +144,14 @@ def test_of_the_last_block_a_lens_learns_nothing(tiny_model):
 
 
 def test_without_data_a_lens_reads_texts_that_ship(tiny_model):
-    scope = Patchscope(source=Source(prompt="x"), target=Target(layer=-1), mapping={"train": "tuned_lens"})
-    found = prepare(scope, model=tiny_model()).only.fit
-    assert found.data.spec == DataSpec(**DEFAULT_DATA)
-    assert found.data.column == DEFAULT_COLUMN
-    assert len(found.data.rows) > 200
+    named = {"kind": "tuned_lens", "data": dict(DEFAULT_DATA), "column": DEFAULT_COLUMN}
+    scopes = [
+        Patchscope(source=Source(prompt="x"), target=Target(layer=-1), mapping={"train": asked})
+        for asked in ("tuned_lens", named)
+    ]
+    found, same = (prepare(scope, model=tiny_model()).only.fit for scope in scopes)
+    assert found.key == same.key
+    assert found.about["data"]["n_rows"] > 200
 
 
 CROSSED = {"tuned_lens": {"layer": 2}, "jacobian_lens": {"layer": "same"}, "lre": {"layer": [2, 3]}}

@@ -227,7 +227,7 @@ def test_a_fitted_mapping_inside_a_users_module_travels_to_where_the_package_is_
     finally:
         cloudpickle.unregister_pickle_by_value(package)
     code = (
-        "import pickle, sys, torch; sys.modules['patchscope_nn'] = None; "
+        "import pickle, sys, torch; sys.modules['patchscope_nn'] = sys.modules['lazy_loader'] = None; "
         "print(pickle.load(open('module', 'rb'))(torch.ones(2)).tolist())"
     )
     done = subprocess.run(

@@ -67,7 +67,6 @@ def test_parts_are_found(family, tiny_model):
     parts = [found.part(site).path for site in (ATTENTION, MLP)]
     assert [found.blocks, *parts] == [kind.blocks, kind.attention, kind.mlp]
     assert found.final_norm == NORMS[family]
-    assert module.get_submodule(found.embed) is module.get_input_embeddings()
     assert module.get_submodule(found.unembed) is module.get_output_embeddings()
     assert info.supports("cache")
     assert info.supports("packing")

@@ -39,6 +39,7 @@ HOLDS = {
     r"patchscope_nn/.*/page/index\.html": 1,
     r"patchscope_nn/.*/page/\w+\.(js|css)": 8,
     r"patchscope_nn/py\.typed": 1,
+    r"patchscope_nn/__init__\.pyi": 1,
     r"[\w.-]+\.dist-info/licenses/LICENSE": 1,
 }
 #: What it may not hold.

@@ -21,9 +21,6 @@ class MaxLogit(ps.Readout):
     """Readout: the largest logit of the next token, and its token.
 
     Its columns are `max_token` and `max_logit`.
-
-    Attributes:
-        scale: The logit is multiplied by this.
     """
 
     name = "max_logit"
@@ -35,6 +32,7 @@ class MaxLogit(ps.Readout):
     details = ("max_logit",)
 
     scale: float = 1.0
+    """The logit is multiplied by this."""
 
     def lower(self, cells):
         """Return the body's arguments, as plain values."""

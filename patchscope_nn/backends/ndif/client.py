@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import ValidationError
+
 from patchscope_nn.backends.ndif.portability import check_travels
 from patchscope_nn.body.program import Results, Series, StepProgram
 from patchscope_nn.engines import engine_of
@@ -40,6 +42,11 @@ class JobStatus:
     data: Any = None
     cost: dict[str, Any] | None = None
 
+    @property
+    def words(self) -> tuple[str, str]:
+        """The status and its description."""
+        return self.status, self.description
+
 
 def host_of(remote: bool | str) -> str:  # noqa: FBT001 (the value of an option, as users give it)
     """The URL that the option `remote` names; True stands for the server that nnsight is configured for.
@@ -59,16 +66,9 @@ def host_of(remote: bool | str) -> str:  # noqa: FBT001 (the value of an option,
 
 
 def submit(host: str, context: Context, program: StepProgram | Series, model: Model) -> str:
-    """Send a step as one job, without waiting for it.
+    """Send a step as one job, without waiting for it, and return the job's id.
 
-    Args:
-        host: The server.
-        context: `session` or `fused`.
-        program: The step.
-        model: The one model that the request names.
-
-    Returns:
-        The job's id.
+    The context is `session` or `fused`, which run the one model that the request names.
 
     Raises:
         InputError: The step cannot run on a server, and was not sent; or the key is refused.
@@ -92,11 +92,7 @@ def submit(host: str, context: Context, program: StepProgram | Series, model: Mo
 
 
 def look(host: str, job: str) -> JobStatus:
-    """Ask for the status of a job.
-
-    Raises:
-        ServerError: The server cannot be reached.
-    """
+    """Ask for the status of a job."""
     import httpx
     from nnsight.schema.response import ResponseModel
 
@@ -124,7 +120,7 @@ def fetch(host: str, seen: JobStatus, context: Context) -> Results:
         backend = RemoteBackend("", host=host)
         backend.display.enabled = False
         saved = backend.download_result(seen.data)
-    name = "rows" if context == "fused" else "results"
+    name = "columns" if context == "fused" else "results"
     if not isinstance(saved, dict) or name not in saved:
         given = sorted(saved) if isinstance(saved, dict) else type(saved).__name__
         raise JobError(
@@ -132,7 +128,9 @@ def fetch(host: str, seen: JobStatus, context: Context) -> Results:
             hint="Compare the versions of nnsight here and there: patchscope doctor --remote.",
         )
     results = saved[name]
-    return {"passes": [results], "kept": {}, "prefix": None} if context == "fused" else results
+    if context == "fused":
+        return {"passes": [results], "kept": None, "kept_finals": None, "prefix": None}
+    return results
 
 
 def _key(model: Model) -> str:
@@ -170,21 +168,17 @@ def explained(host: str, *, result: bool = False) -> Iterator[None]:
     try:
         yield
     except httpx.HTTPStatusError as error:
-        raise _refused(
-            host, error.response.status_code, error.response.reason_phrase, result=result
-        ) from error
+        answer = error.response
+        raise _refused(host, answer.status_code, answer.reason_phrase, result=result) from error
     except RemoteError as error:
         cause = error.__cause__
         if isinstance(cause, httpx.HTTPStatusError):
             raise _refused(host, cause.response.status_code, str(error), result=result) from error
         raise _unreachable(host, cause or error) from error
-    except (httpx.HTTPError, ConnectionError, ValueError) as error:
-        if not isinstance(error, httpx.HTTPError | ConnectionError):
-            # pydantic's: a server that is stopping sends half an answer.
-            if type(error).__name__ != "ValidationError":
-                raise
-            raise ServerError(f"{host} gave half an answer.", hint=_AGAIN) from error
+    except (httpx.HTTPError, ConnectionError) as error:
         raise _unreachable(host, error) from error
+    except ValidationError as error:  # a server that is stopping sends half an answer
+        raise ServerError(f"{host} gave half an answer.", hint=_AGAIN) from error
 
 
 _AGAIN = "The same command goes on with what is done, and with the jobs that are on their way."
@@ -227,27 +221,8 @@ class Patience:
     give_up_s: float = 1800
 
 
-def look_again(host: str, job: str, patience: Patience) -> JobStatus:
-    """Ask for the status of a job, again and again while the server does not answer.
-
-    Raises:
-        ServerError: It did not answer for too long.
-    """
-    return _persisting(patience)(look, host, job)
-
-
-def submit_again(
-    host: str, context: Context, program: StepProgram | Series, model: Model, patience: Patience
-) -> str:
-    """Send a job, again and again while the server does not answer.
-
-    Raises:
-        ServerError: It did not answer for too long.
-    """
-    return _persisting(patience)(submit, host, context, program, model)
-
-
-def _persisting(patience: Patience) -> Any:
+def persisting(patience: Patience) -> Any:
+    """Return a function that calls another, again and again while the server does not answer."""
     from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_exponential
 
     return Retrying(
@@ -258,23 +233,24 @@ def _persisting(patience: Patience) -> Any:
     )
 
 
-def wait(host: str, job: str, context: Context, *, patience: Patience | None = None) -> Results:
+def wait(host: str, job: str, context: Context) -> Results:
     """Wait for a job, and fetch its result.
 
     Raises:
         JobError: It failed.
         ServerError: The server cannot be reached, or nothing moved for too long.
     """
-    patience = patience or Patience()
-    pause, latest, moved = patience.poll_s, None, time.monotonic()
+    patience = Patience()
+    persist = persisting(patience)
+    pause, latest, moved = patience.poll_s, ("", ""), time.monotonic()
     while True:
-        seen = look_again(host, job, patience)
+        seen: JobStatus = persist(look, host, job)
         if seen.status == "COMPLETED":
             return fetch(host, seen, context)
         if seen.status == "ERROR":
             raise failure(host, seen)
-        if (seen.status, seen.description) != latest:
-            latest, moved = (seen.status, seen.description), time.monotonic()
+        if seen.words != latest:
+            latest, moved = seen.words, time.monotonic()
         elif time.monotonic() - moved > patience.give_up_s:
             raise nothing_moves(host, patience.give_up_s)
         time.sleep(pause)
@@ -291,19 +267,17 @@ def nothing_moves(host: str, seconds: float) -> ServerError:
 
 #: Texts in the description of a job that failed through no fault of its own, and can be sent again.
 _PASSING = ("try again later", "evicted", "cancelled", "preempted", "payload could not be read", "restart")
-_DEPLOYING = ("Could not deploy this model",)
-_TOO_LONG = ("execution timeout",)
 
 
 def too_long(seen: JobStatus) -> bool:
     """True if a job failed because it exceeded the time limit of its server."""
-    return any(text in seen.description for text in _TOO_LONG)
+    return "execution timeout" in seen.description
 
 
 def failure(host: str, seen: JobStatus) -> JobError | ServerError | ModelError:
     """The error for a failed job: the job's own fault, the server's, or a model that it cannot run."""
     said = seen.description.strip()
-    if any(text in said for text in _DEPLOYING):
+    if "Could not deploy this model" in said:
         return ModelError(
             f"{host} cannot run this model: {said.splitlines()[0]}.",
             hint="`patchscope doctor --remote` lists the models that run there.",

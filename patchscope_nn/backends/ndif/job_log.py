@@ -47,11 +47,7 @@ class Job:
 
 
 class JobLog:
-    """The jobs of one run. Without a folder they are kept in memory only.
-
-    Args:
-        folder: The run's folder.
-    """
+    """The jobs of one run, kept in the run's folder; without a folder, in memory only."""
 
     def __init__(self, folder: Path | None) -> None:
         self.file = None if folder is None else folder / FILE
@@ -95,5 +91,5 @@ class JobLog:
     def _take(self, line: dict[str, Any]) -> None:
         known = self._jobs.get(line["id"])
         fields = asdict(known) | line if known else line
-        passes = tuple(tuple(tuple(row) for row in rows) for rows in fields["passes"])
+        passes = tuple(tuple(map(tuple, rows)) for rows in fields["passes"])
         self._jobs[line["id"]] = Job(**{**fields, "passes": passes})

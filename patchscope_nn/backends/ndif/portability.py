@@ -20,10 +20,6 @@ _ON_SERVERS = frozenset({"torch", "numpy", "nnsight", "cloudpickle", "transforme
 def check_travels(call: Callable[..., Any] | Mapping[Any, Any] | None, *, what: str = "mapping") -> None:
     """Refuse a function that could not run on a server. Tensors always can.
 
-    Args:
-        call: The function, or a mapping's tensors.
-        what: What it is, for messages.
-
     Raises:
         MappingError: It needs a module that is not sent with it, or it holds a model.
     """
@@ -50,17 +46,14 @@ def check_travels(call: Callable[..., Any] | Mapping[Any, Any] | None, *, what: 
             if isinstance(obj, FunctionType | type):
                 needed = sys.modules.get(obj.__module__ or "")
             if needed is not None and not _travels(needed.__name__):
-                raise _missing(needed.__name__.split(".")[0], what)
+                root = needed.__name__.split(".")[0]
+                raise MappingError(
+                    f"the {what} needs the module {root!r}, which a server need not have.",
+                    hint=f"Let it travel with the request: import nnsight; nnsight.register({root!r})",
+                )
             return super().persistent_id(obj)
 
     Visitor(io.BytesIO(), protocol=4).dump(call)
-
-
-def _missing(root: str, what: str) -> MappingError:
-    return MappingError(
-        f"the {what} needs the module {root!r}, which a server need not have.",
-        hint=f"Let it travel with the request: import nnsight; nnsight.register({root!r})",
-    )
 
 
 def _travels(module: str) -> bool:

@@ -16,17 +16,18 @@ import pickle
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 
 from patchscope_nn._util.clocks import utc_now
+from patchscope_nn._util.ragged import Ints
 from patchscope_nn.backends import Bridged, Ndif
 from patchscope_nn.backends.crossing import source_half, target_half
 from patchscope_nn.backends.ndif import client
 from patchscope_nn.backends.ndif.client import JobStatus, Patience
-from patchscope_nn.backends.ndif.job_log import End, Job, JobLog, Passes
+from patchscope_nn.backends.ndif.job_log import End, Job, JobLog
 from patchscope_nn.backends.ndif.job_size import JobSize
 from patchscope_nn.backends.steps import rows_of
 from patchscope_nn.body.program import Results, StepProgram
@@ -59,29 +60,25 @@ class _Flight:
 
     Attributes:
         job: The job.
-        step: For a job that only reads source states, the step that goes on with them.
-        program: The program of that step.
+        rest: For a job that only reads source states, the step that goes on with them, and its program.
         moved: When its status last changed.
         latest: Its latest status and description.
         liveness: Id of a liveness job that was sent after it.
     """
 
     job: Job
-    step: Step | None = None
-    program: StepProgram | None = None
+    rest: tuple[Step, StepProgram] | None = None
     moved: float = field(default_factory=time.monotonic)
     latest: tuple[str, str] = ("", "")
     liveness: str | None = None
 
 
+@dataclass
 class Scheduler:
     """Sends the jobs of a plan and collects their results.
 
-    Args:
+    Attributes:
         planned: The plan, without the cells of live jobs.
-        source: M.
-        target: M*.
-        mapping: f.
         backend: Where they run: M* on a server.
         job_log: The run's job log.
         done: Numbers of the finished cells. The caller adds to it as rows are yielded.
@@ -91,35 +88,32 @@ class Scheduler:
             that it raises ends the run and leaves its jobs on the server.
     """
 
-    def __init__(
-        self,
-        planned: Plan,
-        *,
-        source: Model,
-        target: Model,
-        mapping: ResolvedMapping,
-        backend: Ndif | Bridged,
-        job_log: JobLog,
-        done: Collection[int],
-        width: int,
-        patience: Patience,
-        notice: Callable[[str], None] | None = None,
-    ) -> None:
-        self.planned, self.source, self.target, self.mapping = planned, source, target, mapping
-        self.backend, self.job_log, self.done = backend, job_log, done
-        self.width, self.patience, self.notice = width, patience, notice
-        ends = backend.target if isinstance(backend, Bridged) else backend
+    planned: Plan
+    _: KW_ONLY
+    source: Model
+    target: Model
+    mapping: ResolvedMapping
+    backend: Ndif | Bridged
+    job_log: JobLog
+    done: Collection[int]
+    width: int
+    patience: Patience
+    notice: Callable[[str], None] | None = None
+
+    def __post_init__(self) -> None:
+        ends = self.backend.target if isinstance(self.backend, Bridged) else self.backend
         if not isinstance(ends, Ndif):
             raise TypeError("the target of jobs is not on a server")
         self.host = ends.host
-        self._flights = [_Flight(job) for job in job_log.live() if job.context != "read"]
-        for job in job_log.live():
+        self._persist = client.persisting(self.patience)
+        self._flights = [_Flight(job) for job in self.job_log.live() if job.context != "read"]
+        for job in self.job_log.live():
             if job.context == "read":  # the process that waited for its states is gone
-                job_log.ended(job.id, "lost", "the run that read them has ended")
+                self.job_log.ended(job.id, "lost", "the run that read them has ended")
         self._again: deque[Step] = deque()
-        self._steps = planned.steps()
+        self._steps = self.planned.steps()
         self._tries: Counter[int] = Counter()
-        self.size = JobSize(planned.n_cells)
+        self.size = JobSize(self.planned.n_cells)
         self._succeeded, self._guilty = False, 0
 
     def results(self) -> Iterator[Rows]:
@@ -155,7 +149,7 @@ class Scheduler:
 
     def _tell(self) -> None:
         """Call `notice` with one line about the jobs."""
-        if not (self.notice and self._flights):
+        if self.notice is None:
             return
         latest = [flight.latest for flight in self._flights]
         states = Counter(status.lower() or "sent" for status, _ in latest)
@@ -176,62 +170,58 @@ class Scheduler:
             if step is None:
                 return
             most = self.size.most
-            if most is not None and len(step.cells) > most:
+            if most is None or len(step.cells) <= most:
+                self._send(step)
+            else:
                 # The rest stays in one piece: by then the right size of a job may be known.
                 self._cut([(number,) for number in step.cells.number.tolist()], most)
-                continue
-            self._send(step)
 
     def _send(self, step: Step) -> None:
         program = lower(
             self.planned, step, source=self.source, target=self.target, mapping=self.mapping
         )
         if step.context != "bridged":
-            context: Literal["fused", "session"] = "fused" if step.context == "fused" else "session"
-            self._submit(step, program, context=context)
+            self._submit(step, program, "fused" if step.context == "fused" else "session")
             return
         reader = self.backend.source if isinstance(self.backend, Bridged) else self.backend
-        half = source_half(program)
         if isinstance(reader, Ndif):
-            sent = client.submit_again(reader.host, "session", half, self.source, self.patience)
-            self._away(_Flight(self._job(sent, reader.host, "read", step), step, program))
+            self._submit(step, program, "session", reader=reader)
         else:
+            half = source_half(program)
             self._write(step, program, reader.run("session", half, source=self.source, target=self.source))
 
     def _write(self, step: Step, program: StepProgram, read: Results) -> None:
         """Send the target half of a bridged step whose source states are here."""
-        self._submit(step, target_half(program, read), context="session")
+        self._submit(step, target_half(program, read), "session")
 
-    def _submit(self, step: Step, program: StepProgram, *, context: Literal["fused", "session"]) -> None:
-        sent = client.submit_again(self.host, context, program, self.target, self.patience)
-        self._away(_Flight(self._job(sent, self.host, context, step)))
+    def _submit(
+        self,
+        step: Step,
+        program: StepProgram,
+        context: Literal["fused", "session"],
+        *,
+        reader: Ndif | None = None,
+    ) -> None:
+        """Send a step as a job and write it down; to a `reader`, only the half that reads the source."""
+        host, model = (reader.host, self.source) if reader else (self.host, self.target)
+        sent = self._persist(client.submit, host, context, source_half(program) if reader else program, model)
+        passes = tuple(self._numbers(step.cells.number[target.cells]) for target in step.targets)
+        job = Job(id=sent, host=host, context="read" if reader else context, passes=passes, sent=utc_now())
+        self.job_log.sent(job)
+        self._flights.append(_Flight(job, (step, program) if reader else None))
 
-    def _job(self, sent: str, host: str, context: Literal["fused", "session", "read"], step: Step) -> Job:
-        return Job(id=sent, host=host, context=context, passes=self._numbers(step), sent=utc_now())
-
-    def _away(self, flight: _Flight) -> None:
-        self.job_log.sent(flight.job)
-        self._flights.append(flight)
-
-    def _numbers(self, step: Step) -> Passes:
-        passes = []
-        for target in step.targets:
-            numbers = step.cells.number[target.cells]
-            rows = [[number] for number in numbers.tolist()]
-            for copy, index in zip(*self.planned.copies(numbers), strict=True):
-                rows[index].append(int(copy))
-            passes.append(tuple(map(tuple, rows)))
-        return tuple(passes)
+    def _numbers(self, numbers: Ints) -> tuple[tuple[int, ...], ...]:
+        """Return the cells of each result of a pass: one of its cells, and the copies of that."""
+        rows = [[number] for number in numbers.tolist()]
+        for copy, index in zip(*self.planned.copies(numbers), strict=True):
+            rows[index].append(int(copy))
+        return tuple(map(tuple, rows))
 
     def _check(self, flight: _Flight) -> tuple[Rows, End, str] | None:
         """Check a job. If it ended with rows: the rows, how it ended, and the server's reason."""
-        seen = client.look_again(flight.job.host, flight.job.id, self.patience)
-        if (seen.status, seen.description) != flight.latest:
-            flight.latest, flight.moved, flight.liveness = (
-                (seen.status, seen.description),
-                time.monotonic(),
-                None,
-            )
+        seen: JobStatus = self._persist(client.look, flight.job.host, flight.job.id)
+        if seen.words != flight.latest:
+            flight.latest, flight.moved, flight.liveness = seen.words, time.monotonic(), None
         if seen.status == "COMPLETED":
             return self._collect(flight, seen)
         if seen.status == "ERROR":
@@ -245,14 +235,14 @@ class Scheduler:
 
     def _collect(self, flight: _Flight, seen: JobStatus) -> tuple[Rows, End, str] | None:
         try:
-            context: Literal["fused", "session"] = "fused" if flight.job.context == "fused" else "session"
-            results = client.fetch(flight.job.host, seen, context)
+            fused = flight.job.context == "fused"
+            results = client.fetch(flight.job.host, seen, "fused" if fused else "session")
         except ServerError as error:
             self._lost(flight, error.message)
             return None
         self._flights.remove(flight)
-        if flight.step is not None and flight.program is not None:
-            self._write(flight.step, flight.program, results)
+        if flight.rest is not None:
+            self._write(*flight.rest, results)
             return iter(()), "done", ""
         self._succeeded = True
         seconds, size = (seen.cost or {}).get("runtime"), len(pickle.dumps(results["passes"]))
@@ -269,9 +259,8 @@ class Scheduler:
             )
         for columns, numbers in zip(results["passes"], job.passes, strict=True):
             for row, cells in zip(rows_of(columns, len(numbers)), numbers, strict=True):
-                yield from (
-                    (self.planned.sweep.cells[number], row) for number in cells if number not in self.done
-                )
+                unwritten = (number for number in cells if number not in self.done)
+                yield from ((self.planned.sweep.cells[number], row) for number in unwritten)
 
     def _failed(self, flight: _Flight, seen: JobStatus) -> tuple[Rows, End, str] | None:
         error = client.failure(flight.job.host, seen)
@@ -304,14 +293,14 @@ class Scheduler:
 
     def _plan(self, rows: Iterable[tuple[int, ...]]) -> Plan:
         numbers = np.array([number for row in rows for number in row])
-        wanted = {*numbers.tolist(), *self.planned.copies(numbers)[0].tolist()} - set(self.done)
+        wanted = {*numbers.tolist(), *self.planned.copies(numbers)[0].tolist()}
         planned = self.planned
         return plan(
             planned.sweep,
             context=planned.context,
             max_rows=planned.budget.max_rows,
             memory=planned.budget.memory,
-            done=set(range(len(planned.sweep.cells))) - wanted,
+            done=set(range(len(planned.sweep.cells))) - (wanted - set(self.done)),
             remote=True,
             optimisations=planned.optimisations,
         )
@@ -331,11 +320,11 @@ class Scheduler:
 
     def _send_liveness_job(self, flight: _Flight) -> None:
         """Send a job that does nothing. If it runs while the older one waits, that one is lost."""
-        host, model = flight.job.host, self.target if flight.step is None else self.source
+        host, model = flight.job.host, self.target if flight.rest is None else self.source
         if flight.liveness is None:
-            flight.liveness = client.submit_again(host, "session", nothing(), model, self.patience)
+            flight.liveness = self._persist(client.submit, host, "session", nothing(), model)
             return
-        if client.look_again(host, flight.liveness, self.patience).status == "COMPLETED":
-            again = client.look_again(host, flight.job.id, self.patience)
-            if (again.status, again.description) == flight.latest:
+        if self._persist(client.look, host, flight.liveness).status == "COMPLETED":
+            again = self._persist(client.look, host, flight.job.id)
+            if again.words == flight.latest:
                 self._lost(flight, "the server has forgotten it: a later job has run, and it has not")

@@ -14,12 +14,8 @@ def aligned(
     Up to such a position both models have read exactly the same text. If several tokens of one side end at
     the same character (the bytes of one letter), the last of them is used. Special tokens cover no text.
 
-    Args:
-        source: The text as the source model reads it.
-        target: The same text as the target model reads it.
-        skip: How many tokens at the beginning are left out on either side; position 0 is an attention sink
-            in most models.
-        most: How many tokens from the beginning are considered on either side; None considers all.
+    The first `skip` tokens are left out on either side, because position 0 is an attention sink in most
+    models. No token after the first `most` is considered.
 
     Returns:
         (source position, target position) pairs from the left, in order.

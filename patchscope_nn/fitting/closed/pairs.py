@@ -23,7 +23,7 @@ def parse_pairs(
     target_layers: Any = "all",
     one_model: bool = False,
 ) -> tuple[Pair, ...]:
-    """Resolve a selection of layer pairs (l, l*).
+    """Resolve a selection of layer pairs (l, l*), and return them sorted.
 
     Args:
         pairs: `same` (l to l* = l), `last` (l to the last block), `cross` (every l to every l*), or pairs:
@@ -33,9 +33,6 @@ def parse_pairs(
         source_layers: The l of `same`, `last` and `cross`, as in `Source.layer`.
         target_layers: The l* of `cross`.
         one_model: True if both are one model; pairs of a layer with itself are then left out.
-
-    Returns:
-        The pairs, sorted.
 
     Raises:
         LayerError: `pairs` cannot be read, names layers outside the models, or leaves no pair.
@@ -78,13 +75,9 @@ def _pair(item: Any, *, n_source: int, n_target: int) -> Pair:
             f"{item!r} is not a valid pair of layers.",
             hint=f"Use {', '.join(_NAMED)}, or pairs like 3:5 or embed:0, separated by commas.",
         )
-    source, target = map(_layer, layers)
+    # `resolve_layers` takes the input of block 0 only by its name.
+    source, target = ("embed" if layer in ("embed", EMBED) else int(layer) for layer in layers)
     return (
         resolve_layers(source, n_layers=n_source, field="pairs: l")[0],
         resolve_layers(target, n_layers=n_target, field="pairs: l*")[0],
     )
-
-
-def _layer(layer: Any) -> int | str:
-    """A layer as `resolve_layers` takes it: the input of block 0 only by the name `embed`."""
-    return "embed" if layer in ("embed", EMBED) else int(layer)

@@ -12,29 +12,19 @@ from patchscope_nn.mappings import Pair, map_parts
 
 
 class Scores:
-    """Streamed sums over held-out states, from which the scores of each pair are computed.
-
-    Args:
-        solutions: The maps to score.
-
-    Attributes:
-        n: How many states have been added.
-    """
+    """Streamed sums over `n` held-out states, from which the scores of each pair's map are computed."""
 
     def __init__(self, solutions: Mapping[Pair, Solution]) -> None:
-        self.solutions = solutions
-        self.n = 0
-        self._errors = dict.fromkeys(solutions, 0.0)
-        self._cosines = dict.fromkeys(solutions, 0.0)
-        self._of_mean = dict.fromkeys(solutions, 0.0)
-        self._targets: dict[int, Spread] = {}
+        self.solutions, self.n = solutions, 0
+        self._errors, self._cosines, self._of_mean = (dict.fromkeys(solutions, 0.0) for _ in range(3))
+        self._targets = {layer: Spread() for _, layer in solutions}
 
     def add(self, states: Paired) -> None:
         """Map a batch of source states and compare them with the target states."""
         self.n += len(next(iter(states.source.values())))
         targets = {layer: batch.cpu().double() for layer, batch in states.target.items()}
-        for layer in {pair[1] for pair in self.solutions}:
-            self._targets.setdefault(layer, Spread()).add(targets[layer])
+        for layer, spread in self._targets.items():
+            spread.add(targets[layer])
         for pair, solution in self.solutions.items():
             x, y = states.source[pair[0]].cpu().float(), targets[pair[1]]
             mapped = map_parts(solution.parts, x).double()
@@ -63,13 +53,7 @@ class Scores:
 
 
 class Spread:
-    """The summed squared distance of states to their mean, streamed (Chan et al. 1983).
-
-    Attributes:
-        n: How many states have been added.
-        mean: (d_model,) their mean.
-        variance: The summed squared distance to the mean.
-    """
+    """The summed squared distance, `variance`, of `n` states to their mean, streamed (Chan et al. 1983)."""
 
     def __init__(self) -> None:
         self.n, self.mean, self.variance = 0, torch.zeros(()), 0.0

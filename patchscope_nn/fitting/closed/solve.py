@@ -44,13 +44,7 @@ class Solution:
 
 
 def solve(options: Fit, fitted: Sums, choosing: Sums, pair: Pair) -> Solution:
-    """Fit the map of one pair.
-
-    Args:
-        options: The kind and its settings.
-        fitted: Sums over the states to fit on.
-        choosing: Sums over the states by which lambda or alpha is chosen.
-        pair: (l, l*).
+    """Fit the map of one pair, from sums over the states to fit on and to choose lambda or alpha by.
 
     Raises:
         InputError: The kind needs spaces of one size and these differ, or the rank is too large.
@@ -65,10 +59,10 @@ def solve(options: Fit, fitted: Sums, choosing: Sums, pair: Pair) -> Solution:
         return _solution({"weight": (left @ right).T}, both, {})
     second = choosing.centred(pair, mean_x=first.mean_x, mean_y=first.mean_y)
     ridge = _choose(first, second, options)
-    parts = _ridge(both, ridge, options.rank)
-    ends = (options.lambdas[0], options.lambdas[-1])
-    settings = {"lambda": ridge, "at_end_of_grid": len(options.lambdas) > 1 and ridge in ends}
-    return _solution(parts, both, settings if options.rank is None else {"rank": options.rank, **settings})
+    at_end = len(options.lambdas) > 1 and ridge in (options.lambdas[0], options.lambdas[-1])
+    rank = {} if options.rank is None else {"rank": options.rank}
+    settings = rank | {"lambda": ridge, "at_end_of_grid": at_end}
+    return _solution(_ridge(both, ridge, options.rank), both, settings)
 
 
 def identity() -> Solution:
@@ -76,7 +70,7 @@ def identity() -> Solution:
     return Solution(parts={"scale": torch.ones(1)}, mean=torch.zeros(()), settings={}, n=0)
 
 
-def shapes(options: Fit, *, d_in: int, d_out: int) -> dict[str, tuple[int, ...]]:
+def shapes(options: Fit, d_in: int, d_out: int) -> dict[str, tuple[int, ...]]:
     """The shapes of a fitted pair's tensors, by name."""
     if options.kind == "scale":
         return {"scale": (1,)}

@@ -22,13 +22,7 @@ _SORTED = 128
 
 
 class Paired(NamedTuple):
-    """States of the same places.
-
-    Attributes:
-        source: By l, (n, d_model of the source).
-        target: By l*, (n, d_model of the target).
-        texts: The number of texts they come from.
-    """
+    """States of the same places of `texts` texts: by l and by l*, (n, d_model) each."""
 
     source: dict[int, torch.Tensor]
     target: dict[int, torch.Tensor]
@@ -45,11 +39,11 @@ class _Row(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Pairing:
-    """Reads paired states.
+    """Reads paired states of M and M*. If they are the same object, it runs once.
 
     Attributes:
         source: M.
-        target: M*; the same object if there is one model, which then runs once.
+        target: M*.
         backend: Where the models run.
         sites: The name of the site that is read on each side.
         options: How many positions of how many tokens are read, and the seed.

@@ -17,35 +17,23 @@ _BYTES = 8
 
 
 class Centred(NamedTuple):
-    """The products of one pair's states about a mean of x and a mean of y.
-
-    Attributes:
-        n: The number of states.
-        mean_x: (d_in,).
-        mean_y: (d_out,).
-        xx: (d_in, d_in) sum of (x - mean_x)(x - mean_x)^T.
-        xy: (d_in, d_out) sum of (x - mean_x)(y - mean_y)^T.
-        yy: Sum of |y - mean_y|^2.
-    """
+    """Sums over `n` states of one pair: their products about a mean of x and a mean of y."""
 
     n: int
-    mean_x: torch.Tensor
-    mean_y: torch.Tensor
-    xx: torch.Tensor
-    xy: torch.Tensor
-    yy: torch.Tensor
+    mean_x: torch.Tensor  # (d_in,)
+    mean_y: torch.Tensor  # (d_out,)
+    xx: torch.Tensor  # (d_in, d_in) sum of (x - mean_x)(x - mean_x)^T
+    xy: torch.Tensor  # (d_in, d_out) sum of (x - mean_x)(y - mean_y)^T
+    yy: torch.Tensor  # sum of |y - mean_y|^2
 
 
 class Sums:
-    """Streamed sums over the states of some pairs of layers.
+    """Streamed sums over `n` states of some pairs of layers.
 
     Args:
         pairs: The pairs.
         about: The points that sums are taken about, by side (`x` or `y`) and layer. A missing point is set to
             the mean of the first batch. Sums that are added together must share this dictionary.
-
-    Attributes:
-        n: The number of states added so far.
     """
 
     def __init__(self, pairs: Sequence[Pair], about: dict[tuple[str, int], torch.Tensor]) -> None:
@@ -57,12 +45,7 @@ class Sums:
         self.xy: dict[Pair, torch.Tensor] = {}
 
     def add(self, source: Mapping[int, torch.Tensor], target: Mapping[int, torch.Tensor]) -> None:
-        """Add a batch of states.
-
-        Args:
-            source: By l, (n, d_in).
-            target: By l*, (n, d_out) the states of the same places.
-        """
+        """Add a batch of states of the same places: by l, (n, d_in), and by l*, (n, d_out)."""
         x = {layer: self._shifted("x", layer, source[layer]) for layer in {pair[0] for pair in self.pairs}}
         y = {layer: self._shifted("y", layer, target[layer]) for layer in {pair[1] for pair in self.pairs}}
         self.n += len(next(iter(x.values())))

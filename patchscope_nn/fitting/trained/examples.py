@@ -5,11 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import torch
-
 from patchscope_nn.errors import InputError
-from patchscope_nn.fitting.reading import Row, read_rows
-from patchscope_nn.fitting.trained.frozen import Frozen, Write
 from patchscope_nn.models import Model
 from patchscope_nn.spec import Source, Target
 from patchscope_nn.spec.encoding import continuation_ids, encode
@@ -18,38 +14,21 @@ from patchscope_nn.spec.prompts import parse_prompt, render
 
 
 class Example(NamedTuple):
-    """One example.
+    """A training example; prompts and text are token ids, and positions count from the left."""
 
-    Attributes:
-        source: S, token ids.
-        source_positions: i, from the left.
-        target: T, token ids.
-        target_positions: i*, as many as i; if i is one token, any number.
-        text: The token ids that should follow T.
-    """
-
-    source: tuple[int, ...]
-    source_positions: tuple[int, ...]
-    target: tuple[int, ...]
-    target_positions: tuple[int, ...]
-    text: tuple[int, ...]
+    source: tuple[int, ...]  # S
+    source_positions: tuple[int, ...]  # i
+    target: tuple[int, ...]  # T
+    target_positions: tuple[int, ...]  # i*: as many as i; any number if i is one token
+    text: tuple[int, ...]  # what should follow T
 
 
 def make_examples(
     rows: Sequence[Mapping[str, Any]], *, model: Model, to: Model, source: Source, target: Target, text: str
 ) -> list[Example]:
-    """Fill in and tokenize the prompts of data rows.
+    """Fill in and tokenize the prompts of data rows, for each row and each of its positions.
 
-    Args:
-        rows: The data.
-        model: M, which reads S.
-        to: M*, which reads T and the text.
-        source: S and i.
-        target: T and i*.
-        text: What should follow T; `{column}` is filled in from the data.
-
-    Returns:
-        An example for each row and each of its positions.
+    `model` is M, which reads S; `to` is M*, which reads T and the text that should follow it.
 
     Raises:
         InputError: A prompt, a position or the text does not resolve, or T is not given.
@@ -85,38 +64,3 @@ def make_examples(
             hint="Name one token of S, or as many as of T, and the same number in every row.",
         )
     return examples
-
-
-def read_examples(
-    model: Model, examples: Sequence[Example], layers: Sequence[int]
-) -> dict[int, torch.Tensor]:
-    """Read the source states of examples: (n_examples, n_read, d_model) for each layer; (0,) if none."""
-    if not examples:
-        return {layer: torch.empty(0) for layer in layers}
-    rows = [Row(example.source, example.source_positions) for example in examples]
-    return {layer: torch.stack(states) for layer, states in read_rows(rows, layers, model).items()}
-
-
-def text_nll_nats(
-    net: Frozen, examples: Sequence[Example], states: torch.Tensor, *, layer: int
-) -> tuple[torch.Tensor, int]:
-    """The negative log-likelihood of the texts after T, with mapped states written into T.
-
-    Args:
-        net: M*.
-        examples: The examples.
-        states: (n_examples, n_written or 1, d_model), f(h).
-        layer: l*.
-
-    Returns:
-        The sum of -log p over the tokens of the texts, in nats; and the number of tokens.
-    """
-    tokens = net.batch([example.target + example.text for example in examples])
-    positions = [example.target_positions for example in examples]
-    write = Write(layer=layer, positions=positions, states=states)
-    last = net.run(tokens, read={net.last}, writes=[write])[net.last]
-    rows = [row for row, example in enumerate(examples) for _ in example.text]
-    columns = [len(example.target) - 1 + index for example in examples for index in range(len(example.text))]
-    expected = torch.tensor([token for example in examples for token in example.text], device=last.device)
-    logits = net.unembed(last[rows, columns]).float()
-    return torch.nn.functional.cross_entropy(logits, expected, reduction="sum"), len(expected)

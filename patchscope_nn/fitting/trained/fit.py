@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -10,11 +10,11 @@ from typing import Any
 from patchscope_nn._util.arguments import checked
 from patchscope_nn.data.given import as_data
 from patchscope_nn.data.rows import fingerprint, load_rows
+from patchscope_nn.fitting.reporting import Progress
 from patchscope_nn.fitting.texts import column_texts
 from patchscope_nn.fitting.trained.kinds import trained_kind
-from patchscope_nn.fitting.trained.outcome import FittedPrompt, Outcome, Progress
+from patchscope_nn.fitting.trained.outcome import FittedPrompt, Outcome
 from patchscope_nn.mappings import Fitted, Provenance, Space
-from patchscope_nn.models import Model
 from patchscope_nn.proof import load
 
 
@@ -58,50 +58,34 @@ def fit_trained(
     trained = trained_kind(kind)
     spec = as_data(data, limit=limit)
     rows = load_rows(spec, base=base, limit=limit)
-    about: dict[str, Any] = {
-        "spec": {"rows": len(spec.rows)} if spec.rows is not None else spec.model_dump(mode="json"),
-        "fingerprint": fingerprint(rows),
-        "limit": limit,
-        "n_rows": len(rows),
-    }
+    named = {"rows": len(spec.rows)} if spec.rows is not None else spec.model_dump(mode="json")
+    about = {"spec": named, "fingerprint": fingerprint(rows), "limit": limit, "n_rows": len(rows)}
     source = load(model)
     target = source if target_model is None else load(target_model)
     if trained.two_models:
         options["target_model"] = target
+    texts: Sequence[Any] = rows
     if trained.reads == "texts":
-        about["column"] = column
-        outcome = trained.fit(source, column_texts(rows, column), progress=progress, **options)
-    else:
-        outcome = trained.fit(source, rows, progress=progress, **options)
+        about["column"], texts = column, column_texts(rows, column)
+    outcome = trained.fit(source, texts, progress=progress, **options)
     fitted: Fitted | FittedPrompt
     if isinstance(outcome, FittedPrompt):
         fitted = replace(outcome, about=replace(outcome.about, data=about, command=command))
     else:
-        fitted = _as_fitted(outcome, source=source, target=target, data=about, command=command)
+        spaces = {"source_model": Space.of(source.info), "target_model": Space.of(target.info)}
+        fitted = _as_fitted(outcome, data=about, command=command, **spaces)
     if out is not None:
         fitted.save(out)
     return fitted
 
 
-def _as_fitted(
-    outcome: Outcome, *, source: Model, target: Model, data: Mapping[str, Any], command: str | None
-) -> Fitted:
+def _as_fitted(outcome: Outcome, **about: Any) -> Fitted:
     """Add to an outcome where it comes from."""
     held_out = {}
     for score in outcome.held_out:
         numbers = asdict(score)
         held_out[numbers.pop("source_layer"), numbers.pop("target_layer")] = numbers
     settings = dict(outcome.provenance)
-    return Fitted(
-        kind=outcome.kind,
-        maps=outcome.maps,
-        about=Provenance(
-            source_model=Space.of(source.info),
-            target_model=Space.of(target.info),
-            data=data,
-            settings=settings,
-            held_out=held_out,
-            seed=settings.get("seed", settings.get("training", {}).get("seed")),
-            command=command,
-        ),
-    )
+    seed = settings.get("seed", settings.get("training", {}).get("seed"))
+    provenance = Provenance(settings=settings, held_out=held_out, seed=seed, **about)
+    return Fitted(kind=outcome.kind, maps=outcome.maps, about=provenance)

@@ -2,76 +2,56 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
-
 import torch
 
 
 class Form(torch.nn.Module):
-    """A map as it is trained.
+    """A map as it is trained, of states (..., d_model); subclasses are made as `Form(d_model, rank)`."""
 
-    Args:
-        d_model: The size of a state.
-        rank: The rank of U V, for `LowRank`.
-    """
-
-    def __init__(self, d_model: int, rank: int) -> None:
-        super().__init__()
-        self.d_model, self.rank = d_model, rank
-
-    @abstractmethod
     def tensors(self) -> dict[str, torch.Tensor]:
         """The tensors of the map as it is saved, by name."""
+        return {name: weight.detach().clone() for name, weight in self.named_parameters()}
 
 
 class Scale(Form):
     """f(h) = a h."""
 
-    def __init__(self, d_model: int, rank: int) -> None:
-        super().__init__(d_model, rank)
+    def __init__(self, d_model: int, rank: int) -> None:  # noqa: ARG002 (all forms are made alike)
+        super().__init__()
         self.scale = torch.nn.Parameter(torch.ones(1))
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
-        """Map states, (..., d_model) -> (..., d_model)."""
+        """Map states."""
         return self.scale * states
 
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """As in `Form`."""
-        return {"scale": self.scale.detach().clone()}
 
-
-class ScalarAffine(Form):
+class ScalarAffine(Scale):
     """f(h) = a h + b."""
 
     def __init__(self, d_model: int, rank: int) -> None:
         super().__init__(d_model, rank)
-        self.scale = torch.nn.Parameter(torch.ones(1))
         self.bias = torch.nn.Parameter(torch.zeros(d_model))
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
-        """Map states, (..., d_model) -> (..., d_model)."""
-        return self.scale * states + self.bias
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """As in `Form`."""
-        return {"scale": self.scale.detach().clone(), "bias": self.bias.detach().clone()}
+        """Map states."""
+        return super().forward(states) + self.bias
 
 
 class LowRank(Form):
-    """f(h) = h + U V h + b; U is zero at first, and V random."""
+    """f(h) = h + U V h + b; U V has a given rank, U is zero at first, and V random."""
 
     def __init__(self, d_model: int, rank: int) -> None:
-        super().__init__(d_model, rank)
+        super().__init__()
         self.down = torch.nn.Parameter(torch.randn(rank, d_model) / d_model**0.5)
         self.up = torch.nn.Parameter(torch.zeros(d_model, rank))
         self.bias = torch.nn.Parameter(torch.zeros(d_model))
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
-        """Map states, (..., d_model) -> (..., d_model)."""
+        """Map states."""
         return states + states @ self.down.T @ self.up.T + self.bias
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """As in `Form`."""
+        """As in `Form`, with I + U V as one matrix."""
         weight = torch.eye(len(self.bias)).to(self.bias) + self.up @ self.down
         return {"weight": weight.detach(), "bias": self.bias.detach().clone()}
 
@@ -79,15 +59,11 @@ class LowRank(Form):
 class Affine(Form):
     """f(h) = W h + b."""
 
-    def __init__(self, d_model: int, rank: int) -> None:
-        super().__init__(d_model, rank)
+    def __init__(self, d_model: int, rank: int) -> None:  # noqa: ARG002 (all forms are made alike)
+        super().__init__()
         self.weight = torch.nn.Parameter(torch.eye(d_model))
         self.bias = torch.nn.Parameter(torch.zeros(d_model))
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
-        """Map states, (..., d_model) -> (..., d_model)."""
+        """Map states."""
         return torch.nn.functional.linear(states, self.weight, self.bias)
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """As in `Form`."""
-        return {"weight": self.weight.detach().clone(), "bias": self.bias.detach().clone()}

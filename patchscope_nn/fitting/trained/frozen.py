@@ -5,7 +5,7 @@ This is only for what needs a gradient. Fits read everything else through the co
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,25 +17,6 @@ from patchscope_nn.models import TURN, Model
 from patchscope_nn.models.architecture import check_unembed, input_device, is_weightless, unembed
 from patchscope_nn.models.block import states_of, with_states
 from patchscope_nn.spec.layers import EMBED, parse_layers, resolve_layers
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Tokens:
-    """Sequences of token ids in one batch, padded on the right.
-
-    Attributes:
-        ids: (batch, position) token ids, padded after the end of each sequence.
-        lengths: (batch,) the length of each sequence without padding.
-    """
-
-    ids: torch.Tensor
-    lengths: tuple[int, ...]
-
-    @property
-    def mask(self) -> torch.Tensor:
-        """(batch, position), 1 for tokens of a sequence and 0 for padding."""
-        own = torch.arange(self.ids.shape[1]) < torch.tensor(self.lengths)[:, None]
-        return own.long().to(self.ids.device)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -80,21 +61,23 @@ class Frozen:
         """The device of its inputs, where the tensors of a map belong too."""
         return input_device(self.model.module)
 
-    def batch(self, sequences: Sequence[Sequence[int]]) -> Tokens:
-        """Put sequences of token ids into one batch."""
-        longest = max(map(len, sequences))
-        self._check_batch(sequences, longest)
-        padded = [[*ids, *([0] * (longest - len(ids)))] for ids in sequences]
-        return Tokens(ids=torch.tensor(padded, device=self.device), lengths=tuple(map(len, sequences)))
+    def batch(self, sequences: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
+        """Put sequences of token ids into one batch, padded on the right: the model's inputs."""
+        self._check_batch(sequences)
+        ids = [torch.tensor(list(sequence)) for sequence in sequences]
+        padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
+        mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(each) for each in ids], batch_first=True)
+        return {"input_ids": padded.to(self.device), "attention_mask": mask.to(self.device)}
 
-    def _check_batch(self, sequences: Sequence[Sequence[int]], longest: int) -> None:
+    def _check_batch(self, sequences: Sequence[Sequence[int]]) -> None:
         """Refuse a batch that the model's proof found to be computed wrongly."""
-        verdict, several = self.model.info.verdict, ""
+        verdict, lengths = self.model.info.verdict, [*map(len, sequences)]
         if verdict is None:
             return
-        if len(sequences) > 1 and not verdict.batches:
+        several = ""
+        if len(lengths) > 1 and not verdict.batches:
             several = "several texts"
-        elif len({*map(len, sequences)}) > 1 and verdict.withholds("mixed_lengths", tokens=longest):
+        elif len({*lengths}) > 1 and verdict.withholds("mixed_lengths", tokens=max(lengths)):
             several = "texts of different lengths"
         if several:
             raise ModelError(
@@ -110,12 +93,17 @@ class Frozen:
         return unembed(self.model.module, self.model.info.architecture, states)
 
     def run(
-        self, tokens: Tokens, *, read: Collection[int], writes: Sequence[Write] = (), leaf: int | None = None
+        self,
+        inputs: Mapping[str, torch.Tensor],
+        *,
+        read: Collection[int],
+        writes: Sequence[Write] = (),
+        leaf: int | None = None,
     ) -> dict[int, torch.Tensor]:
-        """Run the model once.
+        """Run the model once on a `batch`.
 
         Args:
-            tokens: What it reads.
+            inputs: The batch.
             read: The layers whose states are returned; `EMBED` is the input of block 0.
             writes: What is written; a layer is read after it is written.
             leaf: The first layer for which a gradient is taken; earlier layers keep nothing for it.
@@ -140,7 +128,7 @@ class Frozen:
             for layer in layers:
                 hooks.callback(self._hook(layer, pass_on).remove)
             kept = {"logits_to_keep": 1} if self._keeps else {}
-            self.model.module(input_ids=tokens.ids, attention_mask=tokens.mask, use_cache=False, **kept)
+            self.model.module(**inputs, use_cache=False, **kept)
         return captured
 
     def _hook(self, layer: int, pass_on: Any) -> Any:
@@ -173,11 +161,7 @@ def choose_layers(model: Model, layers: Any) -> tuple[int, ...]:
 
 
 def check_weights(model: Model) -> None:
-    """Check that the weights of a model are in this process.
-
-    Raises:
-        ModelError: They are not.
-    """
+    """Raise a `ModelError` unless the weights of a model are in this process."""
     if is_weightless(model.module):
         raise ModelError(
             f"{model.info.name!r} has no weights in this process, and fitting needs them.",
@@ -188,12 +172,6 @@ def check_weights(model: Model) -> None:
 @contextmanager
 def frozen(model: Model) -> Iterator[Frozen]:
     """Freeze a model's weights, and restore it afterwards. Other threads wait meanwhile.
-
-    Args:
-        model: A model whose weights are in this process.
-
-    Yields:
-        The frozen model.
 
     Raises:
         ModelError: The weights are elsewhere, or what follows its last block is not known.

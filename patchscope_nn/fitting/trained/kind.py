@@ -1,4 +1,4 @@
-"""The contract of a kind that is trained: its options, and for recipes its shapes, its checks and its data.
+"""The contract of a trained kind: its options, and for recipes its shapes, its checks and its data.
 
 A kind is one file of this folder: the function that fits it, and an object that describes it. `kinds.py`
 lists the objects. `ps.fit`, `patchscope fit` and recipes (`mapping: {train: ...}`) use nothing else.
@@ -8,20 +8,20 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, TypeAlias
 
 from patchscope_nn.data.rows import DataSpec
 from patchscope_nn.fitting.trained.outcome import FittedPrompt, Outcome
 from patchscope_nn.fitting.trained.training import Training
 from patchscope_nn.mappings import Pair
-from patchscope_nn.models import Model
+from patchscope_nn.models import ELSEWHERE, Model
 from patchscope_nn.spec import Patchscope, Source, Target, Train
 
 
 class Option(NamedTuple):
-    """How the command line offers one keyword argument of a fit.
+    """The description of a keyword argument of a fit, in its annotation. The command line reads it too.
 
     Attributes:
         help: One phrase.
@@ -34,22 +34,16 @@ class Option(NamedTuple):
     selector: bool = False
 
 
-LAYERS = Option("Which layers: all, 5, [0, 4, 8] or 0:10.", selector=True)
-MAX_TOKENS = Option("How many tokens of a text are read.", 2)
-SKIP_FIRST = Option("How many tokens at a text's beginning are left out.", 0)
-ROWS_AT_A_TIME = Option("Rows of a Jacobian that a backward pass gives.", 1)
-HELD_OUT = Option("The share of the data that it is scored on, and nothing else.")
-SEED = Option("Decides what is held out, the order of the data, random starts.", 0)
+Layers: TypeAlias = Annotated[Any, Option("Which layers: all, 5, [0, 4, 8] or 0:10.", selector=True)]
+MaxTokens: TypeAlias = Annotated[int, Option("How many tokens of a text are read.", 2)]
+SkipFirst: TypeAlias = Annotated[int, Option("How many tokens at a text's beginning are left out.", 0)]
+RowsAtATime: TypeAlias = Annotated[int, Option("Rows of a Jacobian that a backward pass gives.", 1)]
+HeldOut: TypeAlias = Annotated[float, Option(str(Training.model_fields["held_out"].description))]
+Seed: TypeAlias = Annotated[int, Option(str(Training.model_fields["seed"].description), 0)]
 
 
 class Rows(NamedTuple):
-    """The data of a training that a recipe asks for.
-
-    Attributes:
-        spec: Where the rows come from.
-        column: The column of the texts, for kinds that read texts.
-        rows: The rows.
-    """
+    """The data of a training that a recipe asks for; `column` has the texts, for kinds that read texts."""
 
     spec: DataSpec
     column: str | None
@@ -76,12 +70,16 @@ class Request:
     pairs: tuple[Pair, ...]
     sites: tuple[str, str]
 
+    @property
+    def away(self) -> bool:
+        """True if the weights of a model are on a server."""
+        return any(model.info.device == ELSEWHERE for model in (self.source, self.target))
+
+    @property
     def prompts(self) -> tuple[Source, Target]:
         """The recipe's source and target without models, which are passed to a fit separately."""
-        return (
-            self.scope.source.model_copy(update={"model": None}),
-            self.scope.target.model_copy(update={"model": None}),
-        )
+        here = {"model": None}
+        return self.scope.source.model_copy(update=here), self.scope.target.model_copy(update=here)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,10 +90,9 @@ class TrainedKind:
         name: What `ps.fit`, `patchscope fit` and recipes call it.
         summary: One sentence for `patchscope fit --help`.
         fit: Takes a model, the data, keyword arguments, and `progress`. Its keyword arguments are the kind's
-            options, with their defaults.
+            options; an `Option` in the annotation describes each. `training`, `source` and `target` have
+            none, because the command line offers the same options for them in every kind.
         reads: `texts` if the data are texts of one column, `rows` if they are whole data rows.
-        options: How the command line offers the keyword arguments. `training`, `source` and `target` are not
-            listed: they have the same options for every kind.
         training: How it is trained by default; None if it takes no steps.
         data: What `patchscope fit` trains on by default; None if data must be named.
         unit: What progress counts.
@@ -106,20 +103,18 @@ class TrainedKind:
     summary: str
     fit: Callable[..., Outcome | FittedPrompt] = field(repr=False)
     reads: Literal["texts", "rows"]
-    options: Mapping[str, Option]
     training: Training | None = None
     data: str | None = None
     unit: str = "steps"
     two_models: bool = False
 
+    @property
     def parameters(self) -> dict[str, inspect.Parameter]:
         """The keyword arguments of `fit` that a user sets."""
-        signature = inspect.signature(self.fit, eval_str=True)
-        internal = ("kind", "progress", "target_model")
         return {
             name: parameter
-            for name, parameter in signature.parameters.items()
-            if parameter.kind is parameter.KEYWORD_ONLY and name not in internal
+            for name, parameter in inspect.signature(self.fit, eval_str=True).parameters.items()
+            if parameter.kind is parameter.KEYWORD_ONLY and name not in ("kind", "progress", "target_model")
         }
 
 
@@ -127,8 +122,7 @@ class TrainedKind:
 class MappingKind(TrainedKind, ABC):
     """A trained kind that gives a mapping, so that recipes can ask for it.
 
-    Attributes:
-        uses_prompts: True if the recipe's source and target decide the maps.
+    `uses_prompts` is true if the recipe's source and target decide the maps.
     """
 
     uses_prompts: bool = False
@@ -142,12 +136,8 @@ class MappingKind(TrainedKind, ABC):
         return True
 
     @abstractmethod
-    def check(self, request: Request, *, away: bool) -> None:
+    def check(self, request: Request) -> None:
         """Check that the kind fits the Patchscope and the models.
-
-        Args:
-            request: What the recipe asks for.
-            away: True if the weights of a model are on a server.
 
         Raises:
             LayerError: The kind has no map to one of the target layers.
@@ -168,12 +158,7 @@ class MappingKind(TrainedKind, ABC):
 
     @abstractmethod
     def arguments(self, request: Request, layers: Sequence[int]) -> dict[str, Any]:
-        """The keyword arguments of `fit` for a recipe.
-
-        Args:
-            request: What the recipe asks for.
-            layers: The source layers that have something to learn.
-        """
+        """The keyword arguments of `fit` for a recipe; `layers` are the l that have something to learn."""
 
     def training_of(self, options: Train) -> Training:
         """The kind's way of training, changed as a recipe says."""
@@ -188,4 +173,4 @@ class MappingKind(TrainedKind, ABC):
 
     def option(self, options: Train, name: str) -> Any:
         """An option as a recipe gives it, or its default."""
-        return options.options.get(name, self.parameters()[name].default)
+        return options.options.get(name, self.parameters[name].default)

@@ -14,22 +14,14 @@ TRAINED = tuple(KINDS)
 
 
 def trained_kind(name: str) -> TrainedKind:
-    """The kind of a name.
-
-    Raises:
-        MappingError: There is none.
-    """
+    """The kind of a name; raises a `MappingError` if there is none."""
     if name not in KINDS:
         raise MappingError(f"{name!r} is not a kind that is trained.", hint=did_you_mean(name, TRAINED))
     return KINDS[name]
 
 
 def mapping_kind(name: str) -> MappingKind:
-    """The kind of a name, if it gives a mapping; arguments as in `trained_kind`.
-
-    Raises:
-        MappingError: There is none.
-    """
+    """The kind of a name; raises a `MappingError` if there is none, or if it does not give a mapping."""
     kind = trained_kind(name)
     if not isinstance(kind, MappingKind):
         raise MappingError(f"{name} is not a mapping.", hint=f"Fit it first: patchscope fit {name}.")

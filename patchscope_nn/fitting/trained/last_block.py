@@ -21,11 +21,7 @@ _LISTED = 5
 
 @dataclass(frozen=True, kw_only=True)
 class LastBlockKind(MappingKind):
-    """A kind whose maps go from layers of a model to its own last block.
-
-    Attributes:
-        bias: True if its maps have a bias.
-    """
+    """A kind whose maps, with or without `bias`, go from layers of a model to its own last block."""
 
     bias: bool = True
 
@@ -34,17 +30,14 @@ class LastBlockKind(MappingKind):
         bias: dict[str, tuple[int, ...]] = {"bias": (d_model,)} if self.bias else {}
         return {"weight": (d_model, d_model), **bias}
 
-    def check(self, request: Request, *, away: bool) -> None:
+    def check(self, request: Request) -> None:
         """As in `MappingKind`: there is one model, whose residual stream is written at the last block."""
         source, target = request.source, request.target
         # The weights of a model on a server cannot be compared; its name and revision can.
-        same = same_model(source, target) or (away and identity(source)[:2] == identity(target)[:2])
+        same = same_model(source, target) or (request.away and identity(source)[:2] == identity(target)[:2])
         if not same or {*request.sites} != {RESIDUAL.name}:
-            actual = (
-                f"sites {' and '.join(request.sites)}"
-                if same
-                else f"{source.info.name} and {target.info.name}"
-            )
+            models = f"{source.info.name} and {target.info.name}"
+            actual = f"sites {' and '.join(request.sites)}" if same else models
             raise MappingError(
                 f"train.kind={self.name} maps outputs of a model's blocks to its own last block; this run "
                 f"has {actual}.",
@@ -71,8 +64,7 @@ class LastBlockKind(MappingKind):
 class LensKind(LastBlockKind):
     """A kind that is fitted on texts, for which the map of the last block to itself is the identity.
 
-    Attributes:
-        least: How many tokens a text needs besides those that are skipped at its beginning.
+    A text needs `least` tokens besides those that are skipped at its beginning.
     """
 
     least: int
@@ -88,13 +80,12 @@ class LensKind(LastBlockKind):
 
     def check_data(self, request: Request, data: Rows) -> None:
         """As in `MappingKind`."""
-        options, training = request.options, self.training_of(request.options)
+        options = request.options
+        shares = self.training_of(options).shares
         split_texts(
             column_texts(data.rows, data.column),
             request.source.tokenizer,
-            held_out=training.held_out if self.training else self.option(options, "held_out"),
-            seed=options.seed,
-            stopping=training.stopping if self.training else 0.0,
             max_tokens=self.option(options, "max_tokens"),
             least=self.option(options, "skip_first") + self.least,
+            **(shares if self.training else shares | {"stopping": 0.0}),
         )

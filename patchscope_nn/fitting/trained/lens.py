@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 
 from patchscope_nn.fitting.reading import Row, read_rows
 from patchscope_nn.fitting.trained.frozen import Frozen
+from patchscope_nn.fitting.trained.outcome import Outcome
+from patchscope_nn.fitting.trained.splits import Parts
+from patchscope_nn.mappings import Parts as Tensors
 from patchscope_nn.models import Model
 
-States: TypeAlias = torch.Tensor
-Map: TypeAlias = Callable[[States], States]
+Ids: TypeAlias = tuple[int, ...]
+Map: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 
+#: About how many tokens' states are held at a time while a lens is trained.
+_HELD = 16_384
 #: About how many tokens' states are held at a time while a lens is scored.
 _SCORED = 2048
 #: How many tokens are unembedded at a time.
@@ -44,78 +49,35 @@ class LensScore:
     logit_lens_agreement: float
 
 
-def read_states(
-    model: Model, sequences: Sequence[tuple[int, ...]], layers: Sequence[int], *, skip_first: int
-) -> dict[int, States]:
-    """The states of all tokens of some sequences, without the first few of each.
-
-    Args:
-        model: The model.
-        sequences: Token ids.
-        layers: The layers to read.
-        skip_first: How many tokens at the beginning of a sequence are left out.
-
-    Returns:
-        For each layer (n_tokens, d_model), in the order of the sequences.
-    """
-    rows = [Row(ids, range(skip_first, len(ids))) for ids in sequences]
-    return {layer: torch.cat(states) for layer, states in read_rows(rows, layers, model).items()}
-
-
 def minibatches(
-    model: Model,
-    sequences: Sequence[tuple[int, ...]],
-    layers: Sequence[int],
-    *,
-    size: int,
-    skip_first: int,
-    held: int,
-    seed: int,
-) -> Iterator[dict[int, States]]:
-    """Endlessly yield the states of `size` tokens drawn at random.
+    model: Model, sequences: Sequence[Ids], layers: Sequence[int], *, size: int, skip_first: int, seed: int
+) -> Iterator[dict[int, torch.Tensor]]:
+    """Endlessly yield the states of tokens drawn at random, for each layer (n, d_model) with n <= `size`.
 
-    Args:
-        model: The model.
-        sequences: Token ids.
-        layers: The layers to read.
-        size: How many tokens at a time.
-        skip_first: As in `read_states`.
-        held: About how many tokens' states are held at a time; if that is all of them, they are read once.
-        seed: Decides the order.
-
-    Yields:
-        For each layer (n, d_model), n <= size.
+    The states of some texts are read and held at a time; if these are all the texts, they are read once.
     """
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(sequences), generator=generator).tolist()
-    groups = _groups([sequences[index] for index in order], held)
-    states: dict[int, States] = {}
+    groups = _groups([sequences[index] for index in order], _HELD)
+    states: dict[int, torch.Tensor] = {}
     while True:
         for group in groups:
             if not states or len(groups) > 1:
-                states = read_states(model, group, layers, skip_first=skip_first)
+                states = _read_states(model, group, layers, skip_first=skip_first)
             tokens = torch.randperm(len(states[layers[0]]), generator=generator)
             for batch in tokens.split(size):
                 yield {layer: of_layer[batch.to(of_layer.device)] for layer, of_layer in states.items()}
 
 
-def score_lens(
-    net: Frozen, maps: Mapping[int, Map], sequences: Sequence[tuple[int, ...]], *, skip_first: int
-) -> tuple[LensScore, ...]:
-    """Score maps to the last block, beside the logit lens.
-
-    Args:
-        net: The model.
-        maps: For each layer, its map; (n, d_model) -> (n, d_model).
-        sequences: Token ids of held-out texts.
-        skip_first: As in `read_states`.
-
-    Returns:
-        One score for each layer.
-    """
-    with_plain = {layer: (f, lambda states: states) for layer, f in maps.items()}
-    predictions, count = predict(net, with_plain, sequences, skip_first=skip_first)
-    return tuple(
+def lens_outcome(
+    net: Frozen, maps: Mapping[int, Tensors], parts: Parts[Ids], *, kind: str, skip_first: int, **more: Any
+) -> Outcome:
+    """Score a lens and the logit lens on the held-out texts; `more` is added to the lens's provenance."""
+    with_plain = {
+        layer: (affine_map(tensors, net.device), lambda states: states) for layer, tensors in maps.items()
+    }
+    predictions, count = predict(net, with_plain, parts.held_out, skip_first=skip_first)
+    scores = tuple(
         LensScore(
             source_layer=layer,
             target_layer=net.last,
@@ -127,55 +89,47 @@ def score_lens(
         )
         for layer, ((kl, agreement), (plain_kl, plain_agreement)) in predictions.items()
     )
+    return Outcome(
+        kind=kind,
+        maps={(layer, net.last): tensors for layer, tensors in maps.items()},
+        held_out=scores,
+        provenance={"skip_first": skip_first, "n_texts": parts.counts(), **more},
+    )
 
 
 def predict(
-    net: Frozen,
-    maps: Mapping[int, Sequence[Map]],
-    sequences: Sequence[tuple[int, ...]],
-    *,
-    skip_first: int,
+    net: Frozen, maps: Mapping[int, Sequence[Map]], sequences: Sequence[Ids], *, skip_first: int
 ) -> tuple[dict[int, list[tuple[float, float]]], int]:
     """Compare what is unembedded from mapped states with the model's own prediction.
 
-    Args:
-        net: The model.
-        maps: For each layer, the maps to compare.
-        sequences: Token ids.
-        skip_first: As in `read_states`.
-
     Returns:
-        For each layer and map, the mean KL(model || map) in nats and the share of equal top tokens; and the
-        number of tokens.
+        For each layer and each of its maps, the mean KL(model || map) in nats and the share of equal top
+        tokens; and the number of tokens.
     """
     sums = {layer: torch.zeros(len(of_layer), 2, dtype=torch.float64) for layer, of_layer in maps.items()}
     count = 0
     for group in _groups(sequences, _SCORED):
-        states = read_states(net.model, group, list({*maps, net.last}), skip_first=skip_first)
+        states = _read_states(net.model, group, list({*maps, net.last}), skip_first=skip_first)
         for tokens in torch.arange(len(states[net.last])).split(_UNEMBEDDED):
             count += len(tokens)
             with torch.no_grad():
                 own = log_probabilities(net, states[net.last][tokens])
                 for layer, of_layer in maps.items():
                     for index, f in enumerate(of_layer):
-                        mapped = log_probabilities(net, f(states[layer][tokens]))
-                        same = (own.argmax(-1) == mapped.argmax(-1)).sum()
-                        numbers = torch.stack([kl_nats(own, mapped).sum(), same])
-                        sums[layer][index] += numbers.double().cpu()
+                        kl, same = compare(own, log_probabilities(net, f(states[layer][tokens])))
+                        sums[layer][index] += torch.stack([kl.sum(), same.sum()]).double().cpu()
     means = {layer: (total / count).tolist() for layer, total in sums.items()}
     return {layer: [(kl, same) for kl, same in numbers] for layer, numbers in means.items()}, count
 
 
-def affine_map(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Map:
-    """The map h -> W h + b, which keeps a state's dtype and device."""
-
-    def f(states: States) -> States:
-        return torch.nn.functional.linear(states.to(weight), weight, bias).to(states)
-
-    return f
+def affine_map(tensors: Tensors, device: Any) -> Map:
+    """The map h -> W h + b of `weight` and optionally `bias`, which keeps a state's dtype and device."""
+    on_device = {name: tensor.to(device) for name, tensor in tensors.items()}
+    weight = on_device["weight"]
+    return lambda states: torch.nn.functional.linear(states.to(weight), **on_device).to(states)
 
 
-def log_probabilities(net: Frozen, states: States) -> torch.Tensor:
+def log_probabilities(net: Frozen, states: torch.Tensor) -> torch.Tensor:
     """The prediction from states of the last block: (..., d_model) -> (..., vocab_size), in float32."""
     return net.unembed(states).float().log_softmax(-1)
 
@@ -185,9 +139,22 @@ def kl_nats(own: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     return (own.exp() * (own - other)).sum(-1)
 
 
-def _groups(sequences: Sequence[tuple[int, ...]], tokens: int) -> list[list[tuple[int, ...]]]:
+def compare(own: torch.Tensor, other: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """KL(own || other) in nats, and whether both have the same top token; (..., vocab_size) -> (...)."""
+    return kl_nats(own, other), own.argmax(-1) == other.argmax(-1)
+
+
+def _read_states(
+    model: Model, sequences: Sequence[Ids], layers: Sequence[int], *, skip_first: int
+) -> dict[int, torch.Tensor]:
+    """For each layer (n_tokens, d_model), without the first few tokens of each sequence."""
+    rows = [Row(ids, range(skip_first, len(ids))) for ids in sequences]
+    return {layer: torch.cat(states) for layer, states in read_rows(rows, layers, model).items()}
+
+
+def _groups(sequences: Sequence[Ids], tokens: int) -> list[list[Ids]]:
     """Consecutive sequences, in groups that end once they have `tokens` tokens."""
-    groups: list[list[tuple[int, ...]]] = [[]]
+    groups: list[list[Ids]] = [[]]
     for ids in sequences:
         if sum(map(len, groups[-1])) >= tokens:
             groups.append([])

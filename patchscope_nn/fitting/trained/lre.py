@@ -10,20 +10,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 
 from patchscope_nn._util.arguments import checked
 from patchscope_nn.errors import DataError, did_you_mean
 from patchscope_nn.fitting.reading import Row, read_rows
+from patchscope_nn.fitting.reporting import Progress, counted
 from patchscope_nn.fitting.trained.frozen import Frozen, choose_layers, frozen
 from patchscope_nn.fitting.trained.jacobian import jacobian_rows
-from patchscope_nn.fitting.trained.kind import LAYERS, ROWS_AT_A_TIME, SEED, Option, Request, Rows
+from patchscope_nn.fitting.trained.kind import Layers, Option, Request, Rows, RowsAtATime, Seed
 from patchscope_nn.fitting.trained.last_block import LastBlockKind
-from patchscope_nn.fitting.trained.lens import Map, affine_map, kl_nats, log_probabilities
-from patchscope_nn.fitting.trained.outcome import Outcome, Progress
-from patchscope_nn.fitting.trained.splits import split_items
+from patchscope_nn.fitting.trained.lens import Map, affine_map, compare, log_probabilities
+from patchscope_nn.fitting.trained.outcome import Outcome
+from patchscope_nn.fitting.trained.splits import Parts, split_items
 from patchscope_nn.models import Model
 from patchscope_nn.spec.encoding import encode
 from patchscope_nn.spec.positions import resolve_positions
@@ -34,12 +35,7 @@ BETAS = (1.0, 1.25, 1.5, 1.75, 2.0, 2.25, 2.5, 2.75, 3.0, 4.0, 5.0)
 
 
 class Subject(NamedTuple):
-    """A subject in its prompt.
-
-    Attributes:
-        ids: The prompt's token ids.
-        position: The subject's last token.
-    """
+    """The token ids of a subject's prompt, and the position of the subject's last token in it."""
 
     ids: tuple[int, ...]
     position: int
@@ -76,12 +72,11 @@ class _Slopes:
     """Means over the subjects of the fit: do/ds and o - (do/ds) s for each layer, and o."""
 
     def __init__(self, net: Frozen, subjects: Sequence[Subject], layers: Sequence[int]) -> None:
-        size, share = net.model.info.d_model, 1 / len(subjects)
-        self.net = net
+        size = net.model.info.d_model
+        self.net, self.share = net, 1 / len(subjects)
         self.slope = {layer: torch.zeros(size, size) for layer in layers}
         self.offset = {layer: torch.zeros(size) for layer in layers}
         self.output = torch.zeros(size)
-        self._share = share
 
     def add(self, subject: Subject, *, at_a_time: int) -> None:
         """Differentiate one subject's prompt."""
@@ -90,12 +85,12 @@ class _Slopes:
             self.net, subject.ids, layers=list(self.slope), outputs=[last], at_a_time=at_a_time
         ):
             output = part.outputs[last, part.rows].float().cpu()
-            self.output[part.rows] += self._share * output
+            self.output[part.rows] += self.share * output
             for layer, gradients in part.gradients.items():
                 slope = gradients[:, subject.position].cpu()
                 state = part.states[layer][subject.position].float().cpu()
-                self.slope[layer][part.rows] += self._share * slope
-                self.offset[layer][part.rows] += self._share * (output - slope @ state)
+                self.slope[layer][part.rows] += self.share * slope
+                self.offset[layer][part.rows] += self.share * (output - slope @ state)
 
     def map(self, layer: int, *, beta: float, rank: int | None) -> dict[str, torch.Tensor]:
         """The map of a layer: `weight` = beta J, of `rank` directions unless that is None, and `bias`."""
@@ -111,31 +106,20 @@ def fit_lre(
     model: Model,
     rows: Sequence[Mapping[str, Any]],
     *,
-    prompt: str,
-    subject: str,
-    layers: Any = "all",
-    subjects: int = 8,
-    beta: float | None = None,
-    rank: int | None = None,
-    rows_at_a_time: int = 64,
-    seed: int = 0,
+    prompt: Annotated[str, Option("States the relation: 'The capital of {country} is'.")],
+    subject: Annotated[str, Option("The subject's column.")],
+    layers: Layers = "all",
+    subjects: Annotated[int, Option("How many it is fitted on.", 1)] = 8,
+    beta: Annotated[float | None, Option("The slope's factor; chosen unless given.")] = None,
+    rank: Annotated[int | None, Option("How many directions of the slope are kept.", 1)] = None,
+    rows_at_a_time: RowsAtATime = 64,
+    seed: Seed = 0,
     progress: Progress | None = None,
 ) -> Outcome:
     """Fit a relation on some subjects, and score it on the others.
 
-    Args:
-        model: The model.
-        rows: The data.
-        prompt: States the relation; `{column}` is filled in from the data, and one column is the subject.
-        subject: The subject's column.
-        layers: l, each with l* the last block.
-        subjects: How many subjects it is fitted on (the paper's n).
-        beta: The slope's factor; None chooses for each layer the one of `BETAS` with the least KL to the
-            model on the subjects of the fit.
-        rank: How many directions of J are kept, the largest first; None keeps all.
-        rows_at_a_time: How many rows of the Jacobians a backward pass gives.
-        seed: Decides which subjects it is fitted on.
-        progress: Called with (subjects done, subjects in total).
+    Unless `beta` is given, each layer takes the one of `BETAS` with the least KL on the subjects of the fit.
+    `rank` keeps the largest directions of J.
 
     Returns:
         For each (l, last block), `weight` and `bias`; `held_out` is a `RelationScore` for each.
@@ -152,22 +136,18 @@ def fit_lre(
             hint=f"The rank is at most d_model, {model.info.d_model}.",
         )
     chosen = choose_layers(model, layers)
-    examples = [find_subject(model, row, prompt=prompt, subject=subject) for row in rows]
-    names = dict(zip(examples, (str(row[subject]) for row in rows), strict=True))
-    check_subjects(len(names), subjects)
-    parts = split_items(list(names), held_out=1 - subjects / len(names), seed=seed, what="prompts")
+    names = {_find_subject(model, row, prompt=prompt, subject=subject): str(row[subject]) for row in rows}
+    parts = _split(list(names), subjects=subjects, seed=seed)
     with frozen(model) as net:
         slopes = _Slopes(net, parts.fitted, chosen)
-        for done, example in enumerate(parts.fitted, start=1):
+        for example in counted(parts.fitted, progress):
             slopes.add(example, at_a_time=rows_at_a_time)
-            if progress is not None:
-                progress(done, len(parts.fitted))
-        maps, scores, betas = {}, [], {}
         fitted, held_out = (_read_answers(net, part, chosen) for part in (parts.fitted, parts.held_out))
-        for layer in chosen:
-            betas[layer] = fitted[layer].best_beta(slopes, rank) if beta is None else beta
-            maps[layer] = slopes.map(layer, beta=betas[layer], rank=rank)
-            scores.append(held_out[layer].score(maps[layer], mean=slopes.output, beta=betas[layer]))
+        betas = {layer: fitted[layer].best_beta(slopes, rank) if beta is None else beta for layer in chosen}
+        maps = {layer: slopes.map(layer, beta=betas[layer], rank=rank) for layer in chosen}
+        scores = [
+            held_out[layer].score(maps[layer], mean=slopes.output, beta=betas[layer]) for layer in chosen
+        ]
     return Outcome(
         kind="lre",
         maps={(layer, model.info.n_layers - 1): tensors for layer, tensors in maps.items()},
@@ -184,26 +164,18 @@ def fit_lre(
     )
 
 
-def check_subjects(count: int, subjects: int) -> None:
-    """Check that there are more prompts than the relation is fitted on, so that some can be held out.
-
-    Raises:
-        DataError: There are not.
-    """
-    if count <= subjects:
+def _split(prompts: Sequence[Subject], *, subjects: int, seed: int) -> Parts[Subject]:
+    """Choose the prompts that the relation is fitted on, and hold out the others."""
+    if len(prompts) <= subjects:
         raise DataError(
-            f"{count} different prompts are too few to fit on {subjects} and hold others out.",
+            f"{len(prompts)} different prompts are too few to fit on {subjects} and hold others out.",
             hint=f"Give {subjects + 1} rows or more, or fit on fewer subjects.",
         )
+    return split_items(prompts, held_out=1 - subjects / len(prompts), seed=seed, what="prompts")
 
 
-def find_subject(model: Model, row: Mapping[str, Any], *, prompt: str, subject: str) -> Subject:
-    """Fill in a relation's prompt, and find the subject's last token in it.
-
-    Raises:
-        DataError: The subject's column is missing, or the prompt does not name it.
-        PositionError: The subject does not end with a whole token.
-    """
+def _find_subject(model: Model, row: Mapping[str, Any], *, prompt: str, subject: str) -> Subject:
+    """Fill in a relation's prompt, and find the subject's last token in it."""
     if subject not in row:
         raise DataError(
             f"subject={subject!r} is not a column of the data.", hint=did_you_mean(subject, list(row))
@@ -218,14 +190,7 @@ def find_subject(model: Model, row: Mapping[str, Any], *, prompt: str, subject: 
 
 
 class _Answers:
-    """The model's own states and predictions for some subjects, to compare maps of one layer with.
-
-    Args:
-        net: The model.
-        states: (n, d_model), s.
-        outputs: (n, d_model), o.
-        layer: l.
-    """
+    """The model's own s and o for some subjects, (n, d_model), to compare maps of one layer with."""
 
     def __init__(self, net: Frozen, states: torch.Tensor, outputs: torch.Tensor, layer: int) -> None:
         self.net, self.layer, self.states = net, layer, states
@@ -235,22 +200,22 @@ class _Answers:
     def compare(self, f: Map) -> tuple[float, float]:
         """The share of equal top tokens, and the mean KL(model || f) in nats."""
         with torch.no_grad():
-            mapped = log_probabilities(self.net, f(self.states))
-        same = (mapped.argmax(-1) == self.own.argmax(-1)).double().mean()
-        return float(same), float(kl_nats(self.own, mapped).mean())
+            kl, same = compare(self.own, log_probabilities(self.net, f(self.states)))
+        return float(same.double().mean()), float(kl.mean())
 
     def best_beta(self, slopes: _Slopes, rank: int | None) -> float:
         """The beta of `BETAS` with the least KL."""
         unscaled = slopes.map(self.layer, beta=1.0, rank=rank)
 
         def loss(beta: float) -> float:
-            return self.compare(_on(self.net, unscaled | {"weight": beta * unscaled["weight"]}))[1]
+            scaled = unscaled | {"weight": beta * unscaled["weight"]}
+            return self.compare(affine_map(scaled, self.net.device))[1]
 
         return min(BETAS, key=loss)
 
     def score(self, tensors: Mapping[str, torch.Tensor], *, mean: torch.Tensor, beta: float) -> RelationScore:
-        """Score f beside the identity, and beside one state `mean` for all subjects."""
-        faithfulness, kl = self.compare(_on(self.net, tensors))
+        """Score f, the identity, and a map that gives the state `mean` for all subjects."""
+        faithfulness, kl = self.compare(affine_map(tensors, self.net.device))
         mean_faithfulness, mean_kl = self.compare(lambda states: mean.to(states).expand(len(states), -1))
         return RelationScore(
             source_layer=self.layer,
@@ -276,23 +241,16 @@ def _read_answers(net: Frozen, subjects: Sequence[Subject], layers: Sequence[int
     return {layer: _Answers(net, read[layer][:, 0], outputs, layer) for layer in layers}
 
 
-def _on(net: Frozen, tensors: Mapping[str, torch.Tensor]) -> Map:
-    """The map of some tensors, on the model's device."""
-    return affine_map(tensors["weight"].to(net.device), tensors["bias"].to(net.device))
-
-
 @dataclass(frozen=True, kw_only=True)
 class RelationKind(LastBlockKind):
     """The kind that is fitted on prompts which state a relation."""
 
     def check_data(self, request: Request, data: Rows) -> None:
         """As in `MappingKind`."""
-        options = request.options.options
-        subjects = {
-            find_subject(request.source, row, prompt=options["prompt"], subject=options["subject"])
-            for row in data.rows
-        }
-        check_subjects(len(subjects), self.option(request.options, "subjects"))
+        options = request.options
+        names = {name: options.options[name] for name in ("prompt", "subject")}
+        prompts = {_find_subject(request.source, row, **names) for row in data.rows}
+        _split(list(prompts), subjects=self.option(options, "subjects"), seed=options.seed)
 
 
 KIND = RelationKind(
@@ -300,15 +258,5 @@ KIND = RelationKind(
     summary="A relation as one affine map, from a subject's state to the last block (arXiv 2308.09124).",
     fit=fit_lre,
     reads="rows",
-    options={
-        "prompt": Option("States the relation: 'The capital of {country} is'."),
-        "subject": Option("The subject's column."),
-        "layers": LAYERS,
-        "subjects": Option("How many it is fitted on.", 1),
-        "beta": Option("The slope's factor; chosen unless given."),
-        "rank": Option("How many directions of the slope are kept.", 1),
-        "rows_at_a_time": ROWS_AT_A_TIME,
-        "seed": SEED,
-    },
     unit="subjects",
 )

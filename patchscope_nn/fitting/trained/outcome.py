@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
 from patchscope_nn.errors import MappingError
-from patchscope_nn.mappings import Provenance
+from patchscope_nn.mappings import Pair, Parts, Provenance
 from patchscope_nn.mappings.fitted import METADATA
-
-#: Called with (steps done, steps in total).
-Progress: TypeAlias = Callable[[int, int], None]
-#: (l, l*) -> the tensors of its map, by name.
-Maps: TypeAlias = Mapping[tuple[int, int], Mapping[str, torch.Tensor]]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -33,7 +28,7 @@ class Outcome:
     """
 
     kind: str
-    maps: Maps = field(repr=False)
+    maps: Mapping[Pair, Parts] = field(repr=False)
     held_out: tuple[Any, ...]
     provenance: dict[str, Any]
 
@@ -58,9 +53,6 @@ class FittedPrompt:
 
     def save(self, file: str | Path) -> Path:
         """Write a safetensors file: the tensor `soft_prompt`, and in its metadata where it comes from.
-
-        Returns:
-            The file.
 
         Raises:
             MappingError: It cannot be written.

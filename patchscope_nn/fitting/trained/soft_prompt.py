@@ -11,17 +11,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 
 from patchscope_nn._util.arguments import checked
 from patchscope_nn.errors import DataError, LayerError
 from patchscope_nn.fitting.reading import Row, read_rows
+from patchscope_nn.fitting.reporting import Progress
 from patchscope_nn.fitting.trained.frozen import Frozen, Write, choose_layers, frozen
-from patchscope_nn.fitting.trained.kind import MAX_TOKENS, SKIP_FIRST, Option, TrainedKind
-from patchscope_nn.fitting.trained.lens import kl_nats, log_probabilities
-from patchscope_nn.fitting.trained.outcome import FittedPrompt, Progress
+from patchscope_nn.fitting.trained.kind import MaxTokens, Option, SkipFirst, TrainedKind
+from patchscope_nn.fitting.trained.lens import compare, kl_nats, log_probabilities
+from patchscope_nn.fitting.trained.outcome import FittedPrompt
 from patchscope_nn.fitting.trained.splits import split_texts
 from patchscope_nn.fitting.trained.training import Training, descend
 from patchscope_nn.mappings import Provenance, Space
@@ -61,23 +62,11 @@ class FutureScore:
 
 
 class _States(NamedTuple):
-    """States of texts, and what the model predicts after each.
+    """States of texts, the text that follows each, and what the model predicts from it."""
 
-    Attributes:
-        states: (n, 1, d_model), h at layer l.
-        following: (n, largest offset), the text's tokens after it.
-        outputs: (n, n_offsets, d_model), the last block's states on the text at each offset.
-    """
-
-    states: torch.Tensor
-    following: torch.Tensor
-    outputs: torch.Tensor
-
-
-class _SoftPrompt(torch.nn.Module):
-    def __init__(self, start: torch.Tensor) -> None:
-        super().__init__()
-        self.states = torch.nn.Parameter(start.clone())
+    states: torch.Tensor  # (n, 1, d_model), h at layer l
+    following: torch.Tensor  # (n, largest offset), the text's tokens after it
+    outputs: torch.Tensor  # (n, n_offsets, d_model), the last block's states on the text at each offset
 
 
 @checked
@@ -85,26 +74,19 @@ def fit_soft_prompt(
     model: Model,
     texts: Sequence[str],
     *,
-    layer: Any,
-    tokens: int = 10,
-    offsets: Sequence[int] = (0, 1),
-    max_tokens: int = 128,
-    skip_first: int = 1,
+    layer: Annotated[Any, Option("l, and l*: one layer.", selector=True)],
+    tokens: Annotated[int, Option("k, the prompt's length.", 1)] = 10,
+    offsets: Annotated[
+        Sequence[int], Option("The tokens to predict: 0 is the next, [0, 1] the next two.", selector=True)
+    ] = (0, 1),
+    max_tokens: MaxTokens = 128,
+    skip_first: SkipFirst = 1,
     training: Training | None = None,
     progress: Progress | None = None,
 ) -> FittedPrompt:
     """Learn a target prompt that makes the model predict from a state what it predicts in the text.
 
-    Args:
-        model: The model.
-        texts: What it reads.
-        layer: l, and l*: one layer.
-        tokens: k, the length of T; the authors use 10.
-        offsets: The n that are trained for.
-        max_tokens: How many tokens of a text are read.
-        skip_first: How many tokens at the beginning of a text are left out.
-        training: How to train; a batch is of states. None trains by default.
-        progress: Called with (steps done, steps in total).
+    `training.batch` counts states. The prompt is trained for all `offsets` together.
 
     Returns:
         The prompt, scored for each offset.
@@ -115,69 +97,62 @@ def fit_soft_prompt(
         ModelError: What follows the model's last block is not known.
     """
     training = training or _TRAINING
-    chosen = choose_layers(model, layer)
-    if len(chosen) != 1:
-        raise LayerError(
-            f"layer={layer!r} names {len(chosen)} layers; a soft prompt is learned for one.",
-            hint="Give one layer, and fit another prompt for the next.",
-        )
-    sorted_offsets = sorted(set(offsets))
-    if tokens < 1 or not sorted_offsets or sorted_offsets[0] < 0:
+    chosen = _one_layer(model, layer)
+    if tokens < 1 or not offsets or min(offsets) < 0:
         raise DataError(
             f"tokens={tokens} and offsets={list(offsets)} leave nothing to learn.",
             hint="Give 1 token or more, and offsets from 0 (the next token).",
         )
-    parts = split_texts(
-        texts,
-        model.tokenizer,
-        held_out=training.held_out,
-        stopping=training.stopping,
-        seed=training.seed,
-        max_tokens=max_tokens,
-        least=skip_first + sorted_offsets[-1] + 1,
-    )
+    settings: dict[str, Any] = {"layer": chosen, "tokens": tokens, "offsets": sorted(set(offsets))}
+    least = skip_first + max(offsets) + 1
+    parts = split_texts(texts, model.tokenizer, max_tokens=max_tokens, least=least, **training.shares)
     with frozen(model) as net:
-        course = _Course(net, layer=chosen[0], tokens=tokens, offsets=sorted_offsets)
-        fitted = course.read(parts.fitted, skip_first=skip_first)
+        course = _Course(net, **settings)
+        fitted, held_out = (
+            course.read(part, skip_first=skip_first) for part in (parts.fitted, parts.held_out)
+        )
         stopping = course.read(parts.stopping, skip_first=skip_first) if parts.stopping else None
-        held_out = course.read(parts.held_out, skip_first=skip_first)
         start = course.start(training.seed)
-        prompt = _SoftPrompt(start)
+        prompt = torch.nn.ParameterList([start.clone()])
         step = course.train(prompt, fitted, stopping, training=training, progress=progress)
-        scores = course.score(prompt.states.detach(), start, held_out, other=fitted)
-    numbers = {
+        learned = prompt[0].detach().clone()
+        scores = course.score(learned, start, held_out, other=fitted)
+    settings |= {"max_tokens": max_tokens, "skip_first": skip_first, "training": training.model_dump()}
+    about = Provenance(
+        source_model=Space.of(model.info),
+        target_model=Space.of(model.info),
+        settings=settings | {"n_texts": parts.counts(), "left_at_step": step},
+        held_out={(chosen, chosen): _numbers(scores)},
+        seed=training.seed,
+    )
+    return FittedPrompt(soft_prompt=learned, held_out=scores, about=about)
+
+
+def _one_layer(model: Model, layer: Any) -> int:
+    layers = choose_layers(model, layer)
+    if len(layers) != 1:
+        raise LayerError(
+            f"layer={layer!r} names {len(layers)} layers; a soft prompt is learned for one.",
+            hint="Give one layer, and fit another prompt for the next.",
+        )
+    return layers[0]
+
+
+def _numbers(scores: Sequence[FutureScore]) -> dict[str, float]:
+    """All scores by name, for example `kl_nats_0` for offset 0."""
+    return {
         f"{name}_{score.offset}": value
         for score in scores
         for name, value in asdict(score).items()
         if name not in ("layer", "offset")
     }
-    return FittedPrompt(
-        soft_prompt=prompt.states.detach().clone(),
-        held_out=scores,
-        about=Provenance(
-            source_model=Space.of(model.info),
-            target_model=Space.of(model.info),
-            settings={
-                "layer": chosen[0],
-                "tokens": tokens,
-                "offsets": sorted_offsets,
-                "max_tokens": max_tokens,
-                "skip_first": skip_first,
-                "training": training.model_dump(),
-                "n_texts": parts.counts(),
-                "left_at_step": step,
-            },
-            held_out={(chosen[0], chosen[0]): numbers},
-            seed=training.seed,
-        ),
-    )
 
 
 class _Course:
     """The training of one prompt."""
 
-    def __init__(self, net: Frozen, *, layer: int, tokens: int, offsets: Sequence[int]) -> None:
-        self.net, self.layer, self.tokens, self.offsets = net, layer, tokens, list(offsets)
+    def __init__(self, net: Frozen, *, layer: int, tokens: int, offsets: list[int]) -> None:
+        self.net, self.layer, self.tokens, self.offsets = net, layer, tokens, offsets
 
     def start(self, seed: int) -> torch.Tensor:
         """The states of k random tokens at the input of block 0, (k, d_model)."""
@@ -211,7 +186,7 @@ class _Course:
 
     def train(
         self,
-        prompt: _SoftPrompt,
+        prompt: torch.nn.ParameterList,
         fitted: _States,
         stopping: _States | None,
         *,
@@ -226,14 +201,13 @@ class _Course:
             states, following, outputs = (part[batch] for part in fitted)
             with torch.no_grad():
                 own = log_probabilities(self.net, outputs)
-            yield kl_nats(own, self.predict(prompt.states, states, following)).mean()
+            yield kl_nats(own, self.predict(prompt[0], states, following)).mean()
 
         def score() -> dict[str, float]:
-            return {"prompt": float(self.compare(prompt.states, stopping)[0].mean()) if stopping else 0.0}
+            return {"prompt": float(self.compare(prompt[0], stopping)[0].mean()) if stopping else 0.0}
 
-        return descend({"prompt": prompt}, losses=losses, score=score, training=training, progress=progress)[
-            "prompt"
-        ]
+        steps = descend({"prompt": prompt}, losses=losses, score=score, training=training, progress=progress)
+        return steps["prompt"]
 
     def compare(self, prompt: torch.Tensor, data: _States) -> tuple[torch.Tensor, torch.Tensor]:
         """For each offset, the mean KL in nats, and the share of equal top tokens."""
@@ -242,22 +216,19 @@ class _Course:
             states, following, outputs = (part[batch] for part in data)
             with torch.no_grad():
                 own, on_prompt = log_probabilities(self.net, outputs), self.predict(prompt, states, following)
-            same = own.argmax(-1) == on_prompt.argmax(-1)
-            numbers.append(torch.stack([kl_nats(own, on_prompt), same.float()]))
+            kl, same = compare(own, on_prompt)
+            numbers.append(torch.stack([kl, same.float()]))
         kl, same = torch.cat(numbers, dim=1).double().mean(1)
         return kl, same
 
     def score(
         self, prompt: torch.Tensor, start: torch.Tensor, held: _States, *, other: _States
     ) -> tuple[FutureScore, ...]:
-        """Score a prompt beside its start, and beside itself with the states of other texts."""
+        """Score a prompt, its start, and the prompt with the states of other texts."""
         indices = torch.arange(len(held.states)) % len(other.states)
         shuffled = held._replace(states=other.states[indices])
-        comparisons = (
-            self.compare(prompt, held),
-            self.compare(start, held),
-            self.compare(prompt, shuffled),
-        )
+        trials = {"": (prompt, held), "untrained_": (start, held), "shuffled_": (prompt, shuffled)}
+        compared = {prefix: self.compare(*trial) for prefix, trial in trials.items()}
         return tuple(
             FutureScore(
                 layer=self.layer,
@@ -265,8 +236,8 @@ class _Course:
                 n_states=len(held.states),
                 **{
                     f"{prefix}{name}": float(numbers[index])
-                    for prefix, comparison in zip(("", "untrained_", "shuffled_"), comparisons, strict=True)
-                    for name, numbers in zip(("kl_nats", "agreement"), comparison, strict=True)
+                    for prefix, pair in compared.items()
+                    for name, numbers in zip(("kl_nats", "agreement"), pair, strict=True)
                 },
             )
             for index, offset in enumerate(self.offsets)
@@ -278,13 +249,6 @@ KIND = TrainedKind(
     summary="A learned target prompt with which the model says what a state predicts (arXiv 2311.04897).",
     fit=fit_soft_prompt,
     reads="texts",
-    options={
-        "layer": Option("l, and l*: one layer.", selector=True),
-        "tokens": Option("k, the prompt's length.", 1),
-        "offsets": Option("The tokens to predict: 0 is the next, [0, 1] the next two.", selector=True),
-        "max_tokens": MAX_TOKENS,
-        "skip_first": SKIP_FIRST,
-    },
     training=_TRAINING,
     data="builtin:contexts",
 )

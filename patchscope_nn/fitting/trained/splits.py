@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from patchscope_nn.errors import DataError
 from patchscope_nn.spec.encoding import encode
@@ -35,15 +35,8 @@ def split_items(
 ) -> Parts[Item]:
     """Split items at random. Equal items count once, so that none is both fitted on and held out.
 
-    Args:
-        items: The items; hashable.
-        held_out: The share to hold out, above 0 and below 1.
-        seed: Decides the split.
-        stopping: The share that decides when to stop.
-        what: What error messages call the items.
-
-    Returns:
-        The parts; each part with a share above 0 has at least one item.
+    `held_out` and `stopping` are shares; each part with a share above 0 has at least one item. Error messages
+    call the items `what`.
 
     Raises:
         DataError: The shares leave nothing to fit on, or there are too few items for one in each part.
@@ -67,28 +60,11 @@ def split_items(
 
 
 def split_texts(
-    texts: Sequence[str],
-    tokenizer: object,
-    *,
-    held_out: float,
-    seed: int,
-    stopping: float = 0.0,
-    max_tokens: int,
-    least: int,
+    texts: Sequence[str], tokenizer: object, *, max_tokens: int, least: int, **shares: Any
 ) -> Parts[tuple[int, ...]]:
-    """Tokenize texts and split them.
+    """Tokenize texts and split them with the `shares` of `split_items`.
 
-    Args:
-        texts: The texts.
-        tokenizer: A transformers tokenizer.
-        held_out: As in `split_items`.
-        seed: As in `split_items`.
-        stopping: As in `split_items`.
-        max_tokens: How many tokens of a text are read; the rest is cut off.
-        least: How many tokens a text needs; shorter ones are left out.
-
-    Returns:
-        Token ids; texts with the same first `max_tokens` tokens count once.
+    Texts are cut after `max_tokens`, and then those of fewer tokens than `least` are left out.
 
     Raises:
         DataError: As in `split_items`, or all texts are too short.
@@ -101,6 +77,4 @@ def split_texts(
             f"{max(map(len, encoded), default=0)}).",
             hint="Give longer texts, or skip fewer tokens at their beginning.",
         )
-    return split_items(
-        long, held_out=held_out, seed=seed, stopping=stopping, what=f"texts of {least} tokens or more"
-    )
+    return split_items(long, what=f"texts of {least} tokens or more", **shares)

@@ -9,8 +9,8 @@ text after T. The kinds have from one to d^2 parameters, and all start as the id
     trained_low_rank       f(h) = h + U V h + b
     trained_affine         f(h) = W h + b
 
-Much of what such a map gains may come from its bias, which does not depend on the state. So each fit is also
-scored with the identity, and with the states of other rows: the difference is what the state itself adds.
+Much of a map's gain may come from its bias, which does not depend on the state. Therefore each fit is also
+scored with the identity and with the states of other rows; the difference is what the state itself adds.
 """
 
 from __future__ import annotations
@@ -18,17 +18,19 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Annotated, Any, TypeAlias
 
 import torch
 
 from patchscope_nn._util.arguments import checked
 from patchscope_nn.errors import LayerError, MappingError, did_you_mean
-from patchscope_nn.fitting.trained.examples import Example, make_examples, read_examples, text_nll_nats
+from patchscope_nn.fitting.reading import Row, read_rows
+from patchscope_nn.fitting.reporting import Progress
+from patchscope_nn.fitting.trained.examples import Example, make_examples
 from patchscope_nn.fitting.trained.forms import Affine, Form, LowRank, ScalarAffine, Scale
-from patchscope_nn.fitting.trained.frozen import Frozen, check_weights, frozen
+from patchscope_nn.fitting.trained.frozen import Frozen, Write, check_weights, frozen
 from patchscope_nn.fitting.trained.kind import MappingKind, Option, Request, Rows
-from patchscope_nn.fitting.trained.outcome import Outcome, Progress
+from patchscope_nn.fitting.trained.outcome import Outcome
 from patchscope_nn.fitting.trained.splits import Parts, split_items
 from patchscope_nn.fitting.trained.training import Training, descend
 from patchscope_nn.models import Model
@@ -74,25 +76,16 @@ def fit_through_text(
     kind: str,
     source: Source,
     target: Target,
-    text: str,
+    text: Annotated[str, Option("What should follow T: ' {description}'.")],
     target_model: Model | None = None,
-    rank: int | None = None,
+    rank: Annotated[int | None, Option("The rank of U V, for trained_low_rank; 8 unless given.", 1)] = None,
     training: Training | None = None,
     progress: Progress | None = None,
 ) -> Outcome:
-    """Train one map for each (l, l*).
+    """Train one map of a kind of `KINDS` for each (l, l*); `training.batch` counts rows.
 
-    Args:
-        model: M, whose states are read.
-        rows: The data.
-        kind: One of `KINDS`.
-        source: S, i and l.
-        target: T, i* and l*; `same` pairs l* with l, other layers are crossed with all l.
-        text: What should follow T, for example ` {description}`; `{column}` is filled in from the data.
-        target_model: M*, which reads T; None is M.
-        rank: The rank of U V, only for `trained_low_rank`; None is 8.
-        training: How to train; a batch is of rows. None trains by the kind's default.
-        progress: Called with (steps done, steps in total).
+    If the layer of `target` is `same`, l* is l; other target layers are crossed with all l. `target_model` is
+    M*, by default M. Prompts and `text` are filled in from each row.
 
     Returns:
         For each (l, l*) its tensors; `held_out` is a `TextScore` for each.
@@ -102,22 +95,9 @@ def fit_through_text(
             rows, or the two models' states differ in size.
     """
     to = target_model or model
-    if kind not in KINDS:
-        raise MappingError(
-            f"{kind!r} is not a kind that is trained through a text.", hint=did_you_mean(kind, list(KINDS))
-        )
-    size = model.info.d_model
-    if rank is not None and kind != "trained_low_rank":
-        raise MappingError(f"rank={rank} belongs to trained_low_rank, and this is {kind}; leave it out.")
-    rank = min(_RANK, size) if rank is None else rank
-    if to.info.d_model != size or not 1 <= rank <= size:
-        raise MappingError(
-            f"{kind} of rank {rank} starts as the identity, between states of {size} numbers and of "
-            f"{to.info.d_model}.",
-            hint="Train between models of one d_model, with a rank of 1 to d_model; else fit: affine.",
-        )
+    chosen_rank = _check_form(kind, rank, size=model.info.d_model, other=to.info.d_model)
     training = training or KINDS[kind].training or Training()
-    pairs = find_pairs(model, to, source=source, target=target)
+    pairs = _find_pairs(model, to, source=source, target=target)
     examples = make_examples(rows, model=model, to=to, source=source, target=target, text=text)
     parts = _split(examples, training)
     maps, scores, steps = {}, [], {}
@@ -125,9 +105,10 @@ def fit_through_text(
         read = _read(model, parts, sorted({layer for layer, _ in pairs}), net.device)
         for index, (layer, layer_star) in enumerate(pairs):
             torch.manual_seed(training.seed)  # for V, the only random start
-            form = KINDS[kind].form(size, rank).to(net.device)
-            course = _Course(net, parts, read[layer], layer=layer_star, training=training)
-            steps[f"{layer},{layer_star}"] = course.train(form, _within(progress, index, len(pairs)))
+            form = KINDS[kind].form(model.info.d_model, chosen_rank).to(net.device)
+            course = _Course(net, read[layer], layer=layer_star)
+            own_progress = _progress_within(progress, index, len(pairs))
+            steps[f"{layer},{layer_star}"] = course.train(form, training, own_progress)
             maps[layer, layer_star] = form.tensors()
             scores.append(course.score(form, source_layer=layer))
     return Outcome(
@@ -138,7 +119,7 @@ def fit_through_text(
             "source": source.model_dump(mode="json"),
             "target": target.model_dump(mode="json"),
             "text": text,
-            "rank": rank if kind == "trained_low_rank" else None,
+            "rank": chosen_rank if kind == "trained_low_rank" else None,
             "training": training.model_dump(),
             "n_rows": parts.counts(),
             "left_at_step": steps,
@@ -146,13 +127,25 @@ def fit_through_text(
     )
 
 
-def find_pairs(model: Model, to: Model, *, source: Source, target: Target) -> list[tuple[int, int]]:
-    """Resolve the layers of a source and a target to pairs (l, l*).
+def _check_form(kind: str, rank: int | None, *, size: int, other: int) -> int:
+    """Check the kind, its rank and the sizes of both models' states, and return the rank."""
+    if kind not in KINDS:
+        raise MappingError(
+            f"{kind!r} is not a kind that is trained through a text.", hint=did_you_mean(kind, list(KINDS))
+        )
+    if rank is not None and kind != "trained_low_rank":
+        raise MappingError(f"rank={rank} belongs to trained_low_rank, and this is {kind}; leave it out.")
+    rank = min(_RANK, size) if rank is None else rank
+    if other != size or not 1 <= rank <= size:
+        raise MappingError(
+            f"{kind} of rank {rank} starts as the identity, between states of {size} numbers and of {other}.",
+            hint="Train between models of one d_model, with a rank of 1 to d_model; else fit: affine.",
+        )
+    return rank
 
-    Raises:
-        LayerError: A layer lies outside its model.
-        MappingError: A field other than the prompt, the position and the layer is set.
-    """
+
+def _find_pairs(model: Model, to: Model, *, source: Source, target: Target) -> list[tuple[int, int]]:
+    """Resolve the layers to pairs (l, l*). A source or target may set only the fields of `_USED`."""
     for name, side in (("source", source), ("target", target)):
         for field, description in type(side).model_fields.items():
             value = getattr(side, field)
@@ -176,90 +169,88 @@ def find_pairs(model: Model, to: Model, *, source: Source, target: Target) -> li
 
 def _split(examples: Sequence[Example], training: Training) -> Parts[Example]:
     """Split examples by their source prompts, so that no prompt is both fitted on and held out."""
-    prompts = split_items(
-        [example.source for example in examples],
-        held_out=training.held_out,
-        stopping=training.stopping,
-        seed=training.seed,
-        what="source prompts",
-    )
+    prompts = split_items([each.source for each in examples], what="source prompts", **training.shares)
     return Parts(*([example for example in examples if example.source in set(part)] for part in prompts))
 
 
-class _States(NamedTuple):
-    """The states of the examples of each part, (n_examples, n_read, d_model), in float32."""
-
-    fitted: torch.Tensor
-    stopping: torch.Tensor
-    held_out: torch.Tensor
+#: A training example with its source states, (n_read, d_model) in float32.
+_Given: TypeAlias = tuple[Example, torch.Tensor]
+_Map: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 
 
-def _read(model: Model, parts: Parts[Example], layers: Sequence[int], device: Any) -> dict[int, _States]:
+def _read(
+    model: Model, parts: Parts[Example], layers: Sequence[int], device: Any
+) -> dict[int, Parts[_Given]]:
     """Read the source states of all examples at each layer."""
     check_weights(model)
-    read = [read_examples(model, part, layers) for part in parts]
-    return {layer: _States(*(part[layer].float().to(device) for part in read)) for layer in layers}
+    read = [
+        read_rows([Row(each.source, each.source_positions) for each in part], layers, model) for part in parts
+    ]
+
+    def of_layer(layer: int) -> Iterator[list[_Given]]:
+        for part, states in zip(parts, read, strict=True):
+            yield [(each, state.float().to(device)) for each, state in zip(part, states[layer], strict=True)]
+
+    return {layer: Parts(*of_layer(layer)) for layer in layers}
 
 
 class _Course:
-    """The training of one map."""
+    """The training and scoring of one map, written at `layer`."""
 
-    def __init__(
-        self, net: Frozen, parts: Parts[Example], states: _States, *, layer: int, training: Training
-    ) -> None:
-        self.net, self.parts, self.states = net, parts, states
-        self.layer, self.training = layer, training
-        self._generator = torch.Generator().manual_seed(training.seed)
+    def __init__(self, net: Frozen, parts: Parts[_Given], *, layer: int) -> None:
+        self.net, self.parts, self.layer = net, parts, layer
 
-    def train(self, f: torch.nn.Module, progress: Progress | None) -> int:
+    def train(self, f: torch.nn.Module, training: Training, progress: Progress | None) -> int:
         """Train a map, and return the step whose weights it has."""
+        fitted, generator = self.parts.fitted, torch.Generator().manual_seed(training.seed)
 
         def losses() -> Iterator[torch.Tensor]:
-            order = torch.randperm(len(self.parts.fitted), generator=self._generator)
-            batch = order[: self.training.batch].tolist()
-            examples = [self.parts.fitted[index] for index in batch]
-            loss, tokens = self._nll(examples, f(self.states.fitted[batch]))
+            batch = torch.randperm(len(fitted), generator=generator)[: training.batch].tolist()
+            loss, tokens = self._nll([fitted[index] for index in batch], f)
             yield loss / tokens
 
-        return descend(
-            {"f": f},
-            losses=losses,
-            score=lambda: {"f": self._mean(self.parts.stopping, self.states.stopping, f)},
-            training=self.training,
-            progress=progress,
-        )["f"]
+        def score() -> dict[str, float]:
+            return {"f": self._mean(self.parts.stopping, f)}
+
+        return descend({"f": f}, losses=losses, score=score, training=training, progress=progress)["f"]
 
     def score(self, f: torch.nn.Module, *, source_layer: int) -> TextScore:
         """Score a map on the held-out examples."""
-        held = self.parts.held_out
-        other = torch.arange(len(held)) % len(self.parts.fitted)
+        fitted, held = self.parts.fitted, self.parts.held_out
+        shuffled = [(each, fitted[index % len(fitted)][1]) for index, (each, _) in enumerate(held)]
         with torch.no_grad():
             return TextScore(
                 source_layer=source_layer,
                 target_layer=self.layer,
                 n_rows=len(held),
-                n_tokens=sum(len(example.text) for example in held),
-                nll_nats=self._mean(held, self.states.held_out, f),
-                untrained_nll_nats=self._mean(held, self.states.held_out, lambda states: states),
-                shuffled_nll_nats=self._mean(held, self.states.fitted[other], f),
+                n_tokens=sum(len(each.text) for each, _ in held),
+                nll_nats=self._mean(held, f),
+                untrained_nll_nats=self._mean(held, lambda states: states),
+                shuffled_nll_nats=self._mean(shuffled, f),
             )
 
-    def _mean(
-        self, examples: Sequence[Example], states: torch.Tensor, f: Callable[[torch.Tensor], torch.Tensor]
-    ) -> float:
-        total, tokens = 0.0, 0
-        for start in range(0, len(examples), _BATCH):
-            batch = slice(start, start + _BATCH)
-            loss, count = self._nll(examples[batch], f(states[batch]))
-            total, tokens = total + float(loss), tokens + count
-        return total / tokens
+    def _mean(self, examples: Sequence[_Given], f: _Map) -> float:
+        """The mean -log p of a token of the examples' texts, in nats."""
+        batches = [examples[start : start + _BATCH] for start in range(0, len(examples), _BATCH)]
+        sums = [self._nll(batch, f) for batch in batches]
+        return sum(float(loss) for loss, _ in sums) / sum(tokens for _, tokens in sums)
 
-    def _nll(self, examples: Sequence[Example], mapped: torch.Tensor) -> tuple[torch.Tensor, int]:
-        return text_nll_nats(self.net, examples, mapped, layer=self.layer)
+    def _nll(self, examples: Sequence[_Given], f: _Map) -> tuple[torch.Tensor, int]:
+        """The sum of -log p over the tokens of the texts after T, in nats, and the number of these tokens."""
+        given = [example for example, _ in examples]
+        mapped = f(torch.stack([states for _, states in examples]))
+        write = Write(layer=self.layer, positions=[each.target_positions for each in given], states=mapped)
+        batch = self.net.batch([each.target + each.text for each in given])
+        last = self.net.run(batch, read={self.net.last}, writes=[write])[self.net.last]
+        rows = [row for row, each in enumerate(given) for _ in each.text]
+        columns = [len(each.target) - 1 + index for each in given for index in range(len(each.text))]
+        expected = torch.tensor([token for each in given for token in each.text], device=last.device)
+        logits = self.net.unembed(last[rows, columns]).float()
+        return torch.nn.functional.cross_entropy(logits, expected, reduction="sum"), len(expected)
 
 
-def _within(progress: Progress | None, index: int, count: int) -> Progress | None:
-    """The progress of one of several courses, as progress of the whole."""
+def _progress_within(progress: Progress | None, index: int, count: int) -> Progress | None:
+    """Reports the progress of one map as progress of all maps."""
     if progress is None:
         return None
     return lambda done, total: progress(index * total + done, count * total)
@@ -267,11 +258,7 @@ def _within(progress: Progress | None, index: int, count: int) -> Progress | Non
 
 @dataclass(frozen=True, kw_only=True)
 class ThroughText(MappingKind):
-    """A form of map that is trained through a text.
-
-    Attributes:
-        form: The map as a module.
-    """
+    """A kind whose map is trained through a text; `form` is the map as a module."""
 
     form: type[Form]
 
@@ -281,10 +268,10 @@ class ThroughText(MappingKind):
             tensors = self.form(d_model, 1).tensors()
         return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
-    def check(self, request: Request, *, away: bool) -> None:  # noqa: ARG002 (only prompts and sizes matter)
+    def check(self, request: Request) -> None:
         """As in `MappingKind`."""
-        source, target = request.prompts()
-        find_pairs(request.source, request.target, source=source, target=target)
+        source, target = request.prompts
+        _find_pairs(request.source, request.target, source=source, target=target)
         size, other = request.source.info.d_model, request.target.info.d_model
         rank = request.options.rank
         if size != other or (rank or 1) > size:
@@ -296,48 +283,35 @@ class ThroughText(MappingKind):
 
     def check_data(self, request: Request, data: Rows) -> None:
         """As in `MappingKind`."""
-        source, target = request.prompts()
-        examples = make_examples(
-            data.rows,
-            model=request.source,
-            to=request.target,
-            source=source,
-            target=target,
-            text=request.options.options["text"],
-        )
+        source, target = request.prompts
+        models = {"model": request.source, "to": request.target}
+        text = request.options.options["text"]
+        examples = make_examples(data.rows, **models, source=source, target=target, text=text)
         _split(examples, self.training_of(request.options))
 
     def arguments(self, request: Request, layers: Sequence[int]) -> dict[str, Any]:  # noqa: ARG002 (S names them)
         """As in `MappingKind`."""
-        source, target = request.prompts()
+        source, target = request.prompts
         training = self.training_of(request.options)
         return {"source": source, "target": target, "training": training, **self.own_options(request.options)}
 
 
-def _kind(name: str, formula: str, form: type[Form], *, learning_rate: float) -> ThroughText:
-    return ThroughText(
+#: The kinds of this file, by name. Maps with fewer parameters take larger steps.
+KINDS: dict[str, ThroughText] = {
+    name: ThroughText(
         name=name,
         summary=f"f(h) = {formula}, trained so that a text follows T with f(h) in it (arXiv 2602.10352).",
         fit=functools.partial(fit_through_text, kind=name),
         reads="rows",
-        options={
-            "text": Option("What should follow T: ' {description}'."),
-            "rank": Option("The rank of U V, for trained_low_rank; 8 unless given.", 1),
-        },
         training=Training(learning_rate=learning_rate, batch=16),
         two_models=True,
         uses_prompts=True,
         form=form,
     )
-
-
-#: The kinds of this file, by name. Maps with fewer parameters take larger steps.
-KINDS: dict[str, ThroughText] = {
-    kind.name: kind
-    for kind in (
-        _kind("trained_scale", "a h", Scale, learning_rate=0.05),
-        _kind("trained_scalar_affine", "a h + b", ScalarAffine, learning_rate=0.02),
-        _kind("trained_low_rank", "h + U V h + b", LowRank, learning_rate=0.002),
-        _kind("trained_affine", "W h + b", Affine, learning_rate=0.001),
+    for name, formula, form, learning_rate in (
+        ("trained_scale", "a h", Scale, 0.05),
+        ("trained_scalar_affine", "a h + b", ScalarAffine, 0.02),
+        ("trained_low_rank", "h + U V h + b", LowRank, 0.002),
+        ("trained_affine", "W h + b", Affine, 0.001),
     )
 }

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping
-from typing import Annotated, Generic, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import torch
 from pydantic import Field
 
-from patchscope_nn.fitting.trained.outcome import Progress
+from patchscope_nn.fitting.reporting import Progress
 from patchscope_nn.spec import Spec
 
 #: How many times the maps are scored on the part that decides when to stop.
@@ -21,23 +21,28 @@ Key = TypeVar("Key")
 
 
 class Training(Spec):
-    """How something is trained.
+    """How something is trained: by Adam, whose learning rate falls linearly to zero.
 
-    Attributes:
-        steps: Steps of the optimiser (Adam); its learning rate falls linearly to zero.
-        batch: How many items a step sees: tokens for a lens, rows for maps trained through a text.
-        learning_rate: The initial learning rate.
-        held_out: The share of the data that scores are computed on, and nothing else.
-        stopping: The share that chooses the best step for each map; 0 keeps the last step.
-        seed: Decides what is held out, the order of the data, and random starts.
+    The descriptions of the fields are the help texts of the command line.
     """
 
     steps: Annotated[int, Field(ge=1)] = 300
+    """Steps of the optimiser."""
     batch: Annotated[int, Field(ge=1)] = 64
+    """What a step sees: tokens, or rows."""
     learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-3
+    """Adam's rate at first."""
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """The share of the data that it is scored on, and nothing else."""
     stopping: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """The share that chooses the best step; 0 keeps the last."""
     seed: Annotated[int, Field(ge=0)] = 0
+    """Decides what is held out, the order of the data, random starts."""
+
+    @property
+    def shares(self) -> dict[str, Any]:
+        """The fields that decide how data is split, as `split_items` takes them."""
+        return self.model_dump(include={"held_out", "stopping", "seed"})
 
 
 def descend(
@@ -64,8 +69,16 @@ def descend(
         (weight for module in maps.values() for weight in module.parameters()), lr=training.learning_rate
     )
     rate = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 1 - step / training.steps)
-    best = _Best(maps, score if training.stopping else None)
-    best.update(0)
+    best = {key: (float("inf"), 0, copy.deepcopy(module.state_dict())) for key, module in maps.items()}
+
+    def keep_best(step: int) -> None:
+        with torch.no_grad():
+            scores = score() if training.stopping else dict.fromkeys(maps, float(-step))
+        for key, loss in scores.items():
+            if loss < best[key][0]:
+                best[key] = (loss, step, copy.deepcopy(maps[key].state_dict()))
+
+    keep_best(0)
     for step in range(1, training.steps + 1):
         optimiser.zero_grad()
         for loss in losses():
@@ -75,31 +88,9 @@ def descend(
         optimiser.step()
         rate.step()
         if step % max(1, training.steps // _CHECKS) == 0 or step == training.steps:
-            best.update(step)
+            keep_best(step)
         if progress is not None:
             progress(step, training.steps)
-    return best.restore()
-
-
-class _Best(Generic[Key]):
-    """Keeps the weights with which each map scored best; without a score, the latest weights."""
-
-    def __init__(
-        self, maps: Mapping[Key, torch.nn.Module], score: Callable[[], Mapping[Key, float]] | None
-    ) -> None:
-        self.maps, self.score = maps, score
-        self.losses = dict.fromkeys(maps, float("inf"))
-        self.kept: dict[Key, tuple[int, dict[str, torch.Tensor]]] = {}
-
-    def update(self, step: int) -> None:
-        with torch.no_grad():
-            losses = dict.fromkeys(self.maps, 0.0) if self.score is None else self.score()
-        for key, loss in losses.items():
-            if self.score is None or loss < self.losses[key]:
-                self.losses[key] = loss
-                self.kept[key] = (step, copy.deepcopy(self.maps[key].state_dict()))
-
-    def restore(self) -> dict[Key, int]:
-        for key, (_, state) in self.kept.items():
-            self.maps[key].load_state_dict(state)
-        return {key: step for key, (step, _) in self.kept.items()}
+    for key, (_, _, weights) in best.items():
+        maps[key].load_state_dict(weights)
+    return {key: step for key, (_, step, _) in best.items()}
