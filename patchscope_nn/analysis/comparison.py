@@ -102,13 +102,7 @@ class Comparison:
 
 
 def compare(runs: Sequence[ComparedRun]) -> Comparison:
-    """Compare runs cell by cell.
-
-    Args:
-        runs: Two or more runs, with different names.
-
-    Returns:
-        The comparison.
+    """Compare two or more runs with different names cell by cell.
 
     Raises:
         InputError: There are fewer than two runs, two share a name, or they share no metric or no cell.
@@ -207,14 +201,7 @@ def _read(run: ComparedRun, column: str) -> pd.DataFrame:
 def _lines(
     metric: str, cells: Mapping[str, pd.DataFrame], runs: Sequence[ComparedRun], n_tests: int
 ) -> Iterator[list[Any]]:
-    """Yield the differences of one metric: each run against the first that has it, then against its controls.
-
-    Args:
-        metric: The metric.
-        cells: The cells that have a value of it, by run.
-        runs: All runs.
-        n_tests: The number of t-tests to correct for.
-    """
+    """Yield one metric's differences: each run against the first that has it, then against its controls."""
     by_name = {run.name: run for run in runs}
     first, *others = cells
     for other in others:
@@ -250,12 +237,7 @@ def _name_rows(cells: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
 
 
 class _Pairs(NamedTuple):
-    """Paired cells: the row, the layer, and the value of each side.
-
-    Attributes:
-        table: A line for each pair, with columns row, source_layer, value and value_second.
-        unpaired: The number of cells of each side that have no partner.
-    """
+    """Pairs of cells (row, source_layer, value, value_second), and the number without one on each side."""
 
     table: pd.DataFrame
     unpaired: tuple[int, int]

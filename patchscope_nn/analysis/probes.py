@@ -58,12 +58,7 @@ class Predictions:
 
 
 def check_probe(labels: Sequence[str], prompts: Sequence[str], *, folds: int) -> None:
-    """Check, before anything runs, that a probe can be trained.
-
-    Args:
-        labels: The class of each data row.
-        prompts: The source prompt of each data row.
-        folds: The number of folds.
+    """Check, before anything runs, that a probe can be trained on the classes and prompts of the data rows.
 
     Raises:
         InputError: scikit-learn is not installed.
@@ -87,13 +82,7 @@ def check_probe(labels: Sequence[str], prompts: Sequence[str], *, folds: int) ->
 
 
 def fold_of(prompts: Sequence[str], *, folds: int, seed: int = 0) -> np.ndarray:
-    """Assign each data row to a fold, (row,); rows that share a source prompt share a fold.
-
-    Args:
-        prompts: The source prompt of each row.
-        folds: The number of folds.
-        seed: The seed that shuffles the prompts.
-    """
+    """Assign each data row to a fold, (row,); rows that share a source prompt share a fold."""
     from sklearn.model_selection import GroupKFold
 
     fold = np.zeros(len(prompts), dtype=int)
@@ -104,12 +93,7 @@ def fold_of(prompts: Sequence[str], *, folds: int, seed: int = 0) -> np.ndarray:
 
 
 def probe(states: States, *, seed: int = 0) -> Predictions:
-    """Train a probe for each fold and predict the classes of the states it holds out.
-
-    Args:
-        states: The states of one layer.
-        seed: The seed that shuffles labels.
-    """
+    """Train a probe for each fold of a layer's states, and predict the classes of the states it holds out."""
     generator = np.random.default_rng(seed)
     blank = np.full(len(states.label), "", dtype=object)
     predicted = Predictions(choice=blank, majority=blank.copy(), shuffled=blank.copy())

@@ -26,12 +26,7 @@ _FLIPS_AT_ONCE = 500
 class Intervals(NamedTuple):
     """Means of groups of cells with 95 % bootstrap intervals; each field is an array, (group,).
 
-    Attributes:
-        mean: The mean over the group's cells.
-        low: The lower end of the interval; NaN if the group has cells of one data row only.
-        high: The upper end of the interval.
-        n_rows: The number of data rows with cells in the group.
-        n_cells: The number of cells in the group.
+    An interval is NaN if the group has cells of one data row only.
     """
 
     mean: np.ndarray
@@ -73,9 +68,7 @@ def intervals(value: Any, *, row: Any, group: Any = None, draws: int = _DRAWS) -
 def layer_means(table: pd.DataFrame, *, metric: str) -> pd.DataFrame:
     """Compute a metric's mean for each control and pair of layers, with its 95 % bootstrap interval.
 
-    Args:
-        table: A run's table.
-        metric: A numeric column; cells without a value are left out.
+    Cells without a value are left out.
 
     Returns:
         Columns control ("patched" for the real cells), source_layer, target_layer (NaN for a control that
@@ -205,15 +198,9 @@ def scales_of(table: pd.DataFrame) -> pd.Series:
 
 
 class Paired(NamedTuple):
-    """The mean difference of pairs of cells.
+    """The mean difference of pairs of cells, with its 95 % bootstrap interval over data rows.
 
-    Attributes:
-        mean: The mean difference.
-        low: The lower end of its 95 % bootstrap interval over data rows.
-        high: The upper end of the interval.
-        n_rows: The number of data rows with pairs.
-        n_pairs: The number of pairs.
-        p: Two-sided p of the sign-flip permutation test over data rows; NaN for a single row.
+    p is two-sided, from the sign-flip permutation test over data rows; NaN for a single row.
     """
 
     mean: float
@@ -225,15 +212,11 @@ class Paired(NamedTuple):
 
 
 def paired(difference: Any, *, row: Any) -> Paired:
-    """Compute the mean of paired differences, its bootstrap interval, and a sign-flip permutation test.
+    """Compute the mean of finite paired differences, (pair,), its interval, and a sign-flip permutation test.
 
     Under the null hypothesis the differences of a row are as likely to have the opposite sign, so the signs
     of a row are flipped together (Fisher's randomisation test: Good 2005, section 3.2.1). All patterns of
     signs are tried for up to 13 rows, and 9,999 random ones for more.
-
-    Args:
-        difference: The difference of each pair, finite, (pair,).
-        row: The data row of each pair, (pair,).
     """
     values = np.asarray(difference, dtype=float)
     if not len(values):
@@ -263,13 +246,10 @@ def _sign_flip(sums: np.ndarray) -> float:
 
 
 class PairedT(NamedTuple):
-    """A paired t-test over layers.
+    """A paired t-test over layers, two-sided.
 
-    Attributes:
-        n_layers: The number of layers that were paired.
-        t: Student's t; NaN with fewer than two layers, or if all differences are equal.
-        p: Two-sided p.
-        p_bonferroni: p times the number of tests, at most 1.
+    t is NaN with fewer than two layers, or if all differences are equal. p_bonferroni is p times the number
+    of tests, at most 1.
     """
 
     n_layers: int
@@ -279,15 +259,11 @@ class PairedT(NamedTuple):
 
 
 def paired_t(first: Any, second: Any, *, tests: int = 1) -> PairedT:
-    """Compare two methods by the paper's test: paired t over layers, with Bonferroni's correction.
+    """Compare two methods' means at the same layers, (layer,), by the paper's test.
 
-    Section 4.2 and table 2. The layers of a model are not independent samples. The permutation test over
-    rows is the one to trust; this one is reported beside it for comparison with the paper.
-
-    Args:
-        first: The mean of one method at each layer, (layer,).
-        second: The mean of the other method at the same layers, (layer,).
-        tests: The number of tests to correct for.
+    Paired t over layers, with Bonferroni's correction for `tests` tests (section 4.2 and table 2). The layers
+    of a model are not independent samples. The permutation test over rows is the one to trust; this one is
+    reported beside it for comparison with the paper.
     """
     a, b = np.asarray(first, dtype=float), np.asarray(second, dtype=float)
     if len(a) < 2 or np.ptp(a - b) == 0:  # noqa: PLR2004 (a spread needs two)

@@ -56,15 +56,7 @@ class _Tokens:
 
 
 class Tabulator:
-    """Build the rows of a run's table.
-
-    Args:
-        sweep: The sweep.
-        uses: The metrics.
-        tokenizer: The target model's tokenizer.
-        mapping: The mapping's name.
-        derived: The columns computed by users' functions.
-    """
+    """Build the rows of a run's table; `tokenizer` is the target model's, `derived` the users' columns."""
 
     def __init__(
         self,
@@ -79,11 +71,7 @@ class Tabulator:
         self._tokens = _Tokens(tokenizer)
 
     def row(self, cell: Cell, raw: Mapping[str, Any]) -> dict[str, Any]:
-        """Build the row of one cell.
-
-        Args:
-            cell: The cell.
-            raw: The values that its readout returned inside the context.
+        """Build the row of one cell from the values that its readout returned inside the context.
 
         Returns:
             The columns of `columns_of`, by name. If a user's function fails, its column is None, `error` says
@@ -221,13 +209,9 @@ def write_parquet(
     *,
     kinds: Mapping[str, ColumnType] = {},
 ) -> None:
-    """Write a table part by part, so that it is never in memory as a whole.
+    """Write a table part by part, so that it is never in memory as a whole; `rows` may be read lazily.
 
-    Args:
-        rows: The rows, which may be read lazily.
-        names: The run's columns.
-        file: The parquet file.
-        kinds: The kind of each column computed by a user's function, as in `metrics.Column`.
+    `kinds` has the kind of each column computed by a user's function, as in `metrics.Column`.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq

@@ -23,11 +23,7 @@ class OneModel:
     device_map: options.DeviceMap = None
 
     def load(self) -> Any:
-        """Load the model, by default the builtin one.
-
-        Raises:
-            InputError: The model cannot be loaded.
-        """
+        """Load the model, by default the builtin one; InputError if it cannot be loaded."""
         from patchscope_nn.models import builtin
         from patchscope_nn.proof import load
 
@@ -64,11 +60,7 @@ class Models:
         }
 
     def places(self) -> Places:
-        """Return where M and M* run, and how they are loaded.
-
-        Raises:
-            InputError: `--remote` or `--source-remote` is not a valid place.
-        """
+        """Return where M and M* run, and how they are loaded; InputError if an option is not a place."""
         from patchscope_nn.backends import Places
 
         return Places.of(**self.where, dtype=self.dtype, device_map=self.device_map)
@@ -105,11 +97,7 @@ class Planning:
     memory: options.Memory = None
 
     def execution_options(self, switches: Any) -> dict[str, Any]:
-        """Return these options as arguments of `Execution`, with the optimisations that are switched on.
-
-        Raises:
-            InputError: `--memory` is not a valid size.
-        """
+        """Return these options as arguments of `Execution`, with the optimisations that are switched on."""
         from patchscope_nn.plan import Optimisations
 
         return {
@@ -121,14 +109,7 @@ class Planning:
 
 
 def grouped(command: Callable[..., None]) -> Callable[..., None]:
-    """Replace each parameter that is a group by its options, because typer needs a flat signature.
-
-    Args:
-        command: A command, some of whose parameters are dataclasses of options.
-
-    Returns:
-        The command with the flat signature.
-    """
+    """Replace each parameter that is a dataclass of options by its options: typer needs a flat signature."""
     signature = inspect.signature(command, eval_str=True)
     groups: dict[str, Any] = {
         name: parameter.annotation

@@ -196,11 +196,7 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
 
 
 def memory_value(text: str | None) -> int | None:
-    """Parse a size in bytes: a number, with or without a unit (2GiB and 2GB are both 2**31).
-
-    Raises:
-        InputError: The text is not a valid size.
-    """
+    """Parse a size in bytes: a number, with or without a unit (2GiB and 2GB are both 2**31)."""
     if text is None:
         return None
     size = _SIZE.fullmatch(text.strip())
@@ -222,11 +218,7 @@ def source_remote_value(text: str | None) -> bool | str | None:
 
 
 def parse_selector(text: str, *, option: str) -> Any:
-    """Parse a layer or position like YAML does: `3`, `[1, 2]`, `0:10`, `all`, or a text.
-
-    Raises:
-        InputError: The text is not valid YAML.
-    """
+    """Parse a layer or position like YAML does: `3`, `[1, 2]`, `0:10`, `all`, or a text."""
     import yaml
 
     if ":" in text and not text.startswith(("{", "[")):

@@ -25,12 +25,7 @@ class Planned(NamedTuple):
 
 
 def print_plans(planned: Mapping[str, Planned], *, as_json: bool) -> None:
-    """Print plans as trees, with their fits and the traffic between two models; or their counts as JSON.
-
-    Args:
-        planned: The plans by method; a recipe without methods has a single plan.
-        as_json: Print the counts as JSON.
-    """
+    """Print plans by method as trees, with their fits and the traffic between models; or as JSON counts."""
     if as_json:
         counts = {name: _plan_counts(entry) for name, entry in planned.items()}
         out_json({"methods": counts} if len(counts) > 1 else next(iter(counts.values())))

@@ -66,13 +66,7 @@ def waiting(what: str, *, quiet: bool) -> Iterator[None]:
 
 
 class Progress:
-    """Show progress: a bar on a terminal, elsewhere a plain line every few seconds.
-
-    Args:
-        what: The name of the task.
-        quiet: Print nothing.
-        unit: The name of the things that are counted.
-    """
+    """Show progress: a bar on a terminal, elsewhere a plain line every few seconds."""
 
     def __init__(self, what: str, *, quiet: bool, unit: str = "cells") -> None:
         self.what, self.quiet, self.unit = what, quiet, unit

@@ -27,15 +27,9 @@ def number_rows(rows: Iterable[Any]) -> Rows:
 
 
 def read_file(file: Path, *, name: str, base: Path | None) -> Rows:
-    """Read the rows of a file in the format of its ending.
+    """Read the rows of a file in the format of its ending; they are not yet checked to form a table.
 
-    Args:
-        file: The file.
-        name: What messages call it.
-        base: The folder a relative path starts from; None is the working directory.
-
-    Yields:
-        The rows, each with its place. They are not yet checked to form a table.
+    A relative path starts from `base`, or from the working directory.
 
     Raises:
         DataError: The file is missing, cannot be read, or has an unsupported format.

@@ -28,23 +28,14 @@ _ROWS = 128
 
 
 class Answers:
-    """Loads models and answers requests with them.
-
-    Args:
-        lenses: The lenses, by name.
-        options: Where and how models run.
-    """
+    """Loads models and answers requests with them."""
 
     def __init__(self, lenses: Mapping[str, Lens], options: Options) -> None:
         self.lenses, self.options, self.places = lenses, options, options.places()
         self._pairs: OrderedDict[tuple[str, str], tuple[Model, Model]] = OrderedDict()
 
     def load(self, source: str, target: str) -> tuple[Model, Model]:
-        """Return M and M*, loaded now or for an earlier request.
-
-        Raises:
-            InputError: A model cannot be loaded.
-        """
+        """Return M and M*, loaded now or for an earlier request; InputError if a model cannot be loaded."""
         if (source, target) not in self._pairs:
             known = {model.info.name: model for pair in self._pairs.values() for model in pair}
             # If source and target run in different places, the same name means two different objects.
@@ -164,11 +155,7 @@ class _CellListener:
 
 
 def _checked(rows: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
-    """Return the rows if all have a result.
-
-    Raises:
-        RunError: Some cells failed.
-    """
+    """Return the rows if all have a result; raise RunError if some cells failed."""
     failed = [row["error"] for row in rows if row["error"] is not None]
     if failed:
         raise RunError(f"{len(failed)} of {len(rows)} cells failed. The first: {failed[0]}")

@@ -19,14 +19,7 @@ _CELL_COLUMNS = ("control", "source_layer", "target_layer")
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Where and how models run: options of `run` and `load` that are not part of a recipe.
-
-    Attributes:
-        remote: As in `run`.
-        source_remote: As in `run`.
-        dtype: As in `load`.
-        device_map: As in `load`.
-    """
+    """Where and how models run: options of `run` and `load` that are not part of a recipe."""
 
     remote: bool | str = False
     source_remote: bool | str | None = None
@@ -34,11 +27,7 @@ class Options:
     device_map: str | None = None
 
     def places(self) -> Places:
-        """Return where M and M* run.
-
-        Raises:
-            InputError: An option does not name a place.
-        """
+        """Return where M and M* run; InputError if an option does not name a place."""
         return Places.of(**vars(self))
 
     def changed(self) -> dict[str, Any]:

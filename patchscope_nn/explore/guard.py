@@ -30,13 +30,7 @@ _START = "Open the address that `patchscope explore` printed in its terminal."
 
 
 class Guard:
-    """Middleware that refuses requests which do not come from the page, and strips the token from the path.
-
-    Args:
-        app: The application that answers.
-        token: The first part of every path.
-        port: The port of the server.
-    """
+    """Middleware that refuses requests not made by the page, and strips the token from the path."""
 
     def __init__(self, app: ASGIApp, *, token: str, port: int) -> None:
         self.app, self.token = app, token

@@ -20,13 +20,7 @@ _ANY = Source(prompt="-")
 
 @dataclass(frozen=True, kw_only=True)
 class Lens:
-    """A way to read the states of a grid.
-
-    Attributes:
-        name: Its short name, used in links.
-        title: Its title on the page.
-        scope: The Patchscope; the page sets the prompt, position and layers of its source.
-    """
+    """A way to read the states of a grid; the page sets the scope's prompt, position and layers."""
 
     name: str
     title: str

@@ -37,13 +37,7 @@ _Text = Annotated[str, Field(min_length=1)]
 
 
 class TargetView(Spec):
-    """The target that the page gives: T, i* and l*.
-
-    Attributes:
-        prompt: T; braces are ordinary characters.
-        position: i*: an index, or a piece of the prompt's text.
-        layer: l*: a block, `embed`, or `same`.
-    """
+    """The target that the page gives: T (braces are ordinary characters), i* and l*."""
 
     prompt: _Text = prompts.DESCRIBE
     position: Annotated[int | _Text, BeforeValidator(_position)] = -1
@@ -55,13 +49,7 @@ class TargetView(Spec):
 
 
 class View(Spec):
-    """The common part of requests for a grid and for a cell.
-
-    Attributes:
-        prompt: S; braces are ordinary characters.
-        source_model: M.
-        target_model: M*.
-    """
+    """The common part of requests for a grid and for a cell: S (braces are ordinary characters), M and M*."""
 
     prompt: _Text
     source_model: _Text
@@ -76,10 +64,8 @@ class View(Spec):
 class GridView(View):
     """A request for a grid of tokens and layers.
 
-    Attributes:
-        lens: The name of a lens; `own` uses `target`.
-        target: The target of the lens `own`.
-        positions: The tokens to show; None shows all, or the first `WINDOW` of a longer prompt.
+    `target` is that of the lens `own`. `positions` None shows all tokens, or the first `WINDOW` of a longer
+    prompt.
     """
 
     lens: str = "token-identity"
@@ -90,11 +76,7 @@ class GridView(View):
     ] = None
 
     def recipe(self, lenses: Mapping[str, Lens]) -> Recipe:
-        """Make the recipe whose results this grid shows.
-
-        Raises:
-            InputError: There is no such lens.
-        """
+        """Make the recipe whose results this grid shows; InputError if there is no such lens."""
         lens = self._lens(lenses)
         scope = lens.scope
         position: Any = {"each": "all" if self.positions is None else list(self.positions)}
@@ -122,14 +104,7 @@ class GridView(View):
 
 
 class CellView(View):
-    """A request to describe one state.
-
-    Attributes:
-        position: i, counted from the left.
-        layer: l.
-        target: Where the state is written.
-        max_new_tokens: The number of tokens to decode at most.
-    """
+    """A request to describe the state at one position and layer, written into `target`."""
 
     position: Annotated[int, Field(ge=0)]
     layer: Annotated[int, Field(ge=0)]

@@ -19,12 +19,7 @@ class CancelledError(Exception):
 
 
 class Query:
-    """A request of the page: work to do, and a function that receives its events.
-
-    Args:
-        task: The work; it is called with this object, to report its progress.
-        send: Called with each event, from any thread.
-    """
+    """A request of the page: work, which reports progress here, and a receiver of its events."""
 
     def __init__(self, task: Callable[[Query], None], send: Callable[[Event], None]) -> None:
         self._task, self._send = task, send
@@ -38,11 +33,7 @@ class Query:
             self._send({"event": "waiting", "ahead": ahead})
 
     def report(self, event: str, **more: Any) -> None:
-        """Send an event to the page.
-
-        Raises:
-            CancelledError: The request was cancelled; this ends the work.
-        """
+        """Send an event to the page; CancelledError ends the work if the request was cancelled."""
         if self.cancelled:
             raise CancelledError
         self._send({"event": event, **more})
@@ -116,11 +107,7 @@ class Worker:
                 self._report_queue()
 
     def stop(self, *, timeout_s: float = 5.0) -> bool:
-        """Cancel all requests and end the thread.
-
-        Returns:
-            True if the thread ended in time.
-        """
+        """Cancel all requests and end the thread; return whether it ended in time."""
         with self._changed:
             self._stopped = True
             for query in (*self._waiting, *([self._running] if self._running else [])):

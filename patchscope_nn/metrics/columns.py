@@ -64,11 +64,7 @@ class Column:
         return self.compute(columns, row)
 
     def check(self, value: Any) -> Any:
-        """Check a value, and return it in the form that tables hold: numbers as floats.
-
-        Raises:
-            TypeError: The value is not of the column's kind.
-        """
+        """Return a value in the form of tables, with numbers as floats; TypeError if it is of another kind."""
         value = plain(value)
         if value is None:
             return None
@@ -88,10 +84,7 @@ class Column:
 class ColumnUse(NamedTuple):
     """A derived column as a recipe or a script names it.
 
-    Attributes:
-        name: Its name.
-        function: `module:name`, if it is named this way; it is imported when a run is prepared.
-        column: The column; None until `function` is imported.
+    If it is named as `function: module:name`, `column` is None until a run is prepared and imports it.
     """
 
     name: str
@@ -204,11 +197,7 @@ def parse_column(value: Any) -> ColumnUse:
 
 
 def resolve_column(use: ColumnUse) -> ColumnUse:
-    """Import a column's function, if it is not imported yet.
-
-    Raises:
-        ValueError: The function cannot be imported, or does not take (columns, row).
-    """
+    """Import a column's function, if it is not imported yet; ValueError if that fails, as in `as_column`."""
     if use.column is not None:
         return use
     return use._replace(column=as_column(import_function(use.function), name=use.name))

@@ -17,12 +17,7 @@ _EXAMPLES = {"reference": ", for example reference: source"}
 
 
 def check_metrics(uses: Sequence[MetricUse], readout: Readout) -> list[str]:
-    """List the reasons why metrics cannot be computed on a readout; empty if they can.
-
-    Args:
-        uses: The metrics; those that are not imported yet are skipped.
-        readout: The readout.
-    """
+    """List the reasons why metrics cannot be computed on a readout; those not imported yet are skipped."""
     problems = []
     for use in uses:
         metric = use.metric
@@ -39,13 +34,7 @@ def check_metrics(uses: Sequence[MetricUse], readout: Readout) -> list[str]:
 def check_names(
     columns: Sequence[ColumnUse], uses: Sequence[MetricUse], *, taken: Sequence[str]
 ) -> list[str]:
-    """List users' columns and metrics whose names are taken by columns of a run's table; empty if none is.
-
-    Args:
-        columns: The derived columns.
-        uses: The metrics.
-        taken: The table's other columns.
-    """
+    """List users' columns and metrics whose names are `taken` by other columns of a run's table."""
     derived = [use.name for use in columns]
     problems = [f"column {name!r} has the name of a column of the table" for name in derived if name in taken]
     own = [use.name for use in uses if use.metric is not None and use.metric.digest]
@@ -55,11 +44,7 @@ def check_names(
 
 
 def check_columns(uses: Sequence[MetricUse], rows: Sequence[Mapping[str, Any]]) -> None:
-    """Check that every data row has the columns that the metrics read.
-
-    Raises:
-        DataError: A parameter names a column that is missing in a row.
-    """
+    """Check that every data row has the columns that the metrics read; DataError if one is missing."""
     for use in uses:
         for name, column in use.parameters:
             for number, row in enumerate(rows):
@@ -74,28 +59,14 @@ def check_columns(uses: Sequence[MetricUse], rows: Sequence[Mapping[str, Any]]) 
 
 
 class Computed(NamedTuple):
-    """The columns or metrics computed for one cell.
-
-    Attributes:
-        values: The value of each column or metric by name; None if there is none.
-        problems: A sentence for each function that failed.
-    """
+    """The columns or metrics of one cell by name, and a sentence for each function that failed."""
 
     values: dict[str, Any]
     problems: list[str]
 
 
 def compute_metrics(uses: Sequence[MetricUse], columns: Columns, row: Mapping[str, Any]) -> Computed:
-    """Compute the metrics of one cell.
-
-    Args:
-        uses: The metrics, resolved.
-        columns: The cell's columns.
-        row: Its data row.
-
-    Returns:
-        A finite number or None for each metric; a metric that fails has None.
-    """
+    """Compute the resolved metrics of one cell: a finite number or None each. A failed metric has None."""
     calls = {
         use.name: _Call("metric", use.metric.compute, _number, dict(use.parameters))
         for use in uses
@@ -105,13 +76,7 @@ def compute_metrics(uses: Sequence[MetricUse], columns: Columns, row: Mapping[st
 
 
 def compute_columns(uses: Sequence[ColumnUse], columns: Columns, row: Mapping[str, Any]) -> Computed:
-    """Compute the derived columns of one cell. Each can read the derived columns before it.
-
-    Args:
-        uses: The columns, resolved.
-        columns: The cell's place in the sweep, and its readout's columns.
-        row: Its data row.
-    """
+    """Compute the resolved derived columns of one cell. Each can read the derived columns before it."""
     values: dict[str, Any] = {}
     problems: list[str] = []
     for use in uses:
@@ -146,12 +111,7 @@ def _compute(calls: Mapping[str, _Call], columns: Columns, row: Mapping[str, Any
 
 
 def _number(value: Any) -> float | None:
-    """Convert a metric's value to a float; a boolean becomes 0 or 1.
-
-    Raises:
-        TypeError: The value is neither a number nor None.
-        ValueError: The value is not finite.
-    """
+    """Convert a metric's value to a finite float or None; a boolean becomes 0 or 1."""
     if value is None or (type(value) is float and math.isfinite(value)):
         return value
     number = plain(value)
@@ -167,15 +127,7 @@ _MAX_ROWS, _MAX_CHARACTERS = 24, 1000
 
 
 def references(uses: Sequence[MetricUse], rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-    """Collect the texts that metrics compare with, for the first data rows; reports show them.
-
-    Args:
-        uses: The metrics.
-        rows: The data rows.
-
-    Returns:
-        For each of the first rows, the columns that are parameters of a metric; empty if there are none.
-    """
+    """Collect the columns that are parameters of metrics, for the first data rows; reports show them."""
     columns = dict.fromkeys(column for use in uses for _, column in use.parameters)
     if not columns:
         return []

@@ -74,11 +74,8 @@ class Metric(MetricInfo):
 class MetricUse(NamedTuple):
     """A metric as a recipe or a script names it.
 
-    Attributes:
-        name: Its name.
-        parameters: Pairs of a parameter and the name of a data column.
-        function: `module:name`, if it is named this way; it is imported when a run is prepared.
-        metric: The metric; None until `function` is imported.
+    `parameters` are pairs of a parameter and the name of a data column. If the metric is named as `function:
+    module:name`, `metric` is None until a run is prepared and imports it.
     """
 
     name: str
@@ -154,13 +151,7 @@ def metric(
 
 
 def as_metric(function: Any, *, name: str | None = None, title: str = "", **facts: Any) -> Metric:
-    """Make a metric from a function, without registering it.
-
-    Args:
-        function: A function `(columns, row)`, or a metric, which keeps its own attributes.
-        name: The metric's name; None uses the function's.
-        title: The title in figures; empty uses the name.
-        **facts: Other attributes of `Metric`.
+    """Make a metric from a function `(columns, row)`, or from a metric, which keeps its own attributes.
 
     Raises:
         ValueError: The name is not a valid column name, or the function does not take (columns, row).
@@ -183,7 +174,7 @@ def as_metric(function: Any, *, name: str | None = None, title: str = "", **fact
 
 
 def cell_arguments(function: Any, *, noun: str, name: str) -> tuple[str, ...]:
-    """Return the names of a function's keyword-only arguments without a default.
+    """Return a function's keyword-only arguments without a default.
 
     Raises:
         ValueError: The function does not take (columns, row).
@@ -297,20 +288,14 @@ def _form(metric: Metric) -> str:
 def described(manifest: Mapping[str, Any]) -> dict[str, MetricInfo]:
     """Return the descriptions of metrics by name: of all registered ones, and of those in a run's manifest.
 
-    Args:
-        manifest: A run's manifest; the code of its metrics need not be installed.
+    The code of a manifest's metrics need not be installed.
     """
     known: dict[str, MetricInfo] = dict(METRICS.entries)
     return known | {entry["name"]: MetricInfo(**entry) for entry in manifest.get("metrics") or ()}
 
 
 def dump_infos(uses: Sequence[MetricUse], *, readout: str) -> list[dict[str, Any]]:
-    """Return the descriptions of a run's metrics as a manifest stores them; `described` reads them back.
-
-    Args:
-        uses: The metrics, resolved.
-        readout: The name of the run's readout.
-    """
+    """Return the descriptions of a run's resolved metrics for its manifest; `described` reads them back."""
     return [
         {
             "name": use.metric.name,

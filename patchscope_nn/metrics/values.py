@@ -163,12 +163,7 @@ def fraction_of_variance(columns: Columns, _row: Mapping[str, Any]) -> float | N
 def rouge_1_f1(text: str, reference: str) -> float:
     """Compute ROUGE-1 F1 of two texts: the words they share, counted with multiplicity (Lin 2004, section 2).
 
-    Args:
-        text: The text.
-        reference: The reference.
-
-    Returns:
-        A number in 0..1; 0 where either has no word.
+    It is in 0..1, and 0 if either text has no word.
     """
     ours, theirs = _words(text), _words(reference)
     return _f1((Counter(ours) & Counter(theirs)).total(), ours, theirs)
@@ -177,12 +172,7 @@ def rouge_1_f1(text: str, reference: str) -> float:
 def rouge_l_f1(text: str, reference: str) -> float:
     """Compute ROUGE-L F1 of two texts: the longest common subsequence of their words (Lin 2004, section 3).
 
-    Args:
-        text: The text.
-        reference: The reference.
-
-    Returns:
-        A number in 0..1; 0 where either has no word.
+    It is in 0..1, and 0 if either text has no word.
     """
     ours, theirs = _words(text), _words(reference)
     return _f1(_longest_common_subsequence(ours, theirs), ours, theirs)

@@ -23,13 +23,9 @@ Cell = Mapping[Any, Any]
 
 
 class CardText(NamedTuple):
-    """One text of a card.
+    """One text of a card: a reference, the patched text, or that of a control, with where it is from.
 
-    Attributes:
-        kind: `reference`, `patched`, or the control's name.
-        where: The data column of a reference; the layers of a generated text.
-        text: The text, with control characters made visible.
-        value: The metric's value, as text; empty if it has none.
+    `value` is the metric's value as text. Empty texts stand for missing ones.
     """
 
     kind: str
@@ -39,14 +35,7 @@ class CardText(NamedTuple):
 
 
 class Card(NamedTuple):
-    """The card of one data row.
-
-    Attributes:
-        row: The number of the data row.
-        prompt: Its source prompt.
-        read: The source tokens that were read.
-        texts: The reference, the patched text and those of the controls.
-    """
+    """The card of one data row: its source prompt, the source tokens that were read, and its texts."""
 
     row: int
     prompt: str
@@ -64,13 +53,8 @@ def cards(
     """Make a card for each of the first rows of a run that generates text.
 
     The patched text is the best of its row by the metric, or without a metric the text of the middle cell.
-    Controls that read a layer are taken from the same place.
-
-    Args:
-        table: The tidy table; there are no cards if its readout gives no running text.
-        references: The columns of each data row that metrics compare with, by row number.
-        metric: The metric column by which the best text is chosen.
-        known: Which way metrics are better, as in `statistics.best_over`.
+    Controls that read a layer are taken from the same place. `references` has the columns of each data row
+    that metrics compare with, by row number.
     """
     column = next((kind.says for kind in kinds_in(table.columns) if kind.sentences), None)
     if column is None:

@@ -34,11 +34,6 @@ def script_json(value: object) -> Markup:
 def cells_json(table: pd.DataFrame, *, metrics: Sequence[str], derived: Sequence[str] = ()) -> Markup:
     """Write the cells for the table on the page, with texts shortened until all fit into `TABLE_BYTES`.
 
-    Args:
-        table: The tidy table.
-        metrics: The metric columns.
-        derived: The columns that users' functions add.
-
     Returns:
         {"columns": [{label, kind, detail, pool?, values}], "limit": characters of a text}. The values of a
         column with a pool are indices into it, because prompts and tokens repeat from cell to cell.

@@ -27,12 +27,7 @@ if TYPE_CHECKING:
 class Side:
     """One of the runs on a comparison page.
 
-    Attributes:
-        name: Its name on the page.
-        manifest: Its manifest.
-        metrics: The names of its metric columns.
-        first_cells: The table of its first cells, with all columns.
-        n_cells: The number of all its cells.
+    `first_cells` is the table of its first cells, with all columns; `n_cells` counts all its cells.
     """
 
     name: str
@@ -43,16 +38,7 @@ class Side:
 
 
 def write_comparison(comparison: Comparison, sides: Sequence[Side], *, path: Path, title: str) -> Path:
-    """Write the page atomically: readers of `path` see the old file or the complete new one.
-
-    Args:
-        comparison: The comparison of the runs.
-        sides: The runs.
-        path: The file to write. Its folder is created if necessary.
-        title: The page's title.
-
-    Returns:
-        `path`.
+    """Write the page to `path` atomically, creating its folder if necessary.
 
     Raises:
         InputError: Plotly is not installed.

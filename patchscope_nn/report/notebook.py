@@ -34,13 +34,9 @@ _WIDTH = 60
 def run_html(
     table: pd.DataFrame, first_cells: pd.DataFrame, *, manifest: Mapping[str, Any], where: str
 ) -> str:
-    """Show a run: its summary, the first metric by layer with controls, and the answers of some cells.
+    """Show a run, kept at `where`: its summary, its first metric by layer with controls, and some answers.
 
-    Args:
-        table: The table of all cells.
-        first_cells: The table of the first cells, with all columns.
-        manifest: The run's manifest.
-        where: Where the run is kept.
+    `first_cells` is the table of the first cells, with all columns.
     """
     recipe = as_mapping(manifest.get("recipe"))
     metrics = metric_columns(table, declared=metric_names(manifest))
@@ -101,12 +97,7 @@ def _means(table: pd.DataFrame, *, metric: str, best: Sequence[str], known: Mapp
 
 
 def comparison_html(comparison: Comparison, *, title: str) -> str:
-    """Show a comparison of methods: the means of each, of its controls, and its difference from the first.
-
-    Args:
-        comparison: The comparison of the methods.
-        title: The recipe's title.
-    """
+    """Show a comparison of methods: the means of each, of its controls, and its difference from the first."""
     from patchscope_nn.report.comparison import metric_table
 
     parts = [f"<h4>{_text(title)}</h4>"]

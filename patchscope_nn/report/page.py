@@ -32,16 +32,13 @@ _TEMPLATES = Path(__file__).parent / "templates"
 def write_report(
     table: pd.DataFrame, *, manifest: Mapping[str, Any], path: Path, first_cells: pd.DataFrame | None = None
 ) -> Path:
-    """Write the report of one run atomically: readers of `path` see the old file or the complete new one.
+    """Write the report of one run to `path` atomically, creating its folder if necessary.
 
     Args:
         table: The run's table, one row per cell.
         manifest: The content of the run folder's manifest.json; the page leaves out what it does not have.
-        path: The file to write. Its folder is created if necessary.
+        path: The file to write.
         first_cells: The first `MAX_CELLS` cells with all columns, if `table` lacks the columns of readouts.
-
-    Returns:
-        `path`.
 
     Raises:
         InputError: Plotly is not installed.
@@ -53,12 +50,7 @@ def write_report(
 def run_figures(
     table: pd.DataFrame, first_cells: pd.DataFrame, *, manifest: Mapping[str, Any]
 ) -> list[tuple[str, go.Figure]]:
-    """Draw the figures of a run, each with its title.
-
-    Args:
-        table: The table of all cells.
-        first_cells: The table of the cells that are shown one by one, with all columns.
-        manifest: The run's manifest.
+    """Draw the figures of a run, each with its title; arguments are as in `write_report`.
 
     Raises:
         InputError: Plotly is not installed.

@@ -34,13 +34,7 @@ _CONTROLS = {
 
 
 def summary(table: pd.DataFrame, *, manifest: Mapping[str, Any], metrics: Sequence[str]) -> list[str]:
-    """Describe a run in plain sentences.
-
-    Args:
-        table: The tidy table.
-        manifest: The run's manifest, or {}.
-        metrics: The metric columns; the summary reports the first.
-    """
+    """Describe a run in plain sentences; of its metrics, only the first is reported."""
     if table.empty:
         return ["This run has no cells yet."]
     controls = [str(name) for name in table["control"] if not is_null(name)]

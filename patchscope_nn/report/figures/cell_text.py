@@ -26,11 +26,8 @@ Cell = Mapping[Any, Any]
 class Cells:
     """A table's cells with the texts that figures show; cells are named by their index.
 
-    Attributes:
-        records: The table's rows.
-        kind: The kind of readout, which answers in words.
-        shades: The number that shades each cell, or NaN.
-        scale: The name of that number; None if cells are not shaded.
+    `kind` is the kind of readout, which answers in words. `shades` has the number that shades each cell, or
+    NaN, and `scale` the name of that number; it is None if cells are not shaded.
     """
 
     records: Sequence[Cell]
@@ -63,11 +60,7 @@ class Cells:
 
 
 def read_cells(table: pd.DataFrame, *, value: str | None) -> Cells:
-    """Read the cells of a table whose readout answers in words.
-
-    Args:
-        table: The tidy table.
-        value: The column that shades the cells; None chooses one that suits the readout.
+    """Read the cells of a table whose readout answers in words, shaded by `value` or what suits the readout.
 
     Raises:
         InputError: The readout does not answer in words, or the table has no column `value`.

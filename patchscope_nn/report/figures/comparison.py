@@ -39,13 +39,8 @@ def comparison_curve(
 ) -> go.Figure:
     """Draw the mean of a metric by source layer: a line and band for each run, with its controls dashed.
 
-    If the best was taken over the layers, every mean is a point with its interval.
-
-    Args:
-        layers: `statistics.layer_means` of each run, with columns run and metric.
-        metric: The metric.
-        names: The runs, in order.
-        known: What is known of metrics, as in `metric_title`.
+    If the best was taken over the layers, every mean is a point with its interval. `layers` has the
+    `statistics.layer_means` of each run, with columns run and metric; `known` is as in `figures`.
 
     Raises:
         InputError: Plotly is not installed.

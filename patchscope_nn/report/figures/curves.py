@@ -36,12 +36,7 @@ def layer_curve(
 
     A control that reads no layer (`unpatched`) is a horizontal line. If a single source layer is written at
     several target layers, the curve is by target layer; if both vary, `layer_pair_heatmap` is drawn instead.
-    Each scale has its own panel, on a shared y axis.
-
-    Args:
-        table: The tidy table.
-        metric: A numeric column.
-        known: What is known of metrics, as in `metric_title`.
+    Each scale has its own panel, on a shared y axis. `known` is as in `figures`.
 
     Raises:
         InputError: The table has no such metric, or plotly is not installed.
@@ -117,11 +112,6 @@ def layer_pair_heatmap(
     table: pd.DataFrame, *, metric: str, known: Mapping[str, MetricInfo] | None = None
 ) -> go.Figure:
     """Draw the mean of a metric by source layer (across) and target layer (up), in a panel per control.
-
-    Args:
-        table: The tidy table of a sweep that crosses source and target layers.
-        metric: A numeric column.
-        known: What is known of metrics, as in `metric_title`.
 
     Raises:
         InputError: The table has no such metric, or plotly is not installed.

@@ -39,12 +39,8 @@ def text_heatmap(table: pd.DataFrame, *, value: str | None = None) -> go.Figure:
     A control that reads no layer (unpatched, text-only) is a line on top if it is the same for all rows, and
     a column on the left otherwise. The other controls are lines at the bottom if there is room. Each scale
     has its own line; with several noise samples, the first is drawn. Cells that failed are crosses. At most
-    40 rows are drawn, and the title says if there are more.
-
-    Args:
-        table: The tidy table of a next_token, generate or choices readout.
-        value: The column that shades the cells; by default the probability of the answer, or for generated
-            text the first metric.
+    40 rows are drawn, and the title says if there are more. Cells are shaded by the column `value`; by
+    default by the probability of the answer, or for generated text by the first metric.
 
     Raises:
         InputError: The readout does not answer in words, the table has no column `value`, or plotly is not

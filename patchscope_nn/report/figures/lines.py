@@ -18,12 +18,7 @@ _PROMPT_WIDTH = 26
 
 
 class Line(NamedTuple):
-    """One line of a text heatmap.
-
-    Attributes:
-        name: The name beside the line.
-        cells: The index of its cell at each layer.
-    """
+    """One line of a text heatmap: the name beside it, and the index of its cell at each layer."""
 
     name: str
     cells: dict[float, int]
@@ -58,10 +53,6 @@ def text_lines(table: pd.DataFrame, *, cells: Cells) -> tuple[list[Line], int]:
 
     The limit is `MAX_ROWS`. Cells of a control that reads no layer share a line on top if they all look the
     same. Otherwise each is on the left of its row's line.
-
-    Args:
-        table: The tidy table.
-        cells: The texts of the table's cells.
     """
     places, flat = _arrange(table, cells=cells)
     real = [place for control, place in places if control == REAL]
@@ -121,12 +112,7 @@ def _arrange(table: pd.DataFrame, *, cells: Cells) -> _Arranged:
 
 
 def _names(cells: Cells, *, first: Mapping[_Place, int]) -> dict[_Place, str]:
-    """Name each place by the parts that distinguish it from the others.
-
-    Args:
-        cells: The texts of the table's cells.
-        first: The index of a cell at each place.
-    """
+    """Name each place by the parts that distinguish it from the others; `first` has a cell of each place."""
     n_rows = len({place.row for place in first})
     many_positions = len({(place.row, place.source_positions) for place in first}) > n_rows
     many_targets = len({(place.row, place.target_prompt) for place in first}) > n_rows

@@ -33,13 +33,7 @@ _WIDTH = 760  # pixels, of two panels; their ticks would overlap in a narrower f
 
 
 class Panel(NamedTuple):
-    """A heatmap.
-
-    Attributes:
-        title: Its title, escaped.
-        cells: Its cells: x, y, mean, hover.
-        patched: True for patched cells, False for controls, (cell,).
-    """
+    """A heatmap: its escaped title, its cells (x, y, mean, hover), and which of them are patched, (cell,)."""
 
     title: str
     cells: pd.DataFrame
@@ -57,13 +51,8 @@ def heatmaps(
 ) -> go.Figure:
     """Draw panels with one colour scale, two side by side. The caller names the axes.
 
-    Args:
-        panels: The panels.
-        title: The figure's title.
-        metric: The metric that the colours show.
-        known: What is known of metrics, as in `metric_title`.
-        height: The height of a panel, in pixels.
-        gap: The space between lines of panels, for a title and an axis, in pixels.
+    `height` is that of a panel and `gap` the space between lines of panels, for a title and an axis, both in
+    pixels.
     """
     from plotly.subplots import make_subplots
 
@@ -119,12 +108,6 @@ def token_heatmap(
 
     Controls that read no layer are left of the patched cells. Each number is the mean over noise samples,
     scales and other target layers.
-
-    Args:
-        table: The tidy table of a sweep over positions.
-        metric: A numeric column.
-        row: The data row.
-        known: What is known of metrics, as in `metric_title`.
 
     Raises:
         InputError: plotly is not installed.

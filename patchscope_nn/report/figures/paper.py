@@ -57,12 +57,7 @@ _STYLE = {
 def save_figures(
     drawn: Sequence[tuple[str, go.Figure]], folder: str | Path, *, formats: Sequence[str] = FORMATS
 ) -> list[Path]:
-    """Write figures as files `01-title.pdf`, ...; other files in the folder are kept.
-
-    Args:
-        drawn: Titles and figures, as returned by `figures`.
-        folder: The folder; it is created if necessary.
-        formats: Some of `pdf`, `svg` and `png`.
+    """Write the figures of `figures` to files `01-title.pdf`, ...; other files in the folder are kept.
 
     Returns:
         The files, figure by figure.
@@ -116,14 +111,7 @@ def _slug(title: str) -> str:
 
 
 def draw(figure: go.Figure) -> Figure:
-    """Draw a figure of the page with matplotlib.
-
-    Args:
-        figure: Any figure of `patchscope_nn.report.figures`.
-
-    Returns:
-        A matplotlib figure that pyplot does not manage.
-    """
+    """Draw a figure of the page as a matplotlib figure that pyplot does not manage."""
     from matplotlib.figure import Figure
 
     layout = figure.layout

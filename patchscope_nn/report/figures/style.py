@@ -77,15 +77,7 @@ def style(figure: go.Figure, *, title: str, **layout: Any) -> None:
 
 
 def band(means: pd.DataFrame, axis: str, *, colour: str, opacity: float, **options: Any) -> go.Scatter:
-    """Draw the intervals of means as a band.
-
-    Args:
-        means: The result of `layer_means`; means without an interval are left out.
-        axis: The column of layers.
-        colour: The colour, `#rrggbb`.
-        opacity: The opacity of the band, from 0 to 1.
-        **options: Options of the plotly trace.
-    """
+    """Draw the intervals of `layer_means` over the column `axis` as a band."""
     drawn = means[means["low"].notna()]
     red, green, blue = (int(colour[start : start + 2], 16) for start in (1, 3, 5))
     return plotly().Scatter(
@@ -106,12 +98,7 @@ def panel(control: str) -> str:
 
 
 def metric_title(metric: str, known: Mapping[str, MetricInfo] | None = None) -> str:
-    """Return the title of a metric's axis, or the name of its column if it has no title.
-
-    Args:
-        metric: Its name.
-        known: Titles and directions of metrics, as `metrics.described` gives them; None: those that ship.
-    """
+    """Return the title of a metric's axis, or the name of its column if it has no title; see `figures`."""
     titles = {"probe_accuracy": "Accuracy of the probe"}
     info = (described({}) if known is None else known).get(metric)
     return wrap((info.title if info else "") or titles.get(metric, metric), width=38)
@@ -128,13 +115,6 @@ def layer_ticks(layers: Sequence[float]) -> dict[str, Any]:
 
 
 def colour_axis(scale: Scale, *, title: str, side: str, **bar: Any) -> dict[str, Any]:
-    """Return the layout of a colour scale and its bar.
-
-    Args:
-        scale: The scale.
-        title: The bar's title, escaped.
-        side: The side of the bar on which its title is.
-        **bar: The bar's place and size.
-    """
+    """Return the layout of a colour scale and its bar, with an escaped title on one `side` of it."""
     bar["title"] = {"text": title, "side": side}
     return {"colorscale": "Cividis", "cmin": scale.low, "cmax": scale.high, "colorbar": bar | scale.ticks()}

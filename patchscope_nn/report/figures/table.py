@@ -77,12 +77,7 @@ def reads_sink(cell: Any) -> bool:
 
 
 def metric_columns(table: pd.DataFrame, *, declared: Iterable[str] = ()) -> list[str]:
-    """Return the columns that hold a metric: first the declared ones, then other numeric columns.
-
-    Args:
-        table: The tidy table.
-        declared: The names of a run's metrics.
-    """
+    """Return the columns that hold a metric: first the declared ones, then other numeric columns."""
     of_readouts = (name for kind in readout_kinds().values() for name in kind.columns)
     no_metrics = {*PLACES, *of_readouts, "error"}
     wanted = [*declared, *(str(column) for column in table.columns if column not in no_metrics)]

@@ -28,12 +28,9 @@ def _sign(match: re.Match[str]) -> str:
 def visible(text: object, *, keep: str = "") -> str:
     """Replace line breaks, control and direction characters by visible signs (⏎, ⇥, ␀, ⟨U+202E⟩).
 
-    Args:
-        text: Any value; None becomes the empty text.
-        keep: Characters to leave unchanged, such as a line break.
-
     Returns:
-        Text that can be encoded as UTF-8; it must still be escaped for HTML.
+        Text that can be encoded as UTF-8 (empty for None), with the characters in `keep` unchanged. It must
+        still be escaped for HTML.
     """
     if text is None:
         return ""
@@ -53,13 +50,7 @@ def text_width(text: str) -> int:
 
 
 def shorten(text: object, *, width: int, tail: bool = False) -> str:
-    """Cut visible text to `width` columns, with an ellipsis in place of the rest.
-
-    Args:
-        text: Any value; None becomes the empty text.
-        width: The number of columns, with the ellipsis.
-        tail: Keep the end of the text instead of its beginning.
-    """
+    """Cut visible text to `width` columns: its end, or with `tail` its beginning, becomes an ellipsis."""
     full = "" if text is None else str(text)
     # Cut first, for speed: a text may have thousands of characters, or of combining marks on one of them.
     part = visible(full[-4 * width :] if tail else full[: 4 * width])
