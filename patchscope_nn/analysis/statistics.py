@@ -118,11 +118,7 @@ def summarise(
 
 
 def best_over(
-    table: pd.DataFrame,
-    *,
-    metric: str,
-    over: Sequence[str],
-    known: Mapping[str, MetricInfo] | None = None,
+    table: pd.DataFrame, *, metric: str, over: Sequence[str], known: Mapping[str, MetricInfo] | None = None
 ) -> pd.DataFrame:
     """Take the best value of a metric over layers, for the real cells and for each control.
 

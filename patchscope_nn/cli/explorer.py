@@ -41,8 +41,7 @@ def explore(
     from patchscope_nn.models import builtin
 
     answers = Answers(
-        lenses(lens or ()),
-        Options(**models.where, dtype=models.dtype, device_map=models.device_map),
+        lenses(lens or ()), Options(**models.where, dtype=models.dtype, device_map=models.device_map)
     )
     source = models.source_model or models.model or builtin.NAME
     target = models.target_model or models.model or source

@@ -6,7 +6,9 @@ import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, is_dataclass, make_dataclass
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from patchscope_nn.cli import options
 
@@ -45,25 +47,25 @@ class Models:
     @property
     def names(self) -> dict[str, Any]:
         """The arguments of `prepare` that name the models."""
-        return {
-            "model": self.model,
-            "source_model": self.source_model,
-            "target_model": self.target_model,
-        }
+        return {"model": self.model, "source_model": self.source_model, "target_model": self.target_model}
 
     @property
     def where(self) -> dict[str, Any]:
         """The arguments `remote` and `source_remote` of `run`."""
-        return {
-            "remote": options.remote_value(self.remote),
-            "source_remote": options.source_remote_value(self.source_remote),
-        }
+        source = None if self.source_remote is None else options.remote_value(self.source_remote)
+        return {"remote": options.remote_value(self.remote), "source_remote": source}
 
     def places(self) -> Places:
         """Return where M and M* run, and how they are loaded; InputError if an option is not a place."""
         from patchscope_nn.backends import Places
 
         return Places.of(**self.where, dtype=self.dtype, device_map=self.device_map)
+
+
+def _switch(name: str, help: str) -> Any:  # noqa: A002 (typer's own name for it)
+    """Return an option that is on by default; `--no-NAME` or `PATCHSCOPE_NAME=0` turns it off."""
+    word = name.replace("_", "-")
+    return typer.Option(f"--{word}/--no-{word}", help=help, envvar=f"PATCHSCOPE_{name.upper()}")
 
 
 #: The planner's optimisations and their help texts. Results are the same when an optimisation is off.
@@ -82,7 +84,7 @@ _SWITCHES = {
 }
 Switches: Any = make_dataclass(
     "Switches",
-    [(name, Annotated[bool, options.switch(name, help=text)], True) for name, text in _SWITCHES.items()],
+    [(name, Annotated[bool, _switch(name, text)], True) for name, text in _SWITCHES.items()],
     frozen=True,
     kw_only=True,
 )
@@ -111,14 +113,14 @@ class Planning:
 def grouped(command: Callable[..., None]) -> Callable[..., None]:
     """Replace each parameter that is a dataclass of options by its options: typer needs a flat signature."""
     signature = inspect.signature(command, eval_str=True)
-    groups: dict[str, Any] = {
-        name: parameter.annotation
-        for name, parameter in signature.parameters.items()
-        if is_dataclass(parameter.annotation)
-    }
+    groups: dict[str, Any] = {}
     flat: list[inspect.Parameter] = []
     for name, parameter in signature.parameters.items():
-        flat += _options_of(groups[name]) if name in groups else [parameter]
+        if is_dataclass(parameter.annotation):
+            groups[name] = parameter.annotation
+            flat += inspect.signature(parameter.annotation, eval_str=True).parameters.values()
+        else:
+            flat.append(parameter)
 
     @functools.wraps(command)
     def call(**values: Any) -> None:
@@ -131,12 +133,3 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
     call.__signature__ = signature.replace(parameters=flat)  # type: ignore[attr-defined]  # inspect's own name
     call.__annotations__ = {parameter.name: parameter.annotation for parameter in flat}
     return call
-
-
-def _options_of(group: Any) -> list[inspect.Parameter]:
-    hints = get_type_hints(group, include_extras=True)
-    kind = inspect.Parameter.KEYWORD_ONLY
-    return [
-        inspect.Parameter(field.name, kind, default=field.default, annotation=hints[field.name])
-        for field in fields(group)
-    ]

@@ -90,13 +90,6 @@ Memory = Annotated[
     option("--memory", "The maximum memory of a forward pass, e.g. 2GiB. Default: half of what is free."),
 ]
 
-
-def switch(name: str, *, help: str) -> Any:  # noqa: A002 (typer's own name for it)
-    """Return a typer option that is on by default; `--no-NAME` or `PATCHSCOPE_NAME=0` turns it off."""
-    word = name.replace("_", "-")
-    return typer.Option(f"--{word}/--no-{word}", help=help, envvar=f"PATCHSCOPE_{name.upper()}")
-
-
 #: The axes over which the best value can be taken.
 Best = StrEnum("Best", ["source_layer", "target_layer"])
 
@@ -106,12 +99,10 @@ BestOver = Annotated[
     option("--best-over", "Take the best over these layers first, for controls too. Repeatable."),
 ]
 
-
 #: How source and target share an nnsight context.
 Context = StrEnum("Context", ["auto", "fused", "session", "nested", "bridged"])
 
 ContextName = Annotated[Context, option("--context", "How source and target share an nnsight context.")]
-
 
 # The options of `fit`.
 FitFile = Annotated[Path, option("--out", "The safetensors file to write.")]
@@ -136,7 +127,6 @@ MaxTokens = Annotated[int, option("--max-tokens", "The maximum number of tokens 
 Rank = Annotated[int | None, option("--rank", "The rank, for kind low_rank.", min=1)]
 Seed = Annotated[int, option("--seed", "The seed for choosing texts and positions.", min=0)]
 
-
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
 
@@ -156,11 +146,6 @@ def memory_value(text: str | None) -> int | None:
 def remote_value(text: str | None) -> bool | str:
     """Convert the value of `--remote` to the argument `remote` of `run`."""
     return {None: False, "no": False, "ndif": True}.get(text, text or False)
-
-
-def source_remote_value(text: str | None) -> bool | str | None:
-    """Convert the value of `--source-remote` to the argument `source_remote` of `run`."""
-    return None if text is None else remote_value(text)
 
 
 def parse_selector(text: str, *, option: str) -> Any:

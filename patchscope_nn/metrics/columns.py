@@ -32,13 +32,8 @@ from patchscope_nn.metrics.registry import cell_arguments
 from patchscope_nn.spec import ColumnType
 
 _KINDS: dict[Any, ColumnType] = {
-    str: "text",
-    float: "number",
-    int: "number",
-    bool: "number",
-    list[str]: "texts",
-    list[float]: "numbers",
-    list[int]: "numbers",
+    **{str: "text", float: "number", int: "number", bool: "number"},
+    **{list[str]: "texts", list[float]: "numbers", list[int]: "numbers"},
 }
 _TYPES: dict[ColumnType, Any] = {"text": str, "number": (int, float), "texts": str, "numbers": (int, float)}
 
@@ -64,21 +59,20 @@ class Column:
         return self.compute(columns, row)
 
     def check(self, value: Any) -> Any:
-        """Return a value in the form of tables, with numbers as floats; TypeError if it is of another kind."""
+        """Return a value as tables hold it, with numbers as floats; TypeError if it is of another kind."""
         value = plain(value)
         if value is None:
             return None
-        items = value if self.kind in ("texts", "numbers") else [value]
-        if not isinstance(items, list | tuple) or not all(
-            isinstance(item, _TYPES[self.kind]) for item in items
-        ):
+        listed = self.kind in ("texts", "numbers")
+        items = value if listed else [value]
+        kind = _TYPES[self.kind]
+        if not isinstance(items, list | tuple) or not all(isinstance(item, kind) for item in items):
             raise TypeError(
                 f"it returned {shown(value)}, which is not a {self.kind}; annotate the return type, "
                 f"for example -> {type(value).__name__}"
             )
-        if self.kind in ("text", "texts"):
-            return list(items) if self.kind == "texts" else value
-        return [float(item) for item in items] if self.kind == "numbers" else float(value)
+        held = list(items) if kind is str else [float(item) for item in items]
+        return held if listed else held[0]
 
 
 class ColumnUse(NamedTuple):
@@ -96,12 +90,13 @@ class ColumnUse(NamedTuple):
         return {"function": self.function} if self.function else self.name
 
 
-def _adopt(name: str, loaded: Any) -> Column:
-    return as_column(loaded, name=name)
-
-
 #: The columns that are registered or offered by packages. None is included.
-COLUMNS: Registry[Column] = Registry("patchscope_nn.columns", noun="column", entries={}, adopt=_adopt)
+COLUMNS: Registry[Column] = Registry(
+    "patchscope_nn.columns",
+    noun="column",
+    entries={},
+    adopt=lambda name, loaded: as_column(loaded, name=name),
+)
 
 
 @overload

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -64,50 +65,43 @@ class Computed(NamedTuple):
     values: dict[str, Any]
     problems: list[str]
 
+    def add(
+        self,
+        noun: str,
+        name: str,
+        compute: Callable[..., Any],
+        columns: Columns,
+        row: Mapping[str, Any],
+        *,
+        check: Callable[[Any], Any],
+    ) -> None:
+        """Add the value of a user's function; if the function fails, add None and a problem."""
+        self.values[name] = None
+        try:
+            # Functions must not change the values that other functions read or that are written to the table.
+            self.values[name] = check(compute(MappingProxyType(columns), MappingProxyType(row)))
+        except Exception as error:  # noqa: BLE001 (a user's function may raise anything; the run goes on)
+            self.problems.append(f"{noun} {name} failed: {type(error).__name__}: {error}.")
+
 
 def compute_metrics(uses: Sequence[MetricUse], columns: Columns, row: Mapping[str, Any]) -> Computed:
     """Compute the resolved metrics of one cell: a finite number or None each. A failed metric has None."""
-    calls = {
-        use.name: _Call("metric", use.metric.compute, _number, dict(use.parameters))
-        for use in uses
-        if use.metric is not None
-    }
-    return _compute(calls, columns, row)
+    computed = Computed({}, [])
+    for use in uses:
+        if use.metric is not None:
+            compute = partial(use.metric.compute, **dict(use.parameters))
+            computed.add("metric", use.name, compute, columns, row, check=_number)
+    return computed
 
 
 def compute_columns(uses: Sequence[ColumnUse], columns: Columns, row: Mapping[str, Any]) -> Computed:
     """Compute the resolved derived columns of one cell. Each can read the derived columns before it."""
-    values: dict[str, Any] = {}
-    problems: list[str] = []
+    computed = Computed({}, [])
     for use in uses:
         if use.column is not None:
-            call = _Call("column", use.column.compute, use.column.check, {})
-            computed = _compute({use.name: call}, {**columns, **values}, row)
-            values |= computed.values
-            problems += computed.problems
-    return Computed(values, problems)
-
-
-class _Call(NamedTuple):
-    """A user's function, the check of its value, and its parameters."""
-
-    noun: str
-    function: Callable[..., Any]
-    check: Callable[[Any], Any]
-    parameters: Mapping[str, str]
-
-
-def _compute(calls: Mapping[str, _Call], columns: Columns, row: Mapping[str, Any]) -> Computed:
-    # Functions must not change the values that other functions read or that are written to the table.
-    read_only = MappingProxyType(dict(columns)), MappingProxyType(dict(row))
-    values: dict[str, Any] = dict.fromkeys(calls)
-    problems = []
-    for name, call in calls.items():
-        try:
-            values[name] = call.check(call.function(*read_only, **call.parameters))
-        except Exception as error:  # noqa: BLE001 (a user's function may raise anything; the run goes on)
-            problems.append(f"{call.noun} {name} failed: {type(error).__name__}: {error}.")
-    return Computed(values, problems)
+            known = {**columns, **computed.values}
+            computed.add("column", use.name, use.column.compute, known, row, check=use.column.check)
+    return computed
 
 
 def _number(value: Any) -> float | None:

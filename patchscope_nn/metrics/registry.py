@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple, TypeAlias, overload
 
 from patchscope_nn._util.arguments import checked
@@ -93,12 +93,13 @@ class MetricUse(NamedTuple):
 _FUNCTION = "function"
 
 
-def _adopt(name: str, loaded: Any) -> Metric:
-    return as_metric(loaded, name=name)
-
-
 #: All metrics; `values.py` registers the included ones.
-METRICS: Registry[Metric] = Registry("patchscope_nn.metrics", noun="metric", entries={}, adopt=_adopt)
+METRICS: Registry[Metric] = Registry(
+    "patchscope_nn.metrics",
+    noun="metric",
+    entries={},
+    adopt=lambda name, loaded: as_metric(loaded, name=name),
+)
 
 
 @overload
@@ -181,10 +182,9 @@ def cell_arguments(function: Any, *, noun: str, name: str) -> tuple[str, ...]:
     """
     try:
         signature = inspect.signature(function)
-        arguments = signature.parameters.values()
         names = tuple(
-            argument.name
-            for argument in arguments
+            name
+            for name, argument in signature.parameters.items()
             if argument.kind is argument.KEYWORD_ONLY and argument.default is argument.empty
         )
         signature.bind({}, {}, **dict.fromkeys(names, ""))
@@ -296,14 +296,6 @@ def described(manifest: Mapping[str, Any]) -> dict[str, MetricInfo]:
 
 def dump_infos(uses: Sequence[MetricUse], *, readout: str) -> list[dict[str, Any]]:
     """Return the descriptions of a run's resolved metrics for its manifest; `described` reads them back."""
-    return [
-        {
-            "name": use.metric.name,
-            "title": use.metric.title,
-            "readout": use.metric.readout or readout,
-            "higher_is_better": use.metric.higher_is_better,
-            "digest": use.metric.digest,
-        }
-        for use in uses
-        if use.metric is not None
-    ]
+    names = [field.name for field in fields(MetricInfo)]
+    infos = [{name: getattr(use.metric, name) for name in names} for use in uses if use.metric is not None]
+    return [info | {"readout": info["readout"] or readout} for info in infos]

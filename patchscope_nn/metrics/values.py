@@ -24,37 +24,19 @@ def precision_at_1(columns: Columns, _row: Mapping[str, Any]) -> float | None:
     return None if not reference else float(columns["top_ids"][0] == reference[0])
 
 
-@metric(
-    title="Surprisal (nats): -log p_source(top token of the patched run)",
-    readout="next_token",
-    needs="reference",
-    higher_is_better=False,
-)
-def surprisal_nats(columns: Columns, _row: Mapping[str, Any]) -> float | None:
-    """-log p_source(top token of the patched run), the paper's surprisal (section 4.1)."""
-    return columns.get("surprisal_nats")
+def _in_column(name: str) -> Callable[..., float | None]:
+    return lambda columns, _row: columns.get(name)
 
 
-@metric(
-    title="NLL (nats): -log p_patched(reference token)",
-    readout="next_token",
-    needs="reference",
-    higher_is_better=False,
-)
-def nll_nats(columns: Columns, _row: Mapping[str, Any]) -> float | None:
-    """-log p_patched(first reference token)."""
-    return columns.get("nll_nats")
-
-
-@metric(
-    title="KL (nats): KL(source || patched)",
-    readout="next_token",
-    needs="reference",
-    higher_is_better=False,
-)
-def kl_nats(columns: Columns, _row: Mapping[str, Any]) -> float | None:
-    """KL(p_source || p_patched), if both models share a vocabulary."""
-    return columns.get("kl_nats")
+#: Metrics that the readout computes, because only it has whole distributions.
+for _name, _title in (
+    ("surprisal_nats", "Surprisal (nats): -log p_source(top token of the patched run)"),  # section 4.1
+    ("nll_nats", "NLL (nats): -log p_patched(reference token)"),  # of the first reference token
+    ("kl_nats", "KL (nats): KL(source || patched)"),  # if both models share a vocabulary
+):
+    metric(name=_name, title=_title, readout="next_token", needs="reference", higher_is_better=False)(
+        _in_column(_name)
+    )
 
 
 @metric(title="Top-k overlap with the source's own", readout="next_token", needs="reference")

@@ -83,10 +83,7 @@ def _page(table: pd.DataFrame, first_cells: pd.DataFrame, *, manifest: Mapping[s
         titles=[title for title, _ in drawn],
         plotly=plotly_js() if drawn else "",
         cards=cards(
-            first_cells,
-            references=references,
-            metric=next(iter(metrics), None),
-            known=described(manifest),
+            first_cells, references=references, metric=next(iter(metrics), None), known=described(manifest)
         ),
         controls=described_controls(table),
         command=visible(manifest.get("command") or ""),

@@ -31,11 +31,7 @@ _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x")
 
 
 def comparison_curve(
-    layers: pd.DataFrame,
-    *,
-    metric: str,
-    names: Sequence[str],
-    known: Mapping[str, MetricInfo] | None = None,
+    layers: pd.DataFrame, *, metric: str, names: Sequence[str], known: Mapping[str, MetricInfo] | None = None
 ) -> go.Figure:
     """Draw the mean of a metric by source layer: a line and band for each run, with its controls dashed.
 

@@ -57,10 +57,7 @@ def by_scale(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
 def with_probe_controls(table: pd.DataFrame) -> pd.DataFrame:
     """Turn the columns of a probe's controls into rows of controls, as a Patchscope's controls are."""
-    columns = {
-        "probe_majority_accuracy": "commonest class",
-        "probe_shuffled_accuracy": "shuffled labels",
-    }
+    columns = {"probe_majority_accuracy": "commonest class", "probe_shuffled_accuracy": "shuffled labels"}
     parts = [
         table.assign(control=control, probe_accuracy=table[name])
         for name, control in columns.items()
