@@ -137,26 +137,23 @@ def probe_columns(
     Returns:
         A value for each cell and column of `PROBE_COLUMNS`; None for a cell without a layer or a state.
     """
-    cells: dict[int, list[int]] = {}
-    vectors: dict[int, list[np.ndarray]] = {}
     row_and_real: list[tuple[int, bool]] = []
+    states: dict[int, list[tuple[int, np.ndarray]]] = {}  # by layer, the number of each cell and its state
     for index, cell in enumerate(rows):
         row_and_real.append((cell["row"], cell["control"] is None))
         layer, hidden = cell["source_layer"], cell["hidden"]
-        if layer is None or hidden is None:
-            continue
-        cells.setdefault(layer, []).append(index)
-        vectors.setdefault(layer, []).append(np.asarray(hidden, dtype=np.float32).mean(axis=0))
+        if layer is not None and hidden is not None:
+            states.setdefault(layer, []).append((index, np.asarray(hidden, dtype=np.float32).mean(axis=0)))
     fold, label = fold_of(prompts, folds=folds, seed=seed), np.asarray(labels, dtype=object)
     columns: dict[str, list[Any]] = {name: [None] * len(row_and_real) for name in PROBE_COLUMNS}
-    for layer, indices in cells.items():
-        row = np.array([row_and_real[index][0] for index in indices])
-        real = np.array([row_and_real[index][1] for index in indices])
-        states = States(vectors=np.stack(vectors[layer]), label=label[row], fold=fold[row], trains=real)
-        predicted = probe(states, seed=seed)
+    for in_layer in states.values():
+        indices, vectors = zip(*in_layer, strict=True)
+        row, real = map(np.array, zip(*(row_and_real[index] for index in indices), strict=True))
+        known = States(vectors=np.stack(vectors), label=label[row], fold=fold[row], trains=real)
+        predicted = probe(known, seed=seed)
         for number, index in enumerate(indices):
             columns["probe_choice"][index] = str(predicted.choice[number])
             classes = (predicted.choice[number], predicted.majority[number], predicted.shuffled[number])
             for metric, name in zip(PROBE_METRICS, classes, strict=True):
-                columns[metric][index] = float(name == states.label[number])
+                columns[metric][index] = float(name == known.label[number])
     return columns

@@ -75,11 +75,11 @@ def layer_means(table: pd.DataFrame, *, metric: str) -> pd.DataFrame:
         reads no layer), scale (only if the run has several), mean, low, high (NaN for a single row), n_rows,
         n_cells.
     """
-    cells = _cells(table, metric=metric)
+    cells = cells_of(table, metric=metric)
     names = ["control", *_place_columns(cells)]
     if cells.empty:
         return pd.DataFrame(columns=[*names, *Intervals._fields])
-    groups = cells.groupby(names, dropna=False, sort=True)
+    groups = cells.groupby(names, dropna=False)
     means = intervals(cells["value"], row=cells["row"], group=groups.ngroup())
     return groups.size().reset_index()[names].assign(**means._asdict())
 
@@ -138,7 +138,7 @@ def best_over(
         `over`), scale (only if the run has several), the metric, and n_best, the number of cells that the
         best was taken over. A control that reads no layer keeps its own value.
     """
-    cells = _cells(table, metric=metric)
+    cells = cells_of(table, metric=metric)
     places = _place_columns(cells)
     # Positions come in the same order for the real cells and each control.
     cells["place"] = cells.groupby(["row", "control", *places], dropna=False).cumcount()
@@ -161,12 +161,17 @@ def is_higher_better(metric: str, known: Mapping[str, MetricInfo] | None = None)
     return found is None or found.higher_is_better
 
 
-def _cells(table: pd.DataFrame, *, metric: str) -> pd.DataFrame:
+def control_names(table: pd.DataFrame) -> list[str]:
+    """Return the name of each cell's control, `REAL` for the patched cells."""
+    return [REAL if is_null(control) else str(control) for control in table["control"]]
+
+
+def cells_of(table: pd.DataFrame, *, metric: str) -> pd.DataFrame:
     """Return the cells that have a value: row, control, layers and scale as floats, value."""
     cells = pd.DataFrame(
         {
             "row": table["row"].to_numpy(),
-            "control": [REAL if is_null(control) else str(control) for control in table["control"]],
+            "control": control_names(table),
             "source_layer": numbers(table["source_layer"]),
             "target_layer": numbers(table["target_layer"]),
             "scale": scales_of(table).to_numpy(),

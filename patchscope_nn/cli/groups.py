@@ -116,9 +116,10 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
     groups: dict[str, Any] = {}
     flat: list[inspect.Parameter] = []
     for name, parameter in signature.parameters.items():
-        if is_dataclass(parameter.annotation):
-            groups[name] = parameter.annotation
-            flat += inspect.signature(parameter.annotation, eval_str=True).parameters.values()
+        group: Any = parameter.annotation
+        if is_dataclass(group):
+            groups[name] = group
+            flat += inspect.signature(group, eval_str=True).parameters.values()
         else:
             flat.append(parameter)
 

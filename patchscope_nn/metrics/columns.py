@@ -32,8 +32,13 @@ from patchscope_nn.metrics.registry import cell_arguments
 from patchscope_nn.spec import ColumnType
 
 _KINDS: dict[Any, ColumnType] = {
-    **{str: "text", float: "number", int: "number", bool: "number"},
-    **{list[str]: "texts", list[float]: "numbers", list[int]: "numbers"},
+    str: "text",
+    float: "number",
+    int: "number",
+    bool: "number",
+    list[str]: "texts",
+    list[float]: "numbers",
+    list[int]: "numbers",
 }
 _TYPES: dict[ColumnType, Any] = {"text": str, "number": (int, float), "texts": str, "numbers": (int, float)}
 
