@@ -117,7 +117,7 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
     flat: list[inspect.Parameter] = []
     for name, parameter in signature.parameters.items():
         group: Any = parameter.annotation
-        if is_dataclass(group):
+        if isinstance(group, type) and is_dataclass(group):
             groups[name] = group
             flat += inspect.signature(group, eval_str=True).parameters.values()
         else:
