@@ -93,6 +93,11 @@ class Comparison:
         """Return the differences between runs, without those between a run and its own controls."""
         return self.differences[self.differences["first"] != self.differences["second"]]
 
+    def patched(self, metric: str) -> pd.DataFrame:
+        """Return the differences between the patched cells of runs in one metric."""
+        between = self.between()
+        return between[(between["metric"] == metric) & (between["first_control"] == REAL)]
+
     def records(self) -> dict[str, Any]:
         """Return the comparison as plain values for JSON: lists of records, with None for missing values."""
         frames = {"means": self.means, "differences": self.differences, "layers": self.layers}

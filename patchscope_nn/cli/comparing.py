@@ -50,22 +50,18 @@ def print_comparison(comparison: Comparison, *, title: str) -> None:
     )
     for metric in comparison.metrics:
         show("", _metric_table(comparison, metric=metric))
-    for line in comparison.between().to_dict("records"):
-        if line["first_control"] != REAL:
-            continue
-        if line["first_unpaired"] or line["second_unpaired"]:
-            show(
-                f"{line['metric']}: {line['first_unpaired']} cells of {line['first']} and"
-                f" {line['second_unpaired']} of {line['second']} have no partner"
-            )
+    for metric in comparison.metrics:
+        for line in comparison.patched(metric).to_dict("records"):
+            first, second = line["first_unpaired"], line["second_unpaired"]
+            if first or second:
+                of_first, of_second = f"{first} cells of {line['first']}", f"{second} of {line['second']}"
+                show(f"{metric}: {of_first} and {of_second} have no partner")
 
 
 def _metric_table(comparison: Comparison, *, metric: str) -> Any:
     means = comparison.means[comparison.means["metric"] == metric]
     controls = sorted(set(means["control"]) - {REAL})
-    between = comparison.between()
-    between = between[(between["metric"] == metric) & (between["first_control"] == REAL)]
-    differences = {line["second"]: line for line in between.to_dict("records")}
+    differences = {line["second"]: line for line in comparison.patched(metric).to_dict("records")}
     table = grid(metric, "mean", *controls, "difference", "p", "layers", "pairs")
     for name in dict.fromkeys(means["run"]):
         own = means[means["run"] == name].set_index("control").to_dict("index")

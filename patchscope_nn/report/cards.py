@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from patchscope_nn.analysis.statistics import is_higher_better
+from patchscope_nn.analysis.statistics import is_higher_better, is_null, numbers
 from patchscope_nn.metrics import MetricInfo
-from patchscope_nn.report.figures import as_list, is_null, layer_name, numbers, token, visible
+from patchscope_nn.report.figures.table import as_list, layer_name
+from patchscope_nn.report.figures.text import token, visible
 from patchscope_nn.spec import kinds_in
 
 if TYPE_CHECKING:

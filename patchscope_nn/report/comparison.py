@@ -14,10 +14,11 @@ from patchscope_nn.analysis.comparison import Comparison
 from patchscope_nn.analysis.statistics import REAL, is_null
 from patchscope_nn.metrics import described
 from patchscope_nn.report.cells import cells_json, script_json
-from patchscope_nn.report.figures import metric_columns, visible
 from patchscope_nn.report.figures.comparison import comparison_curve
+from patchscope_nn.report.figures.table import metric_columns
+from patchscope_nn.report.figures.text import visible
 from patchscope_nn.report.page import MAX_CELLS, plotly_js, template, write_whole
-from patchscope_nn.report.summary import as_mapping, described_controls
+from patchscope_nn.report.summary import described_controls, section
 
 if TYPE_CHECKING:
     from collections.abc import Hashable
@@ -45,12 +46,10 @@ def write_comparison(comparison: Comparison, sides: Sequence[Side], *, path: Pat
     """
     names, metrics = comparison.names, comparison.metrics
     known = {name: info for side in sides for name, info in described(side.manifest).items()}
-    drawn = [
-        comparison_curve(comparison.layers, metric=metric, names=names, known=known) for metric in metrics
-    ]
+    drawn = [comparison_curve(comparison.layers, metric=name, names=names, known=known) for name in metrics]
     cells = _side_by_side(sides)
     declared = list(dict.fromkeys(metric for side in sides for metric in side.metrics))
-    recipes = {side.name: as_mapping(side.manifest.get("recipe")) for side in sides}
+    recipes = {side.name: section(side.manifest, "recipe") for side in sides}
     page = template("comparison.html.jinja").render(
         title=visible(title),
         summary=list(_sentences(comparison)),
@@ -90,19 +89,16 @@ def _heading(metric: str, comparison: Comparison) -> str:
 
 
 def _fact(side: Side) -> str:
-    models = as_mapping(side.manifest.get("models"))
-    names = [as_mapping(models.get(end)).get("name") for end in ("source", "target")]
-    parts = [" -> ".join(dict.fromkeys(str(name) for name in names if name)), f"{side.n_cells:,} cells"]
-    parts += [str(as_mapping(side.manifest.get("recipe")).get("name", ""))]
-    return ", ".join(part for part in parts if part)
+    names = [section(side.manifest, "models", end).get("name") for end in ("source", "target")]
+    models = " -> ".join(dict.fromkeys(str(name) for name in names if name))
+    recipe = str(section(side.manifest, "recipe").get("name", ""))
+    return ", ".join(filter(None, (models, f"{side.n_cells:,} cells", recipe)))
 
 
 def _sentences(comparison: Comparison) -> Iterator[str]:
     """Yield the differences between each run and the first, in the first metric, as sentences."""
-    between = comparison.between()
-    metric = comparison.metrics[0]
-    chosen = (between["metric"] == metric) & (between["first_control"] == REAL)
-    for line in between[chosen].to_dict("records"):
+    between, metric = comparison.between(), comparison.metrics[0]
+    for line in comparison.patched(metric).to_dict("records"):
         low, high, p = line["low"], line["high"], p_text(line["p"], equals="= ")
         test = f"; p {p}, sign-flip test over data rows" if p else ""
         spread = "" if pd.isna(low) else f" (95 % interval {low:+.3g} to {high:+.3g}{test})"
@@ -134,8 +130,7 @@ def metric_table(comparison: Comparison, *, metric: str) -> dict[str, Any]:
     """Make the table of one metric: the means of each run and its difference from the first run."""
     means = comparison.means[comparison.means["metric"] == metric]
     controls = sorted(set(means["control"]) - {REAL})
-    between = comparison.between()
-    between = between[(between["metric"] == metric) & (between["first_control"] == REAL)].set_index("second")
+    between = comparison.patched(metric).set_index("second")
     lines = []
     for name in dict.fromkeys(means["run"]):
         own = means[means["run"] == name].set_index("control")
@@ -154,12 +149,13 @@ def _columns(between: pd.DataFrame, name: Hashable) -> list[str]:
     if name not in between.index:
         return ["", "", "", "", ""]
     line = between.loc[name]
-    unpaired = int(line["first_unpaired"]), int(line["second_unpaired"])
+    first, second = int(line["first_unpaired"]), int(line["second_unpaired"])
     return [
         _number(line["mean"], line["low"], line["high"], sign="+"),
-        *(p_text(line[name]) for name in ("p", "p_bonferroni")),
+        p_text(line["p"]),
+        p_text(line["p_bonferroni"]),
         f"{int(line['n_pairs']):,}",
-        f"{unpaired[0]:,} of the first, {unpaired[1]:,} of this run" if any(unpaired) else "none",
+        f"{first:,} of the first, {second:,} of this run" if first or second else "none",
     ]
 
 
@@ -168,11 +164,6 @@ def _own_controls(comparison: Comparison) -> Iterator[list[str]]:
     differences = comparison.differences
     for line in differences[differences["first"] == differences["second"]].to_dict("records"):
         if line["n_pairs"]:
-            yield [
-                line["metric"],
-                visible(line["second"]),
-                visible(line["first_control"]),
-                _number(line["mean"], line["low"], line["high"], sign="+"),
-                p_text(line["p"]),
-                f"{line['n_pairs']:,}",
-            ]
+            names = line["metric"], visible(line["second"]), visible(line["first_control"])
+            mean = _number(line["mean"], line["low"], line["high"], sign="+")
+            yield [*names, mean, p_text(line["p"]), f"{line['n_pairs']:,}"]

@@ -8,20 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from patchscope_nn.analysis.statistics import best_over
+from patchscope_nn.analysis.statistics import REAL, best_over
 from patchscope_nn.metrics import MetricInfo, described
 from patchscope_nn.report.cells import cell_answer
-from patchscope_nn.report.figures import (
-    REAL,
+from patchscope_nn.report.figures.table import (
     by_scale,
     layer_means,
     layer_name,
     metric_columns,
-    shorten,
-    visible,
     with_probe_controls,
 )
-from patchscope_nn.report.summary import as_mapping, metric_names, summary
+from patchscope_nn.report.figures.text import shorten, visible
+from patchscope_nn.report.summary import metric_names, section, summary
 
 if TYPE_CHECKING:
     from patchscope_nn.analysis.comparison import Comparison
@@ -38,20 +36,14 @@ def run_html(
 
     `first_cells` is the table of the first cells, with all columns.
     """
-    recipe = as_mapping(manifest.get("recipe"))
+    recipe = section(manifest, "recipe")
     metrics = metric_columns(table, declared=metric_names(manifest))
     title = recipe.get("title") or recipe.get("name") or "A run"
-    parts = [f"<h4>{_text(title)}</h4>"]
-    parts += [f"<p>{_text(' '.join(summary(table, manifest=manifest, metrics=metrics)))}</p>"]
+    said = " ".join(summary(table, manifest=manifest, metrics=metrics))
+    parts = [f"<h4>{_text(title)}</h4><p>{_text(said)}</p>"]
     if metrics:
-        parts.append(
-            _means(
-                with_probe_controls(table),
-                metric=metrics[0],
-                best=recipe.get("best_over") or (),
-                known=described(manifest),
-            )
-        )
+        best, known = recipe.get("best_over") or (), described(manifest)
+        parts.append(_means(with_probe_controls(table), metric=metrics[0], best=best, known=known))
     real = first_cells[first_cells["control"].isna()]
     examples = real.iloc[:: max(1, len(real) // _EXAMPLES)].head(_EXAMPLES)
     lines = [
@@ -66,10 +58,8 @@ def run_html(
 
 
 def _layers(cell: Mapping[Any, Any]) -> list[str]:
-    return [
-        "" if pd.isna(cell[name]) else layer_name(float(cell[name]))
-        for name in ("source_layer", "target_layer")
-    ]
+    layers = (cell["source_layer"], cell["target_layer"])
+    return ["" if pd.isna(layer) else layer_name(float(layer)) for layer in layers]
 
 
 def _means(table: pd.DataFrame, *, metric: str, best: Sequence[str], known: Mapping[str, MetricInfo]) -> str:

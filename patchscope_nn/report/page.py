@@ -16,8 +16,10 @@ from patchscope_nn._util.yaml_text import yaml_text
 from patchscope_nn.metrics import described
 from patchscope_nn.report.cards import cards
 from patchscope_nn.report.cells import cells_json, script_json
-from patchscope_nn.report.figures import figures, metric_columns, visible
-from patchscope_nn.report.summary import as_mapping, described_controls, facts, metric_names, summary
+from patchscope_nn.report.figures import figures
+from patchscope_nn.report.figures.table import metric_columns
+from patchscope_nn.report.figures.text import visible
+from patchscope_nn.report.summary import described_controls, facts, metric_names, section, summary
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -55,8 +57,7 @@ def run_figures(
     Raises:
         InputError: Plotly is not installed.
     """
-    recipe = as_mapping(manifest.get("recipe"))
-    best = tuple(recipe.get("best_over") or ())
+    best = tuple(section(manifest, "recipe").get("best_over") or ())
     return figures(
         first_cells, metrics=metric_names(manifest), all_cells=table, best=best, known=described(manifest)
     )
@@ -72,9 +73,8 @@ def write_whole(page: str, path: Path) -> Path:
 
 
 def _page(table: pd.DataFrame, first_cells: pd.DataFrame, *, manifest: Mapping[str, Any]) -> str:
-    recipe = as_mapping(manifest.get("recipe"))
+    recipe = section(manifest, "recipe")
     metrics = metric_columns(table, declared=metric_names(manifest))
-    references = manifest.get("references") or ()
     drawn = run_figures(table, first_cells, manifest=manifest)
     return template("report.html.jinja").render(
         title=visible(recipe.get("title") or recipe.get("name") or "Patchscopes report"),
@@ -83,7 +83,10 @@ def _page(table: pd.DataFrame, first_cells: pd.DataFrame, *, manifest: Mapping[s
         titles=[title for title, _ in drawn],
         plotly=plotly_js() if drawn else "",
         cards=cards(
-            first_cells, references=references, metric=next(iter(metrics), None), known=described(manifest)
+            first_cells,
+            references=manifest.get("references") or (),
+            metric=next(iter(metrics), None),
+            known=described(manifest),
         ),
         controls=described_controls(table),
         command=visible(manifest.get("command") or ""),

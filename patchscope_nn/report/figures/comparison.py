@@ -16,12 +16,13 @@ from patchscope_nn.report.figures.style import (
     OTHER_LINE,
     band,
     layer_ticks,
+    metric_range,
     metric_title,
     panel,
     plotly,
     style,
 )
-from patchscope_nn.report.figures.table import controls_of, layer_name
+from patchscope_nn.report.figures.table import controls_of, layer_name, lines_of
 from patchscope_nn.report.figures.text import escape
 
 if TYPE_CHECKING:
@@ -58,10 +59,7 @@ def comparison_curve(
             figure.add_traces(list(_curves(own, axis=axis, ticks=ticks, index=index, metric=metric)))
         figure.update_xaxes(title=axis.replace("_", " "), **layer_ticks(ticks))
         figure.update_xaxes(range=[ticks[0] - 0.5, ticks[-1] + 0.5])
-    figure.update_yaxes(title=metric_title(metric, known))
-    if means["mean"].between(0, 1).all() and not metric.endswith("_nats"):
-        figure.update_yaxes(range=[-0.02, 1.05])
-    return figure
+    return figure.update_yaxes(title=metric_title(metric, known), **metric_range(means, metric))
 
 
 def _curves(
@@ -69,10 +67,7 @@ def _curves(
 ) -> Iterator[go.Scatter]:
     """Yield the lines of one run, with the interval of the patched cells as a band under them."""
     colour, symbol = COLOURS[index % len(COLOURS)], _SYMBOLS[index % len(_SYMBOLS)]
-    for control in controls_of(means):
-        own = means[means["control"] == control].sort_values(axis)
-        if own[axis].isna().all():
-            own = own.loc[own.index.repeat(len(ticks))].assign(**{axis: ticks})
+    for control, own in lines_of(means, axis=axis, layers=ticks):
         name = str(own["run"].iloc[0])
         if control == REAL and own["low"].notna().any():
             yield band(own, axis, colour=colour, opacity=0.16, showlegend=False)
@@ -80,7 +75,7 @@ def _curves(
         yield plotly().Scatter(
             x=own[axis].tolist(),
             y=own["mean"].tolist(),
-            name=_name(name, control),
+            name=escape(name if control == REAL else f"{name}: {control} (control)"),
             mode="lines+markers" if control == REAL else "lines",
             line={
                 "color": colour,
@@ -119,10 +114,6 @@ def _points(means: pd.DataFrame, *, metric: str, names: Sequence[str]) -> Iterat
             text=_hovers(own, control=control, metric=metric, at=[""] * len(own)),
             hovertemplate="%{text}<extra></extra>",
         )
-
-
-def _name(run: str, control: str) -> str:
-    return escape(run if control == REAL else f"{run}: {control} (control)")
 
 
 def _hovers(means: pd.DataFrame, *, control: str, metric: str, at: Sequence[str]) -> list[str]:

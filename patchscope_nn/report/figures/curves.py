@@ -15,12 +15,20 @@ from patchscope_nn.report.figures.style import (
     OTHER_LINE,
     band,
     layer_ticks,
+    metric_range,
     metric_title,
     panel,
     plotly,
     style,
 )
-from patchscope_nn.report.figures.table import by_scale, controls_of, layer_axis, layer_means, layer_name
+from patchscope_nn.report.figures.table import (
+    by_scale,
+    controls_of,
+    layer_axis,
+    layer_means,
+    layer_name,
+    lines_of,
+)
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -52,8 +60,9 @@ def layer_curve(
     figure = make_subplots(1, len(means), subplot_titles=list(means), shared_yaxes=True)
     layers = sorted(whole[axis].dropna().unique()) or [0.0]
     for number, part in enumerate(means.values(), start=1):
-        for trace in _curves(part, axis=axis, metric=metric, layers=layers):
-            figure.add_trace(trace.update(showlegend=number == 1), row=1, col=number)
+        for control, own in lines_of(part, axis=axis, layers=layers):
+            for trace in _curve(own, axis=axis, control=control, metric=metric):
+                figure.add_trace(trace.update(showlegend=number == 1), row=1, col=number)
     place = axis.replace("_", " ")
     legend = {"orientation": "h", "y": 1.02 if len(means) == 1 else 1.12, "yanchor": "bottom", "x": 0}
     title = f"{metric} by {place}{' and scale' if len(means) > 1 else ''}, mean over {_averaged(table)}"
@@ -61,8 +70,7 @@ def layer_curve(
     style(figure, title=title, height=400, hovermode="x", legend=legend, **width)
     figure.update_xaxes(title=place, range=[layers[0] - 0.5, layers[-1] + 0.5], **layer_ticks(layers))
     figure.update_yaxes(title=metric_title(metric, known), col=1)
-    if whole["mean"].between(0, 1).all() and not metric.endswith("_nats"):
-        figure.update_yaxes(range=[-0.02, 1.05])
+    figure.update_yaxes(**metric_range(whole, metric))
     if metric == "rank" and whole["mean"].max() > _LOG * whole["mean"].min():
         figure.update_yaxes(type="log", dtick=1)
     return figure
@@ -77,14 +85,6 @@ def _averaged(table: pd.DataFrame) -> str:
     if "sample" in real.columns and len(real["sample"].unique()) > 1:
         over.append("noise samples")
     return " and ".join([", ".join(over[:-1]), over[-1]]) if len(over) > 1 else over[0]
-
-
-def _curves(means: pd.DataFrame, *, axis: str, metric: str, layers: list[float]) -> Iterator[go.Scatter]:
-    for control in controls_of(means):
-        own = means[means["control"] == control].sort_values(axis)
-        if own[axis].isna().all():
-            own = own.loc[own.index.repeat(len(layers))].assign(**{axis: layers})
-        yield from _curve(own, axis=axis, control=control, metric=metric)
 
 
 def _curve(means: pd.DataFrame, *, axis: str, control: str, metric: str) -> Iterator[go.Scatter]:
@@ -117,8 +117,7 @@ def layer_pair_heatmap(
         InputError: The table has no such metric, or plotly is not installed.
     """
     plotly()  # raises before anything is computed
-    parts = by_scale(table)
-    means = {name: layer_means(part, metric=metric) for name, part in parts.items()}
+    means = {name: layer_means(part, metric=metric) for name, part in by_scale(table).items()}
     return _pairs(means, metric=metric, known=known)
 
 
@@ -132,16 +131,11 @@ def _pairs(
         without_layer |= means[means["source_layer"].isna()].set_index("control")["mean"].to_dict()
         for control in controls_of(layered):
             cells = layered[layered["control"] == control]
-            hover = [
-                mean_text(
-                    mean,
-                    ", ".join(filter(None, (mean["control"], name))),
-                    f"source layer {layer_name(mean['source_layer'])},"
-                    f" target layer {layer_name(mean['target_layer'])}",
-                    metric,
-                )
-                for mean in cells.to_dict("records")
-            ]
+            hover = []
+            for mean in cells.to_dict("records"):
+                source, target = layer_name(mean["source_layer"]), layer_name(mean["target_layer"])
+                layers = f"source layer {source}, target layer {target}"
+                hover.append(mean_text(mean, ", ".join(filter(None, (control, name))), layers, metric))
             title = ", ".join(filter(None, (panel(control), name)))
             cells = cells.assign(x=cells["source_layer"], y=cells["target_layer"], hover=hover)
             panels.append(Panel(title, cells, cells["control"] == REAL))

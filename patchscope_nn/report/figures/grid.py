@@ -12,7 +12,7 @@ from patchscope_nn.report.figures.cell_text import Cells, read_cells
 from patchscope_nn.report.figures.lines import MAX_ROWS, text_lines
 from patchscope_nn.report.figures.scale import Scale, limits
 from patchscope_nn.report.figures.style import colour_axis, plotly, style
-from patchscope_nn.report.figures.table import layer_axis, layer_name
+from patchscope_nn.report.figures.table import axis_title, layer_name
 from patchscope_nn.report.figures.text import escape, text_width
 
 if TYPE_CHECKING:
@@ -66,10 +66,8 @@ def text_heatmap(table: pd.DataFrame, *, value: str | None = None) -> go.Figure:
         scale = Scale(*limits(cells.shades))
         bar = colour_axis(scale, title=escape(cells.scale), side="top", **_BAR_PLACE, **_BAR_SIZE)
         figure.update_layout(coloraxis=bar)
-    axis = (layer_axis(table) or "source_layer").replace("_", " ")
-    figure.update_xaxes(
-        title={"text": axis, "standoff": 12}, **_ticks([layer_name(layer) for layer in columns])
-    )
+    title = {"text": axis_title(table), "standoff": 12}
+    figure.update_xaxes(title=title, **_ticks([layer_name(layer) for layer in columns]))
     figure.update_yaxes(**_ticks([line.name for line in lines], down=True))
     return figure
 
@@ -97,13 +95,9 @@ def _traces(spots: Sequence[_Spot], *, cells: Cells, shape: tuple[int, int]) -> 
             groups["flat"].append(spot)
         else:
             groups["bright" if share > _CIVIDIS_MIDDLE else "dark"].append(spot)
-    flat, shaded = {"colorscale": _FLAT, "showscale": False}, {"coloraxis": "coloraxis"}
-    for kind, ink, fill in (
-        ("flat", "#ffffff", flat),
-        ("dark", "#ffffff", shaded),
-        ("bright", "#000000", shaded),
-    ):
+    for kind, ink in (("flat", "#ffffff"), ("dark", "#ffffff"), ("bright", "#000000")):
         if groups[kind]:
+            fill = {"colorscale": _FLAT, "showscale": False} if kind == "flat" else {"coloraxis": "coloraxis"}
             yield _words(groups[kind], cells=cells, shape=shape, ink=ink, **fill)
     if groups["failed"]:
         yield _crosses(groups["failed"], cells=cells)

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from patchscope_nn.analysis.statistics import REAL, is_null, numbers
-from patchscope_nn.report.figures.cell_text import LABEL_WIDTH, Cells
+from patchscope_nn.analysis.statistics import REAL, control_names, is_null, numbers
+from patchscope_nn.report.figures.cell_text import LABEL_WIDTH, Cells, tokens_at
 from patchscope_nn.report.figures.table import FLAT_LAYERS, NO_LAYER, as_list, layer_axis, layer_name
 from patchscope_nn.report.figures.text import shorten
 
@@ -93,8 +93,7 @@ def _arrange(table: pd.DataFrame, *, cells: Cells) -> _Arranged:
     axis = layer_axis(table)
     layers = numbers(table[axis or "source_layer"])
     arranged = _Arranged({}, {})
-    for index, cell in enumerate(cells.records):
-        control = REAL if is_null(cell["control"]) else str(cell["control"])
+    for index, (control, cell) in enumerate(zip(control_names(table), cells.records, strict=True)):
         if is_null(cell["source_layer"]):
             arranged.flat.setdefault(control, {}).setdefault(cell["row"], []).append(index)
             continue
@@ -123,9 +122,7 @@ def _names(cells: Cells, *, first: Mapping[_Place, int]) -> dict[_Place, str]:
     for place, index in first.items():
         parts = [prompts[index]] if n_rows > 1 or not many_positions else []
         if many_positions:
-            words = " ".join(str(text).strip() for text in as_list(cells.records[index]["source_token"]))
-            at = ", ".join(map(str, place.source_positions))
-            parts.append(f"{shorten(words, width=LABEL_WIDTH)} ({at})")
+            parts.append(tokens_at(cells.records[index], width=LABEL_WIDTH))
         if many_targets:
             parts.append(f"→ {shorten(place.target_prompt, width=_PROMPT_WIDTH, tail=True)}")
         if many_layers:

@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from patchscope_nn.analysis.statistics import REAL, is_null, numbers
+from patchscope_nn.analysis.statistics import REAL, control_names, numbers
 from patchscope_nn.metrics import MetricInfo
+from patchscope_nn.report.figures.cell_text import tokens_at
 from patchscope_nn.report.figures.scale import common_scale
 from patchscope_nn.report.figures.style import colour_axis, metric_title, panel, plotly, style
 from patchscope_nn.report.figures.table import (
     FLAT_LAYERS,
     NO_LAYER,
     as_list,
+    axis_title,
     controls_of,
     layer_axis,
     layer_name,
@@ -67,8 +69,10 @@ def heatmaps(
     style(figure, title=title, height=total)
     figure.update_xaxes(showgrid=False)
     figure.update_yaxes(showgrid=False)
-    means = pd.concat([part.cells["mean"] for part in panels] or [pd.Series(dtype=float)]).to_numpy()
-    patched = pd.concat([part.patched for part in panels] or [pd.Series(dtype=bool)]).to_numpy()
+    means, patched = np.array([], dtype=float), np.array([], dtype=bool)
+    if panels:
+        means = pd.concat([part.cells["mean"] for part in panels]).to_numpy()
+        patched = pd.concat([part.patched for part in panels]).to_numpy()
     scale = common_scale(means[patched], means[~patched])
     colours = colour_axis(scale, title=metric_title(metric, known), side="right", thickness=12)
     return figure.update_layout(coloraxis=colours)
@@ -116,7 +120,8 @@ def token_heatmap(
     own = table[table["row"] == row]
     cells = _by_token(own, metric=metric)
     real = own[own["control"].isna() & own["source_layer"].notna()]
-    names = dict(zip(cells.loc[real.index, "y"], map(_token_name, real.to_dict("records")), strict=True))
+    tokens = [tokens_at(cell, width=_TOKEN_WIDTH) for cell in real.to_dict("records")]
+    names = dict(zip(cells.loc[real.index, "y"], tokens, strict=True))
     cells = cells[np.isfinite(cells["mean"]) & cells["y"].isin(list(names))]
     cells = pd.concat([cells, *_repeated(cells, lines=list(names))], ignore_index=True)
     flat = cells["layer"] <= NO_LAYER
@@ -136,16 +141,12 @@ def token_heatmap(
     title = f"{metric} by token and layer, row {row}: {prompt}"
     height = 130 + 22 * len(names)
     figure = heatmaps(panels, title=title, metric=metric, known=known, height=height, gap=140)
-    axis = (layer_axis(table) or "source_layer").replace("_", " ")
     step = -(-len(columns) // _TICKS)
     ticks = [x for x, layer in enumerate(columns) if layer <= NO_LAYER or x % step == 0]
-    figure.update_xaxes(
-        title=axis, tickvals=ticks, ticktext=[layer_name(columns[x]) for x in ticks], tickangle=-90
-    )
-    ends = [max(names, default=0) + 0.5, -0.5]
-    figure.update_yaxes(
-        tickvals=list(names), ticktext=list(map(escape, names.values())), range=ends, title="token read"
-    )
+    labels = [layer_name(columns[x]) for x in ticks]
+    figure.update_xaxes(title=axis_title(table), tickvals=ticks, ticktext=labels, tickangle=-90)
+    labels, ends = list(map(escape, names.values())), [max(names, default=0) + 0.5, -0.5]
+    figure.update_yaxes(title="token read", tickvals=list(names), ticktext=labels, range=ends)
     if len(panels) > 1:
         figure.update_layout(width=_WIDTH)
         # The panel on the left has the same tokens, and long names would overlap it.
@@ -160,19 +161,10 @@ def _repeated(cells: pd.DataFrame, *, lines: Sequence[int]) -> Iterator[pd.DataF
             yield from (own.assign(y=line) for line in lines if line)
 
 
-def _token_name(cell: dict[Any, Any]) -> str:
-    words = " ".join(str(text).strip() for text in as_list(cell["source_token"]))
-    return f"{shorten(words, width=_TOKEN_WIDTH)} ({', '.join(map(str, as_list(cell['source_position'])))})"
-
-
 def _by_token(own: pd.DataFrame, *, metric: str) -> pd.DataFrame:
     """Return the cells of one data row: control, layer, y (the token's number among those read), and mean."""
     layers = numbers(own[layer_axis(own) or "source_layer"])
-    cells = own.assign(
-        control=[REAL if is_null(control) else str(control) for control in own["control"]],
-        layer=layers,
-        mean=numbers(own[metric]),
-    )
+    cells = own.assign(control=control_names(own), layer=layers, mean=numbers(own[metric]))
     varied = [name for name in ("scale", "sample") if name in own.columns]
     layered = [*varied, "control", "source_layer", "target_layer", "target_prompt"]
     # Positions come in the same order for the real cells and each control.

@@ -148,7 +148,7 @@ def draw(figure: go.Figure) -> Figure:
 def _colour_bar(paper: Figure, image: Any, figure: go.Figure, axes: Sequence[Axes]) -> None:
     """Draw the colour bar of all heatmaps; an end is pointed if some cells are beyond it."""
     colours = figure.layout.coloraxis
-    shaded = [np.asarray(trace.z, dtype=float) for trace in figure.data if trace.coloraxis is not None]
+    shaded = [np.asarray(trace.z, dtype=float) for trace in figure.select_traces({"coloraxis": "coloraxis"})]
     below = any(np.any(values < colours.cmin) for values in shaded)
     above = any(np.any(values > colours.cmax) for values in shaded)
     extend = {(True, True): "both", (True, False): "min", (False, True): "max"}.get((below, above), "neither")

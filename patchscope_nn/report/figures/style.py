@@ -99,9 +99,15 @@ def panel(control: str) -> str:
 
 def metric_title(metric: str, known: Mapping[str, MetricInfo] | None = None) -> str:
     """Return the title of a metric's axis, or the name of its column if it has no title; see `figures`."""
-    titles = {"probe_accuracy": "Accuracy of the probe"}
     info = (described({}) if known is None else known).get(metric)
-    return wrap((info.title if info else "") or titles.get(metric, metric), width=38)
+    name = "Accuracy of the probe" if metric == "probe_accuracy" else metric
+    return wrap((info.title if info else "") or name, width=38)
+
+
+def metric_range(means: pd.DataFrame, metric: str) -> dict[str, Any]:
+    """Return the range of a metric's axis: 0 to 1 if all means are within it and it is not in nats."""
+    within = means["mean"].between(0, 1).all() and not metric.endswith("_nats")
+    return {"range": [-0.02, 1.05]} if within else {}
 
 
 def layer_ticks(layers: Sequence[float]) -> dict[str, Any]:

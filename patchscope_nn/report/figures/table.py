@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -46,6 +46,11 @@ def layer_axis(table: pd.DataFrame) -> str | None:
     if source.nunique() == 1 < target.nunique():
         return "target_layer"
     return None if target.groupby(source).nunique().gt(1).any() else "source_layer"
+
+
+def axis_title(table: pd.DataFrame) -> str:
+    """Return the title of an axis of layers."""
+    return (layer_axis(table) or "source_layer").replace("_", " ")
 
 
 def by_scale(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
@@ -110,3 +115,14 @@ def layer_means(table: pd.DataFrame, *, metric: str) -> pd.DataFrame:
 def controls_of(means: pd.DataFrame) -> list[str]:
     """Return the controls in the result of `layer_means`, with the patched cells first."""
     return sorted(means["control"].unique(), key=lambda name: (name != REAL, name))
+
+
+def lines_of(
+    means: pd.DataFrame, *, axis: str, layers: Sequence[float]
+) -> Iterator[tuple[str, pd.DataFrame]]:
+    """Yield the means of each control by layer; a control that reads no layer has its mean at each."""
+    for control in controls_of(means):
+        own = means[means["control"] == control].sort_values(axis)
+        if own[axis].isna().all():
+            own = own.loc[own.index.repeat(len(layers))].assign(**{axis: layers})
+        yield control, own
