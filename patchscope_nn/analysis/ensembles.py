@@ -24,10 +24,8 @@ _SHARED = (
 def combine(table: pd.DataFrame, *, how: Literal["intersect", "average"]) -> pd.DataFrame:
     """Combine the top tokens of several target prompts, state by state.
 
-    Args:
-        table: A run's table, with `top_ids`, `top_tokens` and `top_probs`.
-        how: `intersect` keeps the tokens that are among the top tokens of every prompt, `average` keeps all.
-            Both rank tokens by mean probability; a token counts as 0 for a prompt that does not list it.
+    `intersect` keeps the tokens that are among the top tokens of every prompt, `average` keeps all. Both rank
+    tokens by mean probability; a token counts as 0 for a prompt that does not list it.
 
     Returns:
         A row for each state: the columns that its members share, `n_prompts`, `top_ids`, `top_tokens` and

@@ -46,10 +46,8 @@ class States:
 class Predictions:
     """The predicted class of each state, from the fold in which it was held out; each field is (state,).
 
-    Attributes:
-        choice: The prediction of the probe.
-        majority: The commonest class of the fold's training states.
-        shuffled: The prediction of a probe that was trained on shuffled labels.
+    `choice` is the probe's, `majority` the commonest class of the fold's training states, and `shuffled` that
+    of a probe that was trained on shuffled labels.
     """
 
     choice: np.ndarray
@@ -127,12 +125,8 @@ def probe_columns(
 ) -> dict[str, list[Any]]:
     """Compute the columns that a probe adds to a run's table.
 
-    Args:
-        rows: The cells, with their `hidden` states; a cell that reads several tokens counts by their mean.
-        labels: The class of each data row.
-        prompts: The source prompt of each data row.
-        folds: The number of folds.
-        seed: The seed of folds and shuffled labels.
+    A cell that reads several tokens counts by the mean of their `hidden` states. `labels` and `prompts` are
+    the class and the source prompt of each data row.
 
     Returns:
         A value for each cell and column of `PROBE_COLUMNS`; None for a cell without a layer or a state.

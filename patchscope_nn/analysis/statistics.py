@@ -94,12 +94,7 @@ def summarise(
 ) -> pd.DataFrame:
     """Compute the means of all metrics, with a line for each metric, control, pair of layers and scale.
 
-    Args:
-        table: A run's table.
-        metrics: Names of metric columns.
-        best: The layers over which the best is taken first, as in `best_over`.
-        by_source: Average over target layers too.
-        known: What is known of the metrics, as in `best_over`.
+    `best` and `known` are as in `best_over`; `by_source` averages over target layers too.
 
     Returns:
         The column metric, then the columns of `layer_means`; layers are nullable integers.

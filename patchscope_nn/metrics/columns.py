@@ -171,13 +171,9 @@ def _kind(function: Any, name: str) -> ColumnType:
 
 
 def parse_column(value: Any) -> ColumnUse:
-    """Check the form of a derived column.
+    """Check the form of a derived column: a name, `{function: module:name}`, a function or a `Column`.
 
-    Args:
-        value: A name, `{function: module:name}`, a function, a `Column` or a `ColumnUse`.
-
-    Returns:
-        The column. If it is given as `{function: ...}`, its function is not imported yet.
+    The function of `{function: ...}` is not imported yet.
 
     Raises:
         ValueError: The value has none of these forms, or there is no column of this name.

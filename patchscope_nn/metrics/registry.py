@@ -199,12 +199,8 @@ def cell_arguments(function: Any, *, noun: str, name: str) -> tuple[str, ...]:
 def parse_metric(value: Any) -> MetricUse:
     """Parse a metric, and check its parameters.
 
-    Args:
-        value: A name, `{name: {parameter: column}}`, `{function: module:name, parameter: column}`, a
-            function, a `Metric` or a `MetricUse`.
-
-    Returns:
-        The metric. If it is given as `{function: ...}`, its function is not imported yet.
+    It is a name, `{name: {parameter: column}}`, `{function: module:name, parameter: column}`, a function or a
+    `Metric`. The function of `{function: ...}` is not imported yet.
 
     Raises:
         ValueError: There is no metric of this name, or its parameters are missing or wrong.

@@ -66,8 +66,8 @@ def text_heatmap(table: pd.DataFrame, *, value: str | None = None) -> go.Figure:
         scale = Scale(*limits(cells.shades))
         bar = colour_axis(scale, title=escape(cells.scale), side="top", **_BAR_PLACE, **_BAR_SIZE)
         figure.update_layout(coloraxis=bar)
-    title = {"text": axis_title(table), "standoff": 12}
-    figure.update_xaxes(title=title, **_ticks([layer_name(layer) for layer in columns]))
+    axis = {"text": axis_title(table), "standoff": 12}
+    figure.update_xaxes(title=axis, **_ticks([layer_name(layer) for layer in columns]))
     figure.update_yaxes(**_ticks([line.name for line in lines], down=True))
     return figure
 

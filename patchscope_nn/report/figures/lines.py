@@ -35,19 +35,6 @@ class _Place(NamedTuple):
     scale: Any
 
 
-class _Arranged(NamedTuple):
-    """Indices of cells, arranged in lines.
-
-    Attributes:
-        places: For each control and place, the cell at each layer.
-        flat: For each control that reads no layer, the cells of each row, in order. A row may have several,
-            one for each target prompt or position.
-    """
-
-    places: dict[tuple[str, _Place], dict[float, int]]
-    flat: dict[str, dict[Any, list[int]]]
-
-
 def text_lines(table: pd.DataFrame, *, cells: Cells) -> tuple[list[Line], int]:
     """Return the lines from the top down, and the number of lines of patched cells before the limit.
 
@@ -89,13 +76,22 @@ def _closest(place: _Place, indices: Sequence[int], cells: Cells) -> int:
     return max(indices, key=matches)
 
 
-def _arrange(table: pd.DataFrame, *, cells: Cells) -> _Arranged:
+def _arrange(
+    table: pd.DataFrame, *, cells: Cells
+) -> tuple[dict[tuple[str, _Place], dict[float, int]], dict[str, dict[Any, list[int]]]]:
+    """Arrange the indices of cells in lines.
+
+    Returns:
+        For each control and place, the cell at each layer. For each control that reads no layer, the cells of
+        each row, in order: a row may have several, one for each target prompt or position.
+    """
     axis = layer_axis(table)
     layers = numbers(table[axis or "source_layer"])
-    arranged = _Arranged({}, {})
+    by_place: dict[tuple[str, _Place], dict[float, int]] = {}
+    flat: dict[str, dict[Any, list[int]]] = {}
     for index, (control, cell) in enumerate(zip(control_names(table), cells.records, strict=True)):
         if is_null(cell["source_layer"]):
-            arranged.flat.setdefault(control, {}).setdefault(cell["row"], []).append(index)
+            flat.setdefault(control, {}).setdefault(cell["row"], []).append(index)
             continue
         place = _Place(
             row=cell["row"],
@@ -106,8 +102,8 @@ def _arrange(table: pd.DataFrame, *, cells: Cells) -> _Arranged:
             scale=cell.get("scale"),
         )
         # setdefault keeps the first of several noise samples.
-        arranged.places.setdefault((control, place), {}).setdefault(layers[index], index)
-    return arranged
+        by_place.setdefault((control, place), {}).setdefault(layers[index], index)
+    return by_place, flat
 
 
 def _names(cells: Cells, *, first: Mapping[_Place, int]) -> dict[_Place, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -31,10 +32,11 @@ LINES = {
 }
 OTHER_LINE = ("#d55e00", "longdashdot")
 _INK = "#7a7f87"  # a grey that is legible on white and on near-black
+_CLEAR = "rgba(0,0,0,0)"
 _AXIS = {"gridcolor": "rgba(128,128,128,0.22)", "zeroline": False, "automargin": True}
 _LAYOUT = {
-    "paper_bgcolor": "rgba(0,0,0,0)",
-    "plot_bgcolor": "rgba(0,0,0,0)",
+    "paper_bgcolor": _CLEAR,
+    "plot_bgcolor": _CLEAR,
     "font": {"color": _INK, "size": 12},
     "hoverlabel": {
         "bgcolor": "#1f2430",
@@ -42,30 +44,30 @@ _LAYOUT = {
         "font": {"color": "#f4f5f7", "size": 12},
         "align": "left",
     },
-    "modebar": {
-        "bgcolor": "rgba(0,0,0,0)",
-        "remove": ["sendChartToCloud"],
-        "color": _INK,
-        "activecolor": "#2b8cc4",
-    },
+    "modebar": {"bgcolor": _CLEAR, "remove": ["sendChartToCloud"], "color": _INK, "activecolor": "#2b8cc4"},
     "margin": {"l": 56, "r": 16, "t": 64, "b": 48},
 }
 _ROOM = 8  # with fewer blocks than this, the ticks "embed" and "0" do not overlap
 
 
-def plotly() -> Any:
-    """Import plotly.graph_objects, which is loaded only when the first figure is drawn.
+def optional(module: str, *, what: str, extra: str) -> Any:
+    """Import a module that only `what` needs, when it is needed.
 
     Raises:
-        InputError: Plotly is not installed.
+        InputError: Its package, which the extra installs, is missing.
     """
     try:
-        import plotly.graph_objects as module
+        return importlib.import_module(module)
     except ImportError as error:
+        package = module.partition(".")[0]
         raise InputError(
-            "Figures need plotly, which is not installed.", hint="pip install 'patchscope-nn[report]'"
+            f"{what} need {package}, which is not installed.", hint=f"pip install 'patchscope-nn[{extra}]'"
         ) from error
-    return module
+
+
+def plotly() -> Any:
+    """Import plotly.graph_objects; InputError if plotly is not installed."""
+    return optional("plotly.graph_objects", what="Figures", extra="report")
 
 
 def style(figure: go.Figure, *, title: str, **layout: Any) -> None:
