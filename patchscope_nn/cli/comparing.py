@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from patchscope_nn.analysis.statistics import REAL
-from patchscope_nn.cli.printing import grid, mean_text, out_json, show
+from patchscope_nn.cli.printing import existing, grid, mean_text, out_json, show
 from patchscope_nn.report.comparison import p_text
 
 if TYPE_CHECKING:
@@ -17,25 +17,19 @@ if TYPE_CHECKING:
 
 def print_experiment(experiment: Experiment, *, as_json: bool) -> None:
     """Print the comparison of a recipe's methods, and the paths of its folder and page."""
-    folder = experiment.path
-    page = folder / "comparison.html" if folder else None
-    page_path = str(page) if page and page.exists() else None
-    comparison = experiment.compare()
+    folder, comparison = experiment.path, experiment.compare()
+    page = existing(folder, "comparison.html")
     if as_json:
         runs = {
             name: {"folder": str(run.path), "hash": run.manifest["hash"], "cells": len(run.rows)}
             for name, run in experiment.items()
         }
-        out_json(
-            {"folder": str(folder), "page": page_path, "methods": runs, "comparison": comparison.records()}
-        )
+        out_json({"folder": str(folder), "page": page, "methods": runs, "comparison": comparison.records()})
         return
     print_comparison(comparison, title=experiment.title)
-    show(
-        "",
-        f"{sum(len(run.rows) for run in experiment.values())} cells of {len(experiment)} methods in {folder}",
-        f"page: {page_path}" if page_path else "no page: pip install 'patchscope-nn[report]'",
-    )
+    n_cells = sum(len(run.rows) for run in experiment.values())
+    show("", f"{n_cells} cells of {len(experiment)} methods in {folder}")
+    show(f"page: {page}" if page else "no page: pip install 'patchscope-nn[report]'")
 
 
 def print_comparison(comparison: Comparison, *, title: str) -> None:
@@ -74,8 +68,7 @@ def _metric_table(comparison: Comparison, *, metric: str) -> Any:
 def _difference(line: Mapping[str, Any] | None) -> list[str]:
     if line is None:
         return ["", "", "", ""]
-    p_values = [p_text(line[name]) for name in ("p", "p_bonferroni")]
-    return [mean_text(line, sign="+"), *p_values, str(line["n_pairs"])]
+    return [mean_text(line, sign="+"), p_text(line["p"]), p_text(line["p_bonferroni"]), str(line["n_pairs"])]
 
 
 def print_compared(comparison: Comparison, *, page: Path | None, title: str, as_json: bool) -> None:

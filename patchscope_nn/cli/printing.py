@@ -111,6 +111,12 @@ class Progress:
             self._bar.stop()
 
 
+def existing(folder: Path | None, name: str) -> str | None:
+    """Return the path of a page in a folder; None if there is no folder or no page."""
+    page = folder / name if folder else None
+    return str(page) if page and page.exists() else None
+
+
 def grid(*headers: str, title: str | None = None) -> Any:
     """Return an empty table without lines, with these headers."""
     from rich.table import Table
@@ -160,18 +166,15 @@ def print_look(look: Look, *, as_json: bool) -> None:
     same = all(entry.layer == entry.target_layer for entry in look.says)
     table = grid("layer" if same else "layer -> layer", "the model says it is", "next token", "p")
     for entry in look.says:
-        if entry.layer is None:
-            name = "unpatched"
-        else:
-            layer = "embed" if entry.layer < 0 else str(entry.layer)
+        name, style = "unpatched", "dim"
+        if entry.layer is not None:
+            layer, style = "embed" if entry.layer < 0 else str(entry.layer), ""
             name = layer if same else f"{layer} -> {entry.target_layer}"
-        style = "dim" if entry.layer is None else None
         description = _cell(entry.error or entry.text.strip(" :\n") or "…")
         probability = "" if entry.probability is None else f"{entry.probability:.2f}"
         table.add_row(name, description, _cell(entry.next_token), probability, style=style)
-    tokens = ", ".join(
-        f"{position} {token!r}" for position, token in zip(look.position, look.token, strict=True)
-    )
+    places = zip(look.position, look.token, strict=True)
+    tokens = ", ".join(f"{position} {token!r}" for position, token in places)
     show(_cell(f"{look.model} on {look.prompt!r}, token {tokens}"), "", table)
 
 
@@ -187,11 +190,8 @@ def print_recipes(counted: Sequence[tuple[Recipe, Cost | str]], *, as_json: bool
         numbers = ("?",) * 3 if isinstance(cost, str) else (f"{number:,}" for number in cost[:3])
         fits = " (a mapping is fitted first)" if not isinstance(cost, str) and cost.fits else ""
         table.add_row(recipe.name, recipe.title + fits, recipe.paper or "", *numbers)
-    show(
-        table,
-        "",
-        "data rows, cells and maximum of decoded tokens of the whole recipe; --limit uses fewer rows",
-    )
+    what = "data rows, cells and maximum of decoded tokens of the whole recipe; --limit uses fewer rows"
+    show(table, "", what)
     for reason in dict.fromkeys(cost for _, cost in counted if isinstance(cost, str)):
         show(f"?: {reason}")
 

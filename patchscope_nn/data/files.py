@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Callable, Generator, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -121,10 +122,6 @@ def _records(records: Any, *, name: str) -> Rows:
             yield Numbered(f"line {records.line_num}", row)
 
 
-def _read_tsv(path: Path, name: str) -> Rows:
-    return _read_csv(path, name, delimiter="\t")
-
-
 def _read_parquet(path: Path, name: str) -> Rows:
     import pyarrow as pa
     from pyarrow import parquet
@@ -141,6 +138,6 @@ _READERS: dict[str, Callable[[Path, str], Rows]] = {
     ".jsonl": _read_json_lines,
     ".json": _read_json,
     ".csv": _read_csv,
-    ".tsv": _read_tsv,
+    ".tsv": partial(_read_csv, delimiter="\t"),
     ".parquet": _read_parquet,
 }

@@ -64,9 +64,8 @@ class Explorer:
 
     async def _about(self, _: Request) -> Response:
         """Send what the page needs to start."""
-        examples = {
-            name: [next(iter(row.values())) for row in load_rows(DataSpec(builtin=name))] for name in BUILTIN
-        }
+        rows = {name: load_rows(DataSpec(builtin=name)) for name in BUILTIN}
+        examples = {name: [next(iter(row.values())) for row in rows[name]] for name in BUILTIN}
         lenses = [{"name": lens.name, "title": lens.title} for lens in self.answers.lenses.values()]
         source, target = self.models
         return JSONResponse(
@@ -121,11 +120,8 @@ class Explorer:
         if what not in ("grid", "cell") or form not in forms:
             return Response("There is no such copy.\n", status_code=404, media_type="text/plain")
         try:
-            fields = await _json_object(request)
-            if what == "grid":
-                recipe = GridView(**fields).recipe(self.answers.lenses)
-            else:
-                recipe = CellView(**fields).recipe()
+            fields, lenses = await _json_object(request), self.answers.lenses
+            recipe = GridView(**fields).recipe(lenses) if what == "grid" else CellView(**fields).recipe()
         except PatchscopeError as error:
             return JSONResponse(as_event(error), status_code=422)
         return JSONResponse({"text": forms[form](recipe, self.answers.options)})

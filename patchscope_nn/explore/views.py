@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from patchscope_nn.errors import InputError, did_you_mean
-from patchscope_nn.explore.lenses import OWN, Lens, own_lens
+from patchscope_nn.explore.lenses import OWN, Lens, lens_of
 from patchscope_nn.readouts import Generate, NextToken
 from patchscope_nn.recipe import Recipe
 from patchscope_nn.spec import Source, Spec, Target, prompts
@@ -94,7 +94,7 @@ class GridView(View):
 
     def _lens(self, lenses: Mapping[str, Lens]) -> Lens:
         if self.lens == OWN:
-            return own_lens((self.target or TargetView(prompt=prompts.IDENTITY)).target(None))
+            return lens_of((self.target or TargetView(prompt=prompts.IDENTITY)).target(None))
         if self.lens not in lenses:
             raise InputError(
                 f"{self.lens!r} is not a lens of this explorer.",

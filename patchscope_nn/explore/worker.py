@@ -23,7 +23,7 @@ class Query:
 
     def __init__(self, task: Callable[[Query], None], send: Callable[[Event], None]) -> None:
         self._task, self._send = task, send
-        self._cancelled = threading.Event()
+        self.cancelled = False
         self._ahead = 0
 
     def wait(self, ahead: int) -> None:
@@ -40,17 +40,12 @@ class Query:
 
     def cancel(self) -> None:
         """Make the work end at its next event."""
-        self._cancelled.set()
+        self.cancelled = True
 
     def end(self, message: str, hint: str) -> None:
         """Cancel the request and report an error."""
         self.cancel()
         self._send({"event": "error", "message": message, "hint": hint})
-
-    @property
-    def cancelled(self) -> bool:
-        """True once the request was cancelled."""
-        return self._cancelled.is_set()
 
     def run(self) -> None:
         """Do the work; the last event is `done` or `error`."""
@@ -68,16 +63,14 @@ class Query:
 def as_event(error: Exception) -> Event:
     """Convert an error to an event: the package's own with its hint, any other with its type, and logged."""
     if isinstance(error, SpecError):
-        message = "\n".join(map(str, error.problems))
-        return {"event": "error", "message": message, "hint": error.hint}
-    if isinstance(error, PatchscopeError):
-        return {"event": "error", "message": error.message, "hint": error.hint}
-    _log.error("a request failed", exc_info=error)
-    return {
-        "event": "error",
-        "message": f"unexpected error: {type(error).__name__}: {error}",
-        "hint": "The terminal of `patchscope explore` shows the traceback.",
-    }
+        message, hint = "\n".join(map(str, error.problems)), error.hint
+    elif isinstance(error, PatchscopeError):
+        message, hint = error.message, error.hint
+    else:
+        _log.error("a request failed", exc_info=error)
+        message = f"unexpected error: {type(error).__name__}: {error}"
+        hint = "The terminal of `patchscope explore` shows the traceback."
+    return {"event": "error", "message": message, "hint": hint}
 
 
 class Worker:

@@ -46,7 +46,31 @@ def write_report(
         InputError: Plotly is not installed.
     """
     first_cells = table.iloc[:MAX_CELLS] if first_cells is None else first_cells
-    return write_whole(_page(table, first_cells, manifest=manifest), path)
+    recipe = section(manifest, "recipe")
+    metrics = metric_columns(table, declared=metric_names(manifest))
+    drawn = run_figures(table, first_cells, manifest=manifest)
+    page = template("report.html.jinja").render(
+        title=visible(recipe.get("title") or recipe.get("name") or "Patchscopes report"),
+        summary=summary(table, manifest=manifest, metrics=metrics),
+        facts=facts(table, manifest=manifest),
+        titles=[title for title, _ in drawn],
+        plotly=plotly_js() if drawn else "",
+        cards=cards(
+            first_cells,
+            references=manifest.get("references") or (),
+            metric=next(iter(metrics), None),
+            known=described(manifest),
+        ),
+        controls=described_controls(table),
+        command=visible(manifest.get("command") or ""),
+        figures=script_json([json.loads(figure.to_json()) for _, figure in drawn]),
+        cells=cells_json(first_cells, metrics=metrics, derived=list(manifest.get("derived") or ())),
+        n_cells=len(table),
+        max_cells=MAX_CELLS,
+        recipe=_yaml(recipe),
+        manifest=_yaml({key: value for key, value in manifest.items() if key not in _ELSEWHERE}),
+    )
+    return write_whole(page, path)
 
 
 def run_figures(
@@ -70,33 +94,6 @@ def write_whole(page: str, path: Path) -> Path:
         # A command line may contain bytes that are not valid UTF-8, which Python decodes to surrogates.
         draft.write_bytes(page.encode("utf-8", errors="replace"))
     return path
-
-
-def _page(table: pd.DataFrame, first_cells: pd.DataFrame, *, manifest: Mapping[str, Any]) -> str:
-    recipe = section(manifest, "recipe")
-    metrics = metric_columns(table, declared=metric_names(manifest))
-    drawn = run_figures(table, first_cells, manifest=manifest)
-    return template("report.html.jinja").render(
-        title=visible(recipe.get("title") or recipe.get("name") or "Patchscopes report"),
-        summary=summary(table, manifest=manifest, metrics=metrics),
-        facts=facts(table, manifest=manifest),
-        titles=[title for title, _ in drawn],
-        plotly=plotly_js() if drawn else "",
-        cards=cards(
-            first_cells,
-            references=manifest.get("references") or (),
-            metric=next(iter(metrics), None),
-            known=described(manifest),
-        ),
-        controls=described_controls(table),
-        command=visible(manifest.get("command") or ""),
-        figures=script_json([json.loads(figure.to_json()) for _, figure in drawn]),
-        cells=cells_json(first_cells, metrics=metrics, derived=list(manifest.get("derived") or ())),
-        n_cells=len(table),
-        max_cells=MAX_CELLS,
-        recipe=_yaml(recipe),
-        manifest=_yaml({key: value for key, value in manifest.items() if key not in _ELSEWHERE}),
-    )
 
 
 def template(name: str) -> jinja2.Template:

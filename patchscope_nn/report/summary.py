@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from patchscope_nn.analysis.statistics import REAL, best_over, is_higher_better, is_null, numbers
@@ -15,7 +15,7 @@ from patchscope_nn.report.figures.table import (
     reads_sink,
     with_probe_controls,
 )
-from patchscope_nn.report.figures.text import shorten, visible
+from patchscope_nn.report.figures.text import listed, shorten
 from patchscope_nn.spec import RESIDUAL, SITES, Readout, kinds_in
 
 if TYPE_CHECKING:
@@ -88,11 +88,6 @@ def _count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
-def _list(words: Iterable[object]) -> str:
-    texts = [visible(word) for word in words]
-    return " and ".join([", ".join(texts[:-1]), *texts[-1:]]) if len(texts) > 1 else "".join(texts)
-
-
 def _distinct(table: pd.DataFrame, *, column: str) -> list[Any]:
     return [] if column not in table.columns else list(table[column].dropna().unique())
 
@@ -113,9 +108,9 @@ def _opening(table: pd.DataFrame, *, manifest: Mapping[str, Any]) -> str:
     action = next((kind.action for kind in kinds_in(table.columns)), Readout.action)
     read = table[table["source_layer"].notna()]
     prompts = _count(len(_distinct(read, column="source_prompt")), "source prompt")
-    result = action.format(_list(target))
+    result = action.format(listed(target))
     if section(manifest, "recipe").get("probe"):
-        return f"A linear probe read hidden states of {_list(source)} at {_layers(table)}, from {prompts}."
+        return f"A linear probe read hidden states of {listed(source)} at {_layers(table)}, from {prompts}."
     if _cuts(manifest):
         return (
             f"In {prompts}, attention from some tokens to others was cut in blocks around {_layers(table)};"
@@ -127,14 +122,14 @@ def _opening(table: pd.DataFrame, *, manifest: Mapping[str, Any]) -> str:
     corrupted = section(manifest, "recipe", "target").get("corrupt")
     noise = " with noise on some of its embeddings" if corrupted else ""
     return (
-        f"{states} of {_list(source)} at {_layers(table)} were taken from {prompts} and written into a"
+        f"{states} of {listed(source)} at {_layers(table)} were taken from {prompts} and written into a"
         f" target prompt{noise}; {result}."
     )
 
 
 def _counts(table: pd.DataFrame, *, controls: Sequence[str]) -> str:
     """Count the cells of each kind."""
-    kinds = _list(f"{controls.count(name):,} {name}" for name in dict.fromkeys(controls))
+    kinds = listed(f"{controls.count(name):,} {name}" for name in dict.fromkeys(controls))
     return (
         f"There are {_count(len(table), 'cell')} over {_count(table['row'].nunique(), 'data row')}:"
         f" {len(table) - len(controls):,} patched{f', and {kinds} as controls' if kinds else ''}."

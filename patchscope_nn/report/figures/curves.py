@@ -29,6 +29,7 @@ from patchscope_nn.report.figures.table import (
     layer_name,
     lines_of,
 )
+from patchscope_nn.report.figures.text import listed
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -84,7 +85,7 @@ def _averaged(table: pd.DataFrame) -> str:
         over.append("positions")
     if "sample" in real.columns and len(real["sample"].unique()) > 1:
         over.append("noise samples")
-    return " and ".join([", ".join(over[:-1]), over[-1]]) if len(over) > 1 else over[0]
+    return listed(over)
 
 
 def _curve(means: pd.DataFrame, *, axis: str, control: str, metric: str) -> Iterator[go.Scatter]:

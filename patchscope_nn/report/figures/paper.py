@@ -131,9 +131,9 @@ def _colour_bar(paper: Figure, image: Any, figure: go.Figure, axes: Sequence[Axe
     below = any(np.any(values < colours.cmin) for values in shaded)
     above = any(np.any(values > colours.cmax) for values in shaded)
     extend = {(True, True): "both", (True, False): "min", (False, True): "max"}.get((below, above), "neither")
-    title = _plain(colours.colorbar.title.text or "")
-    bar = paper.colorbar(image, ax=axes, label=title, shrink=0.8, pad=0.02, extend=extend)
     colorbar = colours.colorbar
+    title = _plain(colorbar.title.text or "")
+    bar = paper.colorbar(image, ax=axes, label=title, shrink=0.8, pad=0.02, extend=extend)
     if colorbar.tickvals is not None:
         bar.set_ticks(list(colorbar.tickvals), labels=[_plain(text) for text in colorbar.ticktext])
 

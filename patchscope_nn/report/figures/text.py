@@ -10,6 +10,7 @@ import html
 import re
 import textwrap
 import unicodedata
+from collections.abc import Iterable
 
 _SIGNS = {"\n": "⏎", "\r": "␍", "\t": "⇥", "\u2028": "⏎", "\u2029": "⏎", "\x7f": "␡"}
 _BIDI = "\u200e\u200f\u061c\u202a-\u202e\u2066-\u2069"  # these reorder the text around them
@@ -35,6 +36,12 @@ def visible(text: object, *, keep: str = "") -> str:
     if text is None:
         return ""
     return _UNSEEN.sub(lambda match: match[0] if match[0] in keep else _sign(match), str(text))
+
+
+def listed(words: Iterable[object]) -> str:
+    """Join visible texts as `a, b and c`; empty for none."""
+    *first, last = [visible(word) for word in words] or [""]
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def _width(character: str) -> int:
