@@ -219,8 +219,8 @@ def paired(difference: Any, *, row: Any) -> Paired:
         return Paired(np.nan, np.nan, np.nan, 0, 0, np.nan)
     code, names = pd.factorize(np.asarray(row))
     sums = np.bincount(code, weights=values, minlength=len(names))
-    mean, low, high, n_rows, n_pairs = (field[0] for field in intervals(values, row=row))
-    return Paired(float(mean), float(low), float(high), int(n_rows), int(n_pairs), _sign_flip(sums))
+    mean, low, high, n_rows, n_pairs = (field[0].item() for field in intervals(values, row=row))
+    return Paired(mean, low, high, n_rows, n_pairs, _sign_flip(sums))
 
 
 def _sign_flip(sums: np.ndarray) -> float:
@@ -270,6 +270,14 @@ def paired_t(first: Any, second: Any, *, tests: int = 1) -> PairedT:
         warnings.simplefilter("ignore", RuntimeWarning)  # raised if the differences are nearly equal
         t, p = map(float, ttest_rel(a, b))
     return PairedT(len(a), t, p, min(1.0, p * tests))
+
+
+def mean_text(mean: Mapping[Any, Any] | None, spec: str = ".3g") -> str:
+    """Write a mean as `0.5 [0.4, 0.6]`, without the interval if it is missing; empty for no mean."""
+    if mean is None or is_null(mean["mean"]):
+        return ""
+    spread = "" if is_null(mean["low"]) else f" [{mean['low']:{spec}}, {mean['high']:{spec}}]"
+    return f"{mean['mean']:{spec}}{spread}"
 
 
 def is_null(value: object) -> bool:

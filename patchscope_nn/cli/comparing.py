@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from patchscope_nn.analysis.statistics import REAL
-from patchscope_nn.cli.printing import existing, grid, mean_text, out_json, show
+from patchscope_nn.analysis.statistics import REAL, mean_text
+from patchscope_nn.cli.printing import existing, grid, out_json, show
 from patchscope_nn.report.comparison import p_text
 
 if TYPE_CHECKING:
@@ -59,16 +59,16 @@ def _metric_table(comparison: Comparison, *, metric: str) -> Any:
     table = grid(metric, "mean", *controls, "difference", "p", "layers", "pairs")
     for name in dict.fromkeys(means["run"]):
         own = means[means["run"] == name].set_index("control").to_dict("index")
-        line = differences.get(name)
-        control_means = [mean_text(own.get(control)).replace(" [", "\n[") for control in controls]
-        table.add_row(name, mean_text(own.get(REAL)), *control_means, *_difference(line))
+        real, *others = (mean_text(own.get(control), ".2f") for control in (REAL, *controls))
+        others = [text.replace(" [", "\n[") for text in others]
+        table.add_row(name, real, *others, *_difference(differences.get(name)))
     return table
 
 
 def _difference(line: Mapping[str, Any] | None) -> list[str]:
     if line is None:
         return ["", "", "", ""]
-    return [mean_text(line, sign="+"), p_text(line["p"]), p_text(line["p_bonferroni"]), str(line["n_pairs"])]
+    return [mean_text(line, "+.2f"), p_text(line["p"]), p_text(line["p_bonferroni"]), str(line["n_pairs"])]
 
 
 def print_compared(comparison: Comparison, *, page: Path | None, title: str, as_json: bool) -> None:

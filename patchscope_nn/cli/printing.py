@@ -136,17 +136,6 @@ def show(*renderables: Any) -> None:
         console.print(renderable, markup=False)
 
 
-def mean_text(summary: Mapping[str, Any] | None, *, sign: str = "") -> str:
-    """Format a mean with its interval, which is missing for a single row; `sign` is as in a format spec."""
-    from patchscope_nn.analysis.statistics import is_null
-
-    if summary is None or is_null(summary["mean"]):
-        return ""
-    low, high = summary["low"], summary["high"]
-    spread = "" if is_null(low) else f" [{low:{sign}.2f}, {high:{sign}.2f}]"
-    return f"{summary['mean']:{sign}.2f}{spread}"
-
-
 def _cell(text: str) -> Any:
     """Prepare generated text for a terminal: without markup, and with control characters made visible."""
     from rich.text import Text

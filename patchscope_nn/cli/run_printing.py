@@ -7,7 +7,8 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from patchscope_nn.cli.printing import existing, grid, mean_text, out_json, show
+from patchscope_nn.analysis.statistics import mean_text
+from patchscope_nn.cli.printing import existing, grid, out_json, show
 
 if TYPE_CHECKING:
     from patchscope_nn.runs.results import Run
@@ -62,10 +63,10 @@ def _summary(run: Run) -> Iterator[Any]:
     for scale, layer in places:
         name = {None: "all", -1: "embed"}.get(layer, str(layer))
         line = [means.get(((scale, layer), *column)) for column in columns]
-        table.add_row(*([f"{scale:g}"] if scaled else []), name, *map(mean_text, line))
+        table.add_row(*([f"{scale:g}"] if scaled else []), name, *(mean_text(mean, ".2f") for mean in line))
     yield table
     first = [line for line in summary if line["metric"] == run.metrics[0]]
-    flat = [f"{line['control']} {mean_text(line)}" for line in first if line["control"] not in layered]
+    flat = [f"{line['control']} {mean_text(line, '.2f')}" for line in first if line["control"] not in layered]
     if flat:
         yield f"\n{run.metrics[0]} without a state: {', '.join(flat)}"
 

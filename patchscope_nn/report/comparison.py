@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from patchscope_nn.analysis.comparison import Comparison
-from patchscope_nn.analysis.statistics import REAL, is_null
+from patchscope_nn.analysis.statistics import REAL, is_null, mean_text
 from patchscope_nn.metrics import described
 from patchscope_nn.report.cells import cells_json, script_json
 from patchscope_nn.report.figures.comparison import comparison_curve
@@ -119,13 +119,6 @@ def p_text(p: float, *, equals: str = "") -> str:
     return "< .001" if p < 0.001 else f"{equals}{p:.2g}"  # noqa: PLR2004 (the usual notation)
 
 
-def _number(mean: Any, low: Any, high: Any, *, sign: str = "") -> str:
-    if pd.isna(mean):
-        return ""
-    spread = "" if pd.isna(low) else f" [{low:{sign}.3g}, {high:{sign}.3g}]"
-    return f"{mean:{sign}.3g}{spread}"
-
-
 def metric_table(comparison: Comparison, *, metric: str) -> dict[str, Any]:
     """Make the table of one metric: the means of each run and its difference from the first run."""
     means = comparison.means[comparison.means["metric"] == metric]
@@ -133,11 +126,8 @@ def metric_table(comparison: Comparison, *, metric: str) -> dict[str, Any]:
     between = comparison.patched(metric).set_index("second")
     lines = []
     for name in dict.fromkeys(means["run"]):
-        own = means[means["run"] == name].set_index("control")
-        cells = [
-            _number(*own.loc[control, ["mean", "low", "high"]]) if control in own.index else ""
-            for control in (REAL, *controls)
-        ]
+        own = means[means["run"] == name].set_index("control").to_dict("index")
+        cells = [mean_text(own.get(control)) for control in (REAL, *controls)]
         lines.append([visible(name), *cells, *_columns(between, name)])
     heads = ["run", "patched", *(f"{control} (control)" for control in controls)]
     heads += ["difference from the first", "p", "p over layers, corrected", "pairs", "without a partner"]
@@ -151,7 +141,7 @@ def _columns(between: pd.DataFrame, name: Hashable) -> list[str]:
     line = between.loc[name]
     first, second = int(line["first_unpaired"]), int(line["second_unpaired"])
     return [
-        _number(line["mean"], line["low"], line["high"], sign="+"),
+        mean_text(line, "+.3g"),
         p_text(line["p"]),
         p_text(line["p_bonferroni"]),
         f"{int(line['n_pairs']):,}",
@@ -165,5 +155,4 @@ def _own_controls(comparison: Comparison) -> Iterator[list[str]]:
     for line in differences[differences["first"] == differences["second"]].to_dict("records"):
         if line["n_pairs"]:
             names = line["metric"], visible(line["second"]), visible(line["first_control"])
-            mean = _number(line["mean"], line["low"], line["high"], sign="+")
-            yield [*names, mean, p_text(line["p"]), f"{line['n_pairs']:,}"]
+            yield [*names, mean_text(line, "+.3g"), p_text(line["p"]), f"{line['n_pairs']:,}"]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from patchscope_nn.analysis.statistics import REAL, best_over
+from patchscope_nn.analysis.statistics import REAL, best_over, mean_text
 from patchscope_nn.metrics import MetricInfo, described
 from patchscope_nn.report.cells import cell_answer
 from patchscope_nn.report.figures.table import (
@@ -69,8 +69,7 @@ def _means(table: pd.DataFrame, *, metric: str, best: Sequence[str], known: Mapp
     flat: dict[str, str] = {}
     for scale, part in by_scale(cells).items():
         for mean in layer_means(part, metric=metric).to_dict("records"):
-            spread = "" if pd.isna(mean["low"]) else f" [{mean['low']:.2f}, {mean['high']:.2f}]"
-            value = f"{mean['mean']:.2f}{spread}"
+            value = mean_text(mean, ".2f")
             if pd.isna(mean["source_layer"]) and pd.isna(mean["target_layer"]):
                 flat[mean["control"]] = value
             else:

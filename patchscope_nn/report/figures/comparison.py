@@ -9,7 +9,7 @@ import pandas as pd
 
 from patchscope_nn.analysis.statistics import REAL
 from patchscope_nn.metrics import MetricInfo
-from patchscope_nn.report.figures.maps import mean_text
+from patchscope_nn.report.figures.maps import hover_text
 from patchscope_nn.report.figures.style import (
     COLOURS,
     LINES,
@@ -71,19 +71,15 @@ def _curves(
         name = str(own["run"].iloc[0])
         if control == REAL and own["low"].notna().any():
             yield band(own, axis, colour=colour, opacity=0.16, showlegend=False)
-        at = [f"layer {layer_name(layer)}" for layer in own[axis]]
+        dash, width = LINES.get(control, OTHER_LINE)[1], 2.5 if control == REAL else 1.5
         yield plotly().Scatter(
             x=own[axis].tolist(),
             y=own["mean"].tolist(),
             name=escape(name if control == REAL else f"{name}: {control} (control)"),
             mode="lines+markers" if control == REAL else "lines",
-            line={
-                "color": colour,
-                "dash": LINES.get(control, OTHER_LINE)[1],
-                "width": 2.5 if control == REAL else 1.5,
-            },
+            line={"color": colour, "dash": dash, "width": width},
             marker={"size": 7, "symbol": symbol},
-            text=_hovers(own, control=control, metric=metric, at=at),
+            text=_hovers(own, metric=metric, axis=axis),
             hovertemplate="%{text}<extra></extra>",
         )
 
@@ -94,31 +90,26 @@ def _points(means: pd.DataFrame, *, metric: str, names: Sequence[str]) -> Iterat
     for number, control in enumerate(controls):
         own = means[means["control"] == control]
         shift = 0.5 * (number - (len(controls) - 1) / 2) / len(controls)
-        where = [names.index(name) for name in own["run"]]
+        symbol = _SYMBOLS[number % len(_SYMBOLS)] + ("" if control == REAL else "-open")
+        above = (own["high"] - own["mean"]).fillna(0).tolist()
+        below = (own["mean"] - own["low"]).fillna(0).tolist()
         yield plotly().Scatter(
-            x=[place + shift for place in where],
+            x=[names.index(name) + shift for name in own["run"]],
             y=own["mean"].tolist(),
             name=panel(control),
             mode="markers",
-            marker={
-                "size": 11,
-                "symbol": _SYMBOLS[number % len(_SYMBOLS)] + ("" if control == REAL else "-open"),
-                "color": LINES.get(control, OTHER_LINE)[0],
-            },
-            error_y={
-                "type": "data",
-                "symmetric": False,
-                "array": (own["high"] - own["mean"]).fillna(0).tolist(),
-                "arrayminus": (own["mean"] - own["low"]).fillna(0).tolist(),
-            },
-            text=_hovers(own, control=control, metric=metric, at=[""] * len(own)),
+            marker={"size": 11, "symbol": symbol, "color": LINES.get(control, OTHER_LINE)[0]},
+            error_y={"type": "data", "symmetric": False, "array": above, "arrayminus": below},
+            text=_hovers(own, metric=metric),
             hovertemplate="%{text}<extra></extra>",
         )
 
 
-def _hovers(means: pd.DataFrame, *, control: str, metric: str, at: Sequence[str]) -> list[str]:
-    kind = "" if control == REAL else control
-    places = zip(means.to_dict("records"), at, strict=True)
-    return [
-        mean_text(mean, ", ".join(filter(None, (mean["run"], kind, where))), metric) for mean, where in places
-    ]
+def _hovers(means: pd.DataFrame, *, metric: str, axis: str | None = None) -> list[str]:
+    """Return the hover text of each mean: its run, its control and its place on the axis of layers."""
+    hovers = []
+    for mean in means.to_dict("records"):
+        control = "" if mean["control"] == REAL else mean["control"]
+        layer = f"layer {layer_name(mean[axis])}" if axis else ""
+        hovers.append(hover_text(mean, ", ".join(filter(None, (mean["run"], control, layer))), metric))
+    return hovers

@@ -9,7 +9,7 @@ import pandas as pd
 
 from patchscope_nn.analysis.statistics import REAL
 from patchscope_nn.metrics import MetricInfo
-from patchscope_nn.report.figures.maps import Panel, heatmaps, mean_text, rows_with_positions
+from patchscope_nn.report.figures.maps import Panel, heatmaps, hover_text, rows_with_positions
 from patchscope_nn.report.figures.style import (
     LINES,
     OTHER_LINE,
@@ -94,7 +94,7 @@ def _curve(means: pd.DataFrame, *, axis: str, control: str, metric: str) -> Iter
     if control == REAL and means["low"].notna().any():
         yield band(means, axis, colour=colour, opacity=0.22, name="95 % interval")
     hover = [
-        mean_text(mean, f"{control}, layer {layer_name(mean[axis])}: {metric}")
+        hover_text(mean, f"{control}, layer {layer_name(mean[axis])}: {metric}")
         for mean in means.to_dict("records")
     ]
     yield plotly().Scatter(
@@ -136,7 +136,7 @@ def _pairs(
             for mean in cells.to_dict("records"):
                 source, target = layer_name(mean["source_layer"]), layer_name(mean["target_layer"])
                 layers = f"source layer {source}, target layer {target}"
-                hover.append(mean_text(mean, ", ".join(filter(None, (control, name))), layers, metric))
+                hover.append(hover_text(mean, ", ".join(filter(None, (control, name))), layers, metric))
             title = ", ".join(filter(None, (panel(control), name)))
             cells = cells.assign(x=cells["source_layer"], y=cells["target_layer"], hover=hover)
             panels.append(Panel(title, cells, cells["control"] == REAL))

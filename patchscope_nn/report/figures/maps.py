@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from patchscope_nn.analysis.statistics import REAL, control_names, numbers
+from patchscope_nn.analysis.statistics import REAL, control_names, mean_text, numbers
 from patchscope_nn.metrics import MetricInfo
 from patchscope_nn.report.figures.cell_text import tokens_at
 from patchscope_nn.report.figures.scale import common_scale
@@ -91,10 +91,9 @@ def _trace(cells: pd.DataFrame) -> go.Heatmap:
     )
 
 
-def mean_text(mean: dict[Any, Any], *heading: str) -> str:
+def hover_text(mean: dict[Any, Any], *heading: str) -> str:
     """Return the hover text of a mean: lines that name it, then its value and interval."""
-    spread = "" if np.isnan(mean["low"]) else f" [{mean['low']:.3g}, {mean['high']:.3g}]"
-    return f"{'<br>'.join(map(escape, heading))} {mean['mean']:.3g}{spread}, {mean['n_rows']} rows"
+    return f"{'<br>'.join(map(escape, heading))} {mean_text(mean)}, {mean['n_rows']} rows"
 
 
 def rows_with_positions(table: pd.DataFrame) -> list[Any]:
