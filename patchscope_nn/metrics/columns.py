@@ -17,15 +17,8 @@ from dataclasses import dataclass, field, replace
 from types import NoneType
 from typing import Any, NamedTuple, overload
 
+from patchscope_nn._util import functions
 from patchscope_nn._util.arguments import checked
-from patchscope_nn._util.functions import (
-    check_reference,
-    function_bytes,
-    import_function,
-    name_in,
-    name_of,
-    reference_of,
-)
 from patchscope_nn._util.plain import plain, shown
 from patchscope_nn._util.registry import Registry, decorate
 from patchscope_nn.metrics.registry import cell_arguments
@@ -128,7 +121,7 @@ def column(
 
     def register(function: Callable[..., Any]) -> Column:
         derived = as_column(function, name=name)
-        COLUMNS.register(derived.name, derived, home=reference_of(function))
+        COLUMNS.register(derived.name, derived, home=functions.reference_of(function))
         return derived
 
     return decorate(function, register)
@@ -142,7 +135,7 @@ def as_column(function: Any, *, name: str | None = None) -> Column:
     """
     if isinstance(function, Column):
         return function if name in (None, function.name) else replace(function, name=str(name))
-    name = name or name_of(function)
+    name = name or functions.name_of(function)
     if not name.isidentifier():
         raise ValueError(
             f"{name!r} cannot be the name of a column; give one of letters, digits and underscores: "
@@ -150,7 +143,7 @@ def as_column(function: Any, *, name: str | None = None) -> Column:
         )
     if needed := cell_arguments(function, noun="column", name=name):
         raise ValueError(f"the column {name} needs {', '.join(needed)}; give each a default")
-    digest = hashlib.sha256(function_bytes(function)).hexdigest()[:16]
+    digest = hashlib.sha256(functions.function_bytes(function)).hexdigest()[:16]
     return Column(name=name, kind=_kind(function, name), compute=function, digest=digest)
 
 
@@ -182,13 +175,13 @@ def parse_column(value: Any) -> ColumnUse:
         return value
     if callable(value):
         derived = as_column(value)
-        function = "" if COLUMNS.entries.get(derived.name) == derived else reference_of(derived.compute)
-        return ColumnUse(derived.name, function, derived)
+        known = COLUMNS.entries.get(derived.name) == derived
+        return ColumnUse(derived.name, "" if known else functions.reference_of(derived.compute), derived)
     if isinstance(value, str):
         return ColumnUse(value, column=COLUMNS.find(value))
     if isinstance(value, Mapping) and set(value) == {"function"} and isinstance(value["function"], str):
-        reference = check_reference(value["function"])
-        return ColumnUse(name_in(reference), reference)
+        reference = functions.check_reference(value["function"])
+        return ColumnUse(functions.name_in(reference), reference)
     raise ValueError(f"{value!r} is not a column; give a name, or {{function: module:name}}")
 
 
@@ -196,4 +189,4 @@ def resolve_column(use: ColumnUse) -> ColumnUse:
     """Import a column's function, if it is not imported yet; ValueError if that fails, as in `as_column`."""
     if use.column is not None:
         return use
-    return use._replace(column=as_column(import_function(use.function), name=use.name))
+    return use._replace(column=as_column(functions.import_function(use.function), name=use.name))

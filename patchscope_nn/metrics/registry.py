@@ -17,15 +17,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple, TypeAlias, overload
 
+from patchscope_nn._util import functions
 from patchscope_nn._util.arguments import checked
-from patchscope_nn._util.functions import (
-    check_reference,
-    function_bytes,
-    import_function,
-    name_in,
-    name_of,
-    reference_of,
-)
 from patchscope_nn._util.registry import Registry, decorate
 
 Columns: TypeAlias = Mapping[str, Any]
@@ -145,7 +138,7 @@ def metric(
         registered = as_metric(
             function, name=name, title=title, readout=readout, needs=needs, higher_is_better=higher_is_better
         )
-        METRICS.register(registered.name, registered, home=reference_of(function))
+        METRICS.register(registered.name, registered, home=functions.reference_of(function))
         return registered
 
     return decorate(function, register)
@@ -159,15 +152,15 @@ def as_metric(function: Any, *, name: str | None = None, title: str = "", **fact
     """
     if isinstance(function, Metric):
         return function if name in (None, function.name) else replace(function, name=str(name))
-    name = name or name_of(function)
+    name = name or functions.name_of(function)
     if not name.isidentifier() or name == _FUNCTION:
         raise ValueError(
             f"{name!r} cannot be the name of a metric; give one of letters, digits and underscores: "
             "@ps.metric(name=...)"
         )
-    reference = reference_of(function)
+    reference = functions.reference_of(function)
     ours = reference.startswith("patchscope_nn.")
-    digest = "" if ours else hashlib.sha256(function_bytes(function)).hexdigest()[:16]
+    digest = "" if ours else hashlib.sha256(functions.function_bytes(function)).hexdigest()[:16]
     parameters = cell_arguments(function, noun="metric", name=name)
     return Metric(
         name=name, title=title or name, compute=function, parameters=parameters, digest=digest, **facts
@@ -226,29 +219,29 @@ def parse_metric(value: Any) -> MetricUse:
 def _parse_callable(function: Any) -> MetricUse:
     """Parse a metric given as a Python function, which must have no parameters and a unique name."""
     parsed = as_metric(function)
-    known = METRICS.entries.get(parsed.name)
+    known, reference = METRICS.entries.get(parsed.name), functions.reference_of(parsed.compute)
     if known == parsed:
         return MetricUse(parsed.name, _parse_parameters(parsed, {}), metric=parsed)
     if known is not None and not known.digest:
         raise ValueError(
-            f"the metric {parsed.name!r} of {reference_of(parsed.compute)} has the same name as that of "
-            "patchscope_nn; give it another name"
+            f"the metric {parsed.name!r} of {reference} has the same name as that of patchscope_nn; give it "
+            "another name"
         )
     if parsed.parameters:
         raise ValueError(
             f"the metric {parsed.name} needs {', '.join(parsed.parameters)}; register it with @ps.metric, "
             f"and give {_form(parsed)}"
         )
-    return MetricUse(parsed.name, function=reference_of(parsed.compute), metric=parsed)
+    return MetricUse(parsed.name, function=reference, metric=parsed)
 
 
 def _parse_function(value: Mapping[Any, Any]) -> MetricUse:
     parameters = {str(key): column for key, column in value.items() if key != _FUNCTION}
     if not isinstance(value[_FUNCTION], str) or not _are_columns(parameters):
         raise ValueError(f"{dict(value)!r} should read {{function: module:name, parameter: column}}")
-    reference = check_reference(value[_FUNCTION])
+    reference = functions.check_reference(value[_FUNCTION])
     pairs = tuple((key, str(column)) for key, column in parameters.items())
-    return MetricUse(name_in(reference), pairs, function=reference)
+    return MetricUse(functions.name_in(reference), pairs, function=reference)
 
 
 def resolve_metric(use: MetricUse) -> MetricUse:
@@ -259,7 +252,7 @@ def resolve_metric(use: MetricUse) -> MetricUse:
     """
     if use.metric is not None:
         return use
-    imported = as_metric(import_function(use.function), name=use.name)
+    imported = as_metric(functions.import_function(use.function), name=use.name)
     return use._replace(parameters=_parse_parameters(imported, dict(use.parameters)), metric=imported)
 
 

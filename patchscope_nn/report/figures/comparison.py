@@ -9,19 +9,8 @@ import pandas as pd
 
 from patchscope_nn.analysis.statistics import REAL
 from patchscope_nn.metrics import MetricInfo
+from patchscope_nn.report.figures import style
 from patchscope_nn.report.figures.maps import hover_text
-from patchscope_nn.report.figures.style import (
-    COLOURS,
-    LINES,
-    OTHER_LINE,
-    band,
-    layer_ticks,
-    metric_range,
-    metric_title,
-    panel,
-    plotly,
-    style,
-)
 from patchscope_nn.report.figures.table import controls_of, layer_name, lines_of
 from patchscope_nn.report.figures.text import escape
 
@@ -42,12 +31,12 @@ def comparison_curve(
     Raises:
         InputError: Plotly is not installed.
     """
-    figure = plotly().Figure()
+    figure = style.plotly().Figure()
     means = layers[layers["metric"] == metric]
     axis = next((name for name in ("source_layer", "target_layer") if means[name].notna().any()), None)
     place = "best over layers" if axis is None else f"by {axis.replace('_', ' ')}"
     legend = {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0}
-    style(figure, title=f"{metric} {place}", height=440, legend=legend)
+    style.apply(figure, title=f"{metric} {place}", height=440, legend=legend)
     if axis is None:
         figure.add_traces(list(_points(means, metric=metric, names=names)))
         figure.update_xaxes(tickvals=list(range(len(names))), ticktext=list(map(escape, names)))
@@ -57,22 +46,22 @@ def comparison_curve(
         for index, name in enumerate(names):
             own = means[means["run"] == name]
             figure.add_traces(list(_curves(own, axis=axis, ticks=ticks, index=index, metric=metric)))
-        figure.update_xaxes(title=axis.replace("_", " "), **layer_ticks(ticks))
+        figure.update_xaxes(title=axis.replace("_", " "), **style.layer_ticks(ticks))
         figure.update_xaxes(range=[ticks[0] - 0.5, ticks[-1] + 0.5])
-    return figure.update_yaxes(title=metric_title(metric, known), **metric_range(means, metric))
+    return figure.update_yaxes(title=style.metric_title(metric, known), **style.metric_range(means, metric))
 
 
 def _curves(
     means: pd.DataFrame, *, axis: str, ticks: Sequence[float], index: int, metric: str
 ) -> Iterator[go.Scatter]:
     """Yield the lines of one run, with the interval of the patched cells as a band under them."""
-    colour, symbol = COLOURS[index % len(COLOURS)], _SYMBOLS[index % len(_SYMBOLS)]
+    colour, symbol = style.COLOURS[index % len(style.COLOURS)], _SYMBOLS[index % len(_SYMBOLS)]
     for control, own in lines_of(means, axis=axis, layers=ticks):
         name = str(own["run"].iloc[0])
         if control == REAL and own["low"].notna().any():
-            yield band(own, axis, colour=colour, opacity=0.16, showlegend=False)
-        dash, width = LINES.get(control, OTHER_LINE)[1], 2.5 if control == REAL else 1.5
-        yield plotly().Scatter(
+            yield style.band(own, axis, colour=colour, opacity=0.16, showlegend=False)
+        dash, width = style.line_of(control)[1], 2.5 if control == REAL else 1.5
+        yield style.plotly().Scatter(
             x=own[axis].tolist(),
             y=own["mean"].tolist(),
             name=escape(name if control == REAL else f"{name}: {control} (control)"),
@@ -93,12 +82,12 @@ def _points(means: pd.DataFrame, *, metric: str, names: Sequence[str]) -> Iterat
         symbol = _SYMBOLS[number % len(_SYMBOLS)] + ("" if control == REAL else "-open")
         above = (own["high"] - own["mean"]).fillna(0).tolist()
         below = (own["mean"] - own["low"]).fillna(0).tolist()
-        yield plotly().Scatter(
+        yield style.plotly().Scatter(
             x=[names.index(name) + shift for name in own["run"]],
             y=own["mean"].tolist(),
-            name=panel(control),
+            name=style.panel(control),
             mode="markers",
-            marker={"size": 11, "symbol": symbol, "color": LINES.get(control, OTHER_LINE)[0]},
+            marker={"size": 11, "symbol": symbol, "color": style.line_of(control)[0]},
             error_y={"type": "data", "symmetric": False, "array": above, "arrayminus": below},
             text=_hovers(own, metric=metric),
             hovertemplate="%{text}<extra></extra>",

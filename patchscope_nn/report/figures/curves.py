@@ -9,18 +9,8 @@ import pandas as pd
 
 from patchscope_nn.analysis.statistics import REAL
 from patchscope_nn.metrics import MetricInfo
+from patchscope_nn.report.figures import style
 from patchscope_nn.report.figures.maps import Panel, heatmaps, hover_text, rows_with_positions
-from patchscope_nn.report.figures.style import (
-    LINES,
-    OTHER_LINE,
-    band,
-    layer_ticks,
-    metric_range,
-    metric_title,
-    panel,
-    plotly,
-    style,
-)
 from patchscope_nn.report.figures.table import (
     by_scale,
     controls_of,
@@ -50,7 +40,7 @@ def layer_curve(
     Raises:
         InputError: The table has no such metric, or plotly is not installed.
     """
-    plotly()
+    style.plotly()
     means = {name: layer_means(part, metric=metric) for name, part in by_scale(table).items()}
     whole = pd.concat(means.values())
     axis = layer_axis(whole)
@@ -68,10 +58,10 @@ def layer_curve(
     legend = {"orientation": "h", "y": 1.02 if len(means) == 1 else 1.12, "yanchor": "bottom", "x": 0}
     title = f"{metric} by {place}{' and scale' if len(means) > 1 else ''}, mean over {_averaged(table)}"
     width = {"width": 90 + _PANEL_WIDTH * len(means)} if len(means) > 1 else {}
-    style(figure, title=title, height=400, hovermode="x", legend=legend, **width)
-    figure.update_xaxes(title=place, range=[layers[0] - 0.5, layers[-1] + 0.5], **layer_ticks(layers))
-    figure.update_yaxes(title=metric_title(metric, known), col=1)
-    figure.update_yaxes(**metric_range(whole, metric))
+    style.apply(figure, title=title, height=400, hovermode="x", legend=legend, **width)
+    figure.update_xaxes(title=place, range=[layers[0] - 0.5, layers[-1] + 0.5], **style.layer_ticks(layers))
+    figure.update_yaxes(title=style.metric_title(metric, known), col=1)
+    figure.update_yaxes(**style.metric_range(whole, metric))
     if metric == "rank" and whole["mean"].max() > _LOG * whole["mean"].min():
         figure.update_yaxes(type="log", dtick=1)
     return figure
@@ -90,17 +80,17 @@ def _averaged(table: pd.DataFrame) -> str:
 
 def _curve(means: pd.DataFrame, *, axis: str, control: str, metric: str) -> Iterator[go.Scatter]:
     """Yield the line of one control; for the patched cells, first the band under it."""
-    colour, dash = LINES.get(control, OTHER_LINE)
+    colour, dash = style.line_of(control)
     if control == REAL and means["low"].notna().any():
-        yield band(means, axis, colour=colour, opacity=0.22, name="95 % interval")
+        yield style.band(means, axis, colour=colour, opacity=0.22, name="95 % interval")
     hover = [
         hover_text(mean, f"{control}, layer {layer_name(mean[axis])}: {metric}")
         for mean in means.to_dict("records")
     ]
-    yield plotly().Scatter(
+    yield style.plotly().Scatter(
         x=means[axis].tolist(),
         y=means["mean"].tolist(),
-        name=panel(control),
+        name=style.panel(control),
         mode="lines+markers" if control == REAL or len(means) == 1 else "lines",
         line={"color": colour, "dash": dash, "width": 2.5 if control == REAL else 2},
         marker={"size": 6},
@@ -117,7 +107,7 @@ def layer_pair_heatmap(
     Raises:
         InputError: The table has no such metric, or plotly is not installed.
     """
-    plotly()  # raises before anything is computed
+    style.plotly()  # raises before anything is computed
     means = {name: layer_means(part, metric=metric) for name, part in by_scale(table).items()}
     return _pairs(means, metric=metric, known=known)
 
@@ -137,12 +127,12 @@ def _pairs(
                 source, target = layer_name(mean["source_layer"]), layer_name(mean["target_layer"])
                 layers = f"source layer {source}, target layer {target}"
                 hover.append(hover_text(mean, ", ".join(filter(None, (control, name))), layers, metric))
-            title = ", ".join(filter(None, (panel(control), name)))
+            title = ", ".join(filter(None, (style.panel(control), name)))
             cells = cells.assign(x=cells["source_layer"], y=cells["target_layer"], hover=hover)
             panels.append(Panel(title, cells, cells["control"] == REAL))
     aside = "".join(f"; {control} (control): {mean:.3g}" for control, mean in without_layer.items())
     figure = heatmaps(panels, title=f"{metric} by source and target layer{aside}", metric=metric, known=known)
     cells = pd.concat([part.cells for part in panels]) if panels else pd.DataFrame({"x": [], "y": []})
-    figure.update_xaxes(title="source layer", **layer_ticks(sorted(cells["x"].unique())))
-    figure.update_yaxes(title="target layer", **layer_ticks(sorted(cells["y"].unique())))
+    figure.update_xaxes(title="source layer", **style.layer_ticks(sorted(cells["x"].unique())))
+    figure.update_yaxes(title="target layer", **style.layer_ticks(sorted(cells["y"].unique())))
     return figure

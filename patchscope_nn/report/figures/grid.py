@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import pandas as pd
 
+from patchscope_nn.report.figures import style
 from patchscope_nn.report.figures.cell_text import Cells, read_cells
 from patchscope_nn.report.figures.lines import MAX_ROWS, text_lines
 from patchscope_nn.report.figures.scale import Scale, limits
-from patchscope_nn.report.figures.style import colour_axis, plotly, style
 from patchscope_nn.report.figures.table import axis_title, layer_name
 from patchscope_nn.report.figures.text import escape, text_width
 
@@ -46,7 +46,7 @@ def text_heatmap(table: pd.DataFrame, *, value: str | None = None) -> go.Figure:
         InputError: The readout does not answer in words, the table has no column `value`, or plotly is not
             installed.
     """
-    graph = plotly()
+    graph = style.plotly()
     cells = read_cells(table, value=value)
     lines, n_rows = text_lines(table, cells=cells)
     columns = sorted({layer for line in lines for layer in line.cells})
@@ -61,10 +61,10 @@ def text_heatmap(table: pd.DataFrame, *, value: str | None = None) -> go.Figure:
     sample = f", first of {n_samples} samples" if n_samples > 1 else ""
     title = f"{cells.kind.title.capitalize()} for each state{shaded}{sample}{cut}"
     cell_width = max([34, *(8 + 7 * text_width(cells.label(spot.cell)) for spot in spots)])
-    style(figure, title=title, height=160 + 25 * len(lines), width=230 + cell_width * len(columns))
+    style.apply(figure, title=title, height=160 + 25 * len(lines), width=230 + cell_width * len(columns))
     if cells.scale:
         scale = Scale(*limits(cells.shades))
-        bar = colour_axis(scale, title=escape(cells.scale), side="top", **_BAR_PLACE, **_BAR_SIZE)
+        bar = style.colour_axis(scale, title=escape(cells.scale), side="top", **_BAR_PLACE, **_BAR_SIZE)
         figure.update_layout(coloraxis=bar)
     axis = {"text": axis_title(table), "standoff": 12}
     figure.update_xaxes(title=axis, **_ticks([layer_name(layer) for layer in columns]))
@@ -111,7 +111,7 @@ def _words(
     for x, y, cell in spots:
         z[y, x] = cells.shades[cell] if "coloraxis" in fill else 0.0
         text[y, x], hover[y, x] = escape(cells.label(cell)), cells.hover(cell)
-    return plotly().Heatmap(
+    return style.plotly().Heatmap(
         z=z,
         text=text,
         hovertext=hover,
@@ -126,7 +126,7 @@ def _words(
 
 
 def _crosses(spots: Sequence[_Spot], *, cells: Cells) -> go.Scatter:
-    return plotly().Scatter(
+    return style.plotly().Scatter(
         x=[spot.x for spot in spots],
         y=[spot.y for spot in spots],
         mode="markers",

@@ -10,9 +10,9 @@ import pandas as pd
 
 from patchscope_nn.analysis.statistics import REAL, control_names, mean_text, numbers
 from patchscope_nn.metrics import MetricInfo
+from patchscope_nn.report.figures import style
 from patchscope_nn.report.figures.cell_text import tokens_at
 from patchscope_nn.report.figures.scale import common_scale
-from patchscope_nn.report.figures.style import colour_axis, metric_title, panel, plotly, style
 from patchscope_nn.report.figures.table import (
     FLAT_LAYERS,
     NO_LAYER,
@@ -66,7 +66,7 @@ def heatmaps(
     )
     for index, part in enumerate(panels):
         figure.add_trace(_trace(part.cells), row=index // n_columns + 1, col=index % n_columns + 1)
-    style(figure, title=title, height=total)
+    style.apply(figure, title=title, height=total)
     figure.update_xaxes(showgrid=False)
     figure.update_yaxes(showgrid=False)
     means, patched = np.array([], dtype=float), np.array([], dtype=bool)
@@ -74,13 +74,13 @@ def heatmaps(
         means = pd.concat([part.cells["mean"] for part in panels]).to_numpy()
         patched = pd.concat([part.patched for part in panels]).to_numpy()
     scale = common_scale(means[patched], means[~patched])
-    colours = colour_axis(scale, title=metric_title(metric, known), side="right", thickness=12)
+    colours = style.colour_axis(scale, title=style.metric_title(metric, known), side="right", thickness=12)
     return figure.update_layout(coloraxis=colours)
 
 
 def _trace(cells: pd.DataFrame) -> go.Heatmap:
     grid = cells.pivot_table(values=["mean", "hover"], index="y", columns="x", aggfunc="first")
-    return plotly().Heatmap(
+    return style.plotly().Heatmap(
         x=grid["mean"].columns.tolist(),
         y=grid.index.tolist(),
         z=grid["mean"].to_numpy(),
@@ -115,7 +115,7 @@ def token_heatmap(
     Raises:
         InputError: plotly is not installed.
     """
-    plotly()
+    style.plotly()
     own = table[table["row"] == row]
     cells = _by_token(own, metric=metric)
     real = own[own["control"].isna() & own["source_layer"].notna()]
@@ -129,13 +129,14 @@ def token_heatmap(
     for control in controls_of(cells[~flat]):
         drawn = (cells["control"] == control) | (flat if control == REAL else False)
         means = cells[drawn].groupby(["layer", "y"], as_index=False)["mean"].mean()
+        name = style.panel(control)
         hover = [
-            f"{panel(control)}, {escape(names[y])}, layer {layer_name(layer)}<br>{escape(metric)} {mean:.3g}"
+            f"{name}, {escape(names[y])}, layer {layer_name(layer)}<br>{escape(metric)} {mean:.3g}"
             for layer, y, mean in zip(means["layer"], means["y"], means["mean"], strict=True)
         ]
         means["x"] = [columns.index(layer) for layer in means["layer"]]
         patched = (means["layer"] > NO_LAYER) & (control == REAL)
-        panels.append(Panel(panel(control), means.assign(hover=hover), patched))
+        panels.append(Panel(name, means.assign(hover=hover), patched))
     prompt = shorten(real["source_prompt"].iloc[0], width=_PROMPT_WIDTH, tail=True)
     title = f"{metric} by token and layer, row {row}: {prompt}"
     height = 130 + 22 * len(names)

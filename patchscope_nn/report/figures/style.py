@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 #: The colours of Okabe and Ito that are visible on white and on near-black.
 COLOURS = ("#2b8cc4", "#e69f00", "#cc79a7", "#009e73", "#d55e00", "#8a8f98")
 #: The colour and dash of the patched cells and of each control, in all figures.
-LINES = {
+_LINES = {
     REAL: ("#2b8cc4", "solid"),
     "unpatched": ("#8a8f98", "dashdot"),
     "random": ("#e69f00", "dash"),
@@ -30,7 +30,7 @@ LINES = {
     "commonest class": ("#8a8f98", "dashdot"),
     "shuffled labels": ("#cc79a7", "dot"),
 }
-OTHER_LINE = ("#d55e00", "longdashdot")
+_OTHER_LINE = ("#d55e00", "longdashdot")
 _INK = "#7a7f87"  # a grey that is legible on white and on near-black
 _CLEAR = "rgba(0,0,0,0)"
 _AXIS = {"gridcolor": "rgba(128,128,128,0.22)", "zeroline": False, "automargin": True}
@@ -70,7 +70,7 @@ def plotly() -> Any:
     return optional("plotly.graph_objects", what="Figures", extra="report")
 
 
-def style(figure: go.Figure, *, title: str, **layout: Any) -> None:
+def apply(figure: go.Figure, *, title: str, **layout: Any) -> None:
     """Set a figure's title and layout, with a transparent background and grey text."""
     heading = {"text": escape(title), "x": 0, "xref": "paper", "font": {"size": 15}}
     figure.update_layout(title=heading, **_LAYOUT, **layout)
@@ -92,6 +92,11 @@ def band(means: pd.DataFrame, axis: str, *, colour: str, opacity: float, **optio
         hoverinfo="skip",
         **options,
     )
+
+
+def line_of(control: str) -> tuple[str, str]:
+    """Return the colour and dash of the patched cells or of a control."""
+    return _LINES.get(control, _OTHER_LINE)
 
 
 def panel(control: str) -> str:
