@@ -65,21 +65,11 @@ class Computed(NamedTuple):
     values: dict[str, Any]
     problems: list[str]
 
-    def add(
-        self,
-        noun: str,
-        name: str,
-        compute: Callable[..., Any],
-        columns: Columns,
-        row: Mapping[str, Any],
-        *,
-        check: Callable[[Any], Any],
-    ) -> None:
-        """Add the value of a user's function; if the function fails, add None and a problem."""
+    def add(self, name: str, call: Callable[[], Any], *, check: Callable[[Any], Any], noun: str) -> None:
+        """Add the value that a user's function returns; if the function fails, add None and a problem."""
         self.values[name] = None
         try:
-            # Functions must not change the values that other functions read or that are written to the table.
-            self.values[name] = check(compute(MappingProxyType(columns), MappingProxyType(row)))
+            self.values[name] = check(call())
         except Exception as error:  # noqa: BLE001 (a user's function may raise anything; the run goes on)
             self.problems.append(f"{noun} {name} failed: {type(error).__name__}: {error}.")
 
@@ -87,10 +77,12 @@ class Computed(NamedTuple):
 def compute_metrics(uses: Sequence[MetricUse], columns: Columns, row: Mapping[str, Any]) -> Computed:
     """Compute the resolved metrics of one cell: a finite number or None each. A failed metric has None."""
     computed = Computed({}, [])
+    # Functions must not change the values that other functions read or that are written to the table.
+    read_only = MappingProxyType(columns), MappingProxyType(row)
     for use in uses:
         if use.metric is not None:
-            compute = partial(use.metric.compute, **dict(use.parameters))
-            computed.add("metric", use.name, compute, columns, row, check=_number)
+            call = partial(use.metric.compute, *read_only, **dict(use.parameters))
+            computed.add(use.name, call, check=_number, noun="metric")
     return computed
 
 
@@ -99,8 +91,9 @@ def compute_columns(uses: Sequence[ColumnUse], columns: Columns, row: Mapping[st
     computed = Computed({}, [])
     for use in uses:
         if use.column is not None:
-            known = {**columns, **computed.values}
-            computed.add("column", use.name, use.column.compute, known, row, check=use.column.check)
+            read_only = MappingProxyType({**columns, **computed.values}), MappingProxyType(row)
+            call = partial(use.column.compute, *read_only)
+            computed.add(use.name, call, check=use.column.check, noun="column")
     return computed
 
 
