@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import pandas as pd
 
@@ -33,6 +33,12 @@ class _Place(NamedTuple):
     target_positions: tuple[int, ...]
     target_layer: Any
     scale: Any
+
+
+#: For each control and place, the cell at each layer.
+_ByPlace: TypeAlias = dict[tuple[str, _Place], dict[float, int]]
+#: For each control that reads no layer, the cells of each row: one for each target prompt or position.
+_Flat: TypeAlias = dict[str, dict[Any, list[int]]]
 
 
 def text_lines(table: pd.DataFrame, *, cells: Cells) -> tuple[list[Line], int]:
@@ -76,19 +82,12 @@ def _closest(place: _Place, indices: Sequence[int], cells: Cells) -> int:
     return max(indices, key=matches)
 
 
-def _arrange(
-    table: pd.DataFrame, *, cells: Cells
-) -> tuple[dict[tuple[str, _Place], dict[float, int]], dict[str, dict[Any, list[int]]]]:
-    """Arrange the indices of cells in lines.
-
-    Returns:
-        For each control and place, the cell at each layer. For each control that reads no layer, the cells of
-        each row, in order: a row may have several, one for each target prompt or position.
-    """
+def _arrange(table: pd.DataFrame, *, cells: Cells) -> tuple[_ByPlace, _Flat]:
+    """Arrange the indices of cells in lines."""
     axis = layer_axis(table)
     layers = numbers(table[axis or "source_layer"])
-    by_place: dict[tuple[str, _Place], dict[float, int]] = {}
-    flat: dict[str, dict[Any, list[int]]] = {}
+    by_place: _ByPlace = {}
+    flat: _Flat = {}
     for index, (control, cell) in enumerate(zip(control_names(table), cells.records, strict=True)):
         if is_null(cell["source_layer"]):
             flat.setdefault(control, {}).setdefault(cell["row"], []).append(index)
