@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from patchscope_nn.analysis.statistics import is_higher_better, is_null, numbers
-from patchscope_nn.metrics import MetricInfo
+from patchscope_nn.metrics import described
 from patchscope_nn.report.figures.table import as_list, layer_name
 from patchscope_nn.report.figures.text import token, visible
 from patchscope_nn.spec import kinds_in
@@ -44,25 +44,19 @@ class Card(NamedTuple):
     texts: tuple[CardText, ...]
 
 
-def cards(
-    table: pd.DataFrame,
-    *,
-    references: Sequence[Mapping[str, Any]] = (),
-    metric: str | None = None,
-    known: Mapping[str, MetricInfo] | None = None,
-) -> list[Card]:
+def cards(table: pd.DataFrame, *, metric: str | None, manifest: Mapping[str, Any]) -> list[Card]:
     """Make a card for each of the first rows of a run that generates text.
 
     The patched text is the best of its row by the metric, or without a metric the text of the middle cell.
-    Controls that read a layer are taken from the same place. `references` has the columns of each data row
-    that metrics compare with, by row number.
+    Controls that read a layer are taken from the same place.
     """
     column = next((kind.says for kind in kinds_in(table.columns) if kind.sentences), None)
     if column is None:
         return []
     table = table.rename(columns={column: "text"})
     made = []
-    higher = metric is None or is_higher_better(metric, known)
+    higher = metric is None or is_higher_better(metric, described(manifest))
+    references = manifest.get("references") or ()
     for row in list(dict.fromkeys(table["row"]))[:MAX_CARDS]:
         own = table[table["row"] == row]
         reference = references[int(row)] if int(row) < len(references) else {}

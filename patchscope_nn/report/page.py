@@ -55,12 +55,7 @@ def write_report(
         facts=facts(table, manifest=manifest),
         titles=[title for title, _ in drawn],
         plotly=plotly_js() if drawn else "",
-        cards=cards(
-            first_cells,
-            references=manifest.get("references") or (),
-            metric=next(iter(metrics), None),
-            known=described(manifest),
-        ),
+        cards=cards(first_cells, metric=next(iter(metrics), None), manifest=manifest),
         controls=described_controls(table),
         command=visible(manifest.get("command") or ""),
         figures=script_json([json.loads(figure.to_json()) for _, figure in drawn]),
