@@ -21,8 +21,8 @@ from patchscope_nn.analysis.statistics import (
     Paired,
     PairedT,
     best_over,
+    cells_of,
     intervals,
-    is_null,
     layer_means,
     numbers,
     paired,
@@ -34,6 +34,10 @@ from patchscope_nn.metrics import MetricInfo
 #: The name of the common metric of methods whose own metrics have different names.
 SCORE = "score"
 _PLACES = ("source_layer", "target_layer", "source_position", "target_position")
+#: The columns of `Comparison.differences`: the pair, and the statistics that `_difference` returns.
+_PAIR = ("first", "first_control", "second", "second_control")
+_T_TEST = ("n_layers", "t", "p_t", "p_bonferroni")
+_COLUMNS = ("metric", *_PAIR, *Paired._fields, *_T_TEST, "first_unpaired", "second_unpaired")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +93,11 @@ class Comparison:
         """Return the differences between runs, without those between a run and its own controls."""
         return self.differences[self.differences["first"] != self.differences["second"]]
 
+    def patched(self, metric: str) -> pd.DataFrame:
+        """Return the differences between the patched cells of runs in one metric."""
+        between = self.between()
+        return between[(between["metric"] == metric) & (between["first_control"] == REAL)]
+
     def records(self) -> dict[str, Any]:
         """Return the comparison as plain values for JSON: lists of records, with None for missing values."""
         frames = {"means": self.means, "differences": self.differences, "layers": self.layers}
@@ -102,13 +111,7 @@ class Comparison:
 
 
 def compare(runs: Sequence[ComparedRun]) -> Comparison:
-    """Compare runs cell by cell.
-
-    Args:
-        runs: Two or more runs, with different names.
-
-    Returns:
-        The comparison.
+    """Compare two or more runs with different names cell by cell.
 
     Raises:
         InputError: There are fewer than two runs, two share a name, or they share no metric or no cell.
@@ -120,13 +123,10 @@ def compare(runs: Sequence[ComparedRun]) -> Comparison:
             hint="Give two or more different runs.",
         )
     # By metric and run name, the cells that have a value of it.
-    cells = {
-        metric: {run.name: _read(run, column) for run, column in _columns(runs, metric)}
-        for metric in _shared_metrics(runs)
-    }
+    cells = {metric: _read(runs, metric) for metric in _shared_metrics(runs)}
     n_tests = sum(len(by_run) - 1 for by_run in cells.values())
     lines = [line for metric, by_run in cells.items() for line in _lines(metric, by_run, runs, n_tests)]
-    differences = pd.DataFrame(lines, columns=["metric", *_PAIR, *_STATISTICS])
+    differences = pd.DataFrame(lines, columns=_COLUMNS)
     between = differences["first"] != differences["second"]
     if not (between & (differences["n_pairs"] > 0)).any():
         raise InputError(
@@ -150,14 +150,6 @@ def compare(runs: Sequence[ComparedRun]) -> Comparison:
     )
 
 
-_PAIR = ("first", "first_control", "second", "second_control")
-_STATISTICS = (
-    *Paired._fields,
-    *("n_layers", "t", "p_t", "p_bonferroni"),
-    *("first_unpaired", "second_unpaired"),
-)
-
-
 def _shared_metrics(runs: Sequence[ComparedRun]) -> list[str]:
     """Return the metrics that at least two runs have, and first the score if its column differs by run."""
     metrics = [metric for run in runs for metric in run.metrics]
@@ -174,47 +166,32 @@ def _shared_metrics(runs: Sequence[ComparedRun]) -> list[str]:
     return shared
 
 
-def _columns(runs: Sequence[ComparedRun], metric: str) -> Iterator[tuple[ComparedRun, str]]:
-    """Yield each run that has a metric, with the column that holds it."""
-    for run in runs:
-        column = run.score if metric == SCORE else metric
-        if column and (metric == SCORE or metric in run.metrics):
-            yield run, column
+def _read(runs: Sequence[ComparedRun], metric: str) -> dict[str, pd.DataFrame]:
+    """Return the cells that have a value of a metric, for each run that has the metric."""
+    if metric == SCORE:
+        return {run.name: _cells(run, run.score) for run in runs if run.score}
+    return {run.name: _cells(run, metric) for run in runs if metric in run.metrics}
 
 
-def _read(run: ComparedRun, column: str) -> pd.DataFrame:
-    """Return the cells that have a value in a column; layers are floats, and positions texts to match by."""
+def _cells(run: ComparedRun, column: str) -> pd.DataFrame:
+    """Return the cells that have a value in a column; positions are texts to match by."""
     table = run.table
     if run.best:
         table = best_over(table, metric=column, over=run.best, known=run.known)
-    cells = pd.DataFrame(
-        {
-            "row": table["row"].to_numpy(),
-            "control": [REAL if is_null(control) else str(control) for control in table["control"]],
-            "source_layer": numbers(table["source_layer"]),
-            "target_layer": numbers(table["target_layer"]),
-        }
-    )
+    table = table[np.isfinite(numbers(table[column]))]
+    cells = cells_of(table, metric=column)
     for name in ("source_position", "target_position"):
         positions = table[name] if name in table.columns else [None] * len(table)
         cells[name] = [
             str([*tokens]) if isinstance(tokens, list | tuple | np.ndarray) else None for tokens in positions
         ]
-    cells["value"] = numbers(table[column])
-    return cells[np.isfinite(cells["value"])].reset_index(drop=True)
+    return cells
 
 
 def _lines(
     metric: str, cells: Mapping[str, pd.DataFrame], runs: Sequence[ComparedRun], n_tests: int
 ) -> Iterator[list[Any]]:
-    """Yield the differences of one metric: each run against the first that has it, then against its controls.
-
-    Args:
-        metric: The metric.
-        cells: The cells that have a value of it, by run.
-        runs: All runs.
-        n_tests: The number of t-tests to correct for.
-    """
+    """Yield one metric's differences: each run against the first that has it, then against its controls."""
     by_name = {run.name: run for run in runs}
     first, *others = cells
     for other in others:
@@ -244,18 +221,13 @@ def _name_rows(cells: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
     """Name data rows by number and source prompt, to pair runs over different data."""
     prompts: dict[Any, Any] = {}
     if "source_prompt" in table.columns:
-        real = table[[is_null(control) for control in table["control"]]].drop_duplicates("row")
+        real = table[table["control"].isna()].drop_duplicates("row")
         prompts = dict(zip(real["row"], real["source_prompt"], strict=True))
     return cells.assign(row=[f"{row} {prompts.get(row)}" for row in cells["row"]])
 
 
 class _Pairs(NamedTuple):
-    """Paired cells: the row, the layer, and the value of each side.
-
-    Attributes:
-        table: A line for each pair, with columns row, source_layer, value and value_second.
-        unpaired: The number of cells of each side that have no partner.
-    """
+    """Pairs of cells (row, source_layer, value, value_second), and the number without one on each side."""
 
     table: pd.DataFrame
     unpaired: tuple[int, int]
@@ -281,7 +253,7 @@ def _pair_rows(first: pd.DataFrame, second: pd.DataFrame) -> _Pairs:
     sides = [side if _has_layers(side) else _row_means(side) for side in (first, second)]
     pairs = sides[0].merge(sides[1], on="row", suffixes=("", "_second"))
     layers = pairs["source_layer"].fillna(pairs["source_layer_second"])
-    missing = [int((~side["row"].isin(set(pairs["row"]))).sum()) for side in (first, second)]
+    missing = [int((~side["row"].isin(pairs["row"])).sum()) for side in (first, second)]
     return _Pairs(pairs.assign(source_layer=layers), (missing[0], missing[1]))
 
 
@@ -294,16 +266,14 @@ def _row_means(cells: pd.DataFrame) -> pd.DataFrame:
 
 
 def _difference(first: pd.DataFrame, second: pd.DataFrame, *, n_tests: int) -> list[Any]:
-    """Compute the statistics of second - first, as in `_STATISTICS`; `n_tests` 0 skips the t-test."""
+    """Compute the statistics of second - first, as in `_COLUMNS`; `n_tests` 0 skips the t-test."""
     pairs = _pair(first, second)
     values = pairs.table["value_second"] - pairs.table["value"]
-    by_layer = pairs.table.dropna(subset="source_layer").groupby("source_layer")[["value", "value_second"]]
-    means = by_layer.mean()
-    t_test = paired_t(means["value_second"], means["value"], tests=n_tests) if n_tests else _NO_T
+    t_test = PairedT(0, np.nan, np.nan, np.nan)
+    if n_tests:
+        means = pairs.table.groupby("source_layer")[["value", "value_second"]].mean()
+        t_test = paired_t(means["value_second"], means["value"], tests=n_tests)
     return [*paired(values, row=pairs.table["row"]), *t_test, *pairs.unpaired]
-
-
-_NO_T = PairedT(0, np.nan, np.nan, np.nan)
 
 
 def _by_source(cells: pd.DataFrame) -> pd.DataFrame:
@@ -315,10 +285,6 @@ def _means(metric: str, cells: Mapping[str, pd.DataFrame]) -> Iterator[dict[str,
     for name, own in cells.items():
         for control in sorted(set(own["control"]), key=lambda name: (name != REAL, name)):
             part = own[own["control"] == control]
-            mean = intervals(part["value"], row=part["row"])
-            yield {
-                "run": name,
-                "metric": metric,
-                "control": control,
-                **{field: values[0].item() for field, values in mean._asdict().items()},
-            }
+            mean = intervals(part["value"], row=part["row"])._asdict()
+            fields = {field: values[0].item() for field, values in mean.items()}
+            yield {"run": name, "metric": metric, "control": control, **fields}

@@ -24,10 +24,8 @@ _SHARED = (
 def combine(table: pd.DataFrame, *, how: Literal["intersect", "average"]) -> pd.DataFrame:
     """Combine the top tokens of several target prompts, state by state.
 
-    Args:
-        table: A run's table, with `top_ids`, `top_tokens` and `top_probs`.
-        how: `intersect` keeps the tokens that are among the top tokens of every prompt, `average` keeps all.
-            Both rank tokens by mean probability; a token counts as 0 for a prompt that does not list it.
+    `intersect` keeps the tokens that are among the top tokens of every prompt, `average` keeps all. Both rank
+    tokens by mean probability; a token counts as 0 for a prompt that does not list it.
 
     Returns:
         A row for each state: the columns that its members share, `n_prompts`, `top_ids`, `top_tokens` and
@@ -47,29 +45,25 @@ def combine(table: pd.DataFrame, *, how: Literal["intersect", "average"]) -> pd.
         if row["error"] is None:
             groups.setdefault(tuple(str(row[name]) for name in _SHARED), []).append(row)
     combined = [
-        {name: members[0][name] for name in _SHARED}
-        | {"n_prompts": len(members)}
-        | _combined_tokens(members, intersect=how == "intersect")
+        [*(members[0][name] for name in _SHARED), len(members), *_top(members, intersect=how == "intersect")]
         for members in groups.values()
     ]
-    columns = [*_SHARED, "n_prompts", "top_ids", "top_tokens", "top_probs"]
-    return pd.DataFrame(combined, columns=columns)
+    return pd.DataFrame(combined, columns=[*_SHARED, "n_prompts", "top_ids", "top_tokens", "top_probs"])
 
 
-def _combined_tokens(members: Sequence[dict[str, Any]], *, intersect: bool) -> dict[str, list[Any]]:
+def _top(members: Sequence[dict[str, Any]], *, intersect: bool) -> tuple[list[int], list[str], list[float]]:
+    """Return the ids, texts and mean probabilities of the combined top tokens."""
     texts: dict[int, str] = {}
     probs: dict[int, list[float]] = {}
     for member in members:
-        for token, text, prob in zip(
-            member["top_ids"], member["top_tokens"], member["top_probs"], strict=True
-        ):
+        names = ("top_ids", "top_tokens", "top_probs")
+        for token, text, prob in zip(*(member[name] for name in names), strict=True):
             texts[token] = text
             probs.setdefault(token, []).append(prob)
-    kept = [token for token in probs if not intersect or len(probs[token]) == len(members)]
-    mean = {token: sum(probs[token]) / len(members) for token in kept}
-    kept.sort(key=lambda token: -mean[token])
-    return {
-        "top_ids": kept,
-        "top_tokens": [texts[token] for token in kept],
-        "top_probs": [mean[token] for token in kept],
+    mean = {
+        token: sum(values) / len(members)
+        for token, values in probs.items()
+        if not intersect or len(values) == len(members)
     }
+    kept = sorted(mean, key=lambda token: -mean[token])
+    return kept, [texts[token] for token in kept], [mean[token] for token in kept]

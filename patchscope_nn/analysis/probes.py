@@ -46,10 +46,8 @@ class States:
 class Predictions:
     """The predicted class of each state, from the fold in which it was held out; each field is (state,).
 
-    Attributes:
-        choice: The prediction of the probe.
-        majority: The commonest class of the fold's training states.
-        shuffled: The prediction of a probe that was trained on shuffled labels.
+    `choice` is the probe's, `majority` the commonest class of the fold's training states, and `shuffled` that
+    of a probe that was trained on shuffled labels.
     """
 
     choice: np.ndarray
@@ -58,12 +56,7 @@ class Predictions:
 
 
 def check_probe(labels: Sequence[str], prompts: Sequence[str], *, folds: int) -> None:
-    """Check, before anything runs, that a probe can be trained.
-
-    Args:
-        labels: The class of each data row.
-        prompts: The source prompt of each data row.
-        folds: The number of folds.
+    """Check, before anything runs, that a probe can be trained on the classes and prompts of the data rows.
 
     Raises:
         InputError: scikit-learn is not installed.
@@ -87,13 +80,7 @@ def check_probe(labels: Sequence[str], prompts: Sequence[str], *, folds: int) ->
 
 
 def fold_of(prompts: Sequence[str], *, folds: int, seed: int = 0) -> np.ndarray:
-    """Assign each data row to a fold, (row,); rows that share a source prompt share a fold.
-
-    Args:
-        prompts: The source prompt of each row.
-        folds: The number of folds.
-        seed: The seed that shuffles the prompts.
-    """
+    """Assign each data row to a fold, (row,); rows that share a source prompt share a fold."""
     from sklearn.model_selection import GroupKFold
 
     fold = np.zeros(len(prompts), dtype=int)
@@ -104,12 +91,7 @@ def fold_of(prompts: Sequence[str], *, folds: int, seed: int = 0) -> np.ndarray:
 
 
 def probe(states: States, *, seed: int = 0) -> Predictions:
-    """Train a probe for each fold and predict the classes of the states it holds out.
-
-    Args:
-        states: The states of one layer.
-        seed: The seed that shuffles labels.
-    """
+    """Train a probe for each fold of a layer's states, and predict the classes of the states it holds out."""
     generator = np.random.default_rng(seed)
     blank = np.full(len(states.label), "", dtype=object)
     predicted = Predictions(choice=blank, majority=blank.copy(), shuffled=blank.copy())
@@ -143,36 +125,29 @@ def probe_columns(
 ) -> dict[str, list[Any]]:
     """Compute the columns that a probe adds to a run's table.
 
-    Args:
-        rows: The cells, with their `hidden` states; a cell that reads several tokens counts by their mean.
-        labels: The class of each data row.
-        prompts: The source prompt of each data row.
-        folds: The number of folds.
-        seed: The seed of folds and shuffled labels.
+    A cell that reads several tokens counts by the mean of their `hidden` states. `labels` and `prompts` are
+    the class and the source prompt of each data row.
 
     Returns:
         A value for each cell and column of `PROBE_COLUMNS`; None for a cell without a layer or a state.
     """
-    cells: dict[int, list[int]] = {}
-    vectors: dict[int, list[np.ndarray]] = {}
     row_and_real: list[tuple[int, bool]] = []
+    states: dict[int, list[tuple[int, np.ndarray]]] = {}  # by layer, the number of each cell and its state
     for index, cell in enumerate(rows):
         row_and_real.append((cell["row"], cell["control"] is None))
         layer, hidden = cell["source_layer"], cell["hidden"]
-        if layer is None or hidden is None:
-            continue
-        cells.setdefault(layer, []).append(index)
-        vectors.setdefault(layer, []).append(np.asarray(hidden, dtype=np.float32).mean(axis=0))
+        if layer is not None and hidden is not None:
+            states.setdefault(layer, []).append((index, np.asarray(hidden, dtype=np.float32).mean(axis=0)))
     fold, label = fold_of(prompts, folds=folds, seed=seed), np.asarray(labels, dtype=object)
     columns: dict[str, list[Any]] = {name: [None] * len(row_and_real) for name in PROBE_COLUMNS}
-    for layer, indices in cells.items():
-        row = np.array([row_and_real[index][0] for index in indices])
-        real = np.array([row_and_real[index][1] for index in indices])
-        states = States(vectors=np.stack(vectors[layer]), label=label[row], fold=fold[row], trains=real)
-        predicted = probe(states, seed=seed)
+    for in_layer in states.values():
+        indices, vectors = zip(*in_layer, strict=True)
+        row, real = map(np.array, zip(*(row_and_real[index] for index in indices), strict=True))
+        known = States(vectors=np.stack(vectors), label=label[row], fold=fold[row], trains=real)
+        predicted = probe(known, seed=seed)
         for number, index in enumerate(indices):
             columns["probe_choice"][index] = str(predicted.choice[number])
             classes = (predicted.choice[number], predicted.majority[number], predicted.shuffled[number])
             for metric, name in zip(PROBE_METRICS, classes, strict=True):
-                columns[metric][index] = float(name == states.label[number])
+                columns[metric][index] = float(name == known.label[number])
     return columns

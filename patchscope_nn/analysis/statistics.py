@@ -26,12 +26,7 @@ _FLIPS_AT_ONCE = 500
 class Intervals(NamedTuple):
     """Means of groups of cells with 95 % bootstrap intervals; each field is an array, (group,).
 
-    Attributes:
-        mean: The mean over the group's cells.
-        low: The lower end of the interval; NaN if the group has cells of one data row only.
-        high: The upper end of the interval.
-        n_rows: The number of data rows with cells in the group.
-        n_cells: The number of cells in the group.
+    An interval is NaN if the group has cells of one data row only.
     """
 
     mean: np.ndarray
@@ -73,20 +68,18 @@ def intervals(value: Any, *, row: Any, group: Any = None, draws: int = _DRAWS) -
 def layer_means(table: pd.DataFrame, *, metric: str) -> pd.DataFrame:
     """Compute a metric's mean for each control and pair of layers, with its 95 % bootstrap interval.
 
-    Args:
-        table: A run's table.
-        metric: A numeric column; cells without a value are left out.
+    Cells without a value are left out.
 
     Returns:
         Columns control ("patched" for the real cells), source_layer, target_layer (NaN for a control that
         reads no layer), scale (only if the run has several), mean, low, high (NaN for a single row), n_rows,
         n_cells.
     """
-    cells = _cells(table, metric=metric)
+    cells = cells_of(table, metric=metric)
     names = ["control", *_place_columns(cells)]
     if cells.empty:
         return pd.DataFrame(columns=[*names, *Intervals._fields])
-    groups = cells.groupby(names, dropna=False, sort=True)
+    groups = cells.groupby(names, dropna=False)
     means = intervals(cells["value"], row=cells["row"], group=groups.ngroup())
     return groups.size().reset_index()[names].assign(**means._asdict())
 
@@ -101,12 +94,7 @@ def summarise(
 ) -> pd.DataFrame:
     """Compute the means of all metrics, with a line for each metric, control, pair of layers and scale.
 
-    Args:
-        table: A run's table.
-        metrics: Names of metric columns.
-        best: The layers over which the best is taken first, as in `best_over`.
-        by_source: Average over target layers too.
-        known: What is known of the metrics, as in `best_over`.
+    `best` and `known` are as in `best_over`; `by_source` averages over target layers too.
 
     Returns:
         The column metric, then the columns of `layer_means`; layers are nullable integers.
@@ -125,11 +113,7 @@ def summarise(
 
 
 def best_over(
-    table: pd.DataFrame,
-    *,
-    metric: str,
-    over: Sequence[str],
-    known: Mapping[str, MetricInfo] | None = None,
+    table: pd.DataFrame, *, metric: str, over: Sequence[str], known: Mapping[str, MetricInfo] | None = None
 ) -> pd.DataFrame:
     """Take the best value of a metric over layers, for the real cells and for each control.
 
@@ -149,7 +133,7 @@ def best_over(
         `over`), scale (only if the run has several), the metric, and n_best, the number of cells that the
         best was taken over. A control that reads no layer keeps its own value.
     """
-    cells = _cells(table, metric=metric)
+    cells = cells_of(table, metric=metric)
     places = _place_columns(cells)
     # Positions come in the same order for the real cells and each control.
     cells["place"] = cells.groupby(["row", "control", *places], dropna=False).cumcount()
@@ -172,12 +156,17 @@ def is_higher_better(metric: str, known: Mapping[str, MetricInfo] | None = None)
     return found is None or found.higher_is_better
 
 
-def _cells(table: pd.DataFrame, *, metric: str) -> pd.DataFrame:
+def control_names(table: pd.DataFrame) -> list[str]:
+    """Return the name of each cell's control, `REAL` for the patched cells."""
+    return [REAL if is_null(control) else str(control) for control in table["control"]]
+
+
+def cells_of(table: pd.DataFrame, *, metric: str) -> pd.DataFrame:
     """Return the cells that have a value: row, control, layers and scale as floats, value."""
     cells = pd.DataFrame(
         {
             "row": table["row"].to_numpy(),
-            "control": [REAL if is_null(control) else str(control) for control in table["control"]],
+            "control": control_names(table),
             "source_layer": numbers(table["source_layer"]),
             "target_layer": numbers(table["target_layer"]),
             "scale": scales_of(table).to_numpy(),
@@ -205,15 +194,9 @@ def scales_of(table: pd.DataFrame) -> pd.Series:
 
 
 class Paired(NamedTuple):
-    """The mean difference of pairs of cells.
+    """The mean difference of pairs of cells, with its 95 % bootstrap interval over data rows.
 
-    Attributes:
-        mean: The mean difference.
-        low: The lower end of its 95 % bootstrap interval over data rows.
-        high: The upper end of the interval.
-        n_rows: The number of data rows with pairs.
-        n_pairs: The number of pairs.
-        p: Two-sided p of the sign-flip permutation test over data rows; NaN for a single row.
+    p is two-sided, from the sign-flip permutation test over data rows; NaN for a single row.
     """
 
     mean: float
@@ -225,23 +208,19 @@ class Paired(NamedTuple):
 
 
 def paired(difference: Any, *, row: Any) -> Paired:
-    """Compute the mean of paired differences, its bootstrap interval, and a sign-flip permutation test.
+    """Compute the mean of finite paired differences, (pair,), its interval, and a sign-flip permutation test.
 
     Under the null hypothesis the differences of a row are as likely to have the opposite sign, so the signs
     of a row are flipped together (Fisher's randomisation test: Good 2005, section 3.2.1). All patterns of
     signs are tried for up to 13 rows, and 9,999 random ones for more.
-
-    Args:
-        difference: The difference of each pair, finite, (pair,).
-        row: The data row of each pair, (pair,).
     """
     values = np.asarray(difference, dtype=float)
     if not len(values):
         return Paired(np.nan, np.nan, np.nan, 0, 0, np.nan)
     code, names = pd.factorize(np.asarray(row))
     sums = np.bincount(code, weights=values, minlength=len(names))
-    mean, low, high, n_rows, n_pairs = (field[0] for field in intervals(values, row=row))
-    return Paired(float(mean), float(low), float(high), int(n_rows), int(n_pairs), _sign_flip(sums))
+    mean, low, high, n_rows, n_pairs = (field[0].item() for field in intervals(values, row=row))
+    return Paired(mean, low, high, n_rows, n_pairs, _sign_flip(sums))
 
 
 def _sign_flip(sums: np.ndarray) -> float:
@@ -263,13 +242,10 @@ def _sign_flip(sums: np.ndarray) -> float:
 
 
 class PairedT(NamedTuple):
-    """A paired t-test over layers.
+    """A paired t-test over layers, two-sided.
 
-    Attributes:
-        n_layers: The number of layers that were paired.
-        t: Student's t; NaN with fewer than two layers, or if all differences are equal.
-        p: Two-sided p.
-        p_bonferroni: p times the number of tests, at most 1.
+    t is NaN with fewer than two layers, or if all differences are equal. p_bonferroni is p times the number
+    of tests, at most 1.
     """
 
     n_layers: int
@@ -279,15 +255,11 @@ class PairedT(NamedTuple):
 
 
 def paired_t(first: Any, second: Any, *, tests: int = 1) -> PairedT:
-    """Compare two methods by the paper's test: paired t over layers, with Bonferroni's correction.
+    """Compare two methods' means at the same layers, (layer,), by the paper's test.
 
-    Section 4.2 and table 2. The layers of a model are not independent samples. The permutation test over
-    rows is the one to trust; this one is reported beside it for comparison with the paper.
-
-    Args:
-        first: The mean of one method at each layer, (layer,).
-        second: The mean of the other method at the same layers, (layer,).
-        tests: The number of tests to correct for.
+    Paired t over layers, with Bonferroni's correction for `tests` tests (section 4.2 and table 2). The layers
+    of a model are not independent samples. The permutation test over rows is the one to trust; this one is
+    reported beside it for comparison with the paper.
     """
     a, b = np.asarray(first, dtype=float), np.asarray(second, dtype=float)
     if len(a) < 2 or np.ptp(a - b) == 0:  # noqa: PLR2004 (a spread needs two)
@@ -298,6 +270,14 @@ def paired_t(first: Any, second: Any, *, tests: int = 1) -> PairedT:
         warnings.simplefilter("ignore", RuntimeWarning)  # raised if the differences are nearly equal
         t, p = map(float, ttest_rel(a, b))
     return PairedT(len(a), t, p, min(1.0, p * tests))
+
+
+def mean_text(mean: Mapping[Any, Any] | None, spec: str = ".3g") -> str:
+    """Write a mean as `0.5 [0.4, 0.6]`, without the interval if it is missing; empty for no mean."""
+    if mean is None or is_null(mean["mean"]):
+        return ""
+    spread = "" if is_null(mean["low"]) else f" [{mean['low']:{spec}}, {mean['high']:{spec}}]"
+    return f"{mean['mean']:{spec}}{spread}"
 
 
 def is_null(value: object) -> bool:

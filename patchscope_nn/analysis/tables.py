@@ -19,23 +19,12 @@ from patchscope_nn.spec.encoding import decode
 from patchscope_nn.sweep import Cell, Sweep
 
 PLACES = (
-    "row",
-    "control",
-    "source_prompt",
-    "source_position",
-    "source_token",
-    "source_layer",
-    "target_prompt",
-    "target_position",
-    "target_token",
-    "target_layer",
-    "source_model",
-    "target_model",
-    "mapping",
-    "scale",
-    "sample",
+    *("row", "control", "source_prompt", "source_position", "source_token", "source_layer"),
+    *("target_prompt", "target_position", "target_token", "target_layer"),
+    *("source_model", "target_model", "mapping", "scale", "sample"),
 )
 _TEXTS_KEPT = 2**15
+_ROWS_AT_ONCE = 1000
 
 
 def columns_of(readout: Readout, uses: Sequence[MetricUse], derived: Sequence[ColumnUse] = ()) -> list[str]:
@@ -56,15 +45,7 @@ class _Tokens:
 
 
 class Tabulator:
-    """Build the rows of a run's table.
-
-    Args:
-        sweep: The sweep.
-        uses: The metrics.
-        tokenizer: The target model's tokenizer.
-        mapping: The mapping's name.
-        derived: The columns computed by users' functions.
-    """
+    """Build the rows of a run's table; `tokenizer` is the target model's, `derived` the users' columns."""
 
     def __init__(
         self,
@@ -79,11 +60,7 @@ class Tabulator:
         self._tokens = _Tokens(tokenizer)
 
     def row(self, cell: Cell, raw: Mapping[str, Any]) -> dict[str, Any]:
-        """Build the row of one cell.
-
-        Args:
-            cell: The cell.
-            raw: The values that its readout returned inside the context.
+        """Build the row of one cell from the values that its readout returned inside the context.
 
         Returns:
             The columns of `columns_of`, by name. If a user's function fails, its column is None, `error` says
@@ -104,26 +81,23 @@ class Tabulator:
         """Say why a cell has no numbers: where the first value that is not finite occurred."""
         source, target = (f"{info.name} ({info.dtype})" for info in (self.sweep.source, self.sweep.target))
         if where == "read":
-            layer = -1 if cell.source_layer is None else cell.source_layer + self.sweep.shifts[0]
-            place = "the embedding" if layer < 0 else f"layer {layer}"
-            return (
-                f"the hidden state that was read is not finite: {place} of {source}. Another dtype may help."
-            )
-        if where == "written":
-            mode = self.sweep.scope.target.mode
+            layer = self._places(cell)["source_layer"]
+            place = "the embedding" if layer is None or layer < 0 else f"layer {layer}"
+            reason = f"the hidden state that was read is not finite: {place} of {source}"
+        elif where == "written":
             return (
                 "the state that was written is not finite, although the state that was read is: see mapping "
-                f"{self.mapping}, scale {cell.scale:g}, write {mode}."
+                f"{self.mapping}, scale {cell.scale:g}, write {self.sweep.scope.target.mode}."
             )
-        if where == "replaced":
-            return f"the hidden state that the write changes is not finite: {target}. Another dtype may help."
-        if where == "compared":
-            return (
-                "the reference is not finite: the logits or the replaced state of a run without the patch, "
-                f"of {source} or {target}. Another dtype may help."
-            )
-        patched = ", although the state that was written is" if cell.target_layer is not None else ""
-        return f"the logits of {target} are not finite{patched}. Another dtype may help."
+        elif where == "replaced":
+            reason = f"the hidden state that the write changes is not finite: {target}"
+        elif where == "compared":
+            run = "the logits or the replaced state of a run without the patch"
+            reason = f"the reference is not finite: {run}, of {source} or {target}"
+        else:
+            patched = "" if cell.target_layer is None else ", although the state that was written is"
+            reason = f"the logits of {target} are not finite{patched}"
+        return f"{reason}. Another dtype may help."
 
     def failed(self, cell: Cell, reason: str) -> dict[str, Any]:
         """Build the row of a cell that has no result."""
@@ -132,20 +106,20 @@ class Tabulator:
 
     def _places(self, cell: Cell) -> dict[str, Any]:
         sweep, read = self.sweep, cell.source_positions
-        source = sweep.source_prompts[cell.source] if isinstance(cell.source, int) else None
         target = sweep.target_prompts[cell.target_prompt]
+        tokens = None
+        if isinstance(cell.source, int) and read is not None:  # a vector from a file has no tokens
+            tokens = [sweep.source_prompts[cell.source].tokens[index] for index in read]
         return {
             "row": cell.row,
             "control": cell.control,
             "source_prompt": None if cell.source is None else sweep.source_text(cell.source),
-            "source_position": None if read is None or source is None else list(read),
-            "source_token": None
-            if source is None or read is None
-            else [source.tokens[index] for index in read],
+            "source_position": None if read is None or tokens is None else list(read),
+            "source_token": tokens,
             "source_layer": None if cell.source_layer is None else cell.source_layer + sweep.shifts[0],
             "target_prompt": target.text,
             "target_position": list(cell.target_positions),
-            "target_token": [target.tokens[i] for i in cell.target_positions],
+            "target_token": [target.tokens[index] for index in cell.target_positions],
             "target_layer": None if cell.target_layer is None else cell.target_layer + sweep.shifts[1],
             "source_model": sweep.source.name,
             "target_model": sweep.target.name,
@@ -199,6 +173,7 @@ def arrow_schema(names: Sequence[str], kinds: Mapping[str, ColumnType]) -> Any:
     import pyarrow as pa
 
     types = {name: kind for readout in readout_kinds().values() for name, kind in readout.columns.items()}
+    types |= {**_TYPES, **kinds}
     arrow = {
         "text": pa.string(),
         "number": pa.float64(),
@@ -208,10 +183,7 @@ def arrow_schema(names: Sequence[str], kinds: Mapping[str, ColumnType]) -> Any:
         "integers": pa.list_(pa.int64()),
         "states": pa.list_(pa.list_(pa.float32())),
     }
-    return pa.schema([(name, arrow[{**types, **_TYPES, **kinds}.get(name, "number")]) for name in names])
-
-
-_ROWS_AT_ONCE = 1000
+    return pa.schema([(name, arrow[types.get(name, "number")]) for name in names])
 
 
 def write_parquet(
@@ -221,13 +193,9 @@ def write_parquet(
     *,
     kinds: Mapping[str, ColumnType] = {},
 ) -> None:
-    """Write a table part by part, so that it is never in memory as a whole.
+    """Write a table part by part, so that it is never in memory as a whole; `rows` may be read lazily.
 
-    Args:
-        rows: The rows, which may be read lazily.
-        names: The run's columns.
-        file: The parquet file.
-        kinds: The kind of each column computed by a user's function, as in `metrics.Column`.
+    `kinds` has the kind of each column computed by a user's function, as in `metrics.Column`.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq

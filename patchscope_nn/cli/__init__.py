@@ -11,20 +11,8 @@ from typing import NoReturn
 
 from patchscope_nn._util.plain import wrong_text
 from patchscope_nn.cli.commands import app
-from patchscope_nn.cli.compare import compare
-from patchscope_nn.cli.explorer import explore
-from patchscope_nn.cli.fitting_closed import fit
-from patchscope_nn.cli.listing import lint, recipes
 from patchscope_nn.cli.printing import print_error
-from patchscope_nn.cli.report import report
 from patchscope_nn.errors import InputError, PatchscopeError, RunError
-
-app.command()(report)
-app.command()(compare)
-app.command()(explore)
-app.command()(lint)
-app.command()(recipes)
-app.add_typer(fit, name="fit")
 
 
 def main() -> None:

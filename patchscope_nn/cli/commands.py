@@ -9,6 +9,8 @@ import typer
 
 from patchscope_nn import __version__
 from patchscope_nn.cli import groups, options, printing
+from patchscope_nn.cli.explorer import explore
+from patchscope_nn.cli.fitting_closed import fit
 from patchscope_nn.cli.running import plan, run
 
 app = typer.Typer(
@@ -87,12 +89,7 @@ def jobs(
 
 
 @app.command()
-def doctor(
-    *,
-    model: options.Model = None,
-    remote: options.Remote = None,
-    json: options.Json = False,
-) -> None:
+def doctor(*, model: options.Model = None, remote: options.Remote = None, json: options.Json = False) -> None:
     """Check the installation, a model or a server.
 
     With --model, prove the model: show what was compared with plain hooks, and what is switched off for it.
@@ -115,3 +112,78 @@ def doctor(
     printing.print_findings(findings, verdict=verdict, as_json=json)
     if any(finding.state == "wrong" for finding in findings):
         raise typer.Exit(1)
+
+
+@app.command()
+def report(
+    folder: Annotated[
+        Path, typer.Argument(metavar="RUN", help="The folder of a run, finished or not, or of an experiment.")
+    ],
+    *,
+    figures: options.Figures = None,
+    json: options.Json = False,
+) -> None:
+    """Rebuild the HTML report of a run. For an experiment, also rebuild the reports of its methods."""
+    from patchscope_nn.runs.experiments import Experiment, open_finished
+
+    finished = open_finished(folder)
+    pages = [finished.report()]
+    if isinstance(finished, Experiment):
+        pages += [run.report() for run in finished.values()]
+    files = [] if figures is None else finished.save_figures(figures)
+    printing.print_report(pages, figures=files, as_json=json)
+
+
+@app.command()
+def compare(
+    folders: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN...", help="Folders of runs; all others are compared with the first."),
+    ],
+    *,
+    out: options.PageFile = None,
+    best_over: options.BestOver = None,
+    json: options.Json = False,
+) -> None:
+    """Compare runs cell by cell. Prints paired differences with intervals for each metric."""
+    from patchscope_nn.cli.comparing import print_compared
+    from patchscope_nn.runs.experiments import compare_runs, load_runs, write_page
+
+    runs = load_runs(folders)
+    comparison = compare_runs(runs, best=[axis.value for axis in best_over] if best_over else None)
+    title = f"{', '.join(comparison.names[1:])} compared with {comparison.names[0]}"
+    page = None if out is None else write_page(comparison, runs, path=out, title=title)
+    print_compared(comparison, page=page, title=title, as_json=json)
+
+
+app.command()(explore)
+
+
+@app.command()
+def lint(
+    files: Annotated[
+        list[str], typer.Argument(help="Recipe files, or names of included recipes; - reads standard input.")
+    ],
+    *,
+    json: options.Json = False,
+) -> None:
+    """Check recipes without loading a model. All problems are listed, each with its line."""
+    from patchscope_nn.recipe import lint as problems_of
+
+    problems = {file: problems_of(file) for file in files}
+    printing.print_problems(problems, as_json=json)
+    if any(problems.values()):
+        raise typer.Exit(2)
+
+
+@app.command()
+def recipes(*, json: options.Json = False) -> None:
+    """List the included recipes and their costs."""
+    from patchscope_nn.runs.costs import costs
+
+    with printing.waiting("counting cells", quiet=json):
+        counted = costs()
+    printing.print_recipes(counted, as_json=json)
+
+
+app.add_typer(fit, name="fit")

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from patchscope_nn.analysis.statistics import REAL
-from patchscope_nn.cli.printing import grid, mean_text, out_json, show
+from patchscope_nn.analysis.statistics import REAL, mean_text
+from patchscope_nn.cli.printing import existing, grid, out_json, show
 from patchscope_nn.report.comparison import p_text
 
 if TYPE_CHECKING:
@@ -17,25 +17,19 @@ if TYPE_CHECKING:
 
 def print_experiment(experiment: Experiment, *, as_json: bool) -> None:
     """Print the comparison of a recipe's methods, and the paths of its folder and page."""
-    folder = experiment.path
-    page = folder / "comparison.html" if folder else None
-    page_path = str(page) if page and page.exists() else None
-    comparison = experiment.compare()
+    folder, comparison = experiment.path, experiment.compare()
+    page = existing(folder, "comparison.html")
     if as_json:
         runs = {
             name: {"folder": str(run.path), "hash": run.manifest["hash"], "cells": len(run.rows)}
             for name, run in experiment.items()
         }
-        out_json(
-            {"folder": str(folder), "page": page_path, "methods": runs, "comparison": comparison.records()}
-        )
+        out_json({"folder": str(folder), "page": page, "methods": runs, "comparison": comparison.records()})
         return
     print_comparison(comparison, title=experiment.title)
-    show(
-        "",
-        f"{sum(len(run.rows) for run in experiment.values())} cells of {len(experiment)} methods in {folder}",
-        f"page: {page_path}" if page_path else "no page: pip install 'patchscope-nn[report]'",
-    )
+    n_cells = sum(len(run.rows) for run in experiment.values())
+    show("", f"{n_cells} cells of {len(experiment)} methods in {folder}")
+    show(f"page: {page}" if page else "no page: pip install 'patchscope-nn[report]'")
 
 
 def print_comparison(comparison: Comparison, *, title: str) -> None:
@@ -50,36 +44,31 @@ def print_comparison(comparison: Comparison, *, title: str) -> None:
     )
     for metric in comparison.metrics:
         show("", _metric_table(comparison, metric=metric))
-    for line in comparison.between().to_dict("records"):
-        if line["first_control"] != REAL:
-            continue
-        if line["first_unpaired"] or line["second_unpaired"]:
-            show(
-                f"{line['metric']}: {line['first_unpaired']} cells of {line['first']} and"
-                f" {line['second_unpaired']} of {line['second']} have no partner"
-            )
+    for metric in comparison.metrics:
+        for line in comparison.patched(metric).to_dict("records"):
+            first, second = line["first_unpaired"], line["second_unpaired"]
+            if first or second:
+                of_first, of_second = f"{first} cells of {line['first']}", f"{second} of {line['second']}"
+                show(f"{metric}: {of_first} and {of_second} have no partner")
 
 
 def _metric_table(comparison: Comparison, *, metric: str) -> Any:
     means = comparison.means[comparison.means["metric"] == metric]
     controls = sorted(set(means["control"]) - {REAL})
-    between = comparison.between()
-    between = between[(between["metric"] == metric) & (between["first_control"] == REAL)]
-    differences = {line["second"]: line for line in between.to_dict("records")}
+    differences = {line["second"]: line for line in comparison.patched(metric).to_dict("records")}
     table = grid(metric, "mean", *controls, "difference", "p", "layers", "pairs")
     for name in dict.fromkeys(means["run"]):
         own = means[means["run"] == name].set_index("control").to_dict("index")
-        line = differences.get(name)
-        control_means = [mean_text(own.get(control)).replace(" [", "\n[") for control in controls]
-        table.add_row(name, mean_text(own.get(REAL)), *control_means, *_difference(line))
+        real, *others = (mean_text(own.get(control), ".2f") for control in (REAL, *controls))
+        others = [text.replace(" [", "\n[") for text in others]
+        table.add_row(name, real, *others, *_difference(differences.get(name)))
     return table
 
 
 def _difference(line: Mapping[str, Any] | None) -> list[str]:
     if line is None:
         return ["", "", "", ""]
-    p_values = [p_text(line[name]) for name in ("p", "p_bonferroni")]
-    return [mean_text(line, sign="+"), *p_values, str(line["n_pairs"])]
+    return [mean_text(line, "+.2f"), p_text(line["p"]), p_text(line["p_bonferroni"]), str(line["n_pairs"])]
 
 
 def print_compared(comparison: Comparison, *, page: Path | None, title: str, as_json: bool) -> None:

@@ -6,7 +6,9 @@ import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, is_dataclass, make_dataclass
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from patchscope_nn.cli import options
 
@@ -23,11 +25,7 @@ class OneModel:
     device_map: options.DeviceMap = None
 
     def load(self) -> Any:
-        """Load the model, by default the builtin one.
-
-        Raises:
-            InputError: The model cannot be loaded.
-        """
+        """Load the model, by default the builtin one; InputError if it cannot be loaded."""
         from patchscope_nn.models import builtin
         from patchscope_nn.proof import load
 
@@ -49,29 +47,25 @@ class Models:
     @property
     def names(self) -> dict[str, Any]:
         """The arguments of `prepare` that name the models."""
-        return {
-            "model": self.model,
-            "source_model": self.source_model,
-            "target_model": self.target_model,
-        }
+        return {"model": self.model, "source_model": self.source_model, "target_model": self.target_model}
 
     @property
     def where(self) -> dict[str, Any]:
         """The arguments `remote` and `source_remote` of `run`."""
-        return {
-            "remote": options.remote_value(self.remote),
-            "source_remote": options.source_remote_value(self.source_remote),
-        }
+        source = None if self.source_remote is None else options.remote_value(self.source_remote)
+        return {"remote": options.remote_value(self.remote), "source_remote": source}
 
     def places(self) -> Places:
-        """Return where M and M* run, and how they are loaded.
-
-        Raises:
-            InputError: `--remote` or `--source-remote` is not a valid place.
-        """
+        """Return where M and M* run, and how they are loaded; InputError if an option is not a place."""
         from patchscope_nn.backends import Places
 
         return Places.of(**self.where, dtype=self.dtype, device_map=self.device_map)
+
+
+def _switch(name: str, help: str) -> Any:  # noqa: A002 (typer's own name for it)
+    """Return an option that is on by default; `--no-NAME` or `PATCHSCOPE_NAME=0` turns it off."""
+    word = name.replace("_", "-")
+    return typer.Option(f"--{word}/--no-{word}", help=help, envvar=f"PATCHSCOPE_{name.upper()}")
 
 
 #: The planner's optimisations and their help texts. Results are the same when an optimisation is off.
@@ -90,7 +84,7 @@ _SWITCHES = {
 }
 Switches: Any = make_dataclass(
     "Switches",
-    [(name, Annotated[bool, options.switch(name, help=text)], True) for name, text in _SWITCHES.items()],
+    [(name, Annotated[bool, _switch(name, text)], True) for name, text in _SWITCHES.items()],
     frozen=True,
     kw_only=True,
 )
@@ -105,11 +99,7 @@ class Planning:
     memory: options.Memory = None
 
     def execution_options(self, switches: Any) -> dict[str, Any]:
-        """Return these options as arguments of `Execution`, with the optimisations that are switched on.
-
-        Raises:
-            InputError: `--memory` is not a valid size.
-        """
+        """Return these options as arguments of `Execution`, with the optimisations that are switched on."""
         from patchscope_nn.plan import Optimisations
 
         return {
@@ -121,23 +111,17 @@ class Planning:
 
 
 def grouped(command: Callable[..., None]) -> Callable[..., None]:
-    """Replace each parameter that is a group by its options, because typer needs a flat signature.
-
-    Args:
-        command: A command, some of whose parameters are dataclasses of options.
-
-    Returns:
-        The command with the flat signature.
-    """
+    """Replace each parameter that is a dataclass of options by its options: typer needs a flat signature."""
     signature = inspect.signature(command, eval_str=True)
-    groups: dict[str, Any] = {
-        name: parameter.annotation
-        for name, parameter in signature.parameters.items()
-        if is_dataclass(parameter.annotation)
-    }
+    groups: dict[str, Any] = {}
     flat: list[inspect.Parameter] = []
     for name, parameter in signature.parameters.items():
-        flat += _options_of(groups[name]) if name in groups else [parameter]
+        group: Any = parameter.annotation
+        if isinstance(group, type) and is_dataclass(group):
+            groups[name] = group
+            flat += inspect.signature(group, eval_str=True).parameters.values()
+        else:
+            flat.append(parameter)
 
     @functools.wraps(command)
     def call(**values: Any) -> None:
@@ -150,12 +134,3 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
     call.__signature__ = signature.replace(parameters=flat)  # type: ignore[attr-defined]  # inspect's own name
     call.__annotations__ = {parameter.name: parameter.annotation for parameter in flat}
     return call
-
-
-def _options_of(group: Any) -> list[inspect.Parameter]:
-    hints = get_type_hints(group, include_extras=True)
-    kind = inspect.Parameter.KEYWORD_ONLY
-    return [
-        inspect.Parameter(field.name, kind, default=field.default, annotation=hints[field.name])
-        for field in fields(group)
-    ]

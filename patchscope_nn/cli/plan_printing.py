@@ -25,12 +25,7 @@ class Planned(NamedTuple):
 
 
 def print_plans(planned: Mapping[str, Planned], *, as_json: bool) -> None:
-    """Print plans as trees, with their fits and the traffic between two models; or their counts as JSON.
-
-    Args:
-        planned: The plans by method; a recipe without methods has a single plan.
-        as_json: Print the counts as JSON.
-    """
+    """Print plans by method as trees, with their fits and the traffic between models; or as JSON counts."""
     if as_json:
         counts = {name: _plan_counts(entry) for name, entry in planned.items()}
         out_json({"methods": counts} if len(counts) > 1 else next(iter(counts.values())))
@@ -65,21 +60,18 @@ def _plan_counts(planned: Planned) -> dict[str, Any]:
 def _fit_line(mapping: ResolvedMapping) -> str:
     """Describe the fit that a run uses, and its scores on held-out texts or rows."""
     about = mapping.about
-    start = f"mapping {mapping.name}: "
     n_pairs = f"{len(mapping.maps)} pairs of layers"
     if "held_out" not in about:
         if "texts" in about:
-            texts = about["texts"]
-            n_texts, n_held = (texts[part]["n_texts"] for part in ("fitted_on", "held_out"))
+            n_texts, n_held = (about["texts"][part]["n_texts"] for part in ("fitted_on", "held_out"))
             what = f"to be fitted before the run on {n_texts} texts ({n_held} held out)"
         else:
             what = f"to be trained before the run on {about['data']['n_rows']} rows, some of them held out"
-        return f"{start}{n_pairs}, {what}, and saved in {about['file']}"
-    line = f"{start}{about['kind']}, {n_pairs}"
-    scores = [pair_scores for *_, pair_scores in about["held_out"]]
+        return f"mapping {mapping.name}: {n_pairs}, {what}, and saved in {about['file']}"
+    line = f"mapping {mapping.name}: {about['kind']}, {n_pairs}"
     measured = []
     for key, name in _MEASURED.items():
-        values = [pair_scores[key] for pair_scores in scores if key in pair_scores]
+        values = [scores[key] for *_, scores in about["held_out"] if key in scores]
         if values:
             measured.append(f"{min(values):.2f} to {max(values):.2f} {name}")
     if measured:

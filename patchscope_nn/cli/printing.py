@@ -66,13 +66,7 @@ def waiting(what: str, *, quiet: bool) -> Iterator[None]:
 
 
 class Progress:
-    """Show progress: a bar on a terminal, elsewhere a plain line every few seconds.
-
-    Args:
-        what: The name of the task.
-        quiet: Print nothing.
-        unit: The name of the things that are counted.
-    """
+    """Show progress: a bar on a terminal, elsewhere a plain line every few seconds."""
 
     def __init__(self, what: str, *, quiet: bool, unit: str = "cells") -> None:
         self.what, self.quiet, self.unit = what, quiet, unit
@@ -117,6 +111,12 @@ class Progress:
             self._bar.stop()
 
 
+def existing(folder: Path | None, name: str) -> str | None:
+    """Return the path of a page in a folder; None if there is no folder or no page."""
+    page = folder / name if folder else None
+    return str(page) if page and page.exists() else None
+
+
 def grid(*headers: str, title: str | None = None) -> Any:
     """Return an empty table without lines, with these headers."""
     from rich.table import Table
@@ -134,17 +134,6 @@ def show(*renderables: Any) -> None:
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
     for renderable in renderables:
         console.print(renderable, markup=False)
-
-
-def mean_text(summary: Mapping[str, Any] | None, *, sign: str = "") -> str:
-    """Format a mean with its interval, which is missing for a single row; `sign` is as in a format spec."""
-    from patchscope_nn.analysis.statistics import is_null
-
-    if summary is None or is_null(summary["mean"]):
-        return ""
-    low, high = summary["low"], summary["high"]
-    spread = "" if is_null(low) else f" [{low:{sign}.2f}, {high:{sign}.2f}]"
-    return f"{summary['mean']:{sign}.2f}{spread}"
 
 
 def _cell(text: str) -> Any:
@@ -166,18 +155,15 @@ def print_look(look: Look, *, as_json: bool) -> None:
     same = all(entry.layer == entry.target_layer for entry in look.says)
     table = grid("layer" if same else "layer -> layer", "the model says it is", "next token", "p")
     for entry in look.says:
-        if entry.layer is None:
-            name = "unpatched"
-        else:
-            layer = "embed" if entry.layer < 0 else str(entry.layer)
+        name, style = "unpatched", "dim"
+        if entry.layer is not None:
+            layer, style = "embed" if entry.layer < 0 else str(entry.layer), ""
             name = layer if same else f"{layer} -> {entry.target_layer}"
-        style = "dim" if entry.layer is None else None
         description = _cell(entry.error or entry.text.strip(" :\n") or "…")
         probability = "" if entry.probability is None else f"{entry.probability:.2f}"
         table.add_row(name, description, _cell(entry.next_token), probability, style=style)
-    tokens = ", ".join(
-        f"{position} {token!r}" for position, token in zip(look.position, look.token, strict=True)
-    )
+    places = zip(look.position, look.token, strict=True)
+    tokens = ", ".join(f"{position} {token!r}" for position, token in places)
     show(_cell(f"{look.model} on {look.prompt!r}, token {tokens}"), "", table)
 
 
@@ -193,11 +179,8 @@ def print_recipes(counted: Sequence[tuple[Recipe, Cost | str]], *, as_json: bool
         numbers = ("?",) * 3 if isinstance(cost, str) else (f"{number:,}" for number in cost[:3])
         fits = " (a mapping is fitted first)" if not isinstance(cost, str) and cost.fits else ""
         table.add_row(recipe.name, recipe.title + fits, recipe.paper or "", *numbers)
-    show(
-        table,
-        "",
-        "data rows, cells and maximum of decoded tokens of the whole recipe; --limit uses fewer rows",
-    )
+    what = "data rows, cells and maximum of decoded tokens of the whole recipe; --limit uses fewer rows"
+    show(table, "", what)
     for reason in dict.fromkeys(cost for _, cost in counted if isinstance(cost, str)):
         show(f"?: {reason}")
 

@@ -7,7 +7,8 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from patchscope_nn.cli.printing import grid, mean_text, out_json, show
+from patchscope_nn.analysis.statistics import mean_text
+from patchscope_nn.cli.printing import existing, grid, out_json, show
 
 if TYPE_CHECKING:
     from patchscope_nn.runs.results import Run
@@ -18,36 +19,24 @@ _MOST_ERRORS = 5
 
 def print_run(run: Run, *, as_json: bool) -> None:
     """Print a run's means, its errors, and the paths of its folder and report."""
-    report = run.path / "report.html" if run.path else None
-    report_path = str(report) if report and report.exists() else None
+    report = existing(run.path, "report.html")
+    errors = Counter(row["error"] for row in run.rows if row["error"] is not None)
     if as_json:
+        counts = {"cells": len(run.rows), "failed": sum(errors.values())}
+        identity = {"hash": run.manifest["hash"], "elapsed_s": run.manifest["timings"]["elapsed_s"]}
         summary = json.loads(run.summary().to_json(orient="records")) if run.metrics else []
-        out_json(
-            {
-                "folder": str(run.path),
-                "report": report_path,
-                "cells": len(run.rows),
-                "failed": sum(_errors(run).values()),
-                "hash": run.manifest["hash"],
-                "elapsed_s": run.manifest["timings"]["elapsed_s"],
-                "summary": summary,
-            }
-        )
+        out_json({"folder": str(run.path), "report": report, **counts, **identity, "summary": summary})
         return
     if run.metrics:
         show(*_summary(run))
     show("", f"{len(run.rows)} cells in {run.path}")
-    errors = _errors(run).most_common()
-    for error, count in errors[:_MOST_ERRORS]:
+    common = errors.most_common(_MOST_ERRORS)
+    for error, count in common:
         show(f"{count} of them have no numbers and are left out of means: {error}")
-    if len(errors) > _MOST_ERRORS:
-        show(f"{sum(count for _, count in errors[_MOST_ERRORS:])} of them have other errors; see the table.")
-    show(f"report: {report_path}" if report_path else "no report: pip install 'patchscope-nn[report]'")
-
-
-def _errors(run: Run) -> Counter[str]:
-    """Count the cells with each error."""
-    return Counter(row["error"] for row in run.rows if row["error"] is not None)
+    if len(errors) > len(common):
+        others = errors.total() - sum(count for _, count in common)
+        show(f"{others} of them have other errors; see the table.")
+    show(f"report: {report}" if report else "no report: pip install 'patchscope-nn[report]'")
 
 
 def _summary(run: Run) -> Iterator[Any]:
@@ -57,9 +46,7 @@ def _summary(run: Run) -> Iterator[Any]:
     """
     summary = json.loads(run.summary(by_source=True).to_json(orient="records"))
     axis = "target_layer" if "source_layer" in run.best_over else "source_layer"
-    means = {
-        ((entry.get("scale"), entry[axis]), entry["metric"], entry["control"]): entry for entry in summary
-    }
+    means = {((line.get("scale"), line[axis]), line["metric"], line["control"]): line for line in summary}
     no_place = (None, None)
     places = sorted({place for place, *_ in means} - {no_place}, key=_order) or [no_place]
     layered = {control for place, _, control in means if place in places} | {"patched"}
@@ -76,14 +63,12 @@ def _summary(run: Run) -> Iterator[Any]:
     for scale, layer in places:
         name = {None: "all", -1: "embed"}.get(layer, str(layer))
         line = [means.get(((scale, layer), *column)) for column in columns]
-        table.add_row(*([f"{scale:g}"] if scaled else []), name, *map(mean_text, line))
+        table.add_row(*([f"{scale:g}"] if scaled else []), name, *(mean_text(mean, ".2f") for mean in line))
     yield table
-    flat = [
-        entry for entry in summary if entry["metric"] == run.metrics[0] and entry["control"] not in layered
-    ]
+    first = [line for line in summary if line["metric"] == run.metrics[0]]
+    flat = [f"{line['control']} {mean_text(line, '.2f')}" for line in first if line["control"] not in layered]
     if flat:
-        controls_text = ", ".join(f"{entry['control']} {mean_text(entry)}" for entry in flat)
-        yield f"\n{run.metrics[0]} without a state: {controls_text}"
+        yield f"\n{run.metrics[0]} without a state: {', '.join(flat)}"
 
 
 def _order(place: tuple[Any, ...]) -> tuple[float, ...]:

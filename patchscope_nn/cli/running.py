@@ -42,13 +42,8 @@ def run(
     folder = out or prepared.default_folder
     progress = printing.Progress(prepared.name, quiet=json)
     command = shlex.join(["patchscope", *sys.argv[1:]])
-    execution = Execution(
-        **planning.execution_options(switches),
-        jobs=jobs or JOBS,
-        progress=progress,
-        notice=progress.tell,
-        command=command,
-    )
+    given = planning.execution_options(switches) | {"jobs": jobs or JOBS, "command": command}
+    execution = Execution(**given, progress=progress, notice=progress.tell)
     fitted = {name: _fitted(method, command=command, quiet=json) for name, method in prepared.runs.items()}
     try:
         finished = run_prepared(replace(prepared, runs=fitted), execution, out=folder)
@@ -89,13 +84,8 @@ def plan(
     folders = prepared.folders(prepared.default_folder)
     planned = {}
     for name, method in prepared.runs.items():
-        method_plan = plan_run(method, execution)
-        planned[name] = Planned(
-            plan=method_plan,
-            mapping=method.mapping,
-            crossing=traffic(method_plan, method.mapping),
-            folder=folders[name],
-        )
+        passes, mapping = plan_run(method, execution), method.mapping
+        planned[name] = Planned(passes, mapping, traffic(passes, mapping), folders[name])
     print_plans(planned, as_json=json)
 
 

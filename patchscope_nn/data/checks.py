@@ -16,10 +16,7 @@ _MOST = 20
 def rows_where(numbered: Rows, where: Mapping[str, Any], *, name: str) -> Rows:
     """Yield the rows with given values, and entries that are not rows, which `as_table` refuses.
 
-    Args:
-        numbered: The rows.
-        where: For each column its value, or a list of allowed values, compared as texts.
-        name: What messages call the data.
+    `where` has for each column its value, or a list of allowed values, compared as texts.
 
     Raises:
         DataError: A column of `where` does not exist, or no row has the values.
@@ -54,13 +51,7 @@ def rows_where(numbered: Rows, where: Mapping[str, Any], *, name: str) -> Rows:
 class MissingValues:
     """Drops and counts the rows in which a used column is missing, or raises an error at the first.
 
-    Args:
-        used: The columns that are used, each with the field that uses it; None if that is not known.
-        drop: True to drop such rows, False to raise an error.
-        name: What messages call the data.
-
-    Attributes:
-        dropped: The number of dropped rows.
+    `used` has the field that uses each column; it is None if the used columns are not known.
     """
 
     def __init__(self, used: Mapping[str, str] | None, *, drop: bool, name: str) -> None:
@@ -87,12 +78,7 @@ class MissingValues:
 
 
 def as_table(numbered: Iterable[Numbered], *, name: str, missing: MissingValues) -> list[dict[str, Any]]:
-    """Return the rows, after checking that they form a table.
-
-    Args:
-        numbered: The rows.
-        name: What messages call the data.
-        missing: Has dropped rows from `numbered`.
+    """Return the rows, after checking that they form a table; `missing` has dropped rows from them.
 
     Raises:
         DataError: An entry is not a row, the columns differ between rows, a text is invalid, or there are no

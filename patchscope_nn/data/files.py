@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Callable, Generator, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -27,15 +28,9 @@ def number_rows(rows: Iterable[Any]) -> Rows:
 
 
 def read_file(file: Path, *, name: str, base: Path | None) -> Rows:
-    """Read the rows of a file in the format of its ending.
+    """Read the rows of a file in the format of its ending; they are not yet checked to form a table.
 
-    Args:
-        file: The file.
-        name: What messages call it.
-        base: The folder a relative path starts from; None is the working directory.
-
-    Yields:
-        The rows, each with its place. They are not yet checked to form a table.
+    A relative path starts from `base`, or from the working directory.
 
     Raises:
         DataError: The file is missing, cannot be read, or has an unsupported format.
@@ -127,10 +122,6 @@ def _records(records: Any, *, name: str) -> Rows:
             yield Numbered(f"line {records.line_num}", row)
 
 
-def _read_tsv(path: Path, name: str) -> Rows:
-    return _read_csv(path, name, delimiter="\t")
-
-
 def _read_parquet(path: Path, name: str) -> Rows:
     import pyarrow as pa
     from pyarrow import parquet
@@ -147,6 +138,6 @@ _READERS: dict[str, Callable[[Path, str], Rows]] = {
     ".jsonl": _read_json_lines,
     ".json": _read_json,
     ".csv": _read_csv,
-    ".tsv": _read_tsv,
+    ".tsv": partial(_read_csv, delimiter="\t"),
     ".parquet": _read_parquet,
 }

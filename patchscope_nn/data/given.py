@@ -17,15 +17,12 @@ from patchscope_nn.errors import DataError
 
 @checked
 def as_data(given: Any, *, limit: int | None = None) -> DataSpec:
-    """Convert data that is given in Python to a `DataSpec`.
+    """Convert data that is given in Python to a `DataSpec`; of an iterable, at most `limit` rows are taken.
 
     Args:
         given: A `DataSpec`, a mapping as in a recipe's `data`, a table (of pandas, polars or pyarrow), a
             function that returns rows, or rows: any iterable of mappings, for example a `datasets.Dataset`.
-        limit: The maximum number of rows taken from an iterable; None takes all.
-
-    Returns:
-        The data.
+        limit: The maximum number of rows; None takes all.
 
     Raises:
         DataError: It is none of these.

@@ -51,11 +51,7 @@ def reader(function: Callable[..., Any] | None = None, *, name: str | None = Non
 
 
 def find_reader(*, name: str | None, function: str | None) -> Callable[..., Any]:
-    """Return the reader of a name, or of `module:name`.
-
-    Raises:
-        DataError: It does not exist, or it cannot be imported.
-    """
+    """Return the reader of a name, or of `module:name`; DataError if it cannot be found or imported."""
     try:
         return READERS.find(name) if name is not None else import_function(str(function))
     except ValueError as error:
@@ -65,12 +61,7 @@ def find_reader(*, name: str | None, function: str | None) -> Callable[..., Any]
 
 
 def call_reader(function: Callable[..., Any], arguments: Mapping[str, Any], *, name: str) -> Rows:
-    """Yield the rows that a reader returns, each with its number.
-
-    Args:
-        function: The reader.
-        arguments: Its keyword arguments.
-        name: What messages call it.
+    """Yield the rows that a reader returns, each with its number; `name` is what messages call it.
 
     Raises:
         DataError: The reader fails, or does not return rows.

@@ -62,10 +62,6 @@ def _known_reader(name: str) -> str:
     return name
 
 
-def _text(value: Any) -> Any:
-    return str(value) if isinstance(value, Path) else value
-
-
 def _listed(value: Any) -> Any:
     if value in ([], ()):
         raise ValueError("is an empty list; give at least one row, for example [{entity: Paris}]")
@@ -77,7 +73,9 @@ def _as_json(rows: Any) -> Any:
     return json.loads(json.dumps(rows, default=str))
 
 
-_Text = Annotated[str, Field(min_length=1), BeforeValidator(_text)]
+_Text = Annotated[
+    str, Field(min_length=1), BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value)
+]
 
 
 class DataSpec(Spec):

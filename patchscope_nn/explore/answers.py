@@ -14,7 +14,6 @@ from patchscope_nn.explore.views import STOP, WINDOW, CellView, GridView, View
 from patchscope_nn.explore.worker import Query
 from patchscope_nn.models import Model
 from patchscope_nn.readouts.generate import cut
-from patchscope_nn.recipe import Recipe
 from patchscope_nn.runs.execute import Execution, execute
 from patchscope_nn.runs.loading import load_models
 from patchscope_nn.runs.prepare import prepare
@@ -28,48 +27,32 @@ _ROWS = 128
 
 
 class Answers:
-    """Loads models and answers requests with them.
-
-    Args:
-        lenses: The lenses, by name.
-        options: Where and how models run.
-    """
+    """Loads models and answers requests with them."""
 
     def __init__(self, lenses: Mapping[str, Lens], options: Options) -> None:
         self.lenses, self.options, self.places = lenses, options, options.places()
         self._pairs: OrderedDict[tuple[str, str], tuple[Model, Model]] = OrderedDict()
 
     def load(self, source: str, target: str) -> tuple[Model, Model]:
-        """Return M and M*, loaded now or for an earlier request.
-
-        Raises:
-            InputError: A model cannot be loaded.
-        """
+        """Return M and M*, loaded now or for an earlier request; InputError if a model cannot be loaded."""
         if (source, target) not in self._pairs:
             known = {model.info.name: model for pair in self._pairs.values() for model in pair}
             # If source and target run in different places, the same name means two different objects.
             known = known if self.places.source == self.places.target else {}
             while len(self._pairs) >= _PAIRS_KEPT:
                 self._pairs.popitem(last=False)
-            self._pairs[source, target] = load_models(
-                source_model=known.get(source, source),
-                target_model=known.get(target, target),
-                places=self.places,
-            )
+            m, m_star = known.get(source, source), known.get(target, target)
+            pair = load_models(source_model=m, target_model=m_star, places=self.places)
+            self._pairs[source, target] = pair
         self._pairs.move_to_end((source, target))
         return self._pairs[source, target]
-
-    @property
-    def _here(self) -> bool:
-        """True if M* runs in this process."""
-        return isinstance(self.places.target, Local)
 
     def warm_up(self, source: str, target: str) -> None:
         """Run a small grid and a small cell, so that the first request does not wait for one-time work.
 
         Errors are ignored here, because the first request reports them. A server needs no such work.
         """
-        if not self._here:
+        if not isinstance(self.places.target, Local):
             return
         names: dict[str, Any] = {"prompt": "a b", "source_model": source, "target_model": target}
         cell = CellView(**names, position=0, layer=0, max_new_tokens=1)
@@ -84,7 +67,7 @@ class Answers:
         if view.positions is None and count > WINDOW:
             view = view.model_copy(update={"positions": tuple(range(WINDOW))})
         recipe = view.recipe(self.lenses)
-        prepared = self._prepare(recipe, source, target)
+        prepared = prepare(recipe, places=self.places, source_model=source, target_model=target).only
         rows = _checked(self._run(prepared, query, _GridListener(query, len(prepared.sweep.cells))))
         cells = [
             {name: row[name] for name in ("top_tokens", "top_probs", "entropy_nats", "surprisal_nats")}
@@ -106,24 +89,21 @@ class Answers:
     def cell(self, view: CellView, query: Query) -> None:
         """Describe a state: report `text` while it is decoded, then an `answer` for each cell."""
         source, target = self._models(view, query)
-        prepared = self._prepare(view.recipe(), source, target)
+        prepared = prepare(view.recipe(), places=self.places, source_model=source, target_model=target).only
         rows = self._run(prepared, query, _CellListener(query, prepared))
         for row in _checked(rows):
             names = ("control", "text", "stopped", "source_token", "target_token", "target_position")
             query.report("answer", **{name: row[name] for name in names}, target_layer=row["target_layer"])
 
     def _models(self, view: View, query: Query) -> tuple[Model, Model]:
-        if (view.source_model, view.target_model) not in self._pairs:
-            names = dict.fromkeys((view.source_model, view.target_model))
-            query.report("loading", models=list(names))
-        return self.load(view.source_model, view.target_model)
-
-    def _prepare(self, recipe: Recipe, source: Model, target: Model) -> PreparedRun:
-        return prepare(recipe, places=self.places, source_model=source, target_model=target).only
+        names = view.source_model, view.target_model
+        if names not in self._pairs:
+            query.report("loading", models=list(dict.fromkeys(names)))
+        return self.load(*names)
 
     def _run(self, prepared: PreparedRun, query: Query, listener: Any) -> Sequence[Mapping[str, Any]]:
         execution = Execution(
-            max_rows=_ROWS if self._here else None,
+            max_rows=_ROWS if isinstance(self.places.target, Local) else None,
             progress=lambda done, total: query.report("progress", done=done, total=total),
             notice=lambda line: query.report("notice", line=line),
             listener=listener,
@@ -164,11 +144,7 @@ class _CellListener:
 
 
 def _checked(rows: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
-    """Return the rows if all have a result.
-
-    Raises:
-        RunError: Some cells failed.
-    """
+    """Return the rows if all have a result; raise RunError if some cells failed."""
     failed = [row["error"] for row in rows if row["error"] is not None]
     if failed:
         raise RunError(f"{len(failed)} of {len(rows)} cells failed. The first: {failed[0]}")
@@ -177,6 +153,5 @@ def _checked(rows: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
 
 def _is_hit(row: Mapping[str, Any]) -> bool | None:
     """True if the top token is also M's own next token; None if that is not compared."""
-    if row["reference_ids"] is None:
-        return None
-    return bool(row["top_ids"][0] == row["reference_ids"][0])
+    reference = row["reference_ids"]
+    return None if reference is None else bool(row["top_ids"][0] == reference[0])

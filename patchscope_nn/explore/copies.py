@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,14 +18,7 @@ _CELL_COLUMNS = ("control", "source_layer", "target_layer")
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Where and how models run: options of `run` and `load` that are not part of a recipe.
-
-    Attributes:
-        remote: As in `run`.
-        source_remote: As in `run`.
-        dtype: As in `load`.
-        device_map: As in `load`.
-    """
+    """Where and how models run: options of `run` and `load` that are not part of a recipe."""
 
     remote: bool | str = False
     source_remote: bool | str | None = None
@@ -34,11 +26,7 @@ class Options:
     device_map: str | None = None
 
     def places(self) -> Places:
-        """Return where M and M* run.
-
-        Raises:
-            InputError: An option does not name a place.
-        """
+        """Return where M and M* run; InputError if an option does not name a place."""
         return Places.of(**vars(self))
 
     def changed(self) -> dict[str, Any]:
@@ -48,11 +36,10 @@ class Options:
     def arguments(self) -> list[str]:
         """Return the options that differ from their default as command-line arguments."""
         spelling = {True: "ndif", False: "no"}
-        return [
-            argument
-            for name, value in self.changed().items()
-            for argument in (f"--{name.replace('_', '-')}", str(spelling.get(value, value)))
-        ]
+        arguments: list[str] = []
+        for name, value in self.changed().items():
+            arguments += [f"--{name.replace('_', '-')}", str(spelling.get(value, value))]
+        return arguments
 
 
 def as_yaml(recipe: Recipe, options: Options) -> str:
@@ -69,10 +56,10 @@ def as_python(recipe: Recipe, options: Options) -> str:
     """
     readout = recipe.readout
     parts = {
-        "source": _call("Source", _fields(recipe.source), indent=8),
-        "target": _call("Target", _fields(recipe.target), indent=8),
+        "source": _call(recipe.source),
+        "target": _call(recipe.target),
         "mapping": repr(dump_mapping(recipe.mapping)),
-        "readout": _call(type(readout).__name__, _fields(readout), indent=8),
+        "readout": _call(readout),
     }
     inner = "".join(f"        {name}={value},\n" for name, value in parts.items())
     arguments = {"model": recipe.model, "controls": tuple(recipe.controls), **options.changed()}
@@ -87,13 +74,8 @@ def as_python(recipe: Recipe, options: Options) -> str:
     )
 
 
-def _fields(spec: Any) -> Mapping[str, Any]:
-    return dict(spec.model_dump(mode="json", exclude_defaults=True))
-
-
-def _call(name: str, fields: Mapping[str, Any], *, indent: int) -> str:
-    if not fields:
-        return f"ps.{name}()"
-    pad = " " * indent
-    lines = "".join(f"{pad}    {field}={value!r},\n" for field, value in fields.items())
-    return f"ps.{name}(\n{lines}{pad})"
+def _call(spec: Any) -> str:
+    """Write a part of a Patchscope as a call, indented for its place in the script."""
+    name, fields = type(spec).__name__, spec.model_dump(mode="json", exclude_defaults=True)
+    lines = "".join(f"            {field}={value!r},\n" for field, value in fields.items())
+    return f"ps.{name}(\n{lines}        )" if fields else f"ps.{name}()"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hmac
 
-from starlette.datastructures import Headers
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import PlainTextResponse, RedirectResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -30,13 +30,7 @@ _START = "Open the address that `patchscope explore` printed in its terminal."
 
 
 class Guard:
-    """Middleware that refuses requests which do not come from the page, and strips the token from the path.
-
-    Args:
-        app: The application that answers.
-        token: The first part of every path.
-        port: The port of the server.
-    """
+    """Middleware that refuses requests not made by the page, and strips the token from the path."""
 
     def __init__(self, app: ASGIApp, *, token: str, port: int) -> None:
         self.app, self.token = app, token
@@ -96,8 +90,7 @@ class Guard:
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
-                extra = [(name.encode(), value.encode()) for name, value in _HEADERS.items()]
-                message = {**message, "headers": [*message["headers"], *extra]}
+                MutableHeaders(scope=message).update(_HEADERS)
             await send(message)
 
         await self.app(scope, replay, send_with_headers)

@@ -20,22 +20,16 @@ _ANY = Source(prompt="-")
 
 @dataclass(frozen=True, kw_only=True)
 class Lens:
-    """A way to read the states of a grid.
-
-    Attributes:
-        name: Its short name, used in links.
-        title: Its title on the page.
-        scope: The Patchscope; the page sets the prompt, position and layers of its source.
-    """
+    """A way to read the states of a grid; the page sets the scope's prompt, position and layers."""
 
     name: str
     title: str
     scope: Patchscope
 
 
-def own_lens(target: Target) -> Lens:
-    """Make a lens with a target that the user chose."""
-    return Lens(name=OWN, title="Own target", scope=Patchscope(source=_ANY, target=target))
+def lens_of(target: Target, *, name: str = OWN, title: str = "Own target") -> Lens:
+    """Make a lens with a target, by default one that the user chose."""
+    return Lens(name=name, title=title, scope=Patchscope(source=_ANY, target=target))
 
 
 def lenses(recipes: Sequence[str | Path] = ()) -> dict[str, Lens]:
@@ -47,18 +41,12 @@ def lenses(recipes: Sequence[str | Path] = ()) -> dict[str, Lens]:
     Raises:
         InputError: One of `recipes` cannot be read, or cannot serve as a lens.
     """
+    identity = Target(prompt=prompts.IDENTITY, position=-1)
+    # After the last block only norm and unembedding are left, so that the prompt does not matter.
+    logit_lens = Target(prompt="?", position=-1, layer=-1)
     by_name = {
-        "token-identity": Lens(
-            name="token-identity",
-            title="Token identity",
-            scope=Patchscope(source=_ANY, target=Target(prompt=prompts.IDENTITY, position=-1)),
-        ),
-        # After the last block only norm and unembedding are left, so that the prompt does not matter.
-        "logit-lens": Lens(
-            name="logit-lens",
-            title="Logit lens",
-            scope=Patchscope(source=_ANY, target=Target(prompt="?", position=-1, layer=-1)),
-        ),
+        "token-identity": lens_of(identity, name="token-identity", title="Token identity"),
+        "logit-lens": lens_of(logit_lens, name="logit-lens", title="Logit lens"),
     }
     known = [lens.scope.target for lens in by_name.values()]
     for name in shipped():
@@ -78,8 +66,8 @@ def lenses(recipes: Sequence[str | Path] = ()) -> dict[str, Lens]:
 
 
 def _lens(recipe: Recipe, name: str) -> Lens:
-    scope = recipe.scope.model_copy(update={"source": _ANY.model_copy(update={"site": recipe.source.site})})
-    return Lens(name=name, title=recipe.title, scope=scope)
+    source = _ANY.model_copy(update={"site": recipe.source.site})
+    return Lens(name=name, title=recipe.title, scope=recipe.scope.model_copy(update={"source": source}))
 
 
 def _obstacle(recipe: Recipe) -> str | None:

@@ -41,25 +41,14 @@ _LAST = ("done", "error")
 
 
 class Explorer:
-    """The web application.
-
-    Args:
-        answers: Answers requests; its models may be loaded already.
-        models: The names of M and M* with which the page starts.
-        view: The view with which the page starts, as in the fragment of a link.
-    """
+    """The web application; `models` and `view` (the fragment of a link) are what the page starts with."""
 
     def __init__(self, answers: Answers, *, models: tuple[str, str], view: str = "") -> None:
         self.answers, self.models, self.view = answers, models, view
         self.worker = Worker()
 
     def app(self, *, token: str, port: int) -> ASGIApp:
-        """Build the ASGI application with its access control.
-
-        Args:
-            token: The first part of every path.
-            port: The port of the server.
-        """
+        """Build the ASGI application with its access control; `token` is the first part of every path."""
         routes = [
             Route("/", self._index),
             Route("/about", self._about),
@@ -75,9 +64,8 @@ class Explorer:
 
     async def _about(self, _: Request) -> Response:
         """Send what the page needs to start."""
-        examples = {
-            name: [next(iter(row.values())) for row in load_rows(DataSpec(builtin=name))] for name in BUILTIN
-        }
+        rows = {name: load_rows(DataSpec(builtin=name)) for name in BUILTIN}
+        examples = {name: [next(iter(row.values())) for row in rows[name]] for name in BUILTIN}
         lenses = [{"name": lens.name, "title": lens.title} for lens in self.answers.lenses.values()]
         source, target = self.models
         return JSONResponse(
@@ -132,11 +120,8 @@ class Explorer:
         if what not in ("grid", "cell") or form not in forms:
             return Response("There is no such copy.\n", status_code=404, media_type="text/plain")
         try:
-            fields = await _json_object(request)
-            if what == "grid":
-                recipe = GridView(**fields).recipe(self.answers.lenses)
-            else:
-                recipe = CellView(**fields).recipe()
+            fields, lenses = await _json_object(request), self.answers.lenses
+            recipe = GridView(**fields).recipe(lenses) if what == "grid" else CellView(**fields).recipe()
         except PatchscopeError as error:
             return JSONResponse(as_event(error), status_code=422)
         return JSONResponse({"text": forms[form](recipe, self.answers.options)})
@@ -149,11 +134,7 @@ def _enqueue(loop: asyncio.AbstractEventLoop, events: asyncio.Queue[Event], even
 
 
 async def _json_object(request: Request) -> dict[str, Any]:
-    """Read the body of a request.
-
-    Raises:
-        InputError: The body is not a JSON object.
-    """
+    """Read the body of a request; InputError if it is not a JSON object."""
     try:
         body = json.loads(await request.body())
     except ValueError as error:
@@ -164,10 +145,7 @@ async def _json_object(request: Request) -> dict[str, Any]:
 
 
 def listen(port: int) -> socket.socket:
-    """Bind a socket on loopback.
-
-    Args:
-        port: The port; 0 takes a free one.
+    """Bind a socket on loopback; port 0 takes a free one.
 
     Raises:
         InputError: The port is in use, or not permitted.
@@ -188,13 +166,9 @@ def listen(port: int) -> socket.socket:
 def serve(
     explorer: Explorer, bound: socket.socket, *, open_browser: bool, announce: Callable[[str], None]
 ) -> None:
-    """Serve the page until Ctrl-C.
+    """Serve the page on a socket of `listen` until Ctrl-C.
 
-    Args:
-        explorer: The application.
-        bound: The socket from `listen`.
-        open_browser: Open the page in the default browser.
-        announce: Called with the page's address once it is served.
+    `announce` is called with the page's address once it is served.
     """
     token, port = secrets.token_urlsafe(24), bound.getsockname()[1]
     address = f"http://{_LOOPBACK}:{port}/{token}/"
@@ -218,10 +192,7 @@ def serve(
 
 
 class _Server(uvicorn.Server):
-    """A server with callbacks for its start and its end.
-
-    The end of the open responses comes before uvicorn waits for them.
-    """
+    """A server with callbacks for its start, and for its end before uvicorn waits for open responses."""
 
     def __init__(
         self, config: uvicorn.Config, *, on_start: Callable[[], None], on_stop: Callable[[], Any]

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from patchscope_nn.errors import InputError, did_you_mean
-from patchscope_nn.explore.lenses import OWN, Lens, own_lens
+from patchscope_nn.explore.lenses import OWN, Lens, lens_of
 from patchscope_nn.readouts import Generate, NextToken
 from patchscope_nn.recipe import Recipe
 from patchscope_nn.spec import Source, Spec, Target, prompts
@@ -81,11 +81,7 @@ class GridView(View):
     """The tokens to show; None shows all, or the first `WINDOW` of a longer prompt."""
 
     def recipe(self, lenses: Mapping[str, Lens]) -> Recipe:
-        """Make the recipe whose results this grid shows.
-
-        Raises:
-            InputError: There is no such lens.
-        """
+        """Make the recipe whose results this grid shows; InputError if there is no such lens."""
         lens = self._lens(lenses)
         scope = lens.scope
         position: Any = {"each": "all" if self.positions is None else list(self.positions)}
@@ -103,7 +99,7 @@ class GridView(View):
 
     def _lens(self, lenses: Mapping[str, Lens]) -> Lens:
         if self.lens == OWN:
-            return own_lens((self.target or TargetView(prompt=prompts.IDENTITY)).target(None))
+            return lens_of((self.target or TargetView(prompt=prompts.IDENTITY)).target(None))
         if self.lens not in lenses:
             raise InputError(
                 f"{self.lens!r} is not a lens of this explorer.",

@@ -19,16 +19,11 @@ class CancelledError(Exception):
 
 
 class Query:
-    """A request of the page: work to do, and a function that receives its events.
-
-    Args:
-        task: The work; it is called with this object, to report its progress.
-        send: Called with each event, from any thread.
-    """
+    """A request of the page: work, which reports progress here, and a receiver of its events."""
 
     def __init__(self, task: Callable[[Query], None], send: Callable[[Event], None]) -> None:
         self._task, self._send = task, send
-        self._cancelled = threading.Event()
+        self.cancelled = False
         self._ahead = 0
 
     def wait(self, ahead: int) -> None:
@@ -38,28 +33,19 @@ class Query:
             self._send({"event": "waiting", "ahead": ahead})
 
     def report(self, event: str, **more: Any) -> None:
-        """Send an event to the page.
-
-        Raises:
-            CancelledError: The request was cancelled; this ends the work.
-        """
+        """Send an event to the page; CancelledError ends the work if the request was cancelled."""
         if self.cancelled:
             raise CancelledError
         self._send({"event": event, **more})
 
     def cancel(self) -> None:
         """Make the work end at its next event."""
-        self._cancelled.set()
+        self.cancelled = True
 
     def end(self, message: str, hint: str) -> None:
         """Cancel the request and report an error."""
         self.cancel()
         self._send({"event": "error", "message": message, "hint": hint})
-
-    @property
-    def cancelled(self) -> bool:
-        """True once the request was cancelled."""
-        return self._cancelled.is_set()
 
     def run(self) -> None:
         """Do the work; the last event is `done` or `error`."""
@@ -77,16 +63,14 @@ class Query:
 def as_event(error: Exception) -> Event:
     """Convert an error to an event: the package's own with its hint, any other with its type, and logged."""
     if isinstance(error, SpecError):
-        message = "\n".join(map(str, error.problems))
-        return {"event": "error", "message": message, "hint": error.hint}
-    if isinstance(error, PatchscopeError):
-        return {"event": "error", "message": error.message, "hint": error.hint}
-    _log.error("a request failed", exc_info=error)
-    return {
-        "event": "error",
-        "message": f"unexpected error: {type(error).__name__}: {error}",
-        "hint": "The terminal of `patchscope explore` shows the traceback.",
-    }
+        message, hint = "\n".join(map(str, error.problems)), error.hint
+    elif isinstance(error, PatchscopeError):
+        message, hint = error.message, error.hint
+    else:
+        _log.error("a request failed", exc_info=error)
+        message = f"unexpected error: {type(error).__name__}: {error}"
+        hint = "The terminal of `patchscope explore` shows the traceback."
+    return {"event": "error", "message": message, "hint": hint}
 
 
 class Worker:
@@ -116,11 +100,7 @@ class Worker:
                 self._report_queue()
 
     def stop(self, *, timeout_s: float = 5.0) -> bool:
-        """Cancel all requests and end the thread.
-
-        Returns:
-            True if the thread ended in time.
-        """
+        """Cancel all requests and end the thread; return whether it ended in time."""
         with self._changed:
             self._stopped = True
             for query in (*self._waiting, *([self._running] if self._running else [])):

@@ -10,9 +10,7 @@ from __future__ import annotations
 
 from patchscope_nn.metrics.columns import (
     COLUMNS,
-    Column,
     ColumnUse,
-    as_column,
     column,
     parse_column,
     resolve_column,
@@ -27,11 +25,8 @@ from patchscope_nn.metrics.evaluate import (
 )
 from patchscope_nn.metrics.registry import (
     METRICS,
-    Columns,
-    Metric,
     MetricInfo,
     MetricUse,
-    as_metric,
     described,
     dump_infos,
     metric,
@@ -43,14 +38,9 @@ from patchscope_nn.metrics.values import rouge_1_f1, rouge_l_f1
 __all__ = [
     "COLUMNS",
     "METRICS",
-    "Column",
     "ColumnUse",
-    "Columns",
-    "Metric",
     "MetricInfo",
     "MetricUse",
-    "as_column",
-    "as_metric",
     "check_columns",
     "check_metrics",
     "check_names",

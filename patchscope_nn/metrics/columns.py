@@ -17,15 +17,8 @@ from dataclasses import dataclass, field, replace
 from types import NoneType
 from typing import Any, NamedTuple, overload
 
+from patchscope_nn._util import functions
 from patchscope_nn._util.arguments import checked
-from patchscope_nn._util.functions import (
-    check_reference,
-    function_bytes,
-    import_function,
-    name_in,
-    name_of,
-    reference_of,
-)
 from patchscope_nn._util.plain import plain, shown
 from patchscope_nn._util.registry import Registry, decorate
 from patchscope_nn.metrics.registry import cell_arguments
@@ -64,34 +57,26 @@ class Column:
         return self.compute(columns, row)
 
     def check(self, value: Any) -> Any:
-        """Check a value, and return it in the form that tables hold: numbers as floats.
-
-        Raises:
-            TypeError: The value is not of the column's kind.
-        """
+        """Return a value as tables hold it, with numbers as floats; TypeError if it is of another kind."""
         value = plain(value)
         if value is None:
             return None
-        items = value if self.kind in ("texts", "numbers") else [value]
-        if not isinstance(items, list | tuple) or not all(
-            isinstance(item, _TYPES[self.kind]) for item in items
-        ):
+        listed = self.kind in ("texts", "numbers")
+        items = value if listed else [value]
+        kind = _TYPES[self.kind]
+        if not isinstance(items, list | tuple) or not all(isinstance(item, kind) for item in items):
             raise TypeError(
                 f"it returned {shown(value)}, which is not a {self.kind}; annotate the return type, "
                 f"for example -> {type(value).__name__}"
             )
-        if self.kind in ("text", "texts"):
-            return list(items) if self.kind == "texts" else value
-        return [float(item) for item in items] if self.kind == "numbers" else float(value)
+        held = list(items) if kind is str else [float(item) for item in items]
+        return held if listed else held[0]
 
 
 class ColumnUse(NamedTuple):
     """A derived column as a recipe or a script names it.
 
-    Attributes:
-        name: Its name.
-        function: `module:name`, if it is named this way; it is imported when a run is prepared.
-        column: The column; None until `function` is imported.
+    If it is named as `function: module:name`, `column` is None until a run is prepared and imports it.
     """
 
     name: str
@@ -103,12 +88,13 @@ class ColumnUse(NamedTuple):
         return {"function": self.function} if self.function else self.name
 
 
-def _adopt(name: str, loaded: Any) -> Column:
-    return as_column(loaded, name=name)
-
-
 #: The columns that are registered or offered by packages. None is included.
-COLUMNS: Registry[Column] = Registry("patchscope_nn.columns", noun="column", entries={}, adopt=_adopt)
+COLUMNS: Registry[Column] = Registry(
+    "patchscope_nn.columns",
+    noun="column",
+    entries={},
+    adopt=lambda name, loaded: as_column(loaded, name=name),
+)
 
 
 @overload
@@ -135,7 +121,7 @@ def column(
 
     def register(function: Callable[..., Any]) -> Column:
         derived = as_column(function, name=name)
-        COLUMNS.register(derived.name, derived, home=reference_of(function))
+        COLUMNS.register(derived.name, derived, home=functions.reference_of(function))
         return derived
 
     return decorate(function, register)
@@ -149,7 +135,7 @@ def as_column(function: Any, *, name: str | None = None) -> Column:
     """
     if isinstance(function, Column):
         return function if name in (None, function.name) else replace(function, name=str(name))
-    name = name or name_of(function)
+    name = name or functions.name_of(function)
     if not name.isidentifier():
         raise ValueError(
             f"{name!r} cannot be the name of a column; give one of letters, digits and underscores: "
@@ -157,7 +143,7 @@ def as_column(function: Any, *, name: str | None = None) -> Column:
         )
     if needed := cell_arguments(function, noun="column", name=name):
         raise ValueError(f"the column {name} needs {', '.join(needed)}; give each a default")
-    digest = hashlib.sha256(function_bytes(function)).hexdigest()[:16]
+    digest = hashlib.sha256(functions.function_bytes(function)).hexdigest()[:16]
     return Column(name=name, kind=_kind(function, name), compute=function, digest=digest)
 
 
@@ -178,13 +164,9 @@ def _kind(function: Any, name: str) -> ColumnType:
 
 
 def parse_column(value: Any) -> ColumnUse:
-    """Check the form of a derived column.
+    """Check the form of a derived column: a name, `{function: module:name}`, a function or a `Column`.
 
-    Args:
-        value: A name, `{function: module:name}`, a function, a `Column` or a `ColumnUse`.
-
-    Returns:
-        The column. If it is given as `{function: ...}`, its function is not imported yet.
+    The function of `{function: ...}` is not imported yet.
 
     Raises:
         ValueError: The value has none of these forms, or there is no column of this name.
@@ -193,22 +175,18 @@ def parse_column(value: Any) -> ColumnUse:
         return value
     if callable(value):
         derived = as_column(value)
-        function = "" if COLUMNS.entries.get(derived.name) == derived else reference_of(derived.compute)
-        return ColumnUse(derived.name, function, derived)
+        known = COLUMNS.entries.get(derived.name) == derived
+        return ColumnUse(derived.name, "" if known else functions.reference_of(derived.compute), derived)
     if isinstance(value, str):
         return ColumnUse(value, column=COLUMNS.find(value))
     if isinstance(value, Mapping) and set(value) == {"function"} and isinstance(value["function"], str):
-        reference = check_reference(value["function"])
-        return ColumnUse(name_in(reference), reference)
+        reference = functions.check_reference(value["function"])
+        return ColumnUse(functions.name_in(reference), reference)
     raise ValueError(f"{value!r} is not a column; give a name, or {{function: module:name}}")
 
 
 def resolve_column(use: ColumnUse) -> ColumnUse:
-    """Import a column's function, if it is not imported yet.
-
-    Raises:
-        ValueError: The function cannot be imported, or does not take (columns, row).
-    """
+    """Import a column's function, if it is not imported yet; ValueError if that fails, as in `as_column`."""
     if use.column is not None:
         return use
-    return use._replace(column=as_column(import_function(use.function), name=use.name))
+    return use._replace(column=as_column(functions.import_function(use.function), name=use.name))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -17,12 +18,7 @@ _EXAMPLES = {"reference": ", for example reference: source"}
 
 
 def check_metrics(uses: Sequence[MetricUse], readout: Readout) -> list[str]:
-    """List the reasons why metrics cannot be computed on a readout; empty if they can.
-
-    Args:
-        uses: The metrics; those that are not imported yet are skipped.
-        readout: The readout.
-    """
+    """List the reasons why metrics cannot be computed on a readout; those not imported yet are skipped."""
     problems = []
     for use in uses:
         metric = use.metric
@@ -39,13 +35,7 @@ def check_metrics(uses: Sequence[MetricUse], readout: Readout) -> list[str]:
 def check_names(
     columns: Sequence[ColumnUse], uses: Sequence[MetricUse], *, taken: Sequence[str]
 ) -> list[str]:
-    """List users' columns and metrics whose names are taken by columns of a run's table; empty if none is.
-
-    Args:
-        columns: The derived columns.
-        uses: The metrics.
-        taken: The table's other columns.
-    """
+    """List users' columns and metrics whose names are `taken` by other columns of a run's table."""
     derived = [use.name for use in columns]
     problems = [f"column {name!r} has the name of a column of the table" for name in derived if name in taken]
     own = [use.name for use in uses if use.metric is not None and use.metric.digest]
@@ -55,11 +45,7 @@ def check_names(
 
 
 def check_columns(uses: Sequence[MetricUse], rows: Sequence[Mapping[str, Any]]) -> None:
-    """Check that every data row has the columns that the metrics read.
-
-    Raises:
-        DataError: A parameter names a column that is missing in a row.
-    """
+    """Check that every data row has the columns that the metrics read; DataError if one is missing."""
     for use in uses:
         for name, column in use.parameters:
             for number, row in enumerate(rows):
@@ -74,84 +60,45 @@ def check_columns(uses: Sequence[MetricUse], rows: Sequence[Mapping[str, Any]]) 
 
 
 class Computed(NamedTuple):
-    """The columns or metrics computed for one cell.
-
-    Attributes:
-        values: The value of each column or metric by name; None if there is none.
-        problems: A sentence for each function that failed.
-    """
+    """The columns or metrics of one cell by name, and a sentence for each function that failed."""
 
     values: dict[str, Any]
     problems: list[str]
 
+    def add(self, name: str, call: Callable[[], Any], *, check: Callable[[Any], Any], noun: str) -> None:
+        """Add the value that a user's function returns; if the function fails, add None and a problem."""
+        self.values[name] = None
+        try:
+            self.values[name] = check(call())
+        except Exception as error:  # noqa: BLE001 (a user's function may raise anything; the run goes on)
+            self.problems.append(f"{noun} {name} failed: {type(error).__name__}: {error}.")
+
 
 def compute_metrics(uses: Sequence[MetricUse], columns: Columns, row: Mapping[str, Any]) -> Computed:
-    """Compute the metrics of one cell.
-
-    Args:
-        uses: The metrics, resolved.
-        columns: The cell's columns.
-        row: Its data row.
-
-    Returns:
-        A finite number or None for each metric; a metric that fails has None.
-    """
-    calls = {
-        use.name: _Call("metric", use.metric.compute, _number, dict(use.parameters))
-        for use in uses
-        if use.metric is not None
-    }
-    return _compute(calls, columns, row)
+    """Compute the resolved metrics of one cell: a finite number or None each. A failed metric has None."""
+    computed = Computed({}, [])
+    # Functions must not change the values that other functions read or that are written to the table.
+    read_only = MappingProxyType(columns), MappingProxyType(row)
+    for use in uses:
+        if use.metric is not None:
+            call = partial(use.metric.compute, *read_only, **dict(use.parameters))
+            computed.add(use.name, call, check=_number, noun="metric")
+    return computed
 
 
 def compute_columns(uses: Sequence[ColumnUse], columns: Columns, row: Mapping[str, Any]) -> Computed:
-    """Compute the derived columns of one cell. Each can read the derived columns before it.
-
-    Args:
-        uses: The columns, resolved.
-        columns: The cell's place in the sweep, and its readout's columns.
-        row: Its data row.
-    """
-    values: dict[str, Any] = {}
-    problems: list[str] = []
+    """Compute the resolved derived columns of one cell. Each can read the derived columns before it."""
+    computed = Computed({}, [])
     for use in uses:
         if use.column is not None:
-            call = _Call("column", use.column.compute, use.column.check, {})
-            computed = _compute({use.name: call}, {**columns, **values}, row)
-            values |= computed.values
-            problems += computed.problems
-    return Computed(values, problems)
-
-
-class _Call(NamedTuple):
-    """A user's function, the check of its value, and its parameters."""
-
-    noun: str
-    function: Callable[..., Any]
-    check: Callable[[Any], Any]
-    parameters: Mapping[str, str]
-
-
-def _compute(calls: Mapping[str, _Call], columns: Columns, row: Mapping[str, Any]) -> Computed:
-    # Functions must not change the values that other functions read or that are written to the table.
-    read_only = MappingProxyType(dict(columns)), MappingProxyType(dict(row))
-    values: dict[str, Any] = dict.fromkeys(calls)
-    problems = []
-    for name, call in calls.items():
-        try:
-            values[name] = call.check(call.function(*read_only, **call.parameters))
-        except Exception as error:  # noqa: BLE001 (a user's function may raise anything; the run goes on)
-            problems.append(f"{call.noun} {name} failed: {type(error).__name__}: {error}.")
-    return Computed(values, problems)
+            read_only = MappingProxyType({**columns, **computed.values}), MappingProxyType(row)
+            call = partial(use.column.compute, *read_only)
+            computed.add(use.name, call, check=use.column.check, noun="column")
+    return computed
 
 
 def _number(value: Any) -> float | None:
-    """Convert a metric's value to a float; a boolean becomes 0 or 1.
-
-    Raises:
-        TypeError: The value is neither a number nor None.
-        ValueError: The value is not finite.
-    """
+    """Convert a metric's value to a finite float or None; a boolean becomes 0 or 1."""
     if value is None or (type(value) is float and math.isfinite(value)):
         return value
     number = plain(value)
@@ -167,15 +114,7 @@ _MAX_ROWS, _MAX_CHARACTERS = 24, 1000
 
 
 def references(uses: Sequence[MetricUse], rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-    """Collect the texts that metrics compare with, for the first data rows; reports show them.
-
-    Args:
-        uses: The metrics.
-        rows: The data rows.
-
-    Returns:
-        For each of the first rows, the columns that are parameters of a metric; empty if there are none.
-    """
+    """Collect the columns that are parameters of metrics, for the first data rows; reports show them."""
     columns = dict.fromkeys(column for use in uses for _, column in use.parameters)
     if not columns:
         return []

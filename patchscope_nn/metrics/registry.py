@@ -14,18 +14,11 @@ from __future__ import annotations
 import hashlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple, TypeAlias, overload
 
+from patchscope_nn._util import functions
 from patchscope_nn._util.arguments import checked
-from patchscope_nn._util.functions import (
-    check_reference,
-    function_bytes,
-    import_function,
-    name_in,
-    name_of,
-    reference_of,
-)
 from patchscope_nn._util.registry import Registry, decorate
 
 Columns: TypeAlias = Mapping[str, Any]
@@ -74,11 +67,8 @@ class Metric(MetricInfo):
 class MetricUse(NamedTuple):
     """A metric as a recipe or a script names it.
 
-    Attributes:
-        name: Its name.
-        parameters: Pairs of a parameter and the name of a data column.
-        function: `module:name`, if it is named this way; it is imported when a run is prepared.
-        metric: The metric; None until `function` is imported.
+    `parameters` are pairs of a parameter and the name of a data column. If the metric is named as `function:
+    module:name`, `metric` is None until a run is prepared and imports it.
     """
 
     name: str
@@ -96,12 +86,13 @@ class MetricUse(NamedTuple):
 _FUNCTION = "function"
 
 
-def _adopt(name: str, loaded: Any) -> Metric:
-    return as_metric(loaded, name=name)
-
-
 #: All metrics; `values.py` registers the included ones.
-METRICS: Registry[Metric] = Registry("patchscope_nn.metrics", noun="metric", entries={}, adopt=_adopt)
+METRICS: Registry[Metric] = Registry(
+    "patchscope_nn.metrics",
+    noun="metric",
+    entries={},
+    adopt=lambda name, loaded: as_metric(loaded, name=name),
+)
 
 
 @overload
@@ -147,35 +138,29 @@ def metric(
         registered = as_metric(
             function, name=name, title=title, readout=readout, needs=needs, higher_is_better=higher_is_better
         )
-        METRICS.register(registered.name, registered, home=reference_of(function))
+        METRICS.register(registered.name, registered, home=functions.reference_of(function))
         return registered
 
     return decorate(function, register)
 
 
 def as_metric(function: Any, *, name: str | None = None, title: str = "", **facts: Any) -> Metric:
-    """Make a metric from a function, without registering it.
-
-    Args:
-        function: A function `(columns, row)`, or a metric, which keeps its own attributes.
-        name: The metric's name; None uses the function's.
-        title: The title in figures; empty uses the name.
-        **facts: Other attributes of `Metric`.
+    """Make a metric from a function `(columns, row)`, or from a metric, which keeps its own attributes.
 
     Raises:
         ValueError: The name is not a valid column name, or the function does not take (columns, row).
     """
     if isinstance(function, Metric):
         return function if name in (None, function.name) else replace(function, name=str(name))
-    name = name or name_of(function)
+    name = name or functions.name_of(function)
     if not name.isidentifier() or name == _FUNCTION:
         raise ValueError(
             f"{name!r} cannot be the name of a metric; give one of letters, digits and underscores: "
             "@ps.metric(name=...)"
         )
-    reference = reference_of(function)
+    reference = functions.reference_of(function)
     ours = reference.startswith("patchscope_nn.")
-    digest = "" if ours else hashlib.sha256(function_bytes(function)).hexdigest()[:16]
+    digest = "" if ours else hashlib.sha256(functions.function_bytes(function)).hexdigest()[:16]
     parameters = cell_arguments(function, noun="metric", name=name)
     return Metric(
         name=name, title=title or name, compute=function, parameters=parameters, digest=digest, **facts
@@ -183,17 +168,16 @@ def as_metric(function: Any, *, name: str | None = None, title: str = "", **fact
 
 
 def cell_arguments(function: Any, *, noun: str, name: str) -> tuple[str, ...]:
-    """Return the names of a function's keyword-only arguments without a default.
+    """Return a function's keyword-only arguments without a default.
 
     Raises:
         ValueError: The function does not take (columns, row).
     """
     try:
         signature = inspect.signature(function)
-        arguments = signature.parameters.values()
         names = tuple(
-            argument.name
-            for argument in arguments
+            name
+            for name, argument in signature.parameters.items()
             if argument.kind is argument.KEYWORD_ONLY and argument.default is argument.empty
         )
         signature.bind({}, {}, **dict.fromkeys(names, ""))
@@ -208,12 +192,8 @@ def cell_arguments(function: Any, *, noun: str, name: str) -> tuple[str, ...]:
 def parse_metric(value: Any) -> MetricUse:
     """Parse a metric, and check its parameters.
 
-    Args:
-        value: A name, `{name: {parameter: column}}`, `{function: module:name, parameter: column}`, a
-            function, a `Metric` or a `MetricUse`.
-
-    Returns:
-        The metric. If it is given as `{function: ...}`, its function is not imported yet.
+    It is a name, `{name: {parameter: column}}`, `{function: module:name, parameter: column}`, a function or a
+    `Metric`. The function of `{function: ...}` is not imported yet.
 
     Raises:
         ValueError: There is no metric of this name, or its parameters are missing or wrong.
@@ -239,29 +219,29 @@ def parse_metric(value: Any) -> MetricUse:
 def _parse_callable(function: Any) -> MetricUse:
     """Parse a metric given as a Python function, which must have no parameters and a unique name."""
     parsed = as_metric(function)
-    known = METRICS.entries.get(parsed.name)
+    known, reference = METRICS.entries.get(parsed.name), functions.reference_of(parsed.compute)
     if known == parsed:
         return MetricUse(parsed.name, _parse_parameters(parsed, {}), metric=parsed)
     if known is not None and not known.digest:
         raise ValueError(
-            f"the metric {parsed.name!r} of {reference_of(parsed.compute)} has the same name as that of "
-            "patchscope_nn; give it another name"
+            f"the metric {parsed.name!r} of {reference} has the same name as that of patchscope_nn; give it "
+            "another name"
         )
     if parsed.parameters:
         raise ValueError(
             f"the metric {parsed.name} needs {', '.join(parsed.parameters)}; register it with @ps.metric, "
             f"and give {_form(parsed)}"
         )
-    return MetricUse(parsed.name, function=reference_of(parsed.compute), metric=parsed)
+    return MetricUse(parsed.name, function=reference, metric=parsed)
 
 
 def _parse_function(value: Mapping[Any, Any]) -> MetricUse:
     parameters = {str(key): column for key, column in value.items() if key != _FUNCTION}
     if not isinstance(value[_FUNCTION], str) or not _are_columns(parameters):
         raise ValueError(f"{dict(value)!r} should read {{function: module:name, parameter: column}}")
-    reference = check_reference(value[_FUNCTION])
+    reference = functions.check_reference(value[_FUNCTION])
     pairs = tuple((key, str(column)) for key, column in parameters.items())
-    return MetricUse(name_in(reference), pairs, function=reference)
+    return MetricUse(functions.name_in(reference), pairs, function=reference)
 
 
 def resolve_metric(use: MetricUse) -> MetricUse:
@@ -272,7 +252,7 @@ def resolve_metric(use: MetricUse) -> MetricUse:
     """
     if use.metric is not None:
         return use
-    imported = as_metric(import_function(use.function), name=use.name)
+    imported = as_metric(functions.import_function(use.function), name=use.name)
     return use._replace(parameters=_parse_parameters(imported, dict(use.parameters)), metric=imported)
 
 
@@ -297,28 +277,14 @@ def _form(metric: Metric) -> str:
 def described(manifest: Mapping[str, Any]) -> dict[str, MetricInfo]:
     """Return the descriptions of metrics by name: of all registered ones, and of those in a run's manifest.
 
-    Args:
-        manifest: A run's manifest; the code of its metrics need not be installed.
+    The code of a manifest's metrics need not be installed.
     """
     known: dict[str, MetricInfo] = dict(METRICS.entries)
     return known | {entry["name"]: MetricInfo(**entry) for entry in manifest.get("metrics") or ()}
 
 
 def dump_infos(uses: Sequence[MetricUse], *, readout: str) -> list[dict[str, Any]]:
-    """Return the descriptions of a run's metrics as a manifest stores them; `described` reads them back.
-
-    Args:
-        uses: The metrics, resolved.
-        readout: The name of the run's readout.
-    """
-    return [
-        {
-            "name": use.metric.name,
-            "title": use.metric.title,
-            "readout": use.metric.readout or readout,
-            "higher_is_better": use.metric.higher_is_better,
-            "digest": use.metric.digest,
-        }
-        for use in uses
-        if use.metric is not None
-    ]
+    """Return the descriptions of a run's resolved metrics for its manifest; `described` reads them back."""
+    names = [field.name for field in fields(MetricInfo)]
+    infos = [{name: getattr(use.metric, name) for name in names} for use in uses if use.metric is not None]
+    return [info | {"readout": info["readout"] or readout} for info in infos]

@@ -24,37 +24,19 @@ def precision_at_1(columns: Columns, _row: Mapping[str, Any]) -> float | None:
     return None if not reference else float(columns["top_ids"][0] == reference[0])
 
 
-@metric(
-    title="Surprisal (nats): -log p_source(top token of the patched run)",
-    readout="next_token",
-    needs="reference",
-    higher_is_better=False,
-)
-def surprisal_nats(columns: Columns, _row: Mapping[str, Any]) -> float | None:
-    """-log p_source(top token of the patched run), the paper's surprisal (section 4.1)."""
-    return columns.get("surprisal_nats")
+def _in_column(name: str) -> Callable[..., float | None]:
+    return lambda columns, _row: columns.get(name)
 
 
-@metric(
-    title="NLL (nats): -log p_patched(reference token)",
-    readout="next_token",
-    needs="reference",
-    higher_is_better=False,
-)
-def nll_nats(columns: Columns, _row: Mapping[str, Any]) -> float | None:
-    """-log p_patched(first reference token)."""
-    return columns.get("nll_nats")
-
-
-@metric(
-    title="KL (nats): KL(source || patched)",
-    readout="next_token",
-    needs="reference",
-    higher_is_better=False,
-)
-def kl_nats(columns: Columns, _row: Mapping[str, Any]) -> float | None:
-    """KL(p_source || p_patched), if both models share a vocabulary."""
-    return columns.get("kl_nats")
+#: Metrics that the readout computes, because only it has whole distributions.
+for _name, _title in (
+    ("surprisal_nats", "Surprisal (nats): -log p_source(top token of the patched run)"),  # section 4.1
+    ("nll_nats", "NLL (nats): -log p_patched(reference token)"),  # of the first reference token
+    ("kl_nats", "KL (nats): KL(source || patched)"),  # if both models share a vocabulary
+):
+    metric(name=_name, title=_title, readout="next_token", needs="reference", higher_is_better=False)(
+        _in_column(_name)
+    )
 
 
 @metric(title="Top-k overlap with the source's own", readout="next_token", needs="reference")
@@ -163,12 +145,7 @@ def fraction_of_variance(columns: Columns, _row: Mapping[str, Any]) -> float | N
 def rouge_1_f1(text: str, reference: str) -> float:
     """Compute ROUGE-1 F1 of two texts: the words they share, counted with multiplicity (Lin 2004, section 2).
 
-    Args:
-        text: The text.
-        reference: The reference.
-
-    Returns:
-        A number in 0..1; 0 where either has no word.
+    It is in 0..1, and 0 if either text has no word.
     """
     ours, theirs = _words(text), _words(reference)
     return _f1((Counter(ours) & Counter(theirs)).total(), ours, theirs)
@@ -177,12 +154,7 @@ def rouge_1_f1(text: str, reference: str) -> float:
 def rouge_l_f1(text: str, reference: str) -> float:
     """Compute ROUGE-L F1 of two texts: the longest common subsequence of their words (Lin 2004, section 3).
 
-    Args:
-        text: The text.
-        reference: The reference.
-
-    Returns:
-        A number in 0..1; 0 where either has no word.
+    It is in 0..1, and 0 if either text has no word.
     """
     ours, theirs = _words(text), _words(reference)
     return _f1(_longest_common_subsequence(ours, theirs), ours, theirs)

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from patchscope_nn.analysis.statistics import is_higher_better
-from patchscope_nn.metrics import MetricInfo
-from patchscope_nn.report.figures import as_list, is_null, layer_name, numbers, token, visible
+from patchscope_nn.analysis.statistics import is_higher_better, is_null, numbers
+from patchscope_nn.metrics import described
+from patchscope_nn.report.figures.table import as_list, layer_name
+from patchscope_nn.report.figures.text import token, visible
 from patchscope_nn.spec import kinds_in
 
 if TYPE_CHECKING:
@@ -23,13 +24,9 @@ Cell = Mapping[Any, Any]
 
 
 class CardText(NamedTuple):
-    """One text of a card.
+    """One text of a card: a reference, the patched text, or that of a control, with where it is from.
 
-    Attributes:
-        kind: `reference`, `patched`, or the control's name.
-        where: The data column of a reference; the layers of a generated text.
-        text: The text, with control characters made visible.
-        value: The metric's value, as text; empty if it has none.
+    `value` is the metric's value as text. Empty texts stand for missing ones.
     """
 
     kind: str
@@ -39,14 +36,7 @@ class CardText(NamedTuple):
 
 
 class Card(NamedTuple):
-    """The card of one data row.
-
-    Attributes:
-        row: The number of the data row.
-        prompt: Its source prompt.
-        read: The source tokens that were read.
-        texts: The reference, the patched text and those of the controls.
-    """
+    """The card of one data row: its source prompt, the source tokens that were read, and its texts."""
 
     row: int
     prompt: str
@@ -54,30 +44,19 @@ class Card(NamedTuple):
     texts: tuple[CardText, ...]
 
 
-def cards(
-    table: pd.DataFrame,
-    *,
-    references: Sequence[Mapping[str, Any]] = (),
-    metric: str | None = None,
-    known: Mapping[str, MetricInfo] | None = None,
-) -> list[Card]:
+def cards(table: pd.DataFrame, *, metric: str | None, manifest: Mapping[str, Any]) -> list[Card]:
     """Make a card for each of the first rows of a run that generates text.
 
     The patched text is the best of its row by the metric, or without a metric the text of the middle cell.
     Controls that read a layer are taken from the same place.
-
-    Args:
-        table: The tidy table; there are no cards if its readout gives no running text.
-        references: The columns of each data row that metrics compare with, by row number.
-        metric: The metric column by which the best text is chosen.
-        known: Which way metrics are better, as in `statistics.best_over`.
     """
     column = next((kind.says for kind in kinds_in(table.columns) if kind.sentences), None)
     if column is None:
         return []
     table = table.rename(columns={column: "text"})
     made = []
-    higher = metric is None or is_higher_better(metric, known)
+    higher = metric is None or is_higher_better(metric, described(manifest))
+    references = manifest.get("references") or ()
     for row in list(dict.fromkeys(table["row"]))[:MAX_CARDS]:
         own = table[table["row"] == row]
         reference = references[int(row)] if int(row) < len(references) else {}

@@ -9,7 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
-from patchscope_nn.report.figures import as_list, is_null, odds, reads_sink, token, visible
+from patchscope_nn.analysis.statistics import is_null
+from patchscope_nn.report.figures.cell_text import odds
+from patchscope_nn.report.figures.table import as_list, reads_sink
+from patchscope_nn.report.figures.text import token, visible
 from patchscope_nn.spec import kinds_in
 
 if TYPE_CHECKING:
@@ -33,11 +36,6 @@ def script_json(value: object) -> Markup:
 
 def cells_json(table: pd.DataFrame, *, metrics: Sequence[str], derived: Sequence[str] = ()) -> Markup:
     """Write the cells for the table on the page, with texts shortened until all fit into `TABLE_BYTES`.
-
-    Args:
-        table: The tidy table.
-        metrics: The metric columns.
-        derived: The columns that users' functions add.
 
     Returns:
         {"columns": [{label, kind, detail, pool?, values}], "limit": characters of a text}. The values of a

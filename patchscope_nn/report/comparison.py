@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from patchscope_nn.analysis.comparison import Comparison
-from patchscope_nn.analysis.statistics import REAL, is_null
+from patchscope_nn.analysis.statistics import REAL, is_null, mean_text
 from patchscope_nn.metrics import described
 from patchscope_nn.report.cells import cells_json, script_json
-from patchscope_nn.report.figures import metric_columns, visible
 from patchscope_nn.report.figures.comparison import comparison_curve
+from patchscope_nn.report.figures.table import metric_columns
+from patchscope_nn.report.figures.text import visible
 from patchscope_nn.report.page import MAX_CELLS, plotly_js, template, write_whole
-from patchscope_nn.report.summary import as_mapping, described_controls
+from patchscope_nn.report.summary import described_controls, section
 
 if TYPE_CHECKING:
     from collections.abc import Hashable
@@ -27,12 +28,7 @@ if TYPE_CHECKING:
 class Side:
     """One of the runs on a comparison page.
 
-    Attributes:
-        name: Its name on the page.
-        manifest: Its manifest.
-        metrics: The names of its metric columns.
-        first_cells: The table of its first cells, with all columns.
-        n_cells: The number of all its cells.
+    `first_cells` is the table of its first cells, with all columns; `n_cells` counts all its cells.
     """
 
     name: str
@@ -43,28 +39,17 @@ class Side:
 
 
 def write_comparison(comparison: Comparison, sides: Sequence[Side], *, path: Path, title: str) -> Path:
-    """Write the page atomically: readers of `path` see the old file or the complete new one.
-
-    Args:
-        comparison: The comparison of the runs.
-        sides: The runs.
-        path: The file to write. Its folder is created if necessary.
-        title: The page's title.
-
-    Returns:
-        `path`.
+    """Write the page to `path` atomically, creating its folder if necessary.
 
     Raises:
         InputError: Plotly is not installed.
     """
     names, metrics = comparison.names, comparison.metrics
     known = {name: info for side in sides for name, info in described(side.manifest).items()}
-    drawn = [
-        comparison_curve(comparison.layers, metric=metric, names=names, known=known) for metric in metrics
-    ]
+    drawn = [comparison_curve(comparison.layers, metric=name, names=names, known=known) for name in metrics]
     cells = _side_by_side(sides)
     declared = list(dict.fromkeys(metric for side in sides for metric in side.metrics))
-    recipes = {side.name: as_mapping(side.manifest.get("recipe")) for side in sides}
+    recipes = {side.name: section(side.manifest, "recipe") for side in sides}
     page = template("comparison.html.jinja").render(
         title=visible(title),
         summary=list(_sentences(comparison)),
@@ -104,19 +89,16 @@ def _heading(metric: str, comparison: Comparison) -> str:
 
 
 def _fact(side: Side) -> str:
-    models = as_mapping(side.manifest.get("models"))
-    names = [as_mapping(models.get(end)).get("name") for end in ("source", "target")]
-    parts = [" -> ".join(dict.fromkeys(str(name) for name in names if name)), f"{side.n_cells:,} cells"]
-    parts += [str(as_mapping(side.manifest.get("recipe")).get("name", ""))]
-    return ", ".join(part for part in parts if part)
+    names = [section(side.manifest, "models", end).get("name") for end in ("source", "target")]
+    models = " -> ".join(dict.fromkeys(str(name) for name in names if name))
+    recipe = str(section(side.manifest, "recipe").get("name", ""))
+    return ", ".join(filter(None, (models, f"{side.n_cells:,} cells", recipe)))
 
 
 def _sentences(comparison: Comparison) -> Iterator[str]:
     """Yield the differences between each run and the first, in the first metric, as sentences."""
-    between = comparison.between()
-    metric = comparison.metrics[0]
-    chosen = (between["metric"] == metric) & (between["first_control"] == REAL)
-    for line in between[chosen].to_dict("records"):
+    between, metric = comparison.between(), comparison.metrics[0]
+    for line in comparison.patched(metric).to_dict("records"):
         low, high, p = line["low"], line["high"], p_text(line["p"], equals="= ")
         test = f"; p {p}, sign-flip test over data rows" if p else ""
         spread = "" if pd.isna(low) else f" (95 % interval {low:+.3g} to {high:+.3g}{test})"
@@ -137,26 +119,15 @@ def p_text(p: float, *, equals: str = "") -> str:
     return "< .001" if p < 0.001 else f"{equals}{p:.2g}"  # noqa: PLR2004 (the usual notation)
 
 
-def _number(mean: Any, low: Any, high: Any, *, sign: str = "") -> str:
-    if pd.isna(mean):
-        return ""
-    spread = "" if pd.isna(low) else f" [{low:{sign}.3g}, {high:{sign}.3g}]"
-    return f"{mean:{sign}.3g}{spread}"
-
-
 def metric_table(comparison: Comparison, *, metric: str) -> dict[str, Any]:
     """Make the table of one metric: the means of each run and its difference from the first run."""
     means = comparison.means[comparison.means["metric"] == metric]
     controls = sorted(set(means["control"]) - {REAL})
-    between = comparison.between()
-    between = between[(between["metric"] == metric) & (between["first_control"] == REAL)].set_index("second")
+    between = comparison.patched(metric).set_index("second")
     lines = []
     for name in dict.fromkeys(means["run"]):
-        own = means[means["run"] == name].set_index("control")
-        cells = [
-            _number(*own.loc[control, ["mean", "low", "high"]]) if control in own.index else ""
-            for control in (REAL, *controls)
-        ]
+        own = means[means["run"] == name].set_index("control").to_dict("index")
+        cells = [mean_text(own.get(control)) for control in (REAL, *controls)]
         lines.append([visible(name), *cells, *_columns(between, name)])
     heads = ["run", "patched", *(f"{control} (control)" for control in controls)]
     heads += ["difference from the first", "p", "p over layers, corrected", "pairs", "without a partner"]
@@ -168,12 +139,13 @@ def _columns(between: pd.DataFrame, name: Hashable) -> list[str]:
     if name not in between.index:
         return ["", "", "", "", ""]
     line = between.loc[name]
-    unpaired = int(line["first_unpaired"]), int(line["second_unpaired"])
+    first, second = int(line["first_unpaired"]), int(line["second_unpaired"])
     return [
-        _number(line["mean"], line["low"], line["high"], sign="+"),
-        *(p_text(line[name]) for name in ("p", "p_bonferroni")),
+        mean_text(line, "+.3g"),
+        p_text(line["p"]),
+        p_text(line["p_bonferroni"]),
         f"{int(line['n_pairs']):,}",
-        f"{unpaired[0]:,} of the first, {unpaired[1]:,} of this run" if any(unpaired) else "none",
+        f"{first:,} of the first, {second:,} of this run" if first or second else "none",
     ]
 
 
@@ -182,11 +154,5 @@ def _own_controls(comparison: Comparison) -> Iterator[list[str]]:
     differences = comparison.differences
     for line in differences[differences["first"] == differences["second"]].to_dict("records"):
         if line["n_pairs"]:
-            yield [
-                line["metric"],
-                visible(line["second"]),
-                visible(line["first_control"]),
-                _number(line["mean"], line["low"], line["high"], sign="+"),
-                p_text(line["p"]),
-                f"{line['n_pairs']:,}",
-            ]
+            names = line["metric"], visible(line["second"]), visible(line["first_control"])
+            yield [*names, mean_text(line, "+.3g"), p_text(line["p"]), f"{line['n_pairs']:,}"]

@@ -8,20 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from patchscope_nn.analysis.statistics import best_over
+from patchscope_nn.analysis.statistics import REAL, best_over, mean_text
 from patchscope_nn.metrics import MetricInfo, described
 from patchscope_nn.report.cells import cell_answer
-from patchscope_nn.report.figures import (
-    REAL,
+from patchscope_nn.report.figures.table import (
     by_scale,
     layer_means,
     layer_name,
     metric_columns,
-    shorten,
-    visible,
     with_probe_controls,
 )
-from patchscope_nn.report.summary import as_mapping, metric_names, summary
+from patchscope_nn.report.figures.text import shorten, visible
+from patchscope_nn.report.summary import metric_names, section, summary
 
 if TYPE_CHECKING:
     from patchscope_nn.analysis.comparison import Comparison
@@ -34,28 +32,18 @@ _WIDTH = 60
 def run_html(
     table: pd.DataFrame, first_cells: pd.DataFrame, *, manifest: Mapping[str, Any], where: str
 ) -> str:
-    """Show a run: its summary, the first metric by layer with controls, and the answers of some cells.
+    """Show a run, kept at `where`: its summary, its first metric by layer with controls, and some answers.
 
-    Args:
-        table: The table of all cells.
-        first_cells: The table of the first cells, with all columns.
-        manifest: The run's manifest.
-        where: Where the run is kept.
+    `first_cells` is the table of the first cells, with all columns.
     """
-    recipe = as_mapping(manifest.get("recipe"))
+    recipe = section(manifest, "recipe")
     metrics = metric_columns(table, declared=metric_names(manifest))
     title = recipe.get("title") or recipe.get("name") or "A run"
-    parts = [f"<h4>{_text(title)}</h4>"]
-    parts += [f"<p>{_text(' '.join(summary(table, manifest=manifest, metrics=metrics)))}</p>"]
+    said = " ".join(summary(table, manifest=manifest, metrics=metrics))
+    parts = [f"<h4>{_text(title)}</h4><p>{_text(said)}</p>"]
     if metrics:
-        parts.append(
-            _means(
-                with_probe_controls(table),
-                metric=metrics[0],
-                best=recipe.get("best_over") or (),
-                known=described(manifest),
-            )
-        )
+        best, known = recipe.get("best_over") or (), described(manifest)
+        parts.append(_means(with_probe_controls(table), metric=metrics[0], best=best, known=known))
     real = first_cells[first_cells["control"].isna()]
     examples = real.iloc[:: max(1, len(real) // _EXAMPLES)].head(_EXAMPLES)
     lines = [
@@ -70,10 +58,8 @@ def run_html(
 
 
 def _layers(cell: Mapping[Any, Any]) -> list[str]:
-    return [
-        "" if pd.isna(cell[name]) else layer_name(float(cell[name]))
-        for name in ("source_layer", "target_layer")
-    ]
+    layers = (cell["source_layer"], cell["target_layer"])
+    return ["" if pd.isna(layer) else layer_name(float(layer)) for layer in layers]
 
 
 def _means(table: pd.DataFrame, *, metric: str, best: Sequence[str], known: Mapping[str, MetricInfo]) -> str:
@@ -83,8 +69,7 @@ def _means(table: pd.DataFrame, *, metric: str, best: Sequence[str], known: Mapp
     flat: dict[str, str] = {}
     for scale, part in by_scale(cells).items():
         for mean in layer_means(part, metric=metric).to_dict("records"):
-            spread = "" if pd.isna(mean["low"]) else f" [{mean['low']:.2f}, {mean['high']:.2f}]"
-            value = f"{mean['mean']:.2f}{spread}"
+            value = mean_text(mean, ".2f")
             if pd.isna(mean["source_layer"]) and pd.isna(mean["target_layer"]):
                 flat[mean["control"]] = value
             else:
@@ -101,12 +86,7 @@ def _means(table: pd.DataFrame, *, metric: str, best: Sequence[str], known: Mapp
 
 
 def comparison_html(comparison: Comparison, *, title: str) -> str:
-    """Show a comparison of methods: the means of each, of its controls, and its difference from the first.
-
-    Args:
-        comparison: The comparison of the methods.
-        title: The recipe's title.
-    """
+    """Show a comparison of methods: the means of each, of its controls, and its difference from the first."""
     from patchscope_nn.report.comparison import metric_table
 
     parts = [f"<h4>{_text(title)}</h4>"]

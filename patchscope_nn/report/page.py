@@ -16,8 +16,10 @@ from patchscope_nn._util.yaml_text import yaml_text
 from patchscope_nn.metrics import described
 from patchscope_nn.report.cards import cards
 from patchscope_nn.report.cells import cells_json, script_json
-from patchscope_nn.report.figures import figures, metric_columns, visible
-from patchscope_nn.report.summary import as_mapping, described_controls, facts, metric_names, summary
+from patchscope_nn.report.figures import figures
+from patchscope_nn.report.figures.table import metric_columns
+from patchscope_nn.report.figures.text import visible
+from patchscope_nn.report.summary import described_controls, facts, metric_names, section, summary
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -32,39 +34,49 @@ _TEMPLATES = Path(__file__).parent / "templates"
 def write_report(
     table: pd.DataFrame, *, manifest: Mapping[str, Any], path: Path, first_cells: pd.DataFrame | None = None
 ) -> Path:
-    """Write the report of one run atomically: readers of `path` see the old file or the complete new one.
+    """Write the report of one run to `path` atomically, creating its folder if necessary.
 
     Args:
         table: The run's table, one row per cell.
         manifest: The content of the run folder's manifest.json; the page leaves out what it does not have.
-        path: The file to write. Its folder is created if necessary.
+        path: The file to write.
         first_cells: The first `MAX_CELLS` cells with all columns, if `table` lacks the columns of readouts.
-
-    Returns:
-        `path`.
 
     Raises:
         InputError: Plotly is not installed.
     """
     first_cells = table.iloc[:MAX_CELLS] if first_cells is None else first_cells
-    return write_whole(_page(table, first_cells, manifest=manifest), path)
+    recipe = section(manifest, "recipe")
+    metrics = metric_columns(table, declared=metric_names(manifest))
+    drawn = run_figures(table, first_cells, manifest=manifest)
+    page = template("report.html.jinja").render(
+        title=visible(recipe.get("title") or recipe.get("name") or "Patchscopes report"),
+        summary=summary(table, manifest=manifest, metrics=metrics),
+        facts=facts(table, manifest=manifest),
+        titles=[title for title, _ in drawn],
+        plotly=plotly_js() if drawn else "",
+        cards=cards(first_cells, metric=next(iter(metrics), None), manifest=manifest),
+        controls=described_controls(table),
+        command=visible(manifest.get("command") or ""),
+        figures=script_json([json.loads(figure.to_json()) for _, figure in drawn]),
+        cells=cells_json(first_cells, metrics=metrics, derived=list(manifest.get("derived") or ())),
+        n_cells=len(table),
+        max_cells=MAX_CELLS,
+        recipe=_yaml(recipe),
+        manifest=_yaml({key: value for key, value in manifest.items() if key not in _ELSEWHERE}),
+    )
+    return write_whole(page, path)
 
 
 def run_figures(
     table: pd.DataFrame, first_cells: pd.DataFrame, *, manifest: Mapping[str, Any]
 ) -> list[tuple[str, go.Figure]]:
-    """Draw the figures of a run, each with its title.
-
-    Args:
-        table: The table of all cells.
-        first_cells: The table of the cells that are shown one by one, with all columns.
-        manifest: The run's manifest.
+    """Draw the figures of a run, each with its title; arguments are as in `write_report`.
 
     Raises:
         InputError: Plotly is not installed.
     """
-    recipe = as_mapping(manifest.get("recipe"))
-    best = tuple(recipe.get("best_over") or ())
+    best = tuple(section(manifest, "recipe").get("best_over") or ())
     return figures(
         first_cells, metrics=metric_names(manifest), all_cells=table, best=best, known=described(manifest)
     )
@@ -77,34 +89,6 @@ def write_whole(page: str, path: Path) -> Path:
         # A command line may contain bytes that are not valid UTF-8, which Python decodes to surrogates.
         draft.write_bytes(page.encode("utf-8", errors="replace"))
     return path
-
-
-def _page(table: pd.DataFrame, first_cells: pd.DataFrame, *, manifest: Mapping[str, Any]) -> str:
-    recipe = as_mapping(manifest.get("recipe"))
-    metrics = metric_columns(table, declared=metric_names(manifest))
-    references = manifest.get("references") or ()
-    drawn = run_figures(table, first_cells, manifest=manifest)
-    return template("report.html.jinja").render(
-        title=visible(recipe.get("title") or recipe.get("name") or "Patchscopes report"),
-        summary=summary(table, manifest=manifest, metrics=metrics),
-        facts=facts(table, manifest=manifest),
-        titles=[title for title, _ in drawn],
-        plotly=plotly_js() if drawn else "",
-        cards=cards(
-            first_cells,
-            references=references,
-            metric=next(iter(metrics), None),
-            known=described(manifest),
-        ),
-        controls=described_controls(table),
-        command=visible(manifest.get("command") or ""),
-        figures=script_json([json.loads(figure.to_json()) for _, figure in drawn]),
-        cells=cells_json(first_cells, metrics=metrics, derived=list(manifest.get("derived") or ())),
-        n_cells=len(table),
-        max_cells=MAX_CELLS,
-        recipe=_yaml(recipe),
-        manifest=_yaml({key: value for key, value in manifest.items() if key not in _ELSEWHERE}),
-    )
 
 
 def template(name: str) -> jinja2.Template:

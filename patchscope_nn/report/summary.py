@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from patchscope_nn.analysis.statistics import best_over, is_higher_better
-from patchscope_nn.metrics import MetricInfo, described
-from patchscope_nn.report.figures import (
-    REAL,
+from patchscope_nn.analysis.statistics import REAL, best_over, is_higher_better, is_null, numbers
+from patchscope_nn.metrics import described
+from patchscope_nn.report.figures.table import (
     by_scale,
-    is_null,
     layer_means,
     layer_name,
-    numbers,
     reads_sink,
-    shorten,
-    visible,
     with_probe_controls,
 )
+from patchscope_nn.report.figures.text import listed, shorten
 from patchscope_nn.spec import RESIDUAL, SITES, Readout, kinds_in
 
 if TYPE_CHECKING:
@@ -34,13 +30,7 @@ _CONTROLS = {
 
 
 def summary(table: pd.DataFrame, *, manifest: Mapping[str, Any], metrics: Sequence[str]) -> list[str]:
-    """Describe a run in plain sentences.
-
-    Args:
-        table: The tidy table.
-        manifest: The run's manifest, or {}.
-        metrics: The metric columns; the summary reports the first.
-    """
+    """Describe a run in plain sentences; of its metrics, only the first is reported."""
     if table.empty:
         return ["This run has no cells yet."]
     controls = [str(name) for name in table["control"] if not is_null(name)]
@@ -49,16 +39,7 @@ def summary(table: pd.DataFrame, *, manifest: Mapping[str, Any], metrics: Sequen
     if failed:
         sentences.append(f"{_count(failed, 'cell')} failed; the table of cells has the reasons.")
     if metrics:
-        best = tuple(as_mapping(manifest.get("recipe")).get("best_over") or ())
-        sentences.append(
-            _headline(
-                with_probe_controls(table),
-                metric=metrics[0],
-                over=best,
-                cut=_cuts(manifest),
-                known=described(manifest),
-            )
-        )
+        sentences.append(_headline(with_probe_controls(table), metric=metrics[0], manifest=manifest))
     if not controls and "probe_shuffled_accuracy" not in table.columns:
         sentences.append(
             "No control was run, so a convincing answer does not yet show that the state caused it."
@@ -68,9 +49,9 @@ def summary(table: pd.DataFrame, *, manifest: Mapping[str, Any], metrics: Sequen
 
 def facts(table: pd.DataFrame, *, manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return short facts for the head of the page, as (name, value)."""
-    recipe = as_mapping(manifest.get("recipe"))
+    recipe = section(manifest, "recipe")
     sinks = sum(map(reads_sink, table.to_dict("records")))
-    elapsed = as_mapping(manifest.get("timings")).get("elapsed_s")
+    elapsed = section(manifest, "timings").get("elapsed_s")
     values = {
         "Recipe": recipe.get("name"),
         "Paper": recipe.get("paper"),
@@ -95,18 +76,16 @@ def metric_names(manifest: Mapping[str, Any]) -> list[str]:
     return [entry["name"] for entry in manifest.get("metrics") or ()]
 
 
-def as_mapping(value: Any) -> Mapping[str, Any]:
-    """Return a part of a manifest if it is a mapping, and {} if it is missing or something else."""
-    return value if isinstance(value, Mapping) else {}
+def section(manifest: Mapping[str, Any], *keys: str) -> Mapping[str, Any]:
+    """Return the mapping under nested keys of a manifest, or {} if it is missing or something else."""
+    for key in keys:
+        value = manifest.get(key)
+        manifest = value if isinstance(value, Mapping) else {}
+    return manifest
 
 
 def _count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
-def _list(words: Iterable[object]) -> str:
-    texts = [visible(word) for word in words]
-    return " and ".join([", ".join(texts[:-1]), *texts[-1:]]) if len(texts) > 1 else "".join(texts)
 
 
 def _distinct(table: pd.DataFrame, *, column: str) -> list[Any]:
@@ -123,40 +102,34 @@ def _layers(table: pd.DataFrame) -> str:
 
 def _opening(table: pd.DataFrame, *, manifest: Mapping[str, Any]) -> str:
     """Say which states were read, where they were written, and what the target model did."""
-    source_name = as_mapping(as_mapping(manifest.get("models")).get("source")).get("name")
-    source = _distinct(table, column="source_model") or [source_name or "a model"]
+    named = section(manifest, "models", "source").get("name") or "a model"
+    source = _distinct(table, column="source_model") or [named]
     target = _distinct(table, column="target_model") or source
     action = next((kind.action for kind in kinds_in(table.columns)), Readout.action)
-    prompts = _count(
-        len(_distinct(table[table["source_layer"].notna()], column="source_prompt")), "source prompt"
-    )
-    recipe = as_mapping(manifest.get("recipe"))
-    result = action.format(_list(target))
-    if recipe.get("probe"):
-        return f"A linear probe read hidden states of {_list(source)} at {_layers(table)}, from {prompts}."
+    read = table[table["source_layer"].notna()]
+    prompts = _count(len(_distinct(read, column="source_prompt")), "source prompt")
+    result = action.format(listed(target))
+    if section(manifest, "recipe").get("probe"):
+        return f"A linear probe read hidden states of {listed(source)} at {_layers(table)}, from {prompts}."
     if _cuts(manifest):
         return (
             f"In {prompts}, attention from some tokens to others was cut in blocks around {_layers(table)};"
             f" {result}."
         )
-    states = _states(as_mapping(recipe.get("source")).get("site") or RESIDUAL.name)
-    corrupted = as_mapping(recipe.get("target")).get("corrupt")
+    name = section(manifest, "recipe", "source").get("site") or RESIDUAL.name
+    site = SITES.get(name)  # it may not be registered where the report is made
+    states = (site and site.label) or f"States at {name}"
+    corrupted = section(manifest, "recipe", "target").get("corrupt")
     noise = " with noise on some of its embeddings" if corrupted else ""
     return (
-        f"{states} of {_list(source)} at {_layers(table)} were taken from {prompts} and written into a"
+        f"{states} of {listed(source)} at {_layers(table)} were taken from {prompts} and written into a"
         f" target prompt{noise}; {result}."
     )
 
 
-def _states(name: str) -> str:
-    """What the states at a site are called; the site may not be registered where the report is made."""
-    site = SITES.get(name)
-    return (site and site.label) or f"States at {name}"
-
-
 def _counts(table: pd.DataFrame, *, controls: Sequence[str]) -> str:
     """Count the cells of each kind."""
-    kinds = _list(f"{controls.count(name):,} {name}" for name in dict.fromkeys(controls))
+    kinds = listed(f"{controls.count(name):,} {name}" for name in dict.fromkeys(controls))
     return (
         f"There are {_count(len(table), 'cell')} over {_count(table['row'].nunique(), 'data row')}:"
         f" {len(table) - len(controls):,} patched{f', and {kinds} as controls' if kinds else ''}."
@@ -165,15 +138,12 @@ def _counts(table: pd.DataFrame, *, controls: Sequence[str]) -> str:
 
 def _cuts(manifest: Mapping[str, Any]) -> bool:
     """True if the run cuts attention around each layer instead of reading a state there."""
-    return bool(
-        as_mapping(as_mapping(as_mapping(manifest.get("recipe")).get("target")).get("write")).get("cut")
-    )
+    return bool(section(manifest, "recipe", "target", "write").get("cut"))
 
 
-def _headline(
-    table: pd.DataFrame, *, metric: str, over: Sequence[str], cut: bool, known: Mapping[str, MetricInfo]
-) -> str:
+def _headline(table: pd.DataFrame, *, metric: str, manifest: Mapping[str, Any]) -> str:
     """Say at which layer a metric is best, and what its controls reach there."""
+    over, known = tuple(section(manifest, "recipe").get("best_over") or ()), described(manifest)
     cells = best_over(table, metric=metric, over=over, known=known) if over else table
     means = [
         mean | {"scale": name}
@@ -187,7 +157,7 @@ def _headline(
     best = (max if higher else min)(real, key=lambda mean: mean["mean"])
     controls = ", ".join(_at_place(best, means=[mean for mean in means if mean["scale"] == best["scale"]]))
     name = f"{metric} (each row's best over {' and '.join(over).replace('_', ' ')})" if over else metric
-    place = _place(best, cut=cut)
+    place = _place(best, cut=_cuts(manifest))
     where = f"is {'highest' if higher else 'lowest'} at {place}" if place else "over all layers"
     value = _with_interval(best, label="95 % interval ")
     return (

@@ -11,7 +11,9 @@ import pytest
 
 import patchscope_nn as ps
 from patchscope_nn.errors import FolderError, InputError, SpecError
-from patchscope_nn.metrics import METRICS, as_column, as_metric, compute_metrics, parse_metric
+from patchscope_nn.metrics import METRICS, compute_metrics, parse_metric
+from patchscope_nn.metrics.columns import as_column
+from patchscope_nn.metrics.registry import as_metric
 from patchscope_nn.runs.experiments import compare_runs
 
 SCOPE = ps.Patchscope(

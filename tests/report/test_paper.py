@@ -91,6 +91,12 @@ def test_wrong_formats_and_a_missing_matplotlib_say_what_to_do(
     assert not (tmp_path / "none").exists()
 
 
+def test_a_figure_with_failed_cells_is_drawn(tmp_path: Path) -> None:
+    table = make_table(n_rows=2).assign(error=None)
+    table.loc[5, "error"] = "RunError: it failed"
+    assert len(save_figures(figures(table)[-1:], tmp_path, formats=("svg",))) == 1
+
+
 def test_import_does_not_load_matplotlib() -> None:
     code = "import patchscope_nn.report.figures, sys; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

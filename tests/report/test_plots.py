@@ -11,22 +11,18 @@ import pandas as pd
 import pytest
 from tables import NASTY, make_table
 
-from patchscope_nn.analysis.statistics import best_over
+from patchscope_nn.analysis.statistics import best_over, numbers
 from patchscope_nn.errors import InputError
 from patchscope_nn.report.figures import (
     comparison_curve,
     figures,
     layer_curve,
-    layer_means,
     layer_pair_heatmap,
-    metric_columns,
-    numbers,
-    shorten,
     text_heatmap,
-    text_width,
     token_heatmap,
-    visible,
 )
+from patchscope_nn.report.figures.table import layer_means, metric_columns
+from patchscope_nn.report.figures.text import shorten, text_width, visible
 
 
 def names(figure: Any) -> set[str]:

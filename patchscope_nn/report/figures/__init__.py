@@ -19,46 +19,19 @@ Every function takes a run's table (one row per cell) and does not change it:
 
 from __future__ import annotations
 
-from patchscope_nn.analysis.statistics import REAL, is_null, numbers
-from patchscope_nn.report.figures.cell_text import odds
 from patchscope_nn.report.figures.choose import figures
 from patchscope_nn.report.figures.comparison import comparison_curve
 from patchscope_nn.report.figures.curves import layer_curve, layer_pair_heatmap
 from patchscope_nn.report.figures.grid import text_heatmap
 from patchscope_nn.report.figures.maps import token_heatmap
 from patchscope_nn.report.figures.paper import save_figures
-from patchscope_nn.report.figures.table import (
-    as_list,
-    by_scale,
-    layer_means,
-    layer_name,
-    metric_columns,
-    reads_sink,
-    with_probe_controls,
-)
-from patchscope_nn.report.figures.text import shorten, text_width, token, visible
 
 __all__ = [
-    "REAL",
-    "as_list",
-    "by_scale",
     "comparison_curve",
     "figures",
-    "is_null",
     "layer_curve",
-    "layer_means",
-    "layer_name",
     "layer_pair_heatmap",
-    "metric_columns",
-    "numbers",
-    "odds",
-    "reads_sink",
     "save_figures",
-    "shorten",
     "text_heatmap",
-    "text_width",
-    "token",
     "token_heatmap",
-    "visible",
-    "with_probe_controls",
 ]

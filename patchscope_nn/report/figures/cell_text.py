@@ -26,11 +26,8 @@ Cell = Mapping[Any, Any]
 class Cells:
     """A table's cells with the texts that figures show; cells are named by their index.
 
-    Attributes:
-        records: The table's rows.
-        kind: The kind of readout, which answers in words.
-        shades: The number that shades each cell, or NaN.
-        scale: The name of that number; None if cells are not shaded.
+    `kind` is the kind of readout, which answers in words. `shades` has the number that shades each cell, or
+    NaN, and `scale` the name of that number; it is None if cells are not shaded.
     """
 
     records: Sequence[Cell]
@@ -63,11 +60,7 @@ class Cells:
 
 
 def read_cells(table: pd.DataFrame, *, value: str | None) -> Cells:
-    """Read the cells of a table whose readout answers in words.
-
-    Args:
-        table: The tidy table.
-        value: The column that shades the cells; None chooses one that suits the readout.
+    """Read the cells of a table whose readout answers in words, shaded by `value` or what suits the readout.
 
     Raises:
         InputError: The readout does not answer in words, or the table has no column `value`.
@@ -100,10 +93,11 @@ def _probability(options: Sequence[Any], probabilities: Sequence[float], answers
 def odds(cell: Cell) -> list[str]:
     """Return the likely answers with their probabilities, such as `' Paris' 0.93`."""
     columns = [kind.odds for kind in kinds_in(cell) if kind.odds is not None]
-    pairs = [
-        pair for names in columns for pair in zip(*(as_list(cell.get(name)) for name in names), strict=False)
+    return [
+        f"{token(text)} {probability:.3g}"
+        for names in columns
+        for text, probability in zip(*(as_list(cell.get(name)) for name in names), strict=False)
     ]
-    return [f"{token(text)} {probability:.3g}" for text, probability in pairs]
 
 
 def _origin(cell: Cell) -> Iterator[str]:
@@ -117,6 +111,12 @@ def _origin(cell: Cell) -> Iterator[str]:
     yield f"{'written to' if patched else 'target'}: {_place(cell, side='target')}"
     if reads_sink(cell):
         yield "position 0 is an attention sink: its state carries little about the prompt"
+
+
+def tokens_at(cell: Cell, *, width: int) -> str:
+    """Name the source tokens of a cell with their positions, such as `Wales (5)`."""
+    words = " ".join(str(text).strip() for text in as_list(cell["source_token"]))
+    return f"{shorten(words, width=width)} ({', '.join(map(str, as_list(cell['source_position'])))})"
 
 
 def _place(cell: Cell, *, side: str) -> str:

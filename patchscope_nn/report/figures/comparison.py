@@ -9,19 +9,9 @@ import pandas as pd
 
 from patchscope_nn.analysis.statistics import REAL
 from patchscope_nn.metrics import MetricInfo
-from patchscope_nn.report.figures.maps import mean_text
-from patchscope_nn.report.figures.style import (
-    COLOURS,
-    LINES,
-    OTHER_LINE,
-    band,
-    layer_ticks,
-    metric_title,
-    panel,
-    plotly,
-    style,
-)
-from patchscope_nn.report.figures.table import controls_of, layer_name
+from patchscope_nn.report.figures import style
+from patchscope_nn.report.figures.maps import hover_text
+from patchscope_nn.report.figures.table import controls_of, layer_name, lines_of
 from patchscope_nn.report.figures.text import escape
 
 if TYPE_CHECKING:
@@ -31,31 +21,22 @@ _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x")
 
 
 def comparison_curve(
-    layers: pd.DataFrame,
-    *,
-    metric: str,
-    names: Sequence[str],
-    known: Mapping[str, MetricInfo] | None = None,
+    layers: pd.DataFrame, *, metric: str, names: Sequence[str], known: Mapping[str, MetricInfo] | None = None
 ) -> go.Figure:
     """Draw the mean of a metric by source layer: a line and band for each run, with its controls dashed.
 
-    If the best was taken over the layers, every mean is a point with its interval.
-
-    Args:
-        layers: `statistics.layer_means` of each run, with columns run and metric.
-        metric: The metric.
-        names: The runs, in order.
-        known: What is known of metrics, as in `metric_title`.
+    If the best was taken over the layers, every mean is a point with its interval. `layers` has the
+    `statistics.layer_means` of each run, with columns run and metric; `known` is as in `figures`.
 
     Raises:
         InputError: Plotly is not installed.
     """
-    figure = plotly().Figure()
+    figure = style.plotly().Figure()
     means = layers[layers["metric"] == metric]
     axis = next((name for name in ("source_layer", "target_layer") if means[name].notna().any()), None)
     place = "best over layers" if axis is None else f"by {axis.replace('_', ' ')}"
     legend = {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0}
-    style(figure, title=f"{metric} {place}", height=440, legend=legend)
+    style.apply(figure, title=f"{metric} {place}", height=440, legend=legend)
     if axis is None:
         figure.add_traces(list(_points(means, metric=metric, names=names)))
         figure.update_xaxes(tickvals=list(range(len(names))), ticktext=list(map(escape, names)))
@@ -65,39 +46,29 @@ def comparison_curve(
         for index, name in enumerate(names):
             own = means[means["run"] == name]
             figure.add_traces(list(_curves(own, axis=axis, ticks=ticks, index=index, metric=metric)))
-        figure.update_xaxes(title=axis.replace("_", " "), **layer_ticks(ticks))
+        figure.update_xaxes(title=axis.replace("_", " "), **style.layer_ticks(ticks))
         figure.update_xaxes(range=[ticks[0] - 0.5, ticks[-1] + 0.5])
-    figure.update_yaxes(title=metric_title(metric, known))
-    if means["mean"].between(0, 1).all() and not metric.endswith("_nats"):
-        figure.update_yaxes(range=[-0.02, 1.05])
-    return figure
+    return figure.update_yaxes(title=style.metric_title(metric, known), **style.metric_range(means, metric))
 
 
 def _curves(
     means: pd.DataFrame, *, axis: str, ticks: Sequence[float], index: int, metric: str
 ) -> Iterator[go.Scatter]:
     """Yield the lines of one run, with the interval of the patched cells as a band under them."""
-    colour, symbol = COLOURS[index % len(COLOURS)], _SYMBOLS[index % len(_SYMBOLS)]
-    for control in controls_of(means):
-        own = means[means["control"] == control].sort_values(axis)
-        if own[axis].isna().all():
-            own = own.loc[own.index.repeat(len(ticks))].assign(**{axis: ticks})
+    colour, symbol = style.COLOURS[index % len(style.COLOURS)], _SYMBOLS[index % len(_SYMBOLS)]
+    for control, own in lines_of(means, axis=axis, layers=ticks):
         name = str(own["run"].iloc[0])
         if control == REAL and own["low"].notna().any():
-            yield band(own, axis, colour=colour, opacity=0.16, showlegend=False)
-        at = [f"layer {layer_name(layer)}" for layer in own[axis]]
-        yield plotly().Scatter(
+            yield style.band(own, axis, colour=colour, opacity=0.16, showlegend=False)
+        dash, width = style.line_of(control)[1], 2.5 if control == REAL else 1.5
+        yield style.plotly().Scatter(
             x=own[axis].tolist(),
             y=own["mean"].tolist(),
-            name=_name(name, control),
+            name=escape(name if control == REAL else f"{name}: {control} (control)"),
             mode="lines+markers" if control == REAL else "lines",
-            line={
-                "color": colour,
-                "dash": LINES.get(control, OTHER_LINE)[1],
-                "width": 2.5 if control == REAL else 1.5,
-            },
+            line={"color": colour, "dash": dash, "width": width},
             marker={"size": 7, "symbol": symbol},
-            text=_hovers(own, control=control, metric=metric, at=at),
+            text=_hovers(own, metric=metric, axis=axis),
             hovertemplate="%{text}<extra></extra>",
         )
 
@@ -108,35 +79,26 @@ def _points(means: pd.DataFrame, *, metric: str, names: Sequence[str]) -> Iterat
     for number, control in enumerate(controls):
         own = means[means["control"] == control]
         shift = 0.5 * (number - (len(controls) - 1) / 2) / len(controls)
-        where = [names.index(name) for name in own["run"]]
-        yield plotly().Scatter(
-            x=[place + shift for place in where],
+        symbol = _SYMBOLS[number % len(_SYMBOLS)] + ("" if control == REAL else "-open")
+        above = (own["high"] - own["mean"]).fillna(0).tolist()
+        below = (own["mean"] - own["low"]).fillna(0).tolist()
+        yield style.plotly().Scatter(
+            x=[names.index(name) + shift for name in own["run"]],
             y=own["mean"].tolist(),
-            name=panel(control),
+            name=style.panel(control),
             mode="markers",
-            marker={
-                "size": 11,
-                "symbol": _SYMBOLS[number % len(_SYMBOLS)] + ("" if control == REAL else "-open"),
-                "color": LINES.get(control, OTHER_LINE)[0],
-            },
-            error_y={
-                "type": "data",
-                "symmetric": False,
-                "array": (own["high"] - own["mean"]).fillna(0).tolist(),
-                "arrayminus": (own["mean"] - own["low"]).fillna(0).tolist(),
-            },
-            text=_hovers(own, control=control, metric=metric, at=[""] * len(own)),
+            marker={"size": 11, "symbol": symbol, "color": style.line_of(control)[0]},
+            error_y={"type": "data", "symmetric": False, "array": above, "arrayminus": below},
+            text=_hovers(own, metric=metric),
             hovertemplate="%{text}<extra></extra>",
         )
 
 
-def _name(run: str, control: str) -> str:
-    return escape(run if control == REAL else f"{run}: {control} (control)")
-
-
-def _hovers(means: pd.DataFrame, *, control: str, metric: str, at: Sequence[str]) -> list[str]:
-    kind = "" if control == REAL else control
-    places = zip(means.to_dict("records"), at, strict=True)
-    return [
-        mean_text(mean, ", ".join(filter(None, (mean["run"], kind, where))), metric) for mean, where in places
-    ]
+def _hovers(means: pd.DataFrame, *, metric: str, axis: str | None = None) -> list[str]:
+    """Return the hover text of each mean: its run, its control and its place on the axis of layers."""
+    hovers = []
+    for mean in means.to_dict("records"):
+        control = "" if mean["control"] == REAL else mean["control"]
+        layer = f"layer {layer_name(mean[axis])}" if axis else ""
+        hovers.append(hover_text(mean, ", ".join(filter(None, (mean["run"], control, layer))), metric))
+    return hovers

@@ -9,18 +9,17 @@ import pandas as pd
 
 from patchscope_nn.analysis.statistics import REAL
 from patchscope_nn.metrics import MetricInfo
-from patchscope_nn.report.figures.maps import Panel, heatmaps, mean_text, rows_with_positions
-from patchscope_nn.report.figures.style import (
-    LINES,
-    OTHER_LINE,
-    band,
-    layer_ticks,
-    metric_title,
-    panel,
-    plotly,
-    style,
+from patchscope_nn.report.figures import style
+from patchscope_nn.report.figures.maps import Panel, heatmaps, hover_text, rows_with_positions
+from patchscope_nn.report.figures.table import (
+    by_scale,
+    controls_of,
+    layer_axis,
+    layer_means,
+    layer_name,
+    lines_of,
 )
-from patchscope_nn.report.figures.table import by_scale, controls_of, layer_axis, layer_means, layer_name
+from patchscope_nn.report.figures.text import listed
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -36,17 +35,12 @@ def layer_curve(
 
     A control that reads no layer (`unpatched`) is a horizontal line. If a single source layer is written at
     several target layers, the curve is by target layer; if both vary, `layer_pair_heatmap` is drawn instead.
-    Each scale has its own panel, on a shared y axis.
-
-    Args:
-        table: The tidy table.
-        metric: A numeric column.
-        known: What is known of metrics, as in `metric_title`.
+    Each scale has its own panel, on a shared y axis. `known` is as in `figures`.
 
     Raises:
         InputError: The table has no such metric, or plotly is not installed.
     """
-    plotly()
+    style.plotly()
     means = {name: layer_means(part, metric=metric) for name, part in by_scale(table).items()}
     whole = pd.concat(means.values())
     axis = layer_axis(whole)
@@ -57,17 +51,17 @@ def layer_curve(
     figure = make_subplots(1, len(means), subplot_titles=list(means), shared_yaxes=True)
     layers = sorted(whole[axis].dropna().unique()) or [0.0]
     for number, part in enumerate(means.values(), start=1):
-        for trace in _curves(part, axis=axis, metric=metric, layers=layers):
-            figure.add_trace(trace.update(showlegend=number == 1), row=1, col=number)
+        for control, own in lines_of(part, axis=axis, layers=layers):
+            for trace in _curve(own, axis=axis, control=control, metric=metric):
+                figure.add_trace(trace.update(showlegend=number == 1), row=1, col=number)
     place = axis.replace("_", " ")
     legend = {"orientation": "h", "y": 1.02 if len(means) == 1 else 1.12, "yanchor": "bottom", "x": 0}
     title = f"{metric} by {place}{' and scale' if len(means) > 1 else ''}, mean over {_averaged(table)}"
     width = {"width": 90 + _PANEL_WIDTH * len(means)} if len(means) > 1 else {}
-    style(figure, title=title, height=400, hovermode="x", legend=legend, **width)
-    figure.update_xaxes(title=place, range=[layers[0] - 0.5, layers[-1] + 0.5], **layer_ticks(layers))
-    figure.update_yaxes(title=metric_title(metric, known), col=1)
-    if whole["mean"].between(0, 1).all() and not metric.endswith("_nats"):
-        figure.update_yaxes(range=[-0.02, 1.05])
+    style.apply(figure, title=title, height=400, hovermode="x", legend=legend, **width)
+    figure.update_xaxes(title=place, range=[layers[0] - 0.5, layers[-1] + 0.5], **style.layer_ticks(layers))
+    figure.update_yaxes(title=style.metric_title(metric, known), col=1)
+    figure.update_yaxes(**style.metric_range(whole, metric))
     if metric == "rank" and whole["mean"].max() > _LOG * whole["mean"].min():
         figure.update_yaxes(type="log", dtick=1)
     return figure
@@ -81,30 +75,22 @@ def _averaged(table: pd.DataFrame) -> str:
         over.append("positions")
     if "sample" in real.columns and len(real["sample"].unique()) > 1:
         over.append("noise samples")
-    return " and ".join([", ".join(over[:-1]), over[-1]]) if len(over) > 1 else over[0]
-
-
-def _curves(means: pd.DataFrame, *, axis: str, metric: str, layers: list[float]) -> Iterator[go.Scatter]:
-    for control in controls_of(means):
-        own = means[means["control"] == control].sort_values(axis)
-        if own[axis].isna().all():
-            own = own.loc[own.index.repeat(len(layers))].assign(**{axis: layers})
-        yield from _curve(own, axis=axis, control=control, metric=metric)
+    return listed(over)
 
 
 def _curve(means: pd.DataFrame, *, axis: str, control: str, metric: str) -> Iterator[go.Scatter]:
     """Yield the line of one control; for the patched cells, first the band under it."""
-    colour, dash = LINES.get(control, OTHER_LINE)
+    colour, dash = style.line_of(control)
     if control == REAL and means["low"].notna().any():
-        yield band(means, axis, colour=colour, opacity=0.22, name="95 % interval")
+        yield style.band(means, axis, colour=colour, opacity=0.22, name="95 % interval")
     hover = [
-        mean_text(mean, f"{control}, layer {layer_name(mean[axis])}: {metric}")
+        hover_text(mean, f"{control}, layer {layer_name(mean[axis])}: {metric}")
         for mean in means.to_dict("records")
     ]
-    yield plotly().Scatter(
+    yield style.plotly().Scatter(
         x=means[axis].tolist(),
         y=means["mean"].tolist(),
-        name=panel(control),
+        name=style.panel(control),
         mode="lines+markers" if control == REAL or len(means) == 1 else "lines",
         line={"color": colour, "dash": dash, "width": 2.5 if control == REAL else 2},
         marker={"size": 6},
@@ -118,17 +104,11 @@ def layer_pair_heatmap(
 ) -> go.Figure:
     """Draw the mean of a metric by source layer (across) and target layer (up), in a panel per control.
 
-    Args:
-        table: The tidy table of a sweep that crosses source and target layers.
-        metric: A numeric column.
-        known: What is known of metrics, as in `metric_title`.
-
     Raises:
         InputError: The table has no such metric, or plotly is not installed.
     """
-    plotly()  # raises before anything is computed
-    parts = by_scale(table)
-    means = {name: layer_means(part, metric=metric) for name, part in parts.items()}
+    style.plotly()  # raises before anything is computed
+    means = {name: layer_means(part, metric=metric) for name, part in by_scale(table).items()}
     return _pairs(means, metric=metric, known=known)
 
 
@@ -142,22 +122,17 @@ def _pairs(
         without_layer |= means[means["source_layer"].isna()].set_index("control")["mean"].to_dict()
         for control in controls_of(layered):
             cells = layered[layered["control"] == control]
-            hover = [
-                mean_text(
-                    mean,
-                    ", ".join(filter(None, (mean["control"], name))),
-                    f"source layer {layer_name(mean['source_layer'])},"
-                    f" target layer {layer_name(mean['target_layer'])}",
-                    metric,
-                )
-                for mean in cells.to_dict("records")
-            ]
-            title = ", ".join(filter(None, (panel(control), name)))
+            hover = []
+            for mean in cells.to_dict("records"):
+                source, target = layer_name(mean["source_layer"]), layer_name(mean["target_layer"])
+                layers = f"source layer {source}, target layer {target}"
+                hover.append(hover_text(mean, ", ".join(filter(None, (control, name))), layers, metric))
+            title = ", ".join(filter(None, (style.panel(control), name)))
             cells = cells.assign(x=cells["source_layer"], y=cells["target_layer"], hover=hover)
             panels.append(Panel(title, cells, cells["control"] == REAL))
     aside = "".join(f"; {control} (control): {mean:.3g}" for control, mean in without_layer.items())
     figure = heatmaps(panels, title=f"{metric} by source and target layer{aside}", metric=metric, known=known)
     cells = pd.concat([part.cells for part in panels]) if panels else pd.DataFrame({"x": [], "y": []})
-    figure.update_xaxes(title="source layer", **layer_ticks(sorted(cells["x"].unique())))
-    figure.update_yaxes(title="target layer", **layer_ticks(sorted(cells["y"].unique())))
+    figure.update_xaxes(title="source layer", **style.layer_ticks(sorted(cells["x"].unique())))
+    figure.update_yaxes(title="target layer", **style.layer_ticks(sorted(cells["y"].unique())))
     return figure

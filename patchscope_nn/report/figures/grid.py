@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import pandas as pd
 
+from patchscope_nn.report.figures import style
 from patchscope_nn.report.figures.cell_text import Cells, read_cells
 from patchscope_nn.report.figures.lines import MAX_ROWS, text_lines
 from patchscope_nn.report.figures.scale import Scale, limits
-from patchscope_nn.report.figures.style import colour_axis, plotly, style
-from patchscope_nn.report.figures.table import layer_axis, layer_name
+from patchscope_nn.report.figures.table import axis_title, layer_name
 from patchscope_nn.report.figures.text import escape, text_width
 
 if TYPE_CHECKING:
@@ -39,18 +39,14 @@ def text_heatmap(table: pd.DataFrame, *, value: str | None = None) -> go.Figure:
     A control that reads no layer (unpatched, text-only) is a line on top if it is the same for all rows, and
     a column on the left otherwise. The other controls are lines at the bottom if there is room. Each scale
     has its own line; with several noise samples, the first is drawn. Cells that failed are crosses. At most
-    40 rows are drawn, and the title says if there are more.
-
-    Args:
-        table: The tidy table of a next_token, generate or choices readout.
-        value: The column that shades the cells; by default the probability of the answer, or for generated
-            text the first metric.
+    40 rows are drawn, and the title says if there are more. Cells are shaded by the column `value`; by
+    default by the probability of the answer, or for generated text by the first metric.
 
     Raises:
         InputError: The readout does not answer in words, the table has no column `value`, or plotly is not
             installed.
     """
-    graph = plotly()
+    graph = style.plotly()
     cells = read_cells(table, value=value)
     lines, n_rows = text_lines(table, cells=cells)
     columns = sorted({layer for line in lines for layer in line.cells})
@@ -65,15 +61,13 @@ def text_heatmap(table: pd.DataFrame, *, value: str | None = None) -> go.Figure:
     sample = f", first of {n_samples} samples" if n_samples > 1 else ""
     title = f"{cells.kind.title.capitalize()} for each state{shaded}{sample}{cut}"
     cell_width = max([34, *(8 + 7 * text_width(cells.label(spot.cell)) for spot in spots)])
-    style(figure, title=title, height=160 + 25 * len(lines), width=230 + cell_width * len(columns))
+    style.apply(figure, title=title, height=160 + 25 * len(lines), width=230 + cell_width * len(columns))
     if cells.scale:
         scale = Scale(*limits(cells.shades))
-        bar = colour_axis(scale, title=escape(cells.scale), side="top", **_BAR_PLACE, **_BAR_SIZE)
+        bar = style.colour_axis(scale, title=escape(cells.scale), side="top", **_BAR_PLACE, **_BAR_SIZE)
         figure.update_layout(coloraxis=bar)
-    axis = (layer_axis(table) or "source_layer").replace("_", " ")
-    figure.update_xaxes(
-        title={"text": axis, "standoff": 12}, **_ticks([layer_name(layer) for layer in columns])
-    )
+    axis = {"text": axis_title(table), "standoff": 12}
+    figure.update_xaxes(title=axis, **_ticks([layer_name(layer) for layer in columns]))
     figure.update_yaxes(**_ticks([line.name for line in lines], down=True))
     return figure
 
@@ -101,13 +95,9 @@ def _traces(spots: Sequence[_Spot], *, cells: Cells, shape: tuple[int, int]) -> 
             groups["flat"].append(spot)
         else:
             groups["bright" if share > _CIVIDIS_MIDDLE else "dark"].append(spot)
-    flat, shaded = {"colorscale": _FLAT, "showscale": False}, {"coloraxis": "coloraxis"}
-    for kind, ink, fill in (
-        ("flat", "#ffffff", flat),
-        ("dark", "#ffffff", shaded),
-        ("bright", "#000000", shaded),
-    ):
+    for kind, ink in (("flat", "#ffffff"), ("dark", "#ffffff"), ("bright", "#000000")):
         if groups[kind]:
+            fill = {"colorscale": _FLAT, "showscale": False} if kind == "flat" else {"coloraxis": "coloraxis"}
             yield _words(groups[kind], cells=cells, shape=shape, ink=ink, **fill)
     if groups["failed"]:
         yield _crosses(groups["failed"], cells=cells)
@@ -121,7 +111,7 @@ def _words(
     for x, y, cell in spots:
         z[y, x] = cells.shades[cell] if "coloraxis" in fill else 0.0
         text[y, x], hover[y, x] = escape(cells.label(cell)), cells.hover(cell)
-    return plotly().Heatmap(
+    return style.plotly().Heatmap(
         z=z,
         text=text,
         hovertext=hover,
@@ -136,7 +126,7 @@ def _words(
 
 
 def _crosses(spots: Sequence[_Spot], *, cells: Cells) -> go.Scatter:
-    return plotly().Scatter(
+    return style.plotly().Scatter(
         x=[spot.x for spot in spots],
         y=[spot.y for spot in spots],
         mode="markers",

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import pandas as pd
 
-from patchscope_nn.analysis.statistics import REAL, is_null, numbers
-from patchscope_nn.report.figures.cell_text import LABEL_WIDTH, Cells
+from patchscope_nn.analysis.statistics import REAL, control_names, is_null, numbers
+from patchscope_nn.report.figures.cell_text import LABEL_WIDTH, Cells, tokens_at
 from patchscope_nn.report.figures.table import FLAT_LAYERS, NO_LAYER, as_list, layer_axis, layer_name
 from patchscope_nn.report.figures.text import shorten
 
@@ -18,12 +18,7 @@ _PROMPT_WIDTH = 26
 
 
 class Line(NamedTuple):
-    """One line of a text heatmap.
-
-    Attributes:
-        name: The name beside the line.
-        cells: The index of its cell at each layer.
-    """
+    """One line of a text heatmap: the name beside it, and the index of its cell at each layer."""
 
     name: str
     cells: dict[float, int]
@@ -40,17 +35,10 @@ class _Place(NamedTuple):
     scale: Any
 
 
-class _Arranged(NamedTuple):
-    """Indices of cells, arranged in lines.
-
-    Attributes:
-        places: For each control and place, the cell at each layer.
-        flat: For each control that reads no layer, the cells of each row, in order. A row may have several,
-            one for each target prompt or position.
-    """
-
-    places: dict[tuple[str, _Place], dict[float, int]]
-    flat: dict[str, dict[Any, list[int]]]
+#: For each control and place, the cell at each layer.
+_ByPlace: TypeAlias = dict[tuple[str, _Place], dict[float, int]]
+#: For each control that reads no layer, the cells of each row: one for each target prompt or position.
+_Flat: TypeAlias = dict[str, dict[Any, list[int]]]
 
 
 def text_lines(table: pd.DataFrame, *, cells: Cells) -> tuple[list[Line], int]:
@@ -58,10 +46,6 @@ def text_lines(table: pd.DataFrame, *, cells: Cells) -> tuple[list[Line], int]:
 
     The limit is `MAX_ROWS`. Cells of a control that reads no layer share a line on top if they all look the
     same. Otherwise each is on the left of its row's line.
-
-    Args:
-        table: The tidy table.
-        cells: The texts of the table's cells.
     """
     places, flat = _arrange(table, cells=cells)
     real = [place for control, place in places if control == REAL]
@@ -98,14 +82,15 @@ def _closest(place: _Place, indices: Sequence[int], cells: Cells) -> int:
     return max(indices, key=matches)
 
 
-def _arrange(table: pd.DataFrame, *, cells: Cells) -> _Arranged:
+def _arrange(table: pd.DataFrame, *, cells: Cells) -> tuple[_ByPlace, _Flat]:
+    """Arrange the indices of cells in lines."""
     axis = layer_axis(table)
     layers = numbers(table[axis or "source_layer"])
-    arranged = _Arranged({}, {})
-    for index, cell in enumerate(cells.records):
-        control = REAL if is_null(cell["control"]) else str(cell["control"])
+    by_place: _ByPlace = {}
+    flat: _Flat = {}
+    for index, (control, cell) in enumerate(zip(control_names(table), cells.records, strict=True)):
         if is_null(cell["source_layer"]):
-            arranged.flat.setdefault(control, {}).setdefault(cell["row"], []).append(index)
+            flat.setdefault(control, {}).setdefault(cell["row"], []).append(index)
             continue
         place = _Place(
             row=cell["row"],
@@ -116,17 +101,12 @@ def _arrange(table: pd.DataFrame, *, cells: Cells) -> _Arranged:
             scale=cell.get("scale"),
         )
         # setdefault keeps the first of several noise samples.
-        arranged.places.setdefault((control, place), {}).setdefault(layers[index], index)
-    return arranged
+        by_place.setdefault((control, place), {}).setdefault(layers[index], index)
+    return by_place, flat
 
 
 def _names(cells: Cells, *, first: Mapping[_Place, int]) -> dict[_Place, str]:
-    """Name each place by the parts that distinguish it from the others.
-
-    Args:
-        cells: The texts of the table's cells.
-        first: The index of a cell at each place.
-    """
+    """Name each place by the parts that distinguish it from the others; `first` has a cell of each place."""
     n_rows = len({place.row for place in first})
     many_positions = len({(place.row, place.source_positions) for place in first}) > n_rows
     many_targets = len({(place.row, place.target_prompt) for place in first}) > n_rows
@@ -137,9 +117,7 @@ def _names(cells: Cells, *, first: Mapping[_Place, int]) -> dict[_Place, str]:
     for place, index in first.items():
         parts = [prompts[index]] if n_rows > 1 or not many_positions else []
         if many_positions:
-            words = " ".join(str(text).strip() for text in as_list(cells.records[index]["source_token"]))
-            at = ", ".join(map(str, place.source_positions))
-            parts.append(f"{shorten(words, width=LABEL_WIDTH)} ({at})")
+            parts.append(tokens_at(cells.records[index], width=LABEL_WIDTH))
         if many_targets:
             parts.append(f"→ {shorten(place.target_prompt, width=_PROMPT_WIDTH, tail=True)}")
         if many_layers:

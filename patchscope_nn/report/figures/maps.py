@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from patchscope_nn.analysis.statistics import REAL, is_null, numbers
+from patchscope_nn.analysis.statistics import REAL, control_names, mean_text, numbers
 from patchscope_nn.metrics import MetricInfo
+from patchscope_nn.report.figures import style
+from patchscope_nn.report.figures.cell_text import tokens_at
 from patchscope_nn.report.figures.scale import common_scale
-from patchscope_nn.report.figures.style import colour_axis, metric_title, panel, plotly, style
 from patchscope_nn.report.figures.table import (
     FLAT_LAYERS,
     NO_LAYER,
     as_list,
+    axis_title,
     controls_of,
     layer_axis,
     layer_name,
@@ -33,13 +35,7 @@ _WIDTH = 760  # pixels, of two panels; their ticks would overlap in a narrower f
 
 
 class Panel(NamedTuple):
-    """A heatmap.
-
-    Attributes:
-        title: Its title, escaped.
-        cells: Its cells: x, y, mean, hover.
-        patched: True for patched cells, False for controls, (cell,).
-    """
+    """A heatmap: its escaped title, its cells (x, y, mean, hover), and which of them are patched, (cell,)."""
 
     title: str
     cells: pd.DataFrame
@@ -57,13 +53,8 @@ def heatmaps(
 ) -> go.Figure:
     """Draw panels with one colour scale, two side by side. The caller names the axes.
 
-    Args:
-        panels: The panels.
-        title: The figure's title.
-        metric: The metric that the colours show.
-        known: What is known of metrics, as in `metric_title`.
-        height: The height of a panel, in pixels.
-        gap: The space between lines of panels, for a title and an axis, in pixels.
+    `height` is that of a panel and `gap` the space between lines of panels, for a title and an axis, both in
+    pixels.
     """
     from plotly.subplots import make_subplots
 
@@ -75,19 +66,21 @@ def heatmaps(
     )
     for index, part in enumerate(panels):
         figure.add_trace(_trace(part.cells), row=index // n_columns + 1, col=index % n_columns + 1)
-    style(figure, title=title, height=total)
+    style.apply(figure, title=title, height=total)
     figure.update_xaxes(showgrid=False)
     figure.update_yaxes(showgrid=False)
-    means = pd.concat([part.cells["mean"] for part in panels] or [pd.Series(dtype=float)]).to_numpy()
-    patched = pd.concat([part.patched for part in panels] or [pd.Series(dtype=bool)]).to_numpy()
+    means, patched = np.array([], dtype=float), np.array([], dtype=bool)
+    if panels:
+        means = pd.concat([part.cells["mean"] for part in panels]).to_numpy()
+        patched = pd.concat([part.patched for part in panels]).to_numpy()
     scale = common_scale(means[patched], means[~patched])
-    colours = colour_axis(scale, title=metric_title(metric, known), side="right", thickness=12)
+    colours = style.colour_axis(scale, title=style.metric_title(metric, known), side="right", thickness=12)
     return figure.update_layout(coloraxis=colours)
 
 
 def _trace(cells: pd.DataFrame) -> go.Heatmap:
     grid = cells.pivot_table(values=["mean", "hover"], index="y", columns="x", aggfunc="first")
-    return plotly().Heatmap(
+    return style.plotly().Heatmap(
         x=grid["mean"].columns.tolist(),
         y=grid.index.tolist(),
         z=grid["mean"].to_numpy(),
@@ -98,10 +91,9 @@ def _trace(cells: pd.DataFrame) -> go.Heatmap:
     )
 
 
-def mean_text(mean: dict[Any, Any], *heading: str) -> str:
+def hover_text(mean: dict[Any, Any], *heading: str) -> str:
     """Return the hover text of a mean: lines that name it, then its value and interval."""
-    spread = "" if np.isnan(mean["low"]) else f" [{mean['low']:.3g}, {mean['high']:.3g}]"
-    return f"{'<br>'.join(map(escape, heading))} {mean['mean']:.3g}{spread}, {mean['n_rows']} rows"
+    return f"{'<br>'.join(map(escape, heading))} {mean_text(mean)}, {mean['n_rows']} rows"
 
 
 def rows_with_positions(table: pd.DataFrame) -> list[Any]:
@@ -120,20 +112,15 @@ def token_heatmap(
     Controls that read no layer are left of the patched cells. Each number is the mean over noise samples,
     scales and other target layers.
 
-    Args:
-        table: The tidy table of a sweep over positions.
-        metric: A numeric column.
-        row: The data row.
-        known: What is known of metrics, as in `metric_title`.
-
     Raises:
         InputError: plotly is not installed.
     """
-    plotly()
+    style.plotly()
     own = table[table["row"] == row]
     cells = _by_token(own, metric=metric)
     real = own[own["control"].isna() & own["source_layer"].notna()]
-    names = dict(zip(cells.loc[real.index, "y"], map(_token_name, real.to_dict("records")), strict=True))
+    tokens = [tokens_at(cell, width=_TOKEN_WIDTH) for cell in real.to_dict("records")]
+    names = dict(zip(cells.loc[real.index, "y"], tokens, strict=True))
     cells = cells[np.isfinite(cells["mean"]) & cells["y"].isin(list(names))]
     cells = pd.concat([cells, *_repeated(cells, lines=list(names))], ignore_index=True)
     flat = cells["layer"] <= NO_LAYER
@@ -142,27 +129,24 @@ def token_heatmap(
     for control in controls_of(cells[~flat]):
         drawn = (cells["control"] == control) | (flat if control == REAL else False)
         means = cells[drawn].groupby(["layer", "y"], as_index=False)["mean"].mean()
+        name = style.panel(control)
         hover = [
-            f"{panel(control)}, {escape(names[y])}, layer {layer_name(layer)}<br>{escape(metric)} {mean:.3g}"
+            f"{name}, {escape(names[y])}, layer {layer_name(layer)}<br>{escape(metric)} {mean:.3g}"
             for layer, y, mean in zip(means["layer"], means["y"], means["mean"], strict=True)
         ]
         means["x"] = [columns.index(layer) for layer in means["layer"]]
         patched = (means["layer"] > NO_LAYER) & (control == REAL)
-        panels.append(Panel(panel(control), means.assign(hover=hover), patched))
+        panels.append(Panel(name, means.assign(hover=hover), patched))
     prompt = shorten(real["source_prompt"].iloc[0], width=_PROMPT_WIDTH, tail=True)
     title = f"{metric} by token and layer, row {row}: {prompt}"
     height = 130 + 22 * len(names)
     figure = heatmaps(panels, title=title, metric=metric, known=known, height=height, gap=140)
-    axis = (layer_axis(table) or "source_layer").replace("_", " ")
     step = -(-len(columns) // _TICKS)
     ticks = [x for x, layer in enumerate(columns) if layer <= NO_LAYER or x % step == 0]
-    figure.update_xaxes(
-        title=axis, tickvals=ticks, ticktext=[layer_name(columns[x]) for x in ticks], tickangle=-90
-    )
-    ends = [max(names, default=0) + 0.5, -0.5]
-    figure.update_yaxes(
-        tickvals=list(names), ticktext=list(map(escape, names.values())), range=ends, title="token read"
-    )
+    labels = [layer_name(columns[x]) for x in ticks]
+    figure.update_xaxes(title=axis_title(table), tickvals=ticks, ticktext=labels, tickangle=-90)
+    labels, ends = list(map(escape, names.values())), [max(names, default=0) + 0.5, -0.5]
+    figure.update_yaxes(title="token read", tickvals=list(names), ticktext=labels, range=ends)
     if len(panels) > 1:
         figure.update_layout(width=_WIDTH)
         # The panel on the left has the same tokens, and long names would overlap it.
@@ -177,19 +161,10 @@ def _repeated(cells: pd.DataFrame, *, lines: Sequence[int]) -> Iterator[pd.DataF
             yield from (own.assign(y=line) for line in lines if line)
 
 
-def _token_name(cell: dict[Any, Any]) -> str:
-    words = " ".join(str(text).strip() for text in as_list(cell["source_token"]))
-    return f"{shorten(words, width=_TOKEN_WIDTH)} ({', '.join(map(str, as_list(cell['source_position'])))})"
-
-
 def _by_token(own: pd.DataFrame, *, metric: str) -> pd.DataFrame:
     """Return the cells of one data row: control, layer, y (the token's number among those read), and mean."""
     layers = numbers(own[layer_axis(own) or "source_layer"])
-    cells = own.assign(
-        control=[REAL if is_null(control) else str(control) for control in own["control"]],
-        layer=layers,
-        mean=numbers(own[metric]),
-    )
+    cells = own.assign(control=control_names(own), layer=layers, mean=numbers(own[metric]))
     varied = [name for name in ("scale", "sample") if name in own.columns]
     layered = [*varied, "control", "source_layer", "target_layer", "target_prompt"]
     # Positions come in the same order for the real cells and each control.

@@ -17,6 +17,7 @@ import numpy as np
 
 from patchscope_nn.errors import FolderError, InputError
 from patchscope_nn.report.figures.glyphs import families, printable
+from patchscope_nn.report.figures.style import optional
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -42,27 +43,16 @@ _STYLE = {
     "svg.fonttype": "path",
     "svg.hashsalt": "patchscope",
     "text.parse_math": False,
-    "font.size": 8,
-    "axes.titlesize": 8,
-    "axes.edgecolor": _INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "text.color": _INK,
-    "axes.labelcolor": _INK,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
+    **dict.fromkeys(("font.size", "axes.titlesize"), 8),
+    **dict.fromkeys(("axes.spines.top", "axes.spines.right"), False),
+    **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), _INK),
 }
 
 
 def save_figures(
     drawn: Sequence[tuple[str, go.Figure]], folder: str | Path, *, formats: Sequence[str] = FORMATS
 ) -> list[Path]:
-    """Write figures as files `01-title.pdf`, ...; other files in the folder are kept.
-
-    Args:
-        drawn: Titles and figures, as returned by `figures`.
-        folder: The folder; it is created if necessary.
-        formats: Some of `pdf`, `svg` and `png`.
+    """Write the figures of `figures` to files `01-title.pdf`, ...; other files in the folder are kept.
 
     Returns:
         The files, figure by figure.
@@ -74,7 +64,7 @@ def save_figures(
     wrong = [name for name in formats if name not in FORMATS]
     if wrong:
         raise InputError(f"formats={wrong} is not supported.", hint=f"Use some of {', '.join(FORMATS)}.")
-    mpl = _matplotlib()
+    mpl = optional("matplotlib", what="Publication figures", extra="figures")
     path = Path(folder)
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -95,35 +85,12 @@ def save_figures(
     return files
 
 
-def _matplotlib() -> Any:
-    """Import matplotlib, which is loaded only when the first figure is written.
-
-    Raises:
-        InputError: matplotlib is not installed.
-    """
-    try:
-        import matplotlib as mpl
-    except ImportError as error:
-        raise InputError(
-            "Publication figures need matplotlib, which is not installed.",
-            hint="pip install 'patchscope-nn[figures]'",
-        ) from error
-    return mpl
-
-
 def _slug(title: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")[:60] or "figure"
 
 
 def draw(figure: go.Figure) -> Figure:
-    """Draw a figure of the page with matplotlib.
-
-    Args:
-        figure: Any figure of `patchscope_nn.report.figures`.
-
-    Returns:
-        A matplotlib figure that pyplot does not manage.
-    """
+    """Draw a figure of the page as a matplotlib figure that pyplot does not manage."""
     from matplotlib.figure import Figure
 
     layout = figure.layout
@@ -160,28 +127,26 @@ def draw(figure: go.Figure) -> Figure:
 def _colour_bar(paper: Figure, image: Any, figure: go.Figure, axes: Sequence[Axes]) -> None:
     """Draw the colour bar of all heatmaps; an end is pointed if some cells are beyond it."""
     colours = figure.layout.coloraxis
-    shaded = [np.asarray(trace.z, dtype=float) for trace in figure.data if trace.coloraxis is not None]
+    shaded = [np.asarray(trace.z, dtype=float) for trace in figure.select_traces({"coloraxis": "coloraxis"})]
     below = any(np.any(values < colours.cmin) for values in shaded)
     above = any(np.any(values > colours.cmax) for values in shaded)
     extend = {(True, True): "both", (True, False): "min", (False, True): "max"}.get((below, above), "neither")
-    title = _plain(colours.colorbar.title.text or "")
+    colorbar = colours.colorbar
+    title = _plain(colorbar.title.text or "")
     bar = paper.colorbar(image, ax=axes, label=title, shrink=0.8, pad=0.02, extend=extend)
-    if colours.colorbar.tickvals is not None:
-        bar.set_ticks(
-            list(colours.colorbar.tickvals), labels=[_plain(text) for text in colours.colorbar.ticktext]
-        )
+    if colorbar.tickvals is not None:
+        bar.set_ticks(list(colorbar.tickvals), labels=[_plain(text) for text in colorbar.ticktext])
 
 
 def _places(figure: go.Figure) -> dict[tuple[str, str], tuple[int, int]]:
     """Return the (line, column) of each pair of axes with a trace, from its place on the page."""
-    keys = list(dict.fromkeys((trace.xaxis or "x", trace.yaxis or "y") for trace in figure.data))
-    lefts = {key: _axis(figure.layout, key[0]).domain or (0, 1) for key in keys}
-    bottoms = {key: _axis(figure.layout, key[1]).domain or (0, 1) for key in keys}
-    columns = sorted({round(left[0], 6) for left in lefts.values()})
-    lines = sorted({round(bottom[0], 6) for bottom in bottoms.values()}, reverse=True)
-    return {
-        key: (lines.index(round(bottoms[key][0], 6)), columns.index(round(lefts[key][0], 6))) for key in keys
+    keys = dict.fromkeys((trace.xaxis or "x", trace.yaxis or "y") for trace in figure.data)
+    corners = {
+        key: tuple(round((_axis(figure.layout, name).domain or (0, 1))[0], 6) for name in key) for key in keys
     }
+    columns = sorted({left for left, _ in corners.values()})
+    lines = sorted({bottom for _, bottom in corners.values()}, reverse=True)
+    return {key: (lines.index(bottom), columns.index(left)) for key, (left, bottom) in corners.items()}
 
 
 def _axis(layout: Any, name: str) -> Any:
@@ -193,20 +158,20 @@ def _axes(axes: Axes, layout: Any, *, key: tuple[str, str], shared: bool) -> Non
     from matplotlib.ticker import NullFormatter
 
     for side, name in zip("xy", key, strict=True):
-        axis = _axis(layout, name)
+        axis, drawn = _axis(layout, name), getattr(axes, f"{side}axis")
         if axis.type == "log":
-            getattr(axes, f"set_{side}scale")("log")
-            getattr(axes, f"{side}axis").set_major_formatter("{x:g}")
-            getattr(axes, f"{side}axis").set_minor_formatter(NullFormatter())
+            axes.set(**{f"{side}scale": "log"})
+            drawn.set_major_formatter("{x:g}")
+            drawn.set_minor_formatter(NullFormatter())
         if axis.title.text:
-            getattr(axes, f"set_{side}label")(_plain(axis.title.text))
+            drawn.set_label_text(_plain(axis.title.text))
         if axis.tickvals is not None:
-            ticks = [_plain(text) for text in axis.ticktext]
-            getattr(axes, f"set_{side}ticks")(list(axis.tickvals), ticks, rotation=-(axis.tickangle or 0))
+            labels = [_plain(text) for text in axis.ticktext]
+            drawn.set_ticks(list(axis.tickvals), labels, rotation=-(axis.tickangle or 0))
         if axis.showticklabels is False:
-            getattr(axes, f"{side}axis").set_tick_params(labelleft=False, labelbottom=False)
+            drawn.set_tick_params(labelleft=False, labelbottom=False)
         if axis.range is not None:
-            getattr(axes, f"set_{side}lim")(*axis.range)
+            axes.set(**{f"{side}lim": axis.range})
     if shared:
         axes.tick_params(labelleft=False)
     if not axes.collections:  # only a heatmap has one

@@ -16,14 +16,7 @@ _TICKS = 7
 
 
 class Scale(NamedTuple):
-    """A colour scale.
-
-    Attributes:
-        low: Its lower end.
-        high: Its upper end.
-        below: True if some numbers are below the lower end.
-        above: True if some numbers are above the upper end.
-    """
+    """A colour scale: its ends, and whether some numbers are below the lower or above the upper end."""
 
     low: float
     high: float
@@ -59,15 +52,11 @@ def limits(values: np.ndarray) -> tuple[float, float]:
 
 
 def common_scale(patched: np.ndarray, controls: np.ndarray) -> Scale:
-    """Choose one scale for all cells of a figure.
+    """Choose one scale for all means of a figure, those of patched cells (NaN if missing) and of controls.
 
     Usually it spans all cells. If controls or a few patched cells are so far away that the other patched
     cells would share one colour, the scale spans only the latter, and cells beyond it have the colour of the
     nearer end.
-
-    Args:
-        patched: The means of the patched cells, with NaN for missing ones.
-        controls: The means of the controls.
     """
     low, high = limits(np.concatenate([patched, controls]))
     own = patched[np.isfinite(patched)]

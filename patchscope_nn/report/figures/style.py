@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 #: The colours of Okabe and Ito that are visible on white and on near-black.
 COLOURS = ("#2b8cc4", "#e69f00", "#cc79a7", "#009e73", "#d55e00", "#8a8f98")
 #: The colour and dash of the patched cells and of each control, in all figures.
-LINES = {
+_LINES = {
     REAL: ("#2b8cc4", "solid"),
     "unpatched": ("#8a8f98", "dashdot"),
     "random": ("#e69f00", "dash"),
@@ -29,12 +30,13 @@ LINES = {
     "commonest class": ("#8a8f98", "dashdot"),
     "shuffled labels": ("#cc79a7", "dot"),
 }
-OTHER_LINE = ("#d55e00", "longdashdot")
+_OTHER_LINE = ("#d55e00", "longdashdot")
 _INK = "#7a7f87"  # a grey that is legible on white and on near-black
+_CLEAR = "rgba(0,0,0,0)"
 _AXIS = {"gridcolor": "rgba(128,128,128,0.22)", "zeroline": False, "automargin": True}
 _LAYOUT = {
-    "paper_bgcolor": "rgba(0,0,0,0)",
-    "plot_bgcolor": "rgba(0,0,0,0)",
+    "paper_bgcolor": _CLEAR,
+    "plot_bgcolor": _CLEAR,
     "font": {"color": _INK, "size": 12},
     "hoverlabel": {
         "bgcolor": "#1f2430",
@@ -42,33 +44,33 @@ _LAYOUT = {
         "font": {"color": "#f4f5f7", "size": 12},
         "align": "left",
     },
-    "modebar": {
-        "bgcolor": "rgba(0,0,0,0)",
-        "remove": ["sendChartToCloud"],
-        "color": _INK,
-        "activecolor": "#2b8cc4",
-    },
+    "modebar": {"bgcolor": _CLEAR, "remove": ["sendChartToCloud"], "color": _INK, "activecolor": "#2b8cc4"},
     "margin": {"l": 56, "r": 16, "t": 64, "b": 48},
 }
 _ROOM = 8  # with fewer blocks than this, the ticks "embed" and "0" do not overlap
 
 
-def plotly() -> Any:
-    """Import plotly.graph_objects, which is loaded only when the first figure is drawn.
+def optional(module: str, *, what: str, extra: str) -> Any:
+    """Import a module that only `what` needs, when it is needed.
 
     Raises:
-        InputError: Plotly is not installed.
+        InputError: Its package, which the extra installs, is missing.
     """
     try:
-        import plotly.graph_objects as module
+        return importlib.import_module(module)
     except ImportError as error:
+        package = module.partition(".")[0]
         raise InputError(
-            "Figures need plotly, which is not installed.", hint="pip install 'patchscope-nn[report]'"
+            f"{what} need {package}, which is not installed.", hint=f"pip install 'patchscope-nn[{extra}]'"
         ) from error
-    return module
 
 
-def style(figure: go.Figure, *, title: str, **layout: Any) -> None:
+def plotly() -> Any:
+    """Import plotly.graph_objects; InputError if plotly is not installed."""
+    return optional("plotly.graph_objects", what="Figures", extra="report")
+
+
+def apply(figure: go.Figure, *, title: str, **layout: Any) -> None:
     """Set a figure's title and layout, with a transparent background and grey text."""
     heading = {"text": escape(title), "x": 0, "xref": "paper", "font": {"size": 15}}
     figure.update_layout(title=heading, **_LAYOUT, **layout)
@@ -77,15 +79,7 @@ def style(figure: go.Figure, *, title: str, **layout: Any) -> None:
 
 
 def band(means: pd.DataFrame, axis: str, *, colour: str, opacity: float, **options: Any) -> go.Scatter:
-    """Draw the intervals of means as a band.
-
-    Args:
-        means: The result of `layer_means`; means without an interval are left out.
-        axis: The column of layers.
-        colour: The colour, `#rrggbb`.
-        opacity: The opacity of the band, from 0 to 1.
-        **options: Options of the plotly trace.
-    """
+    """Draw the intervals of `layer_means` over the column `axis` as a band."""
     drawn = means[means["low"].notna()]
     red, green, blue = (int(colour[start : start + 2], 16) for start in (1, 3, 5))
     return plotly().Scatter(
@@ -100,21 +94,27 @@ def band(means: pd.DataFrame, axis: str, *, colour: str, opacity: float, **optio
     )
 
 
+def line_of(control: str) -> tuple[str, str]:
+    """Return the colour and dash of the patched cells or of a control."""
+    return _LINES.get(control, _OTHER_LINE)
+
+
 def panel(control: str) -> str:
     """Return the name of the patched cells or of a control in a figure, escaped."""
     return control if control == REAL else escape(f"{control} (control)")
 
 
 def metric_title(metric: str, known: Mapping[str, MetricInfo] | None = None) -> str:
-    """Return the title of a metric's axis, or the name of its column if it has no title.
-
-    Args:
-        metric: Its name.
-        known: Titles and directions of metrics, as `metrics.described` gives them; None: those that ship.
-    """
-    titles = {"probe_accuracy": "Accuracy of the probe"}
+    """Return the title of a metric's axis, or the name of its column if it has no title; see `figures`."""
     info = (described({}) if known is None else known).get(metric)
-    return wrap((info.title if info else "") or titles.get(metric, metric), width=38)
+    name = "Accuracy of the probe" if metric == "probe_accuracy" else metric
+    return wrap((info.title if info else "") or name, width=38)
+
+
+def metric_range(means: pd.DataFrame, metric: str) -> dict[str, Any]:
+    """Return the range of a metric's axis: 0 to 1 if all means are within it and it is not in nats."""
+    within = means["mean"].between(0, 1).all() and not metric.endswith("_nats")
+    return {"range": [-0.02, 1.05]} if within else {}
 
 
 def layer_ticks(layers: Sequence[float]) -> dict[str, Any]:
@@ -128,13 +128,6 @@ def layer_ticks(layers: Sequence[float]) -> dict[str, Any]:
 
 
 def colour_axis(scale: Scale, *, title: str, side: str, **bar: Any) -> dict[str, Any]:
-    """Return the layout of a colour scale and its bar.
-
-    Args:
-        scale: The scale.
-        title: The bar's title, escaped.
-        side: The side of the bar on which its title is.
-        **bar: The bar's place and size.
-    """
+    """Return the layout of a colour scale and its bar, with an escaped title on one `side` of it."""
     bar["title"] = {"text": title, "side": side}
     return {"colorscale": "Cividis", "cmin": scale.low, "cmax": scale.high, "colorbar": bar | scale.ticks()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -48,6 +48,11 @@ def layer_axis(table: pd.DataFrame) -> str | None:
     return None if target.groupby(source).nunique().gt(1).any() else "source_layer"
 
 
+def axis_title(table: pd.DataFrame) -> str:
+    """Return the title of an axis of layers."""
+    return (layer_axis(table) or "source_layer").replace("_", " ")
+
+
 def by_scale(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """Split a table by scale: {"scale 2": cells}, or {"": table} for one; unpatched cells are in all."""
     scales = statistics.scales_of(table)
@@ -57,10 +62,7 @@ def by_scale(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
 def with_probe_controls(table: pd.DataFrame) -> pd.DataFrame:
     """Turn the columns of a probe's controls into rows of controls, as a Patchscope's controls are."""
-    columns = {
-        "probe_majority_accuracy": "commonest class",
-        "probe_shuffled_accuracy": "shuffled labels",
-    }
+    columns = {"probe_majority_accuracy": "commonest class", "probe_shuffled_accuracy": "shuffled labels"}
     parts = [
         table.assign(control=control, probe_accuracy=table[name])
         for name, control in columns.items()
@@ -77,12 +79,7 @@ def reads_sink(cell: Any) -> bool:
 
 
 def metric_columns(table: pd.DataFrame, *, declared: Iterable[str] = ()) -> list[str]:
-    """Return the columns that hold a metric: first the declared ones, then other numeric columns.
-
-    Args:
-        table: The tidy table.
-        declared: The names of a run's metrics.
-    """
+    """Return the columns that hold a metric: first the declared ones, then other numeric columns."""
     of_readouts = (name for kind in readout_kinds().values() for name in kind.columns)
     no_metrics = {*PLACES, *of_readouts, "error"}
     wanted = [*declared, *(str(column) for column in table.columns if column not in no_metrics)]
@@ -118,3 +115,14 @@ def layer_means(table: pd.DataFrame, *, metric: str) -> pd.DataFrame:
 def controls_of(means: pd.DataFrame) -> list[str]:
     """Return the controls in the result of `layer_means`, with the patched cells first."""
     return sorted(means["control"].unique(), key=lambda name: (name != REAL, name))
+
+
+def lines_of(
+    means: pd.DataFrame, *, axis: str, layers: Sequence[float]
+) -> Iterator[tuple[str, pd.DataFrame]]:
+    """Yield the means of each control by layer; a control that reads no layer has its mean at each."""
+    for control in controls_of(means):
+        own = means[means["control"] == control].sort_values(axis)
+        if own[axis].isna().all():
+            own = own.loc[own.index.repeat(len(layers))].assign(**{axis: layers})
+        yield control, own

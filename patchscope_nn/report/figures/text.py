@@ -10,6 +10,7 @@ import html
 import re
 import textwrap
 import unicodedata
+from collections.abc import Iterable
 
 _SIGNS = {"\n": "⏎", "\r": "␍", "\t": "⇥", "\u2028": "⏎", "\u2029": "⏎", "\x7f": "␡"}
 _BIDI = "\u200e\u200f\u061c\u202a-\u202e\u2066-\u2069"  # these reorder the text around them
@@ -28,16 +29,19 @@ def _sign(match: re.Match[str]) -> str:
 def visible(text: object, *, keep: str = "") -> str:
     """Replace line breaks, control and direction characters by visible signs (⏎, ⇥, ␀, ⟨U+202E⟩).
 
-    Args:
-        text: Any value; None becomes the empty text.
-        keep: Characters to leave unchanged, such as a line break.
-
     Returns:
-        Text that can be encoded as UTF-8; it must still be escaped for HTML.
+        Text that can be encoded as UTF-8 (empty for None), with the characters in `keep` unchanged. It must
+        still be escaped for HTML.
     """
     if text is None:
         return ""
     return _UNSEEN.sub(lambda match: match[0] if match[0] in keep else _sign(match), str(text))
+
+
+def listed(words: Iterable[object]) -> str:
+    """Join visible texts as `a, b and c`; empty for none."""
+    *first, last = [visible(word) for word in words] or [""]
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def _width(character: str) -> int:
@@ -53,13 +57,7 @@ def text_width(text: str) -> int:
 
 
 def shorten(text: object, *, width: int, tail: bool = False) -> str:
-    """Cut visible text to `width` columns, with an ellipsis in place of the rest.
-
-    Args:
-        text: Any value; None becomes the empty text.
-        width: The number of columns, with the ellipsis.
-        tail: Keep the end of the text instead of its beginning.
-    """
+    """Cut visible text to `width` columns: its end, or with `tail` its beginning, becomes an ellipsis."""
     full = "" if text is None else str(text)
     # Cut first, for speed: a text may have thousands of characters, or of combining marks on one of them.
     part = visible(full[-4 * width :] if tail else full[: 4 * width])
