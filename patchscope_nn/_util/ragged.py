@@ -40,7 +40,7 @@ class Ragged:
         return tuple(self.values[start : start + self.counts[number]].tolist())
 
     def take(self, rows: Ints) -> tuple[Ints, Ints]:
-        """Return the numbers of some rows, one row after the other, and for each number its index in `rows`."""
+        """Return the numbers of some rows, one after the other, and for each number its index in `rows`."""
         counts = self.counts[rows]
         index = np.repeat(np.arange(len(rows)), counts)
         return self.values[ranges(self.starts[rows], counts)], index
@@ -53,7 +53,7 @@ def ranges(starts: Ints, counts: Ints) -> Ints:
 
 
 def first_seen(values: Ints) -> tuple[Ints, Ints]:
-    """Return the distinct values in the order in which they first occur, and for each value its index there."""
+    """Return the distinct values, in the order in which they first occur, and for each value its index."""
     distinct, first, inverse = np.unique(values, return_index=True, return_inverse=True)
     order = np.argsort(first, kind="stable")
     place = np.empty_like(order)

@@ -58,7 +58,7 @@ def target_half(program: StepProgram, read: Results) -> StepProgram:
     )
     half: StepProgram = {**program, "sources": [], "given": states, "given_finals": finals}
     mapping = program["writing"]
-    # States are summed before they are mapped, so sums cannot be mapped on this side.
+    # States are summed before they are mapped, so sums cannot be mapped here.
     shared = program["given"] is not None or len(program["keep"]) > 0 or program["sums"] is not None
     if states is None or shared or mapping["mapping"] not in ("call", "pairs"):
         return half
@@ -81,14 +81,18 @@ def _mapped(
     if kind == "call":
         return apply_mapping(kind, weights, states, states.new_zeros(())), program["targets"]
     writes = [write for target in program["targets"] for write in target["writes"].values()]
-    wanted = [torch.cat([write["states"][:, None], write["pairs"]], dim=1) for write in writes]  # type: ignore[index]
+    states_of: list[Any] = [write["states"] for write in writes]
+    wanted = [
+        torch.cat([numbers[:, None], write["pairs"]], dim=1)
+        for numbers, write in zip(states_of, writes, strict=True)
+    ]
     uses, number = torch.cat(wanted).unique(dim=0, return_inverse=True)
     mapped = apply_mapping(kind, weights, states[uses[:, 0]], states.new_zeros(()), uses[:, 1:])
     numbers = iter(number.split([len(part) for part in wanted]))
     targets: list[Any] = [
         {
             **target,
-            "writes": {layer: {**write, "states": next(numbers)} for layer, write in target["writes"].items()},
+            "writes": {at: {**write, "states": next(numbers)} for at, write in target["writes"].items()},
         }
         for target in program["targets"]
     ]
@@ -103,7 +107,7 @@ def maps_here(call: Any, *, states: int, mapped: int) -> bool:
         states: The bytes of the states.
         mapped: Their bytes once they are mapped.
     """
-    return 0 < states and mapped <= states + weights(call)
+    return states > 0 and mapped <= states + weights(call)
 
 
 @dataclass(frozen=True, kw_only=True)

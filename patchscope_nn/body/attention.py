@@ -27,7 +27,6 @@ def in_attending(cache: Any, target: PackedProgram) -> Any:
         The context. Set its `layer`, then enter it to call that block; its `calls` counts how often blocks
         have called the attention function.
     """
-
     prefix, own = target["prefix"], in_own_tokens(target)
 
     def __torch_function__(  # noqa: N807 (torch calls it so)
@@ -48,7 +47,7 @@ def in_attending(cache: Any, target: PackedProgram) -> Any:
 
 
 def in_own_tokens(target: PackedProgram) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the tokens after the prefix that each token attends to, (n_tokens, n_own), and which are no padding."""
+    """Return (n_tokens, n_own) the tokens after the prefix that each token attends to, and which are real."""
     starts, trunks, seen = (target[name][:, None] for name in ("starts", "trunks", "seen"))
     token, place = torch.arange(len(starts))[:, None], torch.arange(target["most_own"] or 0)
     real = place < seen + token + 1 - starts

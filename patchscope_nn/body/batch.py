@@ -142,9 +142,7 @@ def in_last(write: Write, count: int) -> Any:
     return {**write, **stepped, "positions": torch.arange(count).repeat(len(index) // count)}
 
 
-def in_rereading(
-    model: Any, target: RowsProgram, states: Any, site: SitePath, writing: Writing
-) -> Any:
+def in_rereading(model: Any, target: RowsProgram, states: Any, site: SitePath, writing: Writing) -> Any:
     """Return the model as a function without a cache: `past_key_values` are the ids that it has read so far.
 
     It reads the prompt again, with the patch; the tokens after the prompt are not patched. Its logits begin

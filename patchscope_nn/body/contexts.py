@@ -18,7 +18,7 @@ import nnsight
 from patchscope_nn.body.batch import fused, in_source, in_target
 from patchscope_nn.body.packed import in_packed, in_prefix
 from patchscope_nn.body.program import Results, StepProgram
-from patchscope_nn.body.states import in_sums, in_together
+from patchscope_nn.body.states import in_rows, in_sums, in_together
 
 #: Called while a target pass runs in this process: first with two empty lists, when the prompts have been
 #: read; then after each decoding step, with the rows that continue and the token that each has just decoded.
@@ -83,7 +83,7 @@ def _in_session(source: Any, target: Any, program: StepProgram, hear: Sequence[H
         passes.append(columns)
     return {
         "passes": passes,
-        "kept": None if states.hidden is None else states.hidden[program["keep"].to(states.hidden.device)],
-        "kept_finals": None if states.finals is None else states.finals[program["keep_finals"].to(states.finals.device)],
+        "kept": in_rows(states.hidden, program["keep"]),
+        "kept_finals": in_rows(states.finals, program["keep_finals"]),
         "prefix": prefix if program["prefix"] is not None and program["prefix"]["kept"] else None,
     }

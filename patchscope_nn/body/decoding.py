@@ -21,8 +21,8 @@ def read_unpatched(
     """Return the probabilities of decoded tokens after the unpatched T, for each row.
 
     All rows run in one forward pass over T and all tokens but the last, or without `mixed` those of each
-    length. With `stepwise`, each token is read after T from keys and values instead, so that T does not attend
-    to it.
+    length. With `stepwise`, each token is read after T from keys and values instead, so that T does not
+    attend to it.
 
     Args:
         plain: The model without any patch.

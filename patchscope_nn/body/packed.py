@@ -129,7 +129,8 @@ def _in_mask(
     count, prefix = hidden.shape[1], target["prefix"]
     if (count, window) not in masks:
         device = hidden.device
-        starts, trunks, seen = (target[name][:count, None].to(device) for name in ("starts", "trunks", "seen"))
+        parts = (target["starts"], target["trunks"], target["seen"])
+        starts, trunks, seen = (part[:count, None].to(device) for part in parts)
         token = torch.arange(count, device=device)
         allowed = (token >= starts) & (token <= token[:, None])
         allowed = allowed | ((token >= trunks) & (token < trunks + seen))

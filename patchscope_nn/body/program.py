@@ -216,7 +216,7 @@ class PackedProgram(TargetProgram):
     #: (n_tokens,) the index of the first token of its trunk, and to how many tokens of that it attends.
     trunks: torch.Tensor
     seen: torch.Tensor
-    #: The most tokens that any token attends to besides the prefix, if it attends to both separately; else None.
+    #: The most tokens that any token attends to besides the prefix, if these are attended to separately.
     most_own: int | None
     #: (prefix + n_tokens,) the position of each token in its own prompt.
     key_positions: torch.Tensor

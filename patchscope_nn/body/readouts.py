@@ -321,8 +321,8 @@ def read_hidden(run: PatchedRun, *, clean: bool) -> dict[str, Any]:
     names = {"hidden": "states", "clean": "replaced"} if clean else {"hidden": "states"}
     columns: dict[str, list[Any]] = {name: [None] * run.n_cells for name in names}
     if run.written:
-        cells, counts = run.written["cells"].cpu().sort(stable=True).values.unique_consecutive(return_counts=True)
         order = run.written["cells"].argsort(stable=True)
+        cells, counts = run.written["cells"][order].unique_consecutive(return_counts=True)
         for name, part in names.items():
             states = run.written[part][order].float().cpu().split(counts.tolist())
             for cell, state in zip(cells.tolist(), states, strict=True):

@@ -84,6 +84,11 @@ def in_together(parts: list[torch.Tensor]) -> torch.Tensor | None:
     return torch.cat([part.to(parts[0].device) for part in parts])
 
 
+def in_rows(table: torch.Tensor | None, rows: torch.Tensor) -> torch.Tensor | None:
+    """Return some rows of a table; None if there is no table."""
+    return None if table is None else table[rows.to(table.device)]
+
+
 def in_sums(states: torch.Tensor, sums: Sums | None) -> torch.Tensor:
     """Return the table of states with the rows of weighted sums added to it."""
     if sums is None:
@@ -158,8 +163,9 @@ def in_mode(mode: str, amount: float, clean: torch.Tensor, mapped: torch.Tensor)
 def in_normal(seeds: torch.Tensor, draws: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """Return standard normal numbers, (n, d_model), each row of which depends only on its seed and draw.
 
-    Each pair of numbers is a hash of seed, draw and column (the finaliser of SplitMix64, Steele et al. 2014), turned
-    into normal numbers by Box and Muller's transform. So all rows are made at once, on the model's device.
+    Each pair of numbers is a hash of seed, draw and column (the finaliser of SplitMix64, Steele et al. 2014),
+    turned into normal numbers by Box and Muller's transform. So all rows are made at once, on the model's
+    device.
 
     Args:
         seeds: (n,) the seeds.
@@ -190,7 +196,7 @@ def in_explained(
     states: torch.Tensor | None,
     written: dict[str, torch.Tensor],
 ) -> dict[str, Any]:
-    """Add the column `not_finite` if a cell has a number that is not finite: where the first of them arose."""
+    """Add the column `not_finite` if a cell has a number that is not finite: where the first one arose."""
     readout, n_cells = target["readout"], target["cells"]
     replaced = in_cells_with(written, "replaced", n_cells)
     if readout["unembeds"]:

@@ -51,9 +51,7 @@ def options_of(info: ModelInfo, *, keep: int | None, cache: bool) -> dict[str, A
     return options
 
 
-def target_rows(
-    plan: Plan, block: CellBlock, table: StateTable, target: Model, width: int
-) -> RowsProgram:
+def target_rows(plan: Plan, block: CellBlock, table: StateTable, target: Model, width: int) -> RowsProgram:
     """Return the program of a target pass over a padded batch."""
     sweep, scope = plan.sweep, plan.sweep.scope
     prompts = block.target_prompt
@@ -72,8 +70,8 @@ def target_rows(
             target.info, keep=-int(read.min()) if plan.optimisations.lean_readout else None, cache=cached
         ),
         "writes": writes_of(block, table, rows=rows, shifts=shifts),
-        "embedded": _embedded(plan, block, shifts) if scope.target.corrupt or scope.target.soft_prompt else [],
-        "cuts": _cuts(plan, block, shifts) if scope.target.cut else {},
+        "embedded": _embedded(plan, block, shifts),
+        "cuts": _cuts(plan, block, shifts),
         "windows": list(target.info.architecture.windows),
         "names": [name for name in target.info.architecture.block_arguments if name != "self"],
         "rereads": scope.readout.decodes and not cached,
@@ -111,17 +109,15 @@ def writes_of(block: CellBlock, table: StateTable, *, rows: Ints, shifts: Ints) 
         starts, sizes = table.of(block.read[writes.cell], writes.layer)
         draws = np.where(sizes[write] > 1, place, 0)
         columns["states"] = starts[write] + draws
-    random = block.control == block.cells.controls.index("random") if "random" in block.cells.controls else None
-    if scope.target.mode == "noise":
-        random = block.patched
+    is_random = [scope.target.mode == "noise" or control == "random" for control in block.cells.controls]
+    random = np.array(is_random)[block.control]
     layers = writes.target_layer[write]
     programs: dict[int, Write] = {}
     for layer in np.unique(layers).tolist():
         index = (layers == layer).nonzero()[0]
         of_cell, of_write = cell[index], write[index]
         parts = {name: torch.from_numpy(column[index]) for name, column in columns.items()}
-        which = None if random is None else random[of_cell]
-        scales, first = block.scale[of_cell], writes.first[of_write]
+        which, scales, first = random[of_cell], block.scale[of_cell], writes.first[of_write]
         programs[layer] = {
             "cells": parts["cells"],
             "rows": parts["rows"],
@@ -130,7 +126,7 @@ def writes_of(block: CellBlock, table: StateTable, *, rows: Ints, shifts: Ints) 
             "pairs": torch.from_numpy(np.stack([writes.layer[of_write], writes.mapped[of_write]], axis=1)),
             "scales": None if (scales == 1).all() else torch.from_numpy(scales),
             "random": None
-            if which is None or not which.any()
+            if not which.any()
             else {
                 "which": torch.from_numpy(which),
                 "seeds": torch.from_numpy(block.seed[of_cell]),
@@ -145,6 +141,8 @@ def _embedded(plan: Plan, block: CellBlock, shifts: Ints) -> list[Embedded]:
     """Return the changes to the embeddings of the rows: a soft prompt at the start, then noise."""
     sweep, corrupt = plan.sweep, plan.sweep.scope.target.corrupt
     changes: list[Embedded] = []
+    if not (corrupt or sweep.scope.target.soft_prompt):
+        return changes
     for row, (cell, shift) in enumerate(zip(block, shifts.tolist(), strict=True)):
         entry, ids = sweep.entries[cell.entry], sweep.target_prompts[cell.target_prompt].ids
         # A draw of noise is the same for all cells of a prompt, so that they differ only in the patch.
@@ -166,6 +164,8 @@ def _embedded(plan: Plan, block: CellBlock, shifts: Ints) -> list[Embedded]:
 def _cuts(plan: Plan, block: CellBlock, shifts: Ints) -> dict[int, list[Cut]]:
     """Return, by layer, the attention edges that are cut in each row."""
     cuts: dict[int, list[Cut]] = {}
+    if plan.sweep.scope.target.cut is None:
+        return cuts
     writes, cells = plan.sweep.writes(block), list(block)
     order = np.argsort(writes.target_layer, kind="stable")
     for row, layer in zip(writes.cell[order].tolist(), writes.target_layer[order].tolist(), strict=True):

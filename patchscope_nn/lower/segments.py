@@ -71,7 +71,7 @@ def target_segments(
 
 
 def _bases(layout: Layout) -> dict[int, torch.Tensor]:
-    """Return {layer: for each token that joins after it, the index of the token whose state it starts from}."""
+    """Return by layer, for each token that joins after it, the index of the token whose state it takes."""
     bases: dict[int, torch.Tensor] = {}
     for layer in np.unique(layout.enters[layout.enters > EMBED]).tolist():
         joins = layout.enters == layer

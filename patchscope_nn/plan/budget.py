@@ -42,7 +42,7 @@ class Budget:
 
 @dataclass(frozen=True, kw_only=True)
 class Costs:
-    """The memory that parts of a forward pass of one model take, in bytes; of one pass, or of several at once."""
+    """The memory that parts of a forward pass of one model take, in bytes; for one pass, or several."""
 
     info: ModelInfo
 

@@ -41,7 +41,7 @@ class Layout:
         offset: The index of its first token in the sequence.
         is_branch: True for a branch, False for a trunk.
         trunk_offset: The offset of its trunk; that of a trunk itself.
-        trunk_count: The number of tokens of its trunk, which begin after the prefix; 0 for none.
+        trunk_count: The number of tokens of its trunk, which begins after the prefix; 0 for none.
         of_cell: For each cell of the pass, the segment that is read: its branch, or for an unpatched cell its
             trunk.
     """
@@ -78,7 +78,7 @@ def branches_at(block: CellBlock) -> Ints:
 
 
 def needed_end(sweep: Sweep, block: CellBlock) -> Ints:
-    """Return how many tokens of its target prompt each cell needs: up to its last written or read position."""
+    """Return how many tokens of its target prompt each cell needs: up to its last written or read one."""
     written = block.cells.last_position[block.positions] + 1
     readout = sweep.scope.readout
     if not readout.unembeds:
@@ -89,7 +89,7 @@ def needed_end(sweep: Sweep, block: CellBlock) -> Ints:
 
 
 def needs_clean(sweep: Sweep, block: CellBlock) -> Flags:
-    """Return whether branches need the unpatched states of their own tokens, which their trunk then computes.
+    """Return whether branches need the unpatched states of their own tokens; their trunk then computes these.
 
     If the readout decodes, it needs their keys and values in the blocks below l*. It needs the states at l*
     if not every token of the branch is written, or if the mapping, the write or the readout uses the states

@@ -29,9 +29,7 @@ class Group(NamedTuple):
     prefix: tuple[int, ...]
 
 
-def group_entries(
-    sweep: Sweep, entries: Collection[int], *, cells_of: Ints, enough: int
-) -> list[Group]:
+def group_entries(sweep: Sweep, entries: Collection[int], *, cells_of: Ints, enough: int) -> list[Group]:
     """Group entries by the tokens that their target prompts begin with.
 
     Args:

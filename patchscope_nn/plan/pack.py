@@ -45,9 +45,7 @@ def from_cache(sweep: Sweep, optimisations: Optimisations) -> bool:
     return sweep.target.supports("cache") and (optimisations.cached_decoding or needed)
 
 
-def shares_attention(
-    sweep: Sweep, optimisations: Optimisations, block: CellBlock, *, prefix: int
-) -> bool:
+def shares_attention(sweep: Sweep, optimisations: Optimisations, block: CellBlock, *, prefix: int) -> bool:
     """Return whether the tokens of a packed pass attend to the prefix and to their own tokens separately.
 
     This pays only on a CPU, where attention over one long sequence is slow. If the model runs elsewhere, its

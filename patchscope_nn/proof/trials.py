@@ -156,10 +156,7 @@ class Runner:
         planned = plan(self._sweep(trial, model), context="session", remote=True, optimisations=used)
         steps = [*planned.steps()]
         with _endless(model.module):
-            programs = [
-                lower(planned, step, source=model, target=model, mapping=_IDENTITY)
-                for step in steps
-            ]
+            programs = [lower(planned, step, source=model, target=model, mapping=_IDENTITY) for step in steps]
         return Programs(planned, steps, programs)
 
     def _model(self, trial: Trial) -> Model:

@@ -30,7 +30,7 @@ class PassCells(Protocol):
 
     @property
     def reference_ids(self) -> Any:
-        """(n_cells, n_texts) tensor: the first token id of each of the `texts`, if these are not appended."""
+        """(n_cells, n_texts) tensor: the first token of each of the `texts`, if these are not appended."""
 
     @property
     def continuations(self) -> list[list[list[int]]]:
@@ -38,7 +38,7 @@ class PassCells(Protocol):
 
     @property
     def compared(self) -> Any:
-        """(n_cells,) tensor: the index of each source distribution in `PatchedRun.finals`; None if not needed."""
+        """(n_cells,) the index of each source distribution in `PatchedRun.finals`; None if not needed."""
 
     def token_ids_with(self, text: str) -> list[int]:
         """Return the ids of the tokens whose text contains `text`."""

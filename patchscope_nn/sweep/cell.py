@@ -131,9 +131,8 @@ class CellBlock(Sequence[Cell]):
     def __iter__(self) -> Iterator[Cell]:
         cells, stateful = self.cells, self.stateful.tolist()
         columns = zip(*(getattr(self, field.name).tolist() for field in fields(self)[1:]), strict=True)
-        for reads, (number, entry, control, patched, read, layer, at, target, scale, sample, ref, seed) in zip(
-            stateful, columns, strict=True
-        ):
+        for reads, column in zip(stateful, columns, strict=True):
+            number, entry, control, patched, read, layer, at, target, scale, sample, ref, seed = column
             source, positions, terms = cells.read_terms(read) if reads else (None, None, ())
             yield Cell(
                 number=number,

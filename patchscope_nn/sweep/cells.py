@@ -127,7 +127,8 @@ class Cells(Sequence[Cell]):
         positions, origins, reads = Numbered(), Numbered(), Numbered()
         of_entry, pairs, unpatched = [], [], []
         for entry in entries:
-            of_entry.append([reads[self._read(entry, at, origins)] for at in range(len(entry.source_positions))])
+            n_reads = len(entry.source_positions)
+            of_entry.append([reads[self._read(entry, at, origins)] for at in range(n_reads)])
             pairs_of_entry = [
                 (at, positions[written], self._origin(entry, at, origins))
                 for at, read in enumerate(entry.source_positions)
@@ -162,9 +163,7 @@ class Cells(Sequence[Cell]):
     def _read(self, entry: Entry, at: int, origins: Numbered) -> Read:
         """Return the state of an entry's i number `at`."""
         terms = [(origins[Origin(entry.source, entry.source_positions[at])], entry.weight)]
-        terms += [
-            (origins[Origin(term.prompt, term.positions[at])], term.weight) for term in entry.terms
-        ]
+        terms += [(origins[Origin(term.prompt, term.positions[at])], term.weight) for term in entry.terms]
         return tuple(terms)
 
     def _origin(self, entry: Entry, at: int, origins: Numbered) -> int:
@@ -195,8 +194,10 @@ class Cells(Sequence[Cell]):
         targets, sources = resolver.targets.digests, resolver.sources.digests
         self._entry_digests = _digests(
             (
-                (targets[entry.target_prompt], entry.reference_ids, entry.continuations, entry.corrupted)
-                + (entry.unseen,)
+                (
+                    *(targets[entry.target_prompt], entry.reference_ids, entry.continuations),
+                    *(entry.corrupted, entry.unseen),
+                )
                 for entry in entries
             ),
             common,
@@ -269,12 +270,13 @@ class Cells(Sequence[Cell]):
     def _seeds(self, **columns: Any) -> Ints:
         """Return a digest of 56 bits of what each cell is."""
         read = self._read_digests[columns["read"]]
+        layered = self._resolver.scope.source.vector is None  # a vector is the same for every l
         mixed = np.zeros(len(read), np.uint64)
         for part in (
             self._entry_digests[columns["entry"]],
             self._control_digests[columns["control"]],
             np.where(columns["patched"] & self.writes_state, read, np.uint64(0)),
-            columns["layer"] * (self._resolver.scope.source.vector is None),  # a vector is the same for every l
+            columns["layer"] * layered,
             columns["target_layer"],
             self._position_digests[columns["positions"]],
             self._origin_digests[columns["reference"]] if self.compares else columns["sample"],
@@ -347,7 +349,7 @@ def _position_pairs(entry: Entry) -> list[tuple[PositionSet, PositionSet]]:
 
 
 def _flat(rows: Sequence[Sequence[tuple[int, int, int]]]) -> tuple[Ints, Ints, Ints]:
-    """Return rows of triples one after the other and one more, (n + 1, 3); the start and length of each row."""
+    """Return rows of triples one after the other and one more, (n + 1, 3); each row's start and length."""
     counts = np.array([len(row) for row in rows])
     triples = [triple for row in rows for triple in row]
     return np.array([*triples, (0, 0, 0)]), np.cumsum(counts) - counts, counts

@@ -142,7 +142,7 @@ class Sweep:
         return np.unique(np.concatenate(needed))
 
     def writes(self, block: CellBlock) -> Writes:
-        """Return what some cells write: each once, or for a window once in each block that both models have."""
+        """Return what some cells write: once, or for a window once in each block that both models have."""
         target = self.scope.target
         steps = np.arange(target.window)[:, None]
         layer = block.layer + steps * (target.states == "own")

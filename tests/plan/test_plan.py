@@ -187,9 +187,8 @@ def test_a_layout_holds_every_token_of_a_cell_once(data, tiny_model):
                 assert layout.enters[segment] == cell.target_layer
                 assert first >= layout.prefix
                 if first > layout.prefix and cell.target_layer < tiny.N_LAYERS - 1:
-                    (trunk,) = (
-                        (layout.offset == layout.trunk_offset[segment]) & ~layout.is_branch & (layout.count > 0)
-                    ).nonzero()[0]
+                    starts_there = layout.offset == layout.trunk_offset[segment]
+                    (trunk,) = (starts_there & ~layout.is_branch & (layout.count > 0)).nonzero()[0]
                     assert (layout.prompt[trunk], layout.first[trunk]) == (cell.target_prompt, layout.prefix)
                     assert layout.count[trunk] == layout.trunk_count[segment] >= first - layout.prefix
 

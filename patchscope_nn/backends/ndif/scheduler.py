@@ -177,9 +177,7 @@ class Scheduler:
                 self._cut([(number,) for number in step.cells.number.tolist()], most)
 
     def _send(self, step: Step) -> None:
-        program = lower(
-            self.planned, step, source=self.source, target=self.target, mapping=self.mapping
-        )
+        program = lower(self.planned, step, source=self.source, target=self.target, mapping=self.mapping)
         if step.context != "bridged":
             self._submit(step, program, "fused" if step.context == "fused" else "session")
             return
