@@ -1,7 +1,9 @@
-"""python -m benchmarks.overhead: where the time of a run of 100,000 cells goes, on the builtin model.
+"""python -m benchmarks.overhead: the host's time a cell, beyond the time inside the model's own modules.
 
-W2 with more contexts, two metrics, into a folder: what the passes take, and what planning, lowering, tables
-and metrics, writing, progress and the report take beside them.
+A next-token sweep of a tiny random model, every l x every l* of many contexts, in memory and into a folder with
+its report. The host's time is the wall time of the run, minus the time inside the parts of the model's blocks,
+its embedding, its last norm and its unembedding. Each size runs in a process of its own. Memory is what the
+process holds at most during the run, more than before it.
 """
 
 from __future__ import annotations
@@ -12,81 +14,121 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import argparse
+import json
+import platform
+import subprocess
+import sys
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import patchscope_nn as ps
-from benchmarks.speed.made import Scale, make
-from patchscope_nn.analysis.tables import Tabulator
-from patchscope_nn.backends import steps
-from patchscope_nn.engines.transformers import Transformers
-from patchscope_nn.models import load
-from patchscope_nn.models.builtin import NAME
-from patchscope_nn.runs import execute
-from patchscope_nn.runs.folder import RunFolder
-from patchscope_nn.runs.results import Run
-
-SPENT: Counter[str] = Counter()
+SIZES = (10_000, 100_000, 1_000_000)
+N_LAYERS = 8
+_N_WORDS = 256
 
 
 def main() -> None:
-    """Run once, and print each part's seconds and share."""
+    """Measure all sizes, and print a table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.overhead", description=main.__doc__)
-    parser.add_argument("--cells", type=int, default=100_000)
-    cells = parser.parse_args().cells
-    model = load(NAME)
-    rows = -(-cells // model.info.n_layers)
-    workload = make("W2", model, Scale(times=-(-rows // 200)))
-    for owner, name, part in (
-        (Transformers, "run", "passes"),
-        (steps, "lower", "lowering a step"),
-        (execute, "plan", "planning"),
-        (Tabulator, "row", "metrics and table rows"),
-        (RunFolder, "append", "writing cells"),
-        (RunFolder, "finish", "the parquet file and manifest"),
-        (Run, "report", "the report"),
-    ):
-        _count(owner, name, part)
-    scope = ps.Patchscope(
-        source=ps.Source(prompt="{text}", position=-1, layer="all"),
-        target=ps.Target(prompt=list(workload.target), position=-1, layer="same"),
-        readout=ps.NextToken(top_k=5, reference="source"),
-    )
+    parser.add_argument("--cells", type=int, nargs="*", default=list(SIZES))
+    parser.add_argument("--child", choices=("memory", "folder"), help=argparse.SUPPRESS)
+    chosen = parser.parse_args()
+    if chosen.child:
+        print(json.dumps(measure(chosen.cells[0], into_folder=chosen.child == "folder")))
+        return
+    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores\n")
+    print("| cells | into | wall s | s in the model | host us a cell | MiB more at most |")
+    print("|---|---|---|---|---|---|")
+    for cells in chosen.cells:
+        for kind in ("memory", "folder"):
+            command = [sys.executable, "-m", "benchmarks.overhead", "--cells", str(cells), "--child", kind]
+            done = subprocess.run(command, check=True, capture_output=True, text=True)
+            found = json.loads(done.stdout.splitlines()[-1])
+            host = 1e6 * (found["wall"] - found["model"]) / found["cells"]
+            into = "memory" if kind == "memory" else "a folder, with report"
+            print(
+                f"| {found['cells']:,} | {into} | {found['wall']:.2f} | {found['model']:.2f} | {host:.1f} | "
+                f"{found['more']:.0f} |",
+                flush=True,
+            )
+
+
+def measure(cells: int, *, into_folder: bool) -> dict[str, float]:
+    """Run a sweep of about so many cells, and return its figures."""
+    import patchscope_nn as ps
+
     with tempfile.TemporaryDirectory() as folder:
-        started = time.perf_counter()
-        run = ps.run(
-            scope,
-            model=model,
-            data=[{"text": text} for text in workload.texts[:rows]],
-            metrics=["precision_at_1", "surprisal_nats"],
-            out=Path(folder) / "run",
-            progress=_counted(lambda _done, _of: None, "progress"),
+        model = ps.load(str(_tiny_model(Path(folder) / "model")), proof=False)
+        clock = Clock(model.module)
+        scope = ps.Patchscope(
+            source=ps.Source(prompt="{text}", position=-1, layer="all"),
+            target=ps.Target(prompt="w1 w2 w3 w4 w5 w6", position=-1, layer="all"),
+            readout=ps.NextToken(top_k=5, reference="source"),
         )
-        elapsed = time.perf_counter() - started
-    SPENT["the rest"] = elapsed - SPENT.total()
-    print(f"{len(run.rows):,} cells, {elapsed:.1f} s")
-    print("\n| part | s | share | us a cell |\n|---|---|---|---|")
-    for part, seconds in SPENT.most_common():
-        print(f"| {part} | {seconds:.2f} | {100 * seconds / elapsed:.2f} % | {1e6 * seconds / cells:.1f} |")
-
-
-def _count(owner: Any, name: str, part: str) -> None:
-    setattr(owner, name, _counted(getattr(owner, name), part))
-
-
-def _counted(call: Callable[..., Any], part: str) -> Callable[..., Any]:
-    def counted(*args: Any, **kwargs: Any) -> Any:
+        rows = [{"text": _text(number)} for number in range(max(1, cells // N_LAYERS**2))]
+        options: dict[str, Any] = {"model": model, "metrics": ["precision_at_1", "surprisal_nats"]}
+        ps.run(scope, data=rows[:2], **options)
+        before, clock.seconds = _memory("VmRSS"), 0.0
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
         started = time.perf_counter()
-        try:
-            return call(*args, **kwargs)
-        finally:
-            SPENT[part] += time.perf_counter() - started
+        out = Path(folder) / "run" if into_folder else None
+        run = ps.run(scope, data=rows, out=out, **options)
+        wall = time.perf_counter() - started
+        n_cells = len(run.rows)
+    return {"cells": n_cells, "wall": wall, "model": clock.seconds, "more": _memory("VmHWM") - before}
 
-    return counted
+
+class Clock:
+    """Adds up the time inside the parts of a model that compute."""
+
+    def __init__(self, model: Any) -> None:
+        self.seconds = 0.0
+        self._started = 0.0
+        parts = [part for block in model.model.layers for part in block.children()]
+        for part in (model.model.embed_tokens, *parts, model.model.norm, model.lm_head):
+            part.register_forward_pre_hook(self._start)
+            part.register_forward_hook(self._stop)
+
+    def _start(self, *_: Any) -> None:
+        self._started = time.perf_counter()
+
+    def _stop(self, *_: Any) -> None:
+        self.seconds += time.perf_counter() - self._started
+
+
+def _text(number: int) -> str:
+    """Return the text of a context, all different."""
+    words = (number % _N_WORDS, number // _N_WORDS, 7 + number // 31)
+    return " ".join(f"w{word % _N_WORDS}" for word in words)
+
+
+def _tiny_model(folder: Path) -> Path:
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    torch.manual_seed(0)
+    vocabulary = {f"w{number}": number for number in range(_N_WORDS)}
+    tokenizer = Tokenizer(models.WordLevel(vocab=vocabulary, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0").save_pretrained(folder)
+    config = LlamaConfig(
+        vocab_size=_N_WORDS,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=N_LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def _memory(name: str) -> float:
+    """Return a figure of the kernel's about this process, in MiB (Linux)."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split(f"{name}:")[1].split()[0]) / 1024
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,7 +121,7 @@ def _fit_and_predict(vectors: np.ndarray, labels: np.ndarray, held_out: np.ndarr
 
 
 def probe_columns(
-    rows: Sequence[Mapping[str, Any]], *, labels: Sequence[str], prompts: Sequence[str], folds: int, seed: int
+    rows: Iterable[Mapping[str, Any]], *, labels: Sequence[str], prompts: Sequence[str], folds: int, seed: int
 ) -> dict[str, list[Any]]:
     """Compute the columns that a probe adds to a run's table.
 

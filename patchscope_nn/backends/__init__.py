@@ -7,7 +7,14 @@ ndif/         jobs on an NDIF server
 """
 
 from patchscope_nn.backends.places import Backend, Bridged, Local, Ndif, Places, Rehearsal
-from patchscope_nn.backends.steps import Listener, PassTooLargeError, is_out_of_memory, results_of, run_steps
+from patchscope_nn.backends.steps import (
+    Listener,
+    PassResult,
+    PassTooLargeError,
+    is_out_of_memory,
+    results_of,
+    run_steps,
+)
 
 __all__ = [
     "Backend",
@@ -15,6 +22,7 @@ __all__ = [
     "Listener",
     "Local",
     "Ndif",
+    "PassResult",
     "PassTooLargeError",
     "Places",
     "Rehearsal",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from patchscope_nn.lower import lower
 from patchscope_nn.mappings import ResolvedMapping
 from patchscope_nn.models import Model, memory_reused
 from patchscope_nn.plan import Plan, Step
-from patchscope_nn.sweep import Cell, Sweep
+from patchscope_nn.sweep import Cell, Flags, Sweep
 
 
 class PassTooLargeError(RunError):
@@ -60,12 +60,11 @@ def run_steps(
     mapping: ResolvedMapping,
     backend: Backend,
     listener: Listener | None = None,
-) -> Iterator[Iterator[tuple[Cell, dict[str, Any]]]]:
+) -> Iterator[Iterator[PassResult]]:
     """Run a plan step by step. The listener hears only models that run in this process.
 
     Yields:
-        For each step, an iterator over its cells and their copies, with raw readouts. Exhaust it before you
-        take the next one.
+        For each step, an iterator over the results of its passes. Exhaust it before you take the next one.
 
     Raises:
         PassTooLargeError: A pass ran out of memory. The cells that were yielded are done; the caller can plan
@@ -123,37 +122,69 @@ def _hear_pass(plan: Plan, cells: Ints, ends: set[int], listener: Listener) -> H
     return hear
 
 
-def results_of(plan: Plan, step: Step, results: Results) -> Iterator[tuple[Cell, dict[str, Any]]]:
-    """Yield the cells of a step and their copies, each with its readout."""
+class PassResult(NamedTuple):
+    """What a target pass has returned.
+
+    Attributes:
+        cells: The numbers of its cells, and of their copies, in ascending order.
+        rows: For each of these, its row of the columns.
+        columns: The raw readouts: tensors or lists with an item for each cell of the pass.
+    """
+
+    cells: Ints
+    rows: Ints
+    columns: dict[str, Any]
+
+    @property
+    def n_rows(self) -> int:
+        """The number of rows of the columns."""
+        return len(next(iter(self.columns.values())))
+
+    @property
+    def finite(self) -> Flags:
+        """True for the cells whose numbers are finite."""
+        reasons = self.columns.get("not_finite")
+        if reasons is None:
+            return np.ones(len(self.cells), bool)
+        return np.array([reason is None for reason in reasons])[self.rows]
+
+    def take(self, kept: Flags) -> PassResult:
+        """Return the result with some of its cells."""
+        return PassResult(self.cells[kept], self.rows[kept], self.columns)
+
+    def raw(self, sweep: Sweep) -> Iterator[tuple[Cell, dict[str, Any]]]:
+        """Yield each cell with its raw readout as plain values, which is slow for many cells."""
+        listed = {
+            name: [value.tolist() if isinstance(value, torch.Tensor) else value for value in values]
+            for name, values in self.columns.items()
+        }
+        for cell, row in zip(sweep.cells.block(self.cells), self.rows.tolist(), strict=True):
+            readout = {name: values[row] for name, values in listed.items()}
+            if readout.get("not_finite", "") is None:
+                del readout["not_finite"]
+            yield cell, readout
+
+
+def results_of(plan: Plan, step: Step, results: Results) -> Iterator[PassResult]:
+    """Yield the results of the passes of a step."""
     for target, columns in zip(step.targets, results["passes"], strict=True):
-        numbers = step.cells.number[target.cells]
-        copies, index = plan.copies(numbers)
-        rows = rows_of(columns, len(numbers))
-        block = plan.sweep.cells.block(np.concatenate([numbers, copies]))
-        yield from zip(block, [*rows, *(rows[place] for place in index.tolist())], strict=True)
+        cells = step.cells.number[target.cells]
+        copies, index = plan.copies(cells)
+        yield pass_result(columns, np.append(cells, copies), np.append(np.arange(len(cells)), index))
 
 
-def rows_of(columns: dict[str, Any], count: int) -> list[dict[str, Any]]:
-    """Return the columns of a pass as a dict for each of its cells.
+def pass_result(columns: dict[str, Any], cells: Ints, rows: Ints) -> PassResult:
+    """Return the result of a pass.
 
     Raises:
-        RunError: A column does not have a value for each cell.
+        RunError: A column does not have an item for each cell of the pass.
     """
-    listed = {name: _listed(part) for name, part in columns.items()}
-    for name, values in listed.items():
+    count = int(rows.max(initial=-1)) + 1
+    for name, values in columns.items():
         if len(values) != count:
             raise RunError(f"a pass of {count} cells returned {len(values)} values of {name}.")
-    rows = [dict(zip(listed, values, strict=True)) for values in zip(*listed.values(), strict=True)]
-    for row in rows:
-        if row.get("not_finite", "") is None:
-            del row["not_finite"]
-    return rows
-
-
-def _listed(part: Any) -> list[Any]:
-    if isinstance(part, torch.Tensor):
-        return list(part.tolist())
-    return [value.tolist() if isinstance(value, torch.Tensor) else value for value in part]
+    order = np.argsort(cells)
+    return PassResult(cells[order], rows[order], columns)
 
 
 class HeldStates:

@@ -3,6 +3,7 @@
 registry.py   what a metric is, and how recipes and scripts name metrics
 values.py     the included metrics, each with its source; new metrics go there
 columns.py    users' columns, computed after the readout and before the metrics
+arrays.py     columns as arrays and as rows
 evaluate.py   checks whether columns and metrics fit a run, and computes them
 """
 
@@ -19,8 +20,7 @@ from patchscope_nn.metrics.evaluate import (
     check_columns,
     check_metrics,
     check_names,
-    compute_columns,
-    compute_metrics,
+    compute,
     references,
 )
 from patchscope_nn.metrics.registry import (
@@ -45,8 +45,7 @@ __all__ = [
     "check_metrics",
     "check_names",
     "column",
-    "compute_columns",
-    "compute_metrics",
+    "compute",
     "described",
     "dump_infos",
     "metric",

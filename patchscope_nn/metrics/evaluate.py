@@ -1,17 +1,19 @@
-"""Checking that columns and metrics fit a run, and computing them for a cell without stopping at errors."""
+"""Checking that columns and metrics fit a run, and computing them without stopping at errors."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
+
+import numpy as np
 
 from patchscope_nn._util.plain import plain, shown
 from patchscope_nn.errors import DataError, did_you_mean
+from patchscope_nn.metrics.arrays import Arrays, as_rows
 from patchscope_nn.metrics.columns import ColumnUse
-from patchscope_nn.metrics.registry import Columns, MetricUse
+from patchscope_nn.metrics.registry import MetricUse
 from patchscope_nn.spec import Readout
 
 _EXAMPLES = {"reference": ", for example reference: source"}
@@ -59,41 +61,88 @@ def check_columns(uses: Sequence[MetricUse], rows: Sequence[Mapping[str, Any]]) 
                     )
 
 
-class Computed(NamedTuple):
-    """The columns or metrics of one cell by name, and a sentence for each function that failed."""
+class Computed:
+    """The derived columns and the metrics of `count` cells.
 
-    values: dict[str, Any]
-    problems: list[str]
+    Attributes:
+        values: The values of each column or metric: None for a cell that has none.
+        problems: By cell, a sentence for each function that failed.
+    """
 
-    def add(self, name: str, call: Callable[[], Any], *, check: Callable[[Any], Any], noun: str) -> None:
-        """Add the value that a user's function returns; if the function fails, add None and a problem."""
-        self.values[name] = None
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.values: dict[str, Any] = {}
+        self.problems: dict[int, list[str]] = {}
+
+    def add(self, name: str, call: Callable[[int], Any], *, check: Callable[[Any], Any], noun: str) -> None:
+        """Add the values that a user's function returns for each cell; one that fails is None."""
+        self.values[name] = [self._value(name, cell, call, check, noun) for cell in range(self.count)]
+
+    def _value(
+        self, name: str, cell: int, call: Callable[[int], Any], check: Callable[[Any], Any], noun: str
+    ) -> Any:
         try:
-            self.values[name] = check(call())
+            return check(call(cell))
         except Exception as error:  # noqa: BLE001 (a user's function may raise anything; the run goes on)
-            self.problems.append(f"{noun} {name} failed: {type(error).__name__}: {error}.")
+            problem = f"{noun} {name} failed: {type(error).__name__}: {error}."
+            self.problems.setdefault(cell, []).append(problem)
+            return None
+
+    def add_numbers(self, name: str, numbers: Any) -> None:
+        """Add a metric that is computed at once: NaN where there is none, None for none at all."""
+        numbers = np.full(self.count, np.nan) if numbers is None else np.asarray(numbers, float)
+        if np.isinf(numbers).any():
+            self.add(
+                name,
+                lambda cell: None if np.isnan(numbers[cell]) else numbers[cell],
+                check=_number,
+                noun="metric",
+            )
+        else:
+            self.values[name] = np.ma.masked_invalid(numbers)
 
 
-def compute_metrics(uses: Sequence[MetricUse], columns: Columns, row: Mapping[str, Any]) -> Computed:
-    """Compute the resolved metrics of one cell: a finite number or None each. A failed metric has None."""
-    computed = Computed({}, [])
+def compute(
+    derived: Sequence[ColumnUse],
+    uses: Sequence[MetricUse],
+    columns: Mapping[str, Any],
+    rows: Sequence[Mapping[str, Any]],
+) -> Computed:
+    """Compute the derived columns and the metrics of some cells.
+
+    Args:
+        derived: The derived columns, resolved. Each can read those before it.
+        uses: The metrics, resolved.
+        columns: The cells' places and what their readout returned, as arrays of pyarrow.
+        rows: The data row of each cell.
+
+    Returns:
+        Among others, a finite number or None for each metric and cell. What fails is None.
+    """
+    computed = Computed(len(rows))
+    by_cell = [use for use in uses if use.metric is not None and not use.metric.by_column]
     # Functions must not change the values that other functions read or that are written to the table.
-    read_only = MappingProxyType(columns), MappingProxyType(row)
+    cells = as_rows(columns) if derived or by_cell else []
+    read_only = [
+        (MappingProxyType(cell), MappingProxyType(row)) for cell, row in zip(cells, rows, strict=False)
+    ]
+
+    def call_of(function: Callable[..., Any], **parameters: str) -> Callable[[int], Any]:
+        return lambda cell: function(*read_only[cell], **parameters)
+
+    for own in derived:
+        if own.column is not None:
+            computed.add(own.name, call_of(own.column.compute), check=own.column.check, noun="column")
+            for cell, value in zip(cells, computed.values[own.name], strict=True):
+                cell[own.name] = value
     for use in uses:
         if use.metric is not None:
-            call = partial(use.metric.compute, *read_only, **dict(use.parameters))
-            computed.add(use.name, call, check=_number, noun="metric")
-    return computed
-
-
-def compute_columns(uses: Sequence[ColumnUse], columns: Columns, row: Mapping[str, Any]) -> Computed:
-    """Compute the resolved derived columns of one cell. Each can read the derived columns before it."""
-    computed = Computed({}, [])
-    for use in uses:
-        if use.column is not None:
-            read_only = MappingProxyType({**columns, **computed.values}), MappingProxyType(row)
-            call = partial(use.column.compute, *read_only)
-            computed.add(use.name, call, check=use.column.check, noun="column")
+            parameters = dict(use.parameters)
+            if use.metric.by_column:
+                computed.add_numbers(use.name, use.metric.compute(Arrays(columns), rows, **parameters))
+            else:
+                call = call_of(use.metric.compute, **parameters)
+                computed.add(use.name, call, check=_number, noun="metric")
     return computed
 
 

@@ -17,12 +17,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple, TypeAlias, overload
 
+import numpy as np
+
 from patchscope_nn._util import functions
 from patchscope_nn._util.arguments import checked
 from patchscope_nn._util.registry import Registry, decorate
+from patchscope_nn.metrics.arrays import of_one_cell
 
 Columns: TypeAlias = Mapping[str, Any]
-Compute: TypeAlias = Callable[..., float | None]
+Compute: TypeAlias = Callable[..., Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,15 +56,20 @@ class Metric(MetricInfo):
             number or None.
         parameters: The required parameters; a recipe sets each to the name of a data column.
         needs: A field of the readout that must be set, for example `reference`.
+        by_column: True if the function takes the columns of many cells at once.
     """
 
     compute: Compute = field(repr=False)
     parameters: tuple[str, ...] = ()
     needs: str | None = None
+    by_column: bool = False
 
     def __call__(self, columns: Columns, row: Mapping[str, Any], **parameters: str) -> float | None:
         """Compute the number for one cell, or None if it has none."""
-        return self.compute(columns, row, **parameters)
+        if not self.by_column:
+            return self.compute(columns, row, **parameters)
+        numbers: Any = self.compute(of_one_cell(columns), [row], **parameters)
+        return None if numbers is None or np.isnan(numbers[0]) else float(numbers[0])
 
 
 class MetricUse(NamedTuple):
@@ -105,6 +113,7 @@ def metric(
     readout: str | None = None,
     needs: str | None = None,
     higher_is_better: bool = True,
+    by_column: bool = False,
 ) -> Callable[[Compute], Metric]: ...
 @checked
 def metric(
@@ -115,6 +124,7 @@ def metric(
     readout: str | None = None,
     needs: str | None = None,
     higher_is_better: bool = True,
+    by_column: bool = False,
 ) -> Metric | Callable[[Compute], Metric]:
     """Register a function as a metric, so that recipes and scripts can name it; used as a decorator.
 
@@ -126,6 +136,9 @@ def metric(
         readout: The name of the readout that it reads, for example `generate`; None means any.
         needs: A field of the readout that must be set, for example `relevancy`.
         higher_is_better: Whether a higher number is better; `best_over` uses this.
+        by_column: True if the function takes many cells at once, which is faster: `columns` has numpy arrays,
+            (n_cells,) or for lists of equal length (n_cells, k), and lacks a column that has no value;
+            `row` is a list of the data rows. It returns (n_cells,) numbers, NaN where there is none, or None.
 
     Returns:
         The metric, which can still be called like the function.
@@ -136,7 +149,13 @@ def metric(
 
     def register(function: Compute) -> Metric:
         registered = as_metric(
-            function, name=name, title=title, readout=readout, needs=needs, higher_is_better=higher_is_better
+            function,
+            name=name,
+            title=title,
+            readout=readout,
+            needs=needs,
+            higher_is_better=higher_is_better,
+            by_column=by_column,
         )
         METRICS.register(registered.name, registered, home=functions.reference_of(function))
         return registered

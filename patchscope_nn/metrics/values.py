@@ -1,4 +1,4 @@
-"""The included metrics. Each takes a cell's columns and its data row, and returns a number or None.
+"""The included metrics: functions of a cell's columns and its data row, or (`by_column`) of many cells.
 
 To include another metric, add a function here. `registry.py` documents the decorator.
 
@@ -16,16 +16,18 @@ from typing import Any
 
 from patchscope_nn.metrics.registry import Columns, metric
 
+_Rows = Sequence[Mapping[str, Any]]
 
-@metric(title="Precision@1", readout="next_token", needs="reference")
-def precision_at_1(columns: Columns, _row: Mapping[str, Any]) -> float | None:
+
+@metric(title="Precision@1", readout="next_token", needs="reference", by_column=True)
+def precision_at_1(columns: Columns, _rows: _Rows) -> Any:
     """1 if the patched run's top token is the reference token, else 0 (section 4.1)."""
     reference = columns.get("reference_ids")
-    return None if not reference else float(columns["top_ids"][0] == reference[0])
+    return None if reference is None else columns["top_ids"][:, 0] == reference[:, 0]
 
 
-def _in_column(name: str) -> Callable[..., float | None]:
-    return lambda columns, _row: columns.get(name)
+def _in_column(name: str) -> Callable[..., Any]:
+    return lambda columns, _rows: columns.get(name)
 
 
 #: Metrics that the readout computes, because only it has whole distributions.
@@ -34,33 +36,46 @@ for _name, _title in (
     ("nll_nats", "NLL (nats): -log p_patched(reference token)"),  # of the first reference token
     ("kl_nats", "KL (nats): KL(source || patched)"),  # if both models share a vocabulary
 ):
-    metric(name=_name, title=_title, readout="next_token", needs="reference", higher_is_better=False)(
-        _in_column(_name)
-    )
+    metric(
+        name=_name,
+        title=_title,
+        readout="next_token",
+        needs="reference",
+        higher_is_better=False,
+        by_column=True,
+    )(_in_column(_name))
 
 
-@metric(title="Top-k overlap with the source's own", readout="next_token", needs="reference")
-def top_k_overlap(columns: Columns, _row: Mapping[str, Any]) -> float | None:
+@metric(title="Top-k overlap with the source's own", readout="next_token", needs="reference", by_column=True)
+def top_k_overlap(columns: Columns, _rows: _Rows) -> Any:
     """Share of the source model's top-k tokens that are among the patched run's top-k tokens, 0..1.
 
     k is `readout.next_token.top_k` (overlap at depth k: Webber et al. 2010, section 3).
     """
     own = columns.get("source_top_ids")
-    return None if not own else len({*own} & {*columns["top_ids"]}) / len(own)
+    return None if own is None else (own[:, :, None] == columns["top_ids"][:, None]).any(-1).mean(-1)
 
 
-@metric(title="Rank of the reference token", readout="next_token", needs="reference", higher_is_better=False)
-def rank(columns: Columns, _row: Mapping[str, Any]) -> float | None:
+@metric(
+    title="Rank of the reference token",
+    readout="next_token",
+    needs="reference",
+    higher_is_better=False,
+    by_column=True,
+)
+def rank(columns: Columns, _rows: _Rows) -> Any:
     """The rank of the reference token in the patched run, 1 for the top (Dar et al. 2023, section 4)."""
     ranks = columns.get("reference_ranks")
-    return None if not ranks else float(ranks[0])
+    return None if ranks is None else ranks[:, 0]
 
 
-@metric(title="Reciprocal rank of the reference token", readout="next_token", needs="reference")
-def reciprocal_rank(columns: Columns, row: Mapping[str, Any]) -> float | None:
+@metric(
+    title="Reciprocal rank of the reference token", readout="next_token", needs="reference", by_column=True
+)
+def reciprocal_rank(columns: Columns, _rows: _Rows) -> Any:
     """1 / `rank`; its mean is the mean reciprocal rank (Voorhees 1999, section 3)."""
-    reference_rank = rank(columns, row)
-    return None if reference_rank is None else 1.0 / reference_rank
+    ranks = columns.get("reference_ranks")
+    return None if ranks is None else 1.0 / ranks[:, 0]
 
 
 @metric(title="ROUGE-L", readout="generate")

@@ -15,7 +15,7 @@ Steps are made on demand, so that a plan of a hundred thousand cells holds one s
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal, NamedTuple
@@ -155,7 +155,7 @@ def plan(
     context: Context | Literal["auto"] = "auto",
     max_rows: int | None = None,
     memory: int | None = None,
-    done: Collection[int] = (),
+    done: Sequence[int] | Ints = (),
     remote: bool = False,
     optimisations: Optimisations | None = None,
 ) -> Plan:
@@ -191,7 +191,7 @@ def plan(
         kinds=survey.kinds,
         served_by=survey.served_by,
         groups=_groups(sweep, survey, budget, optimisations),
-        done=np.array(sorted(done), np.int64),
+        done=np.asarray(done, np.int64),
         runs=survey.runs,
         independent=remote,
         withheld=withheld,
@@ -258,11 +258,11 @@ class _Survey(NamedTuple):
     runs: Flags
 
 
-def _survey(sweep: Sweep, done: Collection[int], optimisations: Optimisations) -> _Survey:
+def _survey(sweep: Sweep, done: Sequence[int] | Ints, optimisations: Optimisations) -> _Survey:
     """Transformation 1: find copies, and count the cells that run."""
     cells = sweep.cells
     left = np.ones(len(cells), bool)
-    left[list(done)] = False
+    left[np.asarray(done, np.int64)] = False
     seeds = np.empty(len(cells), np.int64)
     counts = np.zeros(len(cells.controls), np.int64)
     for block in cells.blocks():

@@ -6,12 +6,12 @@ any set of optimisations; `reference.py` computes the expected result of every c
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, TypeAlias
 
-from patchscope_nn.backends import Local, results_of, run_steps
+from patchscope_nn.backends import Local, PassResult, results_of, run_steps
 from patchscope_nn.body.program import StepProgram
 from patchscope_nn.lower import lower
 from patchscope_nn.mappings import ResolvedMapping
@@ -54,12 +54,13 @@ class Programs(NamedTuple):
 
     def rows(self, results: Iterator[Any]) -> list[dict[str, Any]]:
         """Convert the next results of steps to the raw readout of every cell, in the sweep's order."""
-        cells = [cell for step in self.steps for cell in results_of(self.planned, step, next(results))]
-        return [raw for _, raw in _in_order(cells)]
+        passes = (result for step in self.steps for result in results_of(self.planned, step, next(results)))
+        return [raw for _, raw in _in_order(self.planned, passes)]
 
 
-def _in_order(cells: Results) -> Results:
-    return sorted(cells, key=lambda result: result[0].number)
+def _in_order(planned: Plan, results: Iterable[PassResult]) -> Results:
+    cells = [cell for result in results for cell in result.raw(planned.sweep)]
+    return sorted(cells, key=lambda cell: cell[0].number)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +149,7 @@ class Runner:
         planned = plan(self._sweep(trial, model), context=context, memory=self.memory, optimisations=used)
         with _endless(model.module):
             steps = run_steps(planned, source=model, target=model, mapping=_IDENTITY, backend=Local())
-            return _in_order([result for step in steps for result in step])
+            return _in_order(planned, (result for step in steps for result in step))
 
     def programs(self, trial: Trial, used: Optimisations) -> Programs:
         """Return the programs of a trial's steps, to run on another machine."""

@@ -57,7 +57,13 @@ class Choices(Readout):
         """Return the arguments of `read_choices`."""
         return {"continuations": cells.continuations}
 
-    def tabulate(self, raw: Mapping[str, Any], tokens: Tokens, texts: Sequence[str]) -> dict[str, Any]:  # noqa: ARG002 (it has the texts)
-        """Return a cell's columns, with the most likely choice."""
-        best = max(range(len(texts)), key=lambda place: raw["choice_logprobs"][place])
-        return {"choices": list(texts), **raw, "choice": texts[best]}
+    def tabulate(
+        self,
+        raw: Mapping[str, Any],
+        tokens: Tokens,  # noqa: ARG002 (it has the texts)
+        texts: Sequence[Sequence[str]],
+    ) -> dict[str, Any]:
+        """Return the columns, with the choices as texts."""
+        best = raw["choice_logprobs"].argmax(-1).tolist()
+        chosen = [choices[place] for choices, place in zip(texts, best, strict=True)]
+        return {**raw, "choices": [list(choices) for choices in texts], "choice": chosen}

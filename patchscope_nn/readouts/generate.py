@@ -83,12 +83,15 @@ class Generate(Readout):
             "prompts": cells.prompts if self.relevancy else None,
         }
 
-    def tabulate(self, raw: Mapping[str, Any], tokens: Tokens, texts: Sequence[str]) -> dict[str, Any]:  # noqa: ARG002 (no texts are appended)
-        """Return a cell's columns. The text ends before the stop string, even inside a token."""
-        whole = tokens.text(raw["token_ids"])
-        text = cut(whole, self.stop)
-        columns = {"text": text, "stopped": raw["stopped"] if text == whole else "stop"}
-        return {name: columns.get(name, raw.get(name)) for name in self.given}
+    def tabulate(
+        self, raw: Mapping[str, Any], tokens: Tokens, texts: Sequence[Sequence[str]]
+    ) -> dict[str, Any]:
+        """Return the columns. A text ends before the stop string, even inside a token."""
+        whole = tokens.texts(raw["token_ids"])
+        texts = [cut(text, self.stop) for text in whole]
+        ends = zip(texts, whole, raw["stopped"], strict=True)
+        stopped = [reason if text == before else "stop" for text, before, reason in ends]
+        return {**raw, "text": texts, "stopped": stopped}
 
 
 def cut(text: str, stop: str | None) -> str:

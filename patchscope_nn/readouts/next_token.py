@@ -92,11 +92,12 @@ class NextToken(Readout):
             "from_source": self.from_source,
         }
 
-    def tabulate(self, raw: Mapping[str, Any], tokens: Tokens, texts: Sequence[str]) -> dict[str, Any]:  # noqa: ARG002 (no texts are appended)
-        """Return a cell's columns, with the texts of token ids."""
-        named = {
-            f"{side}_tokens": None if ids is None else [tokens.token(token_id) for token_id in ids]
-            for side in ("top", "reference")
-            for ids in [raw.get(f"{side}_ids")]
-        }
-        return {name: named.get(name, raw.get(name)) for name in self.given}
+    def tabulate(
+        self,
+        raw: Mapping[str, Any],
+        tokens: Tokens,
+        texts: Sequence[Sequence[str]],  # noqa: ARG002 (none is appended)
+    ) -> dict[str, Any]:
+        """Return the columns, with the texts of token ids."""
+        sides = [side for side in ("top", "reference") if f"{side}_ids" in raw]
+        return {**raw, **{f"{side}_tokens": tokens.tokens(raw[f"{side}_ids"]) for side in sides}}

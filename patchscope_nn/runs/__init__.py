@@ -8,7 +8,6 @@ execute.py       executes a prepared run step by step
 manifest.py      the contents of a run folder's manifest.json
 folder.py        writes the run folder
 results.py       Run: the results of a run
-lazy_rows.py     the rows of a run, read from its folder on access
 experiments.py   Experiment: the runs of several methods, and their comparison
 explain.py       ps.explain
 costs.py         the costs of the included recipes

@@ -11,16 +11,20 @@ from __future__ import annotations
 import gc
 import importlib.util
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeGuard
 
+import numpy as np
+import pyarrow as pa
+
+from patchscope_nn._util.ragged import Ints
+from patchscope_nn.analysis.cell_rows import CellRows
 from patchscope_nn.analysis.probes import probe_columns
-from patchscope_nn.analysis.tables import Tabulator
-from patchscope_nn.backends import Backend, Bridged, Listener, Ndif, PassTooLargeError, run_steps
+from patchscope_nn.analysis.tabulate import Tabulator
+from patchscope_nn.backends import Backend, Bridged, Listener, Ndif, PassResult, PassTooLargeError, run_steps
 from patchscope_nn.backends.ndif.client import Patience
 from patchscope_nn.backends.ndif.job_log import JobLog
 from patchscope_nn.backends.ndif.job_size import JOBS
@@ -28,7 +32,6 @@ from patchscope_nn.backends.ndif.scheduler import Failed, Scheduler
 from patchscope_nn.models import usable_memory
 from patchscope_nn.plan import Context, Optimisations, Plan, packs, plan
 from patchscope_nn.runs.folder import ENSEMBLE, InMemory, open_folder
-from patchscope_nn.runs.lazy_rows import Widened
 from patchscope_nn.runs.loading import prove_on_servers
 from patchscope_nn.runs.manifest import finished_manifest, new_manifest, new_session
 from patchscope_nn.runs.prepared import PreparedRun
@@ -36,8 +39,6 @@ from patchscope_nn.runs.results import Run
 
 #: Called with (done, total).
 Progress: TypeAlias = Callable[[int, int], None]
-#: The number of cells whose rows are written at a time.
-_ROWS_AT_ONCE = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,15 +70,13 @@ class Execution:
     listener: Listener | None = None
 
 
-def plan_run(
-    prepared: PreparedRun, execution: Execution | None = None, *, done: Collection[int] = ()
-) -> Plan:
+def plan_run(prepared: PreparedRun, execution: Execution | None = None, *, done: Ints | None = None) -> Plan:
     """Plan a prepared run.
 
     Args:
         prepared: The run.
         execution: How it will run; None uses the defaults.
-        done: The numbers of the finished cells.
+        done: The numbers of the finished cells; None for none.
 
     Raises:
         InputError: The cells cannot run in this context, or a limit is below 1.
@@ -89,7 +88,7 @@ def plan_run(
         context=execution.context,
         max_rows=execution.max_rows,
         memory=memory,
-        done=done,
+        done=() if done is None else done,
         remote=prepared.places.backend.remote,
         optimisations=execution.optimisations,
     )
@@ -138,13 +137,16 @@ def execute(prepared: PreparedRun, execution: Execution, *, out: Path | None = N
     backend, full_plan = prepared.places.backend, plan_run(prepared, execution)
     manifest = new_manifest(prepared, full_plan, command=execution.command)
     started = time.monotonic()
-    with _uncollected(), InMemory() if out is None else open_folder(out, manifest) as store:
-        n_before = len(store.done)
-        for rows in _unfinished(prepared, full_plan, store, execution):
-            store.append(rows)
+    with (
+        _uncollected(),
+        InMemory(len(prepared.sweep.cells)) if out is None else open_folder(out, manifest) as store,
+    ):
+        n_before = store.n_done
+        for part in _unfinished(prepared, full_plan, store, execution):
+            store.append(part)
             if execution.progress:
-                execution.progress(len(store.done), len(prepared.sweep.cells))
-        n_cells, elapsed_s = len(store.done) - n_before, time.monotonic() - started
+                execution.progress(store.n_done, len(store.done))
+        n_cells, elapsed_s = store.n_done - n_before, time.monotonic() - started
         # A probe or summary may have been added to the recipe since an earlier session.
         current = {name: manifest[name] for name in ("recipe", "references", "columns", "metrics")}
         manifest = finished_manifest(
@@ -176,7 +178,7 @@ def _uncollected() -> Iterator[None]:
         gc.unfreeze()
 
 
-def _with_probe(prepared: PreparedRun, store: InMemory) -> Sequence[Mapping[str, Any]]:
+def _with_probe(prepared: PreparedRun, store: InMemory) -> CellRows:
     """Return the rows of the finished cells, with the columns of the recipe's probe."""
     rows, probe = store.rows(), prepared.recipe["probe"]
     if probe is None:
@@ -191,7 +193,7 @@ def _with_probe(prepared: PreparedRun, store: InMemory) -> Sequence[Mapping[str,
             seed=prepared.recipe["seed"],
         )
         store.keep_probe_columns(probe, columns)
-    return Widened(rows, columns)
+    return rows.with_columns(columns)
 
 
 def _write_ensemble_and_report(run: Run) -> None:
@@ -204,8 +206,8 @@ def _write_ensemble_and_report(run: Run) -> None:
 
 def _unfinished(
     prepared: PreparedRun, full_plan: Plan, store: InMemory, execution: Execution
-) -> Iterator[dict[int, dict[str, Any]]]:
-    """Run the unfinished cells, and yield chunks of table rows by cell number.
+) -> Iterator[pa.Table]:
+    """Run the unfinished cells, and yield parts of the table.
 
     If a pass is too large, passes are halved. In a packed sequence, values that are not finite spread to
     other cells, so the affected cells run again as rows of a batch.
@@ -213,8 +215,9 @@ def _unfinished(
     job_log = JobLog(store.path)
     # Cells of unfinished jobs are not planned again, unless this run has no server to fetch them from.
     live = job_log.live() if _on_server(prepared.places.backend) else ()
-    done = store.done.union(*(job.cells for job in live if job.context != "read"))
-    planned = plan_run(prepared, execution, done=done) if done else full_plan
+    done = store.done.copy()
+    done[[number for job in live if job.context != "read" for number in job.cells]] = True
+    planned = plan_run(prepared, execution, done=np.flatnonzero(done)) if done.any() else full_plan
     tabulate = Tabulator(
         prepared.sweep,
         prepared.metrics,
@@ -227,17 +230,17 @@ def _unfinished(
         packed = packs(prepared.sweep, used)
         try:
             for step in _results(prepared, planned, store, execution, job_log):
-                # A step may yield many more cells than it holds, because of deduplication.
-                while chunk := list(islice(step, _ROWS_AT_ONCE)):
-                    rows = {
-                        cell.number: tabulate.failed(cell, raw.reason)
-                        if isinstance(raw, Failed)
-                        else tabulate.row(cell, raw)
-                        for cell, raw in chunk
-                        if isinstance(raw, Failed) or not (packed and "not_finite" in raw)
-                    }
-                    n_again += len(chunk) - len(rows)
-                    yield rows
+                results: list[PassResult] = []
+                failed: dict[int, str] = {}
+                for result in step:
+                    if isinstance(result, Failed):
+                        failed |= dict.fromkeys(result.cells.tolist(), result.reason)
+                    elif packed and not result.finite.all():
+                        n_again += int((~result.finite).sum())
+                        results.append(result.take(result.finite))
+                    else:
+                        results.append(result)
+                yield tabulate.table(results, failed)
         except PassTooLargeError as error:
             if error.rows == 1:
                 raise
@@ -253,7 +256,7 @@ def _unfinished(
             memory=budget.memory,
             optimisations=used,
         )
-        planned = plan_run(prepared, smaller, done=store.done)
+        planned = plan_run(prepared, smaller, done=np.flatnonzero(store.done))
 
 
 def _results(

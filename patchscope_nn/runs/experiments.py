@@ -12,7 +12,6 @@ import importlib.util
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -171,7 +170,7 @@ def write_page(comparison: Comparison, runs: Mapping[str, Run], *, path: Path, t
             name=name,
             manifest=run.manifest,
             metrics=tuple(run.metrics),
-            first_cells=frame(list(islice(run.rows, max_cells)), run.manifest["columns"]),
+            first_cells=frame(run.rows.first(max_cells), run.manifest["columns"]),
             n_cells=len(run.rows),
         )
         for name, run in runs.items()

@@ -1,15 +1,14 @@
 """Writing of run folders.
 
     manifest.json   the recipe, its hash, models, versions, seed, timings
-    cells.jsonl     a line for each finished cell, written while running
+    cells/          the finished cells, in parts that are written while running (Arrow files)
     probe.json      the columns of a probe, if the recipe has one
     cells.parquet   the table, written at the end
     ensemble.csv    combined results of several target prompts, written at the end
     report.html     the report, written at the end
 
-A folder belongs to one hash, so another recipe never continues it. If a process was killed while it wrote a
-line, the incomplete line is removed and its cell runs again. Cells are read from the file on access, so even
-a run of a hundred thousand cells needs little memory.
+A folder belongs to one hash, so another recipe never continues it. A part is written completely or not at
+all. Parts are mapped into memory when they are read, so even a run of a million cells needs little of it.
 """
 
 from __future__ import annotations
@@ -20,16 +19,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
-from patchscope_nn._util.files import append_lines, cut_half_line, replacing, write_whole
+import numpy as np
+import pyarrow as pa
+
+from patchscope_nn._util.files import replacing, write_whole
+from patchscope_nn.analysis.cell_rows import CELL, CellRows
 from patchscope_nn.analysis.tables import write_parquet
 from patchscope_nn.errors import FolderError
-from patchscope_nn.runs.lazy_rows import Lines
 from patchscope_nn.runs.manifest import MANIFEST, Manifest, read_manifest, write_manifest
 
-LINES, TABLE, REPORT = "cells.jsonl", "cells.parquet", "report.html"
+CELLS, TABLE, REPORT = "cells", "cells.parquet", "report.html"
 ENSEMBLE = "ensemble.csv"
 PROBE = "probe.json"
 _LOCK = ".lock"
+#: Parts of more bytes are mapped into memory.
+_MAPPED = 2**20
 
 
 class InMemory:
@@ -38,15 +42,16 @@ class InMemory:
     Attributes:
         path: None.
         manifest: None, since there is no earlier session.
-        done: The numbers of the cells finished so far.
+        done: True for each cell that is finished.
+        n_done: How many are.
     """
 
     path: Path | None = None
     manifest: Manifest | None = None
 
-    def __init__(self) -> None:
-        self.done: set[int] = set()
-        self._rows: dict[int, Mapping[str, Any]] = {}
+    def __init__(self, n_cells: int) -> None:
+        self.done, self.n_done = np.zeros(n_cells, bool), 0
+        self._parts: list[pa.Table] = []
 
     def __enter__(self) -> Self:
         return self
@@ -54,14 +59,18 @@ class InMemory:
     def __exit__(self, *_: object) -> None:
         """Do nothing: there is no lock to release."""
 
-    def append(self, rows: Mapping[int, Mapping[str, Any]]) -> None:
-        """Store finished cells: table rows by cell number."""
-        self._rows.update(rows)
-        self.done.update(rows)
+    def append(self, part: pa.Table) -> None:
+        """Store finished cells: the columns of a run's table, and `CELL`."""
+        self._add(part)
 
-    def rows(self) -> Sequence[Mapping[str, Any]]:
+    def _add(self, part: pa.Table) -> None:
+        self._parts.append(part)
+        self.done[part[CELL].to_numpy()] = True
+        self.n_done += len(part)
+
+    def rows(self) -> CellRows:
         """Return the rows of the finished cells, in the order of the sweep."""
-        return tuple(self._rows[number] for number in sorted(self._rows))
+        return CellRows(self._parts)
 
     def probe_columns(self, probe: Any) -> Mapping[str, Sequence[Any]] | None:  # noqa: ARG002 (none is kept)
         """Return the columns of an earlier session's probe: always None."""
@@ -70,7 +79,7 @@ class InMemory:
     def keep_probe_columns(self, probe: Any, columns: Mapping[str, Sequence[Any]]) -> None:
         """Do nothing: a later session cannot use them."""
 
-    def finish(self, rows: Sequence[Mapping[str, Any]], manifest: Manifest) -> None:
+    def finish(self, rows: CellRows, manifest: Manifest) -> None:
         """Do nothing: there are no files to write."""
 
 
@@ -83,36 +92,34 @@ class RunFolder(InMemory):
         done: The numbers of the cells finished so far.
     """
 
-    def __init__(self, path: Path, manifest: Manifest, lines: Lines) -> None:
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        super().__init__(manifest["n_cells"])
         self.path: Path = path
         self.manifest: Manifest = manifest
-        self.done = set(lines.numbers())
-        self._lines = lines
+        (path / CELLS).mkdir(exist_ok=True)
+        for part in read_parts(path):
+            self._add(part)
+        self._written = len(self._parts)
 
-    def append(self, rows: Mapping[int, Mapping[str, Any]]) -> None:
+    def append(self, part: pa.Table) -> None:
         """Write finished cells at once, so that they are not lost if the process dies later."""
-        lines = {
-            number: json.dumps({"cell": number, **row}, ensure_ascii=False).encode() + b"\n"
-            for number, row in rows.items()
-        }
-        append_lines(self.path / LINES, b"".join(lines.values()))
-        for number, line in lines.items():
-            self._lines.add(number, len(line))
-        self.done.update(rows)
-
-    def rows(self) -> Sequence[Mapping[str, Any]]:
-        """Return the rows of the finished cells, which are read from the folder on access."""
-        return self._lines
+        if not len(part):
+            return
+        file = self.path / CELLS / f"{self._written:08d}.arrow"
+        with replacing(file) as draft, pa.ipc.new_file(draft, part.schema) as writer:
+            writer.write_table(part)
+        self._written += 1
+        self._add(_read_part(file))
 
     def probe_columns(self, probe: Any) -> Mapping[str, Sequence[Any]] | None:
         """Return the columns of an earlier session's probe; None if the probe or the cells have changed."""
-        return kept_probe_columns(self.path, probe, n_cells=len(self._lines))
+        return kept_probe_columns(self.path, probe, n_cells=self.n_done)
 
     def keep_probe_columns(self, probe: Any, columns: Mapping[str, Sequence[Any]]) -> None:
         """Write the columns that a probe adds."""
         write_whole(self.path / PROBE, json.dumps({"probe": probe, "columns": columns}) + "\n")
 
-    def finish(self, rows: Sequence[Mapping[str, Any]], manifest: Manifest) -> None:
+    def finish(self, rows: CellRows, manifest: Manifest) -> None:
         """Write the table and the manifest of a finished run."""
         with replacing(self.path / TABLE) as draft:
             write_parquet(rows, manifest["columns"], draft, kinds=manifest["derived"])
@@ -149,13 +156,22 @@ def open_folder(path: Path, manifest: Manifest) -> Iterator[RunFolder]:
             f"{path} is being written by another process.", hint="Wait for it, or give another --out."
         ) from None
     with lock:
-        cut_half_line(path / LINES)
-        lines = Lines(path / LINES)
         if (path / MANIFEST).exists():
             manifest = read_manifest(path)
         else:
             write_manifest(path, manifest)
-        yield RunFolder(path, manifest, lines)
+        yield RunFolder(path, manifest)
+
+
+def read_parts(folder: Path) -> list[pa.Table]:
+    """Read the finished cells of a run's folder."""
+    return [_read_part(file) for file in sorted((folder / CELLS).glob("*.arrow"))]
+
+
+def _read_part(file: Path) -> pa.Table:
+    # A small file is read, because a mapped one stays open.
+    source = pa.memory_map(str(file)) if file.stat().st_size > _MAPPED else pa.BufferReader(file.read_bytes())
+    return pa.ipc.open_file(source).read_all()
 
 
 def _check_owner(path: Path, digest: str) -> None:

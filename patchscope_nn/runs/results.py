@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from patchscope_nn._util.arguments import checked, checked_class
+from patchscope_nn.analysis.cell_rows import CellRows
 from patchscope_nn.analysis.tables import frame, light_frame
 from patchscope_nn.errors import InputError
 from patchscope_nn.metrics import described
 from patchscope_nn.recipe import PROBE_METRICS
-from patchscope_nn.runs.folder import LINES, REPORT, kept_probe_columns
-from patchscope_nn.runs.lazy_rows import Lines, Widened
+from patchscope_nn.runs.folder import REPORT, kept_probe_columns, read_parts
 from patchscope_nn.runs.manifest import Manifest, read_manifest
 
 if TYPE_CHECKING:
@@ -34,7 +33,7 @@ class Run:
     """
 
     manifest: Manifest
-    rows: Sequence[Mapping[str, Any]]
+    rows: CellRows
     path: Path | None = None
 
     def __repr__(self) -> str:
@@ -159,7 +158,7 @@ class Run:
 
         if len(self.rows) <= MAX_CELLS:
             return (table := self.table()), table
-        return self.light_table(), frame(list(islice(self.rows, MAX_CELLS)), self.manifest["columns"])
+        return self.light_table(), frame(self.rows.first(MAX_CELLS), self.manifest["columns"])
 
     def _repr_html_(self) -> str:
         """Return the HTML that notebooks show."""
@@ -184,6 +183,6 @@ def load_run(path: str | Path) -> Run:
     """
     folder = Path(path)
     manifest = read_manifest(folder)
-    lines = Lines(folder / LINES)
-    probe = kept_probe_columns(folder, manifest["recipe"].get("probe"), n_cells=len(lines))
-    return Run(manifest=manifest, rows=Widened(lines, probe) if probe else lines, path=folder)
+    rows = CellRows(read_parts(folder))
+    probe = kept_probe_columns(folder, manifest["recipe"].get("probe"), n_cells=len(rows))
+    return Run(manifest=manifest, rows=rows.with_columns(probe) if probe else rows, path=folder)

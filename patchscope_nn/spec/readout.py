@@ -47,11 +47,11 @@ class PassCells(Protocol):
 class Tokens(Protocol):
     """Token ids of the target model as text."""
 
-    def token(self, token_id: int) -> str:
-        """Return the text of one token."""
+    def tokens(self, ids: Any) -> Any:
+        """Return the text of each token of a tensor of ids, (n,) or (n, k), as a column of a table."""
 
-    def text(self, ids: Sequence[int]) -> str:
-        """Return the text of a sequence of tokens."""
+    def texts(self, ids: Sequence[Sequence[int]]) -> list[str]:
+        """Return the text of each sequence of tokens."""
 
 
 class Readout(Spec):
@@ -63,9 +63,9 @@ class Readout(Spec):
     Class attributes, definition:
         name: Its name in YAML, in lower-case letters, digits and underscores.
         body: The function that reads it, as `module:function`. It takes a `body.program.PatchedRun` and the
-            values of `lower` as keyword arguments, and returns a dict of plain values for each cell: the raw
-            readout. It is imported when a step is prepared, and its source is sent to where the model runs.
-            So it may use only torch and functions of its own module.
+            values of `lower` as keyword arguments, and returns columns: {name: a tensor or a list with an
+            item for each cell}. It is imported when a step is prepared, and its source is sent to where the
+            model runs. So it may use only torch and functions of its own module.
         columns: The table's columns and their types. No other kind may have the first column.
 
     Class attributes, for the planner:
@@ -156,18 +156,25 @@ class Readout(Spec):
         """Return the body's keyword arguments, as plain values."""
         return {}
 
-    def tabulate(self, raw: Mapping[str, Any], tokens: Tokens, texts: Sequence[str]) -> dict[str, Any]:  # noqa: ARG002 (for kinds that name tokens)
-        """Return a cell's columns.
+    def tabulate(
+        self,
+        raw: Mapping[str, Any],
+        tokens: Tokens,  # noqa: ARG002 (for some kinds)
+        texts: Sequence[Sequence[str]],  # noqa: ARG002 (the same)
+    ) -> dict[str, Any]:
+        """Return the columns of the cells of a pass.
 
         Args:
-            raw: The body's result for the cell.
+            raw: The columns that the body returned.
             tokens: Converts token ids to text.
-            texts: The readout's appended `texts`, filled by the cell's data row.
+            texts: For each cell the readout's appended `texts`, filled by its data row; empty if there are
+                none.
 
         Returns:
-            The values of the columns in `given`, by name.
+            The columns in `given`, by name: tensors, lists with an item for each cell, or what
+            `tokens.tokens` returns. A missing column, or None, has no value for any cell.
         """
-        return {name: raw.get(name) for name in self.given}
+        return dict(raw)
 
 
 def read_position(readout: Readout, count: int) -> int:

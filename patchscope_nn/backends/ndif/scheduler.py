@@ -15,9 +15,9 @@ from __future__ import annotations
 import pickle
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import KW_ONLY, dataclass, field
-from typing import Any, Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -29,14 +29,14 @@ from patchscope_nn.backends.ndif import client
 from patchscope_nn.backends.ndif.client import JobStatus, Patience
 from patchscope_nn.backends.ndif.job_log import End, Job, JobLog
 from patchscope_nn.backends.ndif.job_size import JobSize
-from patchscope_nn.backends.steps import rows_of
+from patchscope_nn.backends.steps import PassResult, pass_result
 from patchscope_nn.body.program import Results, StepProgram
 from patchscope_nn.errors import JobError, ServerError
 from patchscope_nn.lower import lower, nothing
 from patchscope_nn.mappings import ResolvedMapping
 from patchscope_nn.models import Model
 from patchscope_nn.plan import Plan, Step, plan
-from patchscope_nn.sweep import Cell
+from patchscope_nn.sweep import Flags
 
 #: How often cells are sent again after failures that are not their fault.
 _TRIES = 4
@@ -44,14 +44,14 @@ _TRIES = 4
 _GUILTY = 4
 
 
-@dataclass(frozen=True)
-class Failed:
-    """A failed cell's reason, stored in place of its readout."""
+class Failed(NamedTuple):
+    """Cells that have failed, by number, and why."""
 
+    cells: Ints
     reason: str
 
 
-Rows = Iterator[tuple[Cell, "dict[str, Any] | Failed"]]
+Outcome = Iterator[PassResult | Failed]
 
 
 @dataclass
@@ -81,7 +81,7 @@ class Scheduler:
         planned: The plan, without the cells of live jobs.
         backend: Where they run: M* on a server.
         job_log: The run's job log.
-        done: Numbers of the finished cells. The caller adds to it as rows are yielded.
+        done: True for each finished cell. The caller updates it as results are yielded.
         width: How many jobs may run or wait at a time.
         patience: How long to wait.
         notice: Called with one line about the state of the jobs, each time they are checked. An exception
@@ -95,7 +95,7 @@ class Scheduler:
     mapping: ResolvedMapping
     backend: Ndif | Bridged
     job_log: JobLog
-    done: Collection[int]
+    done: Flags
     width: int
     patience: Patience
     notice: Callable[[str], None] | None = None
@@ -116,7 +116,7 @@ class Scheduler:
         self.size = JobSize(self.planned.n_cells)
         self._succeeded, self._guilty = False, 0
 
-    def results(self) -> Iterator[Rows]:
+    def results(self) -> Iterator[Outcome]:
         """Run all jobs, and yield the cells of each as it ends. Write them before you ask for the next.
 
         Raises:
@@ -158,7 +158,7 @@ class Scheduler:
         parts[0] += f" ({queue.rstrip('.')})" if queue else ""
         if self.size.result_bytes:
             parts.append(f"{self.size.result_bytes / 2**10:,.0f} KiB of results")
-        left = self.size.left_s(len(self.planned.sweep.cells) - len(self.done))
+        left = self.size.left_s(int((~self.done).sum()))
         if left is not None:
             parts.append(f"about {left:,.0f} s of work left there, and the queue")
         self.notice(f"jobs: {'; '.join(parts)}")
@@ -215,7 +215,7 @@ class Scheduler:
             rows[index].append(int(copy))
         return tuple(map(tuple, rows))
 
-    def _check(self, flight: _Flight) -> tuple[Rows, End, str] | None:
+    def _check(self, flight: _Flight) -> tuple[Outcome, End, str] | None:
         """Check a job. If it ended with rows: the rows, how it ended, and the server's reason."""
         seen: JobStatus = self._persist(client.look, flight.job.host, flight.job.id)
         if seen.words != flight.latest:
@@ -231,7 +231,7 @@ class Scheduler:
             self._send_liveness_job(flight)
         return None
 
-    def _collect(self, flight: _Flight, seen: JobStatus) -> tuple[Rows, End, str] | None:
+    def _collect(self, flight: _Flight, seen: JobStatus) -> tuple[Outcome, End, str] | None:
         try:
             fused = flight.job.context == "fused"
             results = client.fetch(flight.job.host, seen, "fused" if fused else "session")
@@ -247,20 +247,20 @@ class Scheduler:
         self.size.took(len(flight.job.cells), seconds=seconds, result_bytes=size)
         return self._rows(flight.job, results), "done", ""
 
-    def _rows(self, job: Job, results: Results) -> Rows:
-        """The cells of a job with their readouts, without cells that are already written."""
+    def _rows(self, job: Job, results: Results) -> Outcome:
+        """Yield the results of a job, without cells that are already written."""
         shapes = [len(next(iter(columns.values()), ())) for columns in results["passes"]]
         if shapes != (wanted := [len(rows) for rows in job.passes]):
             raise JobError(
                 f"{job.host} gave {shapes} results for {wanted} cells, in job {job.id}.",
                 hint="Compare the versions of nnsight here and there: patchscope doctor --remote.",
             )
-        for columns, numbers in zip(results["passes"], job.passes, strict=True):
-            for row, cells in zip(rows_of(columns, len(numbers)), numbers, strict=True):
-                unwritten = (number for number in cells if number not in self.done)
-                yield from ((self.planned.sweep.cells[number], row) for number in unwritten)
+        for columns, rows in zip(results["passes"], job.passes, strict=True):
+            cells = np.array([number for row in rows for number in row], np.int64)
+            result = pass_result(columns, cells, np.repeat(np.arange(len(rows)), [*map(len, rows)]))
+            yield result.take(~self.done[result.cells])
 
-    def _failed(self, flight: _Flight, seen: JobStatus) -> tuple[Rows, End, str] | None:
+    def _failed(self, flight: _Flight, seen: JobStatus) -> tuple[Outcome, End, str] | None:
         error = client.failure(flight.job.host, seen)
         if isinstance(error, ServerError):
             self._lost(flight, error.message)
@@ -280,8 +280,7 @@ class Scheduler:
         if self._guilty >= _GUILTY and not self._succeeded:
             self.job_log.ended(flight.job.id, "failed", seen.description)
             raise error
-        failed = [(self.planned.sweep.cells[number], Failed(error.message)) for number in rows[0]]
-        return iter(failed), "failed", seen.description
+        return iter([Failed(np.sort(rows[0]), error.message)]), "failed", seen.description
 
     def _cut(self, rows: Iterable[tuple[int, ...]], size: int) -> None:
         """Plan the cells of some rows again, in two pieces; the first has `size` rows."""
@@ -290,15 +289,16 @@ class Scheduler:
             self._again.extendleft(reversed([*self._plan(piece).steps()]))
 
     def _plan(self, rows: Iterable[tuple[int, ...]]) -> Plan:
-        numbers = np.array([number for row in rows for number in row])
-        wanted = {*numbers.tolist(), *self.planned.copies(numbers)[0].tolist()}
+        numbers = np.array([number for row in rows for number in row], np.int64)
+        left_out = np.ones(len(self.done), bool)
+        left_out[np.append(numbers, self.planned.copies(numbers)[0])] = False
         planned = self.planned
         return plan(
             planned.sweep,
             context=planned.context,
             max_rows=planned.budget.max_rows,
             memory=planned.budget.memory,
-            done=set(range(len(planned.sweep.cells))) - (wanted - set(self.done)),
+            done=np.flatnonzero(left_out | self.done),
             remote=True,
             optimisations=planned.optimisations,
         )

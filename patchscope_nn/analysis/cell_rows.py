@@ -1,0 +1,146 @@
+"""The rows of a run's table, as parts of columns; a large run is never in memory as a whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, overload
+
+import numpy as np
+import pyarrow as pa
+
+from patchscope_nn._util.ragged import Ints
+
+#: The column of a part that holds the numbers of its cells; it is not in the table.
+CELL = "cell"
+#: How many rows are read at a time when all rows are gone through.
+_AT_ONCE = 8192
+
+
+class CellRows(Sequence[Mapping[str, Any]]):
+    """The rows of finished cells, in the order of the sweep. A row is a mapping, made on access.
+
+    Args:
+        parts: Tables with the columns of a run and `CELL`, whose cells ascend. They may be mapped from files.
+        extra: More columns, with a value for each row.
+    """
+
+    def __init__(
+        self, parts: Sequence[pa.Table] = (), extra: Mapping[str, Sequence[Any]] | None = None
+    ) -> None:
+        self._parts, self._extra = [part for part in parts if len(part)], dict(extra or {})
+        self._numbers = [part[CELL].to_numpy() for part in self._parts]
+        self._all: Ints = np.sort(np.concatenate([np.empty(0, np.int64), *self._numbers]))
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+    def __iter__(self) -> Iterator[Mapping[str, Any]]:
+        for part in self.tables():
+            yield from part.to_pylist()
+
+    @overload
+    def __getitem__(self, index: int) -> Mapping[str, Any]: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Mapping[str, Any]]: ...
+    def __getitem__(self, index: int | slice) -> Mapping[str, Any] | list[Mapping[str, Any]]:
+        places = range(len(self))[index]
+        if isinstance(places, int):
+            row: dict[str, Any] = self._table(places, places + 1).to_pylist()[0]
+            return row
+        if not places:
+            return []
+        first, last = min(places), max(places)
+        rows: list[Mapping[str, Any]] = self._table(first, last + 1).to_pylist()
+        return [rows[place - first] for place in places]
+
+    def tables(self, names: Sequence[str] | None = None, *, size: int = _AT_ONCE) -> Iterator[pa.Table]:
+        """Yield the rows as tables of at most `size` rows, with all columns or some of them."""
+        for start in range(0, len(self), size):
+            yield self._table(start, min(start + size, len(self)), names)
+
+    def column(self, name: str) -> list[Any]:
+        """Return the values of a column as Python's own; None for each row if there is no such column."""
+        if name in self._extra:
+            return list(self._extra[name])
+        values: list[Any] = []
+        for part in self.tables([name], size=2**16):
+            values += part[name].to_pylist() if name in part.column_names else [None] * len(part)
+        return values
+
+    def shared(self, name: str) -> Any:
+        """Return the values of a column as an array, in which equal texts and lists are one object."""
+        if name in self._extra or not any(name in part.column_names for part in self._parts):
+            return self.column(name)
+        values = np.empty(len(self), object)
+        known: dict[Any, Any] = {}
+        for numbers, part in zip(self._numbers, self._parts, strict=True):
+            place = np.searchsorted(self._all, numbers)
+            start = 0
+            for chunk in part[name].chunks:
+                at = place[start : start + len(chunk)]
+                start += len(chunk)
+                if not pa.types.is_dictionary(chunk.type):
+                    values[at] = np.array([*chunk.to_pylist(), None], object)[:-1]
+                    continue
+                distinct = [known.setdefault(_key(value), value) for value in chunk.dictionary.to_pylist()]
+                objects = np.empty(len(distinct) + 1, object)  # the last is that of cells without a value
+                objects[: len(distinct)] = distinct
+                values[at] = objects[chunk.indices.fill_null(len(distinct)).to_numpy()]
+        return values
+
+    def first(self, count: int) -> CellRows:
+        """Return the first rows."""
+        if len(self) <= count:
+            return self
+        extra = {name: values[:count] for name, values in self._extra.items()}
+        last = self._all[count - 1]
+        parts = [
+            part.slice(0, int(np.searchsorted(numbers, last, side="right")))
+            for numbers, part in zip(self._numbers, self._parts, strict=True)
+        ]
+        return CellRows(parts, extra)
+
+    def with_columns(self, columns: Mapping[str, Sequence[Any]]) -> CellRows:
+        """Return the same rows with more columns."""
+        return CellRows(self._parts, {**self._extra, **columns})
+
+    def _table(self, start: int, stop: int, names: Sequence[str] | None = None) -> pa.Table:
+        """Return some rows in their order: from each part those whose cells are in the range."""
+        low, high = self._all[start], self._all[stop - 1]
+        chosen = []
+        for numbers, part in zip(self._numbers, self._parts, strict=True):
+            first, last = np.searchsorted(numbers, (low, high + 1))
+            if first < last:
+                kept = (
+                    part
+                    if names is None
+                    else part.select([n for n in (CELL, *names) if n in part.column_names])
+                )
+                chosen.append(decoded(kept.slice(first, last - first)))
+        table = chosen[0] if len(chosen) == 1 else pa.concat_tables(chosen, promote_options="permissive")
+        if len(chosen) > 1:
+            numbers = table[CELL].to_numpy()
+            if (np.diff(numbers) < 0).any():
+                table = table.combine_chunks().take(pa.array(np.argsort(numbers)))
+        table = table.drop_columns([CELL])
+        for name, values in self._extra.items():
+            if names is None or name in names:
+                table = table.append_column(name, pa.array(list(values[start:stop])))
+        return table
+
+
+def _key(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def decoded(table: pa.Table) -> pa.Table:
+    """Return a table whose columns hold their values, where they held numbers of distinct values."""
+    columns = [
+        pa.chunked_array(
+            [part.dictionary.take(part.indices) for part in column.chunks], column.type.value_type
+        )
+        if pa.types.is_dictionary(column.type)
+        else column
+        for column in table.columns
+    ]
+    return pa.table(columns, names=table.column_names)
