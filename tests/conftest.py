@@ -128,7 +128,7 @@ def run_cells():
             scope.mapping, source=model.info, target=target.info, pairs=sweep.cells.pairs, sites=sites
         )
         steps = run_steps(planned, source=model, target=target, mapping=mapping, backend=backend)
-        ran = [(cell, readout) for step in steps for cell, readout in step]
+        ran = [cell for step in steps for result in step for cell in result.raw(sweep)]
         assert len({cell.number for cell, _ in ran}) == len(ran) == planned.n_cells
         return sorted(ran, key=lambda one: one[0].number)
 

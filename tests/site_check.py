@@ -166,7 +166,7 @@ class SiteCheck:
         info, pairs = self.model.info, sweep.cells.pairs
         mapping = resolve_mapping(scope.mapping, source=info, target=info, pairs=pairs, sites=sites)
         steps = run_steps(planned, source=self.model, target=self.model, mapping=mapping, backend=backend)
-        found = [pair for step in steps for pair in step]
+        found = [cell for step in steps for result in step for cell in result.raw(sweep)]
         assert len(found) == planned.n_cells > 0
         for cell, raw in found:
             hooks.assert_same(raw, self._expected(scope, cell))

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import numpy as np
-
 
 class Arrays(Mapping[str, Any]):
     """Columns of pyarrow as numpy arrays: (n,) numbers or objects; (n, k) for lists of equal length.
@@ -22,7 +20,8 @@ class Arrays(Mapping[str, Any]):
         values = getattr(column, "values", None)  # a column of lists has all their items here
         if values is None or column.null_count or not hasattr(column, "offsets"):
             return column.to_numpy(zero_copy_only=False)
-        counts = np.diff(column.offsets.to_numpy())
+        offsets = column.offsets.to_numpy()
+        counts = offsets[1:] - offsets[:-1]
         if (counts != counts[0]).any():
             return column.to_numpy(zero_copy_only=False)
         return column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), counts[0])
@@ -42,4 +41,6 @@ def as_rows(columns: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def of_one_cell(columns: Mapping[str, Any]) -> dict[str, Any]:
     """Return the columns of one cell as arrays of one; what is None is missing."""
+    import numpy as np
+
     return {name: np.array([value]) for name, value in columns.items() if value not in (None, [])}

@@ -7,8 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-import numpy as np
-
 from patchscope_nn._util.plain import plain, shown
 from patchscope_nn.errors import DataError, did_you_mean
 from patchscope_nn.metrics.arrays import Arrays, as_rows
@@ -90,6 +88,8 @@ class Computed:
 
     def add_numbers(self, name: str, numbers: Any) -> None:
         """Add a metric that is computed at once: NaN where there is none, None for none at all."""
+        import numpy as np
+
         numbers = np.full(self.count, np.nan) if numbers is None else np.asarray(numbers, float)
         if np.isinf(numbers).any():
             self.add(

@@ -13,11 +13,10 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple, TypeAlias, overload
-
-import numpy as np
 
 from patchscope_nn._util import functions
 from patchscope_nn._util.arguments import checked
@@ -69,7 +68,7 @@ class Metric(MetricInfo):
         if not self.by_column:
             return self.compute(columns, row, **parameters)
         numbers: Any = self.compute(of_one_cell(columns), [row], **parameters)
-        return None if numbers is None or np.isnan(numbers[0]) else float(numbers[0])
+        return None if numbers is None or math.isnan(numbers[0]) else float(numbers[0])
 
 
 class MetricUse(NamedTuple):

@@ -276,7 +276,8 @@ def _survey(sweep: Sweep, done: Sequence[int] | Ints, optimisations: Optimisatio
     digest.update(seeds[left].tobytes())
     runs = left & (served_by == np.arange(len(cells)))
     digest.update(runs.tobytes())
-    kinds = zip(cells.controls, counts.tolist(), strict=True)
+    # As in an entry, whose unpatched cells come first.
+    kinds = sorted(zip(cells.controls, counts.tolist(), strict=True), key=lambda kind: kind[0] != "unpatched")
     return _Survey(digest.hexdigest(), {kind: count for kind, count in kinds if count}, served_by, runs)
 
 

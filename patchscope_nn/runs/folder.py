@@ -99,16 +99,17 @@ class RunFolder(InMemory):
         (path / CELLS).mkdir(exist_ok=True)
         for part in read_parts(path):
             self._add(part)
-        self._written = len(self._parts)
+        written = (int(file.stem) for file in (path / CELLS).glob("*.arrow"))
+        self._next = 1 + max(written, default=-1)
 
     def append(self, part: pa.Table) -> None:
         """Write finished cells at once, so that they are not lost if the process dies later."""
         if not len(part):
             return
-        file = self.path / CELLS / f"{self._written:08d}.arrow"
+        file = self.path / CELLS / f"{self._next:08d}.arrow"
         with replacing(file) as draft, pa.ipc.new_file(draft, part.schema) as writer:
             writer.write_table(part)
-        self._written += 1
+        self._next += 1
         self._add(_read_part(file))
 
     def probe_columns(self, probe: Any) -> Mapping[str, Sequence[Any]] | None:
@@ -171,7 +172,12 @@ def read_parts(folder: Path) -> list[pa.Table]:
 def _read_part(file: Path) -> pa.Table:
     # A small file is read, because a mapped one stays open.
     source = pa.memory_map(str(file)) if file.stat().st_size > _MAPPED else pa.BufferReader(file.read_bytes())
-    return pa.ipc.open_file(source).read_all()
+    try:
+        return pa.ipc.open_file(source).read_all()
+    except pa.ArrowInvalid as error:
+        raise FolderError(
+            f"{file} is damaged: {str(error).splitlines()[0]}", hint="Delete it; its cells run again."
+        ) from error
 
 
 def _check_owner(path: Path, digest: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pandas as pd
+import parts
 import pytest
 from sklearn.dummy import DummyClassifier
 from sklearn.linear_model import LogisticRegression
@@ -150,9 +151,9 @@ def test_a_recipes_probe_widens_the_table(folder, tmp_path):
 
 def test_another_probe_computes_no_cell_again(folder, tmp_path):
     first = ps.run(recipe(folder), out=tmp_path / "run")
-    lines = (tmp_path / "run/cells.jsonl").read_bytes()
+    before = parts.contents(tmp_path / "run")
     again = ps.run(recipe(folder, probe={"label": "word", "folds": 4}, seed=0), out=tmp_path / "run")
-    assert (tmp_path / "run/cells.jsonl").read_bytes() == lines
+    assert parts.contents(tmp_path / "run") == before
     assert len(again.manifest["sessions"]) == 1
     assert again.manifest["recipe"]["probe"] == {"label": "word", "folds": 4}
     assert again.table()["probe_choice"].tolist() != first.table()["probe_choice"].tolist()

@@ -14,6 +14,7 @@ import time
 from itertools import product
 
 import pandas as pd
+import parts
 import pytest
 import tiny
 import typer
@@ -74,7 +75,7 @@ def test_run_prints_the_summary_the_folder_and_the_report(patchscope, folder):
     (run,) = (folder / "runs").glob("tiny-*")
     assert {entry.name for entry in run.iterdir()} >= {
         "manifest.json",
-        "cells.jsonl",
+        "cells",
         "cells.parquet",
         "report.html",
     }
@@ -331,38 +332,36 @@ def test_interrupted_says_how_to_go_on_and_goes_on(patchscope, folder):
     assert process.returncode == 130
     assert "Finished cells are kept in stopped; continue with:" in errors
     assert "Traceback" not in errors
-    finished = len((folder / "stopped/cells.jsonl").read_text().splitlines())
+    finished = len(parts.cells(folder / "stopped"))
     assert 0 < finished < N_CELLS
     resumed = patchscope(*words)
     assert resumed.returncode == 0, resumed.stderr
-    assert len((folder / "stopped/cells.jsonl").read_text().splitlines()) == N_CELLS
+    assert len(parts.cells(folder / "stopped")) == N_CELLS
 
 
 def test_a_killed_run_goes_on_and_ends_with_the_same_table(patchscope, folder):
     """kill -9 in the middle of the command as it is: nothing slowed, nothing patched."""
-    rows = "data=" + json.dumps({"rows": [{"text": f"the city of Paris {n}"} for n in range(40)]})
+    rows = "data=" + json.dumps({"rows": [{"text": f"the city of Paris {n}"} for n in range(400)]})
     words = ("run", "tiny.yaml", "--set", rows, "--max-rows", "1", "--out")
-    n_cells = 40 + 40 * tiny.N_LAYERS * 3
-    lines = folder / "killed/cells.jsonl"
+    n_cells = 400 + 400 * tiny.N_LAYERS * 3
+    out = folder / "killed"
     process = start(folder, *words, "killed", stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     try:
-        while process.poll() is None and not (lines.exists() and lines.read_bytes().count(b"\n") >= 20):
+        while process.poll() is None and len(parts.contents(out)) < 3:
             time.sleep(0.01)
         process.kill()
         _, errors = process.communicate(timeout=60)
     finally:
         process.kill()
     assert process.returncode == -signal.SIGKILL, errors
-    finished = lines.read_bytes()
-    finished = finished[: finished.rindex(b"\n") + 1]
-    assert 20 <= finished.count(b"\n") < n_cells
-    assert not (folder / "killed/cells.parquet").exists()
+    finished = parts.contents(out)
+    assert 20 <= len(parts.cells(out)) < n_cells
+    assert not (out / "cells.parquet").exists()
 
     resumed = patchscope(*words, "killed")
     assert resumed.returncode == 0, resumed.stderr
-    whole = lines.read_bytes()
-    assert whole.startswith(finished)
-    assert len({json.loads(line)["cell"] for line in whole.splitlines()}) == whole.count(b"\n") == n_cells
+    assert finished.items() <= parts.contents(out).items()
+    assert sorted(parts.cells(out)) == list(range(n_cells))
     assert patchscope(*words[:4], "--out", "unhurt").returncode == 0
     tables = [pd.read_parquet(folder / name / "cells.parquet") for name in ("killed", "unhurt")]
     pd.testing.assert_frame_equal(*tables, atol=1e-4, rtol=1e-4)
@@ -373,19 +372,19 @@ def test_a_full_disk_fails_the_run_and_the_run_can_go_on(patchscope, folder, mon
     append = RunFolder.append
 
     def full(self, rows):
-        if len(self.done) > 5:
-            raise OSError(errno.ENOSPC, "No space left on device", str(self.path / "cells.jsonl"))
+        if self.n_done > 5:
+            raise OSError(errno.ENOSPC, "No space left on device", str(self.path / "cells"))
         append(self, rows)
 
     with monkeypatch.context() as patched:
         patched.setattr(RunFolder, "append", full)
         done = patchscope(*words)
     assert done.returncode == 1
-    assert "error: [Errno 28] No space left on device: 'filled/cells.jsonl'." in done.stderr
+    assert "error: [Errno 28] No space left on device: 'filled/cells'." in done.stderr
     assert "the same command continues the run" in done.stderr
     assert "Traceback" not in done.stderr
     assert patchscope(*words).returncode == 0
-    assert len((folder / "filled/cells.jsonl").read_text().splitlines()) == N_CELLS
+    assert len(parts.cells(folder / "filled")) == N_CELLS
 
 
 def test_a_terminal_gets_a_bar(folder):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from one_cell import compute_metrics
 from rouge_score import rouge_scorer
 from scipy.special import logsumexp
 
@@ -17,7 +18,6 @@ from patchscope_nn.metrics import (
     MetricUse,
     check_columns,
     check_metrics,
-    compute_metrics,
     parse_metric,
     rouge_1_f1,
     rouge_l_f1,

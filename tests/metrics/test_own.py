@@ -8,10 +8,11 @@ from types import ModuleType
 
 import pyarrow.parquet as pq
 import pytest
+from one_cell import compute_metrics
 
 import patchscope_nn as ps
 from patchscope_nn.errors import FolderError, InputError, SpecError
-from patchscope_nn.metrics import METRICS, compute_metrics, parse_metric
+from patchscope_nn.metrics import METRICS, parse_metric
 from patchscope_nn.metrics.columns import as_column
 from patchscope_nn.metrics.registry import as_metric
 from patchscope_nn.runs.experiments import compare_runs

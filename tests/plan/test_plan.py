@@ -362,7 +362,7 @@ def test_what_is_predicted_is_what_runs(family, readout, off, tiny_model, monkey
     backend = Places.of().backend
     with counted(model) as found:
         steps = run_steps(planned, source=model, target=model, mapping=mapping, backend=backend)
-        ran = sorted(cell.number for step in steps for cell, _ in step)
+        ran = sorted(number for step in steps for result in step for number in result.cells.tolist())
     assert ran == list(range(len(sweep.cells)))
     counts = count(planned)
     assert counts.steps > 2
@@ -397,7 +397,7 @@ def test_what_is_predicted_of_other_writes_is_what_runs(target, readout, off, ti
     mapping = resolve_mapping("identity", source=model.info, target=model.info)
     with counted(model) as found:
         steps = run_steps(planned, source=model, target=model, mapping=mapping, backend=Places.of().backend)
-        assert sum(1 for step in steps for _ in step) == len(sweep.cells)
+        assert sum(len(result.cells) for step in steps for result in step) == len(sweep.cells)
     counts = count(planned)
     assert found["blocks"] == counts.source_blocks + counts.target_blocks + counts.readout_blocks
     assert found["tokens"] == counts.source_tokens + counts.target_tokens + counts.readout_tokens

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,6 +14,7 @@ import time
 from dataclasses import replace
 
 import launch
+import parts
 import pytest
 from tables import assert_same_table
 
@@ -260,7 +262,7 @@ def test_an_unknown_job_is_sent_again(ndif, away, expected, tmp_path):
     prepared = prepared_run(away, remote=ndif)
     folder = tmp_path / "run"
     execute(prepared, Execution(), out=folder)
-    (folder / "cells.jsonl").unlink()
+    shutil.rmtree(folder / "cells")
     (folder / "jobs.jsonl").unlink()
     numbers = tuple((number,) for number in range(len(prepared.sweep.cells)))
     JobLog(folder).sent(Job(id="0" * 32, host=ndif, context="session", passes=(numbers,), sent=utc_now()))
@@ -275,7 +277,7 @@ def test_a_result_of_an_unexpected_shape(ndif, away, tmp_path):
     folder = tmp_path / "run"
     execute(prepared, Execution(), out=folder)
     job = JobLog(folder).jobs()[0]
-    (folder / "cells.jsonl").unlink()
+    shutil.rmtree(folder / "cells")
     (folder / "jobs.jsonl").unlink()
     JobLog(folder).sent(replace(job, passes=(((0,), (1,)),), state="live"))
     with pytest.raises(JobError, match=r"results for \[2\] cells.*doctor --remote"):
@@ -290,7 +292,7 @@ def test_a_live_job_is_fetched_and_not_run_again(ndif, away, expected, tmp_path)
     execute(prepared, Execution(), out=folder)
     lines = (folder / "jobs.jsonl").read_text().splitlines()
     (folder / "jobs.jsonl").write_text(lines[0] + "\n")  # as if killed after it was sent
-    (folder / "cells.jsonl").unlink()
+    shutil.rmtree(folder / "cells")
     assert_same_table(table(away, remote=ndif, out=folder), expected)
     assert len(JobLog(folder).jobs()) == len(lines) // 2
 
@@ -317,5 +319,4 @@ def test_a_killed_client_loses_and_repeats_nothing(ndif, expected, tmp_path):
         child.wait()
     found = table(ps.load(launch.TINY, weights=False), remote=ndif, max_rows=1, jobs=3, out=folder)
     assert_same_table(found, expected)
-    numbers = [json.loads(line)["cell"] for line in (folder / "cells.jsonl").read_text().splitlines()]
-    assert sorted(numbers) == list(range(len(expected)))
+    assert sorted(parts.cells(folder)) == list(range(len(expected)))

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pandas as pd
+import parts
 import pytest
 import tiny
 from commands import caller
@@ -240,9 +241,9 @@ def test_an_experiment_goes_on_where_it_was_left(here, tmp_path):
     asked = recipe(here)
     only = {name: changes for name, changes in asked.methods.items() if name != NAMES[2]}
     ps.run(asked.model_copy(update={"methods": only}), out=tmp_path)
-    lines = {slug: (tmp_path / slug / "cells.jsonl").read_bytes() for slug in SLUGS[:2]}
+    lines = {slug: parts.contents(tmp_path / slug) for slug in SLUGS[:2]}
     whole = ps.run(asked, out=tmp_path)
-    assert {slug: (tmp_path / slug / "cells.jsonl").read_bytes() for slug in SLUGS[:2]} == lines
+    assert {slug: parts.contents(tmp_path / slug) for slug in SLUGS[:2]} == lines
     assert [len(run.manifest["sessions"]) for run in whole.values()] == [1, 1, 1]
     assert whole.path == tmp_path
 

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pandas as pd
+import parts
 import pytest
 import tiny
 import torch
@@ -55,7 +56,7 @@ class Counting:
             raise KeyboardInterrupt
         self.steps += 1
         found = backends.Local().run(context, program, source=source, target=target, hear=hear)
-        self.rows += sum(len(rows) for rows in found["passes"])
+        self.rows += sum(target["cells"] for target in program["targets"])
         return found
 
 
@@ -131,17 +132,22 @@ def test_an_interrupted_run_goes_on_where_it_was(tiny_model, tmp_path, counting,
     assert same(resumed.table(), whole.table())
 
 
-def test_a_half_written_line_is_run_again(tiny_model, tmp_path, counting):
-    whole = ps.run(scope(), out=tmp_path / "run", **asked(tiny_model()))
+def test_a_lost_part_is_run_again_and_a_damaged_one_is_refused(tiny_model, tmp_path, counting):
+    whole = ps.run(scope(), out=tmp_path / "run", max_rows=2, **asked(tiny_model()))
     table = whole.table()  # a run is read from its folder, which is about to be damaged
-    lines = tmp_path / "run/cells.jsonl"
-    text = lines.read_bytes().splitlines(keepends=True)
-    lines.write_bytes(b"".join(text[:10]) + text[10][:25])
+    first, *_ = sorted((tmp_path / "run/cells").glob("*.arrow"))
+    first.write_bytes(first.read_bytes()[:-100])
+    with pytest.raises(FolderError, match=r"is damaged: .* Delete it; its cells run again"):
+        ps.run(scope(), out=tmp_path / "run", **asked(tiny_model()))
+    first.unlink()
+    n_lost = len(whole.rows) - len(parts.cells(tmp_path / "run"))
+    assert n_lost
+    (tmp_path / "run/cells/00000099.arrow.1-2.partial").write_bytes(b"what a killed process leaves")
     backend = counting()
     resumed = ps.run(scope(), out=tmp_path / "run", **asked(tiny_model()))
-    assert backend.rows == len(whole.rows) - 10
+    assert backend.rows == n_lost
     assert same(resumed.table(), table)
-    assert len({json.loads(line)["cell"] for line in lines.read_bytes().splitlines()}) == len(whole.rows)
+    assert sorted(parts.cells(tmp_path / "run")) == list(range(len(whole.rows)))
 
 
 @pytest.mark.parametrize(
@@ -158,11 +164,11 @@ def test_a_half_written_line_is_run_again(tiny_model, tmp_path, counting):
 )
 def test_another_run_never_continues_a_folder(tiny_model, tmp_path, other):
     ps.run(scope(), out=tmp_path / "run", **asked(tiny_model()))
-    before = (tmp_path / "run/cells.jsonl").read_bytes()
+    before = parts.contents(tmp_path / "run")
     another = other.pop("scope", scope())
     with pytest.raises(FolderError, match=r"holds another run \(hash .* Give another --out"):
         ps.run(another, out=tmp_path / "run", **asked(tiny_model(), **other))
-    assert (tmp_path / "run/cells.jsonl").read_bytes() == before
+    assert parts.contents(tmp_path / "run") == before
 
 
 def test_another_mapping_of_the_same_name_is_another_run(tiny_model, tmp_path):
@@ -186,7 +192,7 @@ def test_a_file_is_no_folder(tiny_model, tmp_path):
 
 
 def test_two_processes_do_not_write_one_folder(tmp_path):
-    manifest = {"hash": "x"}
+    manifest = {"hash": "x", "n_cells": 0}
     with (
         open_folder(tmp_path / "run", manifest),
         pytest.raises(FolderError, match="by another process"),
@@ -218,7 +224,7 @@ from test_runs import ROWS, asked, scope
 append = RunFolder.append
 def slowly(self, rows):
     append(self, rows)
-    print(len(self.done), flush=True)
+    print(self.n_done, flush=True)
     time.sleep(0.2)
 RunFolder.append = slowly
 model = ps.load(tiny.make_module("llama"), tokenizer=tiny.TOKENIZER)
@@ -238,7 +244,7 @@ def test_a_killed_run_resumes_and_ends_with_the_same_table(tiny_model, tmp_path,
     finally:
         process.stdout.close()
         assert process.wait(timeout=60) == -signal.SIGKILL
-    finished = len((out / "cells.jsonl").read_bytes().splitlines())
+    finished = len(parts.cells(out))
     assert 0 < finished < 52
     backend = counting()
     # The killed process's lock goes with it; the run's identity does not depend on who runs it.
