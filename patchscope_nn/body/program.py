@@ -109,9 +109,8 @@ class Embedded(TypedDict):
     soft: bool
     #: Standard deviation of the noise, in units of that of the row's own embeddings; 0 for none.
     noise: float
-    #: The columns that get the noise.
+    #: The columns that get the noise, and its seed.
     positions: list[int]
-    #: Seed of the noise.
     seed: int
 
 
@@ -213,7 +212,7 @@ class PackedProgram(TargetProgram):
     n_tokens: int
     #: (n_tokens,) the index of the first token of each token's own segment, to which it attends up to itself.
     starts: torch.Tensor
-    #: (n_tokens,) the index of the first token of its trunk, and to how many tokens of that it attends.
+    #: (n_tokens,) the index of the first token of its trunk, and how many tokens of it it attends to.
     trunks: torch.Tensor
     seen: torch.Tensor
     #: The most tokens that any token attends to besides the prefix, if these are attended to separately.

@@ -1,6 +1,7 @@
 """Plans the forward passes that serve the cells of a sweep. Pure; no tensors, no weights.
 
 build.py    the plan, and the six transformations that make it
+survey.py   finds copies, and counts the cells
 order.py    the order of the entries, by the tokens their target prompts begin with
 sources.py  which source prompts a step runs
 pack.py     which cells share a target pass

@@ -1,6 +1,6 @@
 """Builds a plan, in six transformations.
 
-1. Deduplication: cells of different data rows that are the same run are run once.
+1. Deduplication (`survey.py`): cells of different data rows that are the same run are run once.
 2. Order (`order.py`): entries whose target prompts begin with the same tokens run together, after one prefix.
 3. Steps: the cells, in that order, are cut into steps. A step is one context.
 4. Source sharing (`sources.py`): each step runs the source prompts that have not run yet, once, for every
@@ -18,7 +18,7 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 
@@ -31,6 +31,7 @@ from patchscope_nn.plan.pack import Packer, from_cache
 from patchscope_nn.plan.passes import Context, Optimisations, Step
 from patchscope_nn.plan.proven import allowed
 from patchscope_nn.plan.sources import Reader
+from patchscope_nn.plan.survey import Survey, survey_cells
 from patchscope_nn.spec import SITES
 from patchscope_nn.sweep import CellBlock, Flags, Sweep
 
@@ -179,7 +180,7 @@ def plan(
     budget = _budget(max_rows, memory)
     usual = _usual_context(sweep, context, remote=remote)
     optimisations, withheld = allowed(sweep, optimisations or Optimisations())
-    survey = _survey(sweep, done, optimisations)
+    survey = survey_cells(sweep, done, optimisations)
     content = (survey.digest, usual, budget, optimisations)
     planned = Plan(
         sweep=sweep,
@@ -242,46 +243,7 @@ def _usual_context(sweep: Sweep, context: Context | Literal["auto"], *, remote: 
     )
 
 
-class _Survey(NamedTuple):
-    """The result of one pass over all cells.
-
-    Attributes:
-        digest: Hex digest of the cells that will run and of the models' names.
-        kinds: How many of the cells that are not done are of each kind.
-        served_by: For each cell, the number of the cell whose result it has.
-        runs: True for each cell that runs.
-    """
-
-    digest: str
-    kinds: dict[str | None, int]
-    served_by: Ints
-    runs: Flags
-
-
-def _survey(sweep: Sweep, done: Sequence[int] | Ints, optimisations: Optimisations) -> _Survey:
-    """Transformation 1: find copies, and count the cells that run."""
-    cells = sweep.cells
-    left = np.ones(len(cells), bool)
-    left[np.asarray(done, np.int64)] = False
-    seeds = np.empty(len(cells), np.int64)
-    counts = np.zeros(len(cells.controls), np.int64)
-    for block in cells.blocks():
-        seeds[block.number] = block.seed
-        counts += np.bincount(block.control[left[block.number]], minlength=len(counts))
-    served_by = np.arange(len(cells))
-    if optimisations.deduplication:
-        _, first, inverse = np.unique(seeds[left], return_index=True, return_inverse=True)
-        served_by[left] = served_by[left][first][inverse]
-    digest = hashlib.sha256(repr((sweep.source.name, sweep.target.name)).encode())
-    digest.update(seeds[left].tobytes())
-    runs = left & (served_by == np.arange(len(cells)))
-    digest.update(runs.tobytes())
-    # As in an entry, whose unpatched cells come first.
-    kinds = sorted(zip(cells.controls, counts.tolist(), strict=True), key=lambda kind: kind[0] != "unpatched")
-    return _Survey(digest.hexdigest(), {kind: count for kind, count in kinds if count}, served_by, runs)
-
-
-def _groups(sweep: Sweep, survey: _Survey, budget: Budget, optimisations: Optimisations) -> tuple[Group, ...]:
+def _groups(sweep: Sweep, survey: Survey, budget: Budget, optimisations: Optimisations) -> tuple[Group, ...]:
     """Transformation 2: order the entries that have cells to run."""
     running = np.add.reduceat(survey.runs, sweep.cells.starts[:-1], dtype=np.int64)
     entries = running.nonzero()[0].tolist()

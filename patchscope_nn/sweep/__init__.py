@@ -6,6 +6,7 @@ resolve.py   resolves data rows: fills and tokenizes prompts, resolves positions
 checks.py    checks that a Patchscope's fields fit its models and each other
 cells.py     makes the cells of the resolved rows
 states.py    numbers for what source passes read
+digests.py   digests of what cells are, from which their seeds are made
 expand.py    the whole sweep: resolves the rows, then makes the cells
 vectors.py   states from files
 """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, overload
 
 import numpy as np
@@ -13,6 +13,7 @@ from patchscope_nn._util.ragged import Ints, Ragged, ranges
 from patchscope_nn.spec import STATELESS, Control
 from patchscope_nn.sweep.cell import Cell, CellBlock, Weighted
 from patchscope_nn.sweep.checks import check_positions, check_readout_position, same_layer
+from patchscope_nn.sweep.digests import digests, mix
 from patchscope_nn.sweep.entry import Entry, PositionSet, Source, VectorAt, prompt_of
 from patchscope_nn.sweep.resolve import Resolver
 
@@ -115,7 +116,7 @@ class Cells(Sequence[Cell]):
     def _check(self, entry: Entry) -> None:
         n_tokens = len(self._resolver.targets.encoded[entry.target_prompt].ids)
         single = not self.writes_state or self._resolver.scope.source.mean == "positions"
-        for positions, written in _position_pairs(entry):
+        for positions, written in entry.position_pairs:
             if not single and not entry.text_only:
                 check_positions(positions, written)
             # If T holds the source's text, nothing is written, so no readout position is too early.
@@ -162,9 +163,8 @@ class Cells(Sequence[Cell]):
 
     def _read(self, entry: Entry, at: int, origins: Numbered) -> Read:
         """Return the state of an entry's i number `at`."""
-        terms = [(origins[Origin(entry.source, entry.source_positions[at])], entry.weight)]
-        terms += [(origins[Origin(term.prompt, term.positions[at])], term.weight) for term in entry.terms]
-        return tuple(terms)
+        own = (entry.source, entry.source_positions, entry.weight)
+        return tuple((origins[Origin(of, where[at])], weight) for of, where, weight in (own, *entry.terms))
 
     def _origin(self, entry: Entry, at: int, origins: Numbered) -> int:
         """Return the origin of the distribution that a cell is compared with; 0 if nothing is compared."""
@@ -192,7 +192,7 @@ class Cells(Sequence[Cell]):
             del scope["target"]["corrupt"]["samples"]
         common = hashlib.sha256(repr((scope, seed)).encode())
         targets, sources = resolver.targets.digests, resolver.sources.digests
-        self._entry_digests = _digests(
+        self._entry_digests = digests(
             (
                 (
                     *(targets[entry.target_prompt], entry.reference_ids, entry.continuations),
@@ -202,14 +202,14 @@ class Cells(Sequence[Cell]):
             ),
             common,
         )
-        self._control_digests = _digests(self.controls)
-        self._position_digests = _digests(map(self.positions.row, range(len(self.positions))))
+        self._control_digests = digests(self.controls)
+        self._position_digests = digests(map(self.positions.row, range(len(self.positions))))
         origins = [
             (str(source) if isinstance(source, VectorAt) else sources[source], positions)
             for source, positions in self.origins
         ]
-        self._origin_digests = _digests(origins)
-        self._read_digests = _digests([(origins[at], weight) for at, weight in read] for read in self.reads)
+        self._origin_digests = digests(origins)
+        self._read_digests = digests([(origins[at], weight) for at, weight in read] for read in self.reads)
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -283,7 +283,7 @@ class Cells(Sequence[Cell]):
             columns["scale"].view(np.uint64),
             columns["sample"],
         ):
-            mixed = _mix(mixed + part.astype(np.uint64))
+            mixed = mix(mixed + part.astype(np.uint64))
         return (mixed >> np.uint64(8)).astype(np.int64)
 
     def read_terms(self, read: int) -> tuple[Source, PositionSet, tuple[Weighted, ...]]:
@@ -322,30 +322,21 @@ class Cells(Sequence[Cell]):
     def layers(self) -> tuple[int, ...]:
         """Every l that is read, including those of a window that writes each block's own state."""
         depth = self._resolver.sources.model.info.n_layers
-        read = (layer + step for layer in self._resolver.layers for step in range(self._mapped_per_write))
+        read = (layer + step for layer in self._resolver.layers for step in self._steps)
         return tuple(dict.fromkeys(layer for layer in read if layer < depth))
 
     @property
     def pairs(self) -> tuple[tuple[int, int], ...]:
         """Every (l, l*) that a state is mapped for."""
-        steps = range(self._mapped_per_write)
-        pairs = ((layer + step, written + step) for layer, written in self._layers.tolist() for step in steps)
+        layers = self._layers.tolist()
+        pairs = ((layer + step, written + step) for layer, written in layers for step in self._steps)
         return tuple(dict.fromkeys(pair for pair in pairs if pair[1] < self._depth))
 
     @property
-    def _mapped_per_write(self) -> int:
-        """How many states a write maps: one, or one for each block of a window of own states."""
+    def _steps(self) -> range:
+        """The steps from the first block of a write to those whose own states it maps."""
         target = self._resolver.scope.target
-        return target.window if target.states == "own" else 1
-
-
-def _position_pairs(entry: Entry) -> list[tuple[PositionSet, PositionSet]]:
-    """Return every (i, i*) of an entry."""
-    return [
-        (positions, written)
-        for positions in entry.source_positions
-        for written in entry.target_positions or (positions,)
-    ]
+        return range(target.window if target.states == "own" else 1)
 
 
 def _flat(rows: Sequence[Sequence[tuple[int, int, int]]]) -> tuple[Ints, Ints, Ints]:
@@ -353,21 +344,3 @@ def _flat(rows: Sequence[Sequence[tuple[int, int, int]]]) -> tuple[Ints, Ints, I
     counts = np.array([len(row) for row in rows])
     triples = [triple for row in rows for triple in row]
     return np.array([*triples, (0, 0, 0)]), np.cumsum(counts) - counts, counts
-
-
-def _digests(contents: Iterable[object], common: Any = None) -> Any:
-    """Return a digest of 64 bits of each content, as unsigned numbers."""
-    digests = []
-    for content in contents:
-        digest = hashlib.sha256() if common is None else common.copy()
-        digest.update(repr(content).encode())
-        digests.append(int.from_bytes(digest.digest()[:8]))
-    return np.array(digests, np.uint64)
-
-
-def _mix(numbers: Any) -> Any:
-    """Scramble unsigned numbers of 64 bits, one to one (the finaliser of SplitMix64, Steele et al. 2014)."""
-    numbers = numbers + np.uint64(0x9E3779B97F4A7C15)
-    numbers = (numbers ^ (numbers >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    numbers = (numbers ^ (numbers >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return numbers ^ (numbers >> np.uint64(31))

@@ -97,3 +97,12 @@ class Entry:
     reference_ids: tuple[int, ...]
     choices: tuple[str, ...]
     continuations: tuple[tuple[int, ...], ...]
+
+    @property
+    def position_pairs(self) -> list[tuple[PositionSet, PositionSet]]:
+        """Every (i, i*)."""
+        return [
+            (positions, written)
+            for positions in self.source_positions
+            for written in self.target_positions or (positions,)
+        ]
