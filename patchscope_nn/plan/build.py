@@ -15,7 +15,7 @@ Steps are made on demand, so that a plan of a hundred thousand cells holds one s
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
@@ -156,7 +156,7 @@ def plan(
     context: Context | Literal["auto"] = "auto",
     max_rows: int | None = None,
     memory: int | None = None,
-    done: Sequence[int] | Ints = (),
+    done: Collection[int] | Ints = (),
     remote: bool = False,
     optimisations: Optimisations | None = None,
 ) -> Plan:
@@ -192,7 +192,7 @@ def plan(
         kinds=survey.kinds,
         served_by=survey.served_by,
         groups=_groups(sweep, survey, budget, optimisations),
-        done=np.asarray(done, np.int64),
+        done=np.fromiter(done, np.int64, len(done)),
         runs=survey.runs,
         independent=remote,
         withheld=withheld,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Collection
 from typing import NamedTuple
 
 import numpy as np
@@ -29,11 +29,11 @@ class Survey(NamedTuple):
     runs: Flags
 
 
-def survey_cells(sweep: Sweep, done: Sequence[int] | Ints, optimisations: Optimisations) -> Survey:
+def survey_cells(sweep: Sweep, done: Collection[int] | Ints, optimisations: Optimisations) -> Survey:
     """Transformation 1: find copies, and count the cells that run."""
     cells = sweep.cells
     left = np.ones(len(cells), bool)
-    left[np.asarray(done, np.int64)] = False
+    left[np.fromiter(done, np.int64, len(done))] = False
     seeds = np.empty(len(cells), np.int64)
     counts = np.zeros(len(cells.controls), np.int64)
     for block in cells.blocks():
