@@ -63,9 +63,9 @@ class Readout(Spec):
     Class attributes, definition:
         name: Its name in YAML, in lower-case letters, digits and underscores.
         body: The function that reads it, as `module:function`. It takes a `body.program.PatchedRun` and the
-            values of `lower` as keyword arguments, and returns a dict of plain values for each cell: the raw
-            readout. It is imported when a step is prepared, and its source is sent to where the model runs.
-            So it may use only torch and functions of its own module.
+            values of `lower` as keyword arguments, and returns columns: {name: a tensor or a list with an item
+            for each cell, in order}. It is imported when a step is prepared, and its source is sent to where
+            the model runs. So it may use only torch and functions of its own module.
         columns: The table's columns and their types. No other kind may have the first column.
 
     Class attributes, for the planner:
@@ -160,7 +160,7 @@ class Readout(Spec):
         """Return a cell's columns.
 
         Args:
-            raw: The body's result for the cell.
+            raw: The cell's item of each of the body's columns, as plain values.
             tokens: Converts token ids to text.
             texts: The readout's appended `texts`, filled by the cell's data row.
 

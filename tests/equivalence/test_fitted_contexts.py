@@ -9,7 +9,7 @@ import tiny
 import torch
 
 from patchscope_nn import backends
-from patchscope_nn.backends.crossing import in_place_of, size, target_half, traffic, weights
+from patchscope_nn.backends.crossing import size, target_half, traffic, weights
 from patchscope_nn.plan import Optimisations
 from patchscope_nn.readouts import Generate, Hidden, NextToken
 from patchscope_nn.runs.execute import Execution, execute, plan_run
@@ -113,13 +113,14 @@ def test_between_two_models_the_maps_run_where_fewer_bytes_cross(  # noqa: PLR09
     planned = plan_run(prepared, execution)
     crossed = []
 
-    def crossing(program, states):
-        found = in_place_of(program, states)
-        half = target_half(program, found)
-        crossed.append((size(half["given"]), weights(found.mapping[1]), found.mapping[0]))
-        return found
+    def crossing(program, read):
+        half = target_half(program, read)
+        finals = half["given_finals"]
+        sent = size(half["given"]) + (0 if finals is None else size(finals))
+        crossed.append((sent, weights(half["writing"]["weights"]), half["writing"]["mapping"]))
+        return half
 
-    monkeypatch.setattr("patchscope_nn.backends.places.in_place_of", crossing)
+    monkeypatch.setattr("patchscope_nn.backends.places.target_half", crossing)
     bridged = execute(prepared, execution)
     said = traffic(planned, prepared.mapping)
     assert said.steps == len(crossed)
@@ -146,10 +147,10 @@ def test_only_the_pairs_of_a_step_travel(tiny_model, monkeypatch):
     def looking(self, context, program, **models):
         maps = program["writing"]["weights"]
         written = {
-            write["pair"]
+            (layer, written)
             for target in program["targets"]
-            for writes in target["writes"].values()
-            for write in writes
+            for write in target["writes"].values()
+            for layer, written in write["pairs"].tolist()
         }
         assert maps.keys() == written
         assert all(isinstance(one, torch.Tensor) for parts in maps.values() for one in parts.values())
