@@ -63,9 +63,9 @@ class Readout(Spec):
     Class attributes, definition:
         name: Its name in YAML, in lower-case letters, digits and underscores.
         body: The function that reads it, as `module:function`. It takes a `body.program.PatchedRun` and the
-            values of `lower` as keyword arguments, and returns columns: {name: a tensor or a list with an item
-            for each cell}. It is imported when a step is prepared, and its source is sent to where the model
-            runs. So it may use only torch and functions of its own module.
+            values of `lower` as keyword arguments, and returns columns: {name: a tensor or a list with an
+            item for each cell}. It is imported when a step is prepared, and its source is sent to where the
+            model runs. So it may use only torch and functions of its own module.
         columns: The table's columns and their types. No other kind may have the first column.
 
     Class attributes, for the planner:
