@@ -1,9 +1,9 @@
 """python -m benchmarks.overhead: the host's time a cell, beyond the time inside the model's own modules.
 
-A next-token sweep of a tiny random model, every l x every l* of many contexts, in memory and into a folder with
-its report. The host's time is the wall time of the run, minus the time inside the parts of the model's blocks,
-its embedding, its last norm and its unembedding. Each size runs in a process of its own. Memory is what the
-process holds at most during the run, more than before it.
+A next-token sweep of a tiny random model, every l x every l* of many contexts, in memory and into a folder
+with its report. The host's time is the wall time of the run, minus the time inside the parts of the model's
+blocks, its embedding, its last norm and its unembedding. Each size runs in a process of its own. Memory is
+what the process holds at most during the run, more than before it.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def main() -> None:
     for cells in chosen.cells:
         for kind in ("memory", "folder"):
             command = [sys.executable, "-m", "benchmarks.overhead", "--cells", str(cells), "--child", kind]
-            done = subprocess.run(command, check=True, capture_output=True, text=True)
+            done = subprocess.run(command, check=True, capture_output=True, text=True)  # noqa: S603 (this module)
             found = json.loads(done.stdout.splitlines()[-1])
             host = 1e6 * (found["wall"] - found["model"]) / found["cells"]
             into = "memory" if kind == "memory" else "a folder, with report"
@@ -110,9 +110,9 @@ def _tiny_model(folder: Path) -> Path:
 
     torch.manual_seed(0)
     vocabulary = {f"w{number}": number for number in range(_N_WORDS)}
-    tokenizer = Tokenizer(models.WordLevel(vocab=vocabulary, unk_token="w0"))
+    tokenizer = Tokenizer(models.WordLevel(vocab=vocabulary))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0").save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
     config = LlamaConfig(
         vocab_size=_N_WORDS,
         hidden_size=32,

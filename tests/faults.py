@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from patchscope_nn.body import batch, packed
+from patchscope_nn.body import attention, batch, packed
 from patchscope_nn.lower import rows, segments, step
 
 
@@ -25,14 +25,14 @@ class Fault(NamedTuple):
 
 def _shared_attention(patch):
     """Tokens that see several of their own do not see the first of them."""
-    true = segments._own
+    true = attention.in_own_tokens
 
-    def fewer(layout):
-        own = true(layout)
-        own["real"][own["real"].sum(1) > 1, 0] = False
-        return own
+    def fewer(target):
+        places, real = true(target)
+        real[real.sum(1) > 1, 0] = False
+        return places, real
 
-    patch.setattr(segments, "_own", fewer)
+    patch.setattr(attention, "in_own_tokens", fewer)
 
 
 def _packed_windows(patch):
@@ -59,10 +59,7 @@ def _late_entry(patch):
     true = segments._bases
 
     def shifted(layout):
-        return {
-            layer: [place if place is None else max(0, place - 1) for place in places]
-            for layer, places in true(layout).items()
-        }
+        return {layer: (places - 1).clamp_min(0) for layer, places in true(layout).items()}
 
     patch.setattr(segments, "_bases", shifted)
 
@@ -83,10 +80,11 @@ def _positions(patch):
     """Padding counts as positions."""
     true = rows.batch_of
 
-    def counted(prompts, *args, **options):
-        made = true(prompts, *args, **options)
+    def counted(*args, **options):
+        made = true(*args, **options)
         if "position_ids" in made:
-            made["position_ids"] = torch.arange(made["input_ids"].shape[1]).expand(len(prompts), -1)
+            rows, width = made["input_ids"].shape
+            made["position_ids"] = torch.arange(width).expand(rows, -1)
         return made
 
     reading = sys.modules["patchscope_nn.lower.reading"]  # its function has its name

@@ -50,8 +50,8 @@ def summary(table: pd.DataFrame, *, manifest: Mapping[str, Any], metrics: Sequen
 def facts(table: pd.DataFrame, *, manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return short facts for the head of the page, as (name, value)."""
     recipe = section(manifest, "recipe")
-    places = table[[name for name in ("control", "source_position", "target_position") if name in table.columns]]
-    sinks = sum(map(reads_sink, places.to_dict("records")))
+    places = ("control", "source_position", "target_position")
+    sinks = sum(map(reads_sink, table.reindex(columns=places).to_dict("records")))
     elapsed = section(manifest, "timings").get("elapsed_s")
     values = {
         "Recipe": recipe.get("name"),

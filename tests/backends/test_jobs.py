@@ -12,7 +12,7 @@ from pandas.testing import assert_frame_equal
 
 import patchscope_nn as ps
 from patchscope_nn import backends
-from patchscope_nn.backends.crossing import Traffic, in_place_of, size, traffic, weights
+from patchscope_nn.backends.crossing import Traffic, size, source_half, target_half, traffic, weights
 from patchscope_nn.backends.ndif import client
 from patchscope_nn.backends.ndif.client import JobStatus, failure, host_of
 from patchscope_nn.backends.ndif.job_log import Job, JobLog
@@ -99,32 +99,65 @@ def test_what_a_server_says_becomes_an_error(said, kind, text):
 def test_the_job_that_asks_after_a_server_is_one_that_runs(tiny_model):
     model = tiny_model()
     found = backends.Rehearsal().run("session", nothing(), source=model, target=model)
-    assert found == {"passes": [], "kept": {}, "prefix": None}
+    assert found == {"passes": [], "kept": None, "kept_finals": None, "prefix": None}
 
 
 def program_of(mapping):
-    source = {"reads": {0: [{"state": 0, "row": 0, "positions": [1]}]}, "finals": []}
-    writing = {"mapping": "call", "weights": mapping}
+    places = {"rows": torch.zeros(1, dtype=int), "positions": torch.ones(1, dtype=int)}
+    source = {"reads": {0: places, 2: places}, "finals": places}
+    writing = {"mapping": "call", "weights": mapping, "mode": "blend", "amount": 0.5}
     return nothing() | {"writing": writing, "sources": [source]}
+
+
+def half_of(program, states, finals=None):
+    """The target half of a step whose source half has read these."""
+    return target_half(program, {"passes": [], "kept": states, "kept_finals": finals, "prefix": None})
+
+
+def test_the_source_half_returns_all_that_it_reads():
+    half = source_half(program_of(ps.Affine(torch.eye(4))))
+    assert half["keep"].tolist() == [0, 1]
+    assert half["keep_finals"].tolist() == [0]
+    assert half["writing"]["mapping"] == "identity"
 
 
 @pytest.mark.parametrize(("widths", "here"), [((8, 16), True), ((16, 8), True)])
 def test_a_mapping_with_weights_runs_here(widths, here):
     """Its weights are more bytes than the wider states."""
     mapping = ps.Affine(torch.ones(widths[1], widths[0]))
-    crossing = in_place_of(program_of(mapping), {0: torch.ones(1, widths[0]), 1: torch.ones(99)})
-    assert (crossing.mapping[0] == "identity") is here
-    assert crossing.states[0].shape == (1, widths[1])
-    assert crossing.states[1].shape == (99,)  # a distribution is no state, and is not mapped
+    half = half_of(program_of(mapping), torch.ones(2, widths[0]), torch.ones(1, 99))
+    assert (half["writing"]["mapping"] == "identity") is here
+    assert half["writing"]["weights"] is None
+    assert (half["writing"]["mode"], half["writing"]["amount"]) == ("blend", 0.5)
+    assert torch.equal(half["given"], torch.full((2, widths[1]), float(widths[0])))
+    assert torch.equal(
+        half["given_finals"], torch.ones(1, 99)
+    )  # a distribution is no state, and is not mapped
+    assert half["sources"] == []
 
 
 def test_a_function_that_widens_states_runs_there():
     def widened(states):
         return torch.cat([states, states], dim=-1)
 
-    crossing = in_place_of(program_of(widened), {0: torch.ones(1, 4)})
-    assert crossing.mapping[1] is widened
-    assert crossing.states[0].shape == (1, 4)
+    half = half_of(program_of(widened), torch.ones(2, 4))
+    assert half["writing"]["weights"] is widened
+    assert half["given"].shape == (2, 4)
+
+
+@pytest.mark.parametrize("field", ["given", "keep", "sums"])
+def test_states_that_others_use_too_are_mapped_there(field):
+    """States from earlier steps, for later steps, or of which sums are made are sent as they are."""
+    zero = torch.zeros(1, dtype=int)
+    sums = {"count": 1, "states": zero, "weights": torch.ones(1), "into": zero}
+    mapping = ps.Affine(torch.ones(4, 8))
+    half = half_of(
+        program_of(mapping) | {field: {"given": torch.zeros(1, 8), "keep": zero, "sums": sums}[field]},
+        torch.ones(2, 8),
+    )
+    assert half["writing"]["weights"] is mapping
+    assert half["given"].shape == (3 if field == "given" else 2, 8)
+    assert torch.equal(half["given"][-2:], torch.ones(2, 8))
 
 
 NARROW, WIDE = 32, 48
@@ -158,20 +191,22 @@ def test_what_a_plan_says_crosses_is_what_crosses(case, max_rows, remote, tiny_m
     planned = plan_run(prepared, execution)
     crossed = []
 
-    def crossing(program, states):
-        found = in_place_of(program, states)
-        crossed.append((size(program["given"] | found.states), found.mapping))
-        return found
+    def crossing(program, read):
+        half = target_half(program, read)
+        crossed.append((size(half["given"]) + size(half["given_finals"]), half["writing"]))
+        return half
 
-    monkeypatch.setattr("patchscope_nn.backends.places.in_place_of", crossing)
+    monkeypatch.setattr("patchscope_nn.backends.places.target_half", crossing)
     bridged = execute(prepared, execution).table()
     said = traffic(planned, prepared.mapping)
-    weighed = [weights(call) for _, (_, call) in crossed]
-    assert any(step.carried for step in planned.steps()) is (max_rows == 1 and not remote)
+    weighed = [weights(writing["weights"]) for _, writing in crossed]
+    assert any(len(step.carried) for step in planned.steps()) is (max_rows == 1 and not remote)
     assert said.steps == len(crossed)
     assert said.bytes == sum(size for size, _ in crossed) + sum(weighed)
     assert said.mapped_here == (
-        sum(kind == "identity" for _, (kind, _) in crossed) if prepared.mapping.kind == "call" else 0
+        sum(writing["mapping"] == "identity" for _, writing in crossed)
+        if prepared.mapping.kind == "call"
+        else 0
     )
     nested = execute(prepare(scope, **given).only, Execution(context="nested")).table()
     assert_frame_equal(bridged, nested, rtol=1e-4, atol=1e-4)

@@ -10,8 +10,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from patchscope_nn import Optimisations
 from patchscope_nn.body import attention, packed
-from patchscope_nn.body.attention import in_attending, in_attention
-from patchscope_nn.lower import segments
+from patchscope_nn.body.attention import in_attending, in_attention, in_own_tokens
+from patchscope_nn.lower import lower
+from patchscope_nn.mappings import resolve_mapping
 from patchscope_nn.plan import plan
 from patchscope_nn.readouts import NextToken
 from patchscope_nn.spec import Patchscope, Source, Target
@@ -21,12 +22,12 @@ N_TOKENS, D_HEAD = 6, 8
 
 
 def own_tokens(*seen):
-    """What each token sees behind the prefix, as a program holds it."""
+    """The tokens after the prefix that each token attends to, and which of these are real."""
     most = max(map(len, seen))
-    return {
-        "places": torch.tensor([[*places, *[0] * (most - len(places))] for places in seen]),
-        "real": torch.tensor([[place < len(places) for place in range(most)] for places in seen]),
-    }
+    return (
+        torch.tensor([[*places, *[0] * (most - len(places))] for places in seen]),
+        torch.tensor([[place < len(places) for place in range(most)] for places in seen]),
+    )
 
 
 #: Of six tokens the last two are one cell's, the first of them its patch.
@@ -37,9 +38,9 @@ TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 def masked(query, key, value, prefix, own, *, scale):
     """The same as one sequence with a mask."""
-    mask = torch.zeros(len(own["places"]), key.shape[2], dtype=torch.bool)
+    mask = torch.zeros(len(own[0]), key.shape[2], dtype=torch.bool)
     mask[:, :prefix] = True
-    for token, (places, real) in enumerate(zip(own["places"], own["real"], strict=True)):
+    for token, (places, real) in enumerate(zip(*own, strict=True)):
         mask[token, prefix + places[real]] = True
     times = query.shape[1] // key.shape[1]
     key, value = (one.repeat_interleave(times, dim=1) for one in (key, value))
@@ -124,26 +125,69 @@ def test_it_is_left_out(family, target, used, request, calls):
 
 
 def test_a_block_that_attends_otherwise_is_an_error():
-    attending = in_attending(None, 0, OWN)
+    alone = {
+        "starts": torch.arange(1),
+        "trunks": torch.zeros(1, dtype=int),
+        "seen": torch.zeros(1, dtype=int),
+    }
+    attending = in_attending(None, {"prefix": 0, "most_own": 1, **alone})
     with pytest.raises(RuntimeError, match="block 3 does not call its attention as the first block does"):
         packed._in_attended(lambda **given: given, {}, attending, 3)
 
 
-def test_what_a_token_sees_makes_the_same_mask(tiny_model):
-    """For a device that attends with a mask: from each token's own ones, the mask of the whole layout."""
+def hand_mask(layout, window):
+    """What each token of a pass attends to, from its layout alone: (n_tokens, prefix + n_tokens)."""
+    names = ("prompt", "first", "count", "is_branch")
+    segments = list(zip(*(getattr(layout, name).tolist() for name in names), strict=True))
+    tokens = [
+        (number, segment, segment[1] + at)
+        for number, segment in enumerate(segments)
+        for at in range(segment[2])
+    ]
+    rows = []
+    for number, (prompt, first, _, is_branch), position in tokens:
+        row = [True] * layout.prefix
+        for other, segment, before in tokens:
+            is_trunk = is_branch and not segment[3] and segment[0] == prompt and before < first
+            row.append(before <= position and (other == number or is_trunk))
+        keys = [*range(layout.prefix), *(before for *_, before in tokens)]
+        near = [window is None or position - before < window for before in keys]
+        rows.append([sees and close for sees, close in zip(row, near, strict=True)])
+    return torch.tensor(rows)
+
+
+@pytest.mark.parametrize("late_entry", [True, False])
+@pytest.mark.parametrize("position", [-1, -2, 1])
+def test_what_a_token_sees_makes_the_same_mask(position, late_entry, tiny_model):
+    """The mask of a pass, with and without a window, and the tokens that are attended to separately."""
     model = tiny_model("llama")
     scope = Patchscope(
         source=Source(prompt="Diana", position=-1, layer="all"),
-        target=Target(prompt="The city {t} x", position=-1, layer="all"),
+        target=Target(prompt="The city {t} x", position=position, layer="all"),
         readout=NextToken(),
     )
     rows = [{"t": text} for text in ("of", "in")]
-    planned = plan(expand(scope, rows=rows, controls=["unpatched"], source=model, target=model, seed=0))
-    (layout,) = [target.layout for step in planned.steps() for target in step.targets]
-    assert layout.prefix
-    assert any(segment.cell is None for segment in layout.segments)
-    given = {"prefix": layout.prefix, "own": segments._own(layout), "allowed": None}
-    assert torch.equal(packed._in_allowed(given), segments._allowed(layout))
+    sweep = expand(scope, rows=rows, controls=["unpatched"], source=model, target=model, seed=0)
+    planned = plan(sweep, context="session", optimisations=Optimisations(late_entry=late_entry))
+    (step,) = planned.steps()
+    ((_, layout),) = step.targets
+    mapping = resolve_mapping("identity", source=model.info, target=model.info)
+    (target,) = lower(planned, step, source=model, target=model, mapping=mapping)["targets"]
+    assert (layout.prefix > 1) == (position < 0)  # with and without a prefix
+    assert not layout.is_branch.all()
+    assert layout.is_branch.any()
+    for window in (None, 3):
+        for count in range(1, layout.n_tokens + 1):
+            mask = packed._in_mask(target, torch.zeros(1, count, 4), window, {})
+            assert torch.equal(mask[0, 0] == 0, hand_mask(layout, window)[:count, : layout.prefix + count])
+            assert (mask[mask != 0] == torch.finfo(mask.dtype).min).all()
+    places, real = in_own_tokens(target)
+    assert real.any(1).all()
+    own = torch.zeros(layout.n_tokens, layout.n_tokens, dtype=torch.int64)
+    for token in range(layout.n_tokens):
+        for place in places[token][real[token]].tolist():
+            own[token, place] += 1  # each is attended to once
+    assert torch.equal(own, hand_mask(layout, None)[:, layout.prefix :].long())
 
 
 def test_it_travels(tiny_model, run_cells):

@@ -9,7 +9,7 @@ import tiny
 import torch
 
 from patchscope_nn import backends
-from patchscope_nn.backends.crossing import in_place_of, size, target_half, traffic, weights
+from patchscope_nn.backends.crossing import size, target_half, traffic, weights
 from patchscope_nn.plan import Optimisations
 from patchscope_nn.readouts import Generate, Hidden, NextToken
 from patchscope_nn.runs.execute import Execution, execute, plan_run
@@ -113,20 +113,24 @@ def test_between_two_models_the_maps_run_where_fewer_bytes_cross(  # noqa: PLR09
     planned = plan_run(prepared, execution)
     crossed = []
 
-    def crossing(program, states):
-        found = in_place_of(program, states)
-        half = target_half(program, found)
-        crossed.append((size(half["given"]), weights(found.mapping[1]), found.mapping[0]))
-        return found
+    def crossing(program, read):
+        half = target_half(program, read)
+        finals = half["given_finals"]
+        sent = size(half["given"]) + (0 if finals is None else size(finals))
+        crossed.append((sent, weights(half["writing"]["weights"]), half["writing"]["mapping"]))
+        return half
 
-    monkeypatch.setattr("patchscope_nn.backends.places.in_place_of", crossing)
+    monkeypatch.setattr("patchscope_nn.backends.places.target_half", crossing)
     bridged = execute(prepared, execution)
     said = traffic(planned, prepared.mapping)
     assert said.steps == len(crossed)
     assert said.bytes == sum(states + more for states, more, _ in crossed)
     assert said.mapped_here == sum(kind == "identity" for *_, kind in crossed)
+    alone = [not (len(step.carried) or len(step.kept)) for step in planned.steps()]
+    assert all(alone) == (remote == "local" or max_rows is None)
     if form == "weight":
-        assert said.mapped_here == said.steps  # a weight is more bytes than these few states
+        # A weight is more bytes than these few states. States that several steps use are mapped there.
+        assert said.mapped_here == sum(alone)
     if form == "scale":
         assert said.mapped_here < said.steps or max_rows == 1
     nested = execute(prepare(scope, **given).only, Execution(context="nested"))
@@ -146,10 +150,10 @@ def test_only_the_pairs_of_a_step_travel(tiny_model, monkeypatch):
     def looking(self, context, program, **models):
         maps = program["writing"]["weights"]
         written = {
-            write["pair"]
+            (layer, written)
             for target in program["targets"]
-            for writes in target["writes"].values()
-            for write in writes
+            for write in target["writes"].values()
+            for layer, written in write["pairs"].tolist()
         }
         assert maps.keys() == written
         assert all(isinstance(one, torch.Tensor) for parts in maps.values() for one in parts.values())

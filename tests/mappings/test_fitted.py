@@ -38,7 +38,7 @@ def test_every_state_is_mapped_by_its_own_pair(form, bias, info):
     fitted = fits.random_fit(PAIRS, form=form, bias=bias)
     found = resolve_mapping(fitted, source=info, target=info, pairs=PAIRS)
     states, pairs = states_of(6), [PAIRS[place] for place in (3, 0, 3, 1, 2, 0)]
-    given = apply_mapping(found.kind, found.within(pairs), states, torch.zeros(6, 32), pairs)
+    given = apply_mapping(found.kind, found.within(pairs), states, torch.zeros(6, 32), torch.tensor(pairs))
     for place, pair in enumerate(pairs):
         expected = fits.formula(fitted, pair)(states[place])
         assert torch.allclose(given[place], expected, atol=1e-6)

@@ -7,13 +7,10 @@ from typing import Any, ClassVar
 import patchscope_nn as ps
 
 
-def read_max_logit(run, *, scale: float) -> list[dict[str, Any]]:
+def read_max_logit(run, *, scale: float) -> dict[str, Any]:
     """Read the largest logit of each cell; this function is sent to where the model runs."""
     values, ids = run.logits.float().max(dim=-1)
-    return [
-        {"max_id": token_id, "max_logit": scale * value}
-        for token_id, value in zip(ids.tolist(), values.tolist(), strict=True)
-    ]
+    return {"max_id": ids, "max_logit": scale * values}
 
 
 @ps.register_readout
@@ -39,5 +36,5 @@ class MaxLogit(ps.Readout):
         return {"scale": self.scale}
 
     def tabulate(self, raw, tokens, texts):
-        """Return a cell's columns from the body's raw values."""
-        return {"max_token": tokens.token(raw["max_id"]), "max_logit": raw["max_logit"]}
+        """Return the table's columns from those of the body."""
+        return {"max_token": tokens.tokens(raw["max_id"]), "max_logit": raw["max_logit"]}

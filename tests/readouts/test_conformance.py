@@ -145,7 +145,7 @@ def test_a_users_kind_shows_in_recipe_table_figures_and_report(tiny_model, tmp_p
 def test_a_kind_whose_body_looks_at_other_rows_is_found_out(tiny_model, monkeypatch, max_logit):
     def leaking(run, *, scale):
         best = run.logits.float().max().item()
-        return [{"max_id": 0, "max_logit": scale * best} for _ in range(run.n_cells)]
+        return {"max_id": [0] * run.n_cells, "max_logit": [scale * best] * run.n_cells}
 
     monkeypatch.setattr(max_logit, "read_max_logit", leaking)
     with pytest.raises(AssertionError, match="max_logit differs with no optimisation"):
@@ -248,7 +248,7 @@ def test_a_kind_is_refused_where_its_body_cannot_travel(monkeypatch):
 
     module = type(sys)("readouts_of_mine")
     module.__file__ = "/usr/lib/site-packages/readouts_of_mine.py"
-    exec("def read(run):\n    return [{} for _ in range(run.n_cells)]\n", module.__dict__)  # noqa: S102
+    exec("def read(run):\n    return {'n': [1] * run.n_cells}\n", module.__dict__)  # noqa: S102
     monkeypatch.setitem(sys.modules, "readouts_of_mine", module)
     with pytest.raises(ps.PatchscopeError, match="the readout's body needs the module 'readouts_of_mine'"):
         check_travels(module.read, what="readout's body")

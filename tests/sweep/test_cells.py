@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import replace
+from dataclasses import fields, replace
 
+import numpy as np
 import pytest
 import tiny
 from hypothesis import given, settings
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from patchscope_nn.errors import DataError, InputError, LayerError, PositionError
 from patchscope_nn.models import Model
 from patchscope_nn.models.info import Part
+from patchscope_nn.plan import plan
 from patchscope_nn.readouts import Choices, Generate, Hidden, NextToken
 from patchscope_nn.spec import Patchscope, Source, Target
 from patchscope_nn.sweep import expand
@@ -56,6 +58,116 @@ def test_same_pairs_layers(model):
         (1, (6,), -1, (4,), -1),
         (1, (6,), 1, (4,), 1),
     ]
+
+
+#: Patchscopes whose cells differ in every way that a cell can, and their controls.
+VARIED = {
+    "positions": (
+        scope_of(
+            source={"position": {"each": [0, -1]}, "layer": [0, "embed", 2]},
+            target={"position": {"each": ["x", -1]}, "layer": [1, 3], "scale": [1, 2.5]},
+            readout=NextToken(reference="source"),
+        ),
+        ["unpatched", "random", "shuffled"],
+    ),
+    "spans": (scope_of(source={"position": [0, -1]}, target={"position": [0, 2]}), ["random", "shuffled"]),
+    "noise": (
+        scope_of(
+            target={"layer": [1, 2], "corrupt": {"position": 0, "samples": 3}, "position": {"each": ["x", 0]}}
+        ),
+        ["unpatched", "shuffled"],
+    ),
+    "text": (scope_of(source={"layer": [0, 1]}), ["text-only", "unpatched", "random"]),
+    "differences": (scope_of(source={"minus": "Diana is", "layer": [0, 1]}), ["unpatched", "random"]),
+    "means": (scope_of(source={"mean": "positions", "position": [0, -1]}), ["unpatched", "random"]),
+    "cuts": (
+        Patchscope(
+            source=Source(prompt="{s}"),
+            target=Target(prompt="{t}", position=-1, write={"cut": {"position": 0}}, layer=[1, 2]),
+        ),
+        ["unpatched", "random"],
+    ),
+    "windows": (scope_of(target={"window": 2}), ["unpatched"]),
+}
+VARIED_ROWS = (*ROWS, {"s": "The city is", "t": "x is in Paris"}, ROWS[0])
+
+
+def arrays_of(block):
+    """Every array of a block, by its name."""
+    names = [part.name for part in fields(block) if part.name != "cells"]
+    return {name: getattr(block, name) for name in [*names, "row", "target_prompt", "stateful"]}
+
+
+@pytest.mark.parametrize("name", VARIED)
+@given(data=st.data())
+def test_a_cell_is_the_same_in_every_block(name, data, tiny_model):
+    scope, controls = VARIED[name]
+    sweep = sweep_of(scope, tiny_model("llama"), rows=VARIED_ROWS, controls=controls)
+    count = len(sweep.cells)
+    whole = sweep.cells.block(np.arange(count))
+    cells = list(whole)
+    numbers = np.array(data.draw(st.lists(st.integers(0, count - 1), max_size=12)), np.int64)
+    block = sweep.cells.block(numbers)
+    assert len(block) == len(numbers)
+    assert list(block) == list(whole.take(numbers)) == [cells[number] for number in numbers]
+    for part, array in arrays_of(block).items():
+        expected = arrays_of(whole)[part][numbers]
+        assert array.dtype == expected.dtype, part
+        assert array.tolist() == expected.tolist(), part
+    writes, of_whole = sweep.writes(block), sweep.writes(whole)
+    rows = zip(*(part.tolist() for part in writes), strict=True)
+    expected = {
+        cell: [row[1:] for row in zip(*(part.tolist() for part in of_whole), strict=True) if row[0] == cell]
+        for cell in set(numbers.tolist())
+    }
+    found = {}
+    for place, *row in rows:
+        found.setdefault(place, []).append(tuple(row))
+    for place, number in enumerate(numbers.tolist()):
+        assert found.get(place, []) == expected[number]
+    needed = [sweep.reads_of(sweep.cells.block(np.array([number]))) for number in set(numbers.tolist())]
+    expected_reads = np.unique(np.concatenate([np.empty(0, np.int64), *needed]))
+    assert sweep.reads_of(block).tolist() == expected_reads.tolist()
+
+
+@pytest.mark.parametrize("size", [1, 3, 7, 50])
+@pytest.mark.parametrize("name", VARIED)
+def test_all_cells_are_the_same_in_blocks_of_every_size(name, size, model, monkeypatch):
+    scope, controls = VARIED[name]
+    sweep = sweep_of(scope, model, rows=VARIED_ROWS, controls=controls)
+    expected, planned = list(sweep.cells), plan(sweep)
+    assert [cell.number for cell in expected] == list(range(len(sweep.cells)))
+    assert expected == [sweep.cells[number] for number in range(len(sweep.cells))]
+    assert tuple(expected[2:9]) == sweep.cells[2:9]
+    assert expected[-1] == sweep.cells[-1]
+    monkeypatch.setattr("patchscope_nn.sweep.cells.BLOCK", size)
+    blocks = list(sweep.cells.blocks())
+    assert [len(block) for block in blocks[:-1]] == [size] * (len(blocks) - 1)
+    assert [cell for block in blocks for cell in block] == expected == list(sweep.cells)
+    again = plan(sweep)
+    assert again.digest == planned.digest
+    assert again.served_by.tolist() == planned.served_by.tolist()
+
+
+def test_the_order_of_cells(model):
+    """As nested loops: i, i*, l, l*, scale, and then the real cell and its controls."""
+    scope, controls = VARIED["positions"]
+    found = [
+        (cell.source_positions, cell.target_positions, cell.source_layer, cell.target_layer, cell.scale)
+        for cell in sweep_of(scope, model, controls=controls).cells
+        if cell.row == 0 and cell.control == "random"
+    ]
+    assert found == [
+        (read, written, layer, target, scale)
+        for read in ((0,), (2,))
+        for written in ((0,), (2,))
+        for layer in (0, -1, 2)
+        for target in (1, 3)
+        for scale in (1, 2.5)
+    ]
+    kinds = [cell.control for cell in sweep_of(scope, model, controls=controls).cells if cell.row == 0]
+    # There is an unpatched cell for each i* and each i whose distribution is compared.
+    assert kinds == ["unpatched"] * 4 + [None, "random", "shuffled"] * len(found)
 
 
 def test_other_layers_are_crossed(model):

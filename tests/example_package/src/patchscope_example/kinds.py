@@ -10,7 +10,7 @@ gate = ps.Site(name="gate", modules=("mlp.gate_proj",), label="Gates of MLPs")
 def read_logit_gap(run):
     """The two largest logits of each cell; travels to where the model runs."""
     best = run.logits.float().topk(2, dim=-1).values
-    return [{"logit_gap": first - second} for first, second in best.tolist()]
+    return {"logit_gap": best[:, 0] - best[:, 1]}
 
 
 class LogitGap(ps.Readout):
