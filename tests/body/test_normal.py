@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import noise
 import pytest
 import torch
 
-from patchscope_nn.body.states import in_mixed, in_normal
+from patchscope_nn.body.random import in_mixed, in_normal
 
 
 def normal(seeds, draws, width, dtype=torch.float32):
@@ -115,3 +116,10 @@ def test_the_hash_is_that_of_splitmix64():
 def test_the_hash_is_one_to_one():
     numbers = torch.arange(-50_000, 50_000)
     assert len(in_mixed(numbers).unique()) == len(numbers)
+
+
+@pytest.mark.parametrize("width", [1, 2, 7, 64])
+def test_they_are_those_of_plain_python(width):
+    seeds, draws = [0, 1, 2**56 - 1], [0, 3, 1]
+    expected = torch.stack([noise.normal(*pair, width) for pair in zip(seeds, draws, strict=True)])
+    torch.testing.assert_close(normal(seeds, draws, width), expected, atol=1e-5, rtol=1e-5)
