@@ -96,9 +96,9 @@ class RunFolder(InMemory):
         super().__init__(manifest["n_cells"])
         self.path: Path = path
         self.manifest: Manifest = manifest
-        (path / CELLS).mkdir(exist_ok=True)
         for part in read_parts(path):
             self._add(part)
+        (path / CELLS).mkdir(exist_ok=True)
         written = (int(file.stem) for file in (path / CELLS).glob("*.arrow"))
         self._next = 1 + max(written, default=-1)
 
@@ -165,7 +165,16 @@ def open_folder(path: Path, manifest: Manifest) -> Iterator[RunFolder]:
 
 
 def read_parts(folder: Path) -> list[pa.Table]:
-    """Read the finished cells of a run's folder."""
+    """Read the finished cells of a run's folder.
+
+    Raises:
+        FolderError: A part is damaged, or the folder is of an older version.
+    """
+    if (folder / "cells.jsonl").exists() and not (folder / CELLS).is_dir():
+        raise FolderError(
+            f"{folder} was written by patchscope-nn 0.1, which kept cells in another form.",
+            hint="Read its cells.parquet, or run it again with another --out.",
+        )
     return [_read_part(file) for file in sorted((folder / CELLS).glob("*.arrow"))]
 
 

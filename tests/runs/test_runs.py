@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -183,6 +184,16 @@ def test_a_folder_with_other_things_in_it_is_left_alone(tiny_model, tmp_path):
     with pytest.raises(FolderError, match="is not empty and is not the folder of a run"):
         ps.run(scope(), out=tmp_path, **asked(tiny_model()))
     assert [entry.name for entry in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_folder_of_an_older_version_is_not_read_as_an_empty_run(tiny_model, tmp_path):
+    ps.run(scope(), out=tmp_path / "run", **asked(tiny_model()))
+    shutil.rmtree(tmp_path / "run/cells")
+    (tmp_path / "run/cells.jsonl").write_text('{"cell": 0}\n')
+    with pytest.raises(FolderError, match=r"written by patchscope-nn 0\.1.* Read its cells\.parquet"):
+        ps.load_run(tmp_path / "run")
+    with pytest.raises(FolderError, match=r"written by patchscope-nn 0\.1"):
+        ps.run(scope(), out=tmp_path / "run", **asked(tiny_model()))
 
 
 def test_a_file_is_no_folder(tiny_model, tmp_path):
