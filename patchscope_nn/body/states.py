@@ -87,7 +87,7 @@ def in_together(parts: list[torch.Tensor]) -> torch.Tensor | None:
 
 def in_rows(table: torch.Tensor | None, rows: torch.Tensor) -> torch.Tensor | None:
     """Return some rows of a table; None if there is no table."""
-    return None if table is None else table[rows.to(table.device)]
+    return None if table is None else table.detach()[rows.to(table.device)]
 
 
 def in_sums(states: torch.Tensor, sums: Sums | None) -> torch.Tensor:
@@ -320,4 +320,12 @@ def in_readout(
     columns = readout["read"](run, **readout["asked"])
     if readout["unembeds"] and not readout["finite"] and "sound" not in columns:
         columns["sound"] = logits.float().amax(-1)
-    return {name: part.cpu() if isinstance(part, torch.Tensor) else part for name, part in columns.items()}
+    # On a server, a mapping with parameters records gradients.
+    return {name: in_here(part) for name, part in columns.items()}
+
+
+def in_here(values: Any) -> Any:
+    """Return a column on the CPU, without its gradients."""
+    if isinstance(values, torch.Tensor):
+        return values.detach().cpu()
+    return [in_here(value) if isinstance(value, torch.Tensor) else value for value in values]
