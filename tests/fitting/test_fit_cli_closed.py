@@ -14,7 +14,8 @@ from patchscope_nn import cli
 from patchscope_nn.cli.fitting import parse_data
 from patchscope_nn.errors import InputError
 from patchscope_nn.mappings import Fitted
-from patchscope_nn.spec import FIT_KINDS, Fit
+from patchscope_nn.spec import Fit
+from patchscope_nn.spec.fitting import FIT_KINDS
 
 WORDS = ("The", " Eiffel", " Tower", " is", " in", " the", " city", " of", " Paris", " Diana", "->")
 RECIPE = """\
