@@ -29,9 +29,10 @@ check: .venv/installed-test
 quick: .venv/installed-test
 	$(BIN)/python -m pytest -m quick
 
-# Compares every model type that transformers knows with plain hooks and with its row in docs/architectures.md.
+# Compares every model type that transformers knows with plain hooks and with its row in docs/architectures.md, and
+# runs the other cases that `make test` leaves out.
 test-registry: .venv/installed-test
-	$(BIN)/python -m pytest tests/equivalence/test_registry.py
+	$(BIN)/python -m pytest -m registry
 
 # The tests that depend most on transformers, with its oldest supported version.
 test-oldest: .venv-oldest/installed

@@ -48,6 +48,7 @@ class SiteCheck:
         family: A family of tests/tiny.py.
         module: The path of its module inside a block; empty for the block itself.
         width: The size of its states.
+        off: The optimisations that are switched off one by one.
         known: What plain hooks gave so far.
     """
 
@@ -55,6 +56,7 @@ class SiteCheck:
     family: str
     module: str
     width: int = tiny.D_MODEL
+    off: tuple = Optimisations.names()
     known: dict = field(default_factory=dict, repr=False)
 
     def run(self):
@@ -109,7 +111,7 @@ class SiteCheck:
     def check_optimisations(self, read, written):
         """Without one optimisation after the other nothing changes."""
         scope = self._scope(READOUTS["next_token"], read, written)
-        for off in Optimisations.names():
+        for off in self.off:
             self._compare(scope, optimisations=replace(Optimisations(), **{off: False}), context="session")
 
     def check_fused(self, read, written):

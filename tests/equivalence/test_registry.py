@@ -1,6 +1,6 @@
 """Every model type that transformers loads as a language model: right in every cell, or refused by name.
 
-`make test` runs one model type of each mechanism, `make test-registry` all.
+`make test` runs one model type of each mechanism, `make test-registry` the others.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from site_check import SiteCheck
 
 import patchscope_nn as ps
 from patchscope_nn.errors import InputError
+from patchscope_nn.plan import Optimisations
 from patchscope_nn.proof.checks import paired_sites
 from patchscope_nn.spec import ATTENTION, MLP, RESIDUAL, SITES
 
@@ -44,7 +45,18 @@ def registered(monkeypatch):
 @pytest.mark.parametrize("name", [*SITES])
 def test_a_site_that_ships(name, family):
     parts = {"attention": tiny.FAMILIES[family].attention, "mlp": tiny.FAMILIES[family].mlp}
-    SiteCheck(site=SITES[name], family=family, module=parts.get(name, "")).run()
+    off = share([*SITES].index(name) + FAMILIES.index(family))
+    SiteCheck(site=SITES[name], family=family, module=parts.get(name, ""), off=off).run()
+
+
+def share(number):
+    """A quarter of the optimisations; four numbers in a row have all of them."""
+    return Optimisations.names()[number % 4 :: 4]
+
+
+def test_every_optimisation_is_off_for_every_site_that_ships_and_on_every_family():
+    assert len(SITES) == len(FAMILIES) == 4
+    assert sorted(name for number in range(4) for name in share(number)) == sorted(Optimisations.names())
 
 
 @pytest.mark.parametrize(
@@ -65,7 +77,9 @@ def test_a_site_that_ships(name, family):
     ],
 )
 def test_a_site_of_ones_own(name, family, module, width, registered):
-    SiteCheck(site=registered(name), family=family, module=module, width=width).run()
+    """On llama with each optimisation off, on the others with none and all of them off."""
+    off = Optimisations.names() if family == "llama" else ()
+    SiteCheck(site=registered(name), family=family, module=module, width=width, off=off).run()
 
 
 def test_a_name_has_one_site(registered):

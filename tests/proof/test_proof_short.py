@@ -14,7 +14,7 @@ from patchscope_nn.errors import ModelError
 from patchscope_nn.proof import checks
 from patchscope_nn.proof.short import shortened
 
-N_LAYERS = 10
+N_LAYERS = 7
 pytestmark = pytest.mark.usefixtures("verdicts")
 
 
@@ -45,12 +45,12 @@ def test_the_short_model_has_the_same_weights_and_leaves_the_model_as_it_is():
     module = deep("llama")
     before = copy.deepcopy(module.config.to_dict())
     model = load(module, proof=False)
-    short = shortened(model, (0, 5, 9))
+    short = shortened(model, (0, 3, 6))
     assert module.config.to_dict() == before
     assert [block.self_attn.layer_idx for block in module.model.layers] == [*range(N_LAYERS)]
     assert [block.self_attn.layer_idx for block in short.module.model.layers] == [0, 1, 2]
     assert short.info.n_layers == short.module.config.num_hidden_layers == 3
-    for place, layer in enumerate((0, 5, 9)):
+    for place, layer in enumerate((0, 3, 6)):
         for own, weight in zip(
             short.module.model.layers[place].parameters(),
             module.model.layers[layer].parameters(),
@@ -80,22 +80,22 @@ class Louder(torch.nn.Module):
 
 
 def other_part(module):
-    module.model.layers[3].mlp = Louder(module.model.layers[3].mlp)
+    module.model.layers[2].mlp = Louder(module.model.layers[2].mlp)
 
 
 def other_setting(module):
-    module.model.layers[3].self_attn.scaling = 0.3
+    module.model.layers[2].self_attn.scaling = 0.3
 
 
 def other_size(module):
-    mlp = module.model.layers[3].mlp
+    mlp = module.model.layers[2].mlp
     for name in ("gate_proj", "up_proj"):
         setattr(mlp, name, torch.nn.Linear(tiny.D_MODEL, 20, bias=False))
     mlp.down_proj = torch.nn.Linear(20, tiny.D_MODEL, bias=False)
 
 
 def hooked(module):
-    module.model.layers[3].register_forward_hook(lambda _module, _inputs, output: output)
+    module.model.layers[2].register_forward_hook(lambda _module, _inputs, output: output)
 
 
 @pytest.mark.parametrize("change", [other_part, other_setting, other_size, hooked])
@@ -110,7 +110,7 @@ def test_where_a_block_is_not_like_the_others_all_blocks_are_proven(change):
 def test_numbers_that_are_not_finite_in_a_block_between_are_found():
     module = deep("llama")
     with torch.no_grad():
-        module.model.layers[3].mlp.down_proj.weight.fill_(torch.inf)
+        module.model.layers[2].mlp.down_proj.weight.fill_(torch.inf)
     with pytest.raises(ModelError, match="not finite"):
         load(module)
 

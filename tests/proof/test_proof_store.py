@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -165,6 +166,7 @@ def test_processes_that_write_at_once_leave_a_whole_file(verdicts):
     ]
     seen = 0
     while any(writer.poll() is None for writer in writers):
+        time.sleep(0.001)  # they need the processor, to import what they import
         if verdicts.exists() and (verdicts / "key.json").exists():
             assert store.known("key") == VERDICT
             seen += 1
