@@ -40,8 +40,8 @@ transformers {version} loads as a causal language model, or as a model that read
 
 It is written by `python -m benchmarks.architectures`, from tiny models with random weights. Each is loaded,
 and so compared with plain PyTorch hooks: what would give other numbers is switched off, and what cannot be
-right is refused. `make test` compares every cell of a sweep with plain hooks again, on one type of each mechanism;
-`make test-registry` does so on all others.
+right is refused. `make test` compares every cell of a sweep with plain hooks again, on one type of each
+mechanism; `make test-registry` does so on all others.
 
 A real model of a type may differ, since its config decides as well. It is proven the first time it is loaded,
 and `patchscope doctor --model ID` prints what was found.
