@@ -94,9 +94,12 @@ def in_sums(states: torch.Tensor, sums: Sums | None) -> torch.Tensor:
     """Return the table of states with the rows of weighted sums added to it."""
     if sums is None:
         return states
-    terms = states[sums["states"].to(states.device)] * sums["weights"].to(states)[:, None]
-    summed = states.new_zeros(sums["count"], states.shape[1])
-    return torch.cat([states, summed.index_add(0, sums["into"].to(states.device), terms)])
+    device, numbers = states.device, torch.promote_types(states.dtype, torch.float32)
+    # A weight such as 1/3 has too few digits in half precision.
+    weights = sums["weights"].to(device, numbers)[:, None]
+    terms = states[sums["states"].to(device)] * weights
+    summed = terms.new_zeros(sums["count"], states.shape[1]).index_add(0, sums["into"].to(device), terms)
+    return torch.cat([states, summed.to(states)])
 
 
 def in_write(
@@ -125,7 +128,9 @@ def in_write(
     if mode == "add_matched":
         mapped = mapped * (clean.norm(dim=-1, keepdim=True) / mapped.norm(dim=-1, keepdim=True))
     if write["scales"] is not None:
-        mapped = mapped * write["scales"].to(mapped)[:, None]
+        # In single precision at least, as a product with a plain number.
+        scales = write["scales"].to(device, torch.promote_types(mapped.dtype, torch.float32))
+        mapped = (mapped * scales[:, None]).to(mapped)
     written = in_mode(mode, writing["amount"], clean, mapped)
     value[rows, columns] = written
     parts = {"cells": write["cells"].to(device), "states": written, "replaced": clean}
