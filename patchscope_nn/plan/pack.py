@@ -111,9 +111,9 @@ class Packer:
         alike = [length[order] for length in lengths]
 
         def fits(batch: slice) -> Flags:
-            # The last row is the longest, and reads the most positions, since rows are sorted.
-            rows = np.arange(1, batch.stop - batch.start + 1)
-            sizes = self.costs.batch(rows, tokens[batch], read=read[batch], decodes=self.caches)
+            # The last row is the longest, since rows are sorted; an earlier one may read more positions.
+            rows, most = np.arange(1, batch.stop - batch.start + 1), np.maximum.accumulate(read[batch])
+            sizes = self.costs.batch(rows, tokens[batch], read=most, decodes=self.caches)
             same = [length[batch] == length[batch.start] for length in alike]
             return np.logical_and.reduce([sizes <= self.memory, *same])
 

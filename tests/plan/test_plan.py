@@ -16,7 +16,7 @@ from patchscope_nn.backends import Places, run_steps
 from patchscope_nn.errors import InputError
 from patchscope_nn.mappings import resolve_mapping
 from patchscope_nn.models import Model
-from patchscope_nn.plan import Budget, Optimisations, count, plan, stages
+from patchscope_nn.plan import Budget, Optimisations, count, from_cache, plan, stages
 from patchscope_nn.plan.budget import Costs
 from patchscope_nn.plan.count import source_width, target_width
 from patchscope_nn.readouts import Choices, Generate, Hidden, NextToken
@@ -136,7 +136,7 @@ def test_a_plan_keeps_its_budget(data, tiny_model):
     asked = data.draw(optimisations)
     planned = plan(sweep, context="session", max_rows=max_rows, memory=memory, optimisations=asked)
     costs = Costs(info=model.info)
-    decodes = isinstance(sweep.scope.readout, Generate | Choices)
+    decodes = sweep.scope.readout.decodes and from_cache(sweep, asked)
     for step in planned.steps():
         for one in step.targets:
             assert len(one.cells) <= (max_rows if asked.row_packing else 1)
