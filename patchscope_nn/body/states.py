@@ -326,8 +326,6 @@ def in_readout(
     if not isinstance(columns, dict):
         given = type(columns).__name__
         raise TypeError(f"the body of a readout returns a dict of columns, and not a {given}")
-            f"the body of a readout returns a dict of columns, and not a {type(columns).__name__}"
-        )
     if readout["unembeds"] and not readout["finite"] and "sound" not in columns:
         columns["sound"] = logits.float().amax(-1)
     # On a server, a mapping with parameters records gradients.
