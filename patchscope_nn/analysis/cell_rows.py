@@ -68,24 +68,31 @@ class CellRows(Sequence[Mapping[str, Any]]):
         return values
 
     def shared(self, name: str) -> Any:
-        """Return the values of a column as an array, in which equal texts and lists are one object."""
+        """Return the values of a column as an array: numbers, or objects of which equal ones are one object.
+
+        Numbers are NaN where a cell has none, and other values None.
+        """
         if name in self._extra or not any(name in part.column_names for part in self._parts):
             return self.column(name)
-        values = np.empty(len(self), object)
+        kind = self._parts[0].schema.field(name).type
+        number = pa.types.is_integer(kind) or pa.types.is_floating(kind)
+        n_missing = sum(part[name].null_count for part in self._parts)
+        if number and n_missing < len(self):
+            whole = pa.types.is_integer(kind) and not n_missing
+            values = np.empty(len(self), np.int64 if whole else np.float64)
+        else:
+            values, number = np.full(len(self), None, object), False
         known: dict[Any, Any] = {}
         for numbers, part in zip(self._numbers, self._parts, strict=True):
             place = np.searchsorted(self._all, numbers)
+            if number:
+                values[place] = part[name].to_numpy()
+                continue
             start = 0
             for chunk in part[name].chunks:
                 at = place[start : start + len(chunk)]
                 start += len(chunk)
-                if not pa.types.is_dictionary(chunk.type):
-                    values[at] = np.array([*chunk.to_pylist(), None], object)[:-1]
-                    continue
-                distinct = [known.setdefault(_key(value), value) for value in chunk.dictionary.to_pylist()]
-                objects = np.empty(len(distinct) + 1, object)  # the last is that of cells without a value
-                objects[: len(distinct)] = distinct
-                values[at] = objects[chunk.indices.fill_null(len(distinct)).to_numpy()]
+                values[at] = _objects(chunk, known)
         return values
 
     def first(self, count: int) -> CellRows:
@@ -127,6 +134,16 @@ class CellRows(Sequence[Mapping[str, Any]]):
             if names is None or name in names:
                 table = table.append_column(name, pa.array(list(values[start:stop])))
         return table
+
+
+def _objects(chunk: pa.Array, known: dict[Any, Any]) -> Any:
+    """Return values as an array of objects; of equal values in the dictionaries of chunks, the first `known`."""
+    if not pa.types.is_dictionary(chunk.type):
+        return np.array([*chunk.to_pylist(), None], object)[:-1]
+    distinct = [known.setdefault(_key(value), value) for value in chunk.dictionary.to_pylist()]
+    objects = np.empty(len(distinct) + 1, object)  # the last is that of cells without a value
+    objects[: len(distinct)] = distinct
+    return objects[chunk.indices.fill_null(len(distinct)).to_numpy()]
 
 
 def _key(value: Any) -> Any:
