@@ -20,15 +20,15 @@ class CellRows(Sequence[Mapping[str, Any]]):
     """The rows of finished cells, in the order of the sweep. A row is a mapping, made on access.
 
     Args:
-        parts: Tables with the columns of a run and `CELL`, whose cells ascend. They may be mapped from files.
+        parts: Tables with the columns of a run and `CELL`, whose cells ascend; or objects with some of the
+            methods of a table, which may map files.
         extra: More columns, with a value for each row.
     """
 
-    def __init__(
-        self, parts: Sequence[pa.Table] = (), extra: Mapping[str, Sequence[Any]] | None = None
-    ) -> None:
+    def __init__(self, parts: Sequence[Any] = (), extra: Mapping[str, Sequence[Any]] | None = None) -> None:
         self._parts, self._extra = [part for part in parts if len(part)], dict(extra or {})
-        self._numbers = [part[CELL].to_numpy() for part in self._parts]
+        # Copied, because a view would keep a mapped file open.
+        self._numbers = [np.array(part[CELL].to_numpy()) for part in self._parts]
         self._all: Ints = np.sort(np.concatenate([np.empty(0, np.int64), *self._numbers]))
 
     def __len__(self) -> int:
@@ -137,7 +137,7 @@ class CellRows(Sequence[Mapping[str, Any]]):
 
 
 def _objects(chunk: pa.Array, known: dict[Any, Any]) -> Any:
-    """Return values as an array of objects; of equal values in the dictionaries of chunks, the first `known`."""
+    """Return values as an array of objects; equal ones of several chunks are one object, from `known`."""
     if not pa.types.is_dictionary(chunk.type):
         return np.array([*chunk.to_pylist(), None], object)[:-1]
     distinct = [known.setdefault(_key(value), value) for value in chunk.dictionary.to_pylist()]

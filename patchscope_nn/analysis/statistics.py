@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -64,7 +65,7 @@ def intervals(value: Any, *, row: Any, group: Any = None, draws: int = _DRAWS) -
     mean = sums.sum(axis=0) / n_cells
     if len(names) >= _MANY_ROWS:
         error = np.sqrt(np.square(sums - mean * counts).sum(axis=0)) / n_cells
-        ends = mean - _NORMAL * error, mean + _NORMAL * error
+        ends = np.stack([mean - _NORMAL * error, mean + _NORMAL * error])
     else:
         ends = _bootstrap_ends(sums, counts, draws=draws)
     # The spread of a single row is unknown.
@@ -74,12 +75,17 @@ def intervals(value: Any, *, row: Any, group: Any = None, draws: int = _DRAWS) -
 
 def _bootstrap_ends(sums: np.ndarray, counts: np.ndarray, *, draws: int) -> np.ndarray:
     """Return the ends of the percentile intervals, (2, group), from sums and counts, (row, group)."""
-    n_rows = len(sums)
-    generator = np.random.default_rng(_SEED)
-    drawn = generator.multinomial(n_rows, np.full(n_rows, 1 / n_rows), size=draws).astype(float)
+    drawn = _drawn(len(sums), draws).astype(float)
     totals = drawn @ counts
     means = np.divide(drawn @ sums, totals, out=np.full_like(totals, np.nan), where=totals > 0)
     return np.asarray(np.nanquantile(means, _ENDS, axis=0))
+
+
+@lru_cache(maxsize=1)  # the metrics of a run share their draws
+def _drawn(n_rows: int, draws: int) -> np.ndarray:
+    """Return how often each draw takes each row, (draw, row)."""
+    generator = np.random.default_rng(_SEED)
+    return generator.multinomial(n_rows, np.full(n_rows, 1 / n_rows), size=draws).astype(np.uint16)
 
 
 def layer_means(table: pd.DataFrame, *, metric: str) -> pd.DataFrame:
@@ -191,7 +197,8 @@ def cells_of(table: pd.DataFrame, *, metric: str) -> pd.DataFrame:
             "value": numbers(table[metric]),
         }
     )
-    return cells[np.isfinite(cells["value"])].reset_index(drop=True)
+    known = np.isfinite(cells["value"])
+    return cells if known.all() else cells[known].reset_index(drop=True)
 
 
 def _place_columns(cells: pd.DataFrame) -> list[str]:

@@ -52,8 +52,8 @@ def light_frame(rows: CellRows, names: Sequence[str], *, metrics: Sequence[str])
     for name in names:
         if name in (*PLACES, "error") or name in metrics:
             values = rows.shared(name)
-            dtype = None if getattr(values, "dtype", None) != object else object
-            columns[name] = pd.Series(values, dtype=dtype, copy=False)
+            # Without a dtype, pandas copies texts into one buffer.
+            columns[name] = pd.Series(values, dtype=getattr(values, "dtype", None), copy=False)
         else:
             empty = np.full(len(rows), -1, np.int8)
             columns[name] = pd.Categorical.from_codes(empty, categories=[])

@@ -15,7 +15,7 @@ from patchscope_nn.errors import InputError
 
 def option(name: str, help: str, **more: Any) -> Any:  # noqa: A002 (typer's own name for it)
     """Return a typer option that can also be set by the environment variable `PATCHSCOPE_NAME`."""
-    variable = "PATCHSCOPE_" + name.removeprefix("--").upper().replace("-", "_")
+    variable = "PATCHSCOPE_" + name.partition("/")[0].removeprefix("--").upper().replace("-", "_")
     return typer.Option(name, help=help, envvar=variable, show_envvar=False, **more)
 
 
@@ -63,6 +63,10 @@ Out = Annotated[Path | None, option("--out", "The run's folder. Default: runs/NA
 Figures = Annotated[
     Path | None,
     option("--figures", "Also write the figures to this folder, as PDF, SVG and PNG.", metavar="DIR"),
+]
+Report = Annotated[
+    bool,
+    option("--report/--no-report", "Write the report at the end; `patchscope report` also writes it later."),
 ]
 Sets = Annotated[
     list[str] | None,

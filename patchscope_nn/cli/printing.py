@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 import time
@@ -115,6 +116,14 @@ def existing(folder: Path | None, name: str) -> str | None:
     """Return the path of a page in a folder; None if there is no folder or no page."""
     page = folder / name if folder else None
     return str(page) if page and page.exists() else None
+
+
+def page_line(page: str | None, *, what: str, command: str) -> str:
+    """Return a line that says where a page is, or how to get it."""
+    if page is not None:
+        return f"{what}: {page}"
+    installed = importlib.util.find_spec("plotly") is not None
+    return f"no {what}: " + (command if installed else "pip install 'patchscope-nn[report]'")
 
 
 def grid(*headers: str, title: str | None = None) -> Any:

@@ -29,6 +29,7 @@ def run(
     limit: options.Limit = None,
     planning: groups.Planning,
     switches: groups.Switches,
+    report: options.Report = True,
     json: options.Json = False,
     log_level: options.Level = "warning",  # noqa: ARG001 (acted on by its callback)
 ) -> None:
@@ -43,7 +44,7 @@ def run(
     progress = printing.Progress(prepared.name, quiet=json)
     command = shlex.join(["patchscope", *sys.argv[1:]])
     given = planning.execution_options(switches) | {"jobs": jobs or JOBS, "command": command}
-    execution = Execution(**given, progress=progress, notice=progress.tell)
+    execution = Execution(**given, progress=progress, notice=progress.tell, report=report)
     fitted = {name: _fitted(method, command=command, quiet=json) for name, method in prepared.runs.items()}
     try:
         finished = run_prepared(replace(prepared, runs=fitted), execution, out=folder)

@@ -56,6 +56,7 @@ class Execution:
         notice: Called with a line of text about jobs or fits.
         command: The command line, for the manifest and a fit's provenance.
         listener: Receives states and tokens while steps run in this process.
+        report: Whether to write the report of a run with a folder, once, at the end.
     """
 
     context: Context | Literal["auto"] = "auto"
@@ -68,6 +69,7 @@ class Execution:
     notice: Callable[[str], None] | None = None
     command: str | None = None
     listener: Listener | None = None
+    report: bool = True
 
 
 def plan_run(prepared: PreparedRun, execution: Execution | None = None, *, done: Ints | None = None) -> Plan:
@@ -155,7 +157,7 @@ def execute(prepared: PreparedRun, execution: Execution, *, out: Path | None = N
         run = Run(manifest=manifest, rows=_with_probe(prepared, store), path=store.path)
         store.finish(run.rows, manifest)
         if run.path is not None:
-            _write_ensemble_and_report(run)
+            _write_ensemble_and_report(run, report=execution.report)
     return run
 
 
@@ -196,12 +198,14 @@ def _with_probe(prepared: PreparedRun, store: InMemory) -> CellRows:
     return rows.with_columns(columns)
 
 
-def _write_ensemble_and_report(run: Run) -> None:
+def _write_ensemble_and_report(run: Run, *, report: bool) -> None:
     folder = Path(run.path or ".")
     if run.manifest["recipe"]["target"]["prompts"] and "top_ids" in run.manifest["columns"]:
         run.ensemble().to_csv(folder / ENSEMBLE, index=False)
-    if importlib.util.find_spec("plotly"):
-        run.report()
+    if report and importlib.util.find_spec("plotly"):
+        from patchscope_nn.report import cells_listed
+
+        run.report(n_listed=cells_listed(run.manifest["timings"]["elapsed_s"]))
 
 
 def _unfinished(

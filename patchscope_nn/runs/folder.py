@@ -27,13 +27,12 @@ from patchscope_nn.analysis.cell_rows import CELL, CellRows
 from patchscope_nn.analysis.tables import write_parquet
 from patchscope_nn.errors import FolderError
 from patchscope_nn.runs.manifest import MANIFEST, Manifest, read_manifest, write_manifest
+from patchscope_nn.runs.parts import Part, read_part
 
 CELLS, TABLE, REPORT = "cells", "cells.parquet", "report.html"
 ENSEMBLE = "ensemble.csv"
 PROBE = "probe.json"
 _LOCK = ".lock"
-#: Parts of more bytes are mapped into memory.
-_MAPPED = 2**20
 
 
 class InMemory:
@@ -51,7 +50,7 @@ class InMemory:
 
     def __init__(self, n_cells: int) -> None:
         self.done, self.n_done = np.zeros(n_cells, bool), 0
-        self._parts: list[pa.Table] = []
+        self._parts: list[Part] = []
 
     def __enter__(self) -> Self:
         return self
@@ -63,7 +62,7 @@ class InMemory:
         """Store finished cells: the columns of a run's table, and `CELL`."""
         self._add(part)
 
-    def _add(self, part: pa.Table) -> None:
+    def _add(self, part: Part) -> None:
         self._parts.append(part)
         self.done[part[CELL].to_numpy()] = True
         self.n_done += len(part)
@@ -110,7 +109,7 @@ class RunFolder(InMemory):
         with replacing(file) as draft, pa.ipc.new_file(draft, part.schema) as writer:
             writer.write_table(part)
         self._next += 1
-        self._add(_read_part(file))
+        self._add(read_part(file))
 
     def probe_columns(self, probe: Any) -> Mapping[str, Sequence[Any]] | None:
         """Return the columns of an earlier session's probe; None if the probe or the cells have changed."""
@@ -164,7 +163,7 @@ def open_folder(path: Path, manifest: Manifest) -> Iterator[RunFolder]:
         yield RunFolder(path, manifest)
 
 
-def read_parts(folder: Path) -> list[pa.Table]:
+def read_parts(folder: Path) -> list[Part]:
     """Read the finished cells of a run's folder.
 
     Raises:
@@ -175,18 +174,7 @@ def read_parts(folder: Path) -> list[pa.Table]:
             f"{folder} was written by patchscope-nn 0.1, which kept cells in another form.",
             hint="Read its cells.parquet, or run it again with another --out.",
         )
-    return [_read_part(file) for file in sorted((folder / CELLS).glob("*.arrow"))]
-
-
-def _read_part(file: Path) -> pa.Table:
-    # A small file is read, because a mapped one stays open.
-    source = pa.memory_map(str(file)) if file.stat().st_size > _MAPPED else pa.BufferReader(file.read_bytes())
-    try:
-        return pa.ipc.open_file(source).read_all()
-    except pa.ArrowInvalid as error:
-        raise FolderError(
-            f"{file} is damaged: {str(error).splitlines()[0]}", hint="Delete it; its cells run again."
-        ) from error
+    return [read_part(file) for file in sorted((folder / CELLS).glob("*.arrow"))]
 
 
 def _check_owner(path: Path, digest: str) -> None:
