@@ -1,4 +1,4 @@
-"""The workloads W1 to W5, made for a model: its tokenizer and its depth."""
+"""The workloads W1 to W6, made for a model: its tokenizer and its depth."""
 
 from __future__ import annotations
 
@@ -111,6 +111,13 @@ def _w5(model: Model, scale: Scale) -> Workload:
     return replace(_w1(model, scale), name="W5", title=title, mapping=mapping, cross=True)
 
 
+def _w6(model: Model, scale: Scale) -> Workload:
+    opening = _ids(model, _LONG * 32)[: 2 * scale.tokens]
+    sweep = _w3(model, scale)
+    title = f"W3 behind {len(opening)} tokens"
+    return replace(sweep, name="W6", title=title, target=opening + sweep.target)
+
+
 def near_identity(d_model: int, *, seed: int = SEED) -> Affine:
     """A random affine mapping that is nearly the identity."""
     noise = torch.Generator().manual_seed(seed)
@@ -125,4 +132,5 @@ MAKERS: dict[str, Callable[[Model, Scale], Workload]] = {
     "W3": _w3,
     "W4": _w4,
     "W5": _w5,
+    "W6": _w6,
 }

@@ -192,6 +192,8 @@ class CellRows(TypedDict):
     clean: torch.Tensor
     #: (n_cells,) the layer after which a cell's own tokens join the sequence.
     enters: torch.Tensor
+    #: The first token whose keys and values each row holds; all rows share those of the tokens before it.
+    first: int
 
 
 class PackedProgram(TargetProgram):

@@ -77,7 +77,7 @@ _SWITCHES = {
     "mixed_lengths": "Let prompts of different lengths share a forward pass.",
     "prefix_sharing": "Run a common prefix of target prompts once.",
     "late_entry": "Skip the blocks below l*.",
-    "shared_attention": "On a CPU, attend to a shared prefix separately from each cell's own tokens.",
+    "shared_attention": "Attend to a shared prefix separately from each cell's own tokens.",
     "lean_readout": "Unembed only the positions that are read.",
     "early_leaving": "Remove rows that have finished generating from the batch.",
     "memory_reuse": "On a CPU under Linux, reuse the memory of the previous pass.",
