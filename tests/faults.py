@@ -25,7 +25,7 @@ class Fault(NamedTuple):
 
 def _shared_attention(patch):
     """Tokens that see several of their own do not see the first of them."""
-    true = attention.in_own_tokens
+    true = packed.in_own_tokens
 
     def fewer(*args):
         places, real = true(*args)
