@@ -133,8 +133,6 @@ def _in_prefix(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute the attention of queries to all keys, and the logarithm of its normaliser.
 
-    PyTorch's public function does not return the normaliser, so its fused kernels are called directly.
-
     Args:
         queries: (1, n_kv_heads, n, d_head).
         keys: (1, n_kv_heads, n_prefix, d_head).
@@ -144,20 +142,34 @@ def _in_prefix(
     Returns:
         (1, n_kv_heads, n, d_head) and (1, n_kv_heads, n).
     """
-    aten = torch.ops.aten
-    if queries.device.type == "cpu":
-        seen, norm = aten._scaled_dot_product_flash_attention_for_cpu(  # noqa: SLF001
-            queries, keys, values, 0.0, False, scale=scale
-        )
-        return seen, norm
-    if queries.device.type == "cuda":
-        seen, norm, *_ = aten._scaled_dot_product_efficient_attention(  # noqa: SLF001
-            queries, keys, values, None, True, scale=scale
-        )
-        return seen, norm[:, :, : queries.shape[2]]  # it is padded
+    # PyTorch's public function does not return the normaliser, so its fused kernels are called directly.
+    kernel = _KERNELS.get(queries.device.type, _in_products)
+    return kernel(queries, keys, values, scale)
+
+
+def _in_flash(queries: Any, keys: Any, values: Any, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute `_in_prefix` on a CPU."""
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # noqa: SLF001
+    seen, norm = kernel(queries, keys, values, 0.0, False, scale=scale)
+    return seen, norm
+
+
+def _in_efficient(queries: Any, keys: Any, values: Any, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute `_in_prefix` on a CUDA device, in any dtype; the normaliser is padded."""
+    kernel = torch.ops.aten._scaled_dot_product_efficient_attention  # noqa: SLF001
+    seen, norm, *_ = kernel(queries, keys, values, None, True, scale=scale)
+    return seen, norm[:, :, : queries.shape[2]]
+
+
+def _in_products(queries: Any, keys: Any, values: Any, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute `_in_prefix` on any device, with memory for each pair of a query and a key."""
     scores = torch.matmul(queries, keys.transpose(2, 3)).float() * scale
     norm = scores.logsumexp(-1)
     return torch.matmul((scores - norm[..., None]).exp().to(values), values), norm
+
+
+#: By the type of the device.
+_KERNELS = {"cpu": _in_flash, "cuda": _in_efficient}
 
 
 def _in_joined(

@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from patchscope_nn import Optimisations
-from patchscope_nn.body import shared
+from patchscope_nn.body import attention, shared
 from patchscope_nn.body.attention import in_row_attention
 from patchscope_nn.plan import plan
 from patchscope_nn.readouts import Choices, Generate
@@ -34,7 +34,10 @@ ROWS = (
 @pytest.mark.parametrize("heads", [(4, 4), (6, 2), (4, 1)])
 @pytest.mark.parametrize(("n_own", "count"), [(1, 1), (5, 1), (5, 3), (4, 4)])
 @pytest.mark.parametrize("scale", [None, 0.7])
-def test_it_equals_attention_over_whole_rows(heads, n_own, count, dtype, scale):
+@pytest.mark.parametrize("fused", [True, False])
+def test_it_equals_attention_over_whole_rows(heads, n_own, count, dtype, scale, fused, monkeypatch):
+    if not fused:  # as on a device that has no fused kernel with a normaliser
+        monkeypatch.delitem(attention._KERNELS, "cpu")
     torch.manual_seed(n_own)
     n_rows, n_prefix = 3, 70
     queries = torch.randn(n_rows, heads[0], count, D_HEAD).to(dtype)
@@ -52,6 +55,14 @@ def test_it_equals_attention_over_whole_rows(heads, n_own, count, dtype, scale):
     mask = torch.ones(count, n_prefix + n_own, dtype=torch.bool).tril(n_prefix + n_own - count)
     wanted = scaled_dot_product_attention(queries, *whole, attn_mask=mask, scale=scale)
     torch.testing.assert_close(found, wanted, atol=TOLERANCES[dtype], rtol=TOLERANCES[dtype])
+
+
+def test_the_kernel_of_cuda_returns_a_normaliser_for_each_query():
+    """Only the shapes: `proof` compares its numbers where such a device is."""
+    queries, keys = (torch.empty(1, 2, count, 64, device="meta") for count in (45, 70))
+    seen, norm = attention._KERNELS["cuda"](queries, keys, keys, 0.5)
+    assert seen.shape == queries.shape
+    assert norm.shape == queries.shape[:3]
 
 
 def scope(readout="greedy", *, position=-1):
