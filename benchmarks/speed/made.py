@@ -31,6 +31,7 @@ class Scale:
         times: How many times the source prompts; never one of them twice.
         rows: The most source prompts of a sweep over data, before that.
         tokens: The tokens of the long target prompt.
+        before: The tokens before the description prompt of W6.
         generated: The tokens that are generated.
         describe: The description prompt.
     """
@@ -38,6 +39,7 @@ class Scale:
     times: int = 1
     rows: int = 200
     tokens: int = 512
+    before: int = 1024
     generated: int = 20
     describe: str = prompts.DESCRIBE
 
@@ -112,7 +114,7 @@ def _w5(model: Model, scale: Scale) -> Workload:
 
 
 def _w6(model: Model, scale: Scale) -> Workload:
-    opening = _ids(model, _LONG * 32)[: 2 * scale.tokens]
+    opening = _ids(model, _LONG * 32)[: scale.before]
     sweep = _w3(model, scale)
     title = f"W3 behind {len(opening)} tokens"
     return replace(sweep, name="W6", title=title, target=opening + sweep.target)

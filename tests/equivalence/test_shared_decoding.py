@@ -35,7 +35,7 @@ ROWS = (
 @pytest.mark.parametrize(("n_own", "count"), [(1, 1), (5, 1), (5, 3), (4, 4)])
 @pytest.mark.parametrize("scale", [None, 0.7])
 @pytest.mark.parametrize("fused", [True, False])
-def test_it_equals_attention_over_whole_rows(heads, n_own, count, dtype, scale, fused, monkeypatch):
+def test_it_equals_attention_over_whole_rows(*, heads, n_own, count, dtype, scale, fused, monkeypatch):
     if not fused:  # as on a device that has no fused kernel with a normaliser
         monkeypatch.delitem(attention._KERNELS, "cpu")
     torch.manual_seed(n_own)
