@@ -27,6 +27,7 @@ def run(
     out: options.Out = None,
     sets: options.Sets = None,
     limit: options.Limit = None,
+    report: options.Report = True,
     planning: groups.Planning,
     switches: groups.Switches,
     json: options.Json = False,
@@ -42,7 +43,11 @@ def run(
     folder = out or prepared.default_folder
     progress = printing.Progress(prepared.name, quiet=json)
     command = shlex.join(["patchscope", *sys.argv[1:]])
-    given = planning.execution_options(switches) | {"jobs": jobs or JOBS, "command": command}
+    given = planning.execution_options(switches) | {
+        "jobs": jobs or JOBS,
+        "command": command,
+        "report": report,
+    }
     execution = Execution(**given, progress=progress, notice=progress.tell)
     fitted = {name: _fitted(method, command=command, quiet=json) for name, method in prepared.runs.items()}
     try:

@@ -113,12 +113,13 @@ class Experiment(Mapping[str, Run]):
         return comparison_html(self.compare(), title=self.title)
 
 
-def save_comparison(experiment: Experiment, folder: Path) -> None:
+def save_comparison(experiment: Experiment, folder: Path, *, report: bool = True) -> None:
     """Write the comparison of an experiment's methods: JSON, CSV and, if plotly is installed, the page.
 
     Args:
         experiment: The experiment.
         folder: The folder that contains the folders of its runs.
+        report: True to write the page.
     """
     comparison = experiment.compare()
     folders = {name: slug(name) for name in experiment}
@@ -126,7 +127,7 @@ def save_comparison(experiment: Experiment, folder: Path) -> None:
     text = json.dumps(record, indent=2, ensure_ascii=False)
     (folder / f"{COMPARISON}.json").write_text(f"{text}\n", encoding="utf-8")
     comparison.differences.to_csv(folder / f"{COMPARISON}.csv", index=False)
-    if importlib.util.find_spec("plotly"):
+    if report and importlib.util.find_spec("plotly"):
         write_page(comparison, experiment.runs, path=folder / f"{COMPARISON}.html", title=experiment.title)
 
 

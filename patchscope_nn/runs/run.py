@@ -39,6 +39,7 @@ class ExecutionOptions(TypedDict, total=False):
     optimisations: Optimisations | None
     jobs: int
     progress: Callable[[int, int], None] | None
+    report: bool
 
 
 class RunOptions(PlaceOptions, ExecutionOptions, total=False):
@@ -95,6 +96,7 @@ def run(scope: Any, *, out: str | Path | None = None, **options: Unpack[RunOptio
             optimisations: The optimisations that the planner may use; None allows all.
             jobs: The maximum number of unfinished jobs on a server.
             progress: Called with (cells done, total cells) after each step.
+            report: Whether to write the report of a run with a folder; `Run.report` writes it later.
 
     Returns:
         The run. For a recipe with several methods, an experiment: a mapping from method names to runs.
@@ -144,7 +146,7 @@ def run_prepared(
         return next(iter(runs.values()))
     experiment = Experiment(title=prepared.title, runs=runs, path=folder)
     if folder is not None:
-        save_comparison(experiment, folder)
+        save_comparison(experiment, folder, report=execution is None or execution.report)
     return experiment
 
 
