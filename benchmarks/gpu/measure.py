@@ -147,9 +147,9 @@ def synchronize(device: torch.device) -> None:
 def _busy(entry: Entry, given: Workload, model: Model) -> float:
     """The share of a run's wall time in which a kernel runs; the profiler's own time counts as idle."""
     device = model.module.device
-    gc.collect()
+    activity = getattr(torch.profiler.ProfilerActivity, device.type.upper())
     with tempfile.TemporaryDirectory() as folder:
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        with torch.profiler.profile(activities=[activity]) as profile:
             synchronize(device)
             started = time.perf_counter()
             entry.run(given, model, Path(folder))

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 import patchscope_nn as ps
+from benchmarks.speed.made import corpus
 from benchmarks.speed.workloads import SEED
-from patchscope_nn.data.rows import DataSpec, load_rows
 from patchscope_nn.models import Model
-from patchscope_nn.spec import prompts
 
 _LONGEST = 8192
 #: The standard deviation of random weights times the root of d_model; 4,096 dimensions have the usual 0.02.
 _SPREAD = 1.28
 _UNKNOWN = "<unk>"
-_DATA = (("contexts", "context"), ("entities", "entity"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +109,7 @@ def make_tokenizer(vocab_size: int) -> Any:
 
     splitting = pre_tokenizers.Whitespace()
     words = dict.fromkeys(
-        word for text in _texts() for word, _ in splitting.pre_tokenize_str(text) if word != _UNKNOWN
+        word for text in corpus() for word, _ in splitting.pre_tokenize_str(text) if word != _UNKNOWN
     )
     names = [_UNKNOWN, *(f"<{number}>" for number in range(1, vocab_size - len(words))), *words]
     if len(names) != vocab_size:
@@ -121,9 +118,3 @@ def make_tokenizer(vocab_size: int) -> Any:
     tokenizer = Tokenizer(level)
     tokenizer.pre_tokenizer = splitting
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token=_UNKNOWN)
-
-
-def _texts() -> Iterator[str]:
-    yield from (prompts.IDENTITY, prompts.DESCRIBE)
-    for name, column in _DATA:
-        yield from (str(row[column]) for row in load_rows(DataSpec(builtin=name)))

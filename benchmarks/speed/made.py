@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -51,6 +51,13 @@ def make(name: str, model: Model, scale: Scale | None = None) -> Workload:
 
 def _ids(model: Model, text: str) -> tuple[int, ...]:
     return tuple(model.tokenizer(text)["input_ids"])
+
+
+def corpus() -> Iterator[str]:
+    """Every text that workloads are made of, for a tokenizer that is made for them."""
+    yield from (_SOURCE, _LONG, prompts.IDENTITY, prompts.DESCRIBE, f"{' '.join(_SPEAKERS)} says:")
+    for name, column in (("contexts", "context"), ("entities", "entity")):
+        yield from (str(row[column]) for row in load_rows(DataSpec(builtin=name)))
 
 
 def opening(model: Model, count: int) -> tuple[int, ...]:

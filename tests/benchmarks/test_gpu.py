@@ -9,9 +9,10 @@ import torch
 from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import table
 from benchmarks.gpu.contenders import ENTRIES
-from benchmarks.gpu.measure import Figures, compare, kernels, measure, union_s
+from benchmarks.gpu.measure import Figures, _busy, compare, kernels, measure, union_s
 from benchmarks.gpu.shapes import SHAPES, make_model
-from benchmarks.gpu.workloads import NAMES, TINY, workloads
+from benchmarks.gpu.workloads import NAMES, TINY, Sizes, workloads
+from benchmarks.speed.attention import Own, Shared, branching
 from benchmarks.speed.measure import DisagreementError
 from benchmarks.speed.workloads import Said
 
@@ -71,6 +72,24 @@ def test_cells_differ_so_that_agreement_means_something(model, name):
         assert len({said.said for said in answers.values()}) > 1
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_the_tokenizer_knows_every_word_so_that_no_two_prompts_are_the_same(model, name):
+    for workload in workloads(name, model, Sizes()):
+        assert len(set(workload.sources)) == len(workload.sources)
+        assert not any(model.tokenizer.unk_token_id in ids for ids in (*workload.sources, workload.target))
+
+
+@pytest.mark.parametrize(("name", "count"), [("W3b", 2048 + 27), ("W4", 4096)])
+def test_long_prompts_have_as_many_tokens_as_their_titles_say(model, name, count):
+    (workload,) = workloads(name, model, Sizes())
+    assert len(workload.target) == count
+
+
+def test_a_run_without_kernels_is_never_busy(model):
+    (workload,) = workloads("W1", model, TINY)
+    assert _busy(ENTRIES[0], workload, model) == 0
+
+
 def test_a_contender_that_answers_otherwise_is_found(model):
     def wrong(result, _workload):
         return {cell: Said(said.said, said.logprob - 0.01) for cell, said in result.items()}
@@ -106,6 +125,17 @@ def test_half_precision_says_nearly_the_same():
         assert figures.compared == 4
         assert figures.same >= 3
         assert figures.worst < 0.1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("own", "asked", "shared"), [(1, 1, 9), (2, 2, 9), (5, 1, 2048)])
+def test_the_floor_calls_the_kernels_of_other_devices_with_arguments_they_take(dtype, own, asked, shared):
+    def made(*shape):
+        return torch.empty(*shape, dtype=dtype, device="meta")  # takes the path of a GPU
+
+    rows = Own(made(7, 8, own, 128), made(7, 8, own, 128))
+    seen = branching(made(7, asked, 32, 128), rows, Shared(made(8, shared, 128), made(8, shared, 128)), 0.1)
+    assert (seen.shape, seen.dtype) == ((7 * asked, 4096), dtype)
 
 
 def test_time_in_which_kernels_overlap_counts_once():
