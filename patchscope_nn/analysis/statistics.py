@@ -6,9 +6,9 @@ the bootstrap resamples rows with all their cells, and the permutation test flip
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,8 +20,9 @@ from patchscope_nn.spec import STATELESS
 REAL = "patched"  # the name, in a table of means, of the cells that are not controls
 _DRAWS, _SEED = 1000, 0  # the fixed seed makes intervals and p values reproducible
 _ENDS = (0.025, 0.975)  # the quantiles that bound a 95 % interval
+_DRAWS_AT_ONCE = 100
 #: From this many data rows on, the normal interval is used: it differs from the bootstrap's by less than the
-#: bootstrap's own noise, and does not take a thousand draws of each row.
+#: bootstrap's own noise, and does not draw each row a thousand times.
 _MANY_ROWS = 5000
 _NORMAL = 1.959964  # a normal variable is within so many standard deviations with probability 0.95
 _FLIPS = 9999
@@ -58,14 +59,14 @@ def intervals(value: Any, *, row: Any, group: Any = None, draws: int = _DRAWS) -
     groups = np.zeros(len(values), dtype=int) if group is None else np.asarray(group, dtype=int)
     code, names = pd.factorize(np.asarray(row))
     shape = (len(names), int(groups.max(initial=-1)) + 1)
-    place = code * shape[1] + groups
-    sums = np.bincount(place, weights=values, minlength=shape[0] * shape[1]).reshape(shape)
-    counts = np.bincount(place, minlength=shape[0] * shape[1]).reshape(shape).astype(float)
+    place, size = code * shape[1] + groups, shape[0] * shape[1]
+    sums = np.bincount(place, values, size).reshape(shape)
+    counts = np.bincount(place, minlength=size).reshape(shape).astype(float)
     n_rows, n_cells = (counts > 0).sum(axis=0), counts.sum(axis=0)
     mean = sums.sum(axis=0) / n_cells
     if len(names) >= _MANY_ROWS:
-        error = np.sqrt(np.square(sums - mean * counts).sum(axis=0)) / n_cells
-        ends = np.stack([mean - _NORMAL * error, mean + _NORMAL * error])
+        spread = _NORMAL * np.sqrt(np.square(sums - mean * counts).sum(axis=0)) / n_cells
+        ends = np.stack([mean - spread, mean + spread])
     else:
         ends = _bootstrap_ends(sums, counts, draws=draws)
     # The spread of a single row is unknown.
@@ -75,17 +76,20 @@ def intervals(value: Any, *, row: Any, group: Any = None, draws: int = _DRAWS) -
 
 def _bootstrap_ends(sums: np.ndarray, counts: np.ndarray, *, draws: int) -> np.ndarray:
     """Return the ends of the percentile intervals, (2, group), from sums and counts, (row, group)."""
-    drawn = _drawn(len(sums), draws).astype(float)
-    totals = drawn @ counts
-    means = np.divide(drawn @ sums, totals, out=np.full_like(totals, np.nan), where=totals > 0)
+    means = np.full((draws, sums.shape[1]), np.nan)
+    for number, times in enumerate(_resampled(len(sums), draws)):
+        part = means[number * _DRAWS_AT_ONCE :][: len(times)]
+        totals = times.astype(float) @ counts
+        np.divide(times.astype(float) @ sums, totals, out=part, where=totals > 0)
     return np.asarray(np.nanquantile(means, _ENDS, axis=0))
 
 
-@lru_cache(maxsize=1)  # the metrics of a run share their draws
-def _drawn(n_rows: int, draws: int) -> np.ndarray:
-    """Return how often each draw takes each row, (draw, row)."""
-    generator = np.random.default_rng(_SEED)
-    return generator.multinomial(n_rows, np.full(n_rows, 1 / n_rows), size=draws).astype(np.uint16)
+@functools.lru_cache(maxsize=1)
+def _resampled(n_rows: int, draws: int) -> list[np.ndarray]:
+    """Return how often each row is drawn in each draw, (draw, row), in parts of a few draws."""
+    generator, equal = np.random.default_rng(_SEED), np.full(n_rows, 1 / n_rows)
+    sizes = [min(_DRAWS_AT_ONCE, draws - start) for start in range(0, draws, _DRAWS_AT_ONCE)]
+    return [generator.multinomial(n_rows, equal, size=size).astype(np.uint16) for size in sizes]
 
 
 def layer_means(table: pd.DataFrame, *, metric: str) -> pd.DataFrame:

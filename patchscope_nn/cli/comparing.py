@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from patchscope_nn.analysis.statistics import REAL, mean_text
-from patchscope_nn.cli.printing import existing, grid, out_json, page_line, show
+from patchscope_nn.cli.printing import existing, grid, how_to_report, out_json, show
 from patchscope_nn.report.comparison import p_text
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def print_experiment(experiment: Experiment, *, as_json: bool) -> None:
     print_comparison(comparison, title=experiment.title)
     n_cells = sum(len(run.rows) for run in experiment.values())
     show("", f"{n_cells} cells of {len(experiment)} methods in {folder}")
-    show(page_line(page, what="page", command=f"patchscope report {folder}"))
+    show(f"page: {page}" if page else f"no page: {how_to_report(folder)}")
 
 
 def print_comparison(comparison: Comparison, *, title: str) -> None:

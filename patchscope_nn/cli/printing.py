@@ -118,12 +118,10 @@ def existing(folder: Path | None, name: str) -> str | None:
     return str(page) if page and page.exists() else None
 
 
-def page_line(page: str | None, *, what: str, command: str) -> str:
-    """Return a line that says where a page is, or how to get it."""
-    if page is not None:
-        return f"{what}: {page}"
-    installed = importlib.util.find_spec("plotly") is not None
-    return f"no {what}: " + (command if installed else "pip install 'patchscope-nn[report]'")
+def how_to_report(folder: Path | None) -> str:
+    """Return the command that writes a page that a folder lacks, or that installs what it needs."""
+    installed = importlib.util.find_spec("plotly")
+    return f"patchscope report {folder}" if installed else "pip install 'patchscope-nn[report]'"
 
 
 def grid(*headers: str, title: str | None = None) -> Any:

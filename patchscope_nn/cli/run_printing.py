@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from patchscope_nn.analysis.statistics import mean_text
-from patchscope_nn.cli.printing import existing, grid, out_json, page_line, show
+from patchscope_nn.cli.printing import existing, grid, how_to_report, out_json, show
 
 if TYPE_CHECKING:
     from patchscope_nn.runs.results import Run
@@ -36,7 +36,7 @@ def print_run(run: Run, *, as_json: bool) -> None:
     if len(errors) > len(common):
         others = errors.total() - sum(count for _, count in common)
         show(f"{others} of them have other errors; see the table.")
-    show(page_line(report, what="report", command=f"patchscope report {run.path}"))
+    show(f"report: {report}" if report else f"no report: {how_to_report(run.path)}")
 
 
 def _summary(run: Run) -> Iterator[Any]:

@@ -27,9 +27,9 @@ def run(
     out: options.Out = None,
     sets: options.Sets = None,
     limit: options.Limit = None,
+    report: options.Report = True,
     planning: groups.Planning,
     switches: groups.Switches,
-    report: options.Report = True,
     json: options.Json = False,
     log_level: options.Level = "warning",  # noqa: ARG001 (acted on by its callback)
 ) -> None:
@@ -43,8 +43,12 @@ def run(
     folder = out or prepared.default_folder
     progress = printing.Progress(prepared.name, quiet=json)
     command = shlex.join(["patchscope", *sys.argv[1:]])
-    given = planning.execution_options(switches) | {"jobs": jobs or JOBS, "command": command}
-    execution = Execution(**given, progress=progress, notice=progress.tell, report=report)
+    given = planning.execution_options(switches) | {
+        "jobs": jobs or JOBS,
+        "command": command,
+        "report": report,
+    }
+    execution = Execution(**given, progress=progress, notice=progress.tell)
     fitted = {name: _fitted(method, command=command, quiet=json) for name, method in prepared.runs.items()}
     try:
         finished = run_prepared(replace(prepared, runs=fitted), execution, out=folder)

@@ -15,12 +15,11 @@ from __future__ import annotations
 
 from patchscope_nn.report.comparison import Side, write_comparison
 from patchscope_nn.report.notebook import comparison_html, run_html
-from patchscope_nn.report.page import MAX_CELLS, cells_listed, run_figures, write_report
+from patchscope_nn.report.page import MAX_CELLS, run_figures, write_report
 
 __all__ = [
     "MAX_CELLS",
     "Side",
-    "cells_listed",
     "comparison_html",
     "run_figures",
     "run_html",

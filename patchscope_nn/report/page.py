@@ -26,20 +26,9 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 #: The number of cells that a page lists; figures of metrics use all cells.
-MAX_CELLS = 12_000
-_MIN_CELLS, _CELLS_PER_SECOND = 2_000, 1_000
+MAX_CELLS = 3_000
 _ELSEWHERE = ("recipe", "references")  # parts of the manifest that the page shows in other sections
 _TEMPLATES = Path(__file__).parent / "templates"
-
-
-def cells_listed(elapsed_s: float) -> int:
-    """Return how many cells the page lists that a run of `elapsed_s` seconds writes at its end.
-
-    A thousand for each second, at least 2,000 and at most `MAX_CELLS`, so that the page takes less than a
-    tenth of the time of a run of ten seconds or more. Of a shorter run it takes about a second: the imports
-    and the figures do not become fewer.
-    """
-    return int(min(MAX_CELLS, max(_MIN_CELLS, _CELLS_PER_SECOND * elapsed_s)))
 
 
 def write_report(
@@ -51,7 +40,7 @@ def write_report(
         table: The run's table, one row per cell.
         manifest: The content of the run folder's manifest.json; the page leaves out what it does not have.
         path: The file to write.
-        first_cells: The cells that the page lists, with all columns; None: the first `MAX_CELLS` of `table`.
+        first_cells: The first `MAX_CELLS` cells with all columns, if `table` lacks the columns of readouts.
 
     Raises:
         InputError: Plotly is not installed.
@@ -72,8 +61,7 @@ def write_report(
         figures=script_json([json.loads(figure.to_json()) for _, figure in drawn]),
         cells=cells_json(first_cells, metrics=metrics, derived=list(manifest.get("derived") or ())),
         n_cells=len(table),
-        n_listed=len(first_cells),
-        most_listed=MAX_CELLS,
+        max_cells=MAX_CELLS,
         recipe=_yaml(recipe),
         manifest=_yaml({key: value for key, value in manifest.items() if key not in _ELSEWHERE}),
     )

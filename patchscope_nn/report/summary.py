@@ -106,7 +106,7 @@ def _opening(table: pd.DataFrame, *, manifest: Mapping[str, Any]) -> str:
     source = _distinct(table, column="source_model") or [named]
     target = _distinct(table, column="target_model") or source
     action = next((kind.action for kind in kinds_in(table.columns)), Readout.action)
-    read = table[table["source_layer"].notna()]
+    read = table[["source_prompt"]][table["source_layer"].notna()]
     prompts = _count(len(_distinct(read, column="source_prompt")), "source prompt")
     result = action.format(listed(target))
     if section(manifest, "recipe").get("probe"):

@@ -54,9 +54,9 @@ class Execution:
         patience: How long to wait for servers.
         progress: Called with (cells done, total cells) after each step.
         notice: Called with a line of text about jobs or fits.
+        report: True to write the report of a run that has a folder.
         command: The command line, for the manifest and a fit's provenance.
         listener: Receives states and tokens while steps run in this process.
-        report: Whether to write the report of a run with a folder, once, at the end.
     """
 
     context: Context | Literal["auto"] = "auto"
@@ -67,9 +67,9 @@ class Execution:
     patience: Patience = field(default_factory=Patience)
     progress: Progress | None = None
     notice: Callable[[str], None] | None = None
+    report: bool = True
     command: str | None = None
     listener: Listener | None = None
-    report: bool = True
 
 
 def plan_run(prepared: PreparedRun, execution: Execution | None = None, *, done: Ints | None = None) -> Plan:
@@ -203,9 +203,7 @@ def _write_ensemble_and_report(run: Run, *, report: bool) -> None:
     if run.manifest["recipe"]["target"]["prompts"] and "top_ids" in run.manifest["columns"]:
         run.ensemble().to_csv(folder / ENSEMBLE, index=False)
     if report and importlib.util.find_spec("plotly"):
-        from patchscope_nn.report import cells_listed
-
-        run.report(n_listed=cells_listed(run.manifest["timings"]["elapsed_s"]))
+        run.report()
 
 
 def _unfinished(

@@ -113,26 +113,22 @@ class Experiment(Mapping[str, Run]):
         return comparison_html(self.compare(), title=self.title)
 
 
-def save_comparison(experiment: Experiment, folder: Path, *, page: bool = True) -> None:
+def save_comparison(experiment: Experiment, folder: Path, *, report: bool = True) -> None:
     """Write the comparison of an experiment's methods: JSON, CSV and, if plotly is installed, the page.
 
     Args:
         experiment: The experiment.
         folder: The folder that contains the folders of its runs.
-        page: Whether to write the page.
+        report: True to write the page.
     """
-    from patchscope_nn.report import cells_listed
-
     comparison = experiment.compare()
     folders = {name: slug(name) for name in experiment}
     record = {"title": experiment.title, "folders": folders, **comparison.records()}
     text = json.dumps(record, indent=2, ensure_ascii=False)
     (folder / f"{COMPARISON}.json").write_text(f"{text}\n", encoding="utf-8")
     comparison.differences.to_csv(folder / f"{COMPARISON}.csv", index=False)
-    if page and importlib.util.find_spec("plotly"):
-        n_listed = cells_listed(sum(run.manifest["timings"]["elapsed_s"] for run in experiment.values()))
-        file = folder / f"{COMPARISON}.html"
-        write_page(comparison, experiment.runs, path=file, title=experiment.title, n_listed=n_listed)
+    if report and importlib.util.find_spec("plotly"):
+        write_page(comparison, experiment.runs, path=folder / f"{COMPARISON}.html", title=experiment.title)
 
 
 def compare_runs(runs: Mapping[str, Run], *, best: Sequence[str] | None = None) -> Comparison:
@@ -161,23 +157,21 @@ def compare_runs(runs: Mapping[str, Run], *, best: Sequence[str] | None = None) 
     )
 
 
-def write_page(
-    comparison: Comparison, runs: Mapping[str, Run], *, path: Path, title: str, n_listed: int | None = None
-) -> Path:
-    """Write the page that compares runs; it lists `n_listed` cells of all runs together, 12,000 for None.
+def write_page(comparison: Comparison, runs: Mapping[str, Run], *, path: Path, title: str) -> Path:
+    """Write the page that compares runs.
 
     Raises:
         InputError: plotly is not installed.
     """
     from patchscope_nn.report import MAX_CELLS, Side, write_comparison
 
-    n_of_each = (MAX_CELLS if n_listed is None else n_listed) // len(runs)
+    max_cells = MAX_CELLS // len(runs)
     sides = [
         Side(
             name=name,
             manifest=run.manifest,
             metrics=tuple(run.metrics),
-            first_cells=frame(run.rows.first(n_of_each), run.manifest["columns"]),
+            first_cells=frame(run.rows.first(max_cells), run.manifest["columns"]),
             n_cells=len(run.rows),
         )
         for name, run in runs.items()

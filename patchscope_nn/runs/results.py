@@ -112,13 +112,11 @@ class Run:
         named = [entry["name"] for entry in self.manifest["metrics"]]
         return named + (list(PROBE_METRICS) if self.manifest["recipe"].get("probe") else [])
 
-    def report(self, path: str | Path | None = None, *, n_listed: int | None = None) -> Path:
+    def report(self, path: str | Path | None = None) -> Path:
         """Write the HTML report.
 
         Args:
             path: The file; None writes `report.html` in the run's folder.
-            n_listed: How many cells the page lists, from the first; None for 12,000. Figures and means of
-                metrics are always of all cells.
 
         Returns:
             The file.
@@ -131,7 +129,7 @@ class Run:
         if path is None and self.path is None:
             raise InputError("this run has no folder.", hint="Give a path: run.report('report.html').")
         file = Path(path) if path is not None else Path(self.path or ".") / REPORT
-        table, first_cells = self._tables(n_listed)
+        table, first_cells = self._tables()
         return write_report(table, manifest=self.manifest, path=file, first_cells=first_cells)
 
     def save_figures(
@@ -154,14 +152,13 @@ class Run:
 
         return save_figures(run_figures(*self._tables(), manifest=self.manifest), folder, formats=formats)
 
-    def _tables(self, n_listed: int | None = None) -> tuple[pd.DataFrame, pd.DataFrame]:
+    def _tables(self) -> tuple[pd.DataFrame, pd.DataFrame]:
         """Return the table of all cells, light if there are many, and the full table of the first cells."""
         from patchscope_nn.report import MAX_CELLS
 
-        n_listed = MAX_CELLS if n_listed is None else n_listed
-        if len(self.rows) <= n_listed:
+        if len(self.rows) <= MAX_CELLS:
             return (table := self.table()), table
-        return self.light_table(), frame(self.rows.first(n_listed), self.manifest["columns"])
+        return self.light_table(), frame(self.rows.first(MAX_CELLS), self.manifest["columns"])
 
     def _repr_html_(self) -> str:
         """Return the HTML that notebooks show."""

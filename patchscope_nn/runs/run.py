@@ -96,8 +96,7 @@ def run(scope: Any, *, out: str | Path | None = None, **options: Unpack[RunOptio
             optimisations: The optimisations that the planner may use; None allows all.
             jobs: The maximum number of unfinished jobs on a server.
             progress: Called with (cells done, total cells) after each step.
-            report: Whether to write the report into the folder, once, at the end. `Run.report` and
-                `patchscope report` also write it later.
+            report: Whether to write the report of a run with a folder; `Run.report` writes it later.
 
     Returns:
         The run. For a recipe with several methods, an experiment: a mapping from method names to runs.
@@ -147,7 +146,7 @@ def run_prepared(
         return next(iter(runs.values()))
     experiment = Experiment(title=prepared.title, runs=runs, path=folder)
     if folder is not None:
-        save_comparison(experiment, folder, page=execution is None or execution.report)
+        save_comparison(experiment, folder, report=execution is None or execution.report)
     return experiment
 
 
