@@ -54,7 +54,7 @@ def coded(values: Sequence[Any] | pd.Series) -> tuple[np.ndarray, list[Any]]:
 def _key(value: Any) -> Any:
     """Return what is equal exactly for values that a page shows alike."""
     if isinstance(value, list | tuple | np.ndarray):
-        return tuple(map(_key, value))
+        return tuple(map(_key, as_list(value)))
     return None if is_null(value) else (type(value), value)
 
 
