@@ -67,33 +67,27 @@ class CellRows(Sequence[Mapping[str, Any]]):
             values += part[name].to_pylist() if name in part.column_names else [None] * len(part)
         return values
 
-    def shared(self, name: str) -> Any:
-        """Return the values of a column as an array: numbers, or objects of which equal ones are one object.
+    def shared(self, names: Sequence[str]) -> dict[str, Any]:
+        """Return the values of columns as arrays: numbers, or objects of which equal ones are one object.
 
-        Numbers are NaN where a cell has none, and other values None.
+        Numbers are NaN where a cell has none, and other values None. Each part is read once.
         """
-        if name in self._extra or not any(name in part.column_names for part in self._parts):
-            return self.column(name)
-        kind = self._parts[0].schema.field(name).type
-        number = pa.types.is_integer(kind) or pa.types.is_floating(kind)
-        n_missing = sum(part[name].null_count for part in self._parts)
-        if number and n_missing < len(self):
-            whole = pa.types.is_integer(kind) and not n_missing
-            values = np.empty(len(self), np.int64 if whole else np.float64)
-        else:
-            values, number = np.full(len(self), None, object), False
-        known: dict[Any, Any] = {}
+        values: dict[str, Any] = {}
+        known: dict[str, dict[Any, Any]] = {name: {} for name in names}
         for numbers, part in zip(self._numbers, self._parts, strict=True):
+            table = part.select(
+                [name for name in names if name in part.column_names and name not in self._extra]
+            )
             place = np.searchsorted(self._all, numbers)
-            if number:
-                values[place] = part[name].to_numpy()
-                continue
-            start = 0
-            for chunk in part[name].chunks:
-                at = place[start : start + len(chunk)]
-                start += len(chunk)
-                values[at] = _objects(chunk, known)
-        return values
+            for name, column in zip(table.column_names, table.columns, strict=True):
+                found = _array(column, known[name])
+                if name not in values:
+                    values[name] = np.empty(len(self), found.dtype)
+                # In another part, numbers may be missing.
+                kind = np.result_type(values[name], found)
+                values[name] = array = values[name].astype(kind, copy=False)
+                array[place] = found
+        return {name: values[name] if name in values else self.column(name) for name in names}
 
     def first(self, count: int) -> CellRows:
         """Return the first rows."""
@@ -136,8 +130,16 @@ class CellRows(Sequence[Mapping[str, Any]]):
         return table
 
 
+def _array(column: pa.ChunkedArray, known: dict[Any, Any]) -> Any:
+    """Return a column as an array; equal values of dictionaries are one object, which is then in `known`."""
+    numeric = pa.types.is_integer(column.type) or pa.types.is_floating(column.type)
+    if numeric and column.null_count < len(column):
+        return column.to_numpy()
+    chunks = [_objects(chunk, known) for chunk in column.chunks]
+    return chunks[0] if len(chunks) == 1 else np.concatenate(chunks)
+
+
 def _objects(chunk: pa.Array, known: dict[Any, Any]) -> Any:
-    """Return values as an array of objects; equal ones of several chunks are one object, from `known`."""
     if not pa.types.is_dictionary(chunk.type):
         return np.array([*chunk.to_pylist(), None], object)[:-1]
     distinct = [known.setdefault(_key(value), value) for value in chunk.dictionary.to_pylist()]

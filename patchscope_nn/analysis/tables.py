@@ -37,7 +37,7 @@ def frame(rows: CellRows, names: Sequence[str]) -> Any:
     """
     import pandas as pd
 
-    return _typed(pd.DataFrame({name: rows.shared(name) for name in names}, columns=list(names)))
+    return _typed(pd.DataFrame(rows.shared(names), columns=list(names)))
 
 
 def light_frame(rows: CellRows, names: Sequence[str], *, metrics: Sequence[str]) -> Any:
@@ -48,15 +48,14 @@ def light_frame(rows: CellRows, names: Sequence[str], *, metrics: Sequence[str])
     """
     import pandas as pd
 
-    columns: dict[str, Any] = {}
-    for name in names:
-        if name in (*PLACES, "error") or name in metrics:
-            values = rows.shared(name)
-            # Without a dtype, pandas copies texts into one buffer.
-            columns[name] = pd.Series(values, dtype=getattr(values, "dtype", None), copy=False)
-        else:
-            empty = np.full(len(rows), -1, np.int8)
-            columns[name] = pd.Categorical.from_codes(empty, categories=[])
+    kept = rows.shared([name for name in names if name in (*PLACES, "error") or name in metrics])
+    # Without a dtype, pandas copies texts into one buffer.
+    columns: dict[str, Any] = {
+        name: pd.Series(values, dtype=getattr(values, "dtype", None), copy=False)
+        for name, values in kept.items()
+    }
+    empty = pd.Categorical.from_codes(np.full(len(rows), -1, np.int8), categories=[])
+    columns |= {name: empty for name in names if name not in kept}
     return _typed(pd.DataFrame(columns, columns=list(names), index=range(len(rows)), copy=False))
 
 

@@ -42,9 +42,10 @@ def test_a_large_part_reads_like_a_table_and_does_not_stay_mapped(tmp_path):
     mapped, kept = CellRows(parts), CellRows(tables)
     assert mapped[N_CELLS - 1 : N_CELLS + 1] == kept[N_CELLS - 1 : N_CELLS + 1]
     assert list(mapped.first(3)) == list(kept.first(3))
-    for name in ("row", "source_prompt", "top_ids", "missing"):
-        assert list(mapped.column(name)) == list(kept.column(name))
-        assert list(mapped.shared(name)) == list(kept.shared(name))
+    names = ("row", "source_prompt", "top_ids", "missing")
+    ours, theirs = mapped.shared(names), kept.shared(names)
+    for name in names:
+        assert list(mapped.column(name)) == list(kept.column(name)) == list(ours[name]) == list(theirs[name])
     for ours, theirs in zip(mapped.tables(), kept.tables(), strict=True):
         assert ours == theirs
     del ours
