@@ -95,7 +95,7 @@ class Optimisations:
         memory_reuse: On a CPU under Linux, keep the memory of one pass for the next instead of returning it
             to the system.
         overlap: In this process, prepare the next step and tabulate and write the previous one in a second
-            thread while a step runs.
+            thread while a step runs; not if users' metrics or columns are computed.
     """
 
     deduplication: bool = True

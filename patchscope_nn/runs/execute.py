@@ -145,7 +145,7 @@ def execute(prepared: PreparedRun, execution: Execution, *, out: Path | None = N
     with (
         _uncollected(),
         InMemory(len(prepared.sweep.cells)) if out is None else open_folder(out, manifest) as store,
-        second_thread(wanted=full_plan.optimisations.overlap and not backend.remote) as thread,
+        second_thread(wanted=full_plan.optimisations.overlap and _may_overlap(prepared)) as thread,
     ):
         n_before = store.n_done
         for _ in _unfinished(prepared, full_plan, store, execution, thread):
@@ -162,6 +162,15 @@ def execute(prepared: PreparedRun, execution: Execution, *, out: Path | None = N
         if run.path is not None:
             _write_ensemble_and_report(run, report=execution.report)
     return run
+
+
+def _may_overlap(prepared: PreparedRun) -> bool:
+    """True if the host's work may be done in a second thread while a step runs in this process.
+
+    A user's metric or column may run a model, which must not happen while a step traces it.
+    """
+    own = any(use.metric is not None and use.metric.digest for use in prepared.metrics)
+    return not (prepared.places.backend.remote or prepared.columns or own)
 
 
 def _proven(prepared: PreparedRun) -> PreparedRun:

@@ -49,6 +49,10 @@ def test_states_and_prefixes_are_handed_on_to_steps_that_were_prepared_before(ti
     pd.testing.assert_frame_equal(on, off)
 
 
+def of_this_test(_columns, _row):
+    return 1.0
+
+
 def test_steps_run_here_and_the_rest_in_one_other_thread(tiny_model, monkeypatch):
     seen = {"lower": set(), "run": set(), "append": set()}
 
@@ -74,6 +78,7 @@ def test_steps_run_here_and_the_rest_in_one_other_thread(tiny_model, monkeypatch
     for names in seen.values():
         names.clear()
     run(model, optimisations=OFF)
+    run(model, metrics=[of_this_test])  # it may run a model
     assert set.union(*seen.values()) == {here}
 
 
