@@ -64,7 +64,7 @@ class CellRows(Sequence[Mapping[str, Any]]):
             return list(self._extra[name])
         values: list[Any] = []
         for part in self.tables([name], size=2**16):
-            values += part[name].to_pylist() if name in part.column_names else [None] * len(part)
+            values += part[name].to_pylist() if name in part.schema.names else [None] * len(part)
         return values
 
     def shared(self, names: Sequence[str]) -> dict[str, Any]:
@@ -76,7 +76,7 @@ class CellRows(Sequence[Mapping[str, Any]]):
         known: dict[str, dict[Any, Any]] = {name: {} for name in names}
         for numbers, part in zip(self._numbers, self._parts, strict=True):
             table = part.select(
-                [name for name in names if name in part.column_names and name not in self._extra]
+                [name for name in names if name in part.schema.names and name not in self._extra]
             )
             place = np.searchsorted(self._all, numbers)
             for name, column in zip(table.column_names, table.columns, strict=True):
@@ -115,7 +115,7 @@ class CellRows(Sequence[Mapping[str, Any]]):
                 kept = (
                     part
                     if names is None
-                    else part.select([n for n in (CELL, *names) if n in part.column_names])
+                    else part.select([n for n in (CELL, *names) if n in part.schema.names])
                 )
                 chosen.append(decoded(kept.slice(first, last - first)))
         table = chosen[0] if len(chosen) == 1 else pa.concat_tables(chosen, promote_options="permissive")

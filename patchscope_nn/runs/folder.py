@@ -27,7 +27,7 @@ from patchscope_nn.analysis.cell_rows import CELL, CellRows
 from patchscope_nn.analysis.tables import write_parquet
 from patchscope_nn.errors import FolderError
 from patchscope_nn.runs.manifest import MANIFEST, Manifest, read_manifest, write_manifest
-from patchscope_nn.runs.parts import Part, read_part
+from patchscope_nn.runs.mapped import Part, read_part
 
 CELLS, TABLE, REPORT = "cells", "cells.parquet", "report.html"
 ENSEMBLE = "ensemble.csv"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -15,7 +14,7 @@ _MAPPED = 2**20
 
 
 class MappedPart:
-    """A part in a file. It has the methods of `pa.Table` that `CellRows` uses.
+    """A part in a file, with the methods of a `pa.Table`.
 
     Each of them maps the file anew. A map that stays holds in memory whatever was ever read of it, which
     after writing the table of a large run is all of it.
@@ -27,11 +26,6 @@ class MappedPart:
 
     def __len__(self) -> int:
         return self._length
-
-    @property
-    def column_names(self) -> list[str]:
-        """The names of the columns."""
-        return list(self.schema.names)
 
     @property
     def table(self) -> pa.Table:
@@ -51,13 +45,10 @@ class MappedPart:
     def __getitem__(self, name: str) -> pa.ChunkedArray:
         return self.table[name]
 
-    def select(self, names: Sequence[str]) -> pa.Table:
-        """Return some columns."""
-        return self.table.select(names)
-
-    def slice(self, offset: int = 0, length: int | None = None) -> pa.Table:
-        """Return some rows."""
-        return self.table.slice(offset, length)
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):  # not of a table; also before this object is complete
+            raise AttributeError(name)
+        return getattr(self.table, name)
 
 
 #: A part in memory, or in a file.
