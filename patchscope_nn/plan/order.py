@@ -1,8 +1,8 @@
 """Orders entries so that target prompts that begin with the same tokens run together, and run those once.
 
 The cells of a group are planned together, and keep one prefix in memory. Small groups would make small
-passes, so all entries of small groups go into one last group, whose prefix is what its prompts have in common,
-if anything. A small group stays if its cells decode behind a long prefix, which each of them would copy.
+passes, so all entries of small groups go into one last group, whose prefix is what its prompts have in
+common, if anything. A small group stays if its cells decode behind a long prefix: each of them would copy it.
 """
 
 from __future__ import annotations
