@@ -139,7 +139,7 @@ def execute(prepared: PreparedRun, execution: Execution, *, out: Path | None = N
     started = time.monotonic()
     with (
         _uncollected(),
-        InMemory(len(prepared.sweep.cells)) if out is None else open_folder(out, manifest) as store,
+        InMemory(len(prepared.sweep.cells)) if out is None else open_folder(out, manifest, prepared) as store,
     ):
         n_before = store.n_done
         for part in _unfinished(prepared, full_plan, store, execution):
@@ -212,7 +212,7 @@ def _unfinished(
     If a pass is too large, passes are halved. In a packed sequence, values that are not finite spread to
     other cells, so the affected cells run again as rows of a batch.
     """
-    job_log = JobLog(store.path)
+    job_log = JobLog(store.path, prepared.index)
     # Cells of unfinished jobs are not planned again, unless this run has no server to fetch them from.
     live = job_log.live() if _on_server(prepared.places.backend) else ()
     done = store.done.copy()

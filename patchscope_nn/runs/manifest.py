@@ -18,6 +18,7 @@ from patchscope_nn.errors import FolderError
 from patchscope_nn.metrics import dump_infos, references
 from patchscope_nn.models import ModelInfo
 from patchscope_nn.plan import Plan
+from patchscope_nn.runs.identity import joined
 from patchscope_nn.runs.prepared import PreparedRun
 
 MANIFEST = "manifest.json"
@@ -99,6 +100,19 @@ def finished_manifest(manifest: Manifest, session: dict[str, Any]) -> Manifest:
         "versions": session["versions"],
         "timings": {"elapsed_s": round(elapsed, 3)},
     }
+
+
+def grown_manifest(manifest: Manifest, found: Manifest) -> Manifest:
+    """Build the manifest of a run that goes on in a folder: `found` itself, unless the run has grown.
+
+    Args:
+        manifest: The run's own manifest.
+        found: The folder's.
+    """
+    if manifest["hash"] == found["hash"]:
+        return found
+    history = {name: found[name] for name in ("created", "sessions", "timings")}
+    return manifest | history | {"identity": joined(found["identity"], manifest["identity"])}
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from patchscope_nn.analysis.cell_rows import CELL, KEY
 from patchscope_nn.analysis.probes import check_probe
 from patchscope_nn.analysis.tables import columns_of
 from patchscope_nn.backends import Places
@@ -131,7 +132,7 @@ def _functions(
     except ValueError as error:
         raise SpecError([Problem(field=field, message=str(error))]) from None
     problems = check_metrics(uses, recipe.readout)
-    problems += check_names(derived, uses, taken=columns_of(recipe.readout, ()))
+    problems += check_names(derived, uses, taken=[CELL, KEY, *columns_of(recipe.readout, ())])
     if problems:
         raise SpecError(Problem(field="metrics", message=message) for message in problems)
     return {"columns": derived, "metrics": uses}

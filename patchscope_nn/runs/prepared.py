@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from patchscope_nn.mappings import ResolvedMapping
 from patchscope_nn.metrics import ColumnUse, MetricUse
 from patchscope_nn.models import Model
 from patchscope_nn.recipe import slug
-from patchscope_nn.sweep import Sweep
+from patchscope_nn.sweep import CellIndex, Sweep
 
 #: Fields of a recipe that affect only what is computed from finished cells.
 _POSTPROCESSING = ("best_over", "probe", "score")
@@ -66,6 +67,11 @@ class PreparedRun:
         own = [(function.name, function.digest) for function in functions if function and function.digest]
         mapping = [self.mapping.name, self.mapping.digest]
         return digest([fields, self.data_hash, models, *mapping, self.vectors, *own])
+
+    @cached_property
+    def index(self) -> CellIndex:
+        """Finds the cells of the sweep by what they are."""
+        return CellIndex(self.sweep)
 
     @property
     def labels(self) -> list[str] | None:
