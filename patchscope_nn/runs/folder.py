@@ -50,18 +50,25 @@ _LOCK = ".lock"
 class InMemory:
     """The store of a run without a folder.
 
+    Args:
+        prepared: The run.
+
     Attributes:
         path: None.
         manifest: None, since there is no earlier session.
-        done: True for each cell that is finished.
-        n_done: How many are.
+        done: True for each cell that is finished, and for each that belongs to another shard.
+        n_done: How many are finished.
+        n_cells: How many cells the run has.
     """
 
     path: Path | None = None
     manifest: Manifest | None = None
 
-    def __init__(self, n_cells: int) -> None:
-        self.done, self.n_done = np.zeros(n_cells, bool), 0
+    def __init__(self, prepared: PreparedRun) -> None:
+        own = prepared.cells
+        self.n_cells, self.n_done = len(own), 0
+        self.done = np.ones(len(prepared.sweep.cells), bool)
+        self.done[own.start : own.stop] = False
         self._parts: list[pa.Table] = []
 
     def __enter__(self) -> Self:
@@ -114,7 +121,7 @@ class RunFolder(InMemory):
     """
 
     def __init__(self, path: Path, manifest: Manifest, prepared: PreparedRun) -> None:
-        super().__init__(len(prepared.sweep.cells))
+        super().__init__(prepared)
         self.path: Path = path
         self.manifest: Manifest = manifest
         self._index = prepared.index
@@ -145,14 +152,24 @@ class RunFolder(InMemory):
 
     def keep_probe_columns(self, probe: Any, columns: Mapping[str, Sequence[Any]]) -> None:
         """Write the columns that a probe adds."""
-        kept = {"probe": probe, "hash": self.manifest["hash"], "columns": columns}
-        write_whole(self.path / PROBE, json.dumps(kept) + "\n")
+        write_probe_columns(self.path, probe, self.manifest["hash"], columns)
 
     def finish(self, rows: CellRows, manifest: Manifest) -> None:
         """Write the table and the manifest of a finished run."""
-        with replacing(self.path / TABLE) as draft:
-            write_parquet(rows, manifest["columns"], draft, kinds=manifest["derived"])
-        write_manifest(self.path, manifest)
+        write_finished(self.path, rows, manifest)
+
+
+def write_finished(path: Path, rows: CellRows, manifest: Manifest) -> None:
+    """Write the table and the manifest of a finished run."""
+    with replacing(path / TABLE) as draft:
+        write_parquet(rows, manifest["columns"], draft, kinds=manifest["derived"])
+    write_manifest(path, manifest)
+
+
+def write_probe_columns(path: Path, probe: Any, digest: str, columns: Mapping[str, Sequence[Any]]) -> None:
+    """Write the columns that a probe adds to a run; `digest` is the run's hash."""
+    kept = {"probe": probe, "hash": digest, "columns": columns}
+    write_whole(path / PROBE, json.dumps(kept) + "\n")
 
 
 @contextmanager
@@ -207,11 +224,12 @@ def _check_owner(path: Path, own: Identity) -> None:
 
 
 def located(part: pa.Table, prepared: PreparedRun) -> pa.Table:
-    """Return a part with the numbers and data rows that its cells have in a run; -1 for cells of others.
+    """Return a part with the numbers and data rows that its cells have in a run, or in a shard of it.
 
-    It is the same table if these are the numbers and data rows that it has.
+    They are -1 for cells that do not belong to it. If nothing changes, it is the same table.
     """
-    cells = prepared.index.find(part[KEY].to_numpy())
+    cells, own = prepared.index.find(part[KEY].to_numpy()), prepared.cells
+    cells = np.where((cells >= own.start) & (cells < own.stop), cells, -1)
     rows = np.where(cells < 0, -1, prepared.index.rows(cells))
     same = np.array_equal(cells, part[CELL].to_numpy()) and np.array_equal(rows, part["row"].to_numpy())
     return part if same else renumbered(part, cells, rows)
@@ -234,7 +252,7 @@ def check_belongs(path: Path, parts: Iterable[pa.Table], prepared: PreparedRun) 
     if n_lost:
         raise FolderError(
             f"{path} has {n_lost} finished cells that are not part of this run, for example because it has "
-            "other data rows, fewer rows, layers or positions, or no such control.",
+            "other data rows, fewer rows, layers or positions, no such control, or another shard.",
             hint=f"Give another --out; with --reuse {path}, the cells that both runs have are taken from it.",
         )
 

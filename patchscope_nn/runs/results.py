@@ -111,7 +111,8 @@ class Run:
     def metrics(self) -> list[str]:
         """The names of this run's metrics; those of its probe come last."""
         named = [entry["name"] for entry in self.manifest["metrics"]]
-        return named + (list(PROBE_METRICS) if self.manifest["recipe"].get("probe") else [])
+        probed = self.manifest["recipe"].get("probe") and "shard" not in self.manifest
+        return named + (list(PROBE_METRICS) if probed else [])
 
     def report(self, path: str | Path | None = None) -> Path:
         """Write the HTML report.

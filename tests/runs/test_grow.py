@@ -15,6 +15,7 @@ import parts
 import pytest
 import tiny
 import torch
+from growth import ROWS, grow, ran, same, scope_of
 
 import patchscope_nn as ps
 from patchscope_nn.backends.ndif.job_log import Job, JobLog
@@ -22,45 +23,7 @@ from patchscope_nn.errors import FolderError
 from patchscope_nn.runs import identity
 from patchscope_nn.runs.prepare import prepare
 
-TEXTS = (
-    "The Eiffel Tower",
-    "the city of Paris",
-    "Diana is in Paris",
-    "The city",
-    "Diana",
-    "Paris is the city",
-)
-ROWS = [{"text": text} for text in TEXTS]
 EACH = ps.Each((-1, 0))
-
-
-def scope_of(*, layer="all", position=-1, target_layer="same", scale=1.0, **more):
-    given = {
-        "source": ps.Source(prompt="{text}", layer=layer, position=position),
-        "target": ps.Target(prompt="The city -> ", layer=target_layer, scale=scale),
-        "readout": ps.NextToken(top_k=3, reference="source"),
-    }
-    return ps.Patchscope(**(given | more))
-
-
-def grow(model, *, out=None, scope=None, **more):
-    given = {"data": ROWS, "controls": ["unpatched", "random"], "metrics": ["precision_at_1", "nll_nats"]}
-    return ps.run(scope or scope_of(), model=model, out=out, **({"max_rows": 4} | given | more))
-
-
-def same(found, expected):
-    """Two runs have the same table, row for row: all but numbers exactly, numbers to 1e-6."""
-    pd.testing.assert_frame_equal(found.table(), expected.table(), atol=1e-6, rtol=1e-6)
-    if found.path:
-        table = pd.read_parquet(found.path / "cells.parquet")
-        assert table["row"].tolist() == expected.table()["row"].tolist()
-        pd.testing.assert_frame_equal(ps.load_run(found.path).table(), found.table())
-    return True
-
-
-def ran(run):
-    """How many cells each session of a run has computed."""
-    return [session["cells"] for session in run.manifest["sessions"]]
 
 
 #: For each way to grow: what the first run has, what the second has, and how many cells the second adds.
@@ -279,7 +242,7 @@ sys.path[:0] = {tests!r}
 import tiny, torch
 import patchscope_nn as ps
 from patchscope_nn.runs.folder import RunFolder
-from test_grow import ROWS, grow
+from growth import grow
 torch.set_num_threads(1)
 
 append = RunFolder.append
