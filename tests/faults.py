@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from patchscope_nn.body import attention, batch, packed
+from patchscope_nn.body import batch, packed, shared
 from patchscope_nn.lower import rows, segments, step
 
 
@@ -25,14 +25,24 @@ class Fault(NamedTuple):
 
 def _shared_attention(patch):
     """Tokens that see several of their own do not see the first of them."""
-    true = attention.in_own_tokens
+    true = packed.in_own_tokens
 
-    def fewer(target):
-        places, real = true(target)
+    def fewer(*args):
+        places, real = true(*args)
         real[real.sum(1) > 1, 0] = False
         return places, real
 
-    patch.setattr(attention, "in_own_tokens", fewer)
+    patch.setattr(packed, "in_own_tokens", fewer)
+
+
+def _shared_decoding(patch):
+    """What is decoded does not see the first token of the shared prefix."""
+    true = shared.in_row_attention
+
+    def fewer(queries, keys, values, prefix, **options):
+        return true(queries, keys, values, [part[:, :, 1:] for part in prefix], **options)
+
+    patch.setattr(shared, "in_row_attention", fewer)
 
 
 def _packed_windows(patch):
@@ -93,14 +103,14 @@ def _positions(patch):
 
 
 def _cache(patch):
-    """What is decoded does not see the value of the prompt's second token."""
+    """What is decoded does not see the value of a row's second token."""
     true = DynamicLayer.update
 
     def losing(layer, keys, values, *args, **options):
-        before = layer.get_seq_length()
+        decodes = layer.get_seq_length() > 4 and keys.shape[-2] <= 2
         keys, values = true(layer, keys, values, *args, **options)
-        if before > 4 and keys.shape[-2] - before <= 2:
-            values = values.clone()
+        if decodes:
+            values = layer.values = values.clone()
             values[:, :, 1] = 0
         return keys, values
 
@@ -132,6 +142,7 @@ def other_reads(patch):
 
 FAULTS = {
     "shared attention": Fault(_shared_attention, "llama", frozenset({"shared_attention"})),
+    "shared decoding": Fault(_shared_decoding, "llama", frozenset({"shared_attention"})),
     "windows": Fault(_packed_windows, "mistral", frozenset({"prefix_sharing", "late_entry"})),
     "prefix": Fault(_prefix, "llama", frozenset({"prefix_sharing"})),
     "late entry": Fault(_late_entry, "llama", frozenset({"late_entry"})),

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # noqa: SLF001 (it alone gives the normaliser)
+_OPERATORS = torch.ops.aten  # PyTorch has no public function that also returns the normaliser
 #: Up to so many shared keys plain products beat the fused kernel, where rows have several of their own.
 _FEW = 64
 
@@ -72,12 +72,12 @@ def branching(queries: torch.Tensor, own: Own, shared: Shared, scale: float) -> 
     # (n_rows, n_kv_heads, n_asked * queries of one key head, d_head)
     queries = queries.view(rows, asked, groups, -1, size).transpose(1, 2).reshape(rows, groups, -1, size)
     if n_own == 1:
-        scores = (queries * own.keys).sum(-1, keepdim=True) * scale
+        scores = (queries * own.keys).sum(-1, keepdim=True, dtype=torch.float32) * scale
         seen = _joined(*_shared(queries, shared, scale), own.values, scores)
     else:
-        scores = (queries @ own.keys.transpose(2, 3)).mul_(scale)
+        scores = (queries @ own.keys.transpose(2, 3)).float().mul_(scale)
         if asked > 1:
-            scores += _later(asked, n_own, queries.shape[2] // asked)
+            scores += _later(asked, n_own, queries.shape[2] // asked).to(scores.device)
         join = _products if shared.keys.shape[1] <= _FEW else _normalised
         seen = join(queries, scores, own, shared, scale)
     seen = seen.view(rows, groups, asked, -1, size).transpose(1, 2)
@@ -99,9 +99,25 @@ def _flat(queries: torch.Tensor) -> torch.Tensor:
 def _shared(queries: torch.Tensor, shared: Shared, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention to the shared tokens alone, and the logarithm of its normaliser."""
     rows, groups, count, size = queries.shape
-    seen, norm = _flash(_flat(queries)[None], shared.keys[None], shared.values[None], 0.0, False, scale=scale)
+    given = (_flat(queries)[None], shared.keys[None], shared.values[None])
+    seen, norm = _unmasked(*given, scale)
     seen = seen.view(groups, rows, count, size).transpose(0, 1)
-    return seen, norm.view(groups, rows, count, 1).transpose(0, 1)
+    return seen, norm.reshape(groups, rows, count, 1).transpose(0, 1)
+
+
+def _unmasked(
+    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of (1, n_heads, n_tokens, d_head) without a mask, and the logarithm of its normaliser."""
+    if queries.device.type == "cpu":
+        flash = _OPERATORS._scaled_dot_product_flash_attention_for_cpu  # noqa: SLF001
+        return flash(queries, keys, values, 0.0, False, scale=scale)[:2]
+    if queries.dtype == torch.float32:  # the flash kernel computes in half precision only
+        efficient = _OPERATORS._scaled_dot_product_efficient_attention  # noqa: SLF001
+        seen, norm, *_ = efficient(queries, keys, values, None, True, 0.0, False, scale=scale)
+        return seen, norm[..., : queries.shape[2]]  # it pads the tokens
+    flash = _OPERATORS._scaled_dot_product_flash_attention  # noqa: SLF001
+    return flash(queries, keys, values, 0.0, False, False, scale=scale)[:2]
 
 
 def _joined(
@@ -115,7 +131,7 @@ def _normalised(
     queries: torch.Tensor, scores: torch.Tensor, own: Own, shared: Shared, scale: float
 ) -> torch.Tensor:
     norm = scores.logsumexp(-1, keepdim=True)
-    return _joined(*_shared(queries, shared, scale), (scores - norm).exp_() @ own.values, norm)
+    return _joined(*_shared(queries, shared, scale), (scores - norm).exp_().to(own.values) @ own.values, norm)
 
 
 def _products(
@@ -125,6 +141,6 @@ def _products(
     n_shared = shared.keys.shape[1]
     of_shared = (_flat(queries) @ shared.keys.transpose(1, 2)).mul_(scale)
     of_shared = of_shared.view(groups, rows, count, n_shared).transpose(0, 1)
-    weights = torch.cat([of_shared, scores], -1).softmax(-1)
+    weights = torch.cat([of_shared, scores], -1).softmax(-1).to(queries)
     seen = (_flat(weights[..., :n_shared]) @ shared.values).view(groups, rows, count, size)
     return seen.transpose(0, 1) + weights[..., n_shared:] @ own.values

@@ -12,8 +12,26 @@ from typing import Any
 import torch
 from torch.nn.functional import linear
 
-#: The vocabulary is unembedded in tiles, so that the logits of many rows stay in the cache.
-_TILE_BYTES = 2**21
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """The sizes that are fastest on a device.
+
+    Attributes:
+        tokens: The most tokens of a matrix product.
+        rows: The most rows that decode together.
+        tile_bytes: The logits that are computed together, in bytes: the vocabulary is unembedded in tiles.
+    """
+
+    tokens: int
+    rows: int
+    tile_bytes: int
+
+
+#: With more, the tokens or logits no longer fit the processor's cache.
+_PROCESSOR = Limits(tokens=1024, rows=960, tile_bytes=2**21)
+#: With less, the device waits for the host to start its kernels.
+_ACCELERATOR = Limits(tokens=16_384, rows=4096, tile_bytes=2**29)
 
 
 @dataclass(frozen=True)
@@ -34,6 +52,8 @@ class Bare:
         n_heads: Query heads.
         n_kv_heads: Key and value heads.
         scale: What products of queries and keys are multiplied with.
+        device: Where its weights are.
+        limits: The sizes that are fastest there.
     """
 
     def __init__(self, module: Any) -> None:
@@ -43,10 +63,12 @@ class Bare:
         self.depth, attention = len(self.blocks), self.blocks[0].self_attn
         self.n_heads, self.n_kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.d_head, self.scale = attention.head_dim, attention.scaling
+        self.device = self.embed.weight.device
+        self.limits = _PROCESSOR if self.device.type == "cpu" else _ACCELERATOR
 
     def angles(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Rotary cosines and sines of (n_tokens,) positions, (n_tokens, 1, d_head)."""
-        cos, sin = self.rotary(self.embed.weight[:1, None], positions[None])
+        cos, sin = self.rotary(self.embed.weight[:1, None], positions[None].to(self.device))
         return cos[0, :, None], sin[0, :, None]
 
     def keys_values(
@@ -96,7 +118,7 @@ class Bare:
     def next_token(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The top token after each of (n, d_model) last states, and its log-probability, each (n,)."""
         normed, weight, bias = self.norm(hidden), self.unembed.weight, self.unembed.bias
-        step = max(_TILE_BYTES // (weight.element_size() * max(len(normed), 1)), 256)
+        step = max(self.limits.tile_bytes // (weight.element_size() * max(len(normed), 1)), 256)
         tops, ids, sums = [], [], []
         for first in range(0, len(weight), step):
             tile = slice(first, first + step)
@@ -104,8 +126,8 @@ class Bare:
             top, place = logits.max(-1)
             tops.append(top)
             ids.append(place + first)
-            sums.append(logits.sub_(top[:, None]).exp_().sum(-1))
-        each = torch.stack(tops)
+            sums.append(logits.sub_(top[:, None]).exp_().sum(-1, dtype=torch.float32))
+        each = torch.stack(tops).float()
         top, tile_of = each.max(0)
         total = (torch.stack(sums) * (each - top).exp()).sum(0)
         return torch.stack(ids).gather(0, tile_of[None])[0], -total.log()
@@ -113,7 +135,7 @@ class Bare:
     def top_token(self, hidden: torch.Tensor) -> torch.Tensor:
         """The top token alone, (n,): decoding needs no log-probability."""
         normed, weight, bias = self.norm(hidden), self.unembed.weight, self.unembed.bias
-        step = max(_TILE_BYTES // (weight.element_size() * max(len(normed), 1)), 256)
+        step = max(self.limits.tile_bytes // (weight.element_size() * max(len(normed), 1)), 256)
         tops, ids = [], []
         for first in range(0, len(weight), step):
             tile = slice(first, first + step)

@@ -17,7 +17,7 @@ import torch
 
 from benchmarks.speed.attention import causal
 from benchmarks.speed.bare import Bare, Projected
-from benchmarks.speed.floor_target import TOKENS, generated, next_tokens
+from benchmarks.speed.floor_target import generated, next_tokens
 from benchmarks.speed.workloads import Answers, Workload
 from patchscope_nn.models import Model
 
@@ -37,18 +37,18 @@ def read_sources(bare: Bare, workload: Workload) -> torch.Tensor:
     prompts = workload.sources
     wanted = max(cell.layer for cell in workload.cells)
     order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
-    found = torch.empty(wanted + 1, len(prompts), bare.embed.weight.shape[1], dtype=bare.embed.weight.dtype)
-    for batch in _batches(order, [len(prompts[row]) for row in order]):
+    found = bare.embed.weight.new_empty(wanted + 1, len(prompts), bare.embed.weight.shape[1])
+    for batch in _batches(order, [len(prompts[row]) for row in order], most=bare.limits.tokens):
         found[:, batch] = _read(bare, [prompts[row] for row in batch], depth=wanted + 1)
     return workload.mapped(found)
 
 
-def _batches(order: Sequence[int], sizes: Sequence[int]) -> list[list[int]]:
-    """Cut prompts, in order, into batches of at most `TOKENS` tokens."""
+def _batches(order: Sequence[int], sizes: Sequence[int], *, most: int) -> list[list[int]]:
+    """Cut prompts, in order, into batches of at most so many tokens."""
     batches: list[list[int]] = [[]]
     filled = 0
     for one, size in zip(order, sizes, strict=True):
-        if batches[-1] and filled + size > TOKENS:
+        if batches[-1] and filled + size > most:
             batches.append([])
             filled = 0
         batches[-1].append(one)
@@ -58,9 +58,9 @@ def _batches(order: Sequence[int], sizes: Sequence[int]) -> list[list[int]]:
 
 def _read(bare: Bare, prompts: list[tuple[int, ...]], *, depth: int) -> torch.Tensor:
     groups = [(len(list(same)), length) for length, same in itertools.groupby(map(len, prompts))]
-    hidden = bare.embed(torch.tensor(list(itertools.chain(*prompts))))
+    hidden = bare.embed(torch.tensor(list(itertools.chain(*prompts)), device=bare.device))
     angles = bare.angles(torch.cat([torch.arange(len(prompt)) for prompt in prompts]))
-    last = torch.tensor([len(prompt) for prompt in prompts]).cumsum(0) - 1
+    last = torch.tensor([len(prompt) for prompt in prompts], device=bare.device).cumsum(0) - 1
 
     def attend(given: Projected) -> torch.Tensor:
         whole = len(given.queries) == len(given.keys)

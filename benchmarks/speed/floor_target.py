@@ -11,12 +11,9 @@ from benchmarks.speed.attention import Own, Shared, branching, causal
 from benchmarks.speed.bare import Bare, Projected
 from benchmarks.speed.workloads import Answers, Cell, Said, Workload, text_of
 
-#: The most tokens of a matrix product: more is no faster, and no longer fits the processor's cache.
-TOKENS = 1024
 #: The most cells that are held at once.
 CELLS = 8192
-#: The most rows that decode together, and what part of them has ended before they are taken out.
-ROWS = 960
+#: Rows that have ended are taken out once they are one in so many.
 _ENDED = 16
 
 
@@ -39,7 +36,8 @@ class Trunk:
         self.states: list[torch.Tensor] = []
         # A patched token's clean states are needed only where others follow it, or decoding goes on.
         count = len(workload.target) if self.own > 1 or workload.max_new_tokens else self.start
-        hidden, angles = bare.embed(torch.tensor(workload.target[:count])), bare.angles(torch.arange(count))
+        hidden = bare.embed(torch.tensor(workload.target[:count], device=bare.device))
+        angles = bare.angles(torch.arange(count))
 
         def attend(given: Projected) -> torch.Tensor:
             self._keep(given.keys, given.values)
@@ -66,7 +64,7 @@ def next_tokens(bare: Bare, workload: Workload, states: torch.Tensor) -> Answers
     answers: Answers = {}
     for cells in _cut(_by_entry(workload.cells), CELLS):
         ids, logprobs = [], []
-        for rows in _entered(bare, trunk, cells, states).split(TOKENS):
+        for rows in _entered(bare, trunk, cells, states).split(bare.limits.tokens):
             top, logprob = bare.next_token(rows)
             ids.append(top)
             logprobs.append(logprob)
@@ -100,11 +98,12 @@ def _entered(bare: Bare, trunk: Trunk, cells: Sequence[Cell], states: torch.Tens
     hidden, own = _starting(trunk, cells, states), trunk.own
     angles = bare.angles(torch.arange(trunk.start, trunk.start + own))
     entries = torch.tensor([cell.target_layer for cell in cells])
+    most = bare.limits.tokens // own
     for layer in range(bare.depth):
         running = int((entries < layer).sum())
         only_last = layer + 1 == bare.depth and own > 1
-        for first in range(0, running, TOKENS // own):
-            rows = hidden[first : min(first + TOKENS // own, running)]
+        for first in range(0, running, most):
+            rows = hidden[first : min(first + most, running)]
             given = rows.flatten(0, 1), tuple(one.repeat(len(rows), 1, 1) for one in angles)
 
             def attend(given: Projected, count: int = len(rows), layer: int = layer) -> torch.Tensor:
@@ -126,7 +125,7 @@ def generated(bare: Bare, workload: Workload, states: torch.Tensor, tokenizer: A
     if trunk.own > 1:
         raise ValueError("The floor generates only where the target's last token is patched.")
     answers: Answers = {}
-    for cells in _cut(_by_entry(workload.cells), ROWS):
+    for cells in _cut(_by_entry(workload.cells), bare.limits.rows):
         ids = Decoding(bare, trunk, workload, cells).run(states).tolist()
         answers.update(
             {cell: Said(text_of(one, workload, tokenizer)) for cell, one in zip(cells, ids, strict=True)}
@@ -149,13 +148,14 @@ class Decoding:
 
     def run(self, states: torch.Tensor) -> torch.Tensor:
         """The ids each row goes on with, (n_rows, n_tokens); after its end, anything."""
-        bare, most, eos = self.bare, self.workload.max_new_tokens, torch.tensor(self.workload.eos)
-        alive = torch.arange(len(self.cells))
-        said = torch.zeros(len(self.cells), most, dtype=torch.long)
-        ended = torch.zeros(len(self.cells), dtype=torch.bool)
+        bare, most = self.bare, self.workload.max_new_tokens
+        eos = torch.tensor(self.workload.eos, device=bare.device)
+        alive = torch.arange(len(self.cells), device=bare.device)
+        said = alive.new_zeros(len(self.cells), most)
+        ended = torch.zeros_like(alive, dtype=torch.bool)
         hidden = self._prompt(states)
         for step in range(most):
-            token = torch.cat([bare.top_token(rows) for rows in hidden.split(TOKENS)])
+            token = torch.cat([bare.top_token(rows) for rows in hidden.split(bare.limits.tokens)])
             said[alive, step] = token
             ended |= torch.isin(token, eos)
             gone = int(ended.sum())
@@ -183,8 +183,8 @@ class Decoding:
         angles = bare.angles(torch.tensor([self.trunk.start + filled]))
         for layer in range(bare.depth):
             running = counts[layer] if entering else len(hidden)
-            for first in range(0, running, TOKENS):
-                rows = slice(first, min(first + TOKENS, running))
+            for first in range(0, running, bare.limits.tokens):
+                rows = slice(first, min(first + bare.limits.tokens, running))
                 room = Own(*(one[rows, :, : filled + 1] for one in self.own[layer]))
 
                 def attend(given: Projected, room: Own = room, layer: int = layer) -> torch.Tensor:

@@ -21,7 +21,7 @@ def run(workload: Workload, source: Model, target: Model) -> Answers:
 def _cell(workload: Workload, cell: Cell, source: Any, target: Model) -> Said:
     read: list[torch.Tensor] = []
     with _hook(_blocks(source)[cell.layer], lambda output: read.append(output[0, -1].clone())):
-        source(torch.tensor([workload.sources[cell.row]]))
+        source(torch.tensor([workload.sources[cell.row]], device=source.device))
     state = workload.mapped(read[0])
     patched = False
 
@@ -31,7 +31,7 @@ def _cell(workload: Workload, cell: Cell, source: Any, target: Model) -> Said:
             output[0, workload.position] = state
             patched = True
 
-    ids = torch.tensor([workload.target])
+    ids = torch.tensor([workload.target], device=target.module.device)
     with _hook(_blocks(target.module)[cell.target_layer], write):
         if workload.max_new_tokens:
             found = target.module.generate(

@@ -1,9 +1,9 @@
-"""The workloads W1 to W5, made for a model: its tokenizer and its depth."""
+"""The workloads W1 to W6, made for a model: its tokenizer and its depth."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -29,15 +29,19 @@ class Scale:
 
     Attributes:
         times: How many times the source prompts; never one of them twice.
-        rows: The most source prompts of a sweep over data, before that.
+        contexts: The contexts of W2, before that.
+        entities: The entities of W3, before that.
         tokens: The tokens of the long target prompt.
+        before: The tokens before the description prompt of W6.
         generated: The tokens that are generated.
         describe: The description prompt.
     """
 
     times: int = 1
-    rows: int = 200
+    contexts: int = 200
+    entities: int = 30
     tokens: int = 512
+    before: int = 1024
     generated: int = 20
     describe: str = prompts.DESCRIBE
 
@@ -49,6 +53,18 @@ def make(name: str, model: Model, scale: Scale | None = None) -> Workload:
 
 def _ids(model: Model, text: str) -> tuple[int, ...]:
     return tuple(model.tokenizer(text)["input_ids"])
+
+
+def corpus() -> Iterator[str]:
+    """Every text that workloads are made of, for a tokenizer that is made for them."""
+    yield from (_SOURCE, _LONG, prompts.IDENTITY, prompts.DESCRIBE, f"{' '.join(_SPEAKERS)} says:")
+    for name, column in (("contexts", "context"), ("entities", "entity")):
+        yield from (str(row[column]) for row in load_rows(DataSpec(builtin=name)))
+
+
+def opening(model: Model, count: int) -> tuple[int, ...]:
+    """The first `count` ids of a long text, which a target prompt begins with."""
+    return _ids(model, _LONG * (1 + count // 32))[:count]
 
 
 def _builtin(name: str, column: str, count: int) -> list[str]:
@@ -86,13 +102,13 @@ def _w1b(model: Model, scale: Scale) -> Workload:
 
 
 def _w2(model: Model, scale: Scale) -> Workload:
-    texts = _builtin("contexts", "context", min(200, scale.rows) * scale.times)
-    title = f"{len(texts)} contexts x every l, l* = l, identity prompt, next token"
+    texts = _builtin("contexts", "context", scale.contexts * scale.times)
+    title = f"{len(texts):,} contexts x every l, l* = l, identity prompt, next token"
     return _sweep(model, name="W2", title=title, texts=texts, target=_ids(model, prompts.IDENTITY))
 
 
 def _w3(model: Model, scale: Scale) -> Workload:
-    texts = _builtin("entities", "entity", min(30, scale.rows) * scale.times)
+    texts = _builtin("entities", "entity", scale.entities * scale.times)
     title = f"{len(texts)} entities x every l, l* = l, description prompt, {scale.generated} tokens generated"
     sweep = _sweep(model, name="W3", title=title, texts=texts, target=_ids(model, scale.describe))
     return replace(sweep, max_new_tokens=scale.generated, eos=eos_ids(model), long=True)
@@ -100,15 +116,21 @@ def _w3(model: Model, scale: Scale) -> Workload:
 
 def _w4(model: Model, scale: Scale) -> Workload:
     query = _ids(model, prompts.IDENTITY)[-scale.tokens :]
-    opening = _ids(model, _LONG * 16)[: scale.tokens - len(query)]
-    title = f"W1 with a target prompt of {scale.tokens} tokens, patched at its last"
-    return replace(_w1(model, scale), name="W4", title=title, target=opening + query, long=True)
+    target = opening(model, scale.tokens - len(query)) + query
+    title = f"W1 with a target prompt of {scale.tokens:,} tokens, patched at its last"
+    return replace(_w1(model, scale), name="W4", title=title, target=target, long=True)
 
 
 def _w5(model: Model, scale: Scale) -> Workload:
     title = "W1 from the model to another copy of it, through an affine mapping"
     mapping = near_identity(model.info.d_model)
     return replace(_w1(model, scale), name="W5", title=title, mapping=mapping, cross=True)
+
+
+def _w6(model: Model, scale: Scale) -> Workload:
+    sweep = _w3(model, scale)
+    title = f"{sweep.title}, behind {scale.before:,} tokens"
+    return replace(sweep, name="W6", title=title, target=opening(model, scale.before) + sweep.target)
 
 
 def near_identity(d_model: int, *, seed: int = SEED) -> Affine:
@@ -125,4 +147,5 @@ MAKERS: dict[str, Callable[[Model, Scale], Workload]] = {
     "W3": _w3,
     "W4": _w4,
     "W5": _w5,
+    "W6": _w6,
 }

@@ -131,9 +131,11 @@ def rounds(
             )
 
 
-def check(agreed: Answers, answers: Answers, given: Workload, one: Contender) -> None:
+def check(
+    agreed: Answers, answers: Answers, given: Workload, one: Contender, *, tolerance: float = 1e-4
+) -> None:
     """That a contender answered the cells it was given, and as those before it did."""
     if answers.keys() != set(given.cells):
         raise DisagreementError(f"{given.name}: {one.letter} answered other cells than it was given.")
-    if wrong := disagreement(agreed, answers):
+    if wrong := disagreement(agreed, answers, tolerance=tolerance):
         raise DisagreementError(f"{given.name}: {one.letter} ({one.title}): {wrong}.")

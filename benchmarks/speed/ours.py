@@ -26,6 +26,11 @@ def run_within(workload: Workload, model: Model, *, memory: int) -> Answers:
 
 
 def _run(workload: Workload, source: Model, target: Model, **options: Any) -> Answers:
+    return answers_of(start(workload, source, target, **options), workload)
+
+
+def start(workload: Workload, source: Model, target: Model, **options: Any) -> ps.Run:
+    """Run a workload with options of `ps.run`."""
     if workload.chosen is not None:
         raise ValueError("A Patchscope sweeps; it does not run single cells.")
     count = workload.max_new_tokens
@@ -40,10 +45,16 @@ def _run(workload: Workload, source: Model, target: Model, **options: Any) -> An
         readout=ps.Generate(max_new_tokens=count) if count else ps.NextToken(top_k=1),
     )
     rows = [{"text": text} for text in workload.texts]
-    run = ps.run(scope, source_model=source, target_model=target, data=rows, **options)
+    return ps.run(scope, source_model=source, target_model=target, data=rows, **options)
+
+
+def answers_of(run: ps.Run, workload: Workload) -> Answers:
+    """What the cells of a run say."""
     return {
         Cell(row["row"], row["source_layer"], row["target_layer"]): (
-            Said(row["text"]) if count else Said(row["top_ids"][0], math.log(row["top_probs"][0]))
+            Said(row["text"])
+            if workload.max_new_tokens
+            else Said(row["top_ids"][0], math.log(row["top_probs"][0]))
         )
         for row in run.rows
     }

@@ -30,7 +30,7 @@ def speed(name: str, part: Mapping[str, Any]) -> Iterator[str]:
     yield ""
     yield f"{part['cells']:,} cells, {rounds} rounds. {_how(part)}"
     yield ""
-    yield from _table(
+    yield from markdown(
         ("", "contender", "timed on", "wall s", "CPU s", "wall / ours", "CPU / ours", "CPU / floor"),
         [_row(letter, timings) for letter in letters],
     )
@@ -49,11 +49,11 @@ def _row(letter: str, timings: Sequence[Timing]) -> tuple[str, ...]:
         letter,
         CONTENDERS[letter].title,
         "all" if cells == of_cells else f"{cells} cells, scaled",
-        _number(statistics.median(one.wall_s for one in own)),
-        _number(statistics.median(one.cpu_s for one in own)),
-        _number(ratio(timings, letter, OURS, "wall_s")),
-        _number(ratio(timings, letter, OURS, "cpu_s")),
-        _number(ratio(timings, letter, FLOOR, "cpu_s")),
+        number(statistics.median(one.wall_s for one in own)),
+        number(statistics.median(one.cpu_s for one in own)),
+        number(ratio(timings, letter, OURS, "wall_s")),
+        number(ratio(timings, letter, OURS, "cpu_s")),
+        number(ratio(timings, letter, FLOOR, "cpu_s")),
     )
 
 
@@ -69,7 +69,7 @@ def growth(part: Mapping[str, Any]) -> Iterator[str]:
         f"{_mib(points[0]['memory_budget'])} MiB."
     )
     yield ""
-    yield from _table(
+    yield from markdown(
         (
             *("workload", "times", "cells", "wall s / 1,000 cells", "CPU s / 1,000 cells"),
             *("MiB before", "MiB at most", "MiB more"),
@@ -77,7 +77,7 @@ def growth(part: Mapping[str, Any]) -> Iterator[str]:
         [
             (
                 *(one["workload"], str(one["times"]), f"{one['cells']:,}"),
-                *(_number(one[f"{unit}_s_per_thousand"]) for unit in ("wall", "cpu")),
+                *(number(one[f"{unit}_s_per_thousand"]) for unit in ("wall", "cpu")),
                 *(_mib(one["resident_before"]), _mib(one["resident_peak"])),
                 _mib(one["resident_peak"] - one["resident_before"]),
             )
@@ -103,13 +103,14 @@ def document(parts: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(["## Speed", "", *facts, "", note, "", *tables]).rstrip() + "\n"
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """A table, line by line."""
     yield f"| {' | '.join(head)} |"
     yield f"|{'---|' * len(head)}"
     yield from (f"| {' | '.join(row)} |" for row in rows)
 
 
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
     """Three digits that count."""
     if value is None:
         return ""

@@ -25,11 +25,11 @@ def run_cells(workload: Workload, source: Model, target: Model) -> Answers:
 
 
 def _cell(workload: Workload, cell: Cell, source: Any, target: Model) -> Said:
-    with source.trace(torch.tensor([workload.sources[cell.row]])) as tracer:
+    with source.trace(torch.tensor([workload.sources[cell.row]], device=source.device)) as tracer:
         state = source.model.layers[cell.layer].output[0, -1].clone().save()
         tracer.stop()
     state = workload.mapped(state)
-    model, ids = target.traced, torch.tensor([workload.target])
+    model, ids = target.traced, torch.tensor([workload.target], device=target.module.device)
     if workload.max_new_tokens:
         with model.generate(ids, max_new_tokens=workload.max_new_tokens, do_sample=False) as tracer:
             model.model.layers[cell.target_layer].output[0, workload.position] = state
@@ -67,7 +67,7 @@ def _batches(workload: Workload) -> Iterator[list[Cell]]:
 
 def _states(model: Any, ids: tuple[int, ...]) -> torch.Tensor:
     """The last token's state after every block, (n_layers, d_model)."""
-    with model.trace(torch.tensor([ids])) as tracer:
+    with model.trace(torch.tensor([ids], device=model.device)) as tracer:
         states = torch.stack([block.output[0, -1] for block in model.model.layers]).save()
         tracer.stop()
     return states
@@ -75,7 +75,7 @@ def _states(model: Any, ids: tuple[int, ...]) -> torch.Tensor:
 
 def _rows(workload: Workload, layer: int, states: torch.Tensor, target: Model) -> list[Said]:
     model = target.traced
-    ids = torch.tensor([workload.target]).expand(len(states), -1)
+    ids = torch.tensor([workload.target], device=target.module.device).expand(len(states), -1)
     if workload.max_new_tokens:
         with model.generate(ids, max_new_tokens=workload.max_new_tokens, do_sample=False) as tracer:
             model.model.layers[layer].output[:, workload.position] = states

@@ -74,9 +74,14 @@ class CellRows(Sequence[Mapping[str, Any]]):
         return values
 
     def shared(self, name: str) -> Any:
-        """Return the values of a column as an array, in which equal texts and lists are one object."""
-        if name in self._extra or not any(name in part.column_names for part in self._parts):
+        """Return the values of a column as an array, of numbers or of objects; equal ones are one object."""
+        if name in self._extra:
             return self.column(name)
+        if not any(name in part.column_names for part in self._parts):
+            return np.full(len(self), None, object)
+        types = [part.schema.field(name).type for part in self._parts]
+        if all(pa.types.is_integer(kind) or pa.types.is_floating(kind) for kind in types):
+            return self._column_of_numbers(name)
         values = np.empty(len(self), object)
         known: dict[Any, Any] = {}
         for index, numbers in enumerate(self._numbers):
@@ -92,6 +97,13 @@ class CellRows(Sequence[Mapping[str, Any]]):
                 objects = np.empty(len(distinct) + 1, object)  # the last is that of cells without a value
                 objects[: len(distinct)] = distinct
                 values[at] = objects[chunk.indices.fill_null(len(distinct)).to_numpy()]
+        return values
+
+    def _column_of_numbers(self, name: str) -> Any:
+        parts = [part[name].to_numpy() for part in self._parts]  # missing ones make floats, with NaN
+        values = np.empty(len(self), np.result_type(*parts))
+        for numbers, part in zip(self._numbers, parts, strict=True):
+            values[np.searchsorted(self._all, numbers)] = part
         return values
 
     def first(self, count: int) -> CellRows:

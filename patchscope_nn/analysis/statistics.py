@@ -6,6 +6,7 @@ the bootstrap resamples rows with all their cells, and the permutation test flip
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from patchscope_nn.spec import STATELESS
 REAL = "patched"  # the name, in a table of means, of the cells that are not controls
 _DRAWS, _SEED = 1000, 0  # the fixed seed makes intervals and p values reproducible
 _ENDS = (0.025, 0.975)  # the quantiles that bound a 95 % interval
+_DRAWS_AT_ONCE = 100
 _FLIPS = 9999
 _FLIPS_AT_ONCE = 500
 
@@ -52,17 +54,26 @@ def intervals(value: Any, *, row: Any, group: Any = None, draws: int = _DRAWS) -
     groups = np.zeros(len(values), dtype=int) if group is None else np.asarray(group, dtype=int)
     code, names = pd.factorize(np.asarray(row))
     shape = (len(names), int(groups.max(initial=-1)) + 1)
-    sums, counts = np.zeros(shape), np.zeros(shape)
-    np.add.at(sums, (code, groups), values)
-    np.add.at(counts, (code, groups), 1.0)
-    generator = np.random.default_rng(_SEED)
-    drawn = generator.multinomial(len(names), np.full(len(names), 1 / len(names)), size=draws).astype(float)
-    totals = drawn @ counts
-    means = np.divide(drawn @ sums, totals, out=np.full_like(totals, np.nan), where=totals > 0)
+    place, size = code * shape[1] + groups, shape[0] * shape[1]
+    sums = np.bincount(place, values, size).reshape(shape)
+    counts = np.bincount(place, minlength=size).reshape(shape).astype(float)
+    means = np.full((draws, shape[1]), np.nan)
+    for number, times in enumerate(_resampled(len(names), draws)):
+        part = means[number * _DRAWS_AT_ONCE :][: len(times)]
+        totals = times.astype(float) @ counts
+        np.divide(times.astype(float) @ sums, totals, out=part, where=totals > 0)
     n_rows, n_cells = (counts > 0).sum(axis=0), counts.sum(axis=0)
     # The spread of a single row is unknown.
     low, high = np.where(n_rows > 1, np.nanquantile(means, _ENDS, axis=0), np.nan)
     return Intervals(sums.sum(axis=0) / n_cells, low, high, n_rows, n_cells.astype(int))
+
+
+@functools.lru_cache(maxsize=1)
+def _resampled(n_rows: int, draws: int) -> list[np.ndarray]:
+    """Return how often each row is drawn in each draw, (draw, row), in parts of a few draws."""
+    generator, equal = np.random.default_rng(_SEED), np.full(n_rows, 1 / n_rows)
+    sizes = [min(_DRAWS_AT_ONCE, draws - start) for start in range(0, draws, _DRAWS_AT_ONCE)]
+    return [generator.multinomial(n_rows, equal, size=size).astype(np.uint16) for size in sizes]
 
 
 def layer_means(table: pd.DataFrame, *, metric: str) -> pd.DataFrame:
@@ -156,9 +167,9 @@ def is_higher_better(metric: str, known: Mapping[str, MetricInfo] | None = None)
     return found is None or found.higher_is_better
 
 
-def control_names(table: pd.DataFrame) -> list[str]:
+def control_names(table: pd.DataFrame) -> pd.Series:
     """Return the name of each cell's control, `REAL` for the patched cells."""
-    return [REAL if is_null(control) else str(control) for control in table["control"]]
+    return table["control"].astype(object).where(table["control"].notna(), REAL)
 
 
 def cells_of(table: pd.DataFrame, *, metric: str) -> pd.DataFrame:

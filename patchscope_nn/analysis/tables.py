@@ -40,11 +40,13 @@ def light_frame(rows: CellRows, names: Sequence[str], *, metrics: Sequence[str])
 
     Equal texts and lists are one object, so that a hundred thousand cells take about 20 MB.
     """
+    import numpy as np
     import pandas as pd
 
     kept = [name for name in names if name in (*PLACES, "error") or name in metrics]
-    columns = {name: rows.shared(name) if name in kept else None for name in names}
-    return _typed(pd.DataFrame(columns, columns=list(names), index=range(len(rows))))
+    empty = pd.Categorical.from_codes(np.full(len(rows), -1, np.int8), categories=[])
+    columns = {name: rows.shared(name) if name in kept else empty for name in names}
+    return _typed(pd.DataFrame(columns, columns=list(names), index=range(len(rows)), copy=False))
 
 
 def _typed(table: Any) -> Any:

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from patchscope_nn.body.attention import in_attending
-from patchscope_nn.body.program import CellRows, PackedProgram, PrefixProgram, SitePath, Writing
+from patchscope_nn.body.attention import in_attending, in_own_tokens, in_packed_attention
+from patchscope_nn.body.program import PackedProgram, PrefixProgram, SitePath, Writing
+from patchscope_nn.body.shared import in_shared
 from patchscope_nn.body.states import in_blocks, in_explained, in_readout, in_write, in_written
 
 
@@ -45,7 +46,7 @@ def in_packed(
     parts: list[dict[str, torch.Tensor]] = []
     masks: dict[Any, torch.Tensor] = {}
     cache = DynamicCache() if prefix is None else _in_fork(prefix)
-    attending = in_attending(cache, target) if target["most_own"] is not None else None
+    attending = _in_separately(cache, target) if target["most_own"] is not None else None
     with model.trace(**target["inputs"], **target["options"], past_key_values=cache) as tracer:
         blocks = in_blocks(model, site)
         for layer in range(target["depth"]):
@@ -57,7 +58,7 @@ def in_packed(
             if hidden.shape[1]:
                 arguments = dict(zip(target["names"], args, strict=False)) | kwargs
                 arguments = _in_narrowed(arguments, hidden, target["n_tokens"])
-                if attending is None or hidden.device.type != "cpu":
+                if attending is None:
                     arguments["attention_mask"] = _in_mask(target, hidden, target["windows"][layer], masks)
                     output = blocks[layer](**arguments)
                 else:
@@ -76,9 +77,9 @@ def in_packed(
             logits = model.output.logits[0]
             if "logits_to_keep" not in target["options"]:
                 logits = logits[target["read"].to(logits.device)]
-            kept = _in_rows(cache, target["rows"]) if target["rows"] is not None else None
-            read = {"finals": states.finals, "written": written, "hear": hear}
-            columns = in_readout(model, readout, logits, kept, **read)
+            forward, kept = _in_rows(model, cache, target, prefix)
+            read = {"finals": states.finals, "written": written, "plain": model, "hear": hear}
+            columns = in_readout(forward, readout, logits, kept, **read)
     return in_explained(columns, target, states.hidden, written)
 
 
@@ -87,6 +88,24 @@ def _in_fork(prefix: Any) -> Any:
     fork = copy.copy(prefix)
     fork.layers = [copy.copy(layer) for layer in prefix.layers]
     return fork
+
+
+def _in_separately(cache: Any, target: PackedProgram) -> Any:
+    """Return a context in which tokens attend to the prefix and to their own tokens separately.
+
+    Set its `layer` to the number of a block before calling it.
+    """
+    own: dict[Any, Any] = {}
+
+    def attend(layer: int, queries: torch.Tensor, scale: float | None) -> torch.Tensor:
+        kept, device = cache.layers[layer], queries.device
+        if device not in own:
+            own[device] = in_own_tokens(target, device)
+        return in_packed_attention(
+            queries, kept.keys, kept.values, target["prefix"], own[device], scale=scale
+        )
+
+    return in_attending(attend)
 
 
 def _in_narrowed(given: dict[str, Any], hidden: torch.Tensor, total: int) -> dict[str, Any]:
@@ -155,15 +174,18 @@ def _in_joined(hidden: torch.Tensor, bases: torch.Tensor | None) -> torch.Tensor
     return torch.cat([hidden, fresh], dim=1)
 
 
-def _in_rows(cache: Any, rows: CellRows) -> Any:
-    """Return the keys and values of each cell's whole prompt, one row for each cell, to decode from.
+def _in_rows(model: Any, cache: Any, target: PackedProgram, prefix: Any) -> tuple[Any, Any]:
+    """Return M* as a function, and the keys and values to decode from: one row for each cell.
 
     In blocks that a cell's own tokens have not run through, they are those of the unpatched prompt.
     """
-    whole = DynamicCache()
+    rows = target["rows"]
+    if rows is None:
+        return model, None
+    forward, whole = in_shared(model, prefix) if rows["first"] else (model, DynamicCache())
     for layer, kept in enumerate(cache.layers):
         ran = (rows["enters"] < layer)[:, None]
-        places = torch.where(ran, rows["own"], rows["clean"]).to(kept.keys.device)
+        places = torch.where(ran, rows["own"], rows["clean"])[:, rows["first"] :].to(kept.keys.device)
         keys, values = kept.keys[0][:, places], kept.values[0][:, places]
         whole.update(keys.transpose(0, 1).contiguous(), values.transpose(0, 1).contiguous(), layer)
-    return whole
+    return forward, whole

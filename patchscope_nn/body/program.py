@@ -192,6 +192,8 @@ class CellRows(TypedDict):
     clean: torch.Tensor
     #: (n_cells,) the layer after which a cell's own tokens join the sequence.
     enters: torch.Tensor
+    #: The first token whose keys and values each row holds; all rows share those of the tokens before it.
+    first: int
 
 
 class PackedProgram(TargetProgram):
@@ -203,8 +205,7 @@ class PackedProgram(TargetProgram):
     depth: int
     #: How many tokens run from block 0 on.
     entering: int
-    #: By layer, for each token that joins after it, the index of the token whose state it starts from: its
-    #: unpatched token, or any if it is about to be written.
+    #: By layer, for each token that joins after it, the index of the token whose state it starts from.
     bases: dict[int, torch.Tensor]
     #: How many tokens the step's prefix has.
     prefix: int
@@ -308,7 +309,8 @@ class PatchedRun(Protocol):
         logits: (n_cells, vocab) at the position where T is read; None for a readout that does not unembed.
         forward: M* as a function, with the keyword arguments of its own `forward`.
         plain: M* without any patch, as a function with the same arguments.
-        cache: The prompts' keys and values, a row for each cell; only for a readout that decodes.
+        cache: The prompts' keys and values, a row for each cell; only for a readout that decodes. It may lack
+            those of a prefix that all rows share; `forward` adds them.
         mask: (n_cells, n_tokens) the prompts' attention mask, 0 for padding; only for a readout that decodes.
         finals: (n, vocab) the next-token log-probabilities that were read from M; None if there are none.
         written: What was written, with an item for each written position: `cells` (n,), which cell it belongs
@@ -321,10 +323,8 @@ class PatchedRun(Protocol):
         mixed: True if rows of different lengths may share a forward pass.
         rereads: True if `forward` reads the prompt again, and `cache` holds its ids. Its logits then begin
             with those after the last token that was read before.
-        stepwise: True if tokens after the prompt must be read one by one, so that none attends to a later
-            one.
-        heard: Called after each decoding step with the rows that continue and the token of each; None unless
-            the pass runs in this process.
+        stepwise: True if tokens after the prompt are read one by one, so that none attends to a later one.
+        heard: Called after each decoding step with the rows that continue and their tokens; None on servers.
     """
 
     n_cells: int

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from patchscope_nn.analysis.statistics import REAL, mean_text
-from patchscope_nn.cli.printing import existing, grid, out_json, show
+from patchscope_nn.cli.printing import existing, grid, how_to_report, out_json, show
 from patchscope_nn.report.comparison import p_text
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def print_experiment(experiment: Experiment, *, as_json: bool) -> None:
         return
     print_comparison(comparison, title=experiment.title)
     show("", f"{cells} in {folder}")
-    show(f"page: {page}" if page else "no page: pip install 'patchscope-nn[report]'")
+    show(f"page: {page}" if page else f"no page: {how_to_report(folder)}")
 
 
 def print_comparison(comparison: Comparison, *, title: str) -> None:

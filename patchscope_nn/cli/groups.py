@@ -8,8 +8,6 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, is_dataclass, make_dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from patchscope_nn.cli import options
 
 if TYPE_CHECKING:
@@ -62,12 +60,6 @@ class Models:
         return Places.of(**self.where, dtype=self.dtype, device_map=self.device_map)
 
 
-def _switch(name: str, help: str) -> Any:  # noqa: A002 (typer's own name for it)
-    """Return an option that is on by default; `--no-NAME` or `PATCHSCOPE_NAME=0` turns it off."""
-    word = name.replace("_", "-")
-    return typer.Option(f"--{word}/--no-{word}", help=help, envvar=f"PATCHSCOPE_{name.upper()}")
-
-
 #: The planner's optimisations and their help texts. Results are the same when an optimisation is off.
 _SWITCHES = {
     "deduplication": "Run identical cells once.",
@@ -77,14 +69,14 @@ _SWITCHES = {
     "mixed_lengths": "Let prompts of different lengths share a forward pass.",
     "prefix_sharing": "Run a common prefix of target prompts once.",
     "late_entry": "Skip the blocks below l*.",
-    "shared_attention": "On a CPU, attend to a shared prefix separately from each cell's own tokens.",
+    "shared_attention": "Attend to a shared prefix separately from each cell's own tokens.",
     "lean_readout": "Unembed only the positions that are read.",
     "early_leaving": "Remove rows that have finished generating from the batch.",
     "memory_reuse": "On a CPU under Linux, reuse the memory of the previous pass.",
 }
 Switches: Any = make_dataclass(
     "Switches",
-    [(name, Annotated[bool, _switch(name, text)], True) for name, text in _SWITCHES.items()],
+    [(name, Annotated[bool, options.switch(name, text)], True) for name, text in _SWITCHES.items()],
     frozen=True,
     kw_only=True,
 )

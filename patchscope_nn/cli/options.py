@@ -19,6 +19,12 @@ def option(name: str, help: str, **more: Any) -> Any:  # noqa: A002 (typer's own
     return typer.Option(name, help=help, envvar=variable, show_envvar=False, **more)
 
 
+def switch(name: str, help: str) -> Any:  # noqa: A002 (typer's own name for it)
+    """Return an option that is on by default; `--no-NAME` or `PATCHSCOPE_NAME=0` turns it off."""
+    word = name.replace("_", "-")
+    return typer.Option(f"--{word}/--no-{word}", help=help, envvar=f"PATCHSCOPE_{name.upper()}")
+
+
 def _set_log_level(level: str) -> str:
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("patchscope_nn").setLevel(level.upper())
@@ -60,6 +66,9 @@ Jobs = Annotated[
     int | None, option("--jobs", "The maximum number of unfinished jobs on a server. Default: 4.", min=1)
 ]
 Out = Annotated[Path | None, option("--out", "The run's folder. Default: runs/NAME-HASH.")]
+Report = Annotated[
+    bool, switch("report", "Write the report at the end; `patchscope report` writes it later.")
+]
 Figures = Annotated[
     Path | None,
     option("--figures", "Also write the figures to this folder, as PDF, SVG and PNG.", metavar="DIR"),

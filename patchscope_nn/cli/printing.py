@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 import time
@@ -115,6 +116,12 @@ def existing(folder: Path | None, name: str) -> str | None:
     """Return the path of a page in a folder; None if there is no folder or no page."""
     page = folder / name if folder else None
     return str(page) if page and page.exists() else None
+
+
+def how_to_report(folder: Path | None) -> str:
+    """Return the command that writes a page that a folder lacks, or that installs what it needs."""
+    installed = importlib.util.find_spec("plotly")
+    return f"patchscope report {folder}" if installed else "pip install 'patchscope-nn[report]'"
 
 
 def grid(*headers: str, title: str | None = None) -> Any:

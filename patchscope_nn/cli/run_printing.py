@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from patchscope_nn.analysis.statistics import mean_text
-from patchscope_nn.cli.printing import existing, grid, out_json, show
+from patchscope_nn.cli.printing import existing, grid, how_to_report, out_json, show
 
 if TYPE_CHECKING:
     from patchscope_nn.runs.results import Run
@@ -20,7 +20,7 @@ _MOST_ERRORS = 5
 def print_run(run: Run, *, as_json: bool) -> None:
     """Print a run's means, its errors, and the paths of its folder and report."""
     report = existing(run.path, "report.html")
-    errors = Counter(row["error"] for row in run.rows if row["error"] is not None)
+    errors = Counter(error for error in run.rows.column("error") if error is not None)
     reused = run.manifest["sessions"][-1].get("reused", {})
     if as_json:
         counts = {"cells": len(run.rows), "failed": sum(errors.values())}
@@ -41,7 +41,7 @@ def print_run(run: Run, *, as_json: bool) -> None:
     if len(errors) > len(common):
         others = errors.total() - sum(count for _, count in common)
         show(f"{others} of them have other errors; see the table.")
-    show(f"report: {report}" if report else "no report: pip install 'patchscope-nn[report]'")
+    show(f"report: {report}" if report else f"no report: {how_to_report(run.path)}")
 
 
 def _summary(run: Run) -> Iterator[Any]:

@@ -31,6 +31,7 @@ def run(
     limit: options.Limit = None,
     shard: options.Shard = None,
     reuse: options.Reuse = None,
+    report: options.Report = True,
     planning: groups.Planning,
     switches: groups.Switches,
     json: options.Json = False,
@@ -48,8 +49,12 @@ def run(
     folder = out or prepared.default_folder
     progress = printing.Progress(prepared.name, quiet=json)
     command = shlex.join(["patchscope", *sys.argv[1:]])
-    given = planning.execution_options(switches) | {"jobs": jobs or JOBS, "command": command}
-    given["reuse"] = tuple(reuse or ())
+    given = planning.execution_options(switches) | {
+        "jobs": jobs or JOBS,
+        "command": command,
+        "report": report,
+        "reuse": tuple(reuse or ()),
+    }
     execution = Execution(**given, progress=progress, notice=progress.tell)
     fitted = {name: _fitted(method, command=command, quiet=json) for name, method in prepared.runs.items()}
     try:
@@ -69,13 +74,14 @@ def merge(
         typer.Argument(metavar="RUN...", help="All shards of a run, or runs over different data rows."),
     ],
     *,
+    report: options.Report = True,
     json: options.Json = False,
 ) -> None:
     """Join finished runs into one. Checks that no cell is missing or in two of them."""
     from patchscope_nn.runs.merge import merge as merge_runs
 
     with printing.waiting("merging", quiet=json):
-        merged = merge_runs(folders, out=out)
+        merged = merge_runs(folders, out=out, report=report)
     print_finished(merged, as_json=json)
 
 

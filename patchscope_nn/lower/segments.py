@@ -13,7 +13,7 @@ from patchscope_nn.lower.readout import readout_of
 from patchscope_nn.lower.rows import writes_of
 from patchscope_nn.lower.states import StateTable
 from patchscope_nn.models import Model
-from patchscope_nn.plan import Layout, Plan, shares_attention
+from patchscope_nn.plan import Layout, Plan, shares_attention, why_copied
 from patchscope_nn.spec.layers import EMBED
 from patchscope_nn.sweep import CellBlock
 
@@ -35,6 +35,7 @@ def target_segments(
     if plan.optimisations.lean_readout and info.supports("few_logits"):
         options["logits_to_keep"] = read
     separately = shares_attention(sweep, plan.optimisations, block, prefix=layout.prefix)
+    first_held = 0 if why_copied(sweep, plan.optimisations, block) else layout.prefix
     seen = np.where(layout.is_branch, np.minimum(first - layout.prefix, layout.trunk_count), 0)
     of_tokens = {
         name: torch.from_numpy(np.repeat(part, count))
@@ -66,7 +67,7 @@ def target_segments(
         "key_positions": torch.from_numpy(np.concatenate([np.arange(layout.prefix), positions])),
         "tuples": info.architecture.gives_tuples,
         "read": read,
-        "rows": _rows(layout, width) if decodes else None,
+        "rows": _rows(layout, width, first=first_held) if decodes else None,
     }
 
 
@@ -82,7 +83,7 @@ def _bases(layout: Layout) -> dict[int, torch.Tensor]:
     return bases
 
 
-def _rows(layout: Layout, width: int) -> CellRows:
+def _rows(layout: Layout, width: int, *, first: int) -> CellRows:
     """Return where the tokens of each cell's whole prompt are in prefix and segments: (n_cells, n_tokens).
 
     `own` follows the cell's branch, and `clean` its trunk. `enters` is the layer after which `own` holds.
@@ -93,4 +94,9 @@ def _rows(layout: Layout, width: int) -> CellRows:
     # A branch that enters before block 0 needs no more of its trunk than it attends to.
     clean = np.where(at < prefix + layout.trunk_count[segment], of_trunk, own)
     enters = torch.from_numpy(layout.enters[layout.of_cell])
-    return {"own": torch.from_numpy(own), "clean": torch.from_numpy(clean), "enters": enters}
+    return {
+        "own": torch.from_numpy(own),
+        "clean": torch.from_numpy(clean),
+        "enters": enters,
+        "first": first,
+    }

@@ -17,7 +17,7 @@ COSTS = {
     "mixed_lengths": "prompts of different lengths run in separate passes",
     "prefix_sharing": "each cell reads its whole target prompt",
     "late_entry": "each cell runs through every block",
-    "shared_attention": "packed passes hold fewer cells",
+    "shared_attention": "passes hold fewer cells, and each decoding row copies the shared prefix",
     "lean_readout": "every position is unembedded",
     "cached_decoding": "each decoded token reads its prompt again",
     "early_leaving": "finished rows stay in the batch",

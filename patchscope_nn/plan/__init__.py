@@ -18,7 +18,7 @@ from patchscope_nn.plan.budget import MAX_ROWS, MEMORY, Budget
 from patchscope_nn.plan.build import Plan, plan
 from patchscope_nn.plan.count import Counts, count, count_step, stages
 from patchscope_nn.plan.layout import Layout
-from patchscope_nn.plan.pack import from_cache, packs, shares_attention
+from patchscope_nn.plan.pack import from_cache, packs, shares_attention, why_copied
 from patchscope_nn.plan.passes import Context, Optimisations, SourcePass, Step, TargetPass
 
 __all__ = [
@@ -40,4 +40,5 @@ __all__ = [
     "plan",
     "shares_attention",
     "stages",
+    "why_copied",
 ]

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from patchscope_nn._util.ragged import Ints
-from patchscope_nn.models import ELSEWHERE
 from patchscope_nn.plan.budget import Budget, Costs
 from patchscope_nn.plan.cut import cut
 from patchscope_nn.plan.layout import branches_at, lay_out, needed_end
@@ -46,18 +45,30 @@ def from_cache(sweep: Sweep, optimisations: Optimisations) -> bool:
 
 
 def shares_attention(sweep: Sweep, optimisations: Optimisations, block: CellBlock, *, prefix: int) -> bool:
-    """Return whether the tokens of a packed pass attend to the prefix and to their own tokens separately.
-
-    This pays only on a CPU, where attention over one long sequence is slow. If the model runs elsewhere, its
-    device is not known here; then the pass checks it, and uses a mask if it is not a CPU.
-    """
-    info = sweep.target
-    possible = info.supports("shared_attention") and info.device in {"cpu", ELSEWHERE}
-    if not (optimisations.shared_attention and possible):
-        return False
+    """Return whether the tokens of a packed pass attend to the prefix and to their own tokens separately."""
     longest = int(needed_end(sweep, block).max())
-    windows = (window for window in info.architecture.windows if window is not None)
-    return longest - prefix <= FEW_OWN and longest <= min(windows, default=longest)
+    return longest - prefix <= FEW_OWN and not _why_together(sweep, optimisations, longest)
+
+
+def why_copied(sweep: Sweep, optimisations: Optimisations, block: CellBlock) -> str:
+    """Return why each row that decodes copies the keys and values of its prefix; empty if none does."""
+    if not sweep.target.supports("positions"):
+        return f"{sweep.target.family} numbers its tokens itself"
+    longest = sweep.target_tokens.counts[block.target_prompt] + sweep.appended[block.entry]
+    return _why_together(sweep, optimisations, int(longest.max()))
+
+
+def _why_together(sweep: Sweep, optimisations: Optimisations, longest: int) -> str:
+    """Return why attention to a prefix is not computed separately, in prompts of `longest` tokens."""
+    family = sweep.target.family
+    if not optimisations.shared_attention:
+        return "shared attention is off"
+    if not sweep.target.supports("shared_attention"):
+        return f"{family} does not compute attention by PyTorch's function"
+    windows = (window for window in sweep.target.architecture.windows if window is not None)
+    if longest > min(windows, default=longest):
+        return f"a window of {family} is shorter than prompt and text"
+    return ""
 
 
 class Packer:
@@ -127,7 +138,9 @@ class Packer:
         verdict = self.sweep.target.verdict
         limit = None if verdict is None else verdict.longest_packed
         end, prompts, lengths = needed_end(self.sweep, block), block.target_prompt, self._lengths(block)
-        own, trunk, wide = end - branches_at(block), end - prefix, self.row_tokens(block)
+        own, trunk, held = end - branches_at(block), end - prefix, self.row_tokens(block)
+        if self.decodes and not why_copied(self.sweep, self.optimisations, block):
+            held = held - prefix
 
         def fits(batch: slice) -> Flags:
             rows = np.arange(1, batch.stop - batch.start + 1)
@@ -135,7 +148,7 @@ class Packer:
             first_of_prompt = np.zeros(len(rows), bool)
             first_of_prompt[np.unique(prompts[batch], return_index=True)[1]] = True
             tokens = own_tokens + np.cumsum(trunk[batch] * first_of_prompt)
-            size = self._bytes(tokens, prefix, rows, np.maximum.accumulate(wide[batch]))
+            size = self._bytes(tokens, prefix, rows, np.maximum.accumulate(held[batch]))
             full = size > self.memory
             if limit is not None:
                 full |= prefix + tokens > limit
@@ -146,10 +159,11 @@ class Packer:
 
         return cut(len(block), fits, most=self.max_rows)
 
-    def _bytes(self, tokens: Ints, prefix: int, rows: Ints, width: Ints) -> Ints:
+    def _bytes(self, tokens: Ints, prefix: int, rows: Ints, held: Ints) -> Ints:
+        """Return the bytes of a packed pass whose rows hold keys and values of `held` tokens to decode."""
         read = rows if self.optimisations.lean_readout else tokens
         packed = self.costs.packed(tokens, prefix, read)
-        return packed + 2 * self.costs.cached(rows * width) if self.decodes else packed
+        return packed + 2 * self.costs.cached(rows * held) if self.decodes else packed
 
     def _read_back(self, block: CellBlock) -> Ints:
         """Return how many positions of each cell's row, counted from the end, are unembedded."""

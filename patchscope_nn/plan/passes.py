@@ -88,8 +88,8 @@ class Optimisations:
             length and need no padding.
         prefix_sharing: Run the tokens that target prompts begin with once.
         late_entry: Let a cell skip the blocks below l*.
-        shared_attention: On a CPU, attend to the shared prefix and to a cell's own tokens separately, so that
-            more cells run together.
+        shared_attention: Attend to the shared prefix and to a cell's own tokens separately, so that more
+            cells run together, and rows that decode hold the prefix's keys and values once for all.
         lean_readout: Unembed only the positions that are read.
         early_leaving: Let rows that have ended leave the batch while the others continue to decode.
         memory_reuse: On a CPU under Linux, keep the memory of one pass for the next instead of returning it

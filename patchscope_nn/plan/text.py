@@ -14,7 +14,7 @@ import numpy as np
 from patchscope_nn.models import ELSEWHERE, ModelInfo, cost_of
 from patchscope_nn.plan.build import Plan
 from patchscope_nn.plan.count import Counts, count, count_step, source_width, stages, target_width
-from patchscope_nn.plan.pack import packs
+from patchscope_nn.plan.pack import packs, why_copied
 from patchscope_nn.plan.passes import Step
 from patchscope_nn.spec import SITES
 
@@ -168,6 +168,14 @@ def _why_padded(planned: Plan) -> str:
     return "each decoded token reads its prompt again"
 
 
+def _held(planned: Plan, step: Step) -> str:
+    """Say whether rows that decode share the keys and values of a prefix."""
+    why = why_copied(planned.sweep, planned.optimisations, step.cells)
+    if why:
+        return f"decoding: each row copies the prefix's keys and values, since {why}"
+    return "decoding: all rows share the prefix's keys and values"
+
+
 def _describe(info: ModelInfo) -> str:
     return f"{info.name} ({info.n_layers} blocks, d_model {info.d_model}, {info.dtype} on {info.device})"
 
@@ -187,6 +195,8 @@ def _add_step(branch: Any, planned: Plan, number: int, step: Step) -> None:
         node.add(Text(f"source: {size} through {source.depth} blocks -> {len(source.states)} states"))
     if step.prefix:
         node.add(Text(f"prefix: {len(step.prefix)} tokens, run once for all steps that begin so"))
+        if planned.sweep.scope.readout.decodes:
+            node.add(Text(_held(planned, step)))
     for target in step.targets:
         if target.layout is None:
             width = target_width(planned, step, target)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 #: The number of cells that a page lists; figures of metrics use all cells.
-MAX_CELLS = 12_000
+MAX_CELLS = 3_000
 _ELSEWHERE = ("recipe", "references")  # parts of the manifest that the page shows in other sections
 _TEMPLATES = Path(__file__).parent / "templates"
 

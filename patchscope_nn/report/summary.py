@@ -10,9 +10,9 @@ from patchscope_nn.analysis.statistics import REAL, best_over, is_higher_better,
 from patchscope_nn.metrics import described
 from patchscope_nn.report.figures.table import (
     by_scale,
+    count_sinks,
     layer_means,
     layer_name,
-    reads_sink,
     with_probe_controls,
 )
 from patchscope_nn.report.figures.text import listed, shorten
@@ -50,8 +50,7 @@ def summary(table: pd.DataFrame, *, manifest: Mapping[str, Any], metrics: Sequen
 def facts(table: pd.DataFrame, *, manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return short facts for the head of the page, as (name, value)."""
     recipe = section(manifest, "recipe")
-    places = ("control", "source_position", "target_position")
-    sinks = sum(map(reads_sink, table.reindex(columns=places).to_dict("records")))
+    sinks = count_sinks(table)
     elapsed = section(manifest, "timings").get("elapsed_s")
     values = {
         "Recipe": recipe.get("name"),
@@ -107,7 +106,7 @@ def _opening(table: pd.DataFrame, *, manifest: Mapping[str, Any]) -> str:
     source = _distinct(table, column="source_model") or [named]
     target = _distinct(table, column="target_model") or source
     action = next((kind.action for kind in kinds_in(table.columns)), Readout.action)
-    read = table[table["source_layer"].notna()]
+    read = table[["source_prompt"]][table["source_layer"].notna()]
     prompts = _count(len(_distinct(read, column="source_prompt")), "source prompt")
     result = action.format(listed(target))
     if section(manifest, "recipe").get("probe"):

@@ -55,6 +55,7 @@ class Execution:
         patience: How long to wait for servers.
         progress: Called with (cells done, total cells) after each step.
         notice: Called with a line of text about jobs or fits.
+        report: True to write the report of a run that has a folder.
         command: The command line, for the manifest and a fit's provenance.
         listener: Receives states and tokens while steps run in this process.
         reuse: The folders of other runs, whose finished cells are taken instead of computed.
@@ -68,6 +69,7 @@ class Execution:
     patience: Patience = field(default_factory=Patience)
     progress: Progress | None = None
     notice: Callable[[str], None] | None = None
+    report: bool = True
     command: str | None = None
     listener: Listener | None = None
     reuse: tuple[Path, ...] = ()
@@ -163,7 +165,7 @@ def execute(prepared: PreparedRun, execution: Execution, *, out: Path | None = N
         run = Run(manifest=manifest, rows=_with_probe(prepared, store), path=store.path)
         store.finish(run.rows, manifest)
         if run.path is not None:
-            _write_ensemble_and_report(run)
+            write_ensemble_and_report(run, report=execution.report)
     return run
 
 
@@ -204,11 +206,12 @@ def _with_probe(prepared: PreparedRun, store: InMemory) -> CellRows:
     return rows.with_columns(columns)
 
 
-def _write_ensemble_and_report(run: Run) -> None:
+def write_ensemble_and_report(run: Run, *, report: bool) -> None:
+    """Write what a finished run's folder has besides its table: a combined ensemble, and the report if wanted."""
     folder = Path(run.path or ".")
     if run.manifest["recipe"]["target"]["prompts"] and "top_ids" in run.manifest["columns"]:
         run.ensemble().to_csv(folder / ENSEMBLE, index=False)
-    if importlib.util.find_spec("plotly"):
+    if report and importlib.util.find_spec("plotly"):
         run.report()
 
 

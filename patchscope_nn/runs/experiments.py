@@ -118,7 +118,7 @@ class Experiment(Mapping[str, Run]):
         return comparison_html(self.compare(), title=self.title)
 
 
-def save_comparison(experiment: Experiment, folder: Path) -> None:
+def save_comparison(experiment: Experiment, folder: Path, *, report: bool = True) -> None:
     """Write the comparison of an experiment's methods: JSON, CSV and, if plotly is installed, the page.
 
     Shards of methods may have no cell in common, so they are not compared before they are merged.
@@ -126,6 +126,7 @@ def save_comparison(experiment: Experiment, folder: Path) -> None:
     Args:
         experiment: The experiment.
         folder: The folder that contains the folders of its runs.
+        report: True to write the page.
     """
     record: dict[str, Any] = {"title": experiment.title, "folders": {name: slug(name) for name in experiment}}
     comparison = None if experiment.shard else experiment.compare()
@@ -136,7 +137,7 @@ def save_comparison(experiment: Experiment, folder: Path) -> None:
     if comparison is None:
         return
     comparison.differences.to_csv(folder / f"{COMPARISON}.csv", index=False)
-    if importlib.util.find_spec("plotly"):
+    if report and importlib.util.find_spec("plotly"):
         write_page(comparison, experiment.runs, path=folder / f"{COMPARISON}.html", title=experiment.title)
 
 

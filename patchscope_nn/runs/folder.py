@@ -114,7 +114,7 @@ class RunFolder(InMemory):
     Attributes:
         path: The folder.
         manifest: Its manifest, written by an earlier session or by this one.
-        done: True for each cell that is finished.
+        has_grown: True if an earlier session was of a run with other rows, layers, positions or controls.
 
     Raises:
         FolderError: The folder has finished cells that are not part of the run, or a part is damaged.
@@ -124,6 +124,7 @@ class RunFolder(InMemory):
         super().__init__(prepared)
         self.path: Path = path
         self.manifest: Manifest = manifest
+        self.has_grown = False
         self._index = prepared.index
         written = read_parts(path)
         parts = {number: located(part, prepared) for number, part in written.items()}
@@ -155,8 +156,10 @@ class RunFolder(InMemory):
         write_probe_columns(self.path, probe, self.manifest["hash"], columns)
 
     def finish(self, rows: CellRows, manifest: Manifest) -> None:
-        """Write the table and the manifest of a finished run."""
+        """Write the table and the manifest of a finished run. If it has grown, an earlier report is removed."""
         write_finished(self.path, rows, manifest)
+        if self.has_grown:
+            (self.path / REPORT).unlink(missing_ok=True)
 
 
 def write_finished(path: Path, rows: CellRows, manifest: Manifest) -> None:
@@ -211,6 +214,7 @@ def open_folder(path: Path, manifest: Manifest, prepared: PreparedRun) -> Iterat
         folder = RunFolder(path, manifest, prepared)
         if manifest is not found:
             write_manifest(path, manifest)
+            folder.has_grown = found is not None
         yield folder
 
 

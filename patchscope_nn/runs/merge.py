@@ -24,7 +24,7 @@ from patchscope_nn._util.plain import shown
 from patchscope_nn.analysis.cell_rows import CELL, KEY, CellRows
 from patchscope_nn.analysis.probes import probe_columns
 from patchscope_nn.errors import FolderError, InputError
-from patchscope_nn.runs.execute import _write_ensemble_and_report
+from patchscope_nn.runs.execute import write_ensemble_and_report
 from patchscope_nn.runs.experiments import Experiment, experiment_record, save_comparison
 from patchscope_nn.runs.folder import write_finished, write_probe_columns
 from patchscope_nn.runs.identity import check_same, joined
@@ -56,13 +56,14 @@ class _Piece:
 
 
 @checked
-def merge(runs: Sequence[str | Path], *, out: str | Path) -> Run | Experiment:
+def merge(runs: Sequence[str | Path], *, out: str | Path, report: bool = True) -> Run | Experiment:
     """Join finished runs into one: all shards of a run, or runs of one recipe over different data rows.
 
     Args:
         runs: The folders of the runs, or of experiments with the same methods.
         out: The folder of the whole, which must not exist yet. It is an ordinary run folder: the recipe can
             go on in it with more rows, layers, positions or controls.
+        report: Whether to write the report; `Run.report` writes it later.
 
     Returns:
         The whole.
@@ -91,10 +92,10 @@ def merge(runs: Sequence[str | Path], *, out: str | Path) -> Run | Experiment:
             for name in first["folders"].values():
                 _merge_runs([_piece(folder / name) for folder in folders], draft / name)
     if first is None:
-        return _reported(place)
-    methods = {name: _reported(place / folder) for name, folder in first["folders"].items()}
+        return _reported(place, report=report)
+    methods = {name: _reported(place / folder, report=report) for name, folder in first["folders"].items()}
     experiment = Experiment(title=first["title"], runs=methods, path=place)
-    save_comparison(experiment, place)
+    save_comparison(experiment, place, report=report)
     return experiment
 
 
@@ -291,8 +292,8 @@ def _with_probe(folder: Path, rows: CellRows, manifest: Manifest, shard: Mapping
     return rows.with_columns(columns)
 
 
-def _reported(folder: Path) -> Run:
-    """Write the report of a merged run, and return it."""
+def _reported(folder: Path, *, report: bool) -> Run:
+    """Write the report of a merged run, if it is wanted, and return the run."""
     run = load_run(folder)
-    _write_ensemble_and_report(run)
+    write_ensemble_and_report(run, report=report)
     return run

@@ -41,6 +41,7 @@ class ExecutionOptions(TypedDict, total=False):
     jobs: int
     progress: Callable[[int, int], None] | None
     reuse: Sequence[str | Path]
+    report: bool
 
 
 class RunOptions(PlaceOptions, ExecutionOptions, total=False):
@@ -101,6 +102,7 @@ def run(scope: Any, *, out: str | Path | None = None, **options: Unpack[RunOptio
             jobs: The maximum number of unfinished jobs on a server.
             progress: Called with (cells done, total cells) after each step.
             reuse: Folders of other runs, whose finished cells are taken instead of computed.
+            report: Whether to write the report of a run with a folder; `Run.report` writes it later.
 
     Returns:
         The run. For a recipe with several methods, an experiment: a mapping from method names to runs.
@@ -151,7 +153,7 @@ def run_prepared(
         return next(iter(runs.values()))
     experiment = Experiment(title=prepared.title, runs=runs, path=folder)
     if folder is not None:
-        save_comparison(experiment, folder)
+        save_comparison(experiment, folder, report=execution is None or execution.report)
     return experiment
 
 

@@ -11,7 +11,7 @@ from benchmarks.speed.made import MAKERS, Scale, make
 from benchmarks.speed.measure import DisagreementError, Timing, check, rounds
 from benchmarks.speed.workloads import Said, disagreement
 
-SMALL = Scale(times=2, rows=2, tokens=50, generated=4, describe="The city of x")
+SMALL = Scale(times=2, contexts=2, entities=2, tokens=50, before=40, generated=4, describe="The city of x")
 
 
 def tiny_workload(name, model):

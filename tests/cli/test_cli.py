@@ -91,6 +91,16 @@ def test_run_prints_the_summary_the_folder_and_the_report(patchscope, folder):
     assert (run / "report.html").stat().st_size > 10_000
 
 
+def test_a_run_without_a_report_says_how_to_write_it(patchscope, folder):
+    done = patchscope("run", "tiny.yaml", "--no-report", "--out", "unreported")
+    assert done.returncode == 0, done.stderr
+    assert "no report: patchscope report unreported" in done.stdout
+    assert (folder / "unreported/cells.parquet").exists()
+    assert not (folder / "unreported/report.html").exists()
+    assert patchscope("report", "unreported").returncode == 0
+    assert (folder / "unreported/report.html").stat().st_size > 10_000
+
+
 def test_run_prints_a_line_for_each_scale_and_an_interval_for_each_mean(patchscope):
     done = patchscope(
         *("run", "tiny.yaml", "--set", "target.scale=[0.5, 2]", "--set", "source.layer=[1, 3]"),

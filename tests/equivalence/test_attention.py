@@ -9,8 +9,8 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from patchscope_nn import Optimisations
-from patchscope_nn.body import attention, packed
-from patchscope_nn.body.attention import in_attending, in_attention, in_own_tokens
+from patchscope_nn.body import packed
+from patchscope_nn.body.attention import in_attending, in_own_tokens, in_packed_attention
 from patchscope_nn.lower import lower
 from patchscope_nn.mappings import resolve_mapping
 from patchscope_nn.plan import plan
@@ -56,7 +56,7 @@ def test_it_equals_attention_with_a_mask(heads, prefix, own, dtype, scale):
     torch.manual_seed(prefix)
     query = torch.randn(1, heads[0], N_TOKENS, D_HEAD).to(dtype)
     key, value = torch.randn(2, 1, heads[1], prefix + N_TOKENS, D_HEAD).to(dtype)
-    found = in_attention(query, key, value, prefix, own, scale=scale)
+    found = in_packed_attention(query, key, value, prefix, own, scale=scale)
     assert found.shape == query.shape
     assert found.dtype == dtype
     tolerance = TOLERANCES[dtype]
@@ -70,7 +70,8 @@ def test_large_scores_lose_nothing():
     key, value = torch.randn(2, 1, 1, 4, D_HEAD) * 20
     own = own_tokens([0])
     torch.testing.assert_close(
-        in_attention(query, key, value, 3, own, scale=None), masked(query, key, value, 3, own, scale=None)
+        in_packed_attention(query, key, value, 3, own, scale=None),
+        masked(query, key, value, 3, own, scale=None),
     )
 
 
@@ -86,13 +87,13 @@ def sweep(prompt, position):
 def calls(monkeypatch):
     """How often the packed passes of a run attended so."""
     seen = []
-    real = attention.in_attention
+    real = packed.in_packed_attention
 
     def noted(*args, **kwargs):
         seen.append(args[3])
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(attention, "in_attention", noted)
+    monkeypatch.setattr(packed, "in_packed_attention", noted)
     return seen
 
 
@@ -125,12 +126,7 @@ def test_it_is_left_out(family, target, used, request, calls):
 
 
 def test_a_block_that_attends_otherwise_is_an_error():
-    alone = {
-        "starts": torch.arange(1),
-        "trunks": torch.zeros(1, dtype=int),
-        "seen": torch.zeros(1, dtype=int),
-    }
-    attending = in_attending(None, {"prefix": 0, "most_own": 1, **alone})
+    attending = in_attending(None)
     with pytest.raises(RuntimeError, match="block 3 does not call its attention as the first block does"):
         packed._in_attended(lambda **given: given, {}, attending, 3)
 
@@ -181,7 +177,7 @@ def test_what_a_token_sees_makes_the_same_mask(position, late_entry, tiny_model)
             mask = packed._in_mask(target, torch.zeros(1, count, 4), window, {})
             assert torch.equal(mask[0, 0] == 0, hand_mask(layout, window)[:count, : layout.prefix + count])
             assert (mask[mask != 0] == torch.finfo(mask.dtype).min).all()
-    places, real = in_own_tokens(target)
+    places, real = in_own_tokens(target, "cpu")
     assert real.any(1).all()
     own = torch.zeros(layout.n_tokens, layout.n_tokens, dtype=torch.int64)
     for token in range(layout.n_tokens):

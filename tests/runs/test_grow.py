@@ -318,6 +318,15 @@ def test_a_title_is_not_part_of_what_a_run_is(tiny_model, tmp_path):
     assert ran(again) == [4, 0]
 
 
+def test_the_report_of_a_smaller_run_does_not_stay_beside_a_larger_table(tiny_model, tmp_path):
+    model, out = tiny_model(), tmp_path / "run"
+    grow(model, out=out, limit=2)
+    grow(model, out=out, limit=2, report=False)
+    assert (out / "report.html").exists()
+    grow(model, out=out, report=False)
+    assert not (out / "report.html").exists()
+
+
 def test_jobs_of_a_run_that_has_grown_keep_their_cells(tiny_model, tmp_path):
     """A job log names cells by their keys, so that an unfinished job belongs to the same cells afterwards."""
     model = tiny_model()

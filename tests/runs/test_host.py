@@ -29,12 +29,11 @@ def calls(run):
     return count
 
 
-def test_a_cell_takes_few_calls(tiny_model, tmp_path, monkeypatch):
+def test_a_cell_takes_few_calls(tiny_model, tmp_path):
     """Prompts are resolved one by one; what is planned, run and written for their cells is arrays.
 
     The report, which shows a limited number of cells, is not counted.
     """
-    monkeypatch.setattr(ps.Run, "report", lambda _run: None)
     model = tiny_model("llama")
     scope = ps.Patchscope(
         source=ps.Source(prompt="{t} is", position={"each": "all"}),
@@ -45,6 +44,7 @@ def test_a_cell_takes_few_calls(tiny_model, tmp_path, monkeypatch):
     def run(n_rows):
         rows = [{"t": f"Diana {first}{second} in Paris"} for first in LETTERS for second in LETTERS][:n_rows]
         options = {"model": model, "controls": ["random", "unpatched"], "metrics": ["precision_at_1"]}
+        options["report"] = False
         numbers.append(len(ps.run(scope, data=rows, out=tmp_path / str(n_rows), **options).rows))
 
     numbers = []

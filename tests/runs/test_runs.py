@@ -363,7 +363,7 @@ def test_memory_is_flat_as_a_run_grows(tmp_path):
     table = pd.read_parquet(tmp_path / "large/cells.parquet")
     assert len(table) == cells
     assert table["row"].is_monotonic_increasing
-    # The report of more than 12,000 cells says everything of so many of them; this is its size, once.
+    # A report lists a number of cells with everything that they have; this is its size, once.
     assert large - small < 150e6
 
 

@@ -78,6 +78,19 @@ def reads_sink(cell: Any) -> bool:
     return 0 in as_list(cell.get("source_position")) or 0 in as_list(cell.get("target_position"))
 
 
+def count_sinks(table: pd.DataFrame) -> int:
+    """Count the cells that read or write position 0, as `reads_sink` does."""
+    columns = [name for name in ("source_position", "target_position") if name in table.columns]
+    written = table[columns][~table["control"].isin(list(FLAT_LAYERS))]
+    sinks = np.zeros(len(written), bool)
+    for name in columns:
+        # Many cells of a large table share an object.
+        places = np.array([id(value) for value in written[name]], np.int64)
+        _, first, index = np.unique(places, return_index=True, return_inverse=True)
+        sinks |= np.array([0 in as_list(written[name].iloc[at]) for at in first], bool)[index]
+    return int(sinks.sum())
+
+
 def metric_columns(table: pd.DataFrame, *, declared: Iterable[str] = ()) -> list[str]:
     """Return the columns that hold a metric: first the declared ones, then other numeric columns."""
     of_readouts = (name for kind in readout_kinds().values() for name in kind.columns)
