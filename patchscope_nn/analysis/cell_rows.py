@@ -21,15 +21,15 @@ class CellRows(Sequence[Mapping[str, Any]]):
     """The rows of finished cells, in the order of the sweep. A row is a mapping, made on access.
 
     Args:
-        parts: Tables with the columns of a run and `CELL`. They may be mapped from files.
+        parts: Tables with the columns of a run and `CELL`; or objects with some of the methods of a table,
+            which may map files.
         extra: More columns, with a value for each row.
     """
 
-    def __init__(
-        self, parts: Sequence[pa.Table] = (), extra: Mapping[str, Sequence[Any]] | None = None
-    ) -> None:
+    def __init__(self, parts: Sequence[Any] = (), extra: Mapping[str, Sequence[Any]] | None = None) -> None:
         self._parts, self._extra = [part for part in parts if len(part)], dict(extra or {})
-        numbers = [part[CELL].to_numpy() for part in self._parts]
+        # Copied, because a view would keep a mapped file open.
+        numbers = [np.array(part[CELL].to_numpy()) for part in self._parts]
         #: Where the cells of each part are, in ascending order; None if the part is in order and complete.
         self._orders = [_order(part) for part in numbers]
         self._numbers = [
@@ -100,8 +100,9 @@ class CellRows(Sequence[Mapping[str, Any]]):
         return values
 
     def _column_of_numbers(self, name: str) -> Any:
-        parts = [part[name].to_numpy() for part in self._parts]  # missing ones make floats, with NaN
-        values = np.empty(len(self), np.result_type(*parts))
+        indices = range(len(self._parts))
+        parts = [self._some(at, 0, len(self._numbers[at]), [name])[name].to_numpy() for at in indices]
+        values = np.empty(len(self), np.result_type(*parts))  # missing ones make floats, with NaN
         for numbers, part in zip(self._numbers, parts, strict=True):
             values[np.searchsorted(self._all, numbers)] = part
         return values
