@@ -1,7 +1,8 @@
 """The parts of a run folder: Arrow files of finished cells, which are never changed once they are written.
 
-Large ones are mapped into memory, only while they are read. A part holds the number that a cell had in the sweep when it was written, and its key. If the run has grown
-since then, `numbers.arrow` holds the present numbers and data rows of all cells in the parts before.
+Large ones are mapped into memory, only while they are read. A part holds the number that a cell had in the
+sweep when it was written, and its key. If the run has grown since then, `numbers.arrow` holds the present
+numbers and data rows of all cells in the parts before.
 """
 
 from __future__ import annotations
