@@ -22,6 +22,7 @@ from .recipe import Recipe as Recipe
 from .recipe import load_recipe as load_recipe
 from .runs.experiments import Experiment as Experiment
 from .runs.explain import explain as explain
+from .runs.merge import merge as merge
 from .runs.results import Run as Run
 from .runs.results import load_run as load_run
 from .runs.run import run as run

@@ -10,8 +10,9 @@ import pyarrow as pa
 
 from patchscope_nn._util.ragged import Ints
 
-#: The column of a part that holds the numbers of its cells; it is not in the table.
-CELL = "cell"
+#: Columns of a part that are not in the table: the number of each cell in the sweep (-1 if the cell is no
+#: longer part of it), and its key.
+CELL, KEY = "cell", "cell_key"
 #: How many rows are read at a time when all rows are gone through.
 _AT_ONCE = 8192
 
@@ -20,15 +21,20 @@ class CellRows(Sequence[Mapping[str, Any]]):
     """The rows of finished cells, in the order of the sweep. A row is a mapping, made on access.
 
     Args:
-        parts: Tables with the columns of a run and `CELL`, whose cells ascend; or objects with some of the
-            methods of a table, which may map files.
+        parts: Tables with the columns of a run and `CELL`; or objects with some of the methods of a table,
+            which may map files.
         extra: More columns, with a value for each row.
     """
 
     def __init__(self, parts: Sequence[Any] = (), extra: Mapping[str, Sequence[Any]] | None = None) -> None:
         self._parts, self._extra = [part for part in parts if len(part)], dict(extra or {})
         # Copied, because a view would keep a mapped file open.
-        self._numbers = [np.array(part[CELL].to_numpy()) for part in self._parts]
+        numbers = [np.array(part[CELL].to_numpy()) for part in self._parts]
+        #: Where the cells of each part are, in ascending order; None if the part is in order and complete.
+        self._orders = [_order(part) for part in numbers]
+        self._numbers = [
+            part if order is None else part[order] for part, order in zip(numbers, self._orders, strict=True)
+        ]
         self._all: Ints = np.sort(np.concatenate([np.empty(0, np.int64), *self._numbers]))
 
     def __len__(self) -> int:
@@ -64,7 +70,7 @@ class CellRows(Sequence[Mapping[str, Any]]):
             return list(self._extra[name])
         values: list[Any] = []
         for part in self.tables([name], size=2**16):
-            values += part[name].to_pylist() if name in part.schema.names else [None] * len(part)
+            values += part[name].to_pylist() if name in part.column_names else [None] * len(part)
         return values
 
     def shared(self, names: Sequence[str]) -> dict[str, Any]:
@@ -74,13 +80,11 @@ class CellRows(Sequence[Mapping[str, Any]]):
         """
         values: dict[str, Any] = {}
         known: dict[str, dict[Any, Any]] = {name: {} for name in names}
-        for numbers, part in zip(self._numbers, self._parts, strict=True):
-            table = part.select(
-                [name for name in names if name in part.schema.names and name not in self._extra]
-            )
+        for index, numbers in enumerate(self._numbers):
+            table = self._some(index, 0, len(numbers), [name for name in names if name not in self._extra])
             place = np.searchsorted(self._all, numbers)
-            for name, column in zip(table.column_names, table.columns, strict=True):
-                found = _array(column, known[name])
+            for name in known.keys() & set(table.column_names):
+                found = _array(table[name], known[name])
                 if name not in values:
                     values[name] = np.empty(len(self), found.dtype)
                 # In another part, numbers may be missing.
@@ -96,8 +100,8 @@ class CellRows(Sequence[Mapping[str, Any]]):
         extra = {name: values[:count] for name, values in self._extra.items()}
         last = self._all[count - 1]
         parts = [
-            part.slice(0, int(np.searchsorted(numbers, last, side="right")))
-            for numbers, part in zip(self._numbers, self._parts, strict=True)
+            self._some(index, 0, int(np.searchsorted(numbers, last, side="right")))
+            for index, numbers in enumerate(self._numbers)
         ]
         return CellRows(parts, extra)
 
@@ -109,25 +113,35 @@ class CellRows(Sequence[Mapping[str, Any]]):
         """Return some rows in their order: from each part those whose cells are in the range."""
         low, high = self._all[start], self._all[stop - 1]
         chosen = []
-        for numbers, part in zip(self._numbers, self._parts, strict=True):
-            first, last = np.searchsorted(numbers, (low, high + 1))
+        for index, numbers in enumerate(self._numbers):
+            first, last = np.searchsorted(numbers, (low, high + 1)).tolist()
             if first < last:
-                kept = (
-                    part
-                    if names is None
-                    else part.select([n for n in (CELL, *names) if n in part.schema.names])
-                )
-                chosen.append(decoded(kept.slice(first, last - first)))
+                chosen.append(decoded(self._some(index, first, last, names)))
         table = chosen[0] if len(chosen) == 1 else pa.concat_tables(chosen, promote_options="permissive")
         if len(chosen) > 1:
             numbers = table[CELL].to_numpy()
             if (np.diff(numbers) < 0).any():
                 table = table.combine_chunks().take(pa.array(np.argsort(numbers)))
-        table = table.drop_columns([CELL])
+        table = table.drop_columns([name for name in (CELL, KEY) if name in table.column_names])
         for name, values in self._extra.items():
             if names is None or name in names:
                 table = table.append_column(name, pa.array(list(values[start:stop])))
         return table
+
+    def _some(self, index: int, start: int, stop: int, names: Sequence[str] | None = None) -> pa.Table:
+        """Return some cells of a part, counted in ascending order, with all columns or some of them."""
+        part, order = self._parts[index], self._orders[index]
+        if names is not None:
+            part = part.select([name for name in (CELL, *names) if name in part.column_names])
+        return part.slice(start, stop - start) if order is None else part.take(pa.array(order[start:stop]))
+
+
+def _order(numbers: Ints) -> Ints | None:
+    """Return where cells are in ascending order, without those below 0; None if they are in order."""
+    if numbers[0] >= 0 and (np.diff(numbers) > 0).all():
+        return None
+    order = np.argsort(numbers)
+    return order[np.searchsorted(numbers[order], 0) :]
 
 
 def _array(column: pa.ChunkedArray, known: dict[Any, Any]) -> Any:

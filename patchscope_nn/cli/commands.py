@@ -11,7 +11,7 @@ from patchscope_nn import __version__
 from patchscope_nn.cli import groups, options, printing
 from patchscope_nn.cli.explorer import explore
 from patchscope_nn.cli.fitting_closed import fit
-from patchscope_nn.cli.running import plan, run
+from patchscope_nn.cli.running import merge, plan, run
 
 app = typer.Typer(
     help="Ask a language model, in its own words, what one of its hidden states means.",
@@ -71,6 +71,7 @@ def explain(
 
 
 app.command()(run)
+app.command()(merge)
 app.command()(plan)
 
 

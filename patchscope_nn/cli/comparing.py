@@ -17,18 +17,24 @@ if TYPE_CHECKING:
 
 def print_experiment(experiment: Experiment, *, as_json: bool) -> None:
     """Print the comparison of a recipe's methods, and the paths of its folder and page."""
-    folder, comparison = experiment.path, experiment.compare()
-    page = existing(folder, "comparison.html")
+    folder, page = experiment.path, existing(experiment.path, "comparison.html")
+    # Shards of methods are compared once they are merged.
+    comparison = None if experiment.shard else experiment.compare()
     if as_json:
         runs = {
             name: {"folder": str(run.path), "hash": run.manifest["hash"], "cells": len(run.rows)}
             for name, run in experiment.items()
         }
-        out_json({"folder": str(folder), "page": page, "methods": runs, "comparison": comparison.records()})
+        records = None if comparison is None else comparison.records()
+        out_json({"folder": str(folder), "page": page, "methods": runs, "comparison": records})
+        return
+    n_cells = sum(len(run.rows) for run in experiment.values())
+    cells = f"{n_cells} cells of {len(experiment)} methods"
+    if comparison is None:
+        show(f"shard {experiment.shard}: {cells} in {folder}; `patchscope merge` joins the shards")
         return
     print_comparison(comparison, title=experiment.title)
-    n_cells = sum(len(run.rows) for run in experiment.values())
-    show("", f"{n_cells} cells of {len(experiment)} methods in {folder}")
+    show("", f"{cells} in {folder}")
     show(f"page: {page}" if page else f"no page: {how_to_report(folder)}")
 
 

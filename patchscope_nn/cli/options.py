@@ -78,6 +78,16 @@ Sets = Annotated[
     option("--set", "Change a field of the recipe: key.path=value. Repeatable.", metavar="KEY=VALUE"),
 ]
 Limit = Annotated[int | None, option("--limit", "The maximum number of data rows.", min=1)]
+Shard = Annotated[
+    str | None,
+    option(
+        "--shard", "Run one part of the recipe: 3/16 is the third of 16. `merge` joins them.", metavar="K/N"
+    ),
+]
+Reuse = Annotated[
+    list[Path] | None,
+    option("--reuse", "Take finished cells from the folder of another run. Repeatable.", metavar="RUN"),
+]
 Json = Annotated[bool, option("--json", "Print JSON instead of tables.")]
 Level = Annotated[
     Literal["debug", "info", "warning", "error"],

@@ -21,15 +21,20 @@ def print_run(run: Run, *, as_json: bool) -> None:
     """Print a run's means, its errors, and the paths of its folder and report."""
     report = existing(run.path, "report.html")
     errors = Counter(error for error in run.rows.column("error") if error is not None)
+    reused = run.manifest["sessions"][-1].get("reused", {})
     if as_json:
         counts = {"cells": len(run.rows), "failed": sum(errors.values())}
         identity = {"hash": run.manifest["hash"], "elapsed_s": run.manifest["timings"]["elapsed_s"]}
         summary = json.loads(run.summary().to_json(orient="records")) if run.metrics else []
+        identity |= {"shard": run.manifest.get("shard"), "reused": reused}
         out_json({"folder": str(run.path), "report": report, **counts, **identity, "summary": summary})
         return
     if run.metrics:
         show(*_summary(run))
-    show("", f"{len(run.rows)} cells in {run.path}")
+    shard = f"shard {run.manifest['shard']}: " if "shard" in run.manifest else ""
+    show("", f"{shard}{len(run.rows)} cells in {run.path}")
+    for folder, n_cells in reused.items():
+        show(f"{n_cells} of them are from {folder}")
     common = errors.most_common(_MOST_ERRORS)
     for error, count in common:
         show(f"{count} of them have no numbers and are left out of means: {error}")

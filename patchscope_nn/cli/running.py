@@ -6,14 +6,16 @@ import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from patchscope_nn.cli import groups, options, printing
 
 if TYPE_CHECKING:
+    from patchscope_nn.runs.experiments import Experiment
     from patchscope_nn.runs.prepared import Prepared, PreparedRun
+    from patchscope_nn.runs.results import Run
 
 _INTERRUPTED = 130
 
@@ -27,17 +29,21 @@ def run(
     out: options.Out = None,
     sets: options.Sets = None,
     limit: options.Limit = None,
+    shard: options.Shard = None,
+    reuse: options.Reuse = None,
     report: options.Report = True,
     planning: groups.Planning,
     switches: groups.Switches,
     json: options.Json = False,
     log_level: options.Level = "warning",  # noqa: ARG001 (acted on by its callback)
 ) -> None:
-    """Run a recipe. The same command resumes an interrupted run; finished cells are not run again."""
-    prepared = _prepare(recipe, models, sets=sets, limit=limit, quiet=json)
+    """Run a recipe. The same command resumes an interrupted run; finished cells are not run again.
+
+    With more rows (--limit), layers, positions or controls and the same --out, it runs what is missing.
+    """
+    prepared = _prepare(recipe, models, sets=sets, limit=limit, shard=shard, quiet=json)
     from patchscope_nn.backends.ndif.job_size import JOBS
     from patchscope_nn.runs.execute import Execution
-    from patchscope_nn.runs.experiments import Experiment
     from patchscope_nn.runs.run import run_prepared
 
     folder = out or prepared.default_folder
@@ -47,6 +53,7 @@ def run(
         "jobs": jobs or JOBS,
         "command": command,
         "report": report,
+        "reuse": tuple(reuse or ()),
     }
     execution = Execution(**given, progress=progress, notice=progress.tell)
     fitted = {name: _fitted(method, command=command, quiet=json) for name, method in prepared.runs.items()}
@@ -57,14 +64,37 @@ def run(
         for run_folder in prepared.folders(folder).values():
             _leave_or_cancel(run_folder)
         raise typer.Exit(_INTERRUPTED) from None
-    if isinstance(finished, Experiment):
-        from patchscope_nn.cli.comparing import print_experiment
+    print_finished(finished, as_json=json)
 
-        print_experiment(finished, as_json=json)
+
+def merge(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder of the whole run.")],
+    folders: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN...", help="All shards of a run, or runs over different data rows."),
+    ],
+    *,
+    report: options.Report = True,
+    json: options.Json = False,
+) -> None:
+    """Join finished runs into one. Checks that no cell is missing or in two of them."""
+    from patchscope_nn.runs.merge import merge as merge_runs
+
+    with printing.waiting("merging", quiet=json):
+        merged = merge_runs(folders, out=out, report=report)
+    print_finished(merged, as_json=json)
+
+
+def print_finished(finished: Run | Experiment, *, as_json: bool) -> None:
+    """Print the results of a run, or of all methods of an experiment."""
+    from patchscope_nn.cli.comparing import print_experiment
+    from patchscope_nn.cli.run_printing import print_run
+    from patchscope_nn.runs.results import Run
+
+    if isinstance(finished, Run):
+        print_run(finished, as_json=as_json)
     else:
-        from patchscope_nn.cli.run_printing import print_run
-
-        print_run(finished, as_json=json)
+        print_experiment(finished, as_json=as_json)
 
 
 @groups.grouped
@@ -74,13 +104,14 @@ def plan(
     models: groups.Models,
     sets: options.Sets = None,
     limit: options.Limit = None,
+    shard: options.Shard = None,
     planning: groups.Planning,
     switches: groups.Switches,
     json: options.Json = False,
     log_level: options.Level = "warning",  # noqa: ARG001 (acted on by its callback)
 ) -> None:
     """Show what a recipe would run. Prints contexts, passes, rows and tokens; no cell is computed."""
-    prepared = _prepare(recipe, models, sets=sets, limit=limit, quiet=json)
+    prepared = _prepare(recipe, models, sets=sets, limit=limit, shard=shard, quiet=json)
     from patchscope_nn.backends.crossing import traffic
     from patchscope_nn.cli.plan_printing import Planned, print_plans
     from patchscope_nn.runs.execute import Execution, plan_run
@@ -95,7 +126,13 @@ def plan(
 
 
 def _prepare(
-    recipe: str, models: groups.Models, *, sets: list[str] | None, limit: int | None, quiet: bool
+    recipe: str,
+    models: groups.Models,
+    *,
+    sets: list[str] | None,
+    limit: int | None,
+    shard: str | None,
+    quiet: bool,
 ) -> Prepared:
     """Read and prepare a recipe, and print the notices about its mappings."""
     from patchscope_nn.recipe import find, load_recipe
@@ -104,8 +141,9 @@ def _prepare(
     with printing.waiting("loading the model", quiet=quiet):
         from patchscope_nn.runs.prepare import prepare
 
+        places = models.places()
         prepared = prepare(
-            parsed, base=find(recipe).parent, limit=limit, places=models.places(), **models.names
+            parsed, base=find(recipe).parent, limit=limit, shard=shard, places=places, **models.names
         )
     for method in prepared.runs.values():
         for notice in method.mapping.notices:

@@ -55,16 +55,14 @@ def plan_fit(
     texts = texts_for(options, DataSpec(**(options.data or DEFAULT_DATA)), base=base)
     pairing = Pairing(source=source, target=target, backend=places.backend, sites=sites, options=options)
     chosen = tuple(sorted(set(pairs)))
-    key = digest(
-        [
-            _VERSION,
-            options.model_dump(mode="json", exclude={"data", "column", "limit"}),
-            {name: part["digest"] for name, part in texts.about.items()},
-            [identity(source), identity(target)],
-            [list(pair) for pair in chosen],
-            [*sites, pairing.skip],
-        ]
-    )
+    decides = [
+        _VERSION,
+        options.model_dump(mode="json", exclude={"data", "column", "limit"}),
+        {name: part["digest"] for name, part in texts.about.items()},
+        [identity(source), identity(target)],
+        [*sites, pairing.skip],
+    ]
+    key = digest([*decides[:-1], [list(pair) for pair in chosen], decides[-1]])
     name = f"fit:{options.kind}"
     return Planned(
         name=name,
@@ -77,5 +75,6 @@ def plan_fit(
         shapes=dict.fromkeys(chosen, shapes(options, *pairing.widths)),
         make=lambda **reporting: fit_pairs(options, pairing, texts, chosen, **reporting),
         key=key,
+        decided_by=digest(decides),
         file=folder() / f"{options.kind}-{key}.safetensors",
     )

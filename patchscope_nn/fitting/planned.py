@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,10 +12,7 @@ from filelock import FileLock
 
 from patchscope_nn.fitting.reporting import Notice, Progress
 from patchscope_nn.mappings import Fitted, Pair, ResolvedMapping, resolve_mapping
-from patchscope_nn.models import ELSEWHERE, Model, builtin
-
-#: How many numbers of each tensor are compared to tell two models' weights apart.
-_SAMPLED = 64
+from patchscope_nn.models import Model, builtin, weights_digest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +30,7 @@ class Planned:
         shapes: For each pair of the run, the shapes of its tensors by name.
         make: Makes it; arguments as in `ready`.
         key: A hex digest of everything that decides the maps.
+        decided_by: The same, without the pairs if each of them is fitted by itself.
         file: The file it is kept in.
     """
 
@@ -47,6 +44,7 @@ class Planned:
     shapes: Mapping[Pair, Mapping[str, tuple[int, ...]]]
     make: Callable[..., Fitted]
     key: str
+    decided_by: str
     file: Path
 
     @property
@@ -65,7 +63,14 @@ class Planned:
                 for pair, shapes in self.shapes.items()
             }
             about = self.about | {"file": str(self.file)}
-            return ResolvedMapping(name=self.name, kind="pairs", maps=empty, digest=self.key, about=about)
+            return ResolvedMapping(
+                name=self.name,
+                kind="pairs",
+                maps=empty,
+                digest=self.key,
+                about=about,
+                decided_by=self.decided_by,
+            )
         resolved = resolve_mapping(
             ("fitted", str(self.file)),
             source=self.source.info,
@@ -73,7 +78,7 @@ class Planned:
             pairs=tuple(self.shapes),
             sites=self.sites,
         )
-        return replace(resolved, name=self.name, digest=self.key)
+        return replace(resolved, name=self.name, digest=self.key, decided_by=self.decided_by)
 
     def ready(
         self, *, command: str | None = None, progress: Progress | None = None, notice: Notice | None = None
@@ -105,10 +110,4 @@ def same_model(source: Model, target: Model) -> bool:
 def identity(model: Model) -> list[Any]:
     """What identifies a model: name, revision, dtype, and a digest of a sample of its local weights."""
     info = model.info
-    digest = hashlib.sha256()
-    if info.device != ELSEWHERE:
-        for name, tensor in model.module.state_dict().items():
-            step = max(1, tensor.numel() // _SAMPLED)
-            sample = tensor.detach().flatten()[::step].float().cpu()
-            digest.update(f"{name} {tuple(tensor.shape)}".encode() + sample.numpy().tobytes())
-    return [info.name, info.revision, info.dtype, digest.hexdigest()[:16]]
+    return [info.name, info.revision, info.dtype, weights_digest(model)]

@@ -75,7 +75,8 @@ def plan_training(
         sites=sites,
         shapes={pair: learned if kind.learns(pair) else {"scale": (1,)} for pair in chosen},
         make=functools.partial(_train, kind, request, data, base),
-        key=file.stem.removeprefix(f"{kind.name}-"),
+        key=(key := file.stem.removeprefix(f"{kind.name}-")),
+        decided_by=key,
         file=file,
     )
 

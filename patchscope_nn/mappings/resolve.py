@@ -35,6 +35,8 @@ class ResolvedMapping:
         digest: A hex digest of its weights; empty if it has none.
         about: For `pairs`, the metadata of the fit, limited to these pairs.
         notices: Sentences that warn its user.
+        decided_by: For a fit or a training that a recipe asks for, a digest of everything that decides each
+            of its maps; else empty.
     """
 
     name: str
@@ -44,10 +46,19 @@ class ResolvedMapping:
     digest: str = ""
     about: Mapping[str, Any] = field(default_factory=dict, repr=False)
     notices: tuple[str, ...] = ()
+    decided_by: str = ""
 
     def within(self, pairs: Iterable[Pair]) -> Any:
         """What a context needs to map states of these pairs: a function, tensors or nothing."""
         return {pair: self.maps[pair] for pair in sorted(set(pairs))} if self.kind == "pairs" else self.call
+
+    def digests(self) -> dict[str, str]:
+        """Return a digest of the weights of each map, by `l:l*`; a single one, `all`, if that decides all."""
+        if self.kind != "pairs" or self.decided_by:
+            return {"all": self.decided_by or self.digest}
+        return {
+            f"{pair[0]}:{pair[1]}": _digest(_bytes_of_map(pair, parts)) for pair, parts in self.maps.items()
+        }
 
 
 def resolve_mapping(
@@ -124,11 +135,7 @@ def _resolve_fitted(
         "pairs": [list(pair) for pair in chosen],
         "held_out": [scores for scores in fitted.about.dump()["held_out"] if tuple(scores[:2]) in maps],
     }
-    weights = (
-        f"{part}{pair}".encode() + value_bytes(tensor)
-        for pair in sorted(maps)
-        for part, tensor in maps[pair].items()
-    )
+    weights = (part for pair in sorted(maps) for part in _bytes_of_map(pair, maps[pair]))
     return ResolvedMapping(
         name=name, kind="pairs", maps=maps, digest=_digest(weights), about=about, notices=tuple(notices)
     )
@@ -183,6 +190,11 @@ def _bytes_of(call: Any) -> Iterator[bytes]:
         yield from (key.encode() + value_bytes(tensor) for key, tensor in sorted(call.state_dict().items()))
     elif hasattr(call, "__code__"):
         yield function_bytes(call)
+
+
+def _bytes_of_map(pair: Pair, parts: Parts) -> Iterator[bytes]:
+    """Yield the bytes of the tensors that map one pair of layers."""
+    yield from (f"{name}{pair}".encode() + value_bytes(tensor) for name, tensor in parts.items())
 
 
 def _digest(parts: Iterable[bytes]) -> str:

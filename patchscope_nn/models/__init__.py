@@ -12,6 +12,7 @@ from patchscope_nn.models.loading import load
 from patchscope_nn.models.memory import memory_reused, usable_memory
 from patchscope_nn.models.turns import TURN, in_turn
 from patchscope_nn.models.verdict import COSTS, CUT, FUSED, PLAIN, Comparison, Verdict, Withheld, cost_of
+from patchscope_nn.models.weights import quantisation, weights_digest
 
 __all__ = [
     "COSTS",
@@ -34,8 +35,10 @@ __all__ = [
     "is_offloaded",
     "load",
     "memory_reused",
+    "quantisation",
     "same_vocabulary",
     "usable_memory",
+    "weights_digest",
     "with_adapter",
     "with_named_adapter",
 ]

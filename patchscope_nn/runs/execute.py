@@ -39,6 +39,7 @@ from patchscope_nn.runs.manifest import finished_manifest, new_manifest, new_ses
 from patchscope_nn.runs.overlap import Writer, behind, second_thread
 from patchscope_nn.runs.prepared import PreparedRun
 from patchscope_nn.runs.results import Run
+from patchscope_nn.runs.reuse import take_cells
 
 #: Called with (done, total).
 Progress: TypeAlias = Callable[[int, int], None]
@@ -60,6 +61,7 @@ class Execution:
         report: True to write the report of a run that has a folder.
         command: The command line, for the manifest and a fit's provenance.
         listener: Receives states and tokens while steps run in this process.
+        reuse: The folders of other runs, whose finished cells are taken instead of computed.
     """
 
     context: Context | Literal["auto"] = "auto"
@@ -73,6 +75,7 @@ class Execution:
     report: bool = True
     command: str | None = None
     listener: Listener | None = None
+    reuse: tuple[Path, ...] = ()
 
 
 def plan_run(prepared: PreparedRun, execution: Execution | None = None, *, done: Ints | None = None) -> Plan:
@@ -81,19 +84,22 @@ def plan_run(prepared: PreparedRun, execution: Execution | None = None, *, done:
     Args:
         prepared: The run.
         execution: How it will run; None uses the defaults.
-        done: The numbers of the finished cells; None for none.
+        done: The numbers of the finished cells; None for none. Cells of other shards are never planned.
 
     Raises:
         InputError: The cells cannot run in this context, or a limit is below 1.
     """
     execution = execution or Execution()
     memory = usable_memory(prepared.target.info) if execution.memory is None else execution.memory
+    left_out = np.ones(len(prepared.sweep.cells), bool)
+    left_out[prepared.cells.start : prepared.cells.stop] = False
+    left_out[np.empty(0, np.int64) if done is None else done] = True
     return plan(
         prepared.sweep,
         context=execution.context,
         max_rows=execution.max_rows,
         memory=memory,
-        done=() if done is None else done,
+        done=np.flatnonzero(left_out),
         remote=prepared.places.backend.remote,
         optimisations=execution.optimisations,
     )
@@ -144,23 +150,25 @@ def execute(prepared: PreparedRun, execution: Execution, *, out: Path | None = N
     started = time.monotonic()
     with (
         _uncollected(),
-        InMemory(len(prepared.sweep.cells)) if out is None else open_folder(out, manifest) as store,
+        InMemory(prepared) if out is None else open_folder(out, manifest, prepared) as store,
         second_thread(wanted=full_plan.optimisations.overlap and _may_overlap(prepared)) as thread,
     ):
+        taken = take_cells(execution.reuse, prepared, store)
         n_before = store.n_done
         for _ in _unfinished(prepared, full_plan, store, execution, thread):
             if execution.progress:
-                execution.progress(store.n_done, len(store.done))
+                execution.progress(store.n_done, store.n_cells)
         n_cells, elapsed_s = store.n_done - n_before, time.monotonic() - started
         # A probe or summary may have been added to the recipe since an earlier session.
         current = {name: manifest[name] for name in ("recipe", "references", "columns", "metrics")}
         manifest = finished_manifest(
-            (store.manifest or manifest) | current, new_session(backend, n_cells=n_cells, elapsed_s=elapsed_s)
+            (store.manifest or manifest) | current,
+            new_session(backend, n_cells=n_cells, elapsed_s=elapsed_s, taken=taken),
         )
         run = Run(manifest=manifest, rows=_with_probe(prepared, store), path=store.path)
         store.finish(run.rows, manifest)
         if run.path is not None:
-            _write_ensemble_and_report(run, report=execution.report)
+            write_ensemble_and_report(run, report=execution.report)
     return run
 
 
@@ -195,7 +203,7 @@ def _uncollected() -> Iterator[None]:
 def _with_probe(prepared: PreparedRun, store: InMemory) -> CellRows:
     """Return the rows of the finished cells, with the columns of the recipe's probe."""
     rows, probe = store.rows(), prepared.recipe["probe"]
-    if probe is None:
+    if probe is None or prepared.shard is not None:
         return rows
     columns = store.probe_columns(probe)
     if columns is None:
@@ -210,7 +218,8 @@ def _with_probe(prepared: PreparedRun, store: InMemory) -> CellRows:
     return rows.with_columns(columns)
 
 
-def _write_ensemble_and_report(run: Run, *, report: bool) -> None:
+def write_ensemble_and_report(run: Run, *, report: bool) -> None:
+    """Write what a finished run's folder has besides its table: a combined ensemble, and the report."""
     folder = Path(run.path or ".")
     if run.manifest["recipe"]["target"]["prompts"] and "top_ids" in run.manifest["columns"]:
         run.ensemble().to_csv(folder / ENSEMBLE, index=False)
@@ -226,7 +235,7 @@ def _unfinished(
     If a pass is too large, passes are halved. In a packed sequence, values that are not finite spread to
     other cells, so the affected cells run again as rows of a batch.
     """
-    job_log = JobLog(store.path)
+    job_log = JobLog(store.path, prepared.index)
     # Cells of unfinished jobs are not planned again, unless this run has no server to fetch them from.
     live = job_log.live() if _on_server(prepared.places.backend) else ()
     done = store.done.copy()

@@ -50,6 +50,11 @@ class Experiment(Mapping[str, Run]):
     def __len__(self) -> int:
         return len(self.runs)
 
+    @property
+    def shard(self) -> str | None:
+        """Which shard the runs are, for example `3/16`; None if they are whole."""
+        return next(iter(self.runs.values())).manifest.get("shard")
+
     def compare(self) -> Comparison:
         """Compute each method's means, and its paired differences to the first method and to its controls.
 
@@ -116,16 +121,21 @@ class Experiment(Mapping[str, Run]):
 def save_comparison(experiment: Experiment, folder: Path, *, report: bool = True) -> None:
     """Write the comparison of an experiment's methods: JSON, CSV and, if plotly is installed, the page.
 
+    Shards of methods may have no cell in common, so they are not compared before they are merged.
+
     Args:
         experiment: The experiment.
         folder: The folder that contains the folders of its runs.
         report: True to write the page.
     """
-    comparison = experiment.compare()
-    folders = {name: slug(name) for name in experiment}
-    record = {"title": experiment.title, "folders": folders, **comparison.records()}
+    record: dict[str, Any] = {"title": experiment.title, "folders": {name: slug(name) for name in experiment}}
+    comparison = None if experiment.shard else experiment.compare()
+    if comparison is not None:
+        record |= comparison.records()
     text = json.dumps(record, indent=2, ensure_ascii=False)
     (folder / f"{COMPARISON}.json").write_text(f"{text}\n", encoding="utf-8")
+    if comparison is None:
+        return
     comparison.differences.to_csv(folder / f"{COMPARISON}.csv", index=False)
     if report and importlib.util.find_spec("plotly"):
         write_page(comparison, experiment.runs, path=folder / f"{COMPARISON}.html", title=experiment.title)
@@ -186,7 +196,7 @@ def open_finished(folder: str | Path) -> Run | Experiment:
         FolderError: It is not the folder of a run or an experiment.
     """
     folder = Path(folder)
-    record = _comparison_of(folder)
+    record = experiment_record(folder)
     if record is None:
         return load_run(folder)
     runs = {name: load_run(folder / subfolder) for name, subfolder in record["folders"].items()}
@@ -208,7 +218,7 @@ def load_runs(folders: Sequence[str | Path]) -> dict[str, Run]:
     """
     named: list[tuple[str, Path]] = []
     for folder in map(Path, folders):
-        record = _comparison_of(folder)
+        record = experiment_record(folder)
         if record is None:
             named.append((load_run(folder).manifest["recipe"]["name"], folder))
         else:
@@ -226,7 +236,7 @@ def load_runs(folders: Sequence[str | Path]) -> dict[str, Run]:
     return runs
 
 
-def _comparison_of(folder: Path) -> dict[str, Any] | None:
+def experiment_record(folder: Path) -> dict[str, Any] | None:
     """Read the record of an experiment from its folder; None if the folder has none."""
     file = folder / f"{COMPARISON}.json"
     return dict(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else None

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import platform
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from patchscope_nn._util.clocks import utc_now
 from patchscope_nn._util.files import write_whole
@@ -18,6 +21,7 @@ from patchscope_nn.errors import FolderError
 from patchscope_nn.metrics import dump_infos, references
 from patchscope_nn.models import ModelInfo
 from patchscope_nn.plan import Plan
+from patchscope_nn.runs.identity import joined
 from patchscope_nn.runs.prepared import PreparedRun
 
 MANIFEST = "manifest.json"
@@ -43,7 +47,7 @@ def new_manifest(prepared: PreparedRun, planned: Plan, *, command: str | None) -
         "state": "running",
         "n_rows": len(sweep.rows),
         **({"n_dropped": prepared.n_dropped} if prepared.n_dropped else {}),
-        "n_cells": len(sweep.cells),
+        "n_cells": len(prepared.cells),
         "columns": _columns(prepared),
         "derived": {use.name: use.column.kind for use in prepared.columns if use.column is not None},
         "metrics": dump_infos(prepared.metrics, readout=sweep.scope.readout.name),
@@ -60,12 +64,31 @@ def new_manifest(prepared: PreparedRun, planned: Plan, *, command: str | None) -
         "plan": {"digest": planned.digest, "withheld": [str(entry) for entry in planned.withheld]},
         "sessions": [],
         "timings": {"elapsed_s": 0.0},
+        **_shard(prepared),
     }
 
 
 def _columns(prepared: PreparedRun) -> list[str]:
-    *others, error = columns_of(prepared.sweep.scope.readout, prepared.metrics, prepared.columns)
-    return [*others, *(PROBE_COLUMNS if prepared.recipe["probe"] else ()), error]
+    columns = columns_of(prepared.sweep.scope.readout, prepared.metrics, prepared.columns)
+    return with_probe_columns(columns) if prepared.recipe["probe"] and not prepared.shard else columns
+
+
+def with_probe_columns(columns: Sequence[str]) -> list[str]:
+    """Return the names of a run's columns with those of a probe."""
+    *others, error = columns
+    return [*others, *PROBE_COLUMNS, error]
+
+
+def _shard(prepared: PreparedRun) -> Manifest:
+    """Return what differs in the manifest of a shard: a probe is trained when all shards are merged."""
+    if prepared.shard is None:
+        return {}
+    probe = {"labels": prepared.labels, "prompts": prepared.source_prompts}
+    return {
+        "shard": str(prepared.shard),
+        "n_rows": len(np.unique(prepared.index.rows(np.array(prepared.cells)))),
+        **({"probe_rows": probe} if prepared.recipe["probe"] else {}),
+    }
 
 
 def _model(info: ModelInfo) -> dict[str, Any]:
@@ -74,11 +97,21 @@ def _model(info: ModelInfo) -> dict[str, Any]:
     return fields | {"proof": "skipped" if info.verdict is None else info.verdict.summary()}
 
 
-def new_session(backend: Backend, *, n_cells: int, elapsed_s: float) -> dict[str, Any]:
-    """Build the record of a session that has just ended, and that finished `n_cells` cells."""
+def new_session(
+    backend: Backend, *, n_cells: int, elapsed_s: float, taken: Mapping[str, int] = {}
+) -> dict[str, Any]:
+    """Build the record of a session that has just ended.
+
+    Args:
+        backend: Where it ran.
+        n_cells: The number of cells that it computed.
+        elapsed_s: How long it took.
+        taken: The number of cells that it took from each folder of another run.
+    """
     return {
         "ended": utc_now(),
         "cells": n_cells,
+        **({"reused": dict(taken)} if taken else {}),
         "elapsed_s": round(elapsed_s, 3),
         "backend": backend.name,
         "platform": platform.platform(),
@@ -99,6 +132,19 @@ def finished_manifest(manifest: Manifest, session: dict[str, Any]) -> Manifest:
         "versions": session["versions"],
         "timings": {"elapsed_s": round(elapsed, 3)},
     }
+
+
+def grown_manifest(manifest: Manifest, found: Manifest) -> Manifest:
+    """Build the manifest of a run that goes on in a folder: `found` itself, unless the run has grown.
+
+    Args:
+        manifest: The run's own manifest.
+        found: The folder's.
+    """
+    if manifest["hash"] == found["hash"] and manifest.get("shard") == found.get("shard"):
+        return found
+    history = {name: found[name] for name in ("created", "sessions", "timings", "merged") if name in found}
+    return manifest | history | {"identity": joined(found["identity"], manifest["identity"])}
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from patchscope_nn.analysis.cell_rows import CELL, KEY
 from patchscope_nn.analysis.probes import check_probe
 from patchscope_nn.analysis.tables import columns_of
 from patchscope_nn.backends import Places
@@ -33,6 +34,7 @@ from patchscope_nn.proof import load
 from patchscope_nn.recipe import Recipe, asked_columns, find, load_recipe
 from patchscope_nn.runs.loading import Loader, load_models
 from patchscope_nn.runs.prepared import Prepared, PreparedRun
+from patchscope_nn.runs.shards import Shard
 from patchscope_nn.spec import ALIGNED, SITES, Control, Fit, Patchscope, Train
 from patchscope_nn.sweep import expand
 from patchscope_nn.sweep.vectors import check_vectors
@@ -50,6 +52,7 @@ def prepare(
     metrics: Sequence[Any] | None = None,
     seed: int | None = None,
     limit: int | None = None,
+    shard: Any = None,
     base: Path | None = None,
     loader: Loader | None = None,
     **models: Any,
@@ -65,6 +68,7 @@ def prepare(
         metrics: As in `run`.
         seed: As in `run`.
         limit: As in `run`.
+        shard: As in `run`.
         base: As in `run`.
         loader: Loads a model; None uses `load`.
         **models: `model`, `source_model` and `target_model`, as in `run`.
@@ -92,6 +96,7 @@ def prepare(
         places=places or Places(),
         data=data,
         limit=limit,
+        shard=Shard.of(shard),
         base=base,
         models={**models, "loader": _LoadOnce(loader or load)},
     )
@@ -131,7 +136,7 @@ def _functions(
     except ValueError as error:
         raise SpecError([Problem(field=field, message=str(error))]) from None
     problems = check_metrics(uses, recipe.readout)
-    problems += check_names(derived, uses, taken=columns_of(recipe.readout, ()))
+    problems += check_names(derived, uses, taken=[CELL, KEY, *columns_of(recipe.readout, ())])
     if problems:
         raise SpecError(Problem(field="metrics", message=message) for message in problems)
     return {"columns": derived, "metrics": uses}
@@ -165,6 +170,7 @@ def _prepare_run(
     places: Places,
     data: Any,
     limit: int | None,
+    shard: Shard | None,
     base: Path | None,
     used: Mapping[str, str],
     models: Mapping[str, Any],
@@ -176,6 +182,7 @@ def _prepare_run(
         places: Where M and M* run.
         data: The rows; None uses the recipe's.
         limit: The maximum number of data rows.
+        shard: Which part of the cells runs.
         base: The folder that relative data files start from.
         used: The data columns that must have values, each with the field that uses it.
         models: Further arguments of `load_models`.
@@ -188,6 +195,8 @@ def _prepare_run(
     sweep = expand(
         recipe.scope, rows=rows, controls=recipe.controls, source=source, target=target, seed=recipe.seed
     )
+    if shard is not None:
+        shard.cells(sweep.cells.starts)  # raises an error if there are too many shards
     mapping, fit = _mapping(
         recipe.scope, sweep.cells.pairs, source=source, target=target, places=places, base=base
     )
@@ -207,6 +216,7 @@ def _prepare_run(
         metrics=recipe.metrics,
         data_hash=fingerprint(rows),
         n_dropped=dropped,
+        shard=shard,
     )
     if recipe.probe:
         _check_label(recipe.probe.label, rows)

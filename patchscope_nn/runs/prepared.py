@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from patchscope_nn.mappings import ResolvedMapping
 from patchscope_nn.metrics import ColumnUse, MetricUse
 from patchscope_nn.models import Model
 from patchscope_nn.recipe import slug
-from patchscope_nn.sweep import Sweep
+from patchscope_nn.runs.shards import Shard
+from patchscope_nn.sweep import CellIndex, Sweep
 
 #: Fields of a recipe that affect only what is computed from finished cells.
 _POSTPROCESSING = ("best_over", "probe", "score")
@@ -37,6 +39,7 @@ class PreparedRun:
         vectors: Hex digest of the files with vectors; empty if there are none.
         fit: The fit or training of the mapping before the run; None if there is none.
         n_dropped: The number of data rows that were dropped, because a column that is used has no value.
+        shard: Which part of the cells runs; None for all.
     """
 
     recipe: Mapping[str, Any]
@@ -51,6 +54,7 @@ class PreparedRun:
     vectors: str = ""
     fit: Planned | None = None
     n_dropped: int = 0
+    shard: Shard | None = None
 
     @property
     def digest(self) -> str:
@@ -66,6 +70,21 @@ class PreparedRun:
         own = [(function.name, function.digest) for function in functions if function and function.digest]
         mapping = [self.mapping.name, self.mapping.digest]
         return digest([fields, self.data_hash, models, *mapping, self.vectors, *own])
+
+    @cached_property
+    def cells(self) -> range:
+        """The numbers of the cells that run: all of the sweep's, or those of the shard.
+
+        Raises:
+            InputError: There are too many shards.
+        """
+        starts = self.sweep.cells.starts
+        return range(int(starts[-1])) if self.shard is None else self.shard.cells(starts)
+
+    @cached_property
+    def index(self) -> CellIndex:
+        """Finds the cells of the sweep by what they are."""
+        return CellIndex(self.sweep)
 
     @property
     def labels(self) -> list[str] | None:
@@ -120,8 +139,9 @@ class Prepared:
 
     @property
     def default_folder(self) -> Path:
-        """`runs/NAME-HASH`: the same command finds the same folder."""
-        return Path("runs") / f"{self.name}-{self.digest[:8]}"
+        """`runs/NAME-HASH`, and for a shard its number: the same command finds the same folder."""
+        shard = next(iter(self.runs.values())).shard
+        return Path("runs") / f"{self.name}-{self.digest[:8]}{shard.suffix if shard else ''}"
 
     def folders(self, folder: Path) -> dict[str, Path]:
         """Return each run's folder: the folder itself or, with several methods, a subfolder for each."""

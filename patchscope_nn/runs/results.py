@@ -13,8 +13,9 @@ from patchscope_nn.analysis.tables import frame, light_frame
 from patchscope_nn.errors import InputError
 from patchscope_nn.metrics import described
 from patchscope_nn.recipe import PROBE_METRICS
-from patchscope_nn.runs.folder import REPORT, kept_probe_columns, read_parts
+from patchscope_nn.runs.folder import REPORT, kept_probe_columns
 from patchscope_nn.runs.manifest import Manifest, read_manifest
+from patchscope_nn.runs.parts import read_parts
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -110,7 +111,8 @@ class Run:
     def metrics(self) -> list[str]:
         """The names of this run's metrics; those of its probe come last."""
         named = [entry["name"] for entry in self.manifest["metrics"]]
-        return named + (list(PROBE_METRICS) if self.manifest["recipe"].get("probe") else [])
+        probed = self.manifest["recipe"].get("probe") and "shard" not in self.manifest
+        return named + (list(PROBE_METRICS) if probed else [])
 
     def report(self, path: str | Path | None = None) -> Path:
         """Write the HTML report.
@@ -183,6 +185,6 @@ def load_run(path: str | Path) -> Run:
     """
     folder = Path(path)
     manifest = read_manifest(folder)
-    rows = CellRows(read_parts(folder))
-    probe = kept_probe_columns(folder, manifest["recipe"].get("probe"), n_cells=len(rows))
+    rows = CellRows([*read_parts(folder).values()])
+    probe = kept_probe_columns(folder, manifest, n_cells=len(rows))
     return Run(manifest=manifest, rows=rows.with_columns(probe) if probe else rows, path=folder)

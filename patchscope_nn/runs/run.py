@@ -18,6 +18,7 @@ from patchscope_nn.runs.manifest import MANIFEST
 from patchscope_nn.runs.prepare import prepare
 from patchscope_nn.runs.prepared import Prepared
 from patchscope_nn.runs.results import Run
+from patchscope_nn.runs.reuse import folders_of
 from patchscope_nn.spec import Control, Patchscope
 
 
@@ -39,6 +40,7 @@ class ExecutionOptions(TypedDict, total=False):
     optimisations: Optimisations | None
     jobs: int
     progress: Callable[[int, int], None] | None
+    reuse: Sequence[str | Path]
     report: bool
 
 
@@ -54,6 +56,7 @@ class RunOptions(PlaceOptions, ExecutionOptions, total=False):
     metrics: Sequence[Any] | None
     seed: int | None
     limit: int | None
+    shard: str | tuple[int, int] | None
     base: Path | None
 
 
@@ -69,7 +72,8 @@ def run(scope: Any, *, out: str | Path | None = None, **options: Unpack[RunOptio
 
     Args:
         scope: A Patchscope, a recipe, or a recipe's name or file.
-        out: The run's folder. The same call continues an interrupted run. None keeps everything in memory.
+        out: The run's folder. The same call continues an interrupted run, and a call with more rows, layers,
+            positions or controls computes what is missing. None keeps everything in memory.
         **options: What runs, where and how:
 
             model: The model, in any form that `load` takes; None uses the recipe's, or the builtin model.
@@ -83,6 +87,7 @@ def run(scope: Any, *, out: str | Path | None = None, **options: Unpack[RunOptio
             metrics: Metrics as in a recipe, or functions of (columns, row); None uses the recipe's.
             seed: The seed for random states, shuffled rows and sampling; None uses the recipe's, or 0.
             limit: The maximum number of data rows.
+            shard: Which part of the cells runs, `"3/16"` or `(3, 16)`; None runs all. `merge` joins shards.
             base: The folder that relative data files start from; None uses the recipe's, or the current one.
             remote: Where M* runs. False: in this process; True: on the NDIF that nnsight is configured for; a
                 URL: on that server; `local`: in this process, as a rehearsal of a remote run.
@@ -96,6 +101,7 @@ def run(scope: Any, *, out: str | Path | None = None, **options: Unpack[RunOptio
             optimisations: The optimisations that the planner may use; None allows all.
             jobs: The maximum number of unfinished jobs on a server.
             progress: Called with (cells done, total cells) after each step.
+            reuse: Folders of other runs, whose finished cells are taken instead of computed.
             report: Whether to write the report of a run with a folder; `Run.report` writes it later.
 
     Returns:
@@ -113,7 +119,8 @@ def run(scope: Any, *, out: str | Path | None = None, **options: Unpack[RunOptio
         )
     remaining: dict[str, Any] = {**options}
     places = Places.of(**_pop_options(remaining, PlaceOptions))
-    execution = Execution(**_pop_options(remaining, ExecutionOptions))
+    given = _pop_options(remaining, ExecutionOptions)
+    execution = Execution(**given | {"reuse": tuple(map(Path, given.get("reuse", ())))})
     return run_prepared(prepare(scope, places=places, **remaining), execution, out=out)
 
 
@@ -156,12 +163,16 @@ def run_each(
     """Run the prepared methods one after the other; the arguments are as in `run_prepared`."""
     execution = execution or Execution()
     folders = {} if folder is None else prepared.folders(folder)
-    n_before, n_cells = 0, sum(len(method.sweep.cells) for method in prepared.runs.values())
+    n_before, n_cells = 0, sum(len(method.cells) for method in prepared.runs.values())
     runs: dict[str, Run] = {}
     for name, method in prepared.runs.items():
         progress = _progress_of_all(execution.progress, n_before=n_before, n_cells=n_cells)
-        runs[name] = execute(method, replace(execution, progress=progress), out=folders.get(name))
-        n_before += len(method.sweep.cells)
+        reuse = execution.reuse
+        if not prepared.is_single:
+            reuse = folders_of(name, reuse, methods=[*prepared.runs])
+        here = replace(execution, progress=progress, reuse=reuse)
+        runs[name] = execute(method, here, out=folders.get(name))
+        n_before += len(method.cells)
     return runs
 
 

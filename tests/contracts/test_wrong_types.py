@@ -56,7 +56,7 @@ RUN = (
     "jobs",
     "progress",
 )
-RUN += ("data", "controls", "columns", "metrics", "seed", "limit", "base")
+RUN += ("data", "controls", "columns", "metrics", "seed", "limit", "shard", "reuse", "base")
 FIT = (
     *inspect.signature(fit_mapping).parameters,
     "column",
@@ -109,6 +109,7 @@ def calls(tiny_model, tmp_path_factory) -> dict[str, Call]:
     """Every public call, by name."""
     model, place = tiny_model(), tmp_path_factory.mktemp("calls")
     run = ps.run(SCOPE, model=model, out=place / "run")
+    ps.run(SCOPE, model=model, shard="1/1", out=place / "shard")
     methods = ps.Recipe(**METHODS)
     experiment = ps.run(methods, model=model)
     recipe, maps, page = place / "recipe.yaml", place / "maps.safetensors", {"path": place / "page.html"}
@@ -130,6 +131,7 @@ def calls(tiny_model, tmp_path_factory) -> dict[str, Call]:
         "Fitted.save": Call(fitted.save, {"file": maps}),
         "Fitted.load": Call(ps.Fitted.load, {"file": maps}),
         "Fitted.said": Call(fitted.said, {}),
+        "merge": Call(ps.merge, {"runs": [place / "shard"], "out": "merged"}),
         "Optimisations.names": Call(ps.Optimisations.names, {}),
         "Optimisations.none": Call(ps.Optimisations.none, {}),
         "Provenance.dump": Call(fitted.about.dump, {}),

@@ -265,7 +265,8 @@ def test_an_unknown_job_is_sent_again(ndif, away, expected, tmp_path):
     shutil.rmtree(folder / "cells")
     (folder / "jobs.jsonl").unlink()
     numbers = tuple((number,) for number in range(len(prepared.sweep.cells)))
-    JobLog(folder).sent(Job(id="0" * 32, host=ndif, context="session", passes=(numbers,), sent=utc_now()))
+    job = Job(id="0" * 32, host=ndif, context="session", passes=(numbers,), sent=utc_now())
+    JobLog(folder, prepared.index).sent(job)
     assert_same_table(table(away, remote=ndif, out=folder), expected)
     assert states(folder)[0] == "lost"
     assert set(states(folder)[1:]) == {"done"}
@@ -279,7 +280,7 @@ def test_a_result_of_an_unexpected_shape(ndif, away, tmp_path):
     job = JobLog(folder).jobs()[0]
     shutil.rmtree(folder / "cells")
     (folder / "jobs.jsonl").unlink()
-    JobLog(folder).sent(replace(job, passes=(((0,), (1,)),), state="live"))
+    JobLog(folder, prepared.index).sent(replace(job, passes=(((0,), (1,)),), state="live"))
     with pytest.raises(JobError, match=r"results for \[2\] cells.*doctor --remote"):
         table(away, remote=ndif, out=folder)
     with pytest.raises(JobError, match="a result of an unexpected shape"):

@@ -10,7 +10,7 @@ import pytest
 
 from patchscope_nn.analysis.cell_rows import CELL, CellRows
 from patchscope_nn.errors import FolderError
-from patchscope_nn.runs.mapped import MappedPart, read_part
+from patchscope_nn.runs.parts import MappedPart, read_part
 
 N_CELLS = 100_000  # more than a megabyte
 

@@ -21,6 +21,7 @@ import patchscope_nn as ps
 from patchscope_nn import backends
 from patchscope_nn.errors import FolderError
 from patchscope_nn.runs.folder import open_folder
+from patchscope_nn.runs.prepare import prepare
 
 ROWS = [{"text": text} for text in ("The Eiffel Tower", "the city of Paris", "Diana is in Paris", "The city")]
 
@@ -151,31 +152,38 @@ def test_a_lost_part_is_run_again_and_a_damaged_one_is_refused(tiny_model, tmp_p
     assert sorted(parts.cells(tmp_path / "run")) == list(range(len(whole.rows)))
 
 
+SMALLER = r"has {} finished cells that are not part of this run, .* Give another --out; with --reuse"
+OTHER = "holds cells of another run: its {} is {}, and this run's is {}. Give another --out"
+
+
 @pytest.mark.parametrize(
-    "other",
+    ("other", "message"),
     [
-        {"controls": ["unpatched"]},
-        {"seed": 1},
-        {"data": ROWS[:2]},
-        {"metrics": []},
-        {"scope": scope(mapping="target_norm")},
-        {"scope": scope(source=ps.Source(prompt="{text}", layer=[0, 1]))},
+        ({"controls": ["unpatched"]}, SMALLER.format(2 * 16)),
+        ({"data": ROWS[:2]}, SMALLER.format(2 + 2 * 4 * 2)),
+        ({"scope": scope(source=ps.Source(prompt="{text}", layer=[0, 1]))}, SMALLER.format(2 * 4 * 2)),
+        ({"seed": 1}, OTHER.format("seed", 0, 1)),
+        ({"metrics": []}, OTHER.format("metrics", r"\['precision_at_1', 'nll_nats'\]", r"\[\]")),
+        ({"scope": scope(mapping="target_norm")}, OTHER.format("mapping", "'identity'", "'target_norm'")),
     ],
-    ids=lambda other: next(iter(other)),
+    ids=lambda given: next(iter(given)) if isinstance(given, dict) else "",
 )
-def test_another_run_never_continues_a_folder(tiny_model, tmp_path, other):
+def test_another_run_never_continues_a_folder(tiny_model, tmp_path, other, message):
     ps.run(scope(), out=tmp_path / "run", **asked(tiny_model()))
     before = parts.contents(tmp_path / "run")
-    another = other.pop("scope", scope())
-    with pytest.raises(FolderError, match=r"holds another run \(hash .* Give another --out"):
-        ps.run(another, out=tmp_path / "run", **asked(tiny_model(), **other))
+    given = {**other}
+    another = given.pop("scope", scope())
+    with pytest.raises(FolderError, match=message):
+        ps.run(another, out=tmp_path / "run", **asked(tiny_model(), **given))
     assert parts.contents(tmp_path / "run") == before
+    assert ps.load_run(tmp_path / "run").manifest["state"] == "finished"
 
 
 def test_another_mapping_of_the_same_name_is_another_run(tiny_model, tmp_path):
     maps = [ps.Affine(torch.eye(tiny.D_MODEL) * scale) for scale in (1.0, 2.0)]
     ps.run(scope(mapping=maps[0]), out=tmp_path / "run", **asked(tiny_model()))
-    with pytest.raises(FolderError, match="holds another run"):
+    digest = "'[0-9a-f]{16}'"
+    with pytest.raises(FolderError, match=OTHER.format("weights of mapping all", digest, digest)):
         ps.run(scope(mapping=maps[1]), out=tmp_path / "run", **asked(tiny_model()))
 
 
@@ -202,12 +210,12 @@ def test_a_file_is_no_folder(tiny_model, tmp_path):
         ps.run(scope(), out=tmp_path / "run", **asked(tiny_model()))
 
 
-def test_two_processes_do_not_write_one_folder(tmp_path):
-    manifest = {"hash": "x", "n_cells": 0}
+def test_two_processes_do_not_write_one_folder(tiny_model, tmp_path):
+    prepared = prepare(scope(), **asked(tiny_model())).only
     with (
-        open_folder(tmp_path / "run", manifest),
+        open_folder(tmp_path / "run", {"hash": "x"}, prepared),
         pytest.raises(FolderError, match="by another process"),
-        open_folder(tmp_path / "run", manifest),
+        open_folder(tmp_path / "run", {"hash": "x"}, prepared),
     ):
         pass
 

@@ -258,7 +258,7 @@ class Scheduler:
         for columns, rows in zip(results["passes"], job.passes, strict=True):
             cells = np.array([number for row in rows for number in row], np.int64)
             result = pass_result(columns, cells, np.repeat(np.arange(len(rows)), [*map(len, rows)]))
-            yield result.take(~self.done[result.cells])
+            yield result.take((result.cells >= 0) & ~self.done[result.cells])
 
     def _failed(self, flight: _Flight, seen: JobStatus) -> tuple[Outcome, End, str] | None:
         error = client.failure(flight.job.host, seen)
@@ -269,10 +269,10 @@ class Scheduler:
             self.job_log.ended(flight.job.id, "failed", error.message)
             raise error
         self._flights.remove(flight)
-        rows = [row for cells in flight.job.passes for row in cells]
+        rows = flight.job.results
         if client.too_long(seen):
             self.size.too_long(len(rows))
-        if len(rows) > 1:
+        if len(rows) != 1:
             self.job_log.ended(flight.job.id, "failed", seen.description)
             self._cut(rows, -(-len(rows) // 2))
             return None
@@ -307,6 +307,8 @@ class Scheduler:
         """Send the cells of a lost job again."""
         self._flights.remove(flight)
         self.job_log.ended(flight.job.id, "lost", why)
+        if not flight.job.cells:  # the run has grown, and has other cells in their place
+            return
         first = min(flight.job.cells)
         self._tries[first] += 1
         if self._tries[first] >= _TRIES:
@@ -314,7 +316,7 @@ class Scheduler:
                 f"{flight.job.host} lost the same cells {_TRIES} times, the last time because {why}.",
                 hint="The same command goes on with what is done, once the server works again.",
             )
-        self._again.extend(self._plan(row for rows in flight.job.passes for row in rows).steps())
+        self._again.extend(self._plan(flight.job.results).steps())
 
     def _send_liveness_job(self, flight: _Flight) -> None:
         """Send a job that does nothing. If it runs while the older one waits, that one is lost."""
