@@ -21,6 +21,7 @@ import typer
 from commands import caller
 
 from patchscope_nn import cli
+from patchscope_nn.cli import options
 from patchscope_nn.data.rows import DataSpec, load_rows
 from patchscope_nn.errors import ModelError
 from patchscope_nn.models import builtin, load
@@ -142,6 +143,26 @@ def test_explain_as_json(patchscope):
     assert look["token"] == [" city"]
     assert [(one["layer"], one["target_layer"]) for one in look["says"]] == [(None, None), (1, 2), (2, 2)]
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize("word", ["yes", "no", "on", "off"])
+def test_a_selector_is_read_as_in_a_recipe(patchscope, word):
+    """YAML 1.1 reads these words as booleans; in YAML 1.2, which recipes follow, they are texts."""
+    done = patchscope(
+        *("explain", f"The {word}", "--model", "model", "--layer", "0", "--position", word),
+        *("--max-new-tokens", "1", "--json"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["token"] == [word[-1]]
+    assert options.parse_selector(f"[{word}, 3, -1]", option="--position") == [word, 3, -1]
+
+
+@pytest.mark.parametrize("text", ["[0, 4", "{a: 1, a: 2}"])
+def test_a_selector_that_is_no_yaml_is_bad_input(patchscope, text):
+    done = patchscope("explain", "The Eiffel Tower", "--model", "model", "--layer", text)
+    assert done.returncode == 2
+    assert f"--layer={text!r} " in done.stderr
+    assert "Give an index, a list such as [0, 4], or a text." in done.stderr
 
 
 def test_plan_runs_nothing(patchscope, folder):
