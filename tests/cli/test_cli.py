@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import json
@@ -10,6 +11,7 @@ import pty
 import signal
 import subprocess
 import sys
+import threading
 import time
 from itertools import product
 
@@ -363,10 +365,10 @@ def test_interrupted_says_how_to_go_on_and_goes_on(patchscope, folder):
 def test_a_killed_run_goes_on_and_ends_with_the_same_table(patchscope, folder):
     """kill -9 in the middle of the command as it is: nothing slowed, nothing patched."""
     # The tokenizer knows no digits; rows of equal tokens would run once.
-    letters = (f"{n:09b}".replace("0", "a").replace("1", "b") for n in range(400))
+    letters = (f"{n:07b}".replace("0", "a").replace("1", "b") for n in range(100))
     rows = "data=" + json.dumps({"rows": [{"text": f"the city of Paris {one}"} for one in letters]})
     words = ("run", "tiny.yaml", "--set", rows, "--max-rows", "1", "--out")
-    n_cells = 400 + 400 * tiny.N_LAYERS * 3
+    n_cells = 100 + 100 * tiny.N_LAYERS * 3
     out = folder / "killed"
     process = start(folder, *words, "killed", stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     try:
@@ -410,22 +412,25 @@ def test_a_full_disk_fails_the_run_and_the_run_can_go_on(patchscope, folder, mon
     assert len(parts.cells(folder / "filled")) == N_CELLS
 
 
-def test_a_terminal_gets_a_bar(folder):
+def test_a_terminal_gets_a_bar(patchscope, monkeypatch):
     leader, follower = pty.openpty()
-    process = start(folder, "run", "tiny.yaml", "--out", "barred", stdout=subprocess.PIPE, stderr=follower)
-    os.close(follower)
-    seen = b""
-    while True:
-        try:
-            part = os.read(leader, 4096)
-        except OSError:
-            break
-        if not part:
-            break
-        seen += part
-    process.communicate(timeout=60)
-    assert f"{N_CELLS}/{N_CELLS}".encode() in seen
-    assert "━".encode() in seen
+    seen = []
+
+    def read():
+        with contextlib.suppress(OSError):  # the other end is closed
+            while part := os.read(leader, 4096):
+                seen.append(part)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    with os.fdopen(follower, "w", encoding="utf-8") as terminal, monkeypatch.context() as patched:
+        patched.setattr(sys, "stderr", terminal)
+        done = patchscope("run", "tiny.yaml", "--out", "barred")
+    reader.join(timeout=60)
+    os.close(leader)
+    assert done.returncode == 0
+    assert f"{N_CELLS}/{N_CELLS}".encode() in b"".join(seen)
+    assert "━".encode() in b"".join(seen)
 
 
 _LIGHT = """
