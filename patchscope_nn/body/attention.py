@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from patchscope_nn.body.devices import in_sent
 from patchscope_nn.body.program import PackedProgram
 
 
@@ -46,7 +47,7 @@ def in_attending(attend: Callable[..., torch.Tensor]) -> Any:
 
 def in_own_tokens(target: PackedProgram, device: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (n_tokens, n_own) the tokens after the prefix that each token attends to, and which are real."""
-    starts, trunks, seen = (target[name][:, None].to(device) for name in ("starts", "trunks", "seen"))
+    starts, trunks, seen = (in_sent(target[name][:, None], device) for name in ("starts", "trunks", "seen"))
     token = torch.arange(len(starts), device=device)[:, None]
     place = torch.arange(target["most_own"] or 0, device=device)
     real = place < seen + token + 1 - starts

@@ -11,14 +11,13 @@ import torch
 
 from patchscope_nn.body.devices import in_sent
 from patchscope_nn.body.program import RowsProgram, SitePath, SourceProgram, Write, Writing
+from patchscope_nn.body.results import in_pending, in_readout, in_results
 from patchscope_nn.body.states import (
     in_blocks,
     in_cut,
     in_embedded,
-    in_explained,
     in_finals,
     in_read,
-    in_readout,
     in_site,
     in_together,
     in_write,
@@ -49,7 +48,7 @@ def in_source(
 def in_target(
     model: Any, target: RowsProgram, states: Any, site: SitePath, writing: Writing, *, hear: Any
 ) -> dict[str, Any]:
-    """Run a batch of target prompts with states written into them, and return the readouts of its cells."""
+    """Run a batch of target prompts with states written into them; return its results for `in_results`."""
     readout, inputs = target["readout"], target["inputs"]
     later = target["rereads"] or target["every_step"]
     with model.trace(**inputs, **target["options"]) as tracer:
@@ -73,7 +72,7 @@ def in_target(
             forward = in_stepping(model, target, states, site, writing)
         read = {"finals": states.finals, "written": written, "plain": in_plain(model), "hear": hear}
         columns = in_readout(forward, readout, logits, cache, **read)
-    return in_explained(columns, target, states.hidden, written)
+    return in_pending(columns, target, written)
 
 
 def in_patched(
@@ -218,9 +217,9 @@ def _in_fused_readout(
     readout, read = target["readout"], {"finals": states.finals, "written": written, "hear": hear}
     if not readout["unembeds"]:
         columns = in_readout(model, readout, None, None, finals=states.finals, written=written)
-        return in_explained(columns, target, states.hidden, written)
+        return in_results(in_pending(columns, target, written), target, states.hidden)
     logits, cache = output.logits[first:], output.get("past_key_values")
     if readout["decodes"]:
         cache.reorder_cache(torch.arange(first, first + len(logits), device=logits.device))
     columns = in_readout(model, readout, in_positions(logits, target["positions"]), cache, **read)
-    return in_explained(columns, target, states.hidden, written)
+    return in_results(in_pending(columns, target, written), target, states.hidden)

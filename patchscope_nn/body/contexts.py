@@ -18,6 +18,7 @@ import nnsight
 from patchscope_nn.body.batch import fused, in_source, in_target
 from patchscope_nn.body.packed import in_packed, in_prefix
 from patchscope_nn.body.program import Results, StepProgram
+from patchscope_nn.body.results import in_results
 from patchscope_nn.body.states import in_rows, in_sums, in_together
 
 #: Called while a target pass runs in this process: first with two empty lists, when the prompts have been
@@ -73,16 +74,16 @@ def _in_session(source: Any, target: Any, program: StepProgram, hear: Sequence[H
     site, writing, prefix = program["target_site"], program["writing"], None
     if program["prefix"] is not None:
         prefix = in_prefix(target, program["prefix"], site)
-    passes = []
+    pending = []
     for number, target_pass in enumerate(program["targets"]):
         hear_pass = hear[number] if hear else None
         if target_pass["layout"] == "rows":
-            columns = in_target(target, target_pass, states, site, writing, hear=hear_pass)
+            results = in_target(target, target_pass, states, site, writing, hear=hear_pass)
         else:
-            columns = in_packed(target, target_pass, states, site, writing, prefix=prefix, hear=hear_pass)
-        passes.append(columns)
+            results = in_packed(target, target_pass, states, site, writing, prefix=prefix, hear=hear_pass)
+        pending.append((results, target_pass))
     return {
-        "passes": passes,
+        "passes": [in_results(*of_pass, states.hidden) for of_pass in pending],
         "kept": in_rows(states.hidden, program["keep"]),
         "kept_finals": in_rows(states.finals, program["keep_finals"]),
         "prefix": prefix if program["prefix"] is not None and program["prefix"]["kept"] else None,

@@ -14,9 +14,11 @@ import torch
 from transformers import DynamicCache
 
 from patchscope_nn.body.attention import in_attending, in_own_tokens, in_packed_attention
+from patchscope_nn.body.devices import in_sent
 from patchscope_nn.body.program import PackedProgram, PrefixProgram, SitePath, Writing
+from patchscope_nn.body.results import in_pending, in_readout
 from patchscope_nn.body.shared import in_shared
-from patchscope_nn.body.states import in_blocks, in_explained, in_readout, in_write, in_written
+from patchscope_nn.body.states import in_blocks, in_write, in_written
 
 
 def in_prefix(model: Any, prefix: PrefixProgram, site: SitePath) -> Any:
@@ -41,7 +43,7 @@ def in_packed(
     prefix: Any,
     hear: Any,
 ) -> dict[str, Any]:
-    """Run the segments of a pass with states written into them, and return the readouts of its cells."""
+    """Run the segments of a pass with states written into them; return its results for `in_results`."""
     writes, readout = target["writes"], target["readout"]
     parts: list[dict[str, torch.Tensor]] = []
     masks: dict[Any, torch.Tensor] = {}
@@ -76,11 +78,11 @@ def in_packed(
         else:
             logits = model.output.logits[0]
             if "logits_to_keep" not in target["options"]:
-                logits = logits[target["read"].to(logits.device)]
+                logits = logits[in_sent(target["read"], logits.device)]
             forward, kept = _in_rows(model, cache, target, prefix)
             read = {"finals": states.finals, "written": written, "plain": model, "hear": hear}
             columns = in_readout(forward, readout, logits, kept, **read)
-    return in_explained(columns, target, states.hidden, written)
+    return in_pending(columns, target, written)
 
 
 def _in_fork(prefix: Any) -> Any:
@@ -149,13 +151,13 @@ def _in_mask(
     if (count, window) not in masks:
         device = hidden.device
         parts = (target["starts"], target["trunks"], target["seen"])
-        starts, trunks, seen = (part[:count, None].to(device) for part in parts)
+        starts, trunks, seen = (in_sent(part[:count, None], device) for part in parts)
         token = torch.arange(count, device=device)
         allowed = (token >= starts) & (token <= token[:, None])
         allowed = allowed | ((token >= trunks) & (token < trunks + seen))
         allowed = torch.cat([allowed.new_ones(count, prefix), allowed], dim=1)
         if window is not None:
-            keys = target["key_positions"][: prefix + count].to(device)
+            keys = in_sent(target["key_positions"][: prefix + count], device)
             allowed = allowed & (keys[prefix:, None] - keys < window)
         mask = torch.zeros(allowed.shape, dtype=hidden.dtype, device=device)
         masks.clear()
@@ -170,7 +172,7 @@ def _in_joined(hidden: torch.Tensor, bases: torch.Tensor | None) -> torch.Tensor
     # If no token has run, all that join are about to be written.
     fresh = hidden.new_zeros(1, len(bases), hidden.shape[2])
     if hidden.shape[1]:
-        fresh = hidden[:, bases.to(hidden.device)]
+        fresh = hidden[:, in_sent(bases, hidden.device)]
     return torch.cat([hidden, fresh], dim=1)
 
 
@@ -185,7 +187,8 @@ def _in_rows(model: Any, cache: Any, target: PackedProgram, prefix: Any) -> tupl
     forward, whole = in_shared(model, prefix) if rows["first"] else (model, DynamicCache())
     for layer, kept in enumerate(cache.layers):
         ran = (rows["enters"] < layer)[:, None]
-        places = torch.where(ran, rows["own"], rows["clean"])[:, rows["first"] :].to(kept.keys.device)
+        places = torch.where(ran, rows["own"], rows["clean"])[:, rows["first"] :]
+        places = in_sent(places, kept.keys.device)
         keys, values = kept.keys[0][:, places], kept.values[0][:, places]
         whole.update(keys.transpose(0, 1).contiguous(), values.transpose(0, 1).contiguous(), layer)
     return forward, whole

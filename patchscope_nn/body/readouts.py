@@ -158,7 +158,7 @@ def read_generate(
         `unpatched_token_probs` after the unpatched T, a list for each row.
     """
     device = run.logits.device
-    ends, stopping = (torch.tensor(ids, dtype=torch.long, device=device) for ids in (run.eos, stops))
+    ends, stopping = (in_sent(torch.tensor(ids, dtype=torch.long), device) for ids in (run.eos, stops))
     ids, sound, probs = read_decoded(
         run,
         max_new_tokens=max_new_tokens,
@@ -222,7 +222,7 @@ def read_decoded(
     batch = logits.shape[0]
     noises = [torch.Generator().manual_seed(seed) for seed in seeds]
     # Numbers of the rows that are still in the batch. A row that leaves repeats its last token in `chosen`.
-    alive = torch.arange(batch, device=logits.device)
+    rows, alive = [*range(batch)], torch.arange(batch, device=logits.device)
     done = torch.zeros(batch, dtype=torch.bool, device=logits.device)
     latest = torch.zeros(batch, dtype=torch.long, device=logits.device)
     likely = torch.zeros(batch, device=logits.device)
@@ -231,7 +231,7 @@ def read_decoded(
     for step in range(max_new_tokens):
         scores = logits.float()
         if temperature > 0:
-            scores = read_noised(scores / temperature, [noises[row] for row in alive.tolist()])
+            scores = read_noised(scores / temperature, [noises[row] for row in rows])
         best, token = (part[:, 0] for part in top_logits(scores, 1))
         sound = sound.scatter_add(0, alive, best)
         latest = latest.scatter(0, alive, token)
@@ -243,12 +243,14 @@ def read_decoded(
         if run.heard is not None:
             run.heard(alive[~done].tolist(), token[~done].tolist())
         done = done | torch.isin(token, ends)
-        gone = int(done.sum())
-        if step + 1 == max_new_tokens or gone == len(done):
+        ended = done.tolist()  # here alone a step waits for the device
+        if step + 1 == max_new_tokens or all(ended):
             break
-        if run.leaving and gone * _LEAVING >= len(done):
-            stay = (~done).nonzero()[:, 0]
+        if run.leaving and sum(ended) * _LEAVING >= len(ended):
+            staying = [place for place, has_ended in enumerate(ended) if not has_ended]
+            stay = in_sent(torch.tensor(staying), logits.device)
             cache.reorder_cache(stay)  # unlike batch_select_indices, it handles recurrent states
+            rows = [rows[place] for place in staying]
             alive, mask, token, done = alive[stay], mask[stay], token[stay], done[stay]
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
         logits, cache = read_one_more(run, token, cache, mask)
@@ -292,9 +294,9 @@ def read_choices(run: PatchedRun, *, continuations: list[list[list[int]]]) -> di
     for choice in range(len(continuations[0])):
         rows = [row[choice] for row in continuations]
         longest = max(len(row) for row in rows)
-        ids = torch.tensor([row + [row[-1]] * (longest - len(row)) for row in rows], device=run.logits.device)
-        real = [[index < len(row) for index in range(longest)] for row in rows]
-        counted = torch.tensor(real).to(ids.device)
+        padded = torch.tensor([row + [row[-1]] * (longest - len(row)) for row in rows])
+        real = torch.tensor([[index < len(row) for index in range(longest)] for row in rows])
+        ids, counted = (in_sent(part, run.logits.device) for part in (padded, real))
         if run.rereads:
             # A forward pass that reads the prompt again scores every token of a choice.
             mask = torch.cat([run.mask, run.mask.new_ones(len(rows), longest)], dim=1)

@@ -14,7 +14,7 @@ from patchscope_nn import backends
 #: Operations whose result, or its shape, the host has to wait for.
 WAITING = ("_local_scalar_dense", "nonzero", "is_nonzero", "_unique2", "unique_dim", "masked_select", "equal")
 #: Tensors of the program are not on the device; after a pass, its columns are on the host.
-ALLOWED = {"in_write": "the program's", "in_explained": "once a pass"}
+ALLOWED = {"in_write": "the program's", "in_results": "once a pass, after the last one"}
 STEPS = 5
 
 
@@ -71,5 +71,5 @@ def test_a_pass_waits_once_for_each_token_it_decodes(tiny_model, monkeypatch, re
     ps.run(scope, model=tiny_model(), data=rows, controls=["random", "unpatched"], optimisations=off)
     decoded = waits.found.pop("read_decoded", 0)
     assert decoded <= STEPS * len(passes)
-    assert waits.found["in_explained"] <= len(passes)
+    assert waits.found["in_results"] <= len(passes)
     assert set(waits.found) <= set(ALLOWED)

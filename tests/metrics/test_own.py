@@ -117,7 +117,7 @@ def test_the_same_call_resumes_and_a_changed_metric_does_not(finished, tiny_mode
     def other(columns, row):
         return len(columns["text"])
 
-    with pytest.raises(FolderError, match="holds another run"):
+    with pytest.raises(FolderError, match="holds cells of another run: its metrics is"):
         ps.run(SCOPE, **given, metrics=[as_metric(other, name="words"), width], out=finished.path)
 
 
