@@ -100,7 +100,9 @@ class CellRows(Sequence[Mapping[str, Any]]):
         return values
 
     def _column_of_numbers(self, name: str) -> Any:
-        parts = [part[name].to_numpy() for part in self._parts]  # missing ones make floats, with NaN
+        counts = map(len, self._numbers)
+        kept = [self._some(index, 0, count, [name])[name] for index, count in enumerate(counts)]
+        parts = [column.to_numpy() for column in kept]  # missing ones make floats, with NaN
         values = np.empty(len(self), np.result_type(*parts))
         for numbers, part in zip(self._numbers, parts, strict=True):
             values[np.searchsorted(self._all, numbers)] = part

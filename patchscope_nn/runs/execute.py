@@ -207,7 +207,7 @@ def _with_probe(prepared: PreparedRun, store: InMemory) -> CellRows:
 
 
 def write_ensemble_and_report(run: Run, *, report: bool) -> None:
-    """Write what a finished run's folder has besides its table: a combined ensemble, and the report if wanted."""
+    """Write what a finished run has besides its table: the combined ensemble and, if wanted, the report."""
     folder = Path(run.path or ".")
     if run.manifest["recipe"]["target"]["prompts"] and "top_ids" in run.manifest["columns"]:
         run.ensemble().to_csv(folder / ENSEMBLE, index=False)

@@ -156,7 +156,7 @@ class RunFolder(InMemory):
         write_probe_columns(self.path, probe, self.manifest["hash"], columns)
 
     def finish(self, rows: CellRows, manifest: Manifest) -> None:
-        """Write the table and the manifest of a finished run. If it has grown, an earlier report is removed."""
+        """Write the table and the manifest of a finished run. If it has grown, remove its old report."""
         write_finished(self.path, rows, manifest)
         if self.has_grown:
             (self.path / REPORT).unlink(missing_ok=True)
