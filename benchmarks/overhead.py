@@ -2,8 +2,9 @@
 
 A next-token sweep of a tiny random model, every l x every l* of many contexts, in memory and into a folder
 with its report. The host's time is the wall time of the run, minus the time inside the parts of the model's
-blocks, its embedding, its last norm and its unembedding. Each size runs in a process of its own. Memory is
-what the process holds at most during the run, more than before it.
+blocks, its embedding, its last norm and its unembedding; its CPU time, of all threads, depends less on what
+else the machine does. Each size runs in a process of its own. Memory is what the process holds at most during
+the run, more than before it.
 """
 
 from __future__ import annotations
@@ -38,18 +39,23 @@ def main() -> None:
         print(json.dumps(measure(chosen.cells[0], into_folder=chosen.child == "folder")))
         return
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores\n")
-    print("| cells | into | wall s | s in the model | host us a cell | MiB more at most |")
-    print("|---|---|---|---|---|---|")
+    print(
+        "| cells | into | wall s | s in the model | host us a cell | host CPU us a cell | MiB more at most |"
+    )
+    print("|---|---|---|---|---|---|---|")
     for cells in chosen.cells:
         for kind in ("memory", "folder"):
             command = [sys.executable, "-m", "benchmarks.overhead", "--cells", str(cells), "--child", kind]
             done = subprocess.run(command, check=True, capture_output=True, text=True)  # noqa: S603 (this module)
             found = json.loads(done.stdout.splitlines()[-1])
-            host = 1e6 * (found["wall"] - found["model"]) / found["cells"]
+            host, cpu = (
+                1e6 * (found[all_of] - found[model]) / found["cells"]
+                for all_of, model in (("wall", "model"), ("cpu", "model_cpu"))
+            )
             into = "memory" if kind == "memory" else "a folder, with report"
             print(
                 f"| {found['cells']:,} | {into} | {found['wall']:.2f} | {found['model']:.2f} | {host:.1f} | "
-                f"{found['more']:.0f} |",
+                f"{cpu:.1f} | {found['more']:.0f} |",
                 flush=True,
             )
 
@@ -69,32 +75,34 @@ def measure(cells: int, *, into_folder: bool) -> dict[str, float]:
         rows = [{"text": _text(number)} for number in range(max(1, cells // N_LAYERS**2))]
         options: dict[str, Any] = {"model": model, "metrics": ["precision_at_1", "surprisal_nats"]}
         ps.run(scope, data=rows[:2], **options)
-        before, clock.seconds = _memory("VmRSS"), 0.0
+        before, clock.seconds, clock.cpu_seconds = _memory("VmRSS"), 0.0, 0.0
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
-        started = time.perf_counter()
+        started, started_cpu = time.perf_counter(), time.process_time()
         out = Path(folder) / "run" if into_folder else None
         run = ps.run(scope, data=rows, out=out, **options)
-        wall = time.perf_counter() - started
+        wall, cpu = time.perf_counter() - started, time.process_time() - started_cpu
         n_cells = len(run.rows)
-    return {"cells": n_cells, "wall": wall, "model": clock.seconds, "more": _memory("VmHWM") - before}
+    inside = {"model": clock.seconds, "model_cpu": clock.cpu_seconds}
+    return {"cells": n_cells, "wall": wall, "cpu": cpu, **inside, "more": _memory("VmHWM") - before}
 
 
 class Clock:
     """Adds up the time inside the parts of a model that compute."""
 
     def __init__(self, model: Any) -> None:
-        self.seconds = 0.0
-        self._started = 0.0
+        self.seconds = self.cpu_seconds = 0.0
+        self._started = self._started_cpu = 0.0
         parts = [part for block in model.model.layers for part in block.children()]
         for part in (model.model.embed_tokens, *parts, model.model.norm, model.lm_head):
             part.register_forward_pre_hook(self._start)
             part.register_forward_hook(self._stop)
 
     def _start(self, *_: Any) -> None:
-        self._started = time.perf_counter()
+        self._started, self._started_cpu = time.perf_counter(), time.thread_time()
 
     def _stop(self, *_: Any) -> None:
         self.seconds += time.perf_counter() - self._started
+        self.cpu_seconds += time.thread_time() - self._started_cpu
 
 
 def _text(number: int) -> str:

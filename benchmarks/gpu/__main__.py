@@ -12,7 +12,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import argparse
-import gc
 import json
 import shlex
 import sys
@@ -26,7 +25,7 @@ import torch
 
 from benchmarks.gpu import table
 from benchmarks.gpu.contenders import ENTRIES
-from benchmarks.gpu.measure import compare, measure, synchronize
+from benchmarks.gpu.measure import compare, free_memory, measure, synchronize
 from benchmarks.gpu.shapes import SHAPES, make_model
 from benchmarks.gpu.workloads import NAMES, TINY, Sizes, workloads
 from benchmarks.speed.machine import describe
@@ -81,9 +80,7 @@ def _compare(args: argparse.Namespace, sizes: Sizes) -> None:
             compare(workload, ENTRIES, model)
     _say(f"All contenders agree on {' '.join(args.workloads)} (float32, {_COMPARED_LAYERS} blocks).")
     del model
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    free_memory(device)
 
 
 def _setting(args: argparse.Namespace, model: Model) -> dict[str, Any]:

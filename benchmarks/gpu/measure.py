@@ -17,6 +17,7 @@ import torch
 from benchmarks.gpu.contenders import FLOOR, Entry
 from benchmarks.speed.measure import check
 from benchmarks.speed.workloads import Answers, Workload
+from patchscope_nn.backends import PassTooLargeError
 from patchscope_nn.models import Model
 
 #: How many cells a contender answers in the comparison, and before the time of a slow one counts.
@@ -103,7 +104,7 @@ def measure(
         described |= {"cells": len(given.cells), "of_cells": len(workload.cells)}
         try:
             found, answers = _measured(entry, given, model, rounds=rounds)
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, PassTooLargeError):
             yield Figures(**described, seconds=())
             continue
         if entry.letter == FLOOR:
@@ -123,9 +124,8 @@ def _measured(entry: Entry, given: Workload, model: Model, *, rounds: int) -> tu
 def _once(entry: Entry, given: Workload, model: Model) -> tuple[float, Answers, int | None]:
     """Run a contender: wall seconds, its answers, and peak memory beyond what is held before, in bytes."""
     device, held = model.module.device, 0
+    free_memory(device)
     if device.type == "cuda":
-        gc.collect()
-        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
         held = torch.cuda.memory_allocated(device)
     with tempfile.TemporaryDirectory() as folder:
@@ -138,6 +138,13 @@ def _once(entry: Entry, given: Workload, model: Model) -> tuple[float, Answers, 
         return wall, entry.answers(result, given), peak
 
 
+def free_memory(device: torch.device) -> None:
+    """Return unused memory to the device: the package plans its passes by what is free there."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def synchronize(device: torch.device) -> None:
     """Wait until the device has nothing left to do."""
     if device.type == "cuda":
@@ -148,6 +155,7 @@ def _busy(entry: Entry, given: Workload, model: Model) -> float:
     """The share of a run's wall time in which a kernel runs; the profiler's own time counts as idle."""
     device = model.module.device
     activity = getattr(torch.profiler.ProfilerActivity, device.type.upper())
+    free_memory(device)  # as before the timed runs, so that this run has the same passes
     with tempfile.TemporaryDirectory() as folder:
         with torch.profiler.profile(activities=[activity]) as profile:
             synchronize(device)

@@ -21,15 +21,15 @@ class CellRows(Sequence[Mapping[str, Any]]):
     """The rows of finished cells, in the order of the sweep. A row is a mapping, made on access.
 
     Args:
-        parts: Tables with the columns of a run and `CELL`. They may be mapped from files.
+        parts: Tables with the columns of a run and `CELL`; or objects with some of the methods of a table,
+            which may map files.
         extra: More columns, with a value for each row.
     """
 
-    def __init__(
-        self, parts: Sequence[pa.Table] = (), extra: Mapping[str, Sequence[Any]] | None = None
-    ) -> None:
+    def __init__(self, parts: Sequence[Any] = (), extra: Mapping[str, Sequence[Any]] | None = None) -> None:
         self._parts, self._extra = [part for part in parts if len(part)], dict(extra or {})
-        numbers = [part[CELL].to_numpy() for part in self._parts]
+        # Copied, because a view would keep a mapped file open.
+        numbers = [np.array(part[CELL].to_numpy()) for part in self._parts]
         #: Where the cells of each part are, in ascending order; None if the part is in order and complete.
         self._orders = [_order(part) for part in numbers]
         self._numbers = [
@@ -73,40 +73,25 @@ class CellRows(Sequence[Mapping[str, Any]]):
             values += part[name].to_pylist() if name in part.column_names else [None] * len(part)
         return values
 
-    def shared(self, name: str) -> Any:
-        """Return the values of a column as an array, of numbers or of objects; equal ones are one object."""
-        if name in self._extra:
-            return self.column(name)
-        if not any(name in part.column_names for part in self._parts):
-            return np.full(len(self), None, object)
-        types = [part.schema.field(name).type for part in self._parts]
-        if all(pa.types.is_integer(kind) or pa.types.is_floating(kind) for kind in types):
-            return self._column_of_numbers(name)
-        values = np.empty(len(self), object)
-        known: dict[Any, Any] = {}
-        for index, numbers in enumerate(self._numbers):
-            place = np.searchsorted(self._all, numbers)
-            start = 0
-            for chunk in self._some(index, 0, len(numbers), [name])[name].chunks:
-                at = place[start : start + len(chunk)]
-                start += len(chunk)
-                if not pa.types.is_dictionary(chunk.type):
-                    values[at] = np.array([*chunk.to_pylist(), None], object)[:-1]
-                    continue
-                distinct = [known.setdefault(_key(value), value) for value in chunk.dictionary.to_pylist()]
-                objects = np.empty(len(distinct) + 1, object)  # the last is that of cells without a value
-                objects[: len(distinct)] = distinct
-                values[at] = objects[chunk.indices.fill_null(len(distinct)).to_numpy()]
-        return values
+    def shared(self, names: Sequence[str]) -> dict[str, Any]:
+        """Return the values of columns as arrays: numbers, or objects of which equal ones are one object.
 
-    def _column_of_numbers(self, name: str) -> Any:
-        counts = map(len, self._numbers)
-        kept = [self._some(index, 0, count, [name])[name] for index, count in enumerate(counts)]
-        parts = [column.to_numpy() for column in kept]  # missing ones make floats, with NaN
-        values = np.empty(len(self), np.result_type(*parts))
-        for numbers, part in zip(self._numbers, parts, strict=True):
-            values[np.searchsorted(self._all, numbers)] = part
-        return values
+        Numbers are NaN where a cell has none, and other values None. Each part is read once.
+        """
+        values: dict[str, Any] = {}
+        known: dict[str, dict[Any, Any]] = {name: {} for name in names}
+        for index, numbers in enumerate(self._numbers):
+            table = self._some(index, 0, len(numbers), [name for name in names if name not in self._extra])
+            place = np.searchsorted(self._all, numbers)
+            for name in known.keys() & set(table.column_names):
+                found = _array(table[name], known[name])
+                if name not in values:
+                    values[name] = np.empty(len(self), found.dtype)
+                # In another part, numbers may be missing.
+                kind = np.result_type(values[name], found)
+                values[name] = array = values[name].astype(kind, copy=False)
+                array[place] = found
+        return {name: values[name] if name in values else self.column(name) for name in names}
 
     def first(self, count: int) -> CellRows:
         """Return the first rows."""
@@ -157,6 +142,24 @@ def _order(numbers: Ints) -> Ints | None:
         return None
     order = np.argsort(numbers)
     return order[np.searchsorted(numbers[order], 0) :]
+
+
+def _array(column: pa.ChunkedArray, known: dict[Any, Any]) -> Any:
+    """Return a column as an array; equal values of dictionaries are one object, which is then in `known`."""
+    numeric = pa.types.is_integer(column.type) or pa.types.is_floating(column.type)
+    if numeric and column.null_count < len(column):
+        return column.to_numpy()
+    chunks = [_objects(chunk, known) for chunk in column.chunks]
+    return chunks[0] if len(chunks) == 1 else np.concatenate(chunks)
+
+
+def _objects(chunk: pa.Array, known: dict[Any, Any]) -> Any:
+    if not pa.types.is_dictionary(chunk.type):
+        return np.array([*chunk.to_pylist(), None], object)[:-1]
+    distinct = [known.setdefault(_key(value), value) for value in chunk.dictionary.to_pylist()]
+    objects = np.empty(len(distinct) + 1, object)  # the last is that of cells without a value
+    objects[: len(distinct)] = distinct
+    return objects[chunk.indices.fill_null(len(distinct)).to_numpy()]
 
 
 def _key(value: Any) -> Any:

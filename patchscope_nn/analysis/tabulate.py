@@ -226,7 +226,8 @@ def _coded(
     distinct = np.unique(codes if missing is None else codes[~missing])
     index = np.searchsorted(distinct, codes).clip(0, max(len(distinct) - 1, 0))
     values = pa.array([value(code) for code in distinct.tolist()], kind)
-    return pa.DictionaryArray.from_arrays(pa.array(index.astype(np.int32), mask=missing), values)
+    narrow = np.min_scalar_type(-len(distinct) - 1)  # the smallest type of signed integers
+    return pa.DictionaryArray.from_arrays(pa.array(index.astype(narrow), mask=missing), values)
 
 
 def _lists(flat: pa.Array, shape: tuple[int, ...]) -> pa.Array:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple, Protocol
 
@@ -60,8 +61,11 @@ def run_steps(
     mapping: ResolvedMapping,
     backend: Backend,
     listener: Listener | None = None,
+    thread: Executor | None = None,
 ) -> Iterator[Iterator[PassResult]]:
     """Run a plan step by step. The listener hears only models that run in this process.
+
+    If there is a `thread`, it prepares each step while the step before runs. Steps run in the calling thread.
 
     Yields:
         For each step, an iterator over the results of its passes. Exhaust it before you take the next one.
@@ -75,17 +79,12 @@ def run_steps(
     prefix: tuple[tuple[int, ...], Any] = ((), None)
     reused = plan.optimisations.memory_reuse and not backend.remote and target.info.device == "cpu"
     with memory_reused() if reused else nullcontext():
-        for step in plan.steps():
-            program = lower(
-                plan,
-                step,
-                source=source,
-                target=target,
-                mapping=mapping,
-                carried=held.take(step.carried),
-                prefix=prefix[1] if prefix[0] == step.prefix else None,
-                keeps_prefix=not backend.remote,
-            )
+        lowering = {"source": source, "target": target, "mapping": mapping}
+        for step, program in _lowered(plan, thread, keeps_prefix=not backend.remote, **lowering):
+            given, program["given_finals"] = held.take(step.carried)
+            program["given"] = given if program["given"] is None else program["given"]
+            if program["prefix"] is not None and prefix[0] == step.prefix:
+                program["prefix"]["known"] = prefix[1]
             hear = [] if listener is None or backend.remote else [*_hear(plan, step, program, listener)]
             with _memory_watched(step):
                 results = backend.run(step.context, program, source=source, target=target, hear=hear)
@@ -94,6 +93,26 @@ def run_steps(
             if results["prefix"] is not None:
                 prefix = step.prefix, results["prefix"]
             yield results_of(plan, step, results)
+
+
+def _lowered(plan: Plan, thread: Executor | None, **lowering: Any) -> Iterator[tuple[Step, StepProgram]]:
+    """Yield the steps of a plan with their programs, which lack what earlier steps hand on.
+
+    A thread prepares the next step while the caller runs the one that was yielded.
+    """
+    steps = plan.steps()
+
+    def following() -> tuple[Step, StepProgram] | None:
+        step = next(steps, None)
+        return None if step is None else (step, lower(plan, step, **lowering))
+
+    if thread is None:
+        yield from iter(following, None)
+        return
+    coming = thread.submit(following)
+    while (lowered := coming.result()) is not None:
+        coming = thread.submit(following)
+        yield lowered
 
 
 def _hear(plan: Plan, step: Step, program: StepProgram, listener: Listener) -> Iterator[Hear]:

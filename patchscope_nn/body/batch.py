@@ -9,6 +9,7 @@ from typing import Any
 import nnsight
 import torch
 
+from patchscope_nn.body.devices import in_sent
 from patchscope_nn.body.program import RowsProgram, SitePath, SourceProgram, Write, Writing
 from patchscope_nn.body.states import (
     in_blocks,
@@ -165,7 +166,7 @@ def in_rereading(model: Any, target: RowsProgram, states: Any, site: SitePath, w
 
 def in_positions(logits: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """Return the logits that are read, (batch, vocab); positions count from the end."""
-    return logits[torch.arange(len(logits), device=logits.device), positions.to(logits.device)]
+    return logits[torch.arange(len(logits), device=logits.device), in_sent(positions, logits.device)]
 
 
 def fused(model: Any, program: Any, backend: Any, hear: Sequence[Any]) -> dict[str, Any]:

@@ -7,6 +7,8 @@ from typing import Any, TypeAlias
 
 import torch
 
+from patchscope_nn.body.devices import in_sent
+
 #: (l, l*): the layer that is read and the layer that is written; -1 is the input of block 0.
 Pair: TypeAlias = tuple[int, int]
 #: The tensors of one pair's map, by name: `weight`, `up`, `down`, `scale`, `bias`.
@@ -57,13 +59,13 @@ def map_pairs(maps: Mapping[Pair, Parts], states: torch.Tensor, pairs: torch.Ten
         (n, d_out), in the dtype and on the device of the maps.
     """
     distinct, group = pairs.unique(dim=0, return_inverse=True)
-    numbers = [(group == number).nonzero()[:, 0].to(states.device) for number in range(len(distinct))]
+    numbers = [(group == number).nonzero()[:, 0] for number in range(len(distinct))]
     mapped = [
-        map_parts(maps[layer, target], states[index])
+        map_parts(maps[layer, target], states[in_sent(index, states.device)])
         for (layer, target), index in zip(distinct.tolist(), numbers, strict=True)
     ]
     together = torch.cat(mapped)
-    return together[torch.cat(numbers).argsort().to(together.device)]
+    return together[in_sent(torch.cat(numbers).argsort(), together.device)]
 
 
 def map_parts(parts: Parts, states: torch.Tensor) -> torch.Tensor:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from patchscope_nn.body.decoding import read_continued, read_unpatched
+from patchscope_nn.body.devices import in_sent
 from patchscope_nn.body.program import PatchedRun
 
 #: Removing rows copies the cache of those that stay. It pays once one row in this many has ended.
@@ -46,11 +47,11 @@ def read_next_token(
         The columns; log-probabilities and entropies in nats, ranks from 1.
     """
     logits = run.logits
-    wanted = references.to(logits.device)
+    wanted = in_sent(references, logits.device)
     before: Any = None
     own: Any = None
     if compared is not None and run.finals is not None:
-        before, own = run.finals.to(logits.device), compared.to(logits.device)
+        before, own = in_sent(run.finals, logits.device), in_sent(compared, logits.device)
         if from_source:
             wanted = before.argmax(-1)[own][:, None]
     # With few rows at a time, intermediate results stay in the cache of a CPU.

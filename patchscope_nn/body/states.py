@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from patchscope_nn.body.devices import in_sent
 from patchscope_nn.body.mappings import apply_mapping
 from patchscope_nn.body.program import (
     Cut,
@@ -70,7 +71,7 @@ def in_site(model: Any, site: SitePath, layer: int, shape: Any, *, first: int = 
 
 def in_read(value: torch.Tensor, places: Places) -> torch.Tensor:
     """Return the states at some places, (n, d_model)."""
-    return value[places["rows"].to(value.device), places["positions"].to(value.device)]
+    return value[in_sent(places["rows"], value.device), in_sent(places["positions"], value.device)]
 
 
 def in_finals(logits: torch.Tensor, places: Places | None) -> list[torch.Tensor]:
@@ -87,7 +88,7 @@ def in_together(parts: list[torch.Tensor]) -> torch.Tensor | None:
 
 def in_rows(table: torch.Tensor | None, rows: torch.Tensor) -> torch.Tensor | None:
     """Return some rows of a table; None if there is no table."""
-    return None if table is None else table.detach()[rows.to(table.device)]
+    return None if table is None else table.detach()[in_sent(rows, table.device)]
 
 
 def in_sums(states: torch.Tensor, sums: Sums | None) -> torch.Tensor:
@@ -96,9 +97,11 @@ def in_sums(states: torch.Tensor, sums: Sums | None) -> torch.Tensor:
         return states
     device, numbers = states.device, torch.promote_types(states.dtype, torch.float32)
     # A weight such as 1/3 has too few digits in half precision.
-    weights = sums["weights"].to(device, numbers)[:, None]
-    terms = states[sums["states"].to(device)] * weights
-    summed = terms.new_zeros(sums["count"], states.shape[1]).index_add(0, sums["into"].to(device), terms)
+    weights = in_sent(sums["weights"], device, numbers)[:, None]
+    terms = states[in_sent(sums["states"], device)] * weights
+    summed = terms.new_zeros(sums["count"], states.shape[1]).index_add(
+        0, in_sent(sums["into"], device), terms
+    )
     return torch.cat([states, summed.to(states)])
 
 
@@ -111,16 +114,16 @@ def in_write(
         What was written, as in `PatchedRun.written`.
     """
     mode, device = writing["mode"], value.device
-    rows, columns = write["rows"].to(device), write["positions"].to(device)
+    rows, columns = in_sent(write["rows"], device), in_sent(write["positions"], device)
     clean = value[rows, columns]
     mapped = clean
     if states is not None and write["states"] is not None:
-        incoming = states[write["states"].to(states.device)].to(device)
+        incoming = in_sent(states[in_sent(write["states"], states.device)], device)
         mapped = apply_mapping(writing["mapping"], writing["weights"], incoming, clean, write["pairs"])
     if write["random"] is not None:
         which = write["random"]["which"].nonzero()[:, 0]
-        seeds, draws = (write["random"][name][which].to(device) for name in ("seeds", "draws"))
-        index, noise = which.to(device), in_normal(seeds, draws, clean)
+        seeds, draws = (in_sent(write["random"][name][which], device) for name in ("seeds", "draws"))
+        index, noise = in_sent(which, device), in_normal(seeds, draws, clean)
         if mode != "noise":  # random directions, with the norms of the states that they replace
             norms = mapped[index].norm(dim=-1, keepdim=True)
             noise = noise * (norms / noise.norm(dim=-1, keepdim=True))
@@ -129,15 +132,15 @@ def in_write(
         mapped = mapped * (clean.norm(dim=-1, keepdim=True) / mapped.norm(dim=-1, keepdim=True))
     if write["scales"] is not None:
         # In single precision at least, as a product with a plain number.
-        scales = write["scales"].to(device, torch.promote_types(mapped.dtype, torch.float32))
+        scales = in_sent(write["scales"], device, torch.promote_types(mapped.dtype, torch.float32))
         mapped = (mapped * scales[:, None]).to(mapped)
     written = in_mode(mode, writing["amount"], clean, mapped)
     value[rows, columns] = written
-    parts = {"cells": write["cells"].to(device), "states": written, "replaced": clean}
+    parts = {"cells": in_sent(write["cells"], device), "states": written, "replaced": clean}
     if write["first"] is None:
         return parts
     # If several layers are written, the first write is reported.
-    first = write["first"].to(device)
+    first = in_sent(write["first"], device)
     return {name: part[first] for name, part in parts.items()}
 
 
@@ -206,10 +209,12 @@ def in_explained(
 
 def in_cells_with(written: dict[str, torch.Tensor], name: str, n_cells: int) -> torch.Tensor:
     """Return (n_cells,) which cells have written, or replaced, a state that is not finite."""
-    cells = torch.zeros(n_cells, dtype=torch.bool)
-    if written:
-        cells[written["cells"][~written[name].float().isfinite().all(-1)].cpu()] = True
-    return cells
+    if not written:
+        return torch.zeros(n_cells, dtype=torch.bool)
+    wrong = ~written[name].float().isfinite().all(-1)
+    # Counted on the device: to choose the cells there, the host would have to wait for their number.
+    counts = torch.zeros(n_cells, dtype=torch.int32, device=wrong.device)
+    return counts.index_add(0, written["cells"], wrong.int()).cpu() > 0
 
 
 def in_any(n_cells: int, columns: list[Any], *, nan: bool = False) -> torch.Tensor:
@@ -222,8 +227,9 @@ def in_any(n_cells: int, columns: list[Any], *, nan: bool = False) -> torch.Tens
                 cells |= wrong.reshape(n_cells, -1).any(-1).cpu()
         else:
             for cell, value in enumerate(column):
-                numbers = torch.tensor(in_numbers(value), dtype=torch.double)
-                cells[cell] |= bool((numbers.isnan() if nan else ~numbers.isfinite()).any())
+                # NaN differs from itself, and so does the difference of an infinity to itself.
+                if any(number != number if nan else number - number != 0 for number in in_numbers(value)):  # noqa: PLR0124
+                    cells[cell] = True
     return cells
 
 
@@ -266,7 +272,7 @@ def in_cut(
     args, kwargs = block.inputs
     arguments = dict(zip(names, args, strict=False)) | kwargs
     hidden = arguments.pop(names[0])
-    real = attention_mask.to(hidden.device).bool()
+    real = in_sent(attention_mask, hidden.device).bool()
     batch, width = real.shape
     allowed = torch.ones(width, width, dtype=torch.bool, device=hidden.device).tril()
     if window is not None:
@@ -316,7 +322,7 @@ def in_readout(
         plain=plain or model,
         logits=logits,
         cache=cache,
-        mask=None if readout["mask"] is None else readout["mask"].to(logits.device),
+        mask=None if readout["mask"] is None else in_sent(readout["mask"], logits.device),
         finals=finals,
         written=written,
         heard=hear,

@@ -73,6 +73,7 @@ _SWITCHES = {
     "lean_readout": "Unembed only the positions that are read.",
     "early_leaving": "Remove rows that have finished generating from the batch.",
     "memory_reuse": "On a CPU under Linux, reuse the memory of the previous pass.",
+    "overlap": "Prepare the next step and write the previous one while a step runs.",
 }
 Switches: Any = make_dataclass(
     "Switches",

@@ -165,16 +165,15 @@ def remote_value(text: str | None) -> bool | str:
 
 
 def parse_selector(text: str, *, option: str) -> Any:
-    """Parse a layer or position like YAML does: `3`, `[1, 2]`, `0:10`, `all`, or a text."""
-    import yaml
+    """Parse a layer or position by the rules of recipes: `3`, `[1, 2]`, `0:10`, `all`, or a text."""
+    from patchscope_nn.recipe.document import read_yaml
 
     if ":" in text and not text.startswith(("{", "[")):
-        # `0:10` and `first:x` are texts here; YAML 1.1 would read a base-60 number or a mapping.
-        return text
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        return text  # `first:x` is a text here; in a recipe, `first: x` is a mapping
+    document = read_yaml(text)
+    if document.problems:
         raise InputError(
-            f"{option}={text!r} cannot be read as YAML.",
+            f"{option}={text!r} {document.problems[0].message}",
             hint="Give an index, a list such as [0, 4], or a text.",
-        ) from error
+        )
+    return document.value

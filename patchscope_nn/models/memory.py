@@ -25,6 +25,8 @@ def usable_memory(info: ModelInfo) -> int | None:
         return None
     if info.device.startswith("cuda"):
         free, _ = torch.cuda.mem_get_info(info.device)
+        # PyTorch holds memory that it has freed, for its next tensors.
+        free += torch.cuda.memory_reserved(info.device) - torch.cuda.memory_allocated(info.device)
     else:
         import psutil
 

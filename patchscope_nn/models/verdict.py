@@ -22,6 +22,7 @@ COSTS = {
     "cached_decoding": "each decoded token reads its prompt again",
     "early_leaving": "finished rows stay in the batch",
     "memory_reuse": "each pass allocates new memory",
+    "overlap": "steps are prepared and written while no step runs",
     CUT: "target.write: cut is refused",
     PLAIN: "longer prompts are refused",
 }

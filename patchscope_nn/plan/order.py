@@ -1,8 +1,8 @@
 """Orders entries so that target prompts that begin with the same tokens run together, and run those once.
 
 The cells of a group are planned together, and keep one prefix in memory. Small groups would make small
-passes, so all entries of small groups go into one last group. Its prefix is what its prompts have in common,
-if anything.
+passes, so all entries of small groups go into one last group, whose prefix is what its prompts have in
+common, if anything. A small group stays if its cells decode behind a long prefix: each of them would copy it.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from patchscope_nn.sweep import Sweep
 
 #: A prefix of fewer tokens is not worth its own pass.
 _SHORTEST = 2
+#: Rows that decode hold copies of what they do not share. So many tokens are worth passes of their own.
+_MANY_COPIED = 2**13
 
 
 class Group(NamedTuple):
@@ -36,7 +38,7 @@ def group_entries(sweep: Sweep, entries: Collection[int], *, cells_of: Ints, eno
         sweep: The sweep.
         entries: The entries that will run, in order.
         cells_of: How many cells of each entry run.
-        enough: The fewest cells of a group, except for the last.
+        enough: The fewest cells of a group, unless many would decode behind a long prefix; not for the last.
 
     Returns:
         The groups. Each entry is in one of them; entries with the same target prompt are neighbours.
@@ -44,11 +46,12 @@ def group_entries(sweep: Sweep, entries: Collection[int], *, cells_of: Ints, eno
     of_prompt: dict[int, list[int]] = {}
     for entry in entries:
         of_prompt.setdefault(sweep.entries[entry].target_prompt, []).append(entry)
-    beginnings = _beginnings(sweep, entries)
+    beginnings, decodes = _beginnings(sweep, entries), sweep.scope.readout.decodes
     groups, rest = [], []
     for prompts, prefix in _alike(beginnings):
         members = [entry for prompt in sorted(prompts) for entry in of_prompt[prompt]]
-        if sum(cells_of[entry] for entry in members) >= enough:
+        n_cells = sum(int(cells_of[entry]) for entry in members)
+        if n_cells >= enough or (decodes and n_cells * len(prefix) >= _MANY_COPIED):
             groups.append(Group(tuple(members), prefix))
         else:
             rest += prompts

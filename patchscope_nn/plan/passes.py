@@ -94,6 +94,8 @@ class Optimisations:
         early_leaving: Let rows that have ended leave the batch while the others continue to decode.
         memory_reuse: On a CPU under Linux, keep the memory of one pass for the next instead of returning it
             to the system.
+        overlap: In this process, prepare the next step and tabulate and write the previous one in a second
+            thread while a step runs; not if users' metrics or columns are computed.
     """
 
     deduplication: bool = True
@@ -107,6 +109,7 @@ class Optimisations:
     lean_readout: bool = True
     early_leaving: bool = True
     memory_reuse: bool = True
+    overlap: bool = True
 
     @classmethod
     def names(cls) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ import pandas as pd
 
 from patchscope_nn.analysis.statistics import REAL, best_over, mean_text
 from patchscope_nn.metrics import MetricInfo, described
-from patchscope_nn.report.cells import cell_answer
+from patchscope_nn.report.cells import answers
 from patchscope_nn.report.figures.table import (
     by_scale,
     layer_means,
@@ -47,8 +47,8 @@ def run_html(
     real = first_cells[first_cells["control"].isna()]
     examples = real.iloc[:: max(1, len(real) // _EXAMPLES)].head(_EXAMPLES)
     lines = [
-        [cell["row"], cell["source_prompt"], *_layers(cell), cell_answer(cell)]
-        for cell in examples.to_dict("records")
+        [cell["row"], cell["source_prompt"], *_layers(cell), answer]
+        for cell, answer in zip(examples.to_dict("records"), answers(examples), strict=True)
     ]
     heads = ["row", "source prompt", "source layer", "target layer", "answer"]
     if any(line[-1] for line in lines):

@@ -6,13 +6,13 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from patchscope_nn.analysis.statistics import REAL, best_over, is_higher_better, is_null, numbers
+from patchscope_nn.analysis.statistics import REAL, best_over, is_higher_better, numbers
 from patchscope_nn.metrics import described
 from patchscope_nn.report.figures.table import (
     by_scale,
-    count_sinks,
     layer_means,
     layer_name,
+    sinks,
     with_probe_controls,
 )
 from patchscope_nn.report.figures.text import listed, shorten
@@ -33,14 +33,14 @@ def summary(table: pd.DataFrame, *, manifest: Mapping[str, Any], metrics: Sequen
     """Describe a run in plain sentences; of its metrics, only the first is reported."""
     if table.empty:
         return ["This run has no cells yet."]
-    controls = [str(name) for name in table["control"] if not is_null(name)]
+    controls = table["control"].value_counts()
     sentences = [_opening(table, manifest=manifest), _counts(table, controls=controls)]
     failed = int(table["error"].notna().sum()) if "error" in table.columns else 0
     if failed:
         sentences.append(f"{_count(failed, 'cell')} failed; the table of cells has the reasons.")
     if metrics:
         sentences.append(_headline(with_probe_controls(table), metric=metrics[0], manifest=manifest))
-    if not controls and "probe_shuffled_accuracy" not in table.columns:
+    if controls.empty and "probe_shuffled_accuracy" not in table.columns:
         sentences.append(
             "No control was run, so a convincing answer does not yet show that the state caused it."
         )
@@ -50,7 +50,7 @@ def summary(table: pd.DataFrame, *, manifest: Mapping[str, Any], metrics: Sequen
 def facts(table: pd.DataFrame, *, manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return short facts for the head of the page, as (name, value)."""
     recipe = section(manifest, "recipe")
-    sinks = count_sinks(table)
+    at_sink = int(sinks(table).sum())
     elapsed = section(manifest, "timings").get("elapsed_s")
     values = {
         "Recipe": recipe.get("name"),
@@ -58,7 +58,7 @@ def facts(table: pd.DataFrame, *, manifest: Mapping[str, Any]) -> list[tuple[str
         "Source model": ", ".join(map(str, _distinct(table, column="source_model"))),
         "Target model": ", ".join(map(str, _distinct(table, column="target_model"))),
         "Mapping": ", ".join(map(str, _distinct(table, column="mapping"))),
-        "Attention-sink cells (position 0)": f"{sinks:,}" if sinks else None,
+        "Attention-sink cells (position 0)": f"{at_sink:,}" if at_sink else None,
         "Seed": manifest.get("seed"),
         "Time": f"{elapsed:.3g} s" if isinstance(elapsed, int | float) else None,
         "Created": manifest.get("created"),
@@ -127,12 +127,12 @@ def _opening(table: pd.DataFrame, *, manifest: Mapping[str, Any]) -> str:
     )
 
 
-def _counts(table: pd.DataFrame, *, controls: Sequence[str]) -> str:
-    """Count the cells of each kind."""
-    kinds = listed(f"{controls.count(name):,} {name}" for name in dict.fromkeys(controls))
+def _counts(table: pd.DataFrame, *, controls: pd.Series) -> str:
+    """Count the cells of each kind; `controls` has the number of cells of each control."""
+    kinds = listed(f"{controls[name]:,} {name}" for name in table["control"].dropna().unique())
     return (
         f"There are {_count(len(table), 'cell')} over {_count(table['row'].nunique(), 'data row')}:"
-        f" {len(table) - len(controls):,} patched{f', and {kinds} as controls' if kinds else ''}."
+        f" {len(table) - int(controls.sum()):,} patched{f', and {kinds} as controls' if kinds else ''}."
     )
 
 

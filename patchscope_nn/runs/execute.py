@@ -2,7 +2,8 @@
 
 1. Fit the mapping, and prove models on servers, unless this has been done before.
 2. Plan the cells that are not finished yet.
-3. Run the plan, and write each step's cells before the next step begins.
+3. Run the plan. While a step runs, a second thread prepares the next one, and writes the cells of the
+   previous one.
 4. Write the table and the report.
 """
 
@@ -12,28 +13,30 @@ import gc
 import importlib.util
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeGuard
 
 import numpy as np
-import pyarrow as pa
 
 from patchscope_nn._util.ragged import Ints
 from patchscope_nn.analysis.cell_rows import CellRows
 from patchscope_nn.analysis.probes import probe_columns
 from patchscope_nn.analysis.tabulate import Tabulator
-from patchscope_nn.backends import Backend, Bridged, Listener, Ndif, PassResult, PassTooLargeError, run_steps
+from patchscope_nn.backends import Backend, Bridged, Listener, Ndif, PassTooLargeError, run_steps
 from patchscope_nn.backends.ndif.client import Patience
 from patchscope_nn.backends.ndif.job_log import JobLog
 from patchscope_nn.backends.ndif.job_size import JOBS
-from patchscope_nn.backends.ndif.scheduler import Failed, Scheduler
+from patchscope_nn.backends.ndif.scheduler import Scheduler
 from patchscope_nn.models import usable_memory
 from patchscope_nn.plan import Context, Optimisations, Plan, packs, plan
 from patchscope_nn.runs.folder import ENSEMBLE, InMemory, open_folder
 from patchscope_nn.runs.loading import prove_on_servers
 from patchscope_nn.runs.manifest import finished_manifest, new_manifest, new_session
+from patchscope_nn.runs.overlap import Writer, behind, second_thread
 from patchscope_nn.runs.prepared import PreparedRun
 from patchscope_nn.runs.results import Run
 from patchscope_nn.runs.reuse import take_cells
@@ -148,11 +151,11 @@ def execute(prepared: PreparedRun, execution: Execution, *, out: Path | None = N
     with (
         _uncollected(),
         InMemory(prepared) if out is None else open_folder(out, manifest, prepared) as store,
+        second_thread(wanted=full_plan.optimisations.overlap and _may_overlap(prepared)) as thread,
     ):
         taken = take_cells(execution.reuse, prepared, store)
         n_before = store.n_done
-        for part in _unfinished(prepared, full_plan, store, execution):
-            store.append(part)
+        for _ in _unfinished(prepared, full_plan, store, execution, thread):
             if execution.progress:
                 execution.progress(store.n_done, store.n_cells)
         n_cells, elapsed_s = store.n_done - n_before, time.monotonic() - started
@@ -167,6 +170,15 @@ def execute(prepared: PreparedRun, execution: Execution, *, out: Path | None = N
         if run.path is not None:
             write_ensemble_and_report(run, report=execution.report)
     return run
+
+
+def _may_overlap(prepared: PreparedRun) -> bool:
+    """True if the host's work may be done in a second thread while a step runs in this process.
+
+    A user's metric or column may run a model, which must not happen while a step traces it.
+    """
+    own = any(use.metric is not None and use.metric.digest for use in prepared.metrics)
+    return not (prepared.places.backend.remote or prepared.columns or own)
 
 
 def _proven(prepared: PreparedRun) -> PreparedRun:
@@ -207,7 +219,7 @@ def _with_probe(prepared: PreparedRun, store: InMemory) -> CellRows:
 
 
 def write_ensemble_and_report(run: Run, *, report: bool) -> None:
-    """Write what a finished run has besides its table: the combined ensemble and, if wanted, the report."""
+    """Write what a finished run's folder has besides its table: a combined ensemble, and the report."""
     folder = Path(run.path or ".")
     if run.manifest["recipe"]["target"]["prompts"] and "top_ids" in run.manifest["columns"]:
         run.ensemble().to_csv(folder / ENSEMBLE, index=False)
@@ -216,9 +228,9 @@ def write_ensemble_and_report(run: Run, *, report: bool) -> None:
 
 
 def _unfinished(
-    prepared: PreparedRun, full_plan: Plan, store: InMemory, execution: Execution
-) -> Iterator[pa.Table]:
-    """Run the unfinished cells, and yield parts of the table.
+    prepared: PreparedRun, full_plan: Plan, store: InMemory, execution: Execution, thread: Executor | None
+) -> Iterator[None]:
+    """Run and store the unfinished cells; yields each time that cells have been stored.
 
     If a pass is too large, passes are halved. In a packed sequence, values that are not finite spread to
     other cells, so the affected cells run again as rows of a batch.
@@ -237,27 +249,17 @@ def _unfinished(
         derived=prepared.columns,
     )
     while True:
-        n_again, budget, used = 0, planned.budget, planned.optimisations
-        packed = packs(prepared.sweep, used)
+        budget, used = planned.budget, planned.optimisations
+        writer = Writer(store, tabulate, packed=packs(prepared.sweep, used))
         try:
-            for step in _results(prepared, planned, store, execution, job_log):
-                results: list[PassResult] = []
-                failed: dict[int, str] = {}
-                for result in step:
-                    if isinstance(result, Failed):
-                        failed |= dict.fromkeys(result.cells.tolist(), result.reason)
-                    elif packed and not result.finite.all():
-                        n_again += int((~result.finite).sum())
-                        results.append(result.take(result.finite))
-                    else:
-                        results.append(result)
-                yield tabulate.table(results, failed)
+            steps = _results(prepared, planned, store, execution, job_log=job_log, thread=thread)
+            yield from behind((partial(writer.write, step) for step in steps), thread)
         except PassTooLargeError as error:
             if error.rows == 1:
                 raise
             budget = budget.halved(error.rows)
         else:
-            if not n_again:
+            if not writer.n_again:
                 return
             used = replace(used, prefix_sharing=False, late_entry=False)
         smaller = replace(
@@ -271,14 +273,25 @@ def _unfinished(
 
 
 def _results(
-    prepared: PreparedRun, planned: Plan, store: InMemory, execution: Execution, job_log: JobLog
+    prepared: PreparedRun,
+    planned: Plan,
+    store: InMemory,
+    execution: Execution,
+    *,
+    job_log: JobLog,
+    thread: Executor | None,
 ) -> Iterator[Any]:
     """Return an iterator of steps or jobs, each an iterator of cells with their raw readouts."""
     backend = prepared.places.backend
     models = {"source": prepared.source, "target": prepared.target}
     if not _on_server(backend):
         return run_steps(
-            planned, **models, mapping=prepared.mapping, backend=backend, listener=execution.listener
+            planned,
+            **models,
+            mapping=prepared.mapping,
+            backend=backend,
+            listener=execution.listener,
+            thread=thread,
         )
     return Scheduler(
         planned,

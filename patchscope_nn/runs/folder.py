@@ -33,6 +33,7 @@ from patchscope_nn.runs.manifest import MANIFEST, Manifest, grown_manifest, read
 from patchscope_nn.runs.parts import (
     CELLS,
     NUMBERS,
+    Part,
     read_part,
     read_parts,
     renumbered,
@@ -69,7 +70,7 @@ class InMemory:
         self.n_cells, self.n_done = len(own), 0
         self.done = np.ones(len(prepared.sweep.cells), bool)
         self.done[own.start : own.stop] = False
-        self._parts: list[pa.Table] = []
+        self._parts: list[Part] = []
 
     def __enter__(self) -> Self:
         return self
@@ -81,7 +82,7 @@ class InMemory:
         """Store finished cells: the columns of a run's table, and `CELL`."""
         self._add(part)
 
-    def _add(self, part: pa.Table) -> None:
+    def _add(self, part: Part) -> None:
         cells = part[CELL].to_numpy()
         cells = cells[cells >= 0]
         self._parts.append(part)
@@ -156,7 +157,7 @@ class RunFolder(InMemory):
         write_probe_columns(self.path, probe, self.manifest["hash"], columns)
 
     def finish(self, rows: CellRows, manifest: Manifest) -> None:
-        """Write the table and the manifest of a finished run. If it has grown, remove its old report."""
+        """Write the table and the manifest of a finished run; if it has grown, remove an earlier report."""
         write_finished(self.path, rows, manifest)
         if self.has_grown:
             (self.path / REPORT).unlink(missing_ok=True)
@@ -227,7 +228,7 @@ def _check_owner(path: Path, own: Identity) -> None:
         raise FolderError(f"{path} is not empty and is not the folder of a run.", hint="Give another --out.")
 
 
-def located(part: pa.Table, prepared: PreparedRun) -> pa.Table:
+def located(part: Part, prepared: PreparedRun) -> Part:
     """Return a part with the numbers and data rows that its cells have in a run, or in a shard of it.
 
     They are -1 for cells that do not belong to it. If nothing changes, it is the same table.
@@ -239,7 +240,7 @@ def located(part: pa.Table, prepared: PreparedRun) -> pa.Table:
     return part if same else renumbered(part, cells, rows)
 
 
-def check_belongs(path: Path, parts: Iterable[pa.Table], prepared: PreparedRun) -> None:
+def check_belongs(path: Path, parts: Iterable[Part], prepared: PreparedRun) -> None:
     """Check that a folder's finished cells are part of the run that goes on in it.
 
     Cells of `shuffled` may be missing from it, because more data rows bring other partners.
@@ -249,7 +250,7 @@ def check_belongs(path: Path, parts: Iterable[pa.Table], prepared: PreparedRun) 
     """
     n_lost = 0
     for part in parts:
-        lost = part.filter(pa.array(part[CELL].to_numpy() < 0))["control"]
+        lost = part["control"].filter(pa.array(part[CELL].to_numpy() < 0))
         n_lost += len(lost)
         if "shuffled" in prepared.sweep.cells.controls:
             n_lost -= sum(value == "shuffled" for value in lost.to_pylist())

@@ -1,13 +1,15 @@
 """The parts of a run folder: Arrow files of finished cells, which are never changed once they are written.
 
-A part holds the number that a cell had in the sweep when it was written, and its key. If the run has grown
-since then, `numbers.arrow` holds the present numbers and data rows of all cells in the parts before.
+Large ones are mapped into memory, only while they are read. A part holds the number that a cell had in the
+sweep when it was written, and its key. If the run has grown since then, `numbers.arrow` holds the present
+numbers and data rows of all cells in the parts before.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -21,9 +23,75 @@ CELLS, NUMBERS = "cells", "numbers.arrow"
 _ROW = "row"
 #: Parts of more bytes are mapped into memory.
 _MAPPED = 2**20
+DAMAGED = "Delete it; its cells run again."
 
+
+class MappedPart:
+    """A part in a file. It has the methods of `pa.Table` that are used of parts.
+
+    Each of them maps the file anew. A map that stays holds in memory whatever was ever read of it, which
+    after writing the table of a large run is all of it.
+
+    Args:
+        file: The file.
+        numbers: The present numbers and data rows of the cells; those in the file if it is empty.
+
+    Raises:
+        FolderError: The file is damaged.
+    """
+
+    def __init__(self, file: Path, numbers: Mapping[str, Ints] | None = None) -> None:
+        self._file, self._numbers = file.absolute(), dict(numbers or {})
+        table = self.table
+        self._length, self.schema = len(table), table.schema
+
+    def __len__(self) -> int:
+        return self._length
+
+    @property
+    def column_names(self) -> list[str]:
+        """The names of the columns."""
+        return list(self.schema.names)
+
+    @property
+    def table(self) -> pa.Table:
+        """The whole part; it is mapped as long as any of its columns is in use.
+
+        Raises:
+            FolderError: The file is gone, or damaged.
+        """
+        try:
+            source = pa.memory_map(str(self._file))
+        except FileNotFoundError as error:
+            raise FolderError(
+                f"{self._file} is gone, and the cells in it.", hint="Restore the folder, or run it again."
+            ) from error
+        return _replaced(_opened(source, self._file), self._numbers)
+
+    def __getitem__(self, name: str) -> pa.ChunkedArray:
+        return self.table[name]
+
+    def select(self, names: Sequence[str]) -> pa.Table:
+        """Return some columns."""
+        return self.table.select(names)
+
+    def slice(self, offset: int = 0, length: int | None = None) -> pa.Table:
+        """Return some rows."""
+        return self.table.slice(offset, length)
+
+    def take(self, places: pa.Array) -> pa.Table:
+        """Return some rows, by their places."""
+        return self.table.take(places)
+
+    def renumbered(self, numbers: Mapping[str, Ints]) -> MappedPart:
+        """Return the part with other numbers and data rows of its cells."""
+        return MappedPart(self._file, numbers)
+
+
+#: A part in memory, or in a file.
+Part: TypeAlias = pa.Table | MappedPart
 #: The parts of a folder, by the number of their file.
-Parts = dict[int, pa.Table]
+Parts: TypeAlias = dict[int, Part]
 
 
 def read_parts(folder: Path) -> Parts:
@@ -49,8 +117,8 @@ def read_parts(folder: Path) -> Parts:
     return parts
 
 
-def read_part(file: Path, *, hint: str = "Delete it; its cells run again.") -> pa.Table:
-    """Read an Arrow file; a large one is mapped into memory.
+def read_part(file: Path, *, hint: str = DAMAGED) -> Part:
+    """Read an Arrow file, or map it if it is large.
 
     Args:
         file: The file.
@@ -59,8 +127,12 @@ def read_part(file: Path, *, hint: str = "Delete it; its cells run again.") -> p
     Raises:
         FolderError: It is damaged.
     """
-    # A small file is read, because a mapped one stays open.
-    source = pa.memory_map(str(file)) if file.stat().st_size > _MAPPED else pa.BufferReader(file.read_bytes())
+    if file.stat().st_size > _MAPPED:
+        return MappedPart(file)
+    return _opened(pa.BufferReader(file.read_bytes()), file, hint=hint)
+
+
+def _opened(source: Any, file: Path, *, hint: str = DAMAGED) -> pa.Table:
     try:
         return pa.ipc.open_file(source).read_all()
     except pa.ArrowInvalid as error:
@@ -73,14 +145,19 @@ def write_part(file: Path, part: pa.Table) -> None:
         writer.write_table(part)
 
 
-def renumbered(part: pa.Table, cells: Ints, rows: Ints) -> pa.Table:
+def renumbered(part: Part, cells: Ints, rows: Ints) -> Part:
     """Return a part whose cells have these numbers (-1 for none) and data rows; nothing is copied."""
-    for name, values in ((CELL, cells), (_ROW, rows)):
+    numbers = {CELL: cells, _ROW: rows}
+    return part.renumbered(numbers) if isinstance(part, MappedPart) else _replaced(part, numbers)
+
+
+def _replaced(part: pa.Table, columns: Mapping[str, Ints]) -> pa.Table:
+    for name, values in columns.items():
         part = part.set_column(part.column_names.index(name), name, pa.array(values, pa.int64()))
     return part
 
 
-def write_numbers(folder: Path, parts: Mapping[int, pa.Table]) -> None:
+def write_numbers(folder: Path, parts: Mapping[int, Part]) -> None:
     """Keep the present numbers and data rows of the cells of all parts."""
     none = np.empty(0, np.int64)
     columns = {

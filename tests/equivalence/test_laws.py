@@ -72,6 +72,34 @@ def assert_equal_runs(one, other):
         hooks.assert_same(readout, other[key])
 
 
+#: If the log-probabilities of two tokens differ by less than this, in nats, rounding decides their order: a
+#: batch of another size sums float32 terms in another order. That changed log-probabilities by up to 6e-6.
+ROUNDING = 2e-5
+
+
+def ranks(found):
+    return {cell.number: given.get("reference_ranks") for cell, given in found}
+
+
+def with_ranks_of_ties(found, every, whole):
+    """Return `found` with the ranks of `every`; only tokens that tie with a token may change its rank.
+
+    Args:
+        found: Cells and their readouts.
+        every: The same cells, computed in another way.
+        whole: The same cells, each with the probabilities of all tokens.
+    """
+    expected, whole, same = by_key(every), by_key(whole), []
+    for cell, given in found:
+        other, logprobs = expected[cell.number], torch.tensor(whole[cell.number]["top_probs"]).log()
+        columns = (given["reference_ranks"], other["reference_ranks"], other["reference_logprobs"])
+        for one, two, own in zip(*columns, strict=True):
+            first, last = 1 + (logprobs > own + ROUNDING).sum(), (logprobs >= own - ROUNDING).sum()
+            assert one == two or first <= min(one, two) < max(one, two) <= last, (cell, one, two)
+        same.append((cell, given | {"reference_ranks": other["reference_ranks"]}))
+    return same
+
+
 @readouts
 @few
 @hypothesis.given(data=st.data())
@@ -180,6 +208,13 @@ def test_an_optimisation_changes_nothing(readout, data, tiny_model, run_cells):
     for off in Optimisations.names():
         hypothesis.note(f"without {off}")
         plain = run_cells(scope, model, **options, optimisations=Optimisations(**{off: False}))
+        if ranks(plain) != ranks(every):
+            # The rank of a reference token that ties with another depends on rounding. In gpt2, with the
+            # embedding of 'The' as that of the last token of ' x in Tower', the logits of '.' and ' Pa' are
+            # 0.2357034 and 0.2357046 in float64, and their order in float32 depends on the size of the batch.
+            wide = scope.readout.model_copy(update={"top_k": tiny.VOCAB_SIZE})
+            whole = run_cells(scope.model_copy(update={"readout": wide}), model, **options)
+            plain = with_ranks_of_ties(plain, every, whole)
         assert_equal_runs(every, plain)
 
 

@@ -16,7 +16,7 @@ from patchscope_nn.backends import Places, run_steps
 from patchscope_nn.errors import InputError
 from patchscope_nn.mappings import resolve_mapping
 from patchscope_nn.models import Model
-from patchscope_nn.plan import Budget, Optimisations, count, from_cache, plan, stages
+from patchscope_nn.plan import Budget, Optimisations, count, from_cache, order, plan, stages
 from patchscope_nn.plan.budget import Costs
 from patchscope_nn.plan.count import source_width, target_width
 from patchscope_nn.readouts import Choices, Generate, Hidden, NextToken
@@ -284,6 +284,15 @@ def test_prompts_that_begin_alike_run_behind_one_prefix(model):
     assert count(planned).target_tokens < whole.target_tokens
     alone = plan(sweep, max_rows=10**6)
     assert [step.prefix for step in alone.steps()] == [()]
+
+
+@pytest.mark.parametrize(("readout", "n_groups"), [(Generate(max_new_tokens=2), 2), (NextToken(), 1)])
+def test_cells_that_decode_behind_a_long_prefix_do_not_copy_it(model, monkeypatch, readout, n_groups):
+    """A few cells would be too few for passes of their own, but for the keys and values of their prompts."""
+    monkeypatch.setattr(order, "_MANY_COPIED", 16 * 10)
+    rows = [{"s": "Paris", "t": f"{name} is in the city of Paris is in the x"} for name in ("Diana", "Tower")]
+    planned = plan(sweep_of(model, scope_of(target_layer=[0, 1, 2, 3], readout=readout), rows=rows))
+    assert len(planned.groups) == n_groups
 
 
 def test_a_prefix_runs_once_for_all_the_steps_behind_it(model):

@@ -26,20 +26,24 @@ Cell = Mapping[Any, Any]
 class Cells:
     """A table's cells with the texts that figures show; cells are named by their index.
 
-    `kind` is the kind of readout, which answers in words. `shades` has the number that shades each cell, or
-    NaN, and `scale` the name of that number; it is None if cells are not shaded.
+    `columns` has the values of each column. `kind` is the kind of readout, which answers in words. `shades`
+    has the number that shades each cell, or NaN, and `scale` the name of that number; it is None if cells are
+    not shaded.
     """
 
-    records: Sequence[Cell]
+    columns: Mapping[str, Sequence[Any]]
     kind: type[Readout]
     shades: np.ndarray
     scale: str | None
 
+    def record(self, index: int) -> Cell:
+        """Return a cell's values by column."""
+        return {name: values[index] for name, values in self.columns.items()}
+
     def label(self, index: int) -> str:
         """Return a cell's answer in a few characters; empty if the cell failed."""
-        cell = self.records[index]
-        words = as_list(cell[self.kind.says])
-        if not words or not is_null(cell.get("error")):
+        words = as_list(self.columns[self.kind.says][index])
+        if not words or ("error" in self.columns and not is_null(self.columns["error"][index])):
             return ""
         text = str(words[0])
         if self.kind.sentences:
@@ -55,7 +59,7 @@ class Cells:
 
     def hover(self, index: int) -> str:
         """Return the hover text of a cell, escaped for plotly."""
-        cell = self.records[index]
+        cell = self.record(index)
         return "<br>".join(map(wrap, (*_origin(cell), *_answer(cell, scale=self.scale))))
 
 
@@ -69,7 +73,8 @@ def read_cells(table: pd.DataFrame, *, value: str | None) -> Cells:
     if kind is None:
         raise InputError("This table has no text.", hint="Use the readout next_token, generate or choices.")
     shades, scale = _shades(table, kind, value=value)
-    return Cells(records=table.to_dict("records"), kind=kind, shades=shades, scale=scale)
+    columns = {str(name): table[name].tolist() for name in table.columns}
+    return Cells(columns=columns, kind=kind, shades=shades, scale=scale)
 
 
 def _shades(table: pd.DataFrame, kind: type[Readout], *, value: str | None) -> tuple[np.ndarray, str | None]:
@@ -77,9 +82,8 @@ def _shades(table: pd.DataFrame, kind: type[Readout], *, value: str | None) -> t
     if value is not None and value not in table.columns:
         raise InputError(f"value={value!r} is not a column of this table.", hint="Use a numeric column.")
     if value is None and kind.odds is not None and kind.odds[1] in table.columns:
-        columns = (table[name] for name in (*kind.odds, kind.says))
-        likely = [_probability(*(as_list(cell) for cell in cells)) for cells in zip(*columns, strict=True)]
-        return np.asarray(likely, dtype=float), "probability"
+        columns = (map(as_list, table[name].tolist()) for name in (*kind.odds, kind.says))
+        return np.array([*map(_probability, *columns)], dtype=float), "probability"
     name = value or next(iter(metric_columns(table)), None)
     return (np.full(len(table), np.nan), None) if name is None else (numbers(table[name]), name)
 

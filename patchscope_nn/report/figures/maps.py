@@ -16,8 +16,8 @@ from patchscope_nn.report.figures.scale import common_scale
 from patchscope_nn.report.figures.table import (
     FLAT_LAYERS,
     NO_LAYER,
-    as_list,
     axis_title,
+    coded,
     controls_of,
     layer_axis,
     layer_name,
@@ -99,7 +99,7 @@ def hover_text(mean: dict[Any, Any], *heading: str) -> str:
 def rows_with_positions(table: pd.DataFrame) -> list[Any]:
     """Return the data rows in which several positions were read separately, in order."""
     real = table[table["source_layer"].notna() & table["control"].isna()]
-    positions = pd.Series([tuple(as_list(tokens)) for tokens in real["source_position"]], index=real.index)
+    positions = pd.Series(coded(real["source_position"])[0], index=real.index)
     counts = positions.groupby(real["row"], sort=False).nunique()
     return [row for row, count in counts.items() if count > 1]
 

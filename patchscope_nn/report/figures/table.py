@@ -28,6 +28,36 @@ def as_list(value: Any) -> list[Any]:
     return [] if is_null(value) else [value]
 
 
+def coded(values: Sequence[Any] | pd.Series) -> tuple[np.ndarray, list[Any]]:
+    """Return the number of each value among the distinct ones, (cell,), and the distinct ones.
+
+    A page's texts are made of distinct values, since prompts and tokens repeat from cell to cell. Lists may
+    be among the values, and are compared once for each object: in a run's own tables, equal ones are one.
+    """
+    if isinstance(values, pd.Series) and values.dtype != object:
+        codes, found = pd.factorize(values, use_na_sentinel=False)
+        return codes, list(found)
+    values = list(values)
+    codes, addresses = pd.factorize(np.fromiter(map(id, values), np.int64, len(values)))
+    first = np.full(len(addresses), len(values))
+    np.minimum.at(first, codes, np.arange(len(values)))
+    known: dict[Any, int] = {}
+    distinct: list[Any] = []
+    numbers = np.zeros(len(addresses), np.int64)
+    for at, value in enumerate(values[index] for index in first.tolist()):
+        numbers[at] = known.setdefault(_key(value), len(known))
+        if len(distinct) < len(known):
+            distinct.append(value)
+    return numbers[codes], distinct
+
+
+def _key(value: Any) -> Any:
+    """Return what is equal exactly for values that a page shows alike."""
+    if isinstance(value, list | tuple | np.ndarray):
+        return tuple(map(_key, as_list(value)))
+    return None if is_null(value) else (type(value), value)
+
+
 def layer_name(layer: float) -> str:
     """Return a layer's name: -1 is "embed", NaN "unpatched", a place in `FLAT_LAYERS` its control."""
     if np.isnan(layer):
@@ -78,17 +108,14 @@ def reads_sink(cell: Any) -> bool:
     return 0 in as_list(cell.get("source_position")) or 0 in as_list(cell.get("target_position"))
 
 
-def count_sinks(table: pd.DataFrame) -> int:
-    """Count the cells that read or write position 0, as `reads_sink` does."""
-    columns = [name for name in ("source_position", "target_position") if name in table.columns]
-    written = table[columns][~table["control"].isin(list(FLAT_LAYERS))]
-    sinks = np.zeros(len(written), bool)
-    for name in columns:
-        # Many cells of a large table share an object.
-        places = np.array([id(value) for value in written[name]], np.int64)
-        _, first, index = np.unique(places, return_index=True, return_inverse=True)
-        sinks |= np.array([0 in as_list(written[name].iloc[at]) for at in first], bool)[index]
-    return int(sinks.sum())
+def sinks(table: pd.DataFrame) -> np.ndarray:
+    """Return, for each cell of a table, (cell,), what `reads_sink` says of it."""
+    found = np.zeros(len(table), bool)
+    for name in ("source_position", "target_position"):
+        if name in table.columns:
+            codes, distinct = coded(table[name])
+            found |= np.array([0 in as_list(positions) for positions in distinct], bool)[codes]
+    return found & ~table["control"].isin(list(FLAT_LAYERS)).to_numpy()
 
 
 def metric_columns(table: pd.DataFrame, *, declared: Iterable[str] = ()) -> list[str]:
