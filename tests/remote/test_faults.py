@@ -298,6 +298,23 @@ def test_a_live_job_is_fetched_and_not_run_again(ndif, away, expected, tmp_path)
     assert len(JobLog(folder).jobs()) == len(lines) // 2
 
 
+def test_a_live_job_of_a_run_that_has_grown_is_fetched_for_its_cells(ndif, away, expected, tmp_path):
+    """The job's cells have other numbers in the larger run, and are sent only once."""
+    folder = tmp_path / "run"
+    small = prepare(scope_of(), model=away, data=ROWS[2:], places=Places.of(ndif)).only
+    execute(small, Execution(), out=folder)
+    sent, *_ = (folder / "jobs.jsonl").read_text().splitlines()
+    (folder / "jobs.jsonl").write_text(sent + "\n")  # as if killed after it was sent
+    shutil.rmtree(folder / "cells")
+    assert_same_table(table(away, remote=ndif, out=folder), expected)
+    prepared = prepared_run(away, remote=ndif)
+    first, *others = JobLog(folder, prepared.index).jobs()
+    assert first.state == "done"
+    assert {prepared.sweep.cells[cell].row for cell in first.cells} == {2, 3}
+    assert others
+    assert {*first.cells}.isdisjoint(cell for job in others for cell in job.cells)
+
+
 def test_a_killed_client_loses_and_repeats_nothing(ndif, expected, tmp_path):
     """Killed at five moments of a run of more than ten jobs, then run to its end."""
     folder = tmp_path / "run"

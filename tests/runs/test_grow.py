@@ -142,6 +142,31 @@ def test_a_wide_run_grows_in_its_layers_with_a_fitted_mapping(tiny_model, tmp_pa
         grow(model, out=out, scope=scope_of(**fitted(range(4), "map.safetensors", scale=2.0)))
 
 
+def test_more_layers_go_on_with_a_mapping_that_the_run_fits(tiny_model, tmp_path, monkeypatch):
+    """Each pair is fitted by itself, so that its cells stay; with other data it is another mapping."""
+    monkeypatch.setenv("PATCHSCOPE_CACHE", str(tmp_path))
+    texts = [
+        {"text": f"The Eiffel Tower is in {word} the city"} for word in ("a", "b", "Paris", "Diana", "d")
+    ]
+
+    def fitted(layer, rows=texts):
+        fit = ps.Recipe(
+            name="fitted",
+            source={"prompt": "{text}", "layer": layer},
+            target={"prompt": "The city -> ", "layer": 3},
+            mapping={"fit": {"kind": "scale", "data": {"rows": rows}, "column": "text"}},
+        )
+        return fit.scope
+
+    model, out, given = tiny_model(), tmp_path / "run", {"metrics": []}
+    grow(model, out=out, scope=fitted([1]), **given)
+    grown = grow(model, out=out, scope=fitted([0, 1]), **given)
+    assert ran(grown) == [6 + 6 * 2, 6 * 2]
+    assert same(grown, grow(model, scope=fitted([0, 1]), **given))
+    with pytest.raises(FolderError, match="its mapping is"):
+        grow(model, out=out, scope=fitted([0, 1], texts[1:]), **given)
+
+
 def test_a_smaller_run_is_refused_and_nothing_is_changed(tiny_model, tmp_path):
     model, out = tiny_model(), tmp_path / "run"
     whole = grow(model, out=out)
