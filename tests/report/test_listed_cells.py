@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+from calls import calls
 from tables import make_table
 
 from patchscope_nn.report import cells
 from patchscope_nn.report.figures.table import coded, reads_sink, sinks
 from patchscope_nn.report.page import write_report
-
-PACKAGE = str(Path(cells.__file__).parents[1])
 
 
 @pytest.mark.quick
@@ -43,22 +41,6 @@ def test_sinks_of_a_table_are_those_of_its_cells() -> None:
     assert sinks(table).tolist() == [reads_sink(cell) for cell in table.to_dict("records")]
     assert sinks(table).any()
     assert not sinks(table).all()
-
-
-def calls(run: Any) -> int:
-    """How often functions of the package are called, comprehensions and generators included."""
-    count = 0
-
-    def profile(frame: Any, event: str, _arg: Any) -> None:
-        nonlocal count
-        count += event == "call" and frame.f_code.co_filename.startswith(PACKAGE)
-
-    sys.setprofile(profile)
-    try:
-        run()
-    finally:
-        sys.setprofile(None)
-    return count
 
 
 def test_a_listed_cell_takes_few_calls(tmp_path: Path) -> None:

@@ -2,31 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import tiny
+from calls import calls
 
 import patchscope_nn as ps
 
-PACKAGE = str(Path(ps.__file__).parent)
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
-
-
-def calls(run):
-    """How often functions of the package are called, comprehensions and generators included."""
-    count = 0
-
-    def profile(frame, event, _arg):
-        nonlocal count
-        count += event == "call" and frame.f_code.co_filename.startswith(PACKAGE)
-
-    sys.setprofile(profile)
-    try:
-        run()
-    finally:
-        sys.setprofile(None)
-    return count
 
 
 def test_a_cell_takes_few_calls(tiny_model, tmp_path):
