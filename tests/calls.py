@@ -1,4 +1,4 @@
-"""Counts how often functions of the package are called, for tests of work that must not grow with the cells."""
+"""Counts calls of the package's functions, for tests of work that must not grow with the cells."""
 
 from __future__ import annotations
 

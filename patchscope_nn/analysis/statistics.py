@@ -27,6 +27,7 @@ _MANY_ROWS = 5000
 _NORMAL = 1.959964  # a normal variable is within so many standard deviations with probability 0.95
 _FLIPS = 9999
 _FLIPS_AT_ONCE = 500
+_DIGITS = 6  # single precision has about seven
 
 
 class Intervals(NamedTuple):
@@ -258,9 +259,11 @@ def _sign_flip(sums: np.ndarray) -> float:
         return float("nan")
     from scipy.stats import permutation_test
 
+    # Patterns of signs that are equally extreme must not be told apart by rounding.
+    scale = np.abs(sums).sum() or 1.0
     result = permutation_test(
         (sums,),
-        lambda signed, axis: signed.sum(axis=axis),
+        lambda signed, axis: (signed.sum(axis=axis) / scale).round(_DIGITS),
         permutation_type="samples",
         vectorized=True,
         n_resamples=_FLIPS,

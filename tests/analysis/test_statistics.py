@@ -81,6 +81,15 @@ def test_few_rows_are_flipped_in_every_way(sums):
     assert paired(np.array(sums, float), row=range(len(sums))).p == pytest.approx(at_least)
 
 
+@pytest.mark.parametrize("noise", [0.0, 1e-7, -1e-7])
+def test_rounding_does_not_tell_equally_extreme_patterns_apart(noise):
+    """Other patterns of signs also have the sum 2 or -2, but for the last digits."""
+    sums = np.array([1 + noise, -2, 3 - noise, -4 + 2 * noise])
+    flipped = [np.dot(signs, [1, 2, 3, 4]) for signs in itertools.product((1, -1), repeat=4)]
+    expected = np.mean(np.abs(flipped) >= 2)
+    assert paired(sums, row=range(4)).p == pytest.approx(expected)
+
+
 def test_many_rows_are_flipped_at_random_and_agree_with_the_t_test():
     value = GENERATOR.normal(0.25, 1.0, size=80)
     found = paired(value, row=range(80))
