@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -16,6 +11,7 @@ import pytest
 import tiny
 import torch
 from growth import ROWS, grow, ran, same, scope_of
+from killed import kill_at
 
 import patchscope_nn as ps
 from patchscope_nn.backends.ndif.job_log import Job, JobLog
@@ -262,21 +258,8 @@ def test_a_model_on_a_server_may_go_on_with_the_same_model_here(tiny_model, tmp_
 
 
 _KILLED = """
-import sys, time
-sys.path[:0] = {tests!r}
-import tiny, torch
-import patchscope_nn as ps
-from patchscope_nn.runs.folder import RunFolder
 from growth import grow
-torch.set_num_threads(1)
-
-append = RunFolder.append
-def slowly(self, rows):
-    append(self, rows)
-    print(self.n_done, flush=True)
-    time.sleep(0.2)
-RunFolder.append = slowly
-grow(ps.load(tiny.make_module("llama"), tokenizer=tiny.TOKENIZER), out={out!r}, **{given!r})
+grow(model, out={out!r}, **{given!r})
 """
 
 
@@ -285,15 +268,7 @@ def test_a_killed_run_grows(tiny_model, tmp_path):
     out = tmp_path / "run"
     finished = 0
     for given in ({"limit": 3, "max_rows": 1}, {"limit": 5, "max_rows": 1}):
-        tests = [str(folder) for folder in Path(__file__).parents[:2]]
-        code = _KILLED.format(tests=tests, out=str(out), given=given)
-        process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-        try:
-            process.stdout.readline()
-            os.kill(process.pid, signal.SIGKILL)
-        finally:
-            process.stdout.close()
-            assert process.wait(timeout=60) == -signal.SIGKILL
+        kill_at(0, _KILLED.format(out=str(out), given=given))
         before, finished = finished, len(parts.cells(out))
         assert before < finished < 9 * given["limit"]
         assert len(ps.load_run(out).rows) == finished

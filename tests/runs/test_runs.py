@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -16,6 +14,7 @@ import parts
 import pytest
 import tiny
 import torch
+from killed import PLACES, kill_at
 
 import patchscope_nn as ps
 from patchscope_nn import backends
@@ -228,41 +227,15 @@ def test_bad_input_writes_nothing(tiny_model, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-#: Where a process of its own finds the helpers of the tests, and this file.
-PLACES = [str(folder) for folder in Path(__file__).parents[:2]]
 _KILLED = """
-import sys, time
-sys.path[:0] = {tests!r}
-import tiny
-import patchscope_nn as ps
-import torch
-from patchscope_nn.runs.folder import RunFolder
-torch.set_num_threads(1)
 from test_runs import ROWS, asked, scope
-
-append = RunFolder.append
-def slowly(self, rows):
-    append(self, rows)
-    print(self.n_done, flush=True)
-    time.sleep(0.2)
-RunFolder.append = slowly
-model = ps.load(tiny.make_module("llama"), tokenizer=tiny.TOKENIZER)
 ps.run(scope(), out={out!r}, max_rows=2, **asked(model))
 """
 
 
 def test_a_killed_run_resumes_and_ends_with_the_same_table(tiny_model, tmp_path, counting):
     out = tmp_path / "run"
-    code = _KILLED.format(tests=PLACES, out=str(out))
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    try:
-        for line in process.stdout:
-            if int(line) >= 16:
-                break
-        os.kill(process.pid, signal.SIGKILL)
-    finally:
-        process.stdout.close()
-        assert process.wait(timeout=60) == -signal.SIGKILL
+    kill_at(16, _KILLED.format(out=str(out)))
     finished = len(parts.cells(out))
     assert 0 < finished < 52
     backend = counting()
