@@ -46,7 +46,7 @@ def main() -> None:
     for cells in chosen.cells:
         for kind in ("memory", "folder"):
             command = [sys.executable, "-m", "benchmarks.overhead", "--cells", str(cells), "--child", kind]
-            done = subprocess.run(command, check=True, capture_output=True, text=True)  # noqa: S603 (this module)
+            done = subprocess.run(command, check=True, capture_output=True, text=True)  # noqa: S603 (starts this module)
             found = json.loads(done.stdout.splitlines()[-1])
             host, cpu = (
                 1e6 * (found[all_of] - found[model]) / found["cells"]

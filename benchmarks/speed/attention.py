@@ -110,13 +110,13 @@ def _unmasked(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of (1, n_heads, n_tokens, d_head) without a mask, and the logarithm of its normaliser."""
     if queries.device.type == "cpu":
-        flash = _OPERATORS._scaled_dot_product_flash_attention_for_cpu  # noqa: SLF001
+        flash = _OPERATORS._scaled_dot_product_flash_attention_for_cpu  # noqa: SLF001 (public functions return no normaliser)
         return flash(queries, keys, values, 0.0, False, scale=scale)[:2]
     if queries.dtype == torch.float32:  # the flash kernel computes in half precision only
-        efficient = _OPERATORS._scaled_dot_product_efficient_attention  # noqa: SLF001
+        efficient = _OPERATORS._scaled_dot_product_efficient_attention  # noqa: SLF001 (public functions return no normaliser)
         seen, norm, *_ = efficient(queries, keys, values, None, True, 0.0, False, scale=scale)
         return seen, norm[..., : queries.shape[2]]  # it pads the tokens
-    flash = _OPERATORS._scaled_dot_product_flash_attention  # noqa: SLF001
+    flash = _OPERATORS._scaled_dot_product_flash_attention  # noqa: SLF001 (public functions return no normaliser)
     return flash(queries, keys, values, 0.0, False, False, scale=scale)[:2]
 
 

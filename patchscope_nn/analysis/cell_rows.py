@@ -79,18 +79,21 @@ class CellRows(Sequence[Mapping[str, Any]]):
         Numbers are NaN where a cell has none, and other values None. Each part is read once.
         """
         values: dict[str, Any] = {}
-        known: dict[str, dict[Any, Any]] = {name: {} for name in names}
+        parts = self._parts
+        # A column that a part lacks is read row by row: its cells have no value.
+        kept = [n for n in names if n not in self._extra and all(n in part.column_names for part in parts)]
+        known: dict[str, dict[Any, Any]] = {name: {} for name in kept}
         for index, numbers in enumerate(self._numbers):
-            table = self._some(index, 0, len(numbers), [name for name in names if name not in self._extra])
+            table = self._some(index, 0, len(numbers), kept)
             place = np.searchsorted(self._all, numbers)
-            for name in known.keys() & set(table.column_names):
-                found = _array(table[name], known[name])
+            for name in kept:
+                column = _array(table[name], known[name])
                 if name not in values:
-                    values[name] = np.empty(len(self), found.dtype)
+                    values[name] = np.empty(len(self), column.dtype)
                 # In another part, numbers may be missing.
-                kind = np.result_type(values[name], found)
+                kind = np.result_type(values[name], column)
                 values[name] = array = values[name].astype(kind, copy=False)
-                array[place] = found
+                array[place] = column
         return {name: values[name] if name in values else self.column(name) for name in names}
 
     def first(self, count: int) -> CellRows:

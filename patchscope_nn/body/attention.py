@@ -150,14 +150,14 @@ def _in_prefix(
 
 def _in_flash(queries: Any, keys: Any, values: Any, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute `_in_prefix` on a CPU."""
-    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # noqa: SLF001
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # noqa: SLF001 (public functions return no normaliser)
     seen, norm = kernel(queries, keys, values, 0.0, False, scale=scale)
     return seen, norm
 
 
 def _in_efficient(queries: Any, keys: Any, values: Any, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute `_in_prefix` on a CUDA device, in any dtype; the normaliser is padded."""
-    kernel = torch.ops.aten._scaled_dot_product_efficient_attention  # noqa: SLF001
+    kernel = torch.ops.aten._scaled_dot_product_efficient_attention  # noqa: SLF001 (public functions return no normaliser)
     seen, norm, *_ = kernel(queries, keys, values, None, True, scale=scale)
     return seen, norm[:, :, : queries.shape[2]]
 

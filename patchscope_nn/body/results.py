@@ -5,6 +5,7 @@ Until then the columns stay on the device, so that a pass can begin before the o
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -56,19 +57,12 @@ def in_readout(
     )
     columns = readout["read"](run, **readout["asked"])
     if not isinstance(columns, dict):
-        given = type(columns).__name__
-        raise TypeError(f"the body of a readout returns a dict of columns, and not a {given}")
+        kind = type(columns).__name__
+        raise TypeError(f"the body of a readout returns a dict of columns, and not a {kind}")
     if readout["unembeds"] and not readout["finite"] and "sound" not in columns:
         columns["sound"] = logits.float().amax(-1)
     # On a server, a mapping with parameters records gradients.
-    return {name: in_detached(part) for name, part in columns.items()}
-
-
-def in_detached(values: Any) -> Any:
-    """Return a column without its gradients."""
-    if isinstance(values, torch.Tensor):
-        return values.detach()
-    return [in_detached(value) if isinstance(value, torch.Tensor) else value for value in values]
+    return {name: in_each(part, torch.Tensor.detach) for name, part in columns.items()}
 
 
 def in_pending(
@@ -85,7 +79,7 @@ def in_results(pending: dict[str, Any], target: TargetProgram, states: torch.Ten
 
     If a cell has a number that is not finite, the column `not_finite` says where the first one arose.
     """
-    columns = {name: in_here(part) for name, part in pending["columns"].items()}
+    columns = {name: in_each(part, torch.Tensor.cpu) for name, part in pending["columns"].items()}
     readout, n_cells = target["readout"], target["cells"]
     new, replaced = (pending[name].cpu() > 0 for name in ("states", "replaced"))
     if readout["unembeds"]:
@@ -116,11 +110,11 @@ def in_results(pending: dict[str, Any], target: TargetProgram, states: torch.Ten
     return columns | {"not_finite": reasons}
 
 
-def in_here(values: Any) -> Any:
-    """Return a column on the CPU."""
+def in_each(values: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """Change a column, or each tensor in it if it is a list."""
     if isinstance(values, torch.Tensor):
-        return values.cpu()
-    return [in_here(value) if isinstance(value, torch.Tensor) else value for value in values]
+        return change(values)
+    return [change(value) if isinstance(value, torch.Tensor) else value for value in values]
 
 
 def in_cells_with(written: dict[str, torch.Tensor], name: str, n_cells: int) -> torch.Tensor:

@@ -49,10 +49,11 @@ def in_shared(model: Any, prefix: Any) -> tuple[Any, Any]:
 
     attending, length = in_attending(attend), prefix.get_seq_length()
     functions = (update, get_seq_length, __deepcopy__)
+    layer_class = type("SharedLayer", (DynamicLayer,), {part.__name__: part for part in functions})
     cache = DynamicCache()
     cache.layers = []
     for number in range(len(prefix.layers)):
-        layer: Any = type("SharedLayer", (DynamicLayer,), {part.__name__: part for part in functions})()
+        layer: Any = layer_class()
         layer.number = number
         cache.layers.append(layer)
     return forward, cache

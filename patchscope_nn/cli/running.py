@@ -49,13 +49,13 @@ def run(
     folder = out or prepared.default_folder
     progress = printing.Progress(prepared.name, quiet=json)
     command = shlex.join(["patchscope", *sys.argv[1:]])
-    given = planning.execution_options(switches) | {
+    executing = planning.execution_options(switches) | {
         "jobs": jobs or JOBS,
         "command": command,
         "report": report,
         "reuse": tuple(reuse or ()),
     }
-    execution = Execution(**given, progress=progress, notice=progress.tell)
+    execution = Execution(**executing, progress=progress, notice=progress.tell)
     fitted = {name: _fitted(method, command=command, quiet=json) for name, method in prepared.runs.items()}
     try:
         finished = run_prepared(replace(prepared, runs=fitted), execution, out=folder)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 
@@ -34,11 +32,9 @@ def lower(
     source: Model,
     target: Model,
     mapping: ResolvedMapping,
-    carried: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
-    prefix: Any = None,
     keeps_prefix: bool = False,
 ) -> StepProgram:
-    """Return the program of a step.
+    """Return the program of a step. It lacks what earlier steps hand on, which `run_steps` adds.
 
     Args:
         plan: The plan.
@@ -46,8 +42,6 @@ def lower(
         source: M.
         target: M*.
         mapping: f.
-        carried: The hidden states, (n, d_model), and the distributions, (n, vocab), of `step.carried`.
-        prefix: The keys and values of the step's prefix, if an earlier step has computed them.
         keeps_prefix: True if the step returns those of its prefix, for later steps.
     """
     sweep, scope = plan.sweep, plan.sweep.scope
@@ -69,9 +63,9 @@ def lower(
     return {
         "sources": [_source(plan, source_pass, source.info, width) for source_pass in step.sources],
         "targets": targets,
-        "prefix": _prefix(plan, step, prefix, keeps=keeps_prefix),
-        "given": carried[0] if table.vectors is None else table.vectors,
-        "given_finals": carried[1],
+        "prefix": _prefix(plan, step, keeps=keeps_prefix),
+        "given": table.vectors,
+        "given_finals": None,
         "sums": table.sums,
         "soft": load_soft_prompt(soft) if soft else None,
         "keep": torch.from_numpy(table.rows(step.kept[~final])),
@@ -141,11 +135,11 @@ def _source(plan: Plan, source_pass: SourcePass, info: ModelInfo, width: int) ->
     }
 
 
-def _prefix(plan: Plan, step: Step, known: Any, *, keeps: bool) -> PrefixProgram | None:
+def _prefix(plan: Plan, step: Step, *, keeps: bool) -> PrefixProgram | None:
     """Return the program of the tokens that a step's target prompts begin with; None if there are none."""
     if not step.prefix:
         return None
     info = plan.sweep.target
     inputs = batch_of(Ragged([step.prefix]), np.zeros(1, np.int64), info, 0)
     options = options_of(info, keep=None, cache=True)
-    return {"inputs": inputs, "options": options, "known": known, "kept": keeps}
+    return {"inputs": inputs, "options": options, "known": None, "kept": keeps}

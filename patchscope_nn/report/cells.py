@@ -160,11 +160,11 @@ def answers(table: pd.DataFrame) -> list[str]:
         if not kind.says:
             continue
         says = kind.columns[kind.says]
-        given = [next(iter(as_list(value)), None) for value in table[kind.says].tolist()]
-        codes, pool = _pool(given, token if says == "texts" else _text)
+        first_texts = [next(iter(as_list(value)), None) for value in table[kind.says].tolist()]
+        codes, pool = _pool(first_texts, token if says == "texts" else _text)
         answers = [
             answer if value is None else pool[code]
-            for answer, value, code in zip(answers, given, codes.tolist(), strict=True)
+            for answer, value, code in zip(answers, first_texts, codes.tolist(), strict=True)
         ]
     return answers
 

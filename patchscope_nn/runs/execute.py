@@ -177,8 +177,7 @@ def _may_overlap(prepared: PreparedRun) -> bool:
 
     A user's metric or column may run a model, which must not happen while a step traces it.
     """
-    own = any(use.metric is not None and use.metric.digest for use in prepared.metrics)
-    return not (prepared.places.backend.remote or prepared.columns or own)
+    return not (prepared.places.backend.remote or prepared.columns or prepared.own_functions)
 
 
 def _proven(prepared: PreparedRun) -> PreparedRun:

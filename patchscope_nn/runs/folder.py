@@ -149,8 +149,7 @@ class RunFolder(InMemory):
 
     def probe_columns(self, probe: Any) -> Mapping[str, Sequence[Any]] | None:
         """Return the columns of an earlier session's probe; None if the probe or the cells have changed."""
-        manifest = {"recipe": {"probe": probe}, "hash": self.manifest["hash"]}
-        return kept_probe_columns(self.path, manifest, n_cells=self.n_done)
+        return kept_probe_columns(self.path, probe, self.manifest["hash"], n_cells=self.n_done)
 
     def keep_probe_columns(self, probe: Any, columns: Mapping[str, Sequence[Any]]) -> None:
         """Write the columns that a probe adds."""
@@ -209,13 +208,13 @@ def open_folder(path: Path, manifest: Manifest, prepared: PreparedRun) -> Iterat
             f"{path} is being written by another process.", hint="Wait for it, or give another --out."
         ) from None
     with lock:
-        found = read_manifest(path) if (path / MANIFEST).exists() else None
-        if found is not None:
-            manifest = grown_manifest(manifest, found)
+        earlier = read_manifest(path) if (path / MANIFEST).exists() else None
+        if earlier is not None:
+            manifest = grown_manifest(manifest, earlier)
         folder = RunFolder(path, manifest, prepared)
-        if manifest is not found:
+        if manifest is not earlier:
             write_manifest(path, manifest)
-            folder.has_grown = found is not None
+            folder.has_grown = earlier is not None
         yield folder
 
 
@@ -263,13 +262,13 @@ def check_belongs(path: Path, parts: Iterable[Part], prepared: PreparedRun) -> N
 
 
 def kept_probe_columns(
-    folder: Path, manifest: Manifest, *, n_cells: int
+    folder: Path, probe: Any, digest: str, *, n_cells: int
 ) -> Mapping[str, Sequence[Any]] | None:
     """Read a probe's columns from a run folder; None if they are of another probe or of other cells."""
-    file, probe = folder / PROBE, manifest["recipe"].get("probe")
+    file = folder / PROBE
     if not probe or not file.exists():
         return None
     kept = json.loads(file.read_text(encoding="utf-8"))
     columns: Mapping[str, Sequence[Any]] = kept["columns"]
-    fits = (kept["probe"], kept.get("hash")) == (probe, manifest["hash"])
+    fits = (kept["probe"], kept.get("hash")) == (probe, digest)
     return columns if fits and all(len(values) == n_cells for values in columns.values()) else None

@@ -37,19 +37,18 @@ Identity = dict[str, Any]
 def identity(prepared: PreparedRun) -> Identity:
     """Return what the run's cells have in common, as plain values by name."""
     recipe = prepared.recipe
-    found: Identity = {"result version": RESULTS}
-    found |= _model("source", prepared.source) | _model("target", prepared.target)
+    common: Identity = {"result version": RESULTS}
+    common |= _model("source", prepared.source) | _model("target", prepared.target)
     for side in ("source", "target"):
         fields = {name: value for name, value in recipe[side].items() if name not in _SELECTS[side]}
         if fields.get("corrupt"):
             fields["corrupt"] = {**fields["corrupt"], "samples": None}
-        found |= {f"{side}.{name}": value for name, value in fields.items()}
-    found |= {name: value for name, value in recipe.items() if name not in _SELECTS["recipe"]}
-    found["weights of vectors"] = prepared.vectors
-    found |= {f"{_BY_LAYER}{pair}": digest for pair, digest in prepared.mapping.digests().items()}
-    functions = [use.column for use in prepared.columns] + [use.metric for use in prepared.metrics]
-    found |= {f"code of {known.name}": known.digest for known in functions if known and known.digest}
-    plain: Identity = json.loads(json.dumps(found, default=str))
+        common |= {f"{side}.{name}": value for name, value in fields.items()}
+    common |= {name: value for name, value in recipe.items() if name not in _SELECTS["recipe"]}
+    common["weights of vectors"] = prepared.vectors
+    common |= {f"{_BY_LAYER}{pair}": digest for pair, digest in prepared.mapping.digests().items()}
+    common |= {f"code of {name}": digest for name, digest in prepared.own_functions.items()}
+    plain: Identity = json.loads(json.dumps(common, default=str))
     return plain
 
 

@@ -134,17 +134,19 @@ def finished_manifest(manifest: Manifest, session: dict[str, Any]) -> Manifest:
     }
 
 
-def grown_manifest(manifest: Manifest, found: Manifest) -> Manifest:
-    """Build the manifest of a run that goes on in a folder: `found` itself, unless the run has grown.
+def grown_manifest(manifest: Manifest, earlier: Manifest) -> Manifest:
+    """Build the manifest of a run that goes on in a folder: `earlier` itself, unless the run has grown.
 
     Args:
         manifest: The run's own manifest.
-        found: The folder's.
+        earlier: The folder's.
     """
-    if manifest["hash"] == found["hash"] and manifest.get("shard") == found.get("shard"):
-        return found
-    history = {name: found[name] for name in ("created", "sessions", "timings", "merged") if name in found}
-    return manifest | history | {"identity": joined(found["identity"], manifest["identity"])}
+    if manifest["hash"] == earlier["hash"] and manifest.get("shard") == earlier.get("shard"):
+        return earlier
+    history = {
+        name: earlier[name] for name in ("created", "sessions", "timings", "merged") if name in earlier
+    }
+    return manifest | history | {"identity": joined(earlier["identity"], manifest["identity"])}
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

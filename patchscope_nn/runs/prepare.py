@@ -83,12 +83,7 @@ def prepare(
         base = base or find(scope).parent
         scope = load_recipe(scope)
     recipe = scope if isinstance(scope, Recipe) else _recipe_of(scope)
-    changed: dict[str, Any] = {} if controls is None else {"controls": tuple(controls)}
-    changed |= {} if seed is None else {"seed": seed}
-    methods = {
-        name: method.model_copy(update=changed | _functions(method, columns=columns, metrics=metrics))
-        for name, method in (recipe.of_methods() or {recipe.name: recipe}).items()
-    }
+    methods = _methods(recipe, controls=controls, columns=columns, metrics=metrics, seed=seed)
     # If a row lacks a column of any method, it is dropped for all methods, so that all have the same rows.
     used = {column: field for method in methods.values() for column, field in _used_columns(method).items()}
     prepare_method = partial(
@@ -111,6 +106,23 @@ def _recipe_of(scope: Patchscope) -> Recipe:
     """Build a recipe from a Patchscope, whose fields have been checked."""
     fields = {name: getattr(scope, name) for name in Patchscope.model_fields}
     return Recipe.model_construct(name="patchscope", title="A Patchscope", **fields)
+
+
+def _methods(
+    recipe: Recipe,
+    *,
+    controls: Sequence[Control] | None,
+    columns: Sequence[Any] | None,
+    metrics: Sequence[Any] | None,
+    seed: int | None,
+) -> dict[str, Recipe]:
+    """Return the recipe of each method, with what the caller chose in place of the recipe's own."""
+    changed: dict[str, Any] = {} if controls is None else {"controls": tuple(controls)}
+    changed |= {} if seed is None else {"seed": seed}
+    return {
+        name: method.model_copy(update=changed | _functions(method, columns=columns, metrics=metrics))
+        for name, method in (recipe.of_methods() or {recipe.name: recipe}).items()
+    }
 
 
 def _functions(

@@ -66,10 +66,14 @@ class PreparedRun:
         fields = {name: value for name, value in self.recipe.items() if name not in _POSTPROCESSING}
         if not self.columns:
             fields.pop("columns", None)
-        functions = [use.column for use in self.columns] + [use.metric for use in self.metrics]
-        own = [(function.name, function.digest) for function in functions if function and function.digest]
         mapping = [self.mapping.name, self.mapping.digest]
-        return digest([fields, self.data_hash, models, *mapping, self.vectors, *own])
+        return digest([fields, self.data_hash, models, *mapping, self.vectors, *self.own_functions.items()])
+
+    @property
+    def own_functions(self) -> dict[str, str]:
+        """The users' own columns and metrics, each with a hex digest of its code."""
+        functions = [use.column for use in self.columns] + [use.metric for use in self.metrics]
+        return {function.name: function.digest for function in functions if function and function.digest}
 
     @cached_property
     def cells(self) -> range:

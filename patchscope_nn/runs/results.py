@@ -186,5 +186,6 @@ def load_run(path: str | Path) -> Run:
     folder = Path(path)
     manifest = read_manifest(folder)
     rows = CellRows([*read_parts(folder).values()])
-    probe = kept_probe_columns(folder, manifest, n_cells=len(rows))
+    recipe, digest = manifest["recipe"], manifest["hash"]
+    probe = kept_probe_columns(folder, recipe.get("probe"), digest, n_cells=len(rows))
     return Run(manifest=manifest, rows=rows.with_columns(probe) if probe else rows, path=folder)

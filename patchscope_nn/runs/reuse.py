@@ -38,12 +38,12 @@ def take_cells(folders: Sequence[Path], prepared: PreparedRun, store: InMemory) 
         check_same(folder, read_manifest(folder), own, hint="Leave it out of --reuse.")
         before = store.n_done
         for part in read_parts(folder).values():
-            found = located(part, prepared)
-            cells = found[CELL].to_numpy()
+            present = located(part, prepared)
+            cells = present[CELL].to_numpy()
             wanted = np.flatnonzero((cells >= 0) & ~store.done[cells])
             wanted = wanted[np.argsort(cells[wanted])]
             if len(wanted):
-                store.append(found.take(pa.array(wanted)).drop_columns([KEY]))
+                store.append(present.take(pa.array(wanted)).drop_columns([KEY]))
         taken[str(folder)] = store.n_done - before
     return taken
 

@@ -119,8 +119,8 @@ def run(scope: Any, *, out: str | Path | None = None, **options: Unpack[RunOptio
         )
     remaining: dict[str, Any] = {**options}
     places = Places.of(**_pop_options(remaining, PlaceOptions))
-    given = _pop_options(remaining, ExecutionOptions)
-    execution = Execution(**given | {"reuse": tuple(map(Path, given.get("reuse", ())))})
+    executing = _pop_options(remaining, ExecutionOptions)
+    execution = Execution(**executing | {"reuse": tuple(map(Path, executing.get("reuse", ())))})
     return run_prepared(prepare(scope, places=places, **remaining), execution, out=out)
 
 

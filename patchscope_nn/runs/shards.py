@@ -29,9 +29,9 @@ class Shard(NamedTuple):
         if value is None:
             return None
         form = _FORM.fullmatch(value.strip()) if isinstance(value, str) else None
-        given = tuple(map(int, form.groups())) if form else value
-        if isinstance(given, tuple) and len(given) == 2 and 1 <= given[0] <= given[1]:  # noqa: PLR2004 (k of n)
-            return cls(*given)
+        numbers = tuple(map(int, form.groups())) if form else value
+        if isinstance(numbers, tuple) and len(numbers) == 2 and 1 <= numbers[0] <= numbers[1]:  # noqa: PLR2004 (k of n)
+            return cls(*numbers)
         shown = value if isinstance(value, str) else "/".join(map(str, value))
         raise InputError(
             f"shard={shown} is not a shard.", hint="Give k/n with k from 1 to n, for example 3/16."

@@ -2,7 +2,7 @@
 
 A job is written down before anything else happens, so that a run that is started again finds it. The cells of
 each of its results are written with it, because a later plan may divide the cells differently. They are
-written by their keys, so that they are found again in a run that has grown.
+written by their keys, by which a run that has grown finds them.
 """
 
 from __future__ import annotations

@@ -35,8 +35,8 @@ def coded(values: Sequence[Any] | pd.Series) -> tuple[np.ndarray, list[Any]]:
     be among the values, and are compared once for each object: in a run's own tables, equal ones are one.
     """
     if isinstance(values, pd.Series) and values.dtype != object:
-        codes, found = pd.factorize(values, use_na_sentinel=False)
-        return codes, list(found)
+        codes, index = pd.factorize(values, use_na_sentinel=False)
+        return codes, list(index)
     values = list(values)
     codes, addresses = pd.factorize(np.fromiter(map(id, values), np.int64, len(values)))
     first = np.full(len(addresses), len(values))
@@ -110,12 +110,12 @@ def reads_sink(cell: Any) -> bool:
 
 def sinks(table: pd.DataFrame) -> np.ndarray:
     """Return, for each cell of a table, (cell,), what `reads_sink` says of it."""
-    found = np.zeros(len(table), bool)
+    at_sink = np.zeros(len(table), bool)
     for name in ("source_position", "target_position"):
         if name in table.columns:
             codes, distinct = coded(table[name])
-            found |= np.array([0 in as_list(positions) for positions in distinct], bool)[codes]
-    return found & ~table["control"].isin(list(FLAT_LAYERS)).to_numpy()
+            at_sink |= np.array([0 in as_list(positions) for positions in distinct], bool)[codes]
+    return at_sink & ~table["control"].isin(list(FLAT_LAYERS)).to_numpy()
 
 
 def metric_columns(table: pd.DataFrame, *, declared: Iterable[str] = ()) -> list[str]:
