@@ -14,9 +14,10 @@ import numpy as np
 import torch
 
 from patchscope_nn._util.ragged import Ints
-from patchscope_nn.body.program import PackedProgram, Results, RowsProgram, StepProgram, identity_writing
+from patchscope_nn.body.program import Results, StepProgram
 from patchscope_nn.body.states import in_together
-from patchscope_nn.mappings import ResolvedMapping, apply_mapping
+from patchscope_nn.lower.mapping import identity_writing, map_states
+from patchscope_nn.mappings import ResolvedMapping
 from patchscope_nn.plan import Plan, Step
 from patchscope_nn.spec import SITES
 
@@ -63,40 +64,10 @@ def target_half(program: StepProgram, read: Results) -> StepProgram:
     if states is None or shared or mapping["mapping"] not in ("call", "pairs"):
         return half
     with torch.no_grad():
-        mapped, targets = _mapped(program, states)
-    if not maps_here(mapping["weights"], states=size(states), mapped=size(mapped)):
-        return half
-    here = {**identity_writing(), "mode": mapping["mode"], "amount": mapping["amount"]}
-    return {**half, "given": mapped, "targets": targets, "writing": here}  # type: ignore[typeddict-item]
-
-
-def _mapped(
-    program: StepProgram, states: torch.Tensor
-) -> tuple[torch.Tensor, list[RowsProgram | PackedProgram]]:
-    """Return the mapped states, and the target passes that write these.
-
-    With a mapping of its own for each pair of layers, a state is mapped once for each pair it is written for.
-    """
-    kind, weights = program["writing"]["mapping"], program["writing"]["weights"]
-    if kind == "call":
-        return apply_mapping(kind, weights, states, states.new_zeros(())), program["targets"]
-    writes = [write for target in program["targets"] for write in target["writes"].values()]
-    states_of: list[Any] = [write["states"] for write in writes]
-    wanted = [
-        torch.cat([numbers[:, None], write["pairs"]], dim=1)
-        for numbers, write in zip(states_of, writes, strict=True)
-    ]
-    uses, number = torch.cat(wanted).unique(dim=0, return_inverse=True)
-    mapped = apply_mapping(kind, weights, states[uses[:, 0]], states.new_zeros(()), uses[:, 1:])
-    numbers = iter(number.split([len(part) for part in wanted]))
-    targets: list[Any] = [
-        {
-            **target,
-            "writes": {at: {**write, "states": next(numbers)} for at, write in target["writes"].items()},
-        }
-        for target in program["targets"]
-    ]
-    return mapped, targets
+        mapped: Any = map_states(half, states)
+    return (
+        mapped if maps_here(mapping["weights"], states=size(states), mapped=size(mapped["given"])) else half
+    )
 
 
 def maps_here(call: Any, *, states: int, mapped: int) -> bool:

@@ -9,6 +9,7 @@ bridged  two models that are not both in this process: two sessions, run by `bac
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +19,7 @@ import nnsight
 from patchscope_nn.body.batch import fused, in_source, in_target
 from patchscope_nn.body.packed import in_packed, in_prefix
 from patchscope_nn.body.program import Results, StepProgram
+from patchscope_nn.body.requests import RequestProgram, in_request
 from patchscope_nn.body.results import in_results
 from patchscope_nn.body.states import in_rows, in_sums, in_together
 
@@ -35,6 +37,34 @@ def open_context(
     if context == "session":
         return _session(target, program, backend, hear)
     return _nested(source, target, program, hear)
+
+
+def open_requests(model: Any, requests: Sequence[RequestProgram], *, backend: Any = None) -> list[Any]:
+    """Run requests in one trace of an engine that batches requests by itself.
+
+    Args:
+        model: The engine's model.
+        requests: The requests.
+        backend: As in `open_context`; a trace that runs elsewhere has a single request.
+
+    Returns:
+        The answers, in order.
+    """
+    answers: Any = None
+    with model.trace(backend=backend) as tracer:
+        for request in requests:
+            with tracer.invoke(prompt_of(request), **request["sampling"]):
+                answers = nnsight.save(in_request(model, tracer, request))
+    # nnsight returns the answers to several requests as a list, and the answer to a single one by itself.
+    return answers if len(requests) > 1 else [answers]
+
+
+def prompt_of(request: RequestProgram) -> dict[str, Any]:
+    """Return the prompt of a request in vLLM's form.
+
+    Its salt is its own, so that no other request ever uses keys and values that a patch has changed.
+    """
+    return {"prompt_token_ids": request["ids"], "cache_salt": uuid.uuid4().hex}
 
 
 def _session(model: Any, program: Any, backend: Any, hear: Sequence[Hear]) -> Any:

@@ -27,6 +27,10 @@ class SitePath(TypedDict):
     part: str
     #: Which tensor of it: `output` or `input`.
     end: str
+    #: How many tensors at the start of its output add up to the states.
+    terms: int
+    #: The argument of a block that holds the states: index and name.
+    argument: tuple[int, str]
 
 
 class Places(TypedDict):
@@ -135,6 +139,8 @@ class ReadoutProgram(TypedDict):
     decodes: bool
     finite: list[str]
     clean: bool
+    #: (n_cells,) the index of the distribution that each cell is compared with; None if none is.
+    compared: torch.Tensor | None
     #: As in `PatchedRun`.
     n_cells: int
     numbered: bool
@@ -207,9 +213,8 @@ class PackedProgram(TargetProgram):
     entering: int
     #: By layer, for each token that joins after it, the index of the token whose state it starts from.
     bases: dict[int, torch.Tensor]
-    #: How many tokens the step's prefix has.
+    #: How many tokens the step's prefix has, and how many are after it.
     prefix: int
-    #: How many tokens are after the prefix.
     n_tokens: int
     #: (n_tokens,) the index of the first token of each token's own segment, to which it attends up to itself.
     starts: torch.Tensor
@@ -343,8 +348,3 @@ class PatchedRun(Protocol):
     rereads: bool
     stepwise: bool
     heard: Callable[[list[int], list[int]], None] | None
-
-
-def identity_writing() -> Writing:
-    """Return the writing of a step that leaves states as they are."""
-    return {"mapping": "identity", "weights": None, "mode": "replace", "amount": 0.0}

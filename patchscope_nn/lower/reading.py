@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from patchscope_nn._util.ragged import Ragged
-from patchscope_nn.body.program import Places, SitePath, SourceProgram, StepProgram, identity_writing
+from patchscope_nn.body.program import Places, SitePath, SourceProgram, StepProgram
+from patchscope_nn.lower.mapping import identity_writing
 from patchscope_nn.lower.rows import batch_of, options_of
 from patchscope_nn.lower.step import paths_of
 from patchscope_nn.models import ModelInfo
@@ -54,7 +55,8 @@ def reading(
 
 def nothing(site: SitePath | None = None) -> StepProgram:
     """Return the program of a step that does nothing. As a job, it shows whether a server still works."""
-    path: SitePath = site or {"blocks": "", "part": "", "end": "output"}
+    nowhere: SitePath = {"blocks": "", "part": "", "end": "output", "terms": 1, "argument": (0, "")}
+    path = site or nowhere
     return {
         "sources": [],
         "targets": [],

@@ -33,13 +33,15 @@ def readout_of(
     """
     readout, used = plan.sweep.scope.readout, plan.optimisations
     cached = from_cache(plan.sweep, used)
+    cells = _PassCells(plan.sweep, block, table, target)
     return {
         "read": body_of(readout),
-        "asked": readout.lower(_PassCells(plan.sweep, block, table, target)),
+        "asked": readout.lower(cells),
         "unembeds": readout.unembeds,
         "decodes": readout.decodes,
         "finite": list(readout.finite),
         "clean": readout.looks_at_replaced,
+        "compared": cells.compared,
         "n_cells": len(block),
         "numbered": target.info.supports("positions"),
         "extra": {"logits_to_keep": 1} if target.info.supports("few_logits") else {},
@@ -96,7 +98,7 @@ class _PassCells:
         entries = (self.sweep.entries[entry] for entry in self.block.entry.tolist())
         return [[list(ids) for ids in entry.continuations] for entry in entries]
 
-    @property
+    @functools.cached_property
     def compared(self) -> torch.Tensor | None:
         if not self.block.cells.compares:
             return None

@@ -100,6 +100,8 @@ def paths_of(info: ModelInfo, site: str) -> SitePath:
         "blocks": info.architecture.blocks,
         "part": part.path if part else "",
         "end": "output" if definition.in_stream else definition.end,
+        "terms": info.architecture.terms if definition.in_stream else 1,
+        "argument": info.architecture.states_argument,
     }
 
 

@@ -7,7 +7,15 @@ Parts are found through transformers' own interfaces (`get_decoder`, `get_input_
 
 from patchscope_nn.models.adapter import common_base, with_adapter, with_named_adapter
 from patchscope_nn.models.architecture import find_architecture, input_device, is_offloaded
-from patchscope_nn.models.info import ELSEWHERE, Feature, Model, ModelInfo, same_vocabulary
+from patchscope_nn.models.info import (
+    ELSEWHERE,
+    TRANSFORMERS,
+    VLLM,
+    Feature,
+    Model,
+    ModelInfo,
+    same_vocabulary,
+)
 from patchscope_nn.models.loading import load
 from patchscope_nn.models.memory import memory_reused, usable_memory
 from patchscope_nn.models.turns import TURN, in_turn
@@ -20,7 +28,9 @@ __all__ = [
     "ELSEWHERE",
     "FUSED",
     "PLAIN",
+    "TRANSFORMERS",
     "TURN",
+    "VLLM",
     "Comparison",
     "Feature",
     "Model",

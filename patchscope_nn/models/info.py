@@ -15,6 +15,10 @@ from patchscope_nn.spec.sites import ATTENTION, RESIDUAL, Site
 _NUMBERED = re.compile(r"\.\d+(\.|$)")
 #: The device of a model whose weights are not in this process.
 ELSEWHERE = "remote"
+#: The names that families give to the argument of a block that holds the states.
+STATES_ARGUMENTS = ("hidden_states", "x")
+#: The names of the engines.
+TRANSFORMERS, VLLM = "transformers", "vllm"
 
 
 #: The features of a model that the planner and the checks use:
@@ -24,9 +28,11 @@ ELSEWHERE = "remote"
 #: `few_logits`       a subset of the positions can be unembedded
 #: `packing`          blocks can run one by one on segments of a sequence (see `plan/layout.py`)
 #: `positions`        the forward takes the position of each token
+#: `requests`         each prompt is a request to an engine that batches, decodes and caches by itself:
+#:                    prompts cannot share a forward pass, and modules cannot be called or trained
 #: `shared_attention` attention to a shared prefix can be computed separately
 Feature: TypeAlias = Literal[
-    "cache", "causal", "cut", "few_logits", "packing", "positions", "shared_attention"
+    "cache", "causal", "cut", "few_logits", "packing", "positions", "requests", "shared_attention"
 ]
 
 
@@ -59,6 +65,8 @@ class Architecture:
         causal: True if a token of a prompt never attends to later tokens. If False, decoded tokens still
             attend only to earlier ones, since decoding continues token by token from the prompt's cache.
         stretches: True if its rotary factors change when it reads more tokens than its config names.
+        requests: True if each prompt is a request to an engine (see `Feature`).
+        terms: How many tensors at the start of a block's output add up to the residual stream.
     """
 
     blocks: str
@@ -74,6 +82,8 @@ class Architecture:
     kept: int = 0
     causal: bool = True
     stretches: bool = False
+    requests: bool = False
+    terms: int = 1
 
     def part(self, site: Site) -> Part | None:
         """Return the module of a site; None for the block itself, or if blocks do not have the module."""
@@ -81,16 +91,23 @@ class Architecture:
         return next((parts[path] for path in site.modules if path in parts), None)
 
     @property
+    def states_argument(self) -> tuple[int, str]:
+        """The argument of a block that holds its states: its index, and its name."""
+        names = [name for name in self.block_arguments if name != "self"]
+        return next(((index, name) for index, name in enumerate(names) if name in STATES_ARGUMENTS), (0, ""))
+
+    @property
     def features(self) -> frozenset[Feature]:
         """The features that the model supports."""
         masks = self.part(ATTENTION) is not None and "attention_mask" in self.block_arguments
         known: dict[Feature, bool] = {
-            "cache": "past_key_values" in self.arguments,
+            "cache": self.requests or "past_key_values" in self.arguments,
             "causal": self.causal,
             "cut": masks and bool(self.windows) and self.causal,
             "few_logits": "logits_to_keep" in self.arguments,
             "packing": self.packs and self.causal,
             "positions": "position_ids" in self.arguments,
+            "requests": self.requests,
             "shared_attention": self.attends,
         }
         return frozenset(name for name, there in known.items() if there)
@@ -134,6 +151,8 @@ class ModelInfo:
         sizes: The sizes of the parts.
         verdict: The result of the proof at load; None if the model was not proven.
         engine: The name of the engine that runs it.
+        held_tokens: The number of tokens whose keys and values an engine of requests can hold; None for other
+            engines, or if it is not known.
     """
 
     name: str
@@ -149,7 +168,8 @@ class ModelInfo:
     architecture: Architecture
     sizes: Sizes
     verdict: Verdict | None = None
-    engine: str = "transformers"
+    engine: str = TRANSFORMERS
+    held_tokens: int | None = None
 
     def supports(self, feature: Feature) -> bool:
         """True if the model supports a feature."""
@@ -158,7 +178,11 @@ class ModelInfo:
     def lacks(self, site: Site) -> str | None:
         """Explain why the model does not have a site; None if it has it."""
         architecture = self.architecture
-        if site.in_stream or architecture.part(site) is not None:
+        if site.in_stream:
+            return None
+        if self.supports("requests") and site.end == "input":
+            return f"{self.engine} gives the outputs of modules, and {site.name!r} is an input."
+        if architecture.part(site) is not None:
             return None
         present = [part.path for part in architecture.parts if not _NUMBERED.search(part.path)]
         return (

@@ -20,8 +20,9 @@ from patchscope_nn.models.architecture import (
     refuse_shared_scales,
     weight_of,
 )
-from patchscope_nn.models.info import ELSEWHERE, Model, ModelInfo
+from patchscope_nn.models.info import ELSEWHERE, TRANSFORMERS, VLLM, Model, ModelInfo
 from patchscope_nn.models.turns import in_turn
+from patchscope_nn.models.vllm import load_vllm
 from patchscope_nn.models.wrappers import adapter_base, adapter_tokenizer, adapters_of, unwrapped
 
 _TASK = "text-generation"
@@ -38,6 +39,7 @@ def load(
     device_map: Any = None,
     tokenizer: Any = None,
     weights: bool = True,
+    engine: str = TRANSFORMERS,
     **options: Any,
 ) -> Model:
     """Load a decoder, or wrap one that is already loaded. `proof.load` documents the arguments.
@@ -46,6 +48,10 @@ def load(
         ModelError: The model cannot be found, is not a decoder, or its parts cannot be found; or `dtype` is
             not a valid dtype.
     """
+    if engine not in (TRANSFORMERS, VLLM):
+        raise ModelError(
+            f"engine={engine!r} is not an engine.", hint=did_you_mean(engine, (TRANSFORMERS, VLLM))
+        )
     if isinstance(dtype, str) and dtype not in _DTYPES:
         raise ModelError(f"dtype={dtype!r} is not a valid dtype.", hint=did_you_mean(dtype, _DTYPES))
     if isinstance(model, Model):
@@ -53,6 +59,9 @@ def load(
     if not isinstance(model, str | Path):
         return _wrap(model, tokenizer, weights=weights)
     name = str(model)
+    if engine == VLLM:
+        options = {**options, "dtype": dtype, "revision": revision, "weights": weights}
+        return load_vllm(name, _locate(name), **options)
     source, options = _locate(name), {**options, "revision": revision}
     from transformers import AutoConfig, AutoTokenizer
 

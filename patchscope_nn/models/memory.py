@@ -17,10 +17,13 @@ _SHARE = 0.5
 def usable_memory(info: ModelInfo) -> int | None:
     """Return the number of bytes that a forward pass may use: half of the free memory of the model's device.
 
-    For a model on several devices, the device of the embedding is used. None if the weights are elsewhere.
+    For a model on several devices, the device of the embedding is used. For an engine of requests, it is the
+    memory for keys and values. None if it is not known.
     """
     import torch
 
+    if info.held_tokens is not None:
+        return info.held_tokens * info.n_layers * info.sizes.cache * info.bytes_per_number
     if info.device == ELSEWHERE:
         return None
     if info.device.startswith("cuda"):

@@ -25,7 +25,7 @@ import numpy as np
 from patchscope_nn._util.ragged import Ints, ranges
 from patchscope_nn.errors import InputError
 from patchscope_nn.models import FUSED, Withheld
-from patchscope_nn.plan.budget import MAX_ROWS, MEMORY, Budget
+from patchscope_nn.plan.budget import MAX_ROWS, MEMORY, Budget, Costs
 from patchscope_nn.plan.order import Group, group_entries
 from patchscope_nn.plan.pack import Packer, from_cache
 from patchscope_nn.plan.passes import Context, Optimisations, Step
@@ -109,8 +109,7 @@ class Plan:
 
     def _windows(self) -> Iterator[tuple[Group, Ints, int]]:
         """Transformation 3: yield (group, cells, index of the first entry with cells left) for each step."""
-        decodes, starts = self.sweep.scope.readout.decodes, self.sweep.cells.starts
-        most = self.budget.max_rows * (_DECODING_PASSES_PER_STEP if decodes else _PASSES_PER_STEP)
+        starts, most = self.sweep.cells.starts, self._most
         n_before = 0
         for group in self.groups:
             entries = np.array(group.entries)
@@ -123,6 +122,20 @@ class Plan:
                 next_place = len(entries) if ended else int(place[start + most])
                 yield group, numbers[start : start + most], n_before + next_place
             n_before += len(entries)
+
+    @property
+    def _most(self) -> int:
+        """The most cells of a step.
+
+        An engine of requests runs those of a step together. The keys and values of all must fit into its
+        memory: otherwise it would compute some prompts again, without their patches.
+        """
+        sweep, budget = self.sweep, self.budget
+        if not sweep.target.supports("requests"):
+            n_passes = _DECODING_PASSES_PER_STEP if sweep.scope.readout.decodes else _PASSES_PER_STEP
+            return budget.max_rows * n_passes
+        longest = int(sweep.target_tokens.counts.max() + sweep.appended.max())
+        return max(1, min(budget.max_rows, budget.memory // Costs(info=sweep.target).cached(longest)))
 
     def copies(self, numbers: Ints) -> tuple[Ints, Ints]:
         """Return the copies of some cells that run, and for each copy the index in `numbers` of its cell."""
@@ -200,7 +213,7 @@ def plan(
     not_fused = _why_not_fused(planned)
     if context == "fused" and not_fused:
         raise InputError(f"context='fused' {not_fused}.", hint="Use context='session' (or 'auto').")
-    few = survey.runs.sum() <= _FEW
+    few = survey.runs.sum() <= _FEW and not sweep.target.supports("requests")
     if usual == "session" and (context == "fused" or (context == "auto" and few and not not_fused)):
         return replace(planned, _fused=_fuse(planned, forced=context == "fused"))
     return planned
@@ -230,7 +243,10 @@ def _usual_context(sweep: Sweep, context: Context | Literal["auto"], *, remote: 
     """Return the context of steps that are not fused."""
     one_model = sweep.source is sweep.target
     contexts: tuple[Context, ...] = ("session", "fused") if one_model else ("bridged",)
-    if not one_model and not remote:
+    requests = any(info.supports("requests") for info in (sweep.source, sweep.target))
+    if requests:
+        contexts = contexts[:1]
+    elif not one_model and not remote:
         contexts = ("nested", "bridged")
     if context == "auto" or (context == "fused" and one_model):
         return contexts[0]

@@ -83,7 +83,8 @@ class Packer:
     def __init__(self, sweep: Sweep, budget: Budget, optimisations: Optimisations) -> None:
         self.sweep, self.optimisations = sweep, optimisations
         self.costs, self.memory = Costs(info=sweep.target), budget.memory
-        self.max_rows = budget.max_rows if optimisations.row_packing else 1
+        together = optimisations.row_packing and not sweep.target.supports("requests")
+        self.max_rows = budget.max_rows if together else 1
         self.decodes = sweep.scope.readout.decodes
         self.caches = self.decodes and from_cache(sweep, optimisations)
         self.appended = sweep.appended

@@ -17,5 +17,5 @@ def test_a_model_is_run_by_the_engine_it_names(tiny_model):
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_the_engine_of_transformers_models(family, tiny_model, run_cells):
     model = tiny_model(family)
-    assert set(ENGINES) == {"transformers"}
+    assert set(ENGINES) == {"transformers", "vllm"}
     check_engine(model, tiny.reference(family), run_cells, tokenizer=tiny.TOKENIZER, eos=[tiny.EOS_ID])
