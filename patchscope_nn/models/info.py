@@ -151,6 +151,7 @@ class ModelInfo:
         sizes: The sizes of the parts.
         verdict: The result of the proof at load; None if the model was not proven.
         engine: The name of the engine that runs it.
+        engine_args: The engine's own arguments, as JSON; empty if there are none.
         held_tokens: The number of tokens whose keys and values an engine of requests can hold; None for other
             engines, or if it is not known.
     """
@@ -169,6 +170,7 @@ class ModelInfo:
     sizes: Sizes
     verdict: Verdict | None = None
     engine: str = TRANSFORMERS
+    engine_args: str = ""
     held_tokens: int | None = None
 
     def supports(self, feature: Feature) -> bool:

@@ -91,6 +91,7 @@ class Verdict:
     Attributes:
         key: A hex digest of the model's structure and of everything else that determines the verdict.
         causal: True if a token of a prompt never attends to later tokens.
+        terms: How many tensors at the start of a block's output add up to the residual stream.
         limit: The maximum number of tokens that was tested; None if the config names no larger threshold.
         withheld: What is switched off.
         comparisons: What was compared.
@@ -99,6 +100,7 @@ class Verdict:
 
     key: str
     causal: bool = True
+    terms: int = 1
     limit: int | None = None
     withheld: tuple[Withheld, ...] = ()
     comparisons: tuple[Comparison, ...] = ()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -140,6 +141,7 @@ def _describe(
         architecture=architecture,
         sizes=_sizes(module.get_submodule(architecture.blocks)[0], config),
         engine=VLLM,
+        engine_args=json.dumps(options, default=str, sort_keys=True),
         held_tokens=_held_tokens(traced),
     )
     tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)

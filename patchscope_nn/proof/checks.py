@@ -28,7 +28,7 @@ from patchscope_nn.spec import RESIDUAL, SITES, Readout, Site
 
 #: The change of a logit that rounding explains, by dtype, in standard deviations of the logits. In half
 #: precision, it is raised to `_TIMES_NOISE` times the measured rounding of the model.
-_ROUNDING = {"float64": 1e-6, "float32": 1e-3, "float16": 3e-2, "bfloat16": 0.15}
+ROUNDING = {"float64": 1e-6, "float32": 1e-3, "float16": 3e-2, "bfloat16": 0.15}
 _TIMES_NOISE = 4
 #: The lengths of the shortest prompts.
 SHORT = Lengths(7, 6)
@@ -92,7 +92,7 @@ class Checks:
         self.middle = self.layers[len(self.layers) // 2]
         self.runner, self.hooks = Runner(self.model), Hooks(self.model)
         self.reference = Reference(self.runner, self.hooks)
-        self.tolerance = _ROUNDING.get(self.model.info.dtype, max(_ROUNDING.values()))
+        self.tolerance = ROUNDING.get(self.model.info.dtype, max(ROUNDING.values()))
         self.beyond = 0
 
     def begin(self, lengths: Sequence[int]) -> None:

@@ -9,12 +9,13 @@ from dataclasses import replace
 from typing import Any
 
 from patchscope_nn import models
-from patchscope_nn.backends import Ndif
+from patchscope_nn.backends import Local, Ndif
 from patchscope_nn.errors import ServerError
 from patchscope_nn.models import ELSEWHERE, Model, Verdict, cost_of, is_offloaded
 from patchscope_nn.proof import store
 from patchscope_nn.proof.prove import prove
 from patchscope_nn.proof.remote import prove_remotely
+from patchscope_nn.proof.requests import prove_requests
 
 _LOG = logging.getLogger(__name__)
 
@@ -60,6 +61,8 @@ def proven(model: Model) -> Model:
 
 
 def _prove_here(model: Model, key: str) -> Verdict:
+    if model.info.supports("requests"):
+        return prove_requests(model, Local(), key=key)
     if is_offloaded(model.module):
         _LOG.warning(
             "%s is proven once, now: about 40 forwards of a few tokens, each of which moves all of its "
@@ -98,7 +101,7 @@ def _kept_or_made(model: Model, key: str, make: Callable[[str], Verdict]) -> Mod
         store.keep(verdict)
     if line := _line(model.info.name, verdict):
         _LOG.warning("%s", line)
-    architecture = replace(model.info.architecture, causal=verdict.causal)
+    architecture = replace(model.info.architecture, causal=verdict.causal, terms=verdict.terms)
     return replace(model, info=replace(model.info, architecture=architecture, verdict=verdict))
 
 

@@ -41,11 +41,16 @@ class Numbers:
 
     def decode(self, ids: Sequence[int], **_options: Any) -> str:
         """Decode ids."""
-        return "".join(f" {token}" for token in ids)
+        return as_text(ids)
 
     def get_vocab(self) -> dict[str, int]:
         """Its vocabulary, which no trial needs."""
         return {}
+
+
+def as_text(ids: Sequence[int]) -> str:
+    """Return ids as the text that `Numbers` encodes to them."""
+    return "".join(f" {token}" for token in ids)
 
 
 def random_ids(model: Model, count: int, *, seed: int, variant: int = 0) -> list[int]:

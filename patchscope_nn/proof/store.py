@@ -11,7 +11,7 @@ from pathlib import Path
 from patchscope_nn._util.digests import digest
 from patchscope_nn._util.files import write_whole
 from patchscope_nn._util.versions import DECIDING, versions_of
-from patchscope_nn.models import Model, Verdict, builtin
+from patchscope_nn.models import TRANSFORMERS, Model, Verdict, builtin
 from patchscope_nn.spec import SITES
 
 #: Config fields that only name a checkpoint and do not change what it computes.
@@ -34,9 +34,10 @@ def structure_key(model: Model, *, host: str = "") -> str:
         type(module).__qualname__,
         config,
         str(module.config._attn_implementation),  # noqa: SLF001 (transformers' own name for it)
+        [model.info.engine, model.info.engine_args],
         model.info.dtype,
         host or model.info.device.partition(":")[0],
-        versions_of(DECIDING),
+        versions_of(DECIDING if model.info.engine == TRANSFORMERS else (*DECIDING, model.info.engine)),
         _code_digest(),
         [*map(repr, SITES.values())],
     ]

@@ -6,20 +6,20 @@ any set of optimisations; `reference.py` computes the expected result of every c
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, TypeAlias
 
-from patchscope_nn.backends import Local, PassResult, results_of, run_steps
+from patchscope_nn.backends import Backend, Local, PassResult, results_of, run_steps
 from patchscope_nn.body.program import StepProgram
 from patchscope_nn.lower import lower
 from patchscope_nn.mappings import ResolvedMapping
 from patchscope_nn.models import Model, Verdict, usable_memory
 from patchscope_nn.plan import Optimisations, Plan, Step, plan
-from patchscope_nn.proof.prompts import Numbers, random_ids
+from patchscope_nn.proof.prompts import Numbers, as_text, random_ids
 from patchscope_nn.readouts import Choices, Generate, Hidden, NextToken
-from patchscope_nn.spec import RESIDUAL, Cut, Patchscope, Readout, Site, Source, Target
+from patchscope_nn.spec import RESIDUAL, Control, Cut, Patchscope, Readout, Site, Source, Target
 from patchscope_nn.sweep import Cell, Sweep, expand
 
 #: The number of tokens with which all target prompts of a trial begin, so that there is a prefix to share.
@@ -121,10 +121,12 @@ class Runner:
     Attributes:
         model: The model.
         verdict: The verdict so far, which limits the length of packed passes.
+        backend: Where it runs.
     """
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, backend: Backend | None = None) -> None:
         self.model, self.verdict = model, Verdict(key="")
+        self.backend = backend or Local()
         self.memory = usable_memory(model.info)
         self.ids = {name: random_ids(model, 64, seed=seed) for seed, name in enumerate("st")}
 
@@ -141,28 +143,39 @@ class Runner:
         """Return a data row of a trial: its prompts and its choices, as texts of token ids."""
         columns = {f"c{number}": self.ids["s"][-count:] for number, count in enumerate(CHOICE_LENGTHS)}
         columns |= {"s": self.source_prompt(lengths), "t": self.target_prompt(lengths)}
-        return {name: "".join(f" {token}" for token in ids) for name, ids in columns.items()}
+        return {name: as_text(ids) for name, ids in columns.items()}
 
     def run(self, trial: Trial, used: Optimisations, *, context: Context = "session") -> Results:
         """Run a trial; return the raw readout of every cell, in the sweep's order."""
-        model = self._model(trial)
-        planned = plan(self._sweep(trial, model), context=context, memory=self.memory, optimisations=used)
+        model = self._model(trial.eos)
+        return self._run(self._sweep(trial, model), model, used, context=context)
+
+    def run_scope(
+        self, scope: Patchscope, rows: Sequence[Mapping[str, str]], controls: Sequence[Control]
+    ) -> Results:
+        """Run a Patchscope whose prompts are texts of token ids; the result is as of `run`."""
+        model = self._model(None)
+        sweep = expand(scope, rows=rows, source=model, target=model, controls=controls)
+        return self._run(sweep, model, Optimisations(), context="session")
+
+    def _run(self, sweep: Sweep, model: Model, used: Optimisations, *, context: Context) -> Results:
+        planned = plan(sweep, context=context, memory=self.memory, optimisations=used)
         with _endless(model.module):
-            steps = run_steps(planned, source=model, target=model, mapping=_IDENTITY, backend=Local())
+            steps = run_steps(planned, source=model, target=model, mapping=_IDENTITY, backend=self.backend)
             return _in_order(planned, (result for step in steps for result in step))
 
     def programs(self, trial: Trial, used: Optimisations) -> Programs:
         """Return the programs of a trial's steps, to run on another machine."""
-        model = self._model(trial)
+        model = self._model(trial.eos)
         planned = plan(self._sweep(trial, model), context="session", remote=True, optimisations=used)
         steps = [*planned.steps()]
         with _endless(model.module):
             programs = [lower(planned, step, source=model, target=model, mapping=_IDENTITY) for step in steps]
         return Programs(planned, steps, programs)
 
-    def _model(self, trial: Trial) -> Model:
+    def _model(self, eos: int | None) -> Model:
         info = replace(self.model.info, verdict=self.verdict)
-        tokenizer = Numbers(len(self.model.tokenizer), eos=trial.eos)
+        tokenizer = Numbers(len(self.model.tokenizer), eos=eos)
         return replace(self.model, info=info, tokenizer=tokenizer)
 
     def _sweep(self, trial: Trial, model: Model) -> Sweep:
