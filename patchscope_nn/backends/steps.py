@@ -86,7 +86,7 @@ def run_steps(
             if program["prefix"] is not None and prefix[0] == step.prefix:
                 program["prefix"]["known"] = prefix[1]
             hear = [] if listener is None or backend.remote else [*_hear(plan, step, program, listener)]
-            with _memory_watched(step):
+            with _memory_watched(plan, step):
                 results = backend.run(step.context, program, source=source, target=target, hear=hear)
             held.add(step.kept, results["kept"], results["kept_finals"])
             held.drop(step.dropped)
@@ -266,14 +266,15 @@ class _Table:
 
 
 @contextmanager
-def _memory_watched(step: Step) -> Iterator[None]:
+def _memory_watched(plan: Plan, step: Step) -> Iterator[None]:
     """Turn any error that means out of memory into `PassTooLargeError`, and free the memory of the pass."""
     try:
         yield
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        rows = max(len(target.cells) for target in step.targets)
+        together = plan.sweep.target.supports("requests")
+        rows = len(step.cells) if together else max(len(target.cells) for target in step.targets)
     else:
         return
     # Not inside `except`: there, the frames of the error still hold the tensors of the failed pass.

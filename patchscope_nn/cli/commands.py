@@ -12,6 +12,7 @@ from patchscope_nn.cli import groups, options, printing
 from patchscope_nn.cli.explorer import explore
 from patchscope_nn.cli.fitting_closed import fit
 from patchscope_nn.cli.running import merge, plan, run
+from patchscope_nn.cli.serving import serve
 
 app = typer.Typer(
     help="Ask a language model, in its own words, what one of its hidden states means.",
@@ -82,7 +83,7 @@ def jobs(
     json: options.Json = False,
 ) -> None:
     """List the jobs that a run sent to a server, and their states."""
-    from patchscope_nn.backends.ndif.job_log import JobLog
+    from patchscope_nn.backends.jobs.job_log import JobLog
     from patchscope_nn.runs.manifest import read_manifest
 
     read_manifest(folder)
@@ -158,6 +159,7 @@ def compare(
 
 
 app.command()(explore)
+app.command()(serve)
 
 
 @app.command()

@@ -39,6 +39,9 @@ class Models:
     target_model: options.TargetModel = None
     dtype: options.Dtype = "auto"
     device_map: options.DeviceMap = None
+    engine: options.Engine = None
+    source_engine: options.SourceEngine = None
+    engine_args: options.EngineArgs = None
     remote: options.Remote = None
     source_remote: options.SourceRemote = None
 
@@ -49,15 +52,22 @@ class Models:
 
     @property
     def where(self) -> dict[str, Any]:
-        """The arguments `remote` and `source_remote` of `run`."""
-        source = None if self.source_remote is None else options.remote_value(self.source_remote)
-        return {"remote": options.remote_value(self.remote), "source_remote": source}
+        """The arguments of `run` that say where models run, and how they are loaded."""
+        return {
+            "remote": options.remote_value(self.remote),
+            "source_remote": None if self.source_remote is None else options.remote_value(self.source_remote),
+            "dtype": self.dtype,
+            "device_map": self.device_map,
+            "engine": self.engine,
+            "source_engine": self.source_engine,
+            "engine_args": options.engine_arguments(self.engine_args) or None,
+        }
 
     def places(self) -> Places:
         """Return where M and M* run, and how they are loaded; InputError if an option is not a place."""
         from patchscope_nn.backends import Places
 
-        return Places.of(**self.where, dtype=self.dtype, device_map=self.device_map)
+        return Places.of(**self.where)
 
 
 #: The planner's optimisations and their help texts. Results are the same when an optimisation is off.

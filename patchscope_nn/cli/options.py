@@ -45,6 +45,20 @@ Dtype = Annotated[str, option("--dtype", "float32, bfloat16, float16, or auto: t
 DeviceMap = Annotated[
     str | None, option("--device-map", "The device map for transformers: cpu, cuda, auto, ...")
 ]
+Engine = Annotated[
+    str | None,
+    option("--engine", "The engine of M*: transformers (the default) or vllm.", metavar="transformers|vllm"),
+]
+SourceEngine = Annotated[
+    str | None,
+    option("--source-engine", "The engine of M. Default: as M*, where M runs in the same place."),
+]
+EngineArgs = Annotated[
+    list[str] | None,
+    option(
+        "--engine-args", "An argument of vLLM, e.g. tensor_parallel_size=4. Repeatable.", metavar="KEY=VALUE"
+    ),
+]
 Position = Annotated[
     str, option("--position", "The token to read: an index (-1 is the last) or a text of the prompt.")
 ]
@@ -55,7 +69,8 @@ Remote = Annotated[
     str | None,
     option(
         "--remote",
-        "Where M* runs: ndif (as nnsight is configured), a URL, or local (a rehearsal on this machine).",
+        "Where M* runs: ndif (as nnsight is configured), the URL of an NDIF, vllm+http://... (of `patchscope "
+        "serve`), or local (a rehearsal on this machine).",
         metavar="ndif|URL|local",
     ),
 ]
@@ -162,6 +177,19 @@ def memory_value(text: str | None) -> int | None:
 def remote_value(text: str | None) -> bool | str:
     """Convert the value of `--remote` to the argument `remote` of `run`."""
     return {None: False, "no": False, "ndif": True}.get(text, text or False)
+
+
+def engine_arguments(pairs: list[str] | None) -> dict[str, Any]:
+    """Parse the values of `--engine-args`, each `KEY=VALUE`."""
+    arguments: dict[str, Any] = {}
+    for pair in pairs or ():
+        name, equals, value = pair.partition("=")
+        if not (name and equals):
+            raise InputError(
+                f"--engine-args={pair!r} is not KEY=VALUE.", hint="For example tensor_parallel_size=4."
+            )
+        arguments[name.strip().replace("-", "_")] = parse_selector(value, option="--engine-args")
+    return arguments
 
 
 def parse_selector(text: str, *, option: str) -> Any:

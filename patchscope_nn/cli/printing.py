@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from patchscope_nn.errors import PatchscopeError, Problem, SpecError
 
 if TYPE_CHECKING:
-    from patchscope_nn.backends.ndif.job_log import Job
+    from patchscope_nn.backends.jobs.job_log import Job
     from patchscope_nn.models import Verdict
     from patchscope_nn.recipe import Recipe
     from patchscope_nn.runs.costs import Cost

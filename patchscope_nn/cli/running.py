@@ -42,7 +42,7 @@ def run(
     With more rows (--limit), layers, positions or controls and the same --out, it runs what is missing.
     """
     prepared = _prepare(recipe, models, sets=sets, limit=limit, shard=shard, quiet=json)
-    from patchscope_nn.backends.ndif.job_size import JOBS
+    from patchscope_nn.backends.jobs.job_size import JOBS
     from patchscope_nn.runs.execute import Execution
     from patchscope_nn.runs.run import run_prepared
 
@@ -163,7 +163,7 @@ def _fitted(prepared: PreparedRun, *, command: str, quiet: bool) -> PreparedRun:
 
 def _leave_or_cancel(folder: Path) -> None:
     """Ask whether to leave or cancel unfinished jobs; without a terminal they are left on the server."""
-    from patchscope_nn.backends.ndif.job_log import JobLog
+    from patchscope_nn.backends.jobs.job_log import JobLog
 
     job_log = JobLog(folder)
     live = len(job_log.live())

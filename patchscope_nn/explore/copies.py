@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,9 @@ class Options:
     source_remote: bool | str | None = None
     dtype: str = "auto"
     device_map: str | None = None
+    engine: str | None = None
+    source_engine: str | None = None
+    engine_args: Mapping[str, Any] | None = None
 
     def places(self) -> Places:
         """Return where M and M* run; InputError if an option does not name a place."""
@@ -35,10 +39,12 @@ class Options:
 
     def arguments(self) -> list[str]:
         """Return the options that differ from their default as command-line arguments."""
-        spelling = {True: "ndif", False: "no"}
+        spelling: dict[Any, str] = {True: "ndif", False: "no"}
         arguments: list[str] = []
         for name, value in self.changed().items():
-            arguments += [f"--{name.replace('_', '-')}", str(spelling.get(value, value))]
+            values = [f"{key}={part}" for key, part in value.items()] if name == "engine_args" else [value]
+            for each in values:
+                arguments += [f"--{name.replace('_', '-')}", str(spelling.get(each, each))]
         return arguments
 
 

@@ -16,7 +16,7 @@ from patchscope_nn.models.info import (
     ModelInfo,
     same_vocabulary,
 )
-from patchscope_nn.models.loading import load
+from patchscope_nn.models.loading import load, serve_vllm
 from patchscope_nn.models.memory import memory_reused, usable_memory
 from patchscope_nn.models.turns import TURN, in_turn
 from patchscope_nn.models.verdict import COSTS, CUT, FUSED, PLAIN, Comparison, Verdict, Withheld, cost_of
@@ -47,6 +47,7 @@ __all__ = [
     "memory_reused",
     "quantisation",
     "same_vocabulary",
+    "serve_vllm",
     "usable_memory",
     "weights_digest",
     "with_adapter",

@@ -81,6 +81,11 @@ def load(
     return _describe(name, _traced(module, tokenizer), tokenizer)
 
 
+def serve_vllm(name: str, **options: Any) -> Model:
+    """Load a model with vLLM, to serve it; the options are those of `load_vllm`."""
+    return load_vllm(name, _locate(name), mode="async", **options)
+
+
 def _load_adapter(name: str, base: tuple[str, str | None], tokenizer: Any, options: dict[str, Any]) -> Model:
     """Load the model that an adapter is for, with the adapter merged into it."""
     from patchscope_nn.models.adapter import with_adapter  # which imports this module

@@ -12,6 +12,7 @@ import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -43,6 +44,8 @@ def load_vllm(
     source: str,
     *,
     weights: bool = True,
+    mode: str = "sync",
+    held_tokens: int | None = None,
     dtype: Any = "auto",
     revision: str | None = None,
     **engine_args: Any,
@@ -53,6 +56,8 @@ def load_vllm(
         name: Its name in messages and manifests.
         source: Its id on the Hub, or its folder.
         weights: False builds only the structure, for a model that is served elsewhere.
+        mode: nnsight's name for how the engine runs: `sync` here, `async` in a server.
+        held_tokens: For a model that is served elsewhere, as in `ModelInfo`.
         dtype: `auto`, or the name of a dtype.
         revision: The commit or branch of a Hub model.
         **engine_args: vLLM's engine arguments, for example `tensor_parallel_size` or `max_model_len`.
@@ -71,11 +76,12 @@ def load_vllm(
     options = {**_NEEDED, **engine_args, "dtype": str(dtype).removeprefix("torch."), "revision": revision}
     options = {key: value for key, value in options.items() if value is not None}
     with _explained(name), _no_accelerator():
-        traced = engine(source, dispatch=weights, **options)
-    if weights:
+        traced = engine(source, dispatch=weights, mode=mode, **options)
+    if weights and mode == "sync":
         llm = traced.vllm_entrypoint
         setattr(llm, _RUN, functools.partial(getattr(llm, _RUN), use_tqdm=False))
-    return _describe(name, source, traced, weights=weights, revision=revision, options=options)
+    model = _describe(name, source, traced, weights=weights, revision=revision, options=options)
+    return model if weights else replace(model, info=replace(model.info, held_tokens=held_tokens))
 
 
 def _engine_class() -> Any:
@@ -151,14 +157,19 @@ def _describe(
 def _held_tokens(traced: Any) -> int | None:
     if traced.vllm_entrypoint is None:
         return None
-    cache = traced.vllm_entrypoint.llm_engine.vllm_config.cache_config
+    cache = _engine_of(traced).vllm_config.cache_config
     return None if cache.num_gpu_blocks is None else int(cache.num_gpu_blocks * cache.block_size)
+
+
+def _engine_of(traced: Any) -> Any:
+    """Return vLLM's engine, which its `LLM` wraps and a server uses directly."""
+    return getattr(traced.vllm_entrypoint, "llm_engine", traced.vllm_entrypoint)
 
 
 def _settings(traced: Any, source: str, options: dict[str, Any]) -> Any:
     """Return vLLM's own description of the model: its dtype and its longest prompt."""
     if traced.vllm_entrypoint is not None:
-        return traced.vllm_entrypoint.llm_engine.model_config
+        return _engine_of(traced).vllm_config.model_config
     from vllm.engine.arg_utils import EngineArgs
 
     with mock.patch("torch.cuda.get_device_capability", return_value=(8, 0)):

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from patchscope_nn import models
-from patchscope_nn.backends import Local, Ndif
+from patchscope_nn.backends import Local, Server
 from patchscope_nn.errors import ServerError
 from patchscope_nn.models import ELSEWHERE, Model, Verdict, cost_of, is_offloaded
 from patchscope_nn.proof import store
@@ -72,7 +72,7 @@ def _prove_here(model: Model, key: str) -> Verdict:
     return prove(model, key=key)
 
 
-def proven_on(model: Model, backend: Ndif) -> Model:
+def proven_on(model: Model, backend: Server) -> Model:
     """Add a remote model's verdict: the stored one, or if there is none, the result of a proof in a job.
 
     Raises:
@@ -82,15 +82,17 @@ def proven_on(model: Model, backend: Ndif) -> Model:
     if model.info.device != ELSEWHERE or model.info.verdict is not None:
         return model
 
+    key = store.structure_key(model, host=backend.host)
+    if model.info.supports("requests"):
+        return _kept_or_made(model, key, lambda key: prove_requests(model, backend, key=key))
+
     def run(program: Any) -> Any:
         try:
             return backend.run("session", program, source=model, target=model)
         except ServerError:  # the result can no longer be fetched, or the server was restarted
             return backend.run("session", program, source=model, target=model)
 
-    return _kept_or_made(
-        model, store.structure_key(model, host=backend.host), lambda key: prove_remotely(model, run, key=key)
-    )
+    return _kept_or_made(model, key, lambda key: prove_remotely(model, run, key=key))
 
 
 def _kept_or_made(model: Model, key: str, make: Callable[[str], Verdict]) -> Model:

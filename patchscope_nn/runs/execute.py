@@ -26,11 +26,11 @@ from patchscope_nn._util.ragged import Ints
 from patchscope_nn.analysis.cell_rows import CellRows
 from patchscope_nn.analysis.probes import probe_columns
 from patchscope_nn.analysis.tabulate import Tabulator
-from patchscope_nn.backends import Backend, Bridged, Listener, Ndif, PassTooLargeError, run_steps
-from patchscope_nn.backends.ndif.client import Patience
-from patchscope_nn.backends.ndif.job_log import JobLog
-from patchscope_nn.backends.ndif.job_size import JOBS
-from patchscope_nn.backends.ndif.scheduler import Scheduler
+from patchscope_nn.backends import Backend, Bridged, Listener, PassTooLargeError, Server, run_steps
+from patchscope_nn.backends.jobs.client import Patience
+from patchscope_nn.backends.jobs.job_log import JobLog
+from patchscope_nn.backends.jobs.job_size import JOBS
+from patchscope_nn.backends.jobs.scheduler import Scheduler
 from patchscope_nn.models import usable_memory
 from patchscope_nn.plan import Context, Optimisations, Plan, packs, plan
 from patchscope_nn.runs.folder import ENSEMBLE, InMemory, open_folder
@@ -305,6 +305,6 @@ def _results(
     ).results()
 
 
-def _on_server(backend: Backend) -> TypeGuard[Ndif | Bridged]:
+def _on_server(backend: Backend) -> TypeGuard[Server | Bridged]:
     """True if the target model runs on a server, where each plan step becomes a job."""
-    return isinstance(backend.target if isinstance(backend, Bridged) else backend, Ndif)
+    return isinstance(backend.target if isinstance(backend, Bridged) else backend, Server)

@@ -6,6 +6,7 @@ the state in words; with the token-identity prompt (section 4.1), it predicts a 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,6 +73,8 @@ def explain(
     source_remote: bool | str | None = None,
     dtype: Any = "auto",
     device_map: Any = None,
+    engine: str | None = None,
+    engine_args: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
     **models: Any,
 ) -> Look:
@@ -87,6 +90,8 @@ def explain(
         source_remote: As in `run`.
         dtype: As in `run`.
         device_map: As in `run`.
+        engine: As in `run`.
+        engine_args: As in `run`.
         progress: Called with (cells done, total cells).
         **models: `model`, `source_model` and `target_model`, as in `run`.
 
@@ -96,7 +101,8 @@ def explain(
     Raises:
         InputError: The prompt, position, layers or models are not valid.
     """
-    places = Places.of(remote, source_remote, dtype=dtype, device_map=device_map)
+    loading = {"dtype": dtype, "device_map": device_map, "engine": engine, "engine_args": engine_args}
+    places = Places.of(remote, source_remote, **loading)
     prepared = prepare_look(
         Source(prompt=prompt, position=position, layer=layer),
         target_layer=target_layer,

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from patchscope_nn.backends import Backend, Ndif, Places
-from patchscope_nn.models import Model, builtin, common_base, with_adapter, with_named_adapter
+from patchscope_nn.backends import Backend, Places, Server
+from patchscope_nn.models import TRANSFORMERS, Model, builtin, common_base, with_adapter, with_named_adapter
 from patchscope_nn.proof import load, proven, proven_on
 from patchscope_nn.recipe import Recipe
 
@@ -47,15 +47,16 @@ def load_models(
     common = recipe.model if recipe else builtin.NAME
     source_name = _first(source_model, model, recipe and recipe.source.model, common)
     target_name = _first(target_model, model, recipe and recipe.target.model, source_name)
-    source_options, target_options = places.loading(places.source), places.loading(places.target)
+    source_options = places.loading("source", source_name)
     both_named = isinstance(target_name, str | Path) and isinstance(source_name, str | Path)
     same_model = target_name is source_name or (both_named and target_name == source_name)
-    if places.source == places.target and same_model:
+    if places.alike and same_model:
         source = target = loader(source_name, **source_options)
     elif _weights_here(places) and (base := common_base(source_name, target_name)):
         base_model = loader(base, dtype=places.dtype, device_map=places.device_map)
         source, target = (proven(with_named_adapter(base_model, name)) for name in (source_name, target_name))
     else:
+        target_options = places.loading("target", target_name)
         source, target = loader(source_name, **source_options), loader(target_name, **target_options)
     adapter = recipe and recipe.target.adapter
     return source, proven(with_adapter(target, adapter)) if adapter else target
@@ -66,7 +67,10 @@ def _first(*candidates: Any) -> Any:
 
 
 def _weights_here(places: Places) -> bool:
-    return not any(isinstance(place, Ndif) for place in (places.source, places.target))
+    engines = {places.source_engine, places.target_engine}
+    return engines == {TRANSFORMERS} and not any(
+        isinstance(place, Server) for place in (places.source, places.target)
+    )
 
 
 def prove_on_servers(source: Model, target: Model, places: Places) -> tuple[Model, Model]:
@@ -89,4 +93,4 @@ def prove_on_servers(source: Model, target: Model, places: Places) -> tuple[Mode
 
 
 def _proven_on(model: Model, place: Backend) -> Model:
-    return proven_on(model, place) if isinstance(place, Ndif) else model
+    return proven_on(model, place) if isinstance(place, Server) else model

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 from patchscope_nn.analysis.tabulate import Tabulator
 from patchscope_nn.backends import PassResult
-from patchscope_nn.backends.ndif.scheduler import Failed
+from patchscope_nn.backends.jobs.scheduler import Failed
 from patchscope_nn.runs.folder import InMemory
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack, overload
@@ -29,6 +29,9 @@ class PlaceOptions(TypedDict, total=False):
     source_remote: bool | str | None
     dtype: Any
     device_map: Any
+    engine: str | None
+    source_engine: str | None
+    engine_args: Mapping[str, Any] | None
 
 
 class ExecutionOptions(TypedDict, total=False):
@@ -90,10 +93,14 @@ def run(scope: Any, *, out: str | Path | None = None, **options: Unpack[RunOptio
             shard: Which part of the cells runs, `"3/16"` or `(3, 16)`; None runs all. `merge` joins shards.
             base: The folder that relative data files start from; None uses the recipe's, or the current one.
             remote: Where M* runs. False: in this process; True: on the NDIF that nnsight is configured for; a
-                URL: on that server; `local`: in this process, as a rehearsal of a remote run.
+                URL: on that server, of NDIF or, as `vllm+http://host:port`, of `patchscope serve`; `local`:
+                in this process, as a rehearsal of a remote run.
             source_remote: Where M runs, in the same form; None means where M* runs.
             dtype: The dtype of models given by name, as in `load`.
             device_map: Their devices, as in `load`.
+            engine: The engine of M*: `transformers` (the default) or `vllm`.
+            source_engine: The engine of M; None means that of M*, if M runs in the same place.
+            engine_args: The arguments of the engine vllm, for example `{"tensor_parallel_size": 4}`.
             context: How source and target share a context; `auto` chooses.
             max_rows: The maximum number of cells in a forward pass; None uses the planner's.
             memory: The maximum bytes of a forward pass; None uses half of the free memory of the target's

@@ -13,10 +13,10 @@ from pandas.testing import assert_frame_equal
 import patchscope_nn as ps
 from patchscope_nn import backends
 from patchscope_nn.backends.crossing import Traffic, size, source_half, target_half, traffic, weights
+from patchscope_nn.backends.jobs.job_log import Job, JobLog
+from patchscope_nn.backends.jobs.job_size import JobSize
 from patchscope_nn.backends.ndif import client
 from patchscope_nn.backends.ndif.client import JobStatus, failure, host_of
-from patchscope_nn.backends.ndif.job_log import Job, JobLog
-from patchscope_nn.backends.ndif.job_size import JobSize
 from patchscope_nn.backends.ndif.portability import check_travels
 from patchscope_nn.cli import plan_printing, running
 from patchscope_nn.errors import InputError, JobError, MappingError, ModelError, ServerError

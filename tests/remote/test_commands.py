@@ -11,7 +11,7 @@ import sys
 import launch
 import pytest
 
-from patchscope_nn.backends.ndif.job_log import JobLog
+from patchscope_nn.backends.jobs.job_log import JobLog
 
 SWEEP = (
     *("run", "next-token", "--limit", "1", "--set", "source.layer=all"),

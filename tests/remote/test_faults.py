@@ -21,9 +21,9 @@ from tables import assert_same_table
 import patchscope_nn as ps
 from patchscope_nn._util.clocks import utc_now
 from patchscope_nn.backends import Ndif, Places
+from patchscope_nn.backends.jobs.client import Patience
+from patchscope_nn.backends.jobs.job_log import Job, JobLog
 from patchscope_nn.backends.ndif import client
-from patchscope_nn.backends.ndif.client import Patience
-from patchscope_nn.backends.ndif.job_log import Job, JobLog
 from patchscope_nn.errors import InputError, JobError, ModelError, ServerError
 from patchscope_nn.proof import proven_on
 from patchscope_nn.runs.execute import Execution, execute

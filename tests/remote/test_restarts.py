@@ -15,8 +15,8 @@ from tables import assert_same_table
 
 import patchscope_nn as ps
 from patchscope_nn.backends import Places
-from patchscope_nn.backends.ndif.client import Patience
-from patchscope_nn.backends.ndif.job_log import JobLog
+from patchscope_nn.backends.jobs.client import Patience
+from patchscope_nn.backends.jobs.job_log import JobLog
 from patchscope_nn.errors import ServerError
 from patchscope_nn.runs.execute import Execution, execute
 from patchscope_nn.runs.prepare import prepare

@@ -12,7 +12,7 @@ from own_mappings import Bent, doubled
 from tables import assert_same_table
 
 import patchscope_nn as ps
-from patchscope_nn.backends.ndif.job_log import JobLog
+from patchscope_nn.backends.jobs.job_log import JobLog
 from patchscope_nn.models import builtin
 from patchscope_nn.recipe import load_recipe, shipped
 

@@ -14,7 +14,7 @@ from growth import ROWS, grow, ran, same, scope_of
 from killed import kill_at
 
 import patchscope_nn as ps
-from patchscope_nn.backends.ndif.job_log import Job, JobLog
+from patchscope_nn.backends.jobs.job_log import Job, JobLog
 from patchscope_nn.errors import FolderError
 from patchscope_nn.runs import identity
 from patchscope_nn.runs.prepare import prepare

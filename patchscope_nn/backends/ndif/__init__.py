@@ -1,1 +1,1 @@
-"""NDIF: requests, jobs, how large they are, and the log that makes a run resume."""
+"""NDIF: its client, and what may travel to its servers."""

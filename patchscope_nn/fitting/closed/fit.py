@@ -82,8 +82,8 @@ def fit_mapping(
         InputError: The data or layers cannot be resolved, or the kind does not fit the two spaces.
     """
     places = Places.of(remote, source_remote)
-    source = load(model, **places.loading(places.source))
-    target = source if target_model is None else load(target_model, **places.loading(places.target))
+    source = load(model, **places.loading("source", model))
+    target = source if target_model is None else load(target_model, **places.loading("target", target_model))
     fit, data, separate = _resolve(kind, data, held_out, options)
     one = target is source and sites[0] == sites[1]
     layers = {"source_layers": source_layers, "target_layers": target_layers}

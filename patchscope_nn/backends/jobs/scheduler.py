@@ -23,12 +23,12 @@ import numpy as np
 
 from patchscope_nn._util.clocks import utc_now
 from patchscope_nn._util.ragged import Ints
-from patchscope_nn.backends import Bridged, Ndif
+from patchscope_nn.backends import Bridged, Server
 from patchscope_nn.backends.crossing import source_half, target_half
-from patchscope_nn.backends.ndif import client
-from patchscope_nn.backends.ndif.client import JobStatus, Patience
-from patchscope_nn.backends.ndif.job_log import End, Job, JobLog
-from patchscope_nn.backends.ndif.job_size import JobSize
+from patchscope_nn.backends.jobs.client import JobStatus, Patience, nothing_moves, persisting, too_long
+from patchscope_nn.backends.jobs.job_log import End, Job, JobLog
+from patchscope_nn.backends.jobs.job_size import JobSize
+from patchscope_nn.backends.places import client_of
 from patchscope_nn.backends.steps import PassResult, pass_result
 from patchscope_nn.body.program import Results, StepProgram
 from patchscope_nn.errors import JobError, ServerError
@@ -93,7 +93,7 @@ class Scheduler:
     source: Model
     target: Model
     mapping: ResolvedMapping
-    backend: Ndif | Bridged
+    backend: Server | Bridged
     job_log: JobLog
     done: Flags
     width: int
@@ -102,10 +102,10 @@ class Scheduler:
 
     def __post_init__(self) -> None:
         ends = self.backend.target if isinstance(self.backend, Bridged) else self.backend
-        if not isinstance(ends, Ndif):
+        if not isinstance(ends, Server):
             raise TypeError("the target of jobs is not on a server")
         self.host = ends.host
-        self._persist = client.persisting(self.patience)
+        self._persist = persisting(self.patience)
         self._flights = [_Flight(job) for job in self.job_log.live() if job.context != "read"]
         for job in self.job_log.live():
             if job.context == "read":  # the process that waited for its states is gone
@@ -142,7 +142,7 @@ class Scheduler:
             if ended or before != [flight.latest for flight in self._flights]:
                 pause, moved = self.patience.poll_s, time.monotonic()
             elif time.monotonic() - moved > self.patience.give_up_s:
-                raise client.nothing_moves(self.host, self.patience.give_up_s)
+                raise nothing_moves(self.host, self.patience.give_up_s)
             if not ended:
                 time.sleep(pause)
                 pause = min(pause * 1.3, 10 * self.patience.poll_s)
@@ -182,7 +182,7 @@ class Scheduler:
             self._submit(step, program, "fused" if step.context == "fused" else "session")
             return
         reader = self.backend.source if isinstance(self.backend, Bridged) else self.backend
-        if isinstance(reader, Ndif):
+        if isinstance(reader, Server):
             self._submit(step, program, "session", reader=reader)
         else:
             half = source_half(program)
@@ -198,11 +198,13 @@ class Scheduler:
         program: StepProgram,
         context: Literal["fused", "session"],
         *,
-        reader: Ndif | None = None,
+        reader: Server | None = None,
     ) -> None:
         """Send a step as a job and write it down; to a `reader`, only the half that reads the source."""
         host, model = (reader.host, self.source) if reader else (self.host, self.target)
-        sent = self._persist(client.submit, host, context, source_half(program) if reader else program, model)
+        sent = self._persist(
+            client_of(host).submit, context, source_half(program) if reader else program, model
+        )
         passes = tuple(self._numbers(step.cells.number[target.cells]) for target in step.targets)
         job = Job(id=sent, host=host, context="read" if reader else context, passes=passes, sent=utc_now())
         self.job_log.sent(job)
@@ -217,7 +219,7 @@ class Scheduler:
 
     def _check(self, flight: _Flight) -> tuple[Outcome, End, str] | None:
         """Check a job. If it ended with rows: the rows, how it ended, and the server's reason."""
-        seen: JobStatus = self._persist(client.look, flight.job.host, flight.job.id)
+        seen: JobStatus = self._persist(client_of(flight.job.host).look, flight.job.id)
         if seen.words != flight.latest:
             flight.latest, flight.moved, flight.liveness = seen.words, time.monotonic(), None
         if seen.status == "COMPLETED":
@@ -234,7 +236,7 @@ class Scheduler:
     def _collect(self, flight: _Flight, seen: JobStatus) -> tuple[Outcome, End, str] | None:
         try:
             fused = flight.job.context == "fused"
-            results = client.fetch(flight.job.host, seen, "fused" if fused else "session")
+            results = client_of(flight.job.host).fetch(seen, "fused" if fused else "session")
         except ServerError as error:
             self._lost(flight, error.message)
             return None
@@ -261,7 +263,7 @@ class Scheduler:
             yield result.take((result.cells >= 0) & ~self.done[result.cells])
 
     def _failed(self, flight: _Flight, seen: JobStatus) -> tuple[Outcome, End, str] | None:
-        error = client.failure(flight.job.host, seen)
+        error = client_of(flight.job.host).failure(seen)
         if isinstance(error, ServerError):
             self._lost(flight, error.message)
             return None
@@ -270,7 +272,7 @@ class Scheduler:
             raise error
         self._flights.remove(flight)
         rows = flight.job.results
-        if client.too_long(seen):
+        if too_long(seen):
             self.size.too_long(len(rows))
         if len(rows) != 1:
             self.job_log.ended(flight.job.id, "failed", seen.description)
@@ -320,11 +322,11 @@ class Scheduler:
 
     def _send_liveness_job(self, flight: _Flight) -> None:
         """Send a job that does nothing. If it runs while the older one waits, that one is lost."""
-        host, model = flight.job.host, self.target if flight.rest is None else self.source
+        client, model = client_of(flight.job.host), self.target if flight.rest is None else self.source
         if flight.liveness is None:
-            flight.liveness = self._persist(client.submit, host, "session", nothing(), model)
+            flight.liveness = self._persist(client.submit, "session", nothing(), model)
             return
-        if self._persist(client.look, host, flight.liveness).status == "COMPLETED":
-            again = self._persist(client.look, host, flight.job.id)
+        if self._persist(client.look, flight.liveness).status == "COMPLETED":
+            again = self._persist(client.look, flight.job.id)
             if again.words == flight.latest:
                 self._lost(flight, "the server has forgotten it: a later job has run, and it has not")

@@ -1,0 +1,1 @@
+"""vLLM engines behind `patchscope serve`: the server, and its client."""
