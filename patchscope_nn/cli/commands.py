@@ -95,11 +95,11 @@ def doctor(*, model: options.Model = None, remote: options.Remote = None, json: 
     """Check the installation, a model or a server.
 
     With --model, prove the model: show what was compared with plain hooks, and what is switched off for it.
-    With --remote, check the server: its versions and models, your key, and a round trip.
+    With --remote, check the server (an NDIF, or `vllm+http://...`): versions, models, key, and a round trip.
     """
-    from patchscope_nn.backends import Ndif, Places
+    from patchscope_nn.backends import Ndif, Places, Served
     from patchscope_nn.models import builtin
-    from patchscope_nn.runs.doctor import check_here, check_model, check_server
+    from patchscope_nn.runs.doctor import check_here, check_model, check_served, check_server
 
     findings = list(check_here())
     verdict = None
@@ -107,6 +107,9 @@ def doctor(*, model: options.Model = None, remote: options.Remote = None, json: 
     if isinstance(place, Ndif):
         with printing.waiting("asking the server", quiet=json):
             findings += check_server(place.host, model or builtin.NAME)
+    elif isinstance(place, Served):
+        with printing.waiting("asking the server", quiet=json):
+            findings += check_served(place.client, model or builtin.NAME)
     elif model is not None:
         with printing.waiting("proving the model", quiet=json):
             finding, verdict = check_model(model)

@@ -34,10 +34,11 @@ def with_adapter(
         ModelError: The model's weights are on a server, peft is not installed, or the adapter does not fit.
     """
     name = name or f"{model.info.name}+{adapter}"
-    if model.info.device == ELSEWHERE:
+    if not model.info.has_weights:
+        where = "on a server" if model.info.device == ELSEWHERE else "in the processes of vLLM"
         raise ModelError(
-            f"the adapter {adapter} would be merged into weights that are on a server.",
-            hint="Have the merged model deployed there, and name it.",
+            f"the adapter {adapter} would be merged into weights that are {where}.",
+            hint="Give the merged model a name there, or load it here with the engine transformers.",
         )
     try:
         from peft import PeftModel

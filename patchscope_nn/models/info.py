@@ -177,6 +177,11 @@ class ModelInfo:
         """True if the model supports a feature."""
         return feature in self.architecture.features
 
+    @property
+    def has_weights(self) -> bool:
+        """True if its weights are in this process, so that its modules can be called and trained."""
+        return self.device != ELSEWHERE and not self.supports("requests")
+
     def lacks(self, site: Site) -> str | None:
         """Explain why the model does not have a site; None if it has it."""
         architecture = self.architecture

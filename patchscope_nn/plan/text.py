@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from patchscope_nn.models import ELSEWHERE, ModelInfo, cost_of
+from patchscope_nn.models import ELSEWHERE, TRANSFORMERS, ModelInfo, cost_of
 from patchscope_nn.plan.build import Plan
 from patchscope_nn.plan.count import Counts, count, count_step, source_width, stages, target_width
 from patchscope_nn.plan.pack import packs, why_copied
@@ -94,7 +94,12 @@ def _facts(planned: Plan, totals: Counts) -> Iterator[str]:
         f"readout: {readout.name}; a pass holds at most {budget.max_rows} rows and {size_text(budget.memory)}"
     )
     yield from (f"note: {notice}" for notice in sweep.notices)
-    if not packs(sweep, planned.optimisations) and planned.n_cells:
+    if sweep.target.supports("requests"):
+        yield (
+            f"note: each prompt is a request of its own, and {sweep.target.engine} batches those of a "
+            "context; prefix sharing and late entry save nothing there"
+        )
+    elif not packs(sweep, planned.optimisations) and planned.n_cells:
         yield f"note: {_why_padded(planned)}, so every cell is a row of a padded batch of whole prompts"
     if sweep.scope.readout.decodes and not sweep.target.supports("cache"):
         name = sweep.target.family
@@ -177,7 +182,8 @@ def _held(planned: Plan, step: Step) -> str:
 
 
 def _describe(info: ModelInfo) -> str:
-    return f"{info.name} ({info.n_layers} blocks, d_model {info.d_model}, {info.dtype} on {info.device})"
+    where = info.device if info.engine == TRANSFORMERS else f"{info.engine}, {info.device}"
+    return f"{info.name} ({info.n_layers} blocks, d_model {info.d_model}, {info.dtype} on {where})"
 
 
 def size_text(size: int) -> str:

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 from patchscope_nn._util.versions import DECIDING, versions_of
 from patchscope_nn.backends.ndif import client
+from patchscope_nn.backends.served.client import ServedClient
 from patchscope_nn.data.readers import READERS
 from patchscope_nn.errors import PatchscopeError
 from patchscope_nn.metrics import COLUMNS, METRICS
@@ -101,6 +102,33 @@ def check_server(host: str, model: str) -> Iterator[Finding]:
             yield from _versions(_get(host, "/env"))
             yield from _models(_get(host, "/status"), model)
         yield from _round_trip(host, model)
+    except PatchscopeError as error:
+        yield Finding("server", "wrong", error.message, error.hint)
+
+
+def check_served(client: ServedClient, model: str) -> Iterator[Finding]:
+    """Check a server of `patchscope serve`: connection, key, engine, model, versions, and a round trip.
+
+    Args:
+        client: Its client.
+        model: The model to use.
+    """
+    host = client.host
+    try:
+        about = client.about()
+        yield Finding("server", "ok", f"{host} answers, knows your key, and its engine is alive")
+        if about.model != model:
+            yield Finding("your model", "wrong", f"{host} runs {about.model}", f"--model {about.model}")
+        held = "" if about.held_tokens is None else f", keys and values of {about.held_tokens} tokens"
+        limits = f"prompts and texts of up to {about.max_model_len} tokens{held}"
+        yield Finding("model there", "ok", f"{about.model} in {about.dtype}; {limits}")
+        for name, theirs in about.versions.items():
+            ours = versions_of((name,)).get(name, "none")
+            same = ours.split("+")[0] == theirs.split("+", maxsplit=1)[0]
+            mend = "" if same else f"pip install '{name}=={theirs}'"
+            found = theirs if same else f"{theirs}, here {ours}"
+            yield Finding(f"{name} there", "ok" if same else "wrong", found, mend)
+        yield from _round_trip(host, about.model)
     except PatchscopeError as error:
         yield Finding("server", "wrong", error.message, error.hint)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from patchscope_nn.errors import FolderError
-from patchscope_nn.models import Model, quantisation, weights_digest
+from patchscope_nn.models import TRANSFORMERS, Model, quantisation, weights_digest
 from patchscope_nn.runs.prepared import PreparedRun
 
 #: Raise it with every change of this package after which the same cell has another result, beyond rounding,
@@ -54,7 +54,9 @@ def identity(prepared: PreparedRun) -> Identity:
 
 def _model(side: str, model: Model) -> Identity:
     info = model.info
+    other = {} if info.engine == TRANSFORMERS else {f"{side} engine": info.engine}
     return {
+        **other,
         f"{side} model": info.name,
         f"{side} revision": info.revision,
         f"{side} dtype": info.dtype,

@@ -71,12 +71,26 @@ def check_write(scope: Patchscope, info: ModelInfo) -> None:
         )
 
 
+def check_engine(readout: Readout, info: ModelInfo) -> None:
+    """Check that the engine of M* can serve the readout."""
+    if readout.decodes and not readout.proven and info.supports("requests"):
+        raise InputError(
+            f"readout: {readout.name} runs the model itself, and the engine {info.engine} runs only prompts.",
+            hint="Use the engine transformers, or one of the readouts of this package.",
+        )
+
+
 def _check_cut(target: Target, info: ModelInfo) -> None:
     wrong = info.verdict and info.verdict.why(CUT)
     if wrong:
         raise InputError(
             f"target.write: cut gives wrong results for {info.name}: with our attention mask {wrong}.",
             hint="Use write: zero, or another model.",
+        )
+    if info.supports("requests"):
+        raise InputError(
+            f"target.write: cut changes the attention mask of blocks, and the engine {info.engine} has none.",
+            hint="Use the engine transformers, or write: zero.",
         )
     if not info.supports("cut"):
         raise InputError(

@@ -17,7 +17,14 @@ from patchscope_nn.spec.encoding import Encoded, continuation_ids, encode
 from patchscope_nn.spec.layers import resolve_layers
 from patchscope_nn.spec.positions import fill, resolve_positions
 from patchscope_nn.spec.prompts import PER_LAYER, PromptSpec, placeholders, render
-from patchscope_nn.sweep.checks import check_site, check_text_only, check_write, compares, embeds
+from patchscope_nn.sweep.checks import (
+    check_engine,
+    check_site,
+    check_text_only,
+    check_write,
+    compares,
+    embeds,
+)
 from patchscope_nn.sweep.entry import Entry, PositionSet, Row, Source, Term, VectorAt, prompt_of
 
 
@@ -103,6 +110,7 @@ class Resolver:
                 hint=f"Leave 'embed' out of source.layer, or use target.site: {RESIDUAL.name}.",
             )
         check_write(scope, target.info)
+        check_engine(scope.readout, target.info)
         self.scope, self.target, self.text_only = scope, target, text_only
         self.sources = Prompts("source", source, more=0)
         self.targets = Prompts("target", target, more=scope.readout.decoded)
@@ -204,8 +212,10 @@ class Resolver:
             for text in texts
         )
         appended = ids if readout.appends else ()
-        if appended:
-            self.targets.check_length(written, more=max(map(len, appended)), of=f"of readout.{readout.name}")
+        # transformers also decodes beyond a model's length; an engine of requests would end the text there.
+        decoded = readout.decoded if self.target.info.supports("requests") else 0
+        if more := max(decoded, *map(len, appended), 0):
+            self.targets.check_length(written, more=more, of=f"of readout.{readout.name}")
         target_scope = self.scope.target
         corrupt, cut = (None, None) if text_only else (target_scope.corrupt, target_scope.cut)
         return Entry(
