@@ -154,6 +154,7 @@ class ModelInfo:
         engine_args: The engine's own arguments, as JSON; empty if there are none.
         held_tokens: The number of tokens whose keys and values an engine of requests can hold; None for other
             engines, or if it is not known.
+        held_block: An engine of requests holds the keys and values of a prompt in blocks of this many tokens.
     """
 
     name: str
@@ -172,6 +173,7 @@ class ModelInfo:
     engine: str = TRANSFORMERS
     engine_args: str = ""
     held_tokens: int | None = None
+    held_block: int = 1
 
     def supports(self, feature: Feature) -> bool:
         """True if the model supports a feature."""

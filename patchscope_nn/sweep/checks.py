@@ -78,6 +78,11 @@ def _check_cut(target: Target, info: ModelInfo) -> None:
             f"target.write: cut gives wrong results for {info.name}: with our attention mask {wrong}.",
             hint="Use write: zero, or another model.",
         )
+    if info.supports("requests"):
+        raise InputError(
+            f"target.write: cut changes attention masks, which the engine {info.engine} does not take.",
+            hint="Use the engine transformers, or write: zero.",
+        )
     if not info.supports("cut"):
         raise InputError(
             f"target.write: cut needs blocks that accept an attention mask in a known form; the blocks of "
