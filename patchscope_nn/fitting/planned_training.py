@@ -23,7 +23,7 @@ from patchscope_nn.fitting.trained.fit import fit_trained
 from patchscope_nn.fitting.trained.kind import MappingKind, Request, Rows
 from patchscope_nn.fitting.trained.kinds import mapping_kind
 from patchscope_nn.mappings import Fitted, Pair
-from patchscope_nn.models import ELSEWHERE, Model
+from patchscope_nn.models import Model
 from patchscope_nn.spec import Patchscope, Train
 
 #: Raised if a training with the same options would give other maps than before.
@@ -120,26 +120,26 @@ def _file(kind: MappingKind, request: Request, data: Rows) -> Path:
             [side.model_dump(mode="json") for side in request.prompts] if kind.uses_prompts else None,
         ]
     )
-    if away := [model for model in models if model.info.device == ELSEWHERE]:
+    if away := [model for model in models if not model.info.weights_here]:
         return _trained_before(kind.name, asked, away[0])
     weights = digest([identity(model)[2:] for model in models])
     return folder() / f"{kind.name}-{asked}-{weights}.safetensors"
 
 
 def _trained_before(kind: str, asked: str, model: Model) -> Path:
-    """The one file of a training through a model whose weights are on a server."""
+    """The one file of a training through a model whose weights are not in this process."""
     files = sorted(folder().glob(f"{kind}-{asked}-*.safetensors"))
     if len(files) == 1:
         return files[0]
     name = repr(model.info.name)
     if not files:
         raise ModelError(
-            f"train.kind={kind} is trained through {name}, whose weights are on a server.",
-            hint="Run it once here, without --remote: the trained mapping is kept, and found again. Or give "
+            f"train.kind={kind} is trained through {name}, whose weights are not in this process.",
+            hint="Run it once here, without --remote and with the engine transformers: the trained mapping is kept, and found again. Or give "
             f"a file that `patchscope fit {kind}` wrote elsewhere: mapping: {{fitted: FILE}}.",
         )
     raise ModelError(
         f"{len(files)} trainings of {kind} are kept for models named {name}, and it is not known which of "
-        "them has the weights of the server's.",
+        "them has the weights of this one.",
         hint=f"Name one, for example mapping: {{fitted: {files[-1]}}}.",
     )

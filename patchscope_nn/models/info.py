@@ -179,6 +179,11 @@ class ModelInfo:
         """True if the model supports a feature."""
         return feature in self.architecture.features
 
+    @property
+    def weights_here(self) -> bool:
+        """True if the weights are in this process, and not on a server or in the processes of an engine."""
+        return self.device != ELSEWHERE and not self.supports("requests")
+
     def lacks(self, site: Site) -> str | None:
         """Explain why the model does not have a site; None if it has it."""
         architecture = self.architecture

@@ -1,4 +1,4 @@
-"""Keys and values: none of a patched prompt is used for another one, and none is computed again without it."""
+"""Keys and values of a patched prompt are not used for others, and not computed again without the patch."""
 
 from __future__ import annotations
 
@@ -21,26 +21,34 @@ def scope_of(readout, layer=1):
     )
 
 
-# Blocks are shared when they are full; this prompt fills several.
-LONG = [{"t": "The Eiffel Tower is in the city of Paris, " * 3}]
+def own_answer(model, ids):
+    """What the engine answers to a request that is not traced, and that reads the prefix cache."""
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(temperature=0.0, max_tokens=1, logprobs=3)
+    (answer,) = model.traced.vllm_entrypoint.generate([{"prompt_token_ids": ids}], sampling)
+    return {token: found.logprob for token, found in answer.outputs[0].logprobs[0].items()}
 
 
-def unpatched(model):
-    table = ps.run(
-        scope_of(ps.NextToken(), layer=[0]), model=model, data=LONG, controls=["unpatched"]
-    ).table()
-    return table[table["control"] == "unpatched"]["top_probs"].iloc[0], table
-
-
+@pytest.mark.vllm_quick
 def test_a_patched_prompt_is_not_in_the_prefix_cache(engine_for, tiny_folder, monkeypatch):
     model = engine_for(tiny_folder("llama"), enable_prefix_caching=True, block_size=16, **SHORT)
-    clean, _ = unpatched(model)
-    assert unpatched(model)[0] == pytest.approx(clean)
-    # Without a salt of its own, the patched prompt is cached, and the unpatched one is read from there.
+    # Blocks are shared when they are full; this prompt fills two.
+    text = "The Eiffel Tower is in the city of Paris, Diana is in the city of Paris"
+    ids = model.tokenizer(text)["input_ids"]
+    assert 33 < len(ids) < 60
+    engine = model.traced.vllm_entrypoint
+
+    def answer_after_a_patch():
+        assert engine.reset_prefix_cache()
+        ps.run(scope_of(ps.Generate(max_new_tokens=1)), model=model, data=[{"t": text}])
+        return own_answer(model, ids)
+
+    clean = own_answer(model, ids)
+    assert answer_after_a_patch() == pytest.approx(clean, abs=1e-4)
+    # Without a salt of its own, the patched prompt is cached, and the next request reads it from there.
     monkeypatch.setattr(contexts, "prompt_of", lambda request: {"prompt_token_ids": request["ids"]})
-    poisoned, _ = unpatched(model)
-    again, _ = unpatched(model)
-    assert poisoned != pytest.approx(clean) or again != pytest.approx(clean)
+    assert answer_after_a_patch() != pytest.approx(clean, abs=1e-4)
 
 
 def texts(model, **options):

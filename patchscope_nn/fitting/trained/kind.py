@@ -16,7 +16,7 @@ from patchscope_nn.data.rows import DataSpec
 from patchscope_nn.fitting.trained.outcome import FittedPrompt, Outcome
 from patchscope_nn.fitting.trained.training import Training
 from patchscope_nn.mappings import Pair
-from patchscope_nn.models import ELSEWHERE, Model
+from patchscope_nn.models import Model
 from patchscope_nn.spec import Patchscope, Source, Target, Train
 
 
@@ -72,8 +72,8 @@ class Request:
 
     @property
     def away(self) -> bool:
-        """True if the weights of a model are on a server."""
-        return any(model.info.device == ELSEWHERE for model in (self.source, self.target))
+        """True if the weights of a model are not in this process."""
+        return any(not model.info.weights_here for model in (self.source, self.target))
 
     @property
     def prompts(self) -> tuple[Source, Target]:
