@@ -31,7 +31,8 @@ def with_adapter(
         tokenizer: The new model's; None takes the adapter's, or if it has none, that of `model`.
 
     Raises:
-        ModelError: The model's weights are not in this process, peft is not installed, or the adapter does not fit.
+        ModelError: The model's weights are not in this process, peft is not installed, or the adapter does
+            not fit.
     """
     name = name or f"{model.info.name}+{adapter}"
     if not model.info.weights_here:

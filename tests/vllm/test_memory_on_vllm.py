@@ -7,7 +7,7 @@ from one_table import assert_one_table
 
 import patchscope_nn as ps
 from patchscope_nn.body import contexts
-from patchscope_nn.errors import ModelError, RunError
+from patchscope_nn.errors import InputError, ModelError
 from patchscope_nn.models import preemptions
 
 SHORT = {"max_model_len": 64}
@@ -32,15 +32,15 @@ def own_answer(model, ids):
 
 @pytest.mark.vllm_quick
 def test_a_patched_prompt_is_not_in_the_prefix_cache(engine_for, tiny_folder, monkeypatch):
-    model = engine_for(tiny_folder("llama"), enable_prefix_caching=True, block_size=16, **SHORT)
+    model = engine_for(tiny_folder("llama"), enable_prefix_caching=True, block_size=32, **SHORT)
     # Blocks are shared when they are full; this prompt fills two.
     text = "The Eiffel Tower is in the city of Paris, Diana is in the city of Paris"
     ids = model.tokenizer(text)["input_ids"]
     assert 33 < len(ids) < 60
-    engine = model.traced.vllm_entrypoint
+    llm = model.traced.vllm_entrypoint
 
     def answer_after_a_patch():
-        assert engine.reset_prefix_cache()
+        assert llm.reset_prefix_cache()
         ps.run(scope_of(ps.Generate(max_new_tokens=1)), model=model, data=[{"t": text}])
         return own_answer(model, ids)
 
@@ -64,8 +64,8 @@ def small(tiny_folder):
 
 def test_steps_are_so_small_that_nothing_is_computed_again(small, engine_for):
     expected = texts(ps.load(str(small)))
-    model = engine_for(small, num_gpu_blocks_override=9, block_size=16, **SHORT)
-    assert model.info.held_tokens == 8 * 16
+    model = engine_for(small, num_gpu_blocks_override=9, block_size=32, **SHORT)
+    assert model.info.held_tokens == 8 * 32
     assert_one_table(texts(model), expected)
     assert preemptions(model) == 0
     # Larger steps do not fit. The run notices, and halves them.
@@ -74,9 +74,12 @@ def test_steps_are_so_small_that_nothing_is_computed_again(small, engine_for):
     assert_one_table(found, expected)
 
 
-def test_a_text_that_never_fits_is_an_error(small, engine_for):
-    with pytest.raises((ModelError, RunError), match="memory"):
-        texts(engine_for(small, num_gpu_blocks_override=2, block_size=16, **SHORT))
+def test_a_text_that_never_fits_is_refused(small, engine_for):
+    """vLLM itself would wait for ever."""
+    model = engine_for(small, num_gpu_blocks_override=2, block_size=32, **SHORT)
+    assert model.info.n_positions == 31
+    with pytest.raises(InputError, match="31"):
+        texts(model)
 
 
 @pytest.mark.parametrize("option", [{"enable_chunked_prefill": True}, {"disable_log_stats": True}])

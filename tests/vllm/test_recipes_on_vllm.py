@@ -47,7 +47,9 @@ def tables(run):
 def test_every_recipe(name, engine, here):
     recipe = few(name)
     if name in TRAINED:
-        with pytest.raises(ModelError, match="not in this process. Run it once here, .* engine transformers"):
+        with pytest.raises(
+            ModelError, match=r"not in this process\. Run it once here, .* engine transformers"
+        ):
             ps.run(recipe, limit=3, model=engine)
         ps.run(recipe, limit=3, model=here)
     # As many rows as a probe has folds.

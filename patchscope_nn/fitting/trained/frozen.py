@@ -165,7 +165,8 @@ def check_weights(model: Model) -> None:
     if is_weightless(model.module):
         raise ModelError(
             f"{model.info.name!r} has no weights in this process, and fitting needs them.",
-            hint="Load the model here, without --remote and with the engine transformers; what is fitted can then be used anywhere.",
+            hint="Load the model here, without --remote and with the engine transformers; what is fitted can "
+            "then be used anywhere.",
         )
 
 
