@@ -135,8 +135,8 @@ def _trained_before(kind: str, asked: str, model: Model) -> Path:
     if not files:
         raise ModelError(
             f"train.kind={kind} is trained through {name}, whose weights are not in this process.",
-            hint="Run it once here, without --remote and with the engine transformers: the trained mapping is "
-            f"kept, and found again. Or give a file that `patchscope fit {kind}` wrote elsewhere: "
+            hint="Run it once here, without --remote and with the engine transformers: the trained mapping "
+            f"is kept, and found again. Or give a file that `patchscope fit {kind}` wrote elsewhere: "
             "mapping: {fitted: FILE}.",
         )
     raise ModelError(

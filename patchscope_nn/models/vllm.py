@@ -40,6 +40,11 @@ _NEEDED: dict[str, tuple[Any, str]] = {
         False,
         "splits prompts over several steps of vLLM, so that no trace sees a whole prompt.",
     ),
+    "pipeline_parallel_size": (
+        1,
+        "divides the blocks among ranks, and a trace sees those of one rank only; tensor_parallel_size "
+        "divides each block.",
+    ),
     "disable_log_stats": (False, "hides whether vLLM has computed a prompt again, without its patches."),
 }
 

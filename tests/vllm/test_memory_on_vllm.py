@@ -34,7 +34,7 @@ def own_answer(model, ids):
 def test_a_patched_prompt_is_not_in_the_prefix_cache(engine_for, tiny_folder, monkeypatch):
     model = engine_for(tiny_folder("llama"), enable_prefix_caching=True, block_size=32, **SHORT)
     # Blocks are shared when they are full; this prompt fills two.
-    text = "The Eiffel Tower is in the city of Paris, Diana is in the city of Paris"
+    text = ", ".join(["The Eiffel Tower is in the city of Paris, Diana is in the city of Paris"] * 2)
     ids = model.tokenizer(text)["input_ids"]
     assert 33 < len(ids) < 60
     llm = model.traced.vllm_entrypoint
