@@ -42,8 +42,7 @@ _NEEDED: dict[str, tuple[Any, str]] = {
     ),
     "pipeline_parallel_size": (
         1,
-        "divides the blocks among ranks, and a trace sees those of one rank only; tensor_parallel_size "
-        "divides each block.",
+        "gives each rank other blocks, and a trace sees those of one; use tensor_parallel_size.",
     ),
     "disable_log_stats": (False, "hides whether vLLM has computed a prompt again, without its patches."),
 }
@@ -160,9 +159,7 @@ def _describe(
     with suppress(OSError):  # most models have one; it names the tokens that end a text
         module.generation_config = GenerationConfig.from_pretrained(source, revision=revision)
     settings = _settings(traced, source, options)
-    architecture, held = _architecture(module, config, name=name), _held(traced)
-    # vLLM would wait for ever with a request that does not fit into its memory.
-    longest = min(settings.max_model_len, held.get("held_tokens", settings.max_model_len))
+    architecture = _architecture(module, config, name=name)
     info = ModelInfo(
         name=name,
         revision=getattr(whole, "_commit_hash", None),
@@ -170,7 +167,7 @@ def _describe(
         n_layers=config.num_hidden_layers,
         d_model=config.hidden_size,
         vocab_size=config.vocab_size,
-        n_positions=longest - 1,  # a request decodes at least one token
+        n_positions=settings.max_model_len - 1,  # a request decodes at least one token
         dtype=str(settings.dtype).removeprefix("torch."),
         device=("cuda" if torch.cuda.is_available() else "cpu") if weights else ELSEWHERE,
         tied=bool(getattr(config, "tie_word_embeddings", False)),
@@ -178,7 +175,7 @@ def _describe(
         sizes=_sizes(module.get_submodule(architecture.blocks)[0], config),
         engine=VLLM,
         engine_args=json.dumps(options, default=str, sort_keys=True),
-        **held,
+        **_held(traced),
     )
     tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
     return Model(info=info, tokenizer=tokenizer, traced=traced)
