@@ -98,7 +98,8 @@ def test_every_write(write, compare):
     readouts = [ps.Generate(max_new_tokens=4)]
     readouts += [] if "every_step" in target else [ps.NextToken(top_k=5)]
     for readout in readouts:
-        compare(scope_of(source=source, target=target, readout=readout))
+        controls = ["unpatched"] if write in ("zero", "noise") else ["unpatched", "random"]
+        compare(scope_of(source=source, target=target, readout=readout), controls=controls)
 
 
 @pytest.mark.parametrize("source", SOURCES)
