@@ -76,12 +76,7 @@ def test_steps_are_so_small_that_nothing_is_computed_again(small, engine_for):
 
 def test_an_engine_whose_memory_never_fits_a_text_is_refused(small):
     with pytest.raises(ModelError, match=r"vLLM could not load .* vLLM's own log says more"):
-        ps.load(
-            str(small),
-            **{"engine": "vllm", "dtype": "float32"} | SHORT,
-            num_gpu_blocks_override=2,
-            block_size=32,
-        )
+        ps.load(str(small), engine="vllm", num_gpu_blocks_override=2, block_size=32, **SHORT)
 
 
 @pytest.mark.parametrize("option", [{"enable_chunked_prefill": True}, {"disable_log_stats": True}])

@@ -26,7 +26,9 @@ def test_the_contract_and_the_proof(family, engine_for, tiny_folder, run_cells, 
     assert model.info.verdict.withheld == ()
     assert any("plain hooks" in comparison.what for comparison in model.info.verdict.comparisons)
     reference = tiny.reference(family, d_model=256)
-    check_engine(model, reference, run_cells, tokenizer=tiny.TOKENIZER, eos=[tiny.EOS_ID])
+    # vLLM's kernels round otherwise; states of these models are as large as 100.
+    options = {"tokenizer": tiny.TOKENIZER, "eos": [tiny.EOS_ID], "tolerance": 2e-3}
+    check_engine(model, reference, run_cells, **options)
     _refuses_a_part_of_the_state(model, monkeypatch)
     _withholds_a_site(model, monkeypatch)
 
