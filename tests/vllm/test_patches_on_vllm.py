@@ -49,7 +49,7 @@ WRITES = {
 }
 SOURCES = {
     "embed": {"layer": ["embed", 0, 29]},
-    "several positions": {"position": "all"},
+    "another position": {"position": 1},
     "span": {"position": {"start": -3}},
     "mean of positions": {"mean": "positions", "position": {"start": 0}},
     "mean of rows": {"mean": "rows"},
@@ -106,7 +106,9 @@ def test_every_write(write, compare):
 def test_every_source(source, compare):
     found = SOURCES[source]
     target = {"position": {"start": -3}} if source == "span" else {}
-    compare(scope_of(source=found, target=target, readout=ps.NextToken(top_k=5)))
+    rows = [row | {"t": ROWS[0]["t"]} for row in ROWS] if source == "mean of rows" else ROWS
+    controls = ["unpatched", "random"]
+    compare(scope_of(source=found, target=target, readout=ps.NextToken(top_k=5)), rows, controls)
 
 
 def test_a_vector_of_a_file(compare, tmp_path):
