@@ -45,7 +45,7 @@ def _refuses_a_part_of_the_state(model, monkeypatch):
 
 def _withholds_a_site(model, monkeypatch):
     nnsight.register("planted")
-    for fault, why in ((planted.shifted, "written onto itself"), (planted.without_effect, "no effect")):
+    for fault, why in ((planted.doubled, "written onto itself"), (planted.without_effect, "no effect")):
         proved = proof._Proof(model, Local())
         proved.terms = model.info.architecture.terms
         with monkeypatch.context() as patch:
