@@ -12,7 +12,8 @@ export OMP_WAIT_POLICY := PASSIVE
 PARALLEL := -n auto --maxprocesses 8 --dist worksteal
 
 .PHONY: check quick demo test test-registry test-oldest test-package lint bench ndif-up ndif-down remote-ready \
-  test-remote test-remote-all clean
+  test-remote test-remote-all vllm-up vllm-down vllm-ready test-vllm \
+  test-vllm-quick clean
 
 demo: .venv/installed-demo
 	$(BIN)/patchscope explain "Diana, Princess of Wales"
@@ -78,6 +79,26 @@ REMOTE_TESTS = HF_HUB_OFFLINE=0 HF_ENDPOINT=http://127.0.0.1:9191 HF_HOME=$(CURD
 remote-ready: .venv/installed-test
 	$(PYTHON) $(NDIF)/launch.py setup
 	$(BIN)/python $(NDIF)/models.py
+
+# vLLM on this machine's CPU, in an environment of its own (tests/vllm/environment.py; 3.5 GB, Python 3.11 only).
+# vllm-up serves the builtin model; set the environment variable that it prints. VLLM="-x" passes options to pytest.
+VLLM ?=
+vllm-up: vllm-ready
+	.vllm/venv/bin/python tests/vllm/environment.py up
+
+vllm-down:
+	$(PYTHON) tests/vllm/environment.py down
+
+test-vllm: vllm-ready
+	$(VLLM_TESTS) $(VLLM)
+
+# The core of it, in four minutes.
+test-vllm-quick: vllm-ready
+	$(VLLM_TESTS) -m vllm_quick $(VLLM)
+
+VLLM_TESTS = PYTHONPATH=$(CURDIR) .vllm/venv/bin/python -m pytest tests/vllm
+vllm-ready:
+	$(PYTHON) tests/vllm/environment.py setup
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

@@ -32,7 +32,7 @@ def scope_of(readout):
     )
 
 
-def check_engine(model, reference, run_cells, *, tokenizer, eos):
+def check_engine(model, reference, run_cells, *, tokenizer, eos, tolerance=1e-4):
     """Check the engine of a model.
 
     Args:
@@ -41,6 +41,7 @@ def check_engine(model, reference, run_cells, *, tokenizer, eos):
         run_cells: The fixture.
         tokenizer: The model's.
         eos: The ids that end a text.
+        tolerance: The largest difference of a number.
     """
     engine = engine_of(model)
     assert engine.name == model.info.engine
@@ -53,7 +54,8 @@ def check_engine(model, reference, run_cells, *, tokenizer, eos):
         for optimisations in (Optimisations(), Optimisations.none()):
             options = {"context": "session", "optimisations": optimisations, "controls": ["unpatched"]}
             for cell, given in run_cells(scope, model, rows=ROWS, **options):
-                hooks.assert_same(given, pair.expected(cell, ROWS[cell.row]))
+                expected = pair.expected(cell, ROWS[cell.row])
+                hooks.assert_same(given, expected, tolerance=tolerance)
     _check_program_stays(engine, model)
     _check_hearing(engine, model)
 

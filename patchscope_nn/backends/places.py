@@ -258,8 +258,8 @@ class Places:
             options |= self.engine_args
         if isinstance(place, Served) and isinstance(model, str | Path):
             about = place.client.check_model(str(model))
-            known = {name: getattr(about, name) for name in ("dtype", "max_model_len", "held_tokens")}
-            options |= known
+            known = ("dtype", "max_model_len", "held_tokens", "held_block")
+            options |= {name: getattr(about, name) for name in known}
         return {**options, "weights": not isinstance(place, Server)}
 
 

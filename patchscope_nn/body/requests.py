@@ -177,7 +177,7 @@ def in_prompt_writes(model: Any, patching: Patching, site: SitePath) -> dict[str
         terms = in_terms(model, site, layer)
         value = in_sum(terms)[None]
         parts.append(in_write(value, write, patching["states"], patching["writing"]))
-        in_replaced(terms, value[0], write["positions"])
+        in_replaced(terms, in_finite(value[0]), write["positions"])
     return in_written(parts)
 
 
@@ -187,7 +187,7 @@ def in_step_writes(model: Any, patching: Patching, site: SitePath) -> None:
         terms = in_terms(model, site, layer)
         value = in_sum(terms)[None]
         in_write(value, in_last(write, 1), patching["states"], patching["writing"])
-        in_replaced(terms, value[0], slice(None))
+        in_replaced(terms, in_finite(value[0]), slice(None))
 
 
 def in_terms(model: Any, site: SitePath, layer: int) -> list[torch.Tensor]:
@@ -225,3 +225,12 @@ def in_replaced(terms: list[torch.Tensor], states: torch.Tensor, positions: Any)
     terms[0][positions] = states[positions]
     for term in terms[1:]:
         term[positions] = 0
+
+
+def in_finite(states: torch.Tensor) -> torch.Tensor:
+    """Return states with zeros for numbers that are not finite.
+
+    Such numbers would stay in the engine's memory for keys and values, and reach prompts that use it later.
+    The cell fails by what it has written (`in_results`).
+    """
+    return states.nan_to_num(0.0, 0.0, 0.0)

@@ -84,7 +84,8 @@ def in_results(pending: dict[str, Any], target: TargetProgram, states: torch.Ten
     new, replaced = (pending[name].cpu() > 0 for name in ("states", "replaced"))
     if readout["unembeds"]:
         sound = [columns.pop("sound")] if "sound" in columns else []
-        bad = in_any(n_cells, [*sound, *(columns[name] for name in readout["finite"] if name in columns)])
+        finite = [columns[name] for name in readout["finite"] if name in columns]
+        bad = new | in_any(n_cells, [*sound, *finite])
         # A token that is ruled out (its logit is -inf) has an infinite log-probability, so only NaN counts.
         compared = in_any(n_cells, list(columns.values()), nan=True)
     else:

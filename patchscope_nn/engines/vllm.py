@@ -9,8 +9,9 @@ import nnsight
 
 from patchscope_nn.body.contexts import Hear, open_requests
 from patchscope_nn.body.program import Results, Series, StepProgram
+from patchscope_nn.errors import RunError
 from patchscope_nn.lower.requests import exchange
-from patchscope_nn.models import VLLM, Feature, Model, ModelInfo, in_turn
+from patchscope_nn.models import VLLM, Feature, Model, ModelInfo, in_turn, preemptions
 from patchscope_nn.plan import Context
 
 
@@ -53,11 +54,21 @@ class Vllm:
 
 
 def _run(program: StepProgram, model: Model) -> Results:
-    steps = exchange(program)
+    """Run a step.
+
+    Raises:
+        RunError: Its keys and values did not fit into the engine's memory.
+    """
+    steps, before = exchange(program), preemptions(model)
     try:
         requests = next(steps)
         while True:
             requests = steps.send(open_requests(model.traced, requests))
     except StopIteration as ended:
+        if preemptions(model) != before:
+            raise RunError(
+                "vLLM was out of memory for keys and values; it computed prompts again, without patches.",
+                hint="Fewer cells at a time: --max-rows.",
+            ) from None
         results: Results = ended.value
         return results

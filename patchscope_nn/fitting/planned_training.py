@@ -120,7 +120,7 @@ def _file(kind: MappingKind, request: Request, data: Rows) -> Path:
             [side.model_dump(mode="json") for side in request.prompts] if kind.uses_prompts else None,
         ]
     )
-    if away := [model for model in models if not model.info.has_weights]:
+    if away := [model for model in models if not model.info.weights_here]:
         return _trained_before(kind.name, asked, away[0])
     weights = digest([identity(model)[2:] for model in models])
     return folder() / f"{kind.name}-{asked}-{weights}.safetensors"
@@ -135,11 +135,12 @@ def _trained_before(kind: str, asked: str, model: Model) -> Path:
     if not files:
         raise ModelError(
             f"train.kind={kind} is trained through {name}, whose weights are not in this process.",
-            hint="Run it once with the engine transformers: the mapping is kept, and found again. Or give "
-            f"a file that `patchscope fit {kind}` wrote elsewhere: mapping: {{fitted: FILE}}.",
+            hint="Run it once here, without --remote and with the engine transformers: the trained mapping "
+            f"is kept, and found again. Or give a file that `patchscope fit {kind}` wrote elsewhere: "
+            "mapping: {fitted: FILE}.",
         )
     raise ModelError(
         f"{len(files)} trainings of {kind} are kept for models named {name}, and it is not known which of "
-        "them has the weights of the server's.",
+        "them has the weights of this one.",
         hint=f"Name one, for example mapping: {{fitted: {files[-1]}}}.",
     )

@@ -20,6 +20,7 @@ from patchscope_nn.models.loading import load, serve_vllm
 from patchscope_nn.models.memory import memory_reused, usable_memory
 from patchscope_nn.models.turns import TURN, in_turn
 from patchscope_nn.models.verdict import COSTS, CUT, FUSED, PLAIN, Comparison, Verdict, Withheld, cost_of
+from patchscope_nn.models.vllm import preemptions
 from patchscope_nn.models.weights import quantisation, weights_digest
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "is_offloaded",
     "load",
     "memory_reused",
+    "preemptions",
     "quantisation",
     "same_vocabulary",
     "serve_vllm",

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from patchscope_nn.errors import ModelError
-from patchscope_nn.models.info import ELSEWHERE, Model
+from patchscope_nn.models.info import Model
 from patchscope_nn.models.loading import load
 from patchscope_nn.models.turns import in_turn
 from patchscope_nn.models.wrappers import adapter_base, adapter_tokenizer
@@ -31,14 +31,14 @@ def with_adapter(
         tokenizer: The new model's; None takes the adapter's, or if it has none, that of `model`.
 
     Raises:
-        ModelError: The model's weights are on a server, peft is not installed, or the adapter does not fit.
+        ModelError: The model's weights are not in this process, peft is not installed, or the adapter does
+            not fit.
     """
     name = name or f"{model.info.name}+{adapter}"
-    if not model.info.has_weights:
-        where = "on a server" if model.info.device == ELSEWHERE else "in the processes of vLLM"
+    if not model.info.weights_here:
         raise ModelError(
-            f"the adapter {adapter} would be merged into weights that are {where}.",
-            hint="Give the merged model a name there, or load it here with the engine transformers.",
+            f"the adapter {adapter} would be merged into weights that are not in this process.",
+            hint="Merge and save it with the engine transformers, and name the merged model.",
         )
     try:
         from peft import PeftModel

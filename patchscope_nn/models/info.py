@@ -154,6 +154,7 @@ class ModelInfo:
         engine_args: The engine's own arguments, as JSON; empty if there are none.
         held_tokens: The number of tokens whose keys and values an engine of requests can hold; None for other
             engines, or if it is not known.
+        held_block: An engine of requests holds the keys and values of a prompt in blocks of this many tokens.
     """
 
     name: str
@@ -172,14 +173,15 @@ class ModelInfo:
     engine: str = TRANSFORMERS
     engine_args: str = ""
     held_tokens: int | None = None
+    held_block: int = 1
 
     def supports(self, feature: Feature) -> bool:
         """True if the model supports a feature."""
         return feature in self.architecture.features
 
     @property
-    def has_weights(self) -> bool:
-        """True if its weights are in this process, so that its modules can be called and trained."""
+    def weights_here(self) -> bool:
+        """True if the weights are in this process, and not on a server or in the processes of an engine."""
         return self.device != ELSEWHERE and not self.supports("requests")
 
     def lacks(self, site: Site) -> str | None:

@@ -34,8 +34,18 @@ from patchscope_nn.spec.sites import ATTENTION, MLP
 INSTALL = "pip install 'patchscope-nn[vllm]' (Linux, Python 3.11 to 3.13)"
 #: The method of vLLM's `LLM` that runs requests; it draws progress bars for each trace.
 _RUN = "generate"
-#: What traces need of the engine. nnsight sets the same, but for a user's own values, which are refused.
-_NEEDED = {"enable_chunked_prefill": False}
+#: The settings that traces need, and what another value would do.
+_NEEDED: dict[str, tuple[Any, str]] = {
+    "enable_chunked_prefill": (
+        False,
+        "splits prompts over several steps of vLLM, so that no trace sees a whole prompt.",
+    ),
+    "pipeline_parallel_size": (
+        1,
+        "gives each rank other blocks, and a trace sees those of one; use tensor_parallel_size.",
+    ),
+    "disable_log_stats": (False, "hides whether vLLM has computed a prompt again, without its patches."),
+}
 
 
 @in_turn
@@ -46,6 +56,7 @@ def load_vllm(
     weights: bool = True,
     mode: str = "sync",
     held_tokens: int | None = None,
+    held_block: int = 1,
     dtype: Any = "auto",
     revision: str | None = None,
     **engine_args: Any,
@@ -58,6 +69,7 @@ def load_vllm(
         weights: False builds only the structure, for a model that is served elsewhere.
         mode: nnsight's name for how the engine runs: `sync` here, `async` in a server.
         held_tokens: For a model that is served elsewhere, as in `ModelInfo`.
+        held_block: The same.
         dtype: `auto`, or the name of a dtype.
         revision: The commit or branch of a Hub model.
         **engine_args: vLLM's engine arguments, for example `tensor_parallel_size` or `max_model_len`.
@@ -65,15 +77,14 @@ def load_vllm(
     Raises:
         ModelError: vLLM is not installed, cannot load the model, or would run it in a way that hides states.
     """
-    for setting_name, needed in _NEEDED.items():
+    for setting_name, (needed, effect) in _NEEDED.items():
         if engine_args.get(setting_name, needed) != needed:
             raise ModelError(
-                f"{setting_name}={engine_args[setting_name]!r} splits prompts over several steps of vLLM, so "
-                "that no trace sees a whole prompt.",
-                hint=f"Leave {setting_name} out.",
+                f"{setting_name}={engine_args[setting_name]!r} {effect}", hint=f"Leave {setting_name} out."
             )
     engine = _engine_class()
-    options = {**_NEEDED, **engine_args, "dtype": str(dtype).removeprefix("torch."), "revision": revision}
+    needs = {setting_name: needed for setting_name, (needed, _) in _NEEDED.items()}
+    options = {**engine_args, **needs, "dtype": str(dtype).removeprefix("torch."), "revision": revision}
     options = {key: value for key, value in options.items() if value is not None}
     with _explained(name), _no_accelerator():
         traced = engine(source, dispatch=weights, mode=mode, **options)
@@ -81,7 +92,23 @@ def load_vllm(
         llm = traced.vllm_entrypoint
         setattr(llm, _RUN, functools.partial(getattr(llm, _RUN), use_tqdm=False))
     model = _describe(name, source, traced, weights=weights, revision=revision, options=options)
-    return model if weights else replace(model, info=replace(model.info, held_tokens=held_tokens))
+    if weights:
+        return model
+    return replace(model, info=replace(model.info, held_tokens=held_tokens, held_block=held_block))
+
+
+def preemptions(model: Model) -> int:
+    """Return how often an engine has put a request off, to compute it again without its patches."""
+    loggers = _engine_of(model.traced).logger_manager.stat_loggers
+    counters = [getattr(logger, "counter_num_preempted_reqs", {}) for logger in loggers]
+    samples = [
+        sample
+        for by_engine in counters
+        for counter in by_engine.values()
+        for metric in counter.collect()
+        for sample in metric.samples
+    ]
+    return int(sum(sample.value for sample in samples if sample.name.endswith("_total")))
 
 
 def _engine_class() -> Any:
@@ -148,17 +175,22 @@ def _describe(
         sizes=_sizes(module.get_submodule(architecture.blocks)[0], config),
         engine=VLLM,
         engine_args=json.dumps(options, default=str, sort_keys=True),
-        held_tokens=_held_tokens(traced),
+        **_held(traced),
     )
     tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
     return Model(info=info, tokenizer=tokenizer, traced=traced)
 
 
-def _held_tokens(traced: Any) -> int | None:
+def _held(traced: Any) -> dict[str, Any]:
+    """Return `held_tokens` and `held_block` of an engine in this process."""
     if traced.vllm_entrypoint is None:
-        return None
+        return {}
     cache = _engine_of(traced).vllm_config.cache_config
-    return None if cache.num_gpu_blocks is None else int(cache.num_gpu_blocks * cache.block_size)
+    if cache.num_gpu_blocks is None:
+        return {}
+    # vLLM keeps one block empty.
+    n_tokens = (cache.num_gpu_blocks - 1) * cache.block_size
+    return {"held_tokens": int(n_tokens), "held_block": int(cache.block_size)}
 
 
 def _engine_of(traced: Any) -> Any:

@@ -135,7 +135,8 @@ class Plan:
             n_passes = _DECODING_PASSES_PER_STEP if sweep.scope.readout.decodes else _PASSES_PER_STEP
             return budget.max_rows * n_passes
         longest = int(sweep.target_tokens.counts.max() + sweep.appended.max())
-        return max(1, min(budget.max_rows, budget.memory // Costs(info=sweep.target).cached(longest)))
+        held = -(-longest // sweep.target.held_block) * sweep.target.held_block
+        return max(1, min(budget.max_rows, budget.memory // Costs(info=sweep.target).cached(held)))
 
     def copies(self, numbers: Ints) -> tuple[Ints, Ints]:
         """Return the copies of some cells that run, and for each copy the index in `numbers` of its cell."""

@@ -89,7 +89,7 @@ def _check_cut(target: Target, info: ModelInfo) -> None:
         )
     if info.supports("requests"):
         raise InputError(
-            f"target.write: cut changes the attention mask of blocks, and the engine {info.engine} has none.",
+            f"target.write: cut changes attention masks, which the engine {info.engine} does not take.",
             hint="Use the engine transformers, or write: zero.",
         )
     if not info.supports("cut"):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from patchscope_nn.body.program import identity_writing
 from patchscope_nn.body.states import in_sums, in_write
+from patchscope_nn.lower.mapping import identity_writing
 
 
 def states(count):

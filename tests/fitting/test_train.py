@@ -215,7 +215,7 @@ def test_what_was_trained_here_serves_a_run_on_a_server(kind, tmp_path):
     name = saved(tmp_path / "model", seed=0)
     there = {"model": name, "data": WORDS[:1], "places": Places.of("http://localhost:1")}
     with pytest.raises(
-        ModelError, match=r"whose weights are on a server\. Run it once here, without --remot"
+        ModelError, match=r"whose weights are not in this process\. Run it once here, without --remot"
     ):
         prepare(scope_of(kind), **there)
     here = fit_first(prepare(scope_of(kind), model=name, data=WORDS[:1]).only)

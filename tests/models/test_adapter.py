@@ -177,7 +177,7 @@ def test_an_adapter_s_config_that_is_wrong(text, message, tmp_path):
 
 
 def test_an_adapter_is_not_put_on_a_server_s_model(adapter):
-    with pytest.raises(ModelError, match="would be merged into weights that are on a server"):
+    with pytest.raises(ModelError, match="would be merged into weights that are not in this process"):
         ps.load(adapter, weights=False)
 
 

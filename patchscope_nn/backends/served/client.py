@@ -50,6 +50,7 @@ class About:
         dtype: The dtype of its weights.
         max_model_len: The length of the longest prompt with its text, in tokens.
         held_tokens: The number of tokens whose keys and values it can hold.
+        held_block: The number of tokens in a block of them.
         preemptions: How often the engine has put a request off, and computed it again.
         versions: The versions of the packages that decide results.
     """
@@ -58,6 +59,7 @@ class About:
     dtype: str
     max_model_len: int
     held_tokens: int | None
+    held_block: int
     preemptions: int
     versions: dict[str, str]
 

@@ -13,7 +13,7 @@ import anyio._backends._asyncio  # noqa: F401 (imported for its effect, and firs
 
 from patchscope_nn._util.versions import DECIDING, versions_of
 from patchscope_nn.backends.served.client import ABOUT
-from patchscope_nn.models import serve_vllm
+from patchscope_nn.models import preemptions, serve_vllm
 
 
 def serve(name: str, *, host: str, port: int, key: str | None, **options: Any) -> None:
@@ -68,16 +68,9 @@ def _describe_itself(app: Any, name: str, model: Any) -> None:
             "dtype": info.dtype,
             "max_model_len": info.n_positions + 1,
             "held_tokens": info.held_tokens,
-            "preemptions": preemptions(),
+            "held_block": info.held_block,
+            "preemptions": preemptions(model),
             "versions": versions_of((*DECIDING, "vllm")),
         }
 
     app.get(ABOUT)(about)
-
-
-def preemptions() -> int:
-    """Return how often the engine of this process has put a request off, to compute it again later."""
-    from prometheus_client import REGISTRY
-
-    samples = (sample for metric in REGISTRY.collect() for sample in metric.samples)
-    return int(sum(sample.value for sample in samples if sample.name == "vllm:num_preemptions_total"))

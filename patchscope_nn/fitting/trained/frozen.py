@@ -14,7 +14,7 @@ import torch
 
 from patchscope_nn.errors import LayerError, ModelError
 from patchscope_nn.models import TURN, Model
-from patchscope_nn.models.architecture import check_unembed, input_device, unembed
+from patchscope_nn.models.architecture import check_unembed, input_device, is_weightless, unembed
 from patchscope_nn.models.block import states_of, with_states
 from patchscope_nn.spec.layers import EMBED, parse_layers, resolve_layers
 
@@ -162,10 +162,11 @@ def choose_layers(model: Model, layers: Any) -> tuple[int, ...]:
 
 def check_weights(model: Model) -> None:
     """Raise a `ModelError` unless the weights of a model are in this process."""
-    if not model.info.has_weights:
+    if is_weightless(model.module):
         raise ModelError(
             f"{model.info.name!r} has no weights in this process, and fitting needs them.",
-            hint="Load it here with the engine transformers; what is fitted can then be used anywhere.",
+            hint="Load the model here, without --remote and with the engine transformers; what is fitted can "
+            "then be used anywhere.",
         )
 
 

@@ -73,7 +73,7 @@ class Request:
     @property
     def away(self) -> bool:
         """True if the weights of a model are not in this process."""
-        return not all(model.info.has_weights for model in (self.source, self.target))
+        return any(not model.info.weights_here for model in (self.source, self.target))
 
     @property
     def prompts(self) -> tuple[Source, Target]:
