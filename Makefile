@@ -34,9 +34,10 @@ quick: .venv/installed-test
 test-registry: .venv/installed-test
 	$(BIN)/python -m pytest -m registry
 
-# The tests that depend most on transformers, with its oldest supported version.
+# The tests that depend most on transformers, with its oldest supported version. -rs lists the skipped tests: model
+# types that this version does not know, and the page about the newest version.
 test-oldest: .venv-oldest/installed
-	PYTHONPATH=$(CURDIR)/.venv-oldest $(BIN)/python -m pytest -m "not registry" tests/models/test_models.py tests/equivalence
+	PYTHONPATH=$(CURDIR)/.venv-oldest $(BIN)/python -m pytest -rs -m "not registry" tests/models/test_models.py tests/equivalence
 
 # Builds the package and tests its wheel alone on every supported Python that is installed. Needs a package index.
 # PACKAGE="3.12" checks one Python. If the index has only CUDA builds of torch, see tests/package/cpu_torch.py.
@@ -92,11 +93,13 @@ remote-ready: .venv/installed-test
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-# Overlays one package on .venv; this takes seconds, a second environment takes minutes.
+# Overlays two packages on .venv; this takes seconds, a second environment takes minutes. transformers before 5.18
+# refuses huggingface_hub 2.
 .venv-oldest/installed: .venv/installed-test
 	rm -rf .venv-oldest
-	$(BIN)/pip install --quiet --no-deps --target .venv-oldest '$(OLDEST)'
-	PYTHONPATH=$(CURDIR)/.venv-oldest $(BIN)/python -c 'import transformers; print(transformers.__version__)'
+	$(BIN)/pip install --quiet --no-deps --target .venv-oldest '$(OLDEST)' 'huggingface_hub<2'
+	PYTHONPATH=$(CURDIR)/.venv-oldest $(BIN)/python -c \
+	  'import huggingface_hub, transformers; print(transformers.__version__, huggingface_hub.__version__)'
 	touch $@
 
 clean:
