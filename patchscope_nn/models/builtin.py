@@ -70,12 +70,12 @@ def folder() -> Path | None:
 def _convert(file: Path, done: Path) -> Path:
     """Dequantise to float32 safetensors; the folder appears complete or not at all."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     _LOG.warning("converting %s for its first use; later uses take it from %s", NAME, done)
     done.parent.mkdir(parents=True, exist_ok=True)
     with redirect_stderr(io.StringIO()):  # transformers has no setting for the progress bar of GGUF files
-        read = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
         loaded = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     # A model read from GGUF refuses to be saved; a model built from its config without this mark does not.
     if hasattr(loaded.config, "quantization_config"):
@@ -83,12 +83,6 @@ def _convert(file: Path, done: Path) -> Path:
     model = AutoModelForCausalLM.from_config(loaded.config, dtype=torch.float32)
     model.load_state_dict(loaded.state_dict())
     model.generation_config = loaded.generation_config
-    # The config has the file's special tokens. transformers 5.16 and 5.17 give the tokenizer the wrong end token.
-    ids = {role: getattr(loaded.config, f"{role}_token_id", None) for role in ("bos", "eos", "pad", "unk")}
-    special = {f"{role}_token": read.convert_ids_to_tokens(id_) for role, id_ in ids.items() if id_ is not None}
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=read.backend_tokenizer, chat_template=read.chat_template, **special
-    )
     with tempfile.TemporaryDirectory(dir=done.parent, prefix="converting-") as work:
         draft = Path(work) / "model"
         model.save_pretrained(draft)
