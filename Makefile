@@ -35,9 +35,10 @@ quick: .venv/installed-test
 test-registry: .venv/installed-test
 	$(BIN)/python -m pytest -m registry
 
-# The tests that depend most on transformers, with its oldest supported version.
+# The tests that depend most on transformers, with its oldest supported version. -rs lists the skipped tests: model
+# types that this version does not know, and the page about the newest version.
 test-oldest: .venv-oldest/installed
-	PYTHONPATH=$(CURDIR)/.venv-oldest $(BIN)/python -m pytest -m "not registry" tests/models/test_models.py tests/equivalence
+	PYTHONPATH=$(CURDIR)/.venv-oldest $(BIN)/python -m pytest -rs -m "not registry" tests/models/test_models.py tests/equivalence
 
 # Builds the package and tests its wheel alone on every supported Python that is installed. Needs a package index.
 # PACKAGE="3.12" checks one Python. If the index has only CUDA builds of torch, see tests/package/cpu_torch.py.

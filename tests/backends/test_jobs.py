@@ -6,6 +6,7 @@ import io
 import sys
 import types
 
+import huggingface_hub
 import pytest
 import torch
 from pandas.testing import assert_frame_equal
@@ -74,6 +75,19 @@ def test_a_mapping_that_holds_a_model_is_refused(tiny_model):
 def test_two_models_in_one_request_are_refused(tiny_model):
     with pytest.raises(InputError, match="a request names one model; context='nested' runs two"):
         client.submit("http://127.0.0.1:9", "nested", {"mapping": ["identity", None]}, tiny_model())
+
+
+def test_a_hub_that_cannot_be_reached_is_not_taken_for_the_server(monkeypatch):
+    """The error is one of httpx or of httpx2, depending on the version of huggingface_hub."""
+    hub = huggingface_hub.HfApi(endpoint="http://127.0.0.1:9")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    traced = types.SimpleNamespace(to_model_key=lambda: hub.model_info("some/model"))
+    model = types.SimpleNamespace(traced=traced, info=types.SimpleNamespace(name="some/model"))
+    with (
+        pytest.raises(ServerError, match=r"the Hub cannot be asked .* 'some/model' \(ConnectError"),
+        client.explained("http://127.0.0.1:9"),
+    ):
+        client._key(model)
 
 
 def test_a_remote_that_is_no_url():

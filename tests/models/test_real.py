@@ -10,6 +10,7 @@ import sys
 import gguf
 import pytest
 import torch
+import transformers
 
 import patchscope_nn as ps
 from patchscope_nn.data.rows import DataSpec, load_rows
@@ -146,6 +147,8 @@ builtin._SHA256 = {digest!r}
     assert converted.startswith("smollm2-135m-instruct-")
     if real:
         assert converted == builtin.folder().name
+    tokenizer = transformers.AutoTokenizer.from_pretrained(cache / converted)
+    assert (tokenizer.bos_token, tokenizer.eos_token) == ("<|im_start|>", "<|im_end|>")
 
 
 def test_without_weights_the_error_gives_the_command(monkeypatch, tmp_path):

@@ -44,7 +44,13 @@ def host_of(remote: bool | str) -> str:  # noqa: FBT001 (the value of an option,
 
 def _key(model: Model) -> str:
     """The key by which a server knows a model; the Hub is asked for the exact spelling of its id."""
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+    # HTTPError is imported from here because huggingface_hub 1 uses httpx, and huggingface_hub 2 uses httpx2.
+    from huggingface_hub.errors import (  # type: ignore[attr-defined]
+        HfHubHTTPError,
+        HFValidationError,
+        HTTPError,
+        OfflineModeIsEnabled,
+    )
 
     try:
         return str(model.traced.to_model_key())
@@ -59,6 +65,11 @@ def _key(model: Model) -> str:
             f"{str(error).strip().splitlines()[0]}",
             hint="Give the model's id, such as 'meta-llama/Llama-3.1-8B'; a folder is known only here.",
         ) from None
+    except HTTPError as error:
+        raise ServerError(
+            f"the Hub cannot be asked for the id of {model.info.name!r} ({type(error).__name__}: {error}).",
+            hint=f"Check the network, and the address in HF_ENDPOINT if it is set. {_AGAIN}",
+        ) from error
 
 
 def headers() -> dict[str, str]:
