@@ -99,8 +99,9 @@ def shell(place, monkeypatch, capsys):
     def run(commands):
         address = str(place / "patchscope.socket")
         path = f"{place / 'bin'}{os.pathsep}{os.environ['PATH']}"
+        bash = ["bash", "-e", "-o", "pipefail", "-c", commands]
         script = subprocess.Popen(
-            ["bash", "-e", "-o", "pipefail", "-c", commands],
+            bash,
             cwd=place,
             env=os.environ | {"PATH": path, "PATCHSCOPE_TEST": address},
             stdout=subprocess.DEVNULL,
