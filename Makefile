@@ -6,6 +6,9 @@ OLDEST := $(shell sed -n 's/.*"\(transformers\)>=\([0-9.]*\)".*/\1==\2/p' pyproj
 export HF_HUB_OFFLINE := 1
 # With active waiting, two processes on one machine slow each other down many times.
 export OMP_WAIT_POLICY := PASSIVE
+# Test processes share compiled modules, the rewritten assertions of tests among them, even where the user's
+# environment keeps Python from writing them.
+unexport PYTHONDONTWRITEBYTECODE
 
 # One test process per core, each with one thread. Each starts with a block of whole files, so that most fixtures
 # shared by the tests of a file are built once.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import importlib.util
 import os
 from pathlib import Path
@@ -54,6 +55,13 @@ def pytest_collection_modifyitems(items):
     here = Path(__file__).parent
     rooms = {item: item.path.relative_to(here).parts[0] for item in items}
     items.sort(key=lambda item: FIRST.index(rooms[item]) if rooms[item] in FIRST else len(FIRST))
+
+
+def pytest_collection_finish():
+    """Spare the garbage collector what lives to the end: torch, transformers and thousands of tests."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 20, 10)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,4 +1,8 @@
-"""The commands of docs/clusters.md run as they stand, with stand-ins for SLURM, nvidia-smi and the GPUs."""
+"""The commands of docs/clusters.md run as they stand, with stand-ins for SLURM, nvidia-smi and the GPUs.
+
+Scripts run in bash. Their `patchscope` sends its words, folder and environment to this process, which has
+imported the package already. Shards as processes of their own: tests/runs/test_shards.py.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,8 @@ import shlex
 import stat
 import subprocess
 import sys
+import threading
+from multiprocessing.connection import Client, Listener
 from pathlib import Path
 
 import pytest
@@ -48,11 +54,17 @@ done
 exit 1
 """
 NVIDIA_SMI = f"#!/bin/bash\n[ $1 = --list-gpus ] && yes 'GPU: a' | head -{N_GPUS}\n"
-#: The command itself; a GPU's number stands for a CPU.
+#: Asks the test to run the command, and ends as the command does.
 PATCHSCOPE = f"""\
-#!/bin/bash
-for word in "$@"; do [ "$word" = cuda ] && word=cpu; words+=("$word"); done
-exec {sys.executable} -m patchscope_nn "${{words[@]}}"
+#!{sys.executable} -S
+import os, sys
+from multiprocessing.connection import Client
+with Client(os.environ["PATCHSCOPE_TEST"]) as test:
+    test.send((sys.argv[1:], os.getcwd(), dict(os.environ)))
+    code, out, err = test.recv()
+sys.stdout.write(out)
+sys.stderr.write(err)
+sys.exit(code)
 """
 
 
@@ -72,14 +84,51 @@ def place(tmp_path_factory):
     return place
 
 
-def shell(commands, place):
-    path = f"{place / 'bin'}{os.pathsep}{os.environ['PATH']}"
-    bash = ["bash", "-e", "-o", "pipefail", "-c", commands]
-    done = subprocess.run(
-        bash, cwd=place, env=os.environ | {"PATH": path}, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+@pytest.fixture
+def shell(place, monkeypatch, capsys):
+    """Runs commands in bash, and each `patchscope` of theirs in this process, where a GPU is a CPU."""
+    patchscope = caller(monkeypatch, capsys)
+
+    def answer(words, folder, environment):
+        with monkeypatch.context() as patch:
+            patch.chdir(folder)
+            for name, value in environment.items():
+                patch.setenv(name, value)
+            return patchscope(*("cpu" if word == "cuda" else word for word in words))
+
+    def run(commands):
+        address = str(place / "patchscope.socket")
+        path = f"{place / 'bin'}{os.pathsep}{os.environ['PATH']}"
+        bash = ["bash", "-e", "-o", "pipefail", "-c", commands]
+        script = subprocess.Popen(
+            bash,
+            cwd=place,
+            env=os.environ | {"PATH": path, "PATCHSCOPE_TEST": address},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+        def end():
+            """Wait for the script, and wake the loop below."""
+            errors.append(script.communicate()[1])
+            Client(address).close()
+
+        errors = []
+        with Listener(address, backlog=8) as listener:
+            waiting = threading.Thread(target=end)
+            waiting.start()
+            while True:
+                with listener.accept() as command:
+                    try:
+                        request = command.recv()
+                    except EOFError:
+                        break
+                    command.send(tuple(answer(*request)))
+            waiting.join()
+        assert script.returncode == 0, errors
+
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -121,16 +170,16 @@ def test_a_run_grows_and_is_reused(here, place):
     assert "15 of them are from runs/small" in printed
 
 
-def test_a_slurm_array_runs_shards_and_merges_them(place, whole):
+def test_a_slurm_array_runs_shards_and_merges_them(shell, place, whole):
     (place / "study.sbatch").write_text(SCRIPT)
-    shell(SUBMIT, place)
+    shell(SUBMIT)
     shards = sorted((place / "runs/study-shards").iterdir())
     assert [ps.load_run(shard).manifest["shard"] for shard in shards] == ["1/2", "2/2"]
     assert columns(ps.load_run(place / "runs/study").table()) == columns(whole)
 
 
-def test_each_gpu_runs_a_shard(place, whole):
-    shell(GPUS, place)
+def test_each_gpu_runs_a_shard(shell, place, whole):
+    shell(GPUS)
     assert len([*(place / "runs/study-gpus").iterdir()]) == N_GPUS
     assert columns(ps.load_run(place / "runs/study-of-gpus").table()) == columns(whole)
 

@@ -7,7 +7,6 @@ and the last block; the token `x` stands before the last one, where the readout 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import replace
 
 import hooks
 import pytest
@@ -133,30 +132,32 @@ def test_the_last_block_onto_the_last_block(family, context, readout, tiny_model
         hooks.assert_same(given, pair.expected(cell, ROWS[1:][cell.row]))
 
 
+#: What is switched off: one optimisation, or all of them.
+OFF = {name: Optimisations(**{name: False}) for name in Optimisations.names()} | {"all": Optimisations.none()}
+
+
 def shares(family, readout):
-    """The optimisations that `make test` switches off one by one for a family and a readout.
+    """What `make test` switches off for a family and a readout; `make test-registry` has the rest of OFF.
 
     Each is switched off once in every family and, over the families, with every readout.
     """
     shift = [*tiny.FAMILIES].index(family) + OPTIMISED.index(readout)
-    return [
-        name for number, name in enumerate(Optimisations.names()) if (number + shift) % len(OPTIMISED) == 0
-    ]
+    return [name for number, name in enumerate(OFF) if (number + shift) % len(OPTIMISED) == 0]
 
 
 @families
 @pytest.mark.parametrize("readout", OPTIMISED)
-@pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.registry)])
-def test_every_optimisation_off_gives_the_same(family, readout, every, tiny_model, run_cells):
-    """All off, then each by itself: prompts that begin alike, equal rows, cells enough for many passes."""
+@pytest.mark.parametrize("rest", [False, pytest.param(True, marks=pytest.mark.registry)])
+def test_every_optimisation_off_gives_the_same(family, readout, rest, tiny_model, run_cells):
+    """Prompts that begin alike, equal rows, cells enough for many passes."""
     scope = scope_of(READOUTS[readout], layers=[0, -1], target_layers=["embed", 2, -1])
     model = tiny_model(family)
     rows = [row | {"t": f"The city of the Tower {row['t']}"} for row in ROWS[1:]]
     options = {"rows": [*rows, rows[0]], "controls": ["unpatched"], "context": "session", "max_rows": 8}
     found = run_cells(scope, model, **options)
-    singles = [name for name in Optimisations.names() if every is not (name in shares(family, readout))]
-    sets = [replace(Optimisations(), **{off: False}) for off in singles]
-    for used in sets if every else [Optimisations.none(), *sets]:
+    for name, used in OFF.items():
+        if rest is (name in shares(family, readout)):
+            continue
         plain = run_cells(scope, model, **options, optimisations=used)
         for (cell, given), (other, expected) in zip(found, plain, strict=True):
             assert cell == other
@@ -165,7 +166,7 @@ def test_every_optimisation_off_gives_the_same(family, readout, every, tiny_mode
 
 def test_every_optimisation_is_off_in_every_family_and_with_every_readout():
     pairs = [(family, readout) for family in tiny.FAMILIES for readout in OPTIMISED]
-    for off in Optimisations.names():
+    for off in OFF:
         where = [pair for pair in pairs if off in shares(*pair)]
         assert sorted(family for family, _ in where) == sorted(tiny.FAMILIES)
         assert {readout for _, readout in where} == {*OPTIMISED}

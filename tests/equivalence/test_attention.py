@@ -173,9 +173,10 @@ def test_what_a_token_sees_makes_the_same_mask(position, late_entry, tiny_model)
     assert not layout.is_branch.all()
     assert layout.is_branch.any()
     for window in (None, 3):
+        by_hand = hand_mask(layout, window)
         for count in range(1, layout.n_tokens + 1):
             mask = packed._in_mask(target, torch.zeros(1, count, 4), window, {})
-            assert torch.equal(mask[0, 0] == 0, hand_mask(layout, window)[:count, : layout.prefix + count])
+            assert torch.equal(mask[0, 0] == 0, by_hand[:count, : layout.prefix + count])
             assert (mask[mask != 0] == torch.finfo(mask.dtype).min).all()
     places, real = in_own_tokens(target, "cpu")
     assert real.any(1).all()

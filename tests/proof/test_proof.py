@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import logging
+import logging.handlers
 
 import faults
 import hooks
@@ -69,12 +71,29 @@ def test_nothing_is_off_for_a_model_that_is_compiled_correctly(family, caplog):
     assert not caplog.records
 
 
+@pytest.fixture(scope="module")
+def proven_with():
+    """proven_with(fault's name), while it is planted: a model with its proof, and what this logged."""
+
+    @functools.cache
+    def get(name):
+        logged = logging.handlers.BufferingHandler(capacity=100)
+        logged.setLevel(logging.WARNING)
+        logger = logging.getLogger("patchscope_nn")
+        logger.addHandler(logged)
+        try:
+            return load(faults.FAULTS[name].family), logged.buffer
+        finally:
+            logger.removeHandler(logged)
+
+    return get
+
+
 @faulty
-def test_a_fault_is_found_and_what_it_makes_wrong_is_off(name, plant, caplog):
+def test_a_fault_is_found_and_what_it_makes_wrong_is_off(name, plant, proven_with):
     fault = plant(name)
-    model = load(fault.family)
+    model, (record,) = proven_with(name)
     assert off(model) == fault.wrong
-    (record,) = caplog.records
     assert record.levelno == logging.WARNING
     for wrong in fault.wrong:
         assert wrong.replace("_", "-") in record.getMessage()
@@ -94,9 +113,11 @@ def differing(model, family, run_cells, **options):
 
 
 @pytest.mark.parametrize("name", sorted(set(faults.FAULTS) - {"fused"}))
-def test_numbers_are_right_in_spite_of_a_fault_and_wrong_without_the_proof(name, plant, run_cells):
+def test_numbers_are_right_in_spite_of_a_fault_and_wrong_without_the_proof(
+    name, plant, proven_with, run_cells
+):
     fault = plant(name)
-    proven, unproven = load(fault.family), load(fault.family, proof=False)
+    (proven, _), unproven = proven_with(name), load(fault.family, proof=False)
     assert not [*differing(proven, fault.family, run_cells)]
     assert [*differing(unproven, fault.family, run_cells)]
 
@@ -128,10 +149,11 @@ def test_a_model_whose_rows_see_each_other_runs_each_alone(run_cells):
 
 
 @faulty
-def test_the_manifest_says_what_is_off(name, plant, tmp_path):
+def test_the_manifest_says_what_is_off(name, plant, proven_with, tmp_path):
     fault = plant(name)
+    model, _ = proven_with(name)
     readout = READOUTS["generate" if fault.wrong & {"early_leaving", "cached_decoding"} else "next_token"]
-    run = ps.run(scope_of(readout), model=load(fault.family), data=list(ROWS), out=tmp_path / "run")
+    run = ps.run(scope_of(readout), model=model, data=list(ROWS), out=tmp_path / "run")
     for wrong in fault.wrong:
         assert any(line.startswith(wrong.replace("_", "-")) for line in run.manifest["plan"]["withheld"])
         proof = run.manifest["models"]["target"]["proof"]

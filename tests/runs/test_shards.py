@@ -1,4 +1,4 @@
-"""Shards of a run: how it is divided, four processes, and what merges and what does not."""
+"""Shards of a run: how it is divided, shards as processes, and what merges and what does not."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import tiny
+from commands import Done, caller
 from growth import ROWS, grow, ran, same, scope_of
 from hypothesis import given
 from hypothesis import strategies as st
@@ -248,25 +249,27 @@ def command(*words, folder):
     )
 
 
-def test_four_shards_as_four_processes_are_the_whole(tmp_path):
-    """As on a cluster: each process knows only its number. Then one of them joins what they wrote."""
+def test_four_shards_as_commands_are_the_whole(tmp_path, monkeypatch, capsys):
+    """As on a cluster: each command knows only its number, two run at once, and one joins what they wrote."""
     tiny.make_module("llama").save_pretrained(tmp_path / "model")
     tiny.TOKENIZER.save_pretrained(tmp_path / "model")
     (tmp_path / "methods.yaml").write_text(RECIPE)
-    shards = [
-        command("run", "methods.yaml", "--shard", f"{number}/4", "--json", folder=tmp_path)
-        for number in range(1, 5)
-    ]
+    monkeypatch.chdir(tmp_path)
+    here = caller(monkeypatch, capsys)
+    words = [("run", "methods.yaml", "--shard", f"{number}/4", "--json") for number in range(1, 5)]
+    processes = [command(*shard, folder=tmp_path) for shard in words[:2]]
+    ended = [here(*shard) for shard in words[2:]]
+    for process in reversed(processes):
+        printed = process.communicate(timeout=300)
+        ended.insert(0, Done(process.returncode, *printed))
     folders = []
-    for number, shard in enumerate(shards, start=1):
-        printed, errors = shard.communicate(timeout=300)
-        assert shard.returncode == 0, errors
-        folders.append(json.loads(printed)["folder"])
+    for number, shard in enumerate(ended, start=1):
+        assert shard.returncode == 0, shard.stderr
+        folders.append(json.loads(shard.stdout)["folder"])
         assert folders[-1].endswith(f"-shard-{number}-of-4")
-    merging = command("merge", "runs/whole", *folders, folder=tmp_path)
-    printed, errors = merging.communicate(timeout=300)
-    assert merging.returncode == 0, errors
-    assert "of 2 methods in runs/whole" in printed
+    merging = here("merge", "runs/whole", *folders)
+    assert merging.returncode == 0, merging.stderr
+    assert "of 2 methods in runs/whole" in merging.stdout
     from patchscope_nn.runs.experiments import open_finished
 
     merged = open_finished(tmp_path / "runs/whole")
