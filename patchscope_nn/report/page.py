@@ -114,8 +114,11 @@ def _yaml(value: object) -> str:
     """Write a part of the manifest as YAML; values of types that YAML lacks become text."""
     if not value:
         return ""
-    plain = json.loads(json.dumps(value, default=str))
+    written = json.dumps(value, default=str)
+    plain = json.loads(written)
     text = yaml_text(plain)
-    if yaml.safe_load(text) != plain:  # PyYAML writes U+0085 unescaped, and reads it back as a space
+    if (
+        "\\u" in written and yaml.safe_load(text) != plain
+    ):  # PyYAML writes U+0085 unescaped, and reads it back as a space
         text = yaml_text(plain, allow_unicode=False)
     return visible(text, keep="\n")

@@ -31,7 +31,7 @@ _LINES = {
 _OTHER_LINE = ("#d55e00", "longdashdot")
 _INK = "#7a7f87"  # a grey that is legible on white and on near-black
 _CLEAR = "rgba(0,0,0,0)"
-_AXIS = {"gridcolor": "rgba(128,128,128,0.22)", "zeroline": False, "automargin": True}
+_AXIS: Part = {"gridcolor": "rgba(128,128,128,0.22)", "zeroline": False, "automargin": True}
 _LAYOUT = {
     "paper_bgcolor": _CLEAR,
     "plot_bgcolor": _CLEAR,
@@ -45,6 +45,24 @@ _LAYOUT = {
     "modebar": {"bgcolor": _CLEAR, "remove": ["sendChartToCloud"], "color": _INK, "activecolor": "#2b8cc4"},
     "margin": {"l": 56, "r": 16, "t": 64, "b": 48},
 }
+#: The colours of plotly's Cividis, from the lower end to the upper.
+_CIVIDIS = [
+    [step / 9, colour]
+    for step, colour in enumerate(
+        (
+            "#00224e",
+            "#123570",
+            "#3b496c",
+            "#575d6d",
+            "#707173",
+            "#8a8678",
+            "#a59c74",
+            "#c3b369",
+            "#e1cc55",
+            "#fee838",
+        )
+    )
+]
 _ROOM = 8  # with fewer blocks than this, the ticks "embed" and "0" do not overlap
 
 
@@ -109,4 +127,4 @@ def layer_ticks(layers: Sequence[float]) -> dict[str, Any]:
 def colour_axis(scale: Scale, *, title: str, side: str, **bar: Any) -> dict[str, Any]:
     """Return the layout of a colour scale and its bar, with an escaped title on one `side` of it."""
     bar["title"] = {"text": title, "side": side}
-    return {"colorscale": "Cividis", "cmin": scale.low, "cmax": scale.high, "colorbar": bar | scale.ticks()}
+    return {"colorscale": _CIVIDIS, "cmin": scale.low, "cmax": scale.high, "colorbar": bar | scale.ticks()}

@@ -38,6 +38,9 @@ def coded(values: Sequence[Any] | pd.Series) -> tuple[np.ndarray, list[Any]]:
         codes, index = pd.factorize(values, use_na_sentinel=False)
         return codes, list(index)
     values = list(values)
+    if set(map(type, values)) == {str}:
+        codes, texts = pd.factorize(np.array(values, object))
+        return codes, list(texts)
     codes, addresses = pd.factorize(np.fromiter(map(id, values), np.int64, len(values)))
     first = np.full(len(addresses), len(values))
     np.minimum.at(first, codes, np.arange(len(values)))

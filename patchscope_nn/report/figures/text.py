@@ -86,4 +86,6 @@ def escape(text: str) -> str:
 
 def wrap(text: str, *, width: int = 72) -> str:
     """Break visible text into lines of at most `width` characters, escaped."""
+    if len(text) <= width and text.isprintable():  # nothing to break or to replace; most lines are short
+        return escape(text)
     return "<br>".join(map(escape, textwrap.wrap(text, width=width, drop_whitespace=False)))
