@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pkgutil
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -92,6 +93,7 @@ def write_whole(page: str, path: Path) -> Path:
     return path
 
 
+@cache
 def template(name: str) -> jinja2.Template:
     """Load a page template; it escapes every value that is filled in."""
     environment = jinja2.Environment(

@@ -153,6 +153,8 @@ def execute(prepared: PreparedRun, execution: Execution, *, out: Path | None = N
         InMemory(prepared) if out is None else open_folder(out, manifest, prepared) as store,
         second_thread(wanted=full_plan.optimisations.overlap and _may_overlap(prepared)) as thread,
     ):
+        if thread is not None and store.path is not None and execution.report:
+            thread.submit(_load_report)
         taken = take_cells(execution.reuse, prepared, store)
         n_before = store.n_done
         for _ in _unfinished(prepared, full_plan, store, execution, thread):
@@ -224,6 +226,13 @@ def write_ensemble_and_report(run: Run, *, report: bool) -> None:
         run.ensemble().to_csv(folder / ENSEMBLE, index=False)
     if report and importlib.util.find_spec("plotly"):
         run.report()
+
+
+def _load_report() -> None:
+    """Import and compile what the report needs, while the first step runs."""
+    from patchscope_nn.report.page import template
+
+    template("report.html.jinja")
 
 
 def _unfinished(

@@ -21,10 +21,10 @@ FLAT_LAYERS = {"unpatched": NO_LAYER, "text-only": -3.0}
 
 def as_list(value: Any) -> list[Any]:
     """Return a list column's value as a list: it is a list in memory, an array from parquet, or null ([])."""
+    if isinstance(value, (list, tuple)):
+        return list(value)
     if isinstance(value, np.ndarray):
         return list(value.tolist())
-    if isinstance(value, list | tuple):
-        return list(value)
     return [] if is_null(value) else [value]
 
 
