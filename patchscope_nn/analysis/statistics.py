@@ -82,7 +82,8 @@ def _bootstrap_ends(sums: np.ndarray, counts: np.ndarray, *, draws: int) -> np.n
         part = means[number * _DRAWS_AT_ONCE :][: len(times)]
         totals = times.astype(float) @ counts
         np.divide(times.astype(float) @ sums, totals, out=part, where=totals > 0)
-    return np.asarray(np.nanquantile(means, _ENDS, axis=0))
+    quantile = np.nanquantile if np.isnan(means).any() else np.quantile  # the latter takes all groups at once
+    return np.asarray(quantile(means, _ENDS, axis=0))
 
 
 @functools.lru_cache(maxsize=1)

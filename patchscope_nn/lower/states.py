@@ -66,7 +66,7 @@ class StateTable:
         if self.vectors is not None:
             return np.searchsorted(self._sources, self._source(read)), np.ones_like(read)
         if self.sums is not None:
-            place = np.searchsorted(self._sums, self._key(read, layer))
+            place = np.searchsorted(self._sums, self.sweep.states.hidden(read, layer))
             return self._sum_starts[place], self._sum_counts[place]
         place = np.searchsorted(self._hidden, self._state(read, layer))
         return self._starts[place], self._counts[place]
@@ -81,15 +81,12 @@ class StateTable:
         origins = self.sweep.cells.read_origins
         return self.sweep.states.hidden(origins.values[origins.starts[read]], layer)
 
-    def _key(self, read: Ints, layer: Ints) -> Ints:
-        return self.sweep.states.hidden(read, layer)
-
     def _add(self, read: Ints, layer: Ints) -> None:
         """Add the sums that are written to the end of the table, each once."""
         cells, mean = self.sweep.cells, self.sweep.scope.source.mean == "positions"
         if not mean and (cells.read_origins.counts == 1).all() and (cells.read_weights == 1).all():
             return
-        self._sums, first = np.unique(self._key(read, layer), return_index=True)
+        self._sums, first = np.unique(self.sweep.states.hidden(read, layer), return_index=True)
         read, layer = read[first], layer[first]
         origins, index = cells.read_origins.take(read)
         weights = cells.read_weights[ranges(cells.read_origins.starts[read], cells.read_origins.counts[read])]

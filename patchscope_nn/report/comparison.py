@@ -56,7 +56,7 @@ def write_comparison(comparison: Comparison, sides: Sequence[Side], *, path: Pat
         facts=[(visible(side.name), visible(_fact(side))) for side in sides],
         titles=[_heading(metric, comparison) for metric in metrics],
         plotly=plotly_js(),
-        figures=script_json([json.loads(figure.to_json()) for figure in drawn]),
+        figures=script_json([figure.plain() for figure in drawn]),
         cells=cells_json(cells, metrics=metric_columns(cells, declared=declared)),
         n_cells=sum(side.n_cells for side in sides),
         max_cells=MAX_CELLS,

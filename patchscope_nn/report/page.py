@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import pkgutil
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,13 +19,13 @@ from patchscope_nn.metrics import described
 from patchscope_nn.report.cards import cards
 from patchscope_nn.report.cells import cells_json, script_json
 from patchscope_nn.report.figures import figures
+from patchscope_nn.report.figures.drawing import Drawing
 from patchscope_nn.report.figures.table import metric_columns
 from patchscope_nn.report.figures.text import visible
 from patchscope_nn.report.summary import described_controls, facts, metric_names, section, summary
 
 if TYPE_CHECKING:
     import pandas as pd
-    import plotly.graph_objects as go
 
 #: The number of cells that a page lists; figures of metrics use all cells.
 MAX_CELLS = 3_000
@@ -58,7 +60,7 @@ def write_report(
         cards=cards(first_cells, metric=next(iter(metrics), None), manifest=manifest),
         controls=described_controls(table),
         command=visible(manifest.get("command") or ""),
-        figures=script_json([json.loads(figure.to_json()) for _, figure in drawn]),
+        figures=script_json([figure.plain() for _, figure in drawn]),
         cells=cells_json(first_cells, metrics=metrics, derived=list(manifest.get("derived") or ())),
         n_cells=len(table),
         max_cells=MAX_CELLS,
@@ -70,7 +72,7 @@ def write_report(
 
 def run_figures(
     table: pd.DataFrame, first_cells: pd.DataFrame, *, manifest: Mapping[str, Any]
-) -> list[tuple[str, go.Figure]]:
+) -> list[tuple[str, Drawing]]:
     """Draw the figures of a run, each with its title; arguments are as in `write_report`.
 
     Raises:
@@ -91,6 +93,7 @@ def write_whole(page: str, path: Path) -> Path:
     return path
 
 
+@cache
 def template(name: str) -> jinja2.Template:
     """Load a page template; it escapes every value that is filled in."""
     environment = jinja2.Environment(
@@ -105,17 +108,19 @@ def template(name: str) -> jinja2.Template:
 
 def plotly_js() -> Markup:
     """Return plotly's source, to embed in a page that must not load anything."""
-    from plotly.offline import get_plotlyjs
-
-    return Markup(get_plotlyjs())  # noqa: S704 - plotly's own source; it contains nothing from the run
+    source = pkgutil.get_data("plotly", "package_data/plotly.min.js") or b""
+    return Markup(source.decode())  # noqa: S704 - plotly's own source; it contains nothing from the run
 
 
 def _yaml(value: object) -> str:
     """Write a part of the manifest as YAML; values of types that YAML lacks become text."""
     if not value:
         return ""
-    plain = json.loads(json.dumps(value, default=str))
+    written = json.dumps(value, default=str)
+    plain = json.loads(written)
     text = yaml_text(plain)
-    if yaml.safe_load(text) != plain:  # PyYAML writes U+0085 unescaped, and reads it back as a space
+    if (
+        "\\u" in written and yaml.safe_load(text) != plain
+    ):  # PyYAML writes U+0085 unescaped, and reads it back as a space
         text = yaml_text(plain, allow_unicode=False)
     return visible(text, keep="\n")

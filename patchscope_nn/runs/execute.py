@@ -12,7 +12,7 @@ from __future__ import annotations
 import gc
 import importlib.util
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -153,6 +153,8 @@ def execute(prepared: PreparedRun, execution: Execution, *, out: Path | None = N
         InMemory(prepared) if out is None else open_folder(out, manifest, prepared) as store,
         second_thread(wanted=full_plan.optimisations.overlap and _may_overlap(prepared)) as thread,
     ):
+        if thread is not None and store.path is not None and execution.report:
+            thread.submit(_load_report)
         taken = take_cells(execution.reuse, prepared, store)
         n_before = store.n_done
         for _ in _unfinished(prepared, full_plan, store, execution, thread):
@@ -165,7 +167,15 @@ def execute(prepared: PreparedRun, execution: Execution, *, out: Path | None = N
             (store.manifest or manifest) | current,
             new_session(backend, n_cells=n_cells, elapsed_s=elapsed_s, taken=taken),
         )
-        run = Run(manifest=manifest, rows=_with_probe(prepared, store), path=store.path)
+        probe, wanted = prepared.recipe["probe"], prepared.labels is not None and prepared.shard is None
+        rows = with_probe(
+            store.rows(),
+            prepared.recipe,
+            {"labels": prepared.labels, "prompts": prepared.source_prompts} if wanted else None,
+            keep=partial(store.keep_probe_columns, probe),
+            kept=store.probe_columns(probe),
+        )
+        run = Run(manifest=manifest, rows=rows, path=store.path)
         store.finish(run.rows, manifest)
         if run.path is not None:
             write_ensemble_and_report(run, report=execution.report)
@@ -199,22 +209,29 @@ def _uncollected() -> Iterator[None]:
         gc.unfreeze()
 
 
-def _with_probe(prepared: PreparedRun, store: InMemory) -> CellRows:
-    """Return the rows of the finished cells, with the columns of the recipe's probe."""
-    rows, probe = store.rows(), prepared.recipe["probe"]
-    if probe is None or prepared.shard is not None:
+def with_probe(
+    rows: CellRows,
+    recipe: Mapping[str, Any],
+    probed: Mapping[str, Any] | None,
+    *,
+    keep: Callable[[Mapping[str, Sequence[Any]]], None],
+    kept: Mapping[str, Sequence[Any]] | None = None,
+) -> CellRows:
+    """Return rows with the columns of the recipe's probe.
+
+    Args:
+        rows: The rows.
+        recipe: The recipe.
+        probed: The `labels` and `prompts` of the data rows; None if there is no probe to train.
+        keep: Called with the columns if the probe is trained now.
+        kept: The columns, if it has been trained before.
+    """
+    if probed is None:
         return rows
-    columns = store.probe_columns(probe)
-    if columns is None:
-        columns = probe_columns(
-            rows,
-            labels=prepared.labels or (),
-            prompts=prepared.source_prompts,
-            folds=probe["folds"],
-            seed=prepared.recipe["seed"],
-        )
-        store.keep_probe_columns(probe, columns)
-    return rows.with_columns(columns)
+    if kept is None:
+        kept = probe_columns(rows, **probed, folds=recipe["probe"]["folds"], seed=recipe["seed"])
+        keep(kept)
+    return rows.with_columns(kept)
 
 
 def write_ensemble_and_report(run: Run, *, report: bool) -> None:
@@ -224,6 +241,13 @@ def write_ensemble_and_report(run: Run, *, report: bool) -> None:
         run.ensemble().to_csv(folder / ENSEMBLE, index=False)
     if report and importlib.util.find_spec("plotly"):
         run.report()
+
+
+def _load_report() -> None:
+    """Import and compile what the report needs, while the first step runs."""
+    from patchscope_nn.report.page import template
+
+    template("report.html.jinja")
 
 
 def _unfinished(

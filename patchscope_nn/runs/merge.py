@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,8 @@ from patchscope_nn._util.clocks import utc_now
 from patchscope_nn._util.digests import digest
 from patchscope_nn._util.plain import shown
 from patchscope_nn.analysis.cell_rows import CELL, KEY, CellRows
-from patchscope_nn.analysis.probes import probe_columns
 from patchscope_nn.errors import FolderError, InputError
-from patchscope_nn.runs.execute import write_ensemble_and_report
+from patchscope_nn.runs.execute import with_probe, write_ensemble_and_report
 from patchscope_nn.runs.experiments import Experiment, experiment_record, save_comparison
 from patchscope_nn.runs.folder import write_finished, write_probe_columns
 from patchscope_nn.runs.identity import check_same, joined
@@ -160,7 +160,10 @@ def _merge_runs(pieces: Sequence[_Piece], folder: Path) -> None:
     write_numbers(folder, parts)
     rows = CellRows([*parts.values()])
     manifest = _manifest(pieces, n_cells=len(rows), n_rows=len({*rows.column("row")}))
-    write_finished(folder, _with_probe(folder, rows, manifest, first.manifest), manifest)
+    recipe = manifest["recipe"]
+    keep = partial(write_probe_columns, folder, recipe["probe"], manifest["hash"])
+    rows = with_probe(rows, recipe, first.manifest.get("probe_rows"), keep=keep)
+    write_finished(folder, rows, manifest)
 
 
 def _leave_out(piece: _Piece) -> str:
@@ -280,16 +283,6 @@ def _manifest(pieces: Sequence[_Piece], *, n_cells: int, n_rows: int) -> Manifes
             for piece in pieces
         ],
     }
-
-
-def _with_probe(folder: Path, rows: CellRows, manifest: Manifest, shard: Mapping[str, Any]) -> CellRows:
-    """Return the rows of merged shards with the columns of the recipe's probe, which is trained now."""
-    if "probe_rows" not in shard:
-        return rows
-    recipe = manifest["recipe"]
-    columns = probe_columns(rows, **shard["probe_rows"], folds=recipe["probe"]["folds"], seed=recipe["seed"])
-    write_probe_columns(folder, recipe["probe"], manifest["hash"], columns)
-    return rows.with_columns(columns)
 
 
 def _reported(folder: Path, *, report: bool) -> Run:

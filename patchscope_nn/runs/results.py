@@ -58,7 +58,7 @@ class Run:
         """
         from patchscope_nn.report.figures import text_heatmap
 
-        return text_heatmap(self.table(), value=value)
+        return text_heatmap(self.table(), value=value).to_plotly()
 
     def ensemble(self, how: Literal["intersect", "average"] | None = None) -> pd.DataFrame:
         """Combine the next tokens of several target prompts for each state, as a pandas DataFrame.

@@ -25,27 +25,19 @@ Flags = npt.NDArray[np.bool_]
 class Cell:
     """One fully resolved combination of a source state, a place to write it, and a control.
 
-    A field is `None` if the run lacks that part: an unpatched run has no source and no l*, and a write that
-    needs no state has no source.
+    The fields are those of `CellBlock`, with what its numbers stand for. A field is `None` if the run lacks
+    that part: an unpatched run has no source and no l*, and a write that needs no state has no source. Cells
+    with the same seed are the same run.
 
     Attributes:
-        number: Its index in the sweep.
-        row: The data row it belongs to.
-        entry: Index of its entry in `Sweep.entries`.
         control: None for the real cell, else the control's name.
         source: S, an index into `Sweep.source_prompts`; or a vector from a file.
         source_positions: i, in ascending order. Several positions are patched together.
-        source_layer: l; -1 is the input of block 0.
+        source_layer: l.
         terms: All terms, if the written state is a sum of several states; else empty.
-        target_prompt: T, an index into `Sweep.target_prompts`.
         target_positions: i*, as many as i.
-        target_layer: l*.
-        scale: The factor that multiplies the mapped state.
-        sample: Which draw of the noise on T's embeddings.
         unseen: The tokens that i* cannot attend to.
         reference: The (prompt, position) whose unpatched next-token distribution the cell is compared with.
-        seed: A digest of the cell's content, independent of its row. It seeds the cell's random numbers.
-            Cells with the same seed are the same run.
     """
 
     number: int
@@ -86,7 +78,7 @@ class CellBlock(Sequence[Cell]):
         sample: Which draw of the noise on T's embeddings.
         reference: The last source position, as an index into `cells.origins`, whose unpatched distribution
             the cell is compared with; without meaning if nothing is compared.
-        seed: A digest of the cell's content, independent of its row.
+        seed: A digest of the cell's content, independent of its row. It seeds the cell's random numbers.
     """
 
     cells: Cells

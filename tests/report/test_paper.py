@@ -7,11 +7,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from drawn import layer_curve, layer_pair_heatmap
 from matplotlib.colors import to_hex
 from tables import NASTY, make_table
 
 from patchscope_nn.errors import InputError
-from patchscope_nn.report.figures import figures, layer_curve, layer_pair_heatmap, save_figures
+from patchscope_nn.report.figures import figures, save_figures
 from patchscope_nn.report.figures.glyphs import printable
 from patchscope_nn.report.figures.paper import draw
 

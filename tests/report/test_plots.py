@@ -9,11 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from tables import NASTY, make_table
-
-from patchscope_nn.analysis.statistics import best_over, numbers
-from patchscope_nn.errors import InputError
-from patchscope_nn.report.figures import (
+from drawn import (
     comparison_curve,
     figures,
     layer_curve,
@@ -21,6 +17,10 @@ from patchscope_nn.report.figures import (
     text_heatmap,
     token_heatmap,
 )
+from tables import NASTY, make_table
+
+from patchscope_nn.analysis.statistics import best_over, numbers
+from patchscope_nn.errors import InputError
 from patchscope_nn.report.figures.table import layer_means, metric_columns
 from patchscope_nn.report.figures.text import shorten, text_width, visible
 

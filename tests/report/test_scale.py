@@ -5,9 +5,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from drawn import layer_pair_heatmap, token_heatmap
 from tables import make_table
 
-from patchscope_nn.report.figures import layer_pair_heatmap, token_heatmap
 from patchscope_nn.report.figures.paper import draw
 from patchscope_nn.report.figures.scale import Scale, common_scale
 

@@ -3,6 +3,8 @@
 Every function takes a run's table (one row per cell) and does not change it:
 
     text.py        model output as safe, visible, short text
+    drawing.py     a figure as plain dictionaries
+    optional.py    modules that only some figures need
     table.py       the metrics in a table, and their means by layer
     style.py       colours, axes and layout of all figures
     scale.py       the colour scale of a heatmap

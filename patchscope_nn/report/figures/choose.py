@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 
@@ -12,14 +12,11 @@ from patchscope_nn.analysis.statistics import best_over, layer_means
 from patchscope_nn.metrics import MetricInfo
 from patchscope_nn.report.figures.comparison import comparison_curve
 from patchscope_nn.report.figures.curves import layer_curve, layer_pair_heatmap
+from patchscope_nn.report.figures.drawing import Drawing
 from patchscope_nn.report.figures.grid import text_heatmap
 from patchscope_nn.report.figures.maps import rows_with_positions, token_heatmap
 from patchscope_nn.report.figures.table import layer_axis, metric_columns, with_probe_controls
 from patchscope_nn.spec import kinds_in
-
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
-
 
 _TOKEN_HEATMAPS = 3  # one for each of the first data rows
 
@@ -31,7 +28,7 @@ def figures(
     all_cells: pd.DataFrame | None = None,
     best: Sequence[str] = (),
     known: Mapping[str, MetricInfo] | None = None,
-) -> list[tuple[str, go.Figure]]:
+) -> list[tuple[str, Drawing]]:
     """Draw the figures that suit a table: a curve or heatmap for each metric, then the text heatmap.
 
     Args:
@@ -58,21 +55,22 @@ def figures(
     if kinds and table[[kind.says for kind in kinds]].notna().any(axis=None):
         value = None if any(kind.odds for kind in kinds) else next(iter(names), None)
         drawn.append(text_heatmap(table, value=value))
-    return [(html.unescape(figure.layout.title.text), figure) for figure in drawn]
+    return [(html.unescape(figure.title), figure) for figure in drawn]
 
 
 def _metric_figure(
     table: pd.DataFrame, *, metric: str, best: Sequence[str], known: Mapping[str, MetricInfo] | None
-) -> go.Figure:
+) -> Drawing:
     if not best:
         return layer_curve(table, metric=metric, known=known)
     cells = best_over(table, metric=metric, over=best, known=known)
     over = " and ".join(best).replace("_", " ")
     if cells[["source_layer", "target_layer"]].notna().any(axis=None):
         figure = layer_curve(cells, metric=metric, known=known)
-        title = f"{figure.layout.title.text}, best over {over}"
+        title = f"{figure.title}, best over {over}"
     else:
         means = layer_means(cells, metric=metric).assign(run="", metric=metric)
         figure = comparison_curve(means, metric=metric, names=[""], known=known)
         title = f"{metric}, best over {over}, mean over data rows"
-    return figure.update_layout(title_text=title)
+    figure.layout["title"]["text"] = title
+    return figure

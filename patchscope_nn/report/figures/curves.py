@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
 
 import pandas as pd
 
 from patchscope_nn.analysis.statistics import REAL
 from patchscope_nn.metrics import MetricInfo
 from patchscope_nn.report.figures import style
+from patchscope_nn.report.figures.drawing import Drawing, Part
 from patchscope_nn.report.figures.maps import Panel, heatmaps, hover_text, rows_with_positions
 from patchscope_nn.report.figures.table import (
     by_scale,
@@ -21,16 +21,13 @@ from patchscope_nn.report.figures.table import (
 )
 from patchscope_nn.report.figures.text import listed
 
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
-
 _PANEL_WIDTH = 330
 _LOG = 20  # the axis of ranks is logarithmic if the largest mean exceeds the smallest by this factor
 
 
 def layer_curve(
     table: pd.DataFrame, *, metric: str, known: Mapping[str, MetricInfo] | None = None
-) -> go.Figure:
+) -> Drawing:
     """Draw the mean of a metric by source layer with its 95 % bootstrap band, and a line for each control.
 
     A control that reads no layer (`unpatched`) is a horizontal line. If a single source layer is written at
@@ -40,30 +37,27 @@ def layer_curve(
     Raises:
         InputError: The table has no such metric, or plotly is not installed.
     """
-    style.plotly()
     means = {name: layer_means(part, metric=metric) for name, part in by_scale(table).items()}
     whole = pd.concat(means.values())
     axis = layer_axis(whole)
     if axis is None:
         return _pairs(means, metric=metric, known=known)
-    from plotly.subplots import make_subplots
-
-    figure = make_subplots(1, len(means), subplot_titles=list(means), shared_yaxes=True)
+    figure = Drawing(list(means), columns=len(means), shared=True)
     layers = sorted(whole[axis].dropna().unique()) or [0.0]
-    for number, part in enumerate(means.values(), start=1):
+    for number, part in enumerate(means.values()):
         for control, own in lines_of(part, axis=axis, layers=layers):
             for trace in _curve(own, axis=axis, control=control, metric=metric):
-                figure.add_trace(trace.update(showlegend=number == 1), row=1, col=number)
+                figure.add(trace | {"showlegend": number == 0}, panel=number)
     place = axis.replace("_", " ")
     legend = {"orientation": "h", "y": 1.02 if len(means) == 1 else 1.12, "yanchor": "bottom", "x": 0}
     title = f"{metric} by {place}{' and scale' if len(means) > 1 else ''}, mean over {_averaged(table)}"
     width = {"width": 90 + _PANEL_WIDTH * len(means)} if len(means) > 1 else {}
     style.apply(figure, title=title, height=400, hovermode="x", legend=legend, **width)
-    figure.update_xaxes(title=place, range=[layers[0] - 0.5, layers[-1] + 0.5], **style.layer_ticks(layers))
-    figure.update_yaxes(title=style.metric_title(metric, known), col=1)
-    figure.update_yaxes(**style.metric_range(whole, metric))
+    figure.axes("x", title=place, range=[layers[0] - 0.5, layers[-1] + 0.5], **style.layer_ticks(layers))
+    figure.axes("y", title=style.metric_title(metric, known), column=0)
+    figure.axes("y", **style.metric_range(whole, metric))
     if metric == "rank" and whole["mean"].max() > _LOG * whole["mean"].min():
-        figure.update_yaxes(type="log", dtick=1)
+        figure.axes("y", type="log", dtick=1)
     return figure
 
 
@@ -78,7 +72,7 @@ def _averaged(table: pd.DataFrame) -> str:
     return listed(over)
 
 
-def _curve(means: pd.DataFrame, *, axis: str, control: str, metric: str) -> Iterator[go.Scatter]:
+def _curve(means: pd.DataFrame, *, axis: str, control: str, metric: str) -> Iterator[Part]:
     """Yield the line of one control; for the patched cells, first the band under it."""
     colour, dash = style.line_of(control)
     if control == REAL and means["low"].notna().any():
@@ -87,34 +81,32 @@ def _curve(means: pd.DataFrame, *, axis: str, control: str, metric: str) -> Iter
         hover_text(mean, f"{control}, layer {layer_name(mean[axis])}: {metric}")
         for mean in means.to_dict("records")
     ]
-    yield style.plotly().Scatter(
-        x=means[axis].tolist(),
-        y=means["mean"].tolist(),
-        name=style.panel(control),
-        mode="lines+markers" if control == REAL or len(means) == 1 else "lines",
-        line={"color": colour, "dash": dash, "width": 2.5 if control == REAL else 2},
-        marker={"size": 6},
-        text=hover,
-        hovertemplate="%{text}<extra></extra>",
-    )
+    yield {
+        "type": "scatter",
+        "x": means[axis].tolist(),
+        "y": means["mean"].tolist(),
+        "name": style.panel(control),
+        "mode": "lines+markers" if control == REAL or len(means) == 1 else "lines",
+        "line": {"color": colour, "dash": dash, "width": 2.5 if control == REAL else 2},
+        "marker": {"size": 6},
+        "text": hover,
+        "hovertemplate": "%{text}<extra></extra>",
+    }
 
 
 def layer_pair_heatmap(
     table: pd.DataFrame, *, metric: str, known: Mapping[str, MetricInfo] | None = None
-) -> go.Figure:
+) -> Drawing:
     """Draw the mean of a metric by source layer (across) and target layer (up), in a panel per control.
 
     Raises:
         InputError: The table has no such metric, or plotly is not installed.
     """
-    style.plotly()  # raises before anything is computed
     means = {name: layer_means(part, metric=metric) for name, part in by_scale(table).items()}
     return _pairs(means, metric=metric, known=known)
 
 
-def _pairs(
-    parts: dict[str, pd.DataFrame], *, metric: str, known: Mapping[str, MetricInfo] | None
-) -> go.Figure:
+def _pairs(parts: dict[str, pd.DataFrame], *, metric: str, known: Mapping[str, MetricInfo] | None) -> Drawing:
     panels: list[Panel] = []
     without_layer: dict[str, float] = {}
     for name, means in parts.items():
@@ -133,6 +125,6 @@ def _pairs(
     aside = "".join(f"; {control} (control): {mean:.3g}" for control, mean in without_layer.items())
     figure = heatmaps(panels, title=f"{metric} by source and target layer{aside}", metric=metric, known=known)
     cells = pd.concat([part.cells for part in panels]) if panels else pd.DataFrame({"x": [], "y": []})
-    figure.update_xaxes(title="source layer", **style.layer_ticks(sorted(cells["x"].unique())))
-    figure.update_yaxes(title="target layer", **style.layer_ticks(sorted(cells["y"].unique())))
+    figure.axes("x", title="source layer", **style.layer_ticks(sorted(cells["x"].unique())))
+    figure.axes("y", title="target layer", **style.layer_ticks(sorted(cells["y"].unique())))
     return figure

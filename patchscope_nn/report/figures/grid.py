@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from patchscope_nn.report.figures import style
 from patchscope_nn.report.figures.cell_text import Cells, read_cells
+from patchscope_nn.report.figures.drawing import Drawing, Part
 from patchscope_nn.report.figures.lines import MAX_ROWS, text_lines
 from patchscope_nn.report.figures.scale import Scale, limits
 from patchscope_nn.report.figures.table import axis_title, layer_name
 from patchscope_nn.report.figures.text import escape, text_width
-
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
 
 _CIVIDIS_MIDDLE = 0.48  # white reads better below it, black above
 _FLAT = [[0.0, "#3b496c"], [1.0, "#3b496c"]]
@@ -33,7 +31,7 @@ class _Spot(NamedTuple):
     cell: int
 
 
-def text_heatmap(table: pd.DataFrame, *, value: str | None = None) -> go.Figure:
+def text_heatmap(table: pd.DataFrame, *, value: str | None = None) -> Drawing:
     """Draw the answer of each cell: data rows (or tokens of one prompt) down, layers across.
 
     A control that reads no layer (unpatched, text-only) is a line on top if it is the same for all rows, and
@@ -46,7 +44,7 @@ def text_heatmap(table: pd.DataFrame, *, value: str | None = None) -> go.Figure:
         InputError: The readout does not answer in words, the table has no column `value`, or plotly is not
             installed.
     """
-    graph = style.plotly()
+    figure = Drawing()
     cells = read_cells(table, value=value)
     lines, n_rows = text_lines(table, cells=cells)
     columns = sorted({layer for line in lines for layer in line.cells})
@@ -54,7 +52,7 @@ def text_heatmap(table: pd.DataFrame, *, value: str | None = None) -> go.Figure:
     spots = [
         _Spot(place[layer], y, cell) for y, line in enumerate(lines) for layer, cell in line.cells.items()
     ]
-    figure = graph.Figure(list(_traces(spots, cells=cells, shape=(len(lines), len(columns)))))
+    figure.add(*_traces(spots, cells=cells, shape=(len(lines), len(columns))))
     shaded = f", shaded by {cells.scale}" if cells.scale else ""
     cut = f" (first {MAX_ROWS} of {n_rows} rows)" if n_rows > MAX_ROWS else ""
     n_samples = table["sample"].nunique() if "sample" in table.columns else 1
@@ -65,10 +63,13 @@ def text_heatmap(table: pd.DataFrame, *, value: str | None = None) -> go.Figure:
     if cells.scale:
         scale = Scale(*limits(cells.shades))
         bar = style.colour_axis(scale, title=escape(cells.scale), side="top", **_BAR_PLACE, **_BAR_SIZE)
-        figure.update_layout(coloraxis=bar)
-    axis = {"text": axis_title(table), "standoff": 12}
-    figure.update_xaxes(title=axis, **_ticks([layer_name(layer) for layer in columns]))
-    figure.update_yaxes(**_ticks([line.name for line in lines], down=True))
+        figure.layout["coloraxis"] = bar
+    figure.axes(
+        "x",
+        title={"text": axis_title(table), "standoff": 12},
+        **_ticks([layer_name(layer) for layer in columns]),
+    )
+    figure.axes("y", **_ticks([line.name for line in lines], down=True))
     return figure
 
 
@@ -83,7 +84,7 @@ def _ticks(names: Sequence[str], *, down: bool = False) -> dict[str, Any]:
     }
 
 
-def _traces(spots: Sequence[_Spot], *, cells: Cells, shape: tuple[int, int]) -> Iterator[Any]:
+def _traces(spots: Sequence[_Spot], *, cells: Cells, shape: tuple[int, int]) -> Iterator[Part]:
     """Yield the cells in four groups: not shaded, with white text, with black text, and failed."""
     low, high = limits(cells.shades)
     groups: dict[str, list[_Spot]] = {"flat": [], "dark": [], "bright": [], "failed": []}
@@ -103,35 +104,35 @@ def _traces(spots: Sequence[_Spot], *, cells: Cells, shape: tuple[int, int]) -> 
         yield _crosses(groups["failed"], cells=cells)
 
 
-def _words(
-    spots: Sequence[_Spot], *, cells: Cells, shape: tuple[int, int], ink: str, **fill: Any
-) -> go.Heatmap:
+def _words(spots: Sequence[_Spot], *, cells: Cells, shape: tuple[int, int], ink: str, **fill: Any) -> Part:
     """Return a heatmap of labelled cells with one text colour; the rest of the grid is empty."""
     z, text, hover = np.full(shape, np.nan), np.full(shape, "", object), np.full(shape, "", object)
     for x, y, cell in spots:
         z[y, x] = cells.shades[cell] if "coloraxis" in fill else 0.0
         text[y, x], hover[y, x] = escape(cells.label(cell)), cells.hover(cell)
-    return style.plotly().Heatmap(
-        z=z,
-        text=text,
-        hovertext=hover,
-        texttemplate="%{text}",
-        textfont={"size": 11, "color": ink},
-        hovertemplate="%{hovertext}<extra></extra>",
-        hoverongaps=False,
-        xgap=1,
-        ygap=1,
+    return {
+        "type": "heatmap",
+        "z": z,
+        "text": text,
+        "hovertext": hover,
+        "texttemplate": "%{text}",
+        "textfont": {"size": 11, "color": ink},
+        "hovertemplate": "%{hovertext}<extra></extra>",
+        "hoverongaps": False,
+        "xgap": 1,
+        "ygap": 1,
         **fill,
-    )
+    }
 
 
-def _crosses(spots: Sequence[_Spot], *, cells: Cells) -> go.Scatter:
-    return style.plotly().Scatter(
-        x=[spot.x for spot in spots],
-        y=[spot.y for spot in spots],
-        mode="markers",
-        marker={"symbol": "x-thin", "size": 9, "line": {"width": 2, "color": "#d55e00"}},
-        hovertext=[cells.hover(spot.cell) for spot in spots],
-        hovertemplate="%{hovertext}<extra></extra>",
-        showlegend=False,
-    )
+def _crosses(spots: Sequence[_Spot], *, cells: Cells) -> Part:
+    return {
+        "type": "scatter",
+        "x": [spot.x for spot in spots],
+        "y": [spot.y for spot in spots],
+        "mode": "markers",
+        "marker": {"symbol": "x-thin", "size": 9, "line": {"width": 2, "color": "#d55e00"}},
+        "hovertext": [cells.hover(spot.cell) for spot in spots],
+        "hovertemplate": "%{hovertext}<extra></extra>",
+        "showlegend": False,
+    }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -12,6 +12,7 @@ from patchscope_nn.analysis.statistics import REAL, control_names, mean_text, nu
 from patchscope_nn.metrics import MetricInfo
 from patchscope_nn.report.figures import style
 from patchscope_nn.report.figures.cell_text import tokens_at
+from patchscope_nn.report.figures.drawing import Drawing, Part
 from patchscope_nn.report.figures.scale import common_scale
 from patchscope_nn.report.figures.table import (
     FLAT_LAYERS,
@@ -23,9 +24,6 @@ from patchscope_nn.report.figures.table import (
     layer_name,
 )
 from patchscope_nn.report.figures.text import escape, shorten
-
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
 
 _COLUMNS = 2
 _PROMPT_WIDTH = 60
@@ -50,45 +48,43 @@ def heatmaps(
     known: Mapping[str, MetricInfo] | None = None,
     height: int = 340,
     gap: int = 92,
-) -> go.Figure:
+) -> Drawing:
     """Draw panels with one colour scale, two side by side. The caller names the axes.
 
     `height` is that of a panel and `gap` the space between lines of panels, for a title and an axis, both in
     pixels.
     """
-    from plotly.subplots import make_subplots
-
     n_columns = min(len(panels), _COLUMNS) or 1
     n_lines = -(-len(panels) // n_columns) or 1
     total = 110 + height * n_lines
-    figure = make_subplots(
-        n_lines, n_columns, subplot_titles=[part.title for part in panels], vertical_spacing=gap / total
-    )
+    figure = Drawing([part.title for part in panels], columns=n_columns, gap=gap / total)
     for index, part in enumerate(panels):
-        figure.add_trace(_trace(part.cells), row=index // n_columns + 1, col=index % n_columns + 1)
+        figure.add(_trace(part.cells), panel=index)
     style.apply(figure, title=title, height=total)
-    figure.update_xaxes(showgrid=False)
-    figure.update_yaxes(showgrid=False)
+    figure.axes("x", showgrid=False)
+    figure.axes("y", showgrid=False)
     means, patched = np.array([], dtype=float), np.array([], dtype=bool)
     if panels:
         means = pd.concat([part.cells["mean"] for part in panels]).to_numpy()
         patched = pd.concat([part.patched for part in panels]).to_numpy()
     scale = common_scale(means[patched], means[~patched])
     colours = style.colour_axis(scale, title=style.metric_title(metric, known), side="right", thickness=12)
-    return figure.update_layout(coloraxis=colours)
+    figure.layout["coloraxis"] = colours
+    return figure
 
 
-def _trace(cells: pd.DataFrame) -> go.Heatmap:
+def _trace(cells: pd.DataFrame) -> Part:
     grid = cells.pivot_table(values=["mean", "hover"], index="y", columns="x", aggfunc="first")
-    return style.plotly().Heatmap(
-        x=grid["mean"].columns.tolist(),
-        y=grid.index.tolist(),
-        z=grid["mean"].to_numpy(),
-        text=grid["hover"].fillna("").to_numpy(),
-        hovertemplate="%{text}<extra></extra>",
-        hoverongaps=False,
-        coloraxis="coloraxis",
-    )
+    return {
+        "type": "heatmap",
+        "x": grid["mean"].columns.tolist(),
+        "y": grid.index.tolist(),
+        "z": grid["mean"].to_numpy(),
+        "text": grid["hover"].fillna("").to_numpy(),
+        "hovertemplate": "%{text}<extra></extra>",
+        "hoverongaps": False,
+        "coloraxis": "coloraxis",
+    }
 
 
 def hover_text(mean: dict[Any, Any], *heading: str) -> str:
@@ -106,7 +102,7 @@ def rows_with_positions(table: pd.DataFrame) -> list[Any]:
 
 def token_heatmap(
     table: pd.DataFrame, *, metric: str, row: Any, known: Mapping[str, MetricInfo] | None = None
-) -> go.Figure:
+) -> Drawing:
     """Draw a metric of one data row by token read (down) and layer (across), with a panel for each control.
 
     Controls that read no layer are left of the patched cells. Each number is the mean over noise samples,
@@ -115,7 +111,6 @@ def token_heatmap(
     Raises:
         InputError: plotly is not installed.
     """
-    style.plotly()
     own = table[table["row"] == row]
     cells = _by_token(own, metric=metric)
     real = own[own["control"].isna() & own["source_layer"].notna()]
@@ -144,13 +139,13 @@ def token_heatmap(
     step = -(-len(columns) // _TICKS)
     ticks = [x for x, layer in enumerate(columns) if layer <= NO_LAYER or x % step == 0]
     labels = [layer_name(columns[x]) for x in ticks]
-    figure.update_xaxes(title=axis_title(table), tickvals=ticks, ticktext=labels, tickangle=-90)
+    figure.axes("x", title=axis_title(table), tickvals=ticks, ticktext=labels, tickangle=-90)
     labels, ends = list(map(escape, names.values())), [max(names, default=0) + 0.5, -0.5]
-    figure.update_yaxes(title="token read", tickvals=list(names), ticktext=labels, range=ends)
+    figure.axes("y", title="token read", tickvals=list(names), ticktext=labels, range=ends)
     if len(panels) > 1:
-        figure.update_layout(width=_WIDTH)
+        figure.layout["width"] = _WIDTH
         # The panel on the left has the same tokens, and long names would overlap it.
-        figure.update_yaxes(title="", showticklabels=False, col=_COLUMNS)
+        figure.axes("y", title="", showticklabels=False, column=1)
     return figure
 
 

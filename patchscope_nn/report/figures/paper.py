@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from patchscope_nn.errors import FolderError, InputError
+from patchscope_nn.report.figures.drawing import Drawing
 from patchscope_nn.report.figures.glyphs import families, printable
-from patchscope_nn.report.figures.style import optional
+from patchscope_nn.report.figures.optional import optional
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -50,7 +51,7 @@ _STYLE = {
 
 
 def save_figures(
-    drawn: Sequence[tuple[str, go.Figure]], folder: str | Path, *, formats: Sequence[str] = FORMATS
+    drawn: Sequence[tuple[str, Drawing]], folder: str | Path, *, formats: Sequence[str] = FORMATS
 ) -> list[Path]:
     """Write the figures of `figures` to files `01-title.pdf`, ...; other files in the folder are kept.
 
@@ -77,7 +78,7 @@ def save_figures(
     files = []
     for number, (title, figure) in enumerate(drawn, start=1):
         with mpl.rc_context(_STYLE | {"font.family": families()}):
-            paper = draw(figure)
+            paper = draw(figure.to_plotly())
             for name in formats:
                 file = path / f"{number:02}-{_slug(title)}.{name}"
                 paper.savefig(file, format=name, dpi=_DPI, metadata=undated[name])

@@ -1,21 +1,19 @@
-"""Shared style of figures: plotly, colours that are legible on light and dark pages, axes of layers."""
+"""Shared style of figures: colours that are legible on light and dark pages, axes of layers."""
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from patchscope_nn.analysis.statistics import REAL
-from patchscope_nn.errors import InputError
 from patchscope_nn.metrics import MetricInfo, described
+from patchscope_nn.report.figures.drawing import Drawing, Part
 from patchscope_nn.report.figures.scale import Scale
 from patchscope_nn.report.figures.table import layer_name
 from patchscope_nn.report.figures.text import escape, wrap
 
 if TYPE_CHECKING:
     import pandas as pd
-    import plotly.graph_objects as go
 
 #: The colours of Okabe and Ito that are visible on white and on near-black.
 COLOURS = ("#2b8cc4", "#e69f00", "#cc79a7", "#009e73", "#d55e00", "#8a8f98")
@@ -33,7 +31,7 @@ _LINES = {
 _OTHER_LINE = ("#d55e00", "longdashdot")
 _INK = "#7a7f87"  # a grey that is legible on white and on near-black
 _CLEAR = "rgba(0,0,0,0)"
-_AXIS = {"gridcolor": "rgba(128,128,128,0.22)", "zeroline": False, "automargin": True}
+_AXIS: Part = {"gridcolor": "rgba(128,128,128,0.22)", "zeroline": False, "automargin": True}
 _LAYOUT = {
     "paper_bgcolor": _CLEAR,
     "plot_bgcolor": _CLEAR,
@@ -47,51 +45,50 @@ _LAYOUT = {
     "modebar": {"bgcolor": _CLEAR, "remove": ["sendChartToCloud"], "color": _INK, "activecolor": "#2b8cc4"},
     "margin": {"l": 56, "r": 16, "t": 64, "b": 48},
 }
+#: The colours of plotly's Cividis, from the lower end to the upper.
+_CIVIDIS = [
+    [step / 9, colour]
+    for step, colour in enumerate(
+        (
+            "#00224e",
+            "#123570",
+            "#3b496c",
+            "#575d6d",
+            "#707173",
+            "#8a8678",
+            "#a59c74",
+            "#c3b369",
+            "#e1cc55",
+            "#fee838",
+        )
+    )
+]
 _ROOM = 8  # with fewer blocks than this, the ticks "embed" and "0" do not overlap
 
 
-def optional(module: str, *, what: str, extra: str) -> Any:
-    """Import a module that only `what` needs, when it is needed.
-
-    Raises:
-        InputError: Its package, which the extra installs, is missing.
-    """
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        package = module.partition(".")[0]
-        raise InputError(
-            f"{what} need {package}, which is not installed.", hint=f"pip install 'patchscope-nn[{extra}]'"
-        ) from error
-
-
-def plotly() -> Any:
-    """Import plotly.graph_objects; InputError if plotly is not installed."""
-    return optional("plotly.graph_objects", what="Figures", extra="report")
-
-
-def apply(figure: go.Figure, *, title: str, **layout: Any) -> None:
+def apply(figure: Drawing, *, title: str, **layout: Any) -> None:
     """Set a figure's title and layout, with a transparent background and grey text."""
     heading = {"text": escape(title), "x": 0, "xref": "paper", "font": {"size": 15}}
-    figure.update_layout(title=heading, **_LAYOUT, **layout)
-    figure.update_xaxes(**_AXIS)
-    figure.update_yaxes(**_AXIS)
+    figure.layout |= {"title": heading, **_LAYOUT, **layout}
+    figure.axes("x", **_AXIS)
+    figure.axes("y", **_AXIS)
 
 
-def band(means: pd.DataFrame, axis: str, *, colour: str, opacity: float, **options: Any) -> go.Scatter:
+def band(means: pd.DataFrame, axis: str, *, colour: str, opacity: float, **options: Any) -> Part:
     """Draw the intervals of `layer_means` over the column `axis` as a band."""
     drawn = means[means["low"].notna()]
     red, green, blue = (int(colour[start : start + 2], 16) for start in (1, 3, 5))
-    return plotly().Scatter(
-        x=[*drawn[axis], *drawn[axis][::-1]],
-        y=[*drawn["high"], *drawn["low"][::-1]],
-        fill="toself",
-        fillcolor=f"rgba({red},{green},{blue},{opacity})",
-        line={"width": 0},
-        mode="lines",
-        hoverinfo="skip",
+    return {
+        "type": "scatter",
+        "x": [*drawn[axis], *drawn[axis][::-1]],
+        "y": [*drawn["high"], *drawn["low"][::-1]],
+        "fill": "toself",
+        "fillcolor": f"rgba({red},{green},{blue},{opacity})",
+        "line": {"width": 0},
+        "mode": "lines",
+        "hoverinfo": "skip",
         **options,
-    )
+    }
 
 
 def line_of(control: str) -> tuple[str, str]:
@@ -130,4 +127,4 @@ def layer_ticks(layers: Sequence[float]) -> dict[str, Any]:
 def colour_axis(scale: Scale, *, title: str, side: str, **bar: Any) -> dict[str, Any]:
     """Return the layout of a colour scale and its bar, with an escaped title on one `side` of it."""
     bar["title"] = {"text": title, "side": side}
-    return {"colorscale": "Cividis", "cmin": scale.low, "cmax": scale.high, "colorbar": bar | scale.ticks()}
+    return {"colorscale": _CIVIDIS, "cmin": scale.low, "cmax": scale.high, "colorbar": bar | scale.ticks()}

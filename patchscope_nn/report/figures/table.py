@@ -21,10 +21,10 @@ FLAT_LAYERS = {"unpatched": NO_LAYER, "text-only": -3.0}
 
 def as_list(value: Any) -> list[Any]:
     """Return a list column's value as a list: it is a list in memory, an array from parquet, or null ([])."""
+    if isinstance(value, (list, tuple)):
+        return list(value)
     if isinstance(value, np.ndarray):
         return list(value.tolist())
-    if isinstance(value, list | tuple):
-        return list(value)
     return [] if is_null(value) else [value]
 
 
@@ -38,6 +38,9 @@ def coded(values: Sequence[Any] | pd.Series) -> tuple[np.ndarray, list[Any]]:
         codes, index = pd.factorize(values, use_na_sentinel=False)
         return codes, list(index)
     values = list(values)
+    if set(map(type, values)) == {str}:
+        codes, texts = pd.factorize(np.array(values, object))
+        return codes, list(texts)
     codes, addresses = pd.factorize(np.fromiter(map(id, values), np.int64, len(values)))
     first = np.full(len(addresses), len(values))
     np.minimum.at(first, codes, np.arange(len(values)))

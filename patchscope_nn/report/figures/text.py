@@ -59,6 +59,8 @@ def text_width(text: str) -> int:
 def shorten(text: object, *, width: int, tail: bool = False) -> str:
     """Cut visible text to `width` columns: its end, or with `tail` its beginning, becomes an ellipsis."""
     full = "" if text is None else str(text)
+    if len(full) <= width and full.isascii() and full.isprintable():
+        return full
     # Cut first, for speed: a text may have thousands of characters, or of combining marks on one of them.
     part = visible(full[-4 * width :] if tail else full[: 4 * width])
     if len(full) <= 4 * width and text_width(part) <= width:
@@ -75,7 +77,9 @@ def shorten(text: object, *, width: int, tail: bool = False) -> str:
 def token(text: object) -> str:
     """Quote a token, which makes its spaces visible; right-to-left text is isolated from its surroundings."""
     quoted = f"'{shorten(text, width=40)}'"
-    right_to_left = any(unicodedata.bidirectional(letter) in ("R", "AL", "AN") for letter in quoted)
+    right_to_left = not quoted.isascii() and any(
+        unicodedata.bidirectional(letter) in ("R", "AL", "AN") for letter in quoted
+    )
     return f"\u2068{quoted}\u2069" if right_to_left else quoted
 
 
@@ -86,4 +90,6 @@ def escape(text: str) -> str:
 
 def wrap(text: str, *, width: int = 72) -> str:
     """Break visible text into lines of at most `width` characters, escaped."""
+    if len(text) <= width and text.isprintable():  # nothing to break or to replace; most lines are short
+        return escape(text)
     return "<br>".join(map(escape, textwrap.wrap(text, width=width, drop_whitespace=False)))
