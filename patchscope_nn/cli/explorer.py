@@ -39,7 +39,7 @@ def explore(
     from patchscope_nn.explore.lenses import lenses
     from patchscope_nn.models import builtin
 
-    given = Options(**models.where)
+    given = Options(**models.placing)
     answers = Answers(lenses(lens or ()), given)
     source = models.source_model or models.model or builtin.NAME
     target = models.target_model or models.model or source

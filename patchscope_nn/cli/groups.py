@@ -52,10 +52,15 @@ class Models:
 
     @property
     def where(self) -> dict[str, Any]:
+        """The arguments `remote` and `source_remote` of `run`."""
+        source = None if self.source_remote is None else options.remote_value(self.source_remote)
+        return {"remote": options.remote_value(self.remote), "source_remote": source}
+
+    @property
+    def placing(self) -> dict[str, Any]:
         """The arguments of `run` that say where models run, and how they are loaded."""
         return {
-            "remote": options.remote_value(self.remote),
-            "source_remote": None if self.source_remote is None else options.remote_value(self.source_remote),
+            **self.where,
             "dtype": self.dtype,
             "device_map": self.device_map,
             "engine": self.engine,
@@ -67,7 +72,7 @@ class Models:
         """Return where M and M* run, and how they are loaded; InputError if an option is not a place."""
         from patchscope_nn.backends import Places
 
-        return Places.of(**self.where)
+        return Places.of(**self.placing)
 
 
 #: The planner's optimisations and their help texts. Results are the same when an optimisation is off.

@@ -21,13 +21,18 @@ def serve(
     ] = None,
     dtype: options.Dtype = "auto",
     engine_args: options.EngineArgs = None,
+    json: options.Json = False,
 ) -> None:
     """Serve a model with vLLM, for `--remote vllm+http://HOST:PORT`."""
     from patchscope_nn.backends.served.server import serve as serve_model
 
     if host not in ("127.0.0.1", "localhost", "::1") and api_key is None:
         printing.note(f"Anyone who reaches {host}:{port} can run code on this machine; set --api-key.")
-    printing.note(f"Loading {model} with vLLM; then: --remote vllm+http://{host}:{port} --model {model}")
+    address = f"vllm+http://{host}:{port}"
+    if json:
+        printing.out_json({"address": address, "model": model})
+    else:
+        printing.note(f"Loading {model} with vLLM; then: --remote {address} --model {model}")
     serve_model(
         model, host=host, port=port, key=api_key, dtype=dtype, **options.engine_arguments(engine_args)
     )

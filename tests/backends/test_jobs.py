@@ -14,10 +14,11 @@ from pandas.testing import assert_frame_equal
 import patchscope_nn as ps
 from patchscope_nn import backends
 from patchscope_nn.backends.crossing import Traffic, size, source_half, target_half, traffic, weights
+from patchscope_nn.backends.jobs.client import JobStatus
 from patchscope_nn.backends.jobs.job_log import Job, JobLog
 from patchscope_nn.backends.jobs.job_size import JobSize
 from patchscope_nn.backends.ndif import client
-from patchscope_nn.backends.ndif.client import JobStatus, failure, host_of
+from patchscope_nn.backends.ndif.client import NdifClient, host_of
 from patchscope_nn.backends.ndif.portability import check_travels
 from patchscope_nn.cli import plan_printing, running
 from patchscope_nn.errors import InputError, JobError, MappingError, ModelError, ServerError
@@ -74,7 +75,7 @@ def test_a_mapping_that_holds_a_model_is_refused(tiny_model):
 
 def test_two_models_in_one_request_are_refused(tiny_model):
     with pytest.raises(InputError, match="a request names one model; context='nested' runs two"):
-        client.submit("http://127.0.0.1:9", "nested", {"mapping": ["identity", None]}, tiny_model())
+        NdifClient("http://127.0.0.1:9").submit("nested", {"mapping": ["identity", None]}, tiny_model())
 
 
 def test_a_hub_that_cannot_be_reached_is_not_taken_for_the_server(monkeypatch):
@@ -105,7 +106,7 @@ def test_a_remote_that_is_no_url():
     ],
 )
 def test_what_a_server_says_becomes_an_error(said, kind, text):
-    found = failure("http://x", JobStatus(status="ERROR", description=said))
+    found = NdifClient("http://x").failure(JobStatus(status="ERROR", description=said))
     assert type(found) is kind
     assert text in str(found)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from patchscope_nn.backends import Bridged, Local, Ndif, Places, Rehearsal
+from patchscope_nn.backends import Bridged, Local, Ndif, Places, Rehearsal, Served
 from patchscope_nn.errors import InputError
 from patchscope_nn.runs.loading import load_models
 from patchscope_nn.runs.prepare import prepare
@@ -27,9 +27,38 @@ def test_options_name_two_places(case):
     places = Places.of(*given, dtype="float32")
     assert (places.source, places.target) == (source, target)
     assert places.backend == (target if source == target else Bridged(source, target))
-    for place in (source, target):
+    for side, place in (("source", source), ("target", target)):
         weights = not isinstance(place, Ndif)
-        assert places.loading(place) == {"dtype": "float32", "device_map": None, "weights": weights}
+        options = {"dtype": "float32", "device_map": None, "engine": "transformers", "weights": weights}
+        assert places.loading(side, "a model") == options
+
+
+def test_options_name_the_engine():
+    places = Places.of(engine="vllm", source_engine="transformers", engine_args={"max_model_len": 64})
+    assert not places.alike
+    assert places.loading("target", "m") == {
+        "dtype": "auto",
+        "engine": "vllm",
+        "max_model_len": 64,
+        "weights": True,
+    }
+    assert places.loading("source", "m")["engine"] == "transformers"
+    with pytest.raises(InputError, match="device_map belongs to the engine transformers"):
+        Places.of(engine="vllm", device_map="auto").loading("target", "m")
+
+
+@pytest.mark.parametrize(
+    ("remote", "engine", "match"),
+    [
+        ("http://here", "vllm", "ndif runs models with transformers"),
+        ("vllm+http://here", "transformers", "served runs models with vllm"),
+        (False, "jax", "engine='jax' is not an engine"),
+    ],
+)
+def test_a_place_runs_one_engine(remote, engine, match):
+    with pytest.raises(InputError, match=match):
+        Places.of(remote, engine=engine)
+    assert isinstance(Places.of("vllm+http://here").target, Served)
 
 
 def test_what_is_no_place():

@@ -283,8 +283,9 @@ def test_a_result_of_an_unexpected_shape(ndif, away, tmp_path):
     JobLog(folder, prepared.index).sent(replace(job, passes=(((0,), (1,)),), state="live"))
     with pytest.raises(JobError, match=r"results for \[2\] cells.*doctor --remote"):
         table(away, remote=ndif, out=folder)
+    there = client.NdifClient(ndif)
     with pytest.raises(JobError, match="a result of an unexpected shape"):
-        client.fetch(ndif, client.look(ndif, job.id), "fused")
+        there.fetch(there.look(job.id), "fused")
 
 
 def test_a_live_job_is_fetched_and_not_run_again(ndif, away, expected, tmp_path):

@@ -6,20 +6,20 @@ import launch
 
 import patchscope_nn as ps
 from patchscope_nn.backends import Ndif
-from patchscope_nn.backends.ndif import client
+from patchscope_nn.backends.ndif.client import NdifClient
 from patchscope_nn.proof import proven_on, store
 
 
 def test_the_first_job_carries_the_proof(ndif, monkeypatch, tmp_path):
     monkeypatch.setattr(store, "folder", lambda: tmp_path)
     sent = []
-    submit = client.submit
+    submit = NdifClient.submit
 
     def counted(*args):
         sent.append(submit(*args))
         return sent[-1]
 
-    monkeypatch.setattr(client, "submit", counted)
+    monkeypatch.setattr(NdifClient, "submit", counted)
     model = ps.load(launch.TINY, weights=False)
     assert model.info.verdict is None
     verdict = proven_on(model, Ndif(ndif)).info.verdict

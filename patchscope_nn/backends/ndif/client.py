@@ -68,7 +68,7 @@ def _key(model: Model) -> str:
     except HTTPError as error:
         raise ServerError(
             f"the Hub cannot be asked for the id of {model.info.name!r} ({type(error).__name__}: {error}).",
-            hint=f"Check the network, and the address in HF_ENDPOINT if it is set. {_AGAIN}",
+            hint=f"Check the network, and the address in HF_ENDPOINT if it is set. {AGAIN}",
         ) from error
 
 
