@@ -45,7 +45,7 @@ def main() -> None:
     explorer = Explorer(answers, models=(builtin.NAME, builtin.NAME))
     with listen(0) as bound:
         port = bound.getsockname()[1]
-        app = explorer.app(token="x", port=port)  # noqa: S106 (nobody else is asked)
+        app = explorer.app(token="x", port=port)  # noqa: S106 (the token of a server that only this benchmark uses)
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
         thread.start()

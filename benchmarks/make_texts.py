@@ -175,7 +175,7 @@ def keep(drafts: list[str]) -> list[str]:
             continue
         runs = {tuple(words[place : place + 8]) for place in range(len(words) - 7)}
         opening = tuple(words[:3])
-        if len(runs & seen) > len(runs) // 8 or openings[opening] >= 6:  # noqa: PLR2004 (so alike, so often)
+        if len(runs & seen) > len(runs) // 8 or openings[opening] >= 6:  # noqa: PLR2004 (thresholds that are used once)
             continue
         openings[opening] += 1
         seen |= runs
@@ -190,7 +190,7 @@ _REFUSED = re.compile(
     re.IGNORECASE,
 )
 _COMMON = frozenset(
-    "the a an of to and in is was it for on with that as at by from are were i you he she they".split()  # noqa: SIM905 (words are read more easily so)
+    "the a an of to and in is was it for on with that as at by from are were i you he she they".split()  # noqa: SIM905 (a list of quoted words is harder to read)
 )
 
 
@@ -205,7 +205,7 @@ def _is_plain(text: str) -> bool:
 def _repeats(words: list[str]) -> bool:
     """Whether a run of four words comes three times, or few of the words differ."""
     runs = Counter(tuple(words[place : place + 4]) for place in range(len(words) - 3))
-    return max(runs.values(), default=9) > 2 or len(set(words)) < 0.45 * len(words)  # noqa: PLR2004 (tuned by eye)
+    return max(runs.values(), default=9) > 2 or len(set(words)) < 0.45 * len(words)  # noqa: PLR2004 (thresholds that are used once)
 
 
 def _read(drafts: Path) -> list[str]:

@@ -68,7 +68,7 @@ class Traffic:
     def __init__(self) -> None:
         self.requests: list[int] = []
         self.results: list[int] = []
-        post, finalize = RemoteBackend._post, RemoteBackend.finalize  # noqa: SLF001 (where the bytes are)
+        post, finalize = RemoteBackend._post, RemoteBackend.finalize  # noqa: SLF001 (nnsight has no public way to count the bytes)
 
         def posting(backend: Any, request: Any, blob: bytes) -> Any:
             self.requests.append(len(blob))

@@ -19,6 +19,11 @@ def versions_of(packages: Sequence[str] = RECORDED) -> dict[str, str]:
     return {name: _version(name) for name in packages}
 
 
+def same_version(first: str, second: str) -> bool:
+    """Return whether two versions are the same, whatever the builds are (`2.13.0` and `2.13.0+cpu`)."""
+    return first.partition("+")[0] == second.partition("+")[0]
+
+
 def _version(package: str) -> str:
     """Reading it parses the package's whole description, which takes a third of a tiny run."""
     if package not in _READ:

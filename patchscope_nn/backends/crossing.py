@@ -65,9 +65,9 @@ def target_half(program: StepProgram, read: Results) -> StepProgram:
         return half
     with torch.no_grad():
         mapped: Any = map_states(half, states)
-    return (
-        mapped if maps_here(mapping["weights"], states=size(states), mapped=size(mapped["given"])) else half
-    )
+    if maps_here(mapping["weights"], states=size(states), mapped=size(mapped["given"])):
+        return mapped
+    return half
 
 
 def maps_here(call: Any, *, states: int, mapped: int) -> bool:

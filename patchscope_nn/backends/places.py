@@ -6,12 +6,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from patchscope_nn.backends.crossing import source_half, target_half
 from patchscope_nn.backends.jobs.client import JobClient, wait
 from patchscope_nn.backends.ndif.client import NdifClient, host_of
-from patchscope_nn.backends.served.client import SCHEMES, ServedClient, served_client
+from patchscope_nn.backends.served.client import SCHEMES, served_client
 from patchscope_nn.body.contexts import Hear
 from patchscope_nn.body.program import Results, StepProgram
 from patchscope_nn.engines import engine_of
@@ -25,9 +25,11 @@ class Backend(ABC):
 
     Attributes:
         remote: True if each request can run only one model.
+        engine: The engine of all its models; None if it has several engines.
     """
 
     remote: bool
+    engine: ClassVar[str | None] = None
 
     @property
     @abstractmethod
@@ -81,6 +83,7 @@ class Rehearsal(Backend):
 
     name: str = "rehearsal"
     remote: bool = True
+    engine: ClassVar[str | None] = TRANSFORMERS
 
     def _run(
         self, context: Context, program: StepProgram, source: Model, target: Model, _hear: Sequence[Hear]
@@ -98,15 +101,11 @@ class Server(Backend):
     host: str
     remote: bool = True
 
-    @property
-    @abstractmethod
-    def client(self) -> JobClient:
-        """The client that sends jobs to it."""
-
     def _run(
         self, context: Context, program: StepProgram, _source: Model, target: Model, _hear: Sequence[Hear]
     ) -> Results:
-        return wait(self.client, self.client.submit(context, program, target), context)
+        client = client_of(self.host)
+        return wait(client, client.submit(context, program, target), context)
 
 
 @dataclass(frozen=True)
@@ -114,11 +113,7 @@ class Ndif(Server):
     """Runs steps on an NDIF server."""
 
     name: str = "ndif"
-
-    @property
-    def client(self) -> JobClient:
-        """The client of NDIF's queue."""
-        return NdifClient(self.host)
+    engine: ClassVar[str | None] = TRANSFORMERS
 
 
 @dataclass(frozen=True)
@@ -126,11 +121,7 @@ class Served(Server):
     """Runs steps on a vLLM engine that `patchscope serve` serves."""
 
     name: str = "served"
-
-    @property
-    def client(self) -> ServedClient:
-        """The client of this server, the same one for all jobs of this process."""
-        return served_client(self.host)
+    engine: ClassVar[str | None] = VLLM
 
 
 def client_of(host: str) -> JobClient:
@@ -234,7 +225,7 @@ class Places:
 
     @property
     def alike(self) -> bool:
-        """True if both models run in one place and on one engine, so that they may be the same object."""
+        """True if M and M* have the same place and the same engine."""
         return self.source == self.target and self.source_engine == self.target_engine
 
     def loading(self, side: Literal["source", "target"], model: Any) -> dict[str, Any]:
@@ -257,7 +248,7 @@ class Places:
             del options["device_map"]
             options |= self.engine_args
         if isinstance(place, Served) and isinstance(model, str | Path):
-            about = place.client.check_model(str(model))
+            about = served_client(place.host).check_model(str(model))
             known = ("dtype", "max_model_len", "held_tokens", "held_block")
             options |= {name: getattr(about, name) for name in known}
         return {**options, "weights": not isinstance(place, Server)}
@@ -279,12 +270,11 @@ def _engine(place: Backend, engine: str | None, *, field: str) -> str:
         raise InputError(
             f"{field}={engine!r} is not an engine.", hint=did_you_mean(str(engine), (TRANSFORMERS, VLLM))
         )
-    runs = {Served: VLLM, Ndif: TRANSFORMERS, Rehearsal: TRANSFORMERS}.get(type(place))
-    if runs is None:
+    if place.engine is None:
         return engine or TRANSFORMERS
-    if engine not in (None, runs):
+    if engine not in (None, place.engine):
         raise InputError(
-            f"{field}={engine!r}: {place.name} runs models with {runs}.",
+            f"{field}={engine!r}: {place.name} runs models with {place.engine}.",
             hint=f"Leave {field} out, or use another place (remote).",
         )
-    return runs
+    return place.engine

@@ -41,9 +41,9 @@ class Patching(TypedDict):
     #: As in `StepProgram`.
     soft: torch.Tensor | None
     writing: Writing
-    #: How the engine serves the readout: empty for what is read at the end of the prompt, `text` for a text
-    #: that the engine decodes, `steps` for one whose steps are patched or sampled here, `score` for the
-    #: log-probability of the last tokens of the prompt.
+    #: What the readout needs of the engine. Empty: the prompt alone. `text`: a text that the engine decodes.
+    #: `steps`: a text whose tokens are patched or sampled one by one. `score`: the log-probability of the
+    #: last tokens of the prompt.
     decoding: str
     #: For `score`, how many tokens at the end of the prompt are scored.
     scored: int

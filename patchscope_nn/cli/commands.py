@@ -109,7 +109,7 @@ def doctor(*, model: options.Model = None, remote: options.Remote = None, json: 
             findings += check_server(place.host, model or builtin.NAME)
     elif isinstance(place, Served):
         with printing.waiting("asking the server", quiet=json):
-            findings += check_served(place.client, model or builtin.NAME)
+            findings += check_served(place.host, model or builtin.NAME)
     elif model is not None:
         with printing.waiting("proving the model", quiet=json):
             finding, verdict = check_model(model)

@@ -23,7 +23,7 @@ _SAMPLING = {"temperature": 0.0, "max_tokens": 1, "ignore_eos": True, "detokeniz
 _FIELDS = ("cells", "embedded", "every_step")
 
 Answer: TypeAlias = dict[str, Any]
-#: Yields requests, receives their answers in the same order, and returns the results of a step.
+#: Yields one or more requests, receives their answers in the same order, and returns the results of a step.
 Exchange: TypeAlias = Generator[list[RequestProgram], list[Answer], Results]
 
 
@@ -36,7 +36,7 @@ def exchange(program: StepProgram) -> Exchange:
     hidden, finals = ([] if part is None else [part] for part in (program["given"], program["given_finals"]))
     for source in program["sources"]:
         readings = [*_readings(source, program)]
-        answers = yield readings
+        answers = (yield readings) if readings else []
         hidden += _states(source, answers)
         finals += _finals(source, answers)
     table, distributions = in_together(hidden), in_together(finals)

@@ -192,16 +192,28 @@ def check_unembed(module: Any, architecture: Architecture, *, name: str) -> None
 def measure(module: Any, architecture: Architecture) -> Sizes:
     """Measure a model's parts."""
     block = module.get_submodule(architecture.blocks)[0]
+    unembed_weights = sum(map(math.prod, _shapes(output_embeddings(module))))
     config = module.config.get_text_config()
+    return sizes_of(config, _shapes(block), unembed_weights=unembed_weights, kept=architecture.kept)
+
+
+def sizes_of(config: Any, shapes: list[tuple[int, ...]], *, unembed_weights: int, kept: int = 0) -> Sizes:
+    """Return the sizes of a model's parts.
+
+    Args:
+        config: The config of its decoder.
+        shapes: The shapes of the linear maps of a block.
+        unembed_weights: The number of weights in the unembedding.
+        kept: The number of values a block caches for a token; 0 computes it from the config.
+    """
     heads = setting(config, "num_attention_heads") or 1
     of_head = setting(config, "head_dim") or config.hidden_size // heads
     groups = setting(config, "num_key_value_heads") or heads
-    shapes = _shapes(block)
     return Sizes(
         block_weights=sum(map(math.prod, shapes)),
-        unembed_weights=sum(map(math.prod, _shapes(output_embeddings(module)))),
+        unembed_weights=unembed_weights,
         attention=heads * of_head,
-        cache=architecture.kept or 2 * groups * of_head,
+        cache=kept or 2 * groups * of_head,
         widest=max((max(shape) for shape in shapes), default=config.hidden_size),
     )
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import inspect
 import json
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -17,7 +16,7 @@ from typing import Any
 from unittest import mock
 
 from patchscope_nn.errors import ModelError
-from patchscope_nn.models.architecture import setting
+from patchscope_nn.models.architecture import sizes_of
 from patchscope_nn.models.info import (
     ELSEWHERE,
     STATES_ARGUMENTS,
@@ -26,7 +25,6 @@ from patchscope_nn.models.info import (
     Model,
     ModelInfo,
     Part,
-    Sizes,
 )
 from patchscope_nn.models.turns import in_turn
 from patchscope_nn.spec.sites import ATTENTION, MLP
@@ -160,6 +158,8 @@ def _describe(
         module.generation_config = GenerationConfig.from_pretrained(source, revision=revision)
     settings = _settings(traced, source, options)
     architecture = _architecture(module, config, name=name)
+    block = module.get_submodule(architecture.blocks)[0]
+    shapes = [tuple(weight.shape) for weight in block.parameters() if weight.ndim > 1]
     info = ModelInfo(
         name=name,
         revision=getattr(whole, "_commit_hash", None),
@@ -172,7 +172,7 @@ def _describe(
         device=("cuda" if torch.cuda.is_available() else "cpu") if weights else ELSEWHERE,
         tied=bool(getattr(config, "tie_word_embeddings", False)),
         architecture=architecture,
-        sizes=_sizes(module.get_submodule(architecture.blocks)[0], config),
+        sizes=sizes_of(config, shapes, unembed_weights=config.hidden_size * config.vocab_size),
         engine=VLLM,
         engine_args=json.dumps(options, default=str, sort_keys=True),
         **_held(traced),
@@ -242,22 +242,8 @@ def _parts(block: Any, d_model: int) -> Iterator[Part]:
     """Yield the modules inside a block whose outputs have a known width."""
     ends = (*ATTENTION.modules, *MLP.modules)
     for path, part in block.named_modules():
-        given, taken = getattr(part, "output_size", None), getattr(part, "input_size", None)
-        if isinstance(given, int) and isinstance(taken, int):
-            yield Part(path, taken, given)
+        gives, takes = getattr(part, "output_size", None), getattr(part, "input_size", None)
+        if isinstance(gives, int) and isinstance(takes, int):
+            yield Part(path, takes, gives)
         elif path in ends:
             yield Part(path, d_model, d_model)
-
-
-def _sizes(block: Any, config: Any) -> Sizes:
-    heads = setting(config, "num_attention_heads") or 1
-    of_head = setting(config, "head_dim") or config.hidden_size // heads
-    groups = setting(config, "num_key_value_heads") or heads
-    shapes = [tuple(weight.shape) for weight in block.parameters() if weight.ndim > 1]
-    return Sizes(
-        block_weights=sum(map(math.prod, shapes)),
-        unembed_weights=config.hidden_size * config.vocab_size,
-        attention=heads * of_head,
-        cache=2 * groups * of_head,
-        widest=max((max(shape) for shape in shapes), default=config.hidden_size),
-    )

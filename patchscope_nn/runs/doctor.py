@@ -7,9 +7,9 @@ import time
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
-from patchscope_nn._util.versions import DECIDING, versions_of
+from patchscope_nn._util.versions import DECIDING, same_version, versions_of
 from patchscope_nn.backends.ndif import client
-from patchscope_nn.backends.served.client import ServedClient
+from patchscope_nn.backends.served.client import served_client
 from patchscope_nn.data.readers import READERS
 from patchscope_nn.errors import PatchscopeError
 from patchscope_nn.metrics import COLUMNS, METRICS
@@ -106,16 +106,15 @@ def check_server(host: str, model: str) -> Iterator[Finding]:
         yield Finding("server", "wrong", error.message, error.hint)
 
 
-def check_served(client: ServedClient, model: str) -> Iterator[Finding]:
+def check_served(host: str, model: str) -> Iterator[Finding]:
     """Check a server of `patchscope serve`: connection, key, engine, model, versions, and a round trip.
 
     Args:
-        client: Its client.
+        host: Its URL.
         model: The model to use.
     """
-    host = client.host
     try:
-        about = client.about()
+        about = served_client(host).about()
         yield Finding("server", "ok", f"{host} answers, knows your key, and its engine is alive")
         if about.model != model:
             yield Finding("your model", "wrong", f"{host} runs {about.model}", f"--model {about.model}")
@@ -123,8 +122,8 @@ def check_served(client: ServedClient, model: str) -> Iterator[Finding]:
         limits = f"prompts and texts of up to {about.max_model_len} tokens{held}"
         yield Finding("model there", "ok", f"{about.model} in {about.dtype}; {limits}")
         for name, theirs in about.versions.items():
-            ours = versions_of((name,)).get(name, "none")
-            same = ours.split("+")[0] == theirs.split("+", maxsplit=1)[0]
+            ours = versions_of((name,))[name]
+            same = same_version(ours, theirs)
             mend = "" if same else f"pip install '{name}=={theirs}'"
             found = theirs if same else f"{theirs}, here {ours}"
             yield Finding(f"{name} there", "ok" if same else "wrong", found, mend)
@@ -155,7 +154,7 @@ def _versions(there: dict[str, Any]) -> Iterator[Finding]:
     yield Finding("Python there", "ok", f"{python} (code is sent as source: versions may differ)")
     for name, ours in versions_of(DECIDING).items():
         theirs = str(there.get("packages", {}).get(name, "none"))
-        same = ours.split("+")[0] == theirs.split("+", maxsplit=1)[0]
+        same = same_version(ours, theirs)
         # A model's parts move between nnsight's minor versions, and transformers' major ones.
         n_parts = 2 if name == "nnsight" else 1
         near = ours.split(".")[:n_parts] == theirs.split(".")[:n_parts]

@@ -212,10 +212,8 @@ class Resolver:
             for text in texts
         )
         appended = ids if readout.appends else ()
-        # transformers also decodes beyond a model's length; an engine of requests would end the text there.
-        decoded = readout.decoded if self.target.info.supports("requests") else 0
-        if more := max(decoded, *map(len, appended), 0):
-            self.targets.check_length(written, more=more, of=f"of readout.{readout.name}")
+        if appended:
+            self.targets.check_length(written, more=max(map(len, appended)), of=f"of readout.{readout.name}")
         target_scope = self.scope.target
         corrupt, cut = (None, None) if text_only else (target_scope.corrupt, target_scope.cut)
         return Entry(

@@ -13,8 +13,9 @@ import tomllib
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))
+sys.path[:0] = [str(HERE), str(HERE.parent)]
 
+import server_command  # noqa: E402 (a module of the folder of tests)
 import serving  # noqa: E402 (a module of this folder)
 
 ROOT = HERE.parents[1]
@@ -86,16 +87,14 @@ def down():
     RUNS.unlink(missing_ok=True)
 
 
+def status():
+    """What `up` and `status` print."""
+    line = f"export PATCHSCOPE_API_KEY={serving.KEY}   # --remote vllm+http://127.0.0.1:{PORT}"
+    return line if running() else "down"
+
+
 def main():
-    commands = {"setup": setup, "up": up, "down": down}
-    asked = sys.argv[1] if len(sys.argv) > 1 else "status"
-    if asked in commands:
-        commands[asked]()
-    elif asked != "status":
-        fail(f"{asked!r} is none of setup, up, down, status.")
-    if asked in ("up", "status"):
-        line = f"export PATCHSCOPE_API_KEY={serving.KEY}   # --remote vllm+http://127.0.0.1:{PORT}\n"
-        sys.stdout.write(line if running() else "down\n")
+    server_command.run({"setup": setup, "up": up, "down": down}, fail=fail, status=status)
 
 
 if __name__ == "__main__":

@@ -164,9 +164,12 @@ class NdifClient:
             if answer.status_code == httpx.codes.NOT_FOUND:
                 return JobStatus(status="UNKNOWN")
             answer.raise_for_status()
-            found = ResponseModel.model_validate_json(answer.text)
+            job_now = ResponseModel.model_validate_json(answer.text)
         return JobStatus(
-            status=found.status.value, description=found.description, data=found.data, cost=found.meta
+            status=job_now.status.value,
+            description=job_now.description,
+            data=job_now.data,
+            cost=job_now.meta,
         )
 
     def fetch(self, seen: JobStatus, context: Context) -> Results:
@@ -184,9 +187,9 @@ class NdifClient:
             saved = backend.download_result(seen.data)
         name = "columns" if context == "fused" else "results"
         if not isinstance(saved, dict) or name not in saved:
-            given = sorted(saved) if isinstance(saved, dict) else type(saved).__name__
+            names = sorted(saved) if isinstance(saved, dict) else type(saved).__name__
             raise JobError(
-                f"{self.host} gave a result of an unexpected shape: {given} in place of {name!r}.",
+                f"{self.host} gave a result of an unexpected shape: {names} in place of {name!r}.",
                 hint="Compare the versions of nnsight here and there: patchscope doctor --remote.",
             )
         results = saved[name]
@@ -196,19 +199,19 @@ class NdifClient:
 
     def failure(self, seen: JobStatus) -> JobError | ServerError | ModelError:
         """The error for a failed job: the job's own fault, the server's, or a model that it cannot run."""
-        said = seen.description.strip()
-        if "Could not deploy this model" in said:
+        reason = seen.description.strip()
+        if "Could not deploy this model" in reason:
             return ModelError(
-                f"{self.host} cannot run this model: {said.splitlines()[0]}.",
+                f"{self.host} cannot run this model: {reason.splitlines()[0]}.",
                 hint="`patchscope doctor --remote` lists the models that run there.",
             )
-        if any(text in said for text in _PASSING) and "Traceback" not in said:
-            return ServerError(f"{self.host}: {said}", hint=AGAIN)
+        if any(text in reason for text in _PASSING) and "Traceback" not in reason:
+            return ServerError(f"{self.host}: {reason}", hint=AGAIN)
         if too_long(seen):
             return JobError(
-                f"{self.host}: {said}", hint="Smaller jobs: --max-rows, or a server with more time."
+                f"{self.host}: {reason}", hint="Smaller jobs: --max-rows, or a server with more time."
             )
-        last = said.splitlines()[-1] if said else "no reason given"
+        last = reason.splitlines()[-1] if reason else "no reason given"
         return JobError(
             f"the job failed on {self.host}: {last}",
             hint="If it runs here without --remote, compare the versions: patchscope doctor --remote.",

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from patchscope_nn._util.versions import versions_of
+from patchscope_nn._util.versions import same_version, versions_of
 from patchscope_nn.backends.jobs.client import AGAIN, JobStatus
 from patchscope_nn.body.contexts import open_requests
 from patchscope_nn.body.program import Results, Series, StepProgram
@@ -127,7 +127,7 @@ class ServedClient:
             )
         ours = versions_of((*about.versions,))
         for package, theirs in about.versions.items():
-            if ours[package].split("+")[0] != theirs.split("+", maxsplit=1)[0]:
+            if not same_version(ours[package], theirs):
                 raise ModelError(
                     f"{self.host} has {package} {theirs}, and this process has {ours[package]}. Traces are "
                     "built here and run there, so both need the same.",
@@ -182,8 +182,6 @@ class ServedClient:
         """
         try:
             requests = next(job.steps) if answers is None else job.steps.send(answers)
-            while not requests:
-                requests = job.steps.send([])
         except StopIteration as ended:
             if self.about().preemptions != job.preemptions:
                 raise JobError(
@@ -205,9 +203,9 @@ class ServedClient:
         with self._explained():
             answer = self._http.post(f"{self._url}/v1/nnsight/generate", content=blob, headers=_headers())
             self._check(answer)
-        told = torch.load(io.BytesIO(answer.content), map_location="cpu", weights_only=False)
-        _raise(self.host, told.get("error"))
-        return told["saves"]["answers"]
+        result = torch.load(io.BytesIO(answer.content), map_location="cpu", weights_only=False)
+        _raise(self.host, result.get("error"))
+        return result["saves"]["answers"]
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
@@ -225,16 +223,16 @@ class ServedClient:
         if answer.status_code == 200:  # noqa: PLR2004 (OK)
             return
         try:
-            said = str(answer.json().get("detail", answer.reason_phrase))
+            reason = str(answer.json().get("detail", answer.reason_phrase))
         except ValueError:
-            said = answer.reason_phrase
+            reason = answer.reason_phrase
         if answer.status_code == 401:  # noqa: PLR2004 (unauthorised)
             raise InputError(
-                f"{self.host} refuses the key: {said}", hint=f"export {KEY}=... with the server's key."
+                f"{self.host} refuses the key: {reason}", hint=f"export {KEY}=... with the server's key."
             )
         if answer.status_code == 404:  # noqa: PLR2004 (not found)
             raise InputError(f"{self.host} is no server of `patchscope serve`.", hint=_START)
-        raise ServerError(f"{self.host} answers {answer.status_code}: {said}", hint=f"{_START} {AGAIN}")
+        raise ServerError(f"{self.host} answers {answer.status_code}: {reason}", hint=f"{_START} {AGAIN}")
 
 
 @functools.lru_cache(maxsize=8)
@@ -275,12 +273,12 @@ def _raise(host: str, deferred: Any) -> None:
     try:
         raise_deferred(deferred)
     except Exception as error:
-        said = f"{type(error).__name__}: {(str(error).strip() or 'no reason given').splitlines()[-1]}"
-        if "EngineDead" in said or "EngineCore" in said:
+        reason = f"{type(error).__name__}: {(str(error).strip() or 'no reason given').splitlines()[-1]}"
+        if "EngineDead" in reason or "EngineCore" in reason:
             raise ServerError(
-                f"{host}: its engine is dead ({said}).", hint=f"Start the server again. {AGAIN}"
+                f"{host}: its engine is dead ({reason}).", hint=f"Start the server again. {AGAIN}"
             ) from error
         raise JobError(
-            f"a request failed on {host}: {said}",
+            f"a request failed on {host}: {reason}",
             hint="If it runs without --remote, compare the versions: patchscope doctor --remote.",
         ) from error

@@ -23,6 +23,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import server_command
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[2]
 STATE = Path(os.environ.get("NDIF_STATE", ROOT / ".ndif")).resolve()
@@ -289,15 +293,12 @@ def down():
     RUNS.unlink(missing_ok=True)
 
 
+def status():
+    return f"NDIF_HOST={HOST} HF_ENDPOINT={HUB_URL}" if healthy() else "down"
+
+
 def main():
-    commands = {"setup": setup, "up": up, "down": down}
-    asked = sys.argv[1] if len(sys.argv) > 1 else "status"
-    if asked in commands:
-        commands[asked]()
-    elif asked != "status":
-        fail(f"{asked!r} is none of setup, up, down, status.")
-    if asked in ("up", "status"):
-        sys.stdout.write(f"NDIF_HOST={HOST} HF_ENDPOINT={HUB_URL}\n" if healthy() else "down\n")
+    server_command.run({"setup": setup, "up": up, "down": down}, fail=fail, status=status)
 
 
 if __name__ == "__main__":
